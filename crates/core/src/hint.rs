@@ -1,0 +1,39 @@
+//! Errors that know their repair.
+//!
+//! A [`Hinted`] travels in an `anyhow` chain, as root cause or as context; the command line finds
+//! it with `downcast_ref` and prints its hint after the chain. Nothing here prints.
+
+use std::error::Error;
+use std::fmt;
+
+/// What went wrong, and the command or edit that repairs it.
+///
+/// The text of the cause is not repeated in `message`: it travels as `source` or further down
+/// the chain.
+#[derive(Debug)]
+pub struct Hinted {
+    message: String,
+    hint: String,
+}
+
+/// Make an error (or an `anyhow` context) with a hint.
+///
+/// `message` says what was being done to which file, or what was expected and found; lower case,
+/// no final period. `hint` is a command or an edit.
+pub fn hinted(message: impl Into<String>, hint: impl Into<String>) -> Hinted {
+    Hinted { message: message.into(), hint: hint.into() }
+}
+
+impl Hinted {
+    pub fn hint(&self) -> &str {
+        &self.hint
+    }
+}
+
+impl fmt::Display for Hinted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for Hinted {}

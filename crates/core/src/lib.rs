@@ -1,0 +1,24 @@
+//! Plain values that every other crate speaks in: shapes, ratios, channels, seeds, hints.
+//!
+//! No IO and no tensors live here. Reading recipes is `recipe`'s job, tensors belong to `lm`
+//! and the crates above it.
+
+mod channel;
+mod fingerprint;
+mod hint;
+mod policy;
+mod progress;
+mod ratio;
+mod seed;
+mod shape;
+mod split;
+
+pub use channel::{Channel, GlobalChannel};
+pub use fingerprint::Fingerprint;
+pub use hint::{Hinted, hinted};
+pub use policy::Policy;
+pub use progress::{NoProgress, Progress};
+pub use ratio::{RatioError, RetentionRatio};
+pub use seed::{Rng, Seed, sha256_hex};
+pub use shape::ModelShape;
+pub use split::Split;

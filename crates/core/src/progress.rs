@@ -1,0 +1,23 @@
+//! How a stage tells how far it is, without knowing who watches.
+
+/// Receives the progress of one stage. Methods are cheap and never fail.
+pub trait Progress: Sync {
+    /// Work begins: `what` in a few words, `total` units of it, of which `done` are already there.
+    fn start(&self, what: &str, total: u64, done: u64);
+    /// `units` more are done.
+    fn advance(&self, units: u64);
+    /// A short line about the current state (loss, tokens per second), replacing the last one.
+    fn note(&self, text: &str);
+    /// The work begun last is over.
+    fn finish(&self);
+}
+
+/// Nobody watches.
+pub struct NoProgress;
+
+impl Progress for NoProgress {
+    fn start(&self, _: &str, _: u64, _: u64) {}
+    fn advance(&self, _: u64) {}
+    fn note(&self, _: &str) {}
+    fn finish(&self) {}
+}

@@ -1,0 +1,122 @@
+//! Where to compute: never a silent fallback.
+
+use anyhow::{Result, bail, ensure};
+use pkv_core::hinted;
+use tch::Device;
+
+use crate::shim;
+
+/// What the user asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The first GPU if CUDA is there, else the CPU; the caller says which.
+    Auto,
+    Cpu,
+    /// A GPU by its index; an error if it cannot be had.
+    Cuda(usize),
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = pkv_core::Hinted;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let index = |n: &str| n.parse().ok();
+        match text {
+            "auto" => Some(Self::Auto),
+            "cpu" => Some(Self::Cpu),
+            "cuda" => Some(Self::Cuda(0)),
+            _ => text.strip_prefix("cuda:").and_then(index).map(Self::Cuda),
+        }
+        .ok_or_else(|| hinted(format!("`{text}` is no device"), "write `auto`, `cpu`, `cuda` or `cuda:1`"))
+    }
+}
+
+/// The device to compute on.
+///
+/// # Errors
+/// CUDA was asked for and cannot be had; the error says why.
+pub fn device(choice: DeviceChoice) -> Result<Device> {
+    let count = cuda_count();
+    match choice {
+        DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Auto if count > 0 => Ok(Device::Cuda(0)),
+        DeviceChoice::Auto => Ok(Device::Cpu),
+        DeviceChoice::Cuda(_) if count == 0 => bail!(hinted(
+            format!("CUDA was asked for and is not available: {}", cuda_absence().unwrap_or_default()),
+            "run `proxykv-train doctor`; `scripts/setup.sh --cuda` installs libtorch's CUDA libraries"
+        )),
+        DeviceChoice::Cuda(i) => {
+            ensure!(
+                i < count,
+                hinted(
+                    format!("there is no GPU {i}; {count} found"),
+                    "count GPUs from 0, or pass `--device cuda`"
+                )
+            );
+            Ok(Device::Cuda(i))
+        }
+    }
+}
+
+/// GPUs that libtorch can use.
+pub fn cuda_count() -> usize {
+    // SAFETY: no arguments; returns a count.
+    unsafe { shim::pkv_cuda_count() }.max(0) as usize
+}
+
+/// Why there is no CUDA; `None` if there is.
+pub fn cuda_absence() -> Option<String> {
+    if cuda_count() > 0 {
+        return None;
+    }
+    let reason = shim::boot_error();
+    Some(if reason.is_empty() { "the driver reports no usable GPU".to_owned() } else { reason })
+}
+
+/// Wait until all work queued on `device` is done; nothing to wait for on a CPU.
+///
+/// # Errors
+/// A kernel queued before failed.
+pub fn synchronize(device: Device) -> Result<()> {
+    match device {
+        // SAFETY: a plain index.
+        Device::Cuda(i) => shim::check(unsafe { shim::pkv_cuda_sync(i as i32) }),
+        _ => Ok(()),
+    }
+}
+
+/// Use only deterministic kernels, process-wide; operations that have none fail.
+pub fn set_deterministic(on: bool) -> Result<()> {
+    // SAFETY: a flag.
+    shim::check(unsafe { shim::pkv_deterministic(on.into()) })
+}
+
+/// Allow TF32 in f32 matrix products on CUDA, process-wide.
+pub fn set_tf32(on: bool) -> Result<()> {
+    // SAFETY: a flag.
+    shim::check(unsafe { shim::pkv_tf32(on.into()) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_parsed() {
+        assert_eq!("auto".parse::<DeviceChoice>().unwrap(), DeviceChoice::Auto);
+        assert_eq!("cuda:3".parse::<DeviceChoice>().unwrap(), DeviceChoice::Cuda(3));
+        assert!("gpu".parse::<DeviceChoice>().is_err());
+        assert!("cuda:x".parse::<DeviceChoice>().is_err());
+    }
+
+    #[test]
+    fn asking_for_absent_cuda_is_an_error_with_a_reason() {
+        if cuda_count() == 0 {
+            assert!(device(DeviceChoice::Cuda(0)).unwrap_err().to_string().contains("not available: "));
+            assert_eq!(device(DeviceChoice::Auto).unwrap(), Device::Cpu);
+        } else {
+            assert_eq!(device(DeviceChoice::Auto).unwrap(), Device::Cuda(0));
+            assert!(device(DeviceChoice::Cuda(cuda_count())).is_err());
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The C interface of `csrc/shim.cpp`, and its errors.
+
+use std::ffi::{CStr, c_char, c_int};
+
+use anyhow::{Result, bail};
+use torch_sys::C_tensor;
+
+unsafe extern "C" {
+    fn pkv_last_error() -> *const c_char;
+    fn pkv_boot_error() -> *const c_char;
+    pub fn pkv_cuda_count() -> c_int;
+    pub fn pkv_cuda_sync(device: c_int) -> c_int;
+    pub fn pkv_cuda_memory(device: c_int, out: *mut i64) -> c_int;
+    pub fn pkv_cuda_reset_peak(device: c_int) -> c_int;
+    pub fn pkv_cuda_empty_cache() -> c_int;
+    pub fn pkv_deterministic(on: c_int) -> c_int;
+    pub fn pkv_tf32(on: c_int) -> c_int;
+    pub fn pkv_fused_adamw(
+        n: usize,
+        p: *mut *mut C_tensor,
+        g: *mut *mut C_tensor,
+        m: *mut *mut C_tensor,
+        v: *mut *mut C_tensor,
+        steps: *mut *mut C_tensor,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+    ) -> c_int;
+    pub fn pkv_global_norm(n: usize, t: *mut *mut C_tensor, out: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_scale(n: usize, t: *mut *mut C_tensor, by: *mut C_tensor) -> c_int;
+}
+
+/// Turn the shim's return code into a result; the text is the first line of libtorch's.
+pub fn check(code: c_int) -> Result<()> {
+    if code == 0 {
+        return Ok(());
+    }
+    // SAFETY: the pointer is to a thread-local string that lives until this thread's next shim call.
+    let text = unsafe { CStr::from_ptr(pkv_last_error()) }.to_string_lossy();
+    bail!("libtorch: {}", text.lines().next().unwrap_or("no reason given"))
+}
+
+/// Why the constructor did not load CUDA; empty if it did.
+pub fn boot_error() -> String {
+    // SAFETY: a static string, written before `main` only.
+    unsafe { CStr::from_ptr(pkv_boot_error()) }.to_string_lossy().into_owned()
+}

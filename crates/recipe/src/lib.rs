@@ -1,0 +1,20 @@
+//! One recipe per (target, proxy) pair: TOML in, one resolved and validated run out.
+//!
+//! Every stage has a section and receives only that. Defaults are written once, in the section's
+//! `Default`, with the reason beside each number that has one. Reading models, data or shards is
+//! left to the crates that own them; no tensors here.
+
+mod load;
+mod manifest;
+mod section;
+
+pub use load::{Recipe, load};
+pub use manifest::{Facts, Manifest, Source, SourceFormat, load_manifest};
+pub use section::data::DataSection;
+pub use section::eval::{EvalSection, Method, Task};
+pub use section::extract::ExtractSection;
+pub use section::label::{LabelPreset, LabelSection, Sink, StoreDtype};
+pub use section::loss::{FineLoss, LossSection};
+pub use section::mapper::{MapperSection, Variant};
+pub use section::model::{DtypeName, ModelSection};
+pub use section::train::{TargetPool, TrainSection};

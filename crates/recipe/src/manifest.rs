@@ -1,0 +1,134 @@
+//! Data manifests: the documents a run reads, pinned by revision, with their licence.
+//!
+//! Opening the files and cutting them into examples is `data`'s job.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::hinted;
+use serde::{Deserialize, Serialize};
+
+/// The documents of a mixture.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// What the mixture is for, in a sentence.
+    pub description: String,
+    /// Where the documents come from; at least one.
+    #[serde(rename = "source")]
+    pub sources: Vec<Source>,
+    /// Facts planted in the documents; none if absent.
+    #[serde(default)]
+    pub facts: Option<Facts>,
+    /// The manifest's own folder: local paths of its sources are relative to it, or to the working directory.
+    #[serde(skip)]
+    pub folder: PathBuf,
+}
+
+/// One file or hub data set.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// Name in tables and in the examples' `source` column.
+    pub name: String,
+    /// Local files; `*` matches within a file name. Exactly one of `files` and `hub` is given.
+    #[serde(default)]
+    pub files: Vec<String>,
+    /// Hub data set, `owner/name`.
+    #[serde(default)]
+    pub hub: Option<String>,
+    /// Branch, tag or commit of the hub data set; the lock file that `fetch` writes pins it.
+    #[serde(default = "main")]
+    pub revision: String,
+    /// Files inside the hub data set; `*` matches within a path.
+    #[serde(default)]
+    pub hub_files: Vec<String>,
+    pub format: SourceFormat,
+    /// Column (parquet) or key (jsonl) that holds the text.
+    #[serde(default = "text")]
+    pub text: String,
+    /// What separates documents in a txt file; one document per file if absent.
+    #[serde(default)]
+    pub separator: Option<String>,
+    /// Share of the examples, relative to the other sources' weights.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// Licence of the text (SPDX name or a sentence).
+    pub licence: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SourceFormat {
+    Txt,
+    Jsonl,
+    Parquet,
+}
+
+/// Planted-fact augmentation: sentences such as "The owner of the silver lantern is Alice Tall." at
+/// random places of a document, so that examples hold what questions are asked about.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Facts {
+    /// JSON file with the word lists (`adj`, `noun`, `city`, `name`); the built-in lists if absent.
+    #[serde(default)]
+    pub words: Option<String>,
+    /// Fewest facts per example.
+    #[serde(default)]
+    pub min: usize,
+    /// Most facts per example; never more than one per 40 tokens.
+    pub max: usize,
+}
+
+/// Read and check a manifest.
+///
+/// # Errors
+/// The file is absent, no TOML, holds an unknown key, or names a source twice or without files.
+pub fn load_manifest(path: &Path) -> Result<Manifest> {
+    let text = fs::read_to_string(path).with_context(|| {
+        hinted(
+            format!("cannot read data manifest `{}`", path.display()),
+            "check `data.manifest`; manifests live in `data-manifests/`",
+        )
+    })?;
+    let mut manifest: Manifest =
+        toml::from_str(&text).with_context(|| format!("invalid data manifest `{}`", path.display()))?;
+    manifest.folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
+    manifest.check().with_context(|| format!("invalid data manifest `{}`", path.display()))?;
+    Ok(manifest)
+}
+
+impl Manifest {
+    fn check(&self) -> Result<()> {
+        ensure!(!self.sources.is_empty(), "it has no `[[source]]`");
+        for (i, s) in self.sources.iter().enumerate() {
+            ensure!(self.sources[..i].iter().all(|t| t.name != s.name), "two sources are named `{}`", s.name);
+            ensure!(
+                s.files.is_empty() == s.hub.is_some(),
+                "source `{}` must have either `files` (local) or `hub`",
+                s.name
+            );
+            ensure!(
+                s.hub.is_none() || !s.hub_files.is_empty(),
+                "source `{}` names the hub data set but no `hub_files`",
+                s.name
+            );
+            ensure!(s.weight > 0.0 && s.weight.is_finite(), "source `{}` has weight {}", s.name, s.weight);
+        }
+        if let Some(f) = &self.facts {
+            ensure!(f.min <= f.max, "`facts.min` = {} is more than `facts.max` = {}", f.min, f.max);
+        }
+        Ok(())
+    }
+}
+
+fn main() -> String {
+    "main".to_owned()
+}
+fn text() -> String {
+    "text".to_owned()
+}
+fn one() -> f64 {
+    1.0
+}

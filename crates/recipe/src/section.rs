@@ -1,0 +1,10 @@
+//! The sections of a recipe, one file each.
+
+pub mod data;
+pub mod eval;
+pub mod extract;
+pub mod label;
+pub mod loss;
+pub mod mapper;
+pub mod model;
+pub mod train;

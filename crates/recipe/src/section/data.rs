@@ -1,0 +1,82 @@
+//! `[data]`: how documents become examples.
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// From the manifest's documents to tokenized examples.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSection {
+    /// Manifest (TOML) that names the documents.
+    pub manifest: String,
+    /// Examples of the training split.
+    pub train: usize,
+    /// Examples of the validation split.
+    pub validation: usize,
+    /// Examples of the test split.
+    pub test: usize,
+    /// Lengths of the sliding window, tokens; each document draws one (several lengths teach the
+    /// mapper that lengths vary). A document shorter than the window is one example of its own length.
+    #[serde(default = "default_windows")]
+    pub window_tokens: Vec<usize>,
+    /// Distance of consecutive windows of a document as a share of the window's length, in (0, 1].
+    #[serde(default = "one")]
+    pub stride: f64,
+    /// Shorter examples are dropped, tokens.
+    #[serde(default = "default_min_tokens")]
+    pub min_tokens: usize,
+    /// Share of the documents for validation, by hash of the document's text.
+    #[serde(default = "default_share")]
+    pub validation_share: f64,
+    /// Share of the documents for test.
+    #[serde(default = "default_share")]
+    pub test_share: f64,
+    /// Length of the windows of the test split, tokens, in place of `window_tokens`.
+    #[serde(default)]
+    pub test_window_tokens: Option<usize>,
+    /// Examples per shard.
+    #[serde(default = "default_shard_examples")]
+    pub shard_examples: usize,
+}
+
+impl DataSection {
+    pub(crate) fn check(&self) -> Result<()> {
+        ensure!(self.train > 0, "`data.train` is 0; a mapper needs examples to learn from");
+        ensure!(!self.window_tokens.is_empty(), "`data.window_tokens` is empty");
+        for (i, &w) in self.window_tokens.iter().enumerate() {
+            ensure!(
+                w >= self.min_tokens.max(2),
+                "`data.window_tokens[{i}]` is {w}, shorter than `data.min_tokens` = {}",
+                self.min_tokens
+            );
+        }
+        ensure!(
+            self.stride > 0.0 && self.stride <= 1.0,
+            "`data.stride` is {}; it is a share of the window, 0 < stride <= 1",
+            self.stride
+        );
+        let held_out = self.validation_share + self.test_share;
+        ensure!(
+            self.validation_share >= 0.0 && self.test_share >= 0.0 && held_out < 1.0,
+            "`data.validation_share` + `data.test_share` is {held_out}; no document is left for training"
+        );
+        ensure!(self.shard_examples > 0, "`data.shard_examples` is 0");
+        Ok(())
+    }
+}
+
+fn default_windows() -> Vec<usize> {
+    vec![2048, 4096, 8192]
+}
+fn one() -> f64 {
+    1.0
+}
+fn default_min_tokens() -> usize {
+    256
+}
+fn default_share() -> f64 {
+    0.1
+}
+fn default_shard_examples() -> usize {
+    64
+}

@@ -1,0 +1,109 @@
+//! `[train]`: the optimization loop.
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// AdamW over the training examples.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainSection {
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Contexts of similar length per step.
+    pub batch: usize,
+    /// Peak learning rate; cosine to 1% of it.
+    pub lr: f64,
+    /// Linear warm-up, steps.
+    pub warmup_steps: u64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    /// On matrices only.
+    pub weight_decay: f64,
+    /// Largest gradient norm; longer gradients are scaled down to it.
+    pub clip_norm: f64,
+    /// Decay of the exponential moving average of the weights that is validated and exported; 0 is off.
+    pub ema: f64,
+    /// Steps between validations.
+    pub validate_every: u64,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Recent checkpoints kept, beside the best.
+    pub keep_checkpoints: usize,
+    /// Retention ratios whose mean validation recall decides which checkpoint is best.
+    pub best_by: Vec<f64>,
+    /// Steps between log lines.
+    pub log_every: u64,
+    /// Span pooling of the labels.
+    pub target_pool: TargetPool,
+}
+
+/// y' = (1 - blend) y + blend maxpool_width(y) along positions, on the log-odds scale.
+///
+/// Width 3, blend 0.5: 43.3% of answers at 1% kept against 32.5% of raw KVzip on the tiny target.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TargetPool {
+    /// Positions, odd; 1 is off.
+    pub width: usize,
+    /// In [0, 1]; 0 is off.
+    pub blend: f64,
+}
+
+impl Default for TargetPool {
+    fn default() -> Self {
+        Self { width: 3, blend: 0.5 }
+    }
+}
+
+impl TargetPool {
+    pub const OFF: Self = Self { width: 1, blend: 0.0 };
+}
+
+impl Default for TrainSection {
+    fn default() -> Self {
+        Self {
+            steps: 1500,
+            batch: 16,
+            lr: 2e-3,
+            warmup_steps: 50,
+            beta1: 0.9,
+            beta2: 0.98,
+            eps: 1e-8,
+            weight_decay: 0.02,
+            clip_norm: 1.0,
+            ema: 0.0,
+            validate_every: 100,
+            checkpoint_every: 100,
+            keep_checkpoints: 2,
+            best_by: vec![0.05, 0.02, 0.01],
+            log_every: 10,
+            target_pool: TargetPool::default(),
+        }
+    }
+}
+
+impl TrainSection {
+    pub(crate) fn check(&self) -> Result<()> {
+        ensure!(self.steps > 0, "`train.steps` is 0");
+        ensure!(self.batch > 0, "`train.batch` is 0");
+        ensure!(self.lr > 0.0, "`train.lr` is {}; it must be positive", self.lr);
+        for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2), ("ema", self.ema)] {
+            ensure!((0.0..1.0).contains(&beta), "`train.{name}` is {beta}; it must be in [0, 1)");
+        }
+        ensure!(self.clip_norm > 0.0, "`train.clip_norm` is {}; it must be positive", self.clip_norm);
+        for (name, n) in [
+            ("validate_every", self.validate_every),
+            ("checkpoint_every", self.checkpoint_every),
+            ("log_every", self.log_every),
+        ] {
+            ensure!(n > 0, "`train.{name}` is 0");
+        }
+        ensure!(self.keep_checkpoints > 0, "`train.keep_checkpoints` is 0; the last one is needed to resume");
+        super::eval::check_ratios("train.best_by", &self.best_by)?;
+        let TargetPool { width, blend } = self.target_pool;
+        ensure!(width % 2 == 1, "`train.target_pool.width` is {width}; it must be odd to be centred");
+        ensure!((0.0..=1.0).contains(&blend), "`train.target_pool.blend` is {blend}; it must be in [0, 1]");
+        Ok(())
+    }
+}
