@@ -1,0 +1,355 @@
+//! What an evaluation found: the types of `eval/results.json`.
+//!
+//! Plain numbers and names, in the order tables show them; reading and writing the file is all
+//! that happens here. How the numbers come about is written where they are computed (`labels`,
+//! `facts`, `perplexity`), how they are shown in `table` and in the report.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::{Policy, hinted};
+use pkv_recipe::Method;
+use serde::{Deserialize, Serialize};
+
+/// Version of [`Results`]; raised when a reader of the old form would misread the new one.
+pub const RESULTS_VERSION: u32 = 1;
+
+/// Everything one evaluation measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    pub schema_version: u32,
+    /// Hash of every choice that these numbers depend on.
+    pub fingerprint: String,
+    pub seed: u64,
+    /// Where the mapper came from, in words: a checkpoint's step or an export's folder.
+    pub mapper: String,
+    pub target: ModelName,
+    pub proxy: ModelName,
+    /// What a reader must know about a method's numbers, such as the channel a baseline fell back to.
+    pub notes: Vec<MethodNote>,
+    /// Predictions against labels, over the test split.
+    pub labels: LabelResults,
+    /// Answers with a pruned cache; absent if the recipe does not ask for them.
+    pub facts: Option<FactsResults>,
+    /// Likelihood of the continuation after a pruned context; absent if the recipe does not ask for it.
+    pub perplexity: Option<PerplexityResults>,
+    /// One context, shown position by position; absent if there was no test example to show.
+    pub worked_example: Option<WorkedExample>,
+    /// Wall-clock times, in the order of the work.
+    pub timings: Vec<Timing>,
+}
+
+/// A model, as far as a table names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelName {
+    pub name: String,
+    pub layers: usize,
+    pub kv_heads: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MethodNote {
+    pub method: Method,
+    pub note: String,
+}
+
+/// A mean over contexts with its bootstrap 95% interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Interval {
+    pub mean: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+/// Agreement with KVzip's raw scores.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LabelResults {
+    /// Test examples.
+    pub contexts: usize,
+    /// Positions in them.
+    pub positions: u64,
+    /// Per method, policy and retention ratio, in the recipe's order.
+    pub cells: Vec<LabelCell>,
+    /// Per method.
+    pub ranks: Vec<RankCell>,
+    /// Recall by head, at one policy and ratio.
+    pub heads: Option<HeadRecall>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LabelCell {
+    pub method: Method,
+    pub policy: Policy,
+    pub ratio: f64,
+    /// |kept by the method and by KVzip| / |kept by KVzip|.
+    pub recall: Interval,
+    /// Score mass that the method keeps / score mass that KVzip keeps.
+    pub mass: Interval,
+    /// Kept KV pairs / all KV pairs, as the masks have it.
+    pub realised: f64,
+}
+
+/// Rank correlation with KVzip's raw scores: mean over (layer, KV head), then over contexts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RankCell {
+    pub method: Method,
+    pub spearman: f64,
+    /// Kendall's tau-b.
+    pub kendall: f64,
+}
+
+/// Recall of KVzip's kept set in each head, all test examples together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HeadRecall {
+    pub policy: Policy,
+    pub ratio: f64,
+    /// [layer][KV head]: share of the head's positions that KVzip keeps.
+    pub kvzip_kept: Vec<Vec<f64>>,
+    pub methods: Vec<MethodHeads>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MethodHeads {
+    pub method: Method,
+    /// [layer][KV head]; absent where KVzip keeps nothing.
+    pub recall: Vec<Vec<Option<f64>>>,
+}
+
+/// Planted facts asked of a pruned cache; several questions per context, unknown while pruning.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FactsResults {
+    pub contexts: usize,
+    pub questions: usize,
+    /// Share of questions that the full cache answers.
+    pub full: Interval,
+    /// Per method, policy and retention ratio, in the recipe's order.
+    pub cells: Vec<FactsCell>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FactsCell {
+    pub method: Method,
+    pub policy: Policy,
+    pub ratio: f64,
+    /// Share of questions answered exactly, stop token included.
+    pub accuracy: Interval,
+    /// KL(full || pruned) of the answer tokens' distributions, nats per token.
+    pub kl: Interval,
+    /// Share of answer tokens whose most likely token differs from the full cache's.
+    pub flips: Interval,
+    /// Accuracy over KVzip's at the same policy and ratio; absent without KVzip or where it answers nothing.
+    pub of_kvzip: Option<Interval>,
+    /// Accuracy over the full cache's; absent where that answers nothing.
+    pub of_full: Option<Interval>,
+}
+
+/// The document's own continuation after a pruned context.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PerplexityResults {
+    pub contexts: usize,
+    /// Tokens of each continuation.
+    pub continuation_tokens: usize,
+    /// Nats per token with the full cache.
+    pub full: Interval,
+    /// Per method, policy and retention ratio, in the recipe's order.
+    pub cells: Vec<PerplexityCell>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PerplexityCell {
+    pub method: Method,
+    pub policy: Policy,
+    pub ratio: f64,
+    /// Nats per token.
+    pub nll: Interval,
+    /// Nats per token above the full cache's, context by context.
+    pub excess: Interval,
+}
+
+/// One context with what each method keeps of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkedExample {
+    pub id: String,
+    /// Text of each position's token.
+    pub tokens: Vec<String>,
+    /// Planted facts, if any.
+    pub facts: Vec<FactSpan>,
+    pub policy: Policy,
+    /// KV pairs of one position: the most that a count can be.
+    pub pairs_per_position: u32,
+    pub kept: Vec<KeptCounts>,
+}
+
+/// A fact's sentence: positions `start..start + len`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FactSpan {
+    pub start: usize,
+    pub len: usize,
+    pub question: String,
+    pub answer: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KeptCounts {
+    pub method: Method,
+    pub ratio: f64,
+    /// Kept KV pairs of each position.
+    pub counts: Vec<u32>,
+}
+
+/// Wall-clock time of one kind of work.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Timing {
+    pub what: String,
+    pub secs: f64,
+    /// How often it was done in that time.
+    pub times: u64,
+}
+
+impl Results {
+    /// Read `eval/results.json`.
+    ///
+    /// # Errors
+    /// The file is absent, no JSON of this kind, or of another schema version.
+    pub fn read(path: &Path) -> Result<Self> {
+        let redo = "run `proxykv-train eval` to write it";
+        let text = fs::read_to_string(path)
+            .with_context(|| hinted(format!("cannot read results `{}`", path.display()), redo))?;
+        let invalid = || hinted(format!("`{}` holds no results of an evaluation", path.display()), redo);
+        let value: serde_json::Value = serde_json::from_str(&text).with_context(invalid)?;
+        let version = value.get("schema_version").and_then(serde_json::Value::as_u64);
+        ensure!(
+            version == Some(RESULTS_VERSION.into()),
+            hinted(
+                format!(
+                    "`{}` has schema version {}, expected {RESULTS_VERSION}",
+                    path.display(),
+                    version.map_or_else(|| "none".to_owned(), |v| v.to_string())
+                ),
+                redo
+            )
+        );
+        serde_json::from_value(value).with_context(invalid)
+    }
+
+    /// Write `eval/results.json`: to a temporary file, then renamed, so that the file is whole or absent.
+    ///
+    /// # Errors
+    /// The folder cannot be written to.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        write_json(path, self)
+    }
+
+    /// What a reader must know about `method`, if anything.
+    pub fn note(&self, method: Method) -> Option<&str> {
+        self.notes.iter().find(|n| n.method == method).map(|n| n.note.as_str())
+    }
+}
+
+impl LabelResults {
+    pub fn cell(&self, method: Method, policy: Policy, ratio: f64) -> Option<&LabelCell> {
+        self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
+    }
+}
+
+impl FactsResults {
+    pub fn cell(&self, method: Method, policy: Policy, ratio: f64) -> Option<&FactsCell> {
+        self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
+    }
+}
+
+impl PerplexityResults {
+    pub fn cell(&self, method: Method, policy: Policy, ratio: f64) -> Option<&PerplexityCell> {
+        self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
+    }
+}
+
+impl Interval {
+    /// No spread: one context, or a number known exactly.
+    pub const fn exact(mean: f64) -> Self {
+        Self { mean, low: mean, high: mean }
+    }
+}
+
+/// Write `value` to `path` by way of `path.tmp`.
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let tmp = path.with_extension("json.tmp");
+    let doing = || format!("cannot write `{}`", path.display());
+    let text = serde_json::to_string_pretty(value).with_context(doing)?;
+    let mut file = File::create(&tmp).with_context(doing)?;
+    file.write_all(text.as_bytes()).with_context(doing)?;
+    file.sync_all().with_context(doing)?;
+    fs::rename(&tmp, path).with_context(doing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn results() -> Results {
+        Results {
+            schema_version: RESULTS_VERSION,
+            fingerprint: "f".to_owned(),
+            seed: 1,
+            mapper: "step 10".to_owned(),
+            target: ModelName { name: "t".to_owned(), layers: 2, kv_heads: 1 },
+            proxy: ModelName { name: "p".to_owned(), layers: 1, kv_heads: 1 },
+            notes: vec![MethodNote { method: Method::ProxyLinear, note: "from `max_all`".to_owned() }],
+            labels: LabelResults {
+                contexts: 1,
+                positions: 9,
+                cells: vec![LabelCell {
+                    method: Method::Mapper,
+                    policy: Policy::PairUniform,
+                    ratio: 0.05,
+                    recall: Interval { mean: 0.5, low: 0.4, high: 0.6 },
+                    mass: Interval::exact(0.9),
+                    realised: 0.05,
+                }],
+                ranks: vec![RankCell { method: Method::Mapper, spearman: 0.6, kendall: 0.5 }],
+                heads: Some(HeadRecall {
+                    policy: Policy::Pair,
+                    ratio: 0.05,
+                    kvzip_kept: vec![vec![0.1], vec![0.0]],
+                    methods: vec![MethodHeads {
+                        method: Method::Mapper,
+                        recall: vec![vec![Some(0.5)], vec![None]],
+                    }],
+                }),
+            },
+            facts: None,
+            perplexity: None,
+            worked_example: None,
+            timings: vec![Timing { what: "labels".to_owned(), secs: 0.5, times: 1 }],
+        }
+    }
+
+    #[test]
+    fn results_survive_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("results.json");
+        results().write(&path).unwrap();
+        let back = Results::read(&path).unwrap();
+        assert_eq!(back, results());
+        assert_eq!(back.note(Method::ProxyLinear), Some("from `max_all`"));
+        assert!(back.labels.cell(Method::Mapper, Policy::PairUniform, 0.05).is_some());
+        assert!(back.labels.cell(Method::Mapper, Policy::Pair, 0.05).is_none());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn other_versions_and_other_files_are_refused_with_a_hint() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("results.json");
+        let hint = |e: &anyhow::Error| e.downcast_ref::<pkv_core::Hinted>().map(|h| h.hint().to_owned());
+        let absent = Results::read(&path).unwrap_err();
+        assert!(hint(&absent).unwrap().contains("proxykv-train eval"));
+        fs::write(&path, "{\"schema_version\": 99}").unwrap();
+        let newer = Results::read(&path).unwrap_err();
+        assert!(newer.to_string().ends_with("has schema version 99, expected 1"), "{newer}");
+        fs::write(&path, "nonsense").unwrap();
+        assert!(Results::read(&path).unwrap_err().to_string().contains("holds no results"));
+    }
+}
