@@ -10,7 +10,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Policy, hinted};
-use pkv_recipe::Method;
+use pkv_recipe::{AnswerMatch, Method};
 use serde::{Deserialize, Serialize};
 
 /// Version of [`Results`]; raised when a reader of the old form would misread the new one.
@@ -122,6 +122,8 @@ pub struct MethodHeads {
 pub struct FactsResults {
     pub contexts: usize,
     pub questions: usize,
+    /// When an answer counted.
+    pub answer_match: AnswerMatch,
     /// Share of questions that the full cache answers.
     pub full: Interval,
     /// Per method, policy and retention ratio, in the recipe's order.
@@ -133,7 +135,7 @@ pub struct FactsCell {
     pub method: Method,
     pub policy: Policy,
     pub ratio: f64,
-    /// Share of questions answered exactly, stop token included.
+    /// Share of questions answered.
     pub accuracy: Interval,
     /// KL(full || pruned) of the answer tokens' distributions, nats per token.
     pub kl: Interval,

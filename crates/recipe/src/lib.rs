@@ -11,7 +11,7 @@ mod section;
 pub use load::{Recipe, load};
 pub use manifest::{Facts, Manifest, Source, SourceFormat, load_manifest};
 pub use section::data::DataSection;
-pub use section::eval::{EvalSection, Method, Task};
+pub use section::eval::{AnswerMatch, EvalSection, Method, Task};
 pub use section::extract::ExtractSection;
 pub use section::label::{LabelPreset, LabelSection, Sink, StoreDtype};
 pub use section::loss::{FineLoss, LossSection};

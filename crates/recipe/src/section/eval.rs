@@ -17,12 +17,14 @@ pub struct EvalSection {
     pub answer_policies: Vec<Policy>,
     pub methods: Vec<Method>,
     pub tasks: Vec<Task>,
-    /// Contexts of the `facts` task.
+    /// Contexts of the `facts` task, and at most as many test examples for `perplexity`.
     pub contexts: usize,
-    /// Tokens of each of them.
+    /// Tokens of each context of the `facts` task.
     pub context_tokens: usize,
     /// Facts planted in each, every one of them asked.
     pub facts_per_context: usize,
+    /// When an answer counts.
+    pub answer_match: AnswerMatch,
     /// Tokens that an answer may have.
     pub max_answer_tokens: usize,
     /// Tokens of the continuation scored by the `perplexity` task.
@@ -65,6 +67,18 @@ pub enum Task {
     Facts,
     /// The document's continuation after the pruned context.
     Perplexity,
+}
+
+/// When an answer to a planted fact counts as right.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AnswerMatch {
+    /// Greedy decoding gives the answer's tokens and then stops: for models trained to answer so.
+    #[default]
+    Exact,
+    /// The decoded text contains the answer, letter case aside, as RULER scores: for chat models, which
+    /// answer in sentences. Give `max_answer_tokens` room for one.
+    Contains,
 }
 
 impl Method {
@@ -110,6 +124,7 @@ impl Default for EvalSection {
             contexts: 60,
             context_tokens: 1400,
             facts_per_context: 8,
+            answer_match: AnswerMatch::Exact,
             max_answer_tokens: 24,
             continuation_tokens: 64,
             bootstrap: 2000,
