@@ -12,6 +12,7 @@ mod ratio;
 mod seed;
 mod shape;
 mod split;
+mod store;
 
 pub use channel::{Channel, GlobalChannel};
 pub use fingerprint::Fingerprint;
@@ -22,3 +23,4 @@ pub use ratio::{RatioError, RetentionRatio};
 pub use seed::{Rng, Seed, sha256_hex};
 pub use shape::ModelShape;
 pub use split::Split;
+pub use store::StoreDtype;

@@ -6,14 +6,16 @@
 
 mod load;
 mod manifest;
+pub mod plan;
 mod section;
 
 pub use load::{Recipe, load};
 pub use manifest::{Facts, Manifest, Source, SourceFormat, load_manifest};
+pub use pkv_core::StoreDtype;
 pub use section::data::DataSection;
 pub use section::eval::{AnswerMatch, EvalSection, Method, Task};
 pub use section::extract::ExtractSection;
-pub use section::label::{LabelPreset, LabelSection, Sink, StoreDtype};
+pub use section::label::{LabelPreset, LabelSection, Sink};
 pub use section::loss::{FineLoss, LossSection};
 pub use section::mapper::{MapperSection, Variant};
 pub use section::model::{DtypeName, ModelSection};

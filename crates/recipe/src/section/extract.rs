@@ -1,10 +1,8 @@
 //! `[extract]`: which features of the proxy the mapper sees.
 
 use anyhow::{Result, ensure};
-use pkv_core::{Channel, GlobalChannel};
+use pkv_core::{Channel, GlobalChannel, StoreDtype};
 use serde::{Deserialize, Serialize};
-
-use super::label::StoreDtype;
 
 /// Features of the proxy, [proxy layer, proxy KV head, channel, position] and [global channel, position].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -1,6 +1,7 @@
 //! `[label]`: which KVzip score of the target becomes the label.
 
 use anyhow::{Result, ensure};
+use pkv_core::StoreDtype;
 use serde::{Deserialize, Serialize};
 
 /// KVzip scoring of the target (arXiv 2505.23416).
@@ -16,15 +17,6 @@ pub struct LabelSection {
     pub prefill_chunk_tokens: usize,
     /// Dtype of the stored scores. f16 keeps 99.4% of the f32 kept set at 1% kept, measured on the tiny pair.
     pub store: StoreDtype,
-}
-
-/// Dtype of numbers in a shard.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum StoreDtype {
-    #[default]
-    F16,
-    F32,
 }
 
 /// A published definition of the score.

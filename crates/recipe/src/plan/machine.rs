@@ -1,0 +1,64 @@
+//! The machine that a plan is for: its ceilings, and how near each stage comes to them.
+
+use serde::{Deserialize, Serialize};
+
+/// Ceilings of one device and the shares of them that stages reach.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// In a few words, for the table.
+    pub name: String,
+    /// Dense matrix products in the dtype used, 10^12 floating-point operations per second.
+    pub tflops: f64,
+    /// Copies within device memory, 10^9 bytes per second.
+    pub copy_gb_per_sec: f64,
+    /// Memory of the device, if a limit is known.
+    pub memory_bytes: Option<u64>,
+    /// A CPU computes in f32, a GPU in bf16, unless the recipe says otherwise.
+    pub cpu: bool,
+    pub efficiency: Efficiency,
+}
+
+/// Share of `tflops` that a stage reaches, in (0, 1].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Efficiency {
+    pub label: f64,
+    pub extract: f64,
+    pub train: f64,
+    pub answer: f64,
+}
+
+impl Machine {
+    /// One H200: 790 TFLOP/s in bf16 and 4.3 TB/s, both measured.
+    ///
+    /// Labels: public code reaches 0.36 of that (kvpress 0.5.5, 8B, 8k and 32k). Features: the
+    /// prefill of a 1B takes 0.054 s at 8k, 0.48 of it. Training (f32 or TF32, small matrices)
+    /// and answers (short forwards) are guesses.
+    pub fn h200() -> Self {
+        Self {
+            name: "one H200, bf16".to_owned(),
+            tflops: 790.0,
+            copy_gb_per_sec: 4300.0,
+            memory_bytes: Some(141_000_000_000),
+            cpu: false,
+            efficiency: Efficiency { label: 0.36, extract: 0.4, train: 0.05, answer: 0.2 },
+        }
+    }
+
+    /// `threads` cores with AVX2 or wider: 40 GFLOP/s and 5 GB/s each.
+    pub fn cpu(threads: usize) -> Self {
+        let threads = threads.max(1);
+        Self {
+            name: format!("{threads} CPU {}, f32", if threads == 1 { "thread" } else { "threads" }),
+            tflops: 0.040 * threads as f64,
+            copy_gb_per_sec: 5.0 * threads as f64,
+            memory_bytes: None,
+            cpu: true,
+            efficiency: Efficiency { label: 0.4, extract: 0.3, train: 0.4, answer: 0.3 },
+        }
+    }
+
+    /// Compute time plus copy time: stages overlap them little.
+    pub(super) fn secs(&self, flops: f64, efficiency: f64, moved_bytes: f64) -> f64 {
+        flops / (self.tflops * 1e12 * efficiency) + moved_bytes / (self.copy_gb_per_sec * 1e9)
+    }
+}

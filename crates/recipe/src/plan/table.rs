@@ -1,0 +1,103 @@
+//! A plan as text for a terminal.
+
+use std::fmt;
+
+use super::{Plan, human_bytes, human_count, human_flops, human_secs};
+
+const COLUMNS: [&str; 8] =
+    ["stage", "examples", "tokens", "on disk", "compute", "moved", "peak memory", "time"];
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "plan of `{}` on {}", self.name, self.machine.name)?;
+        for (role, model) in [("target", &self.target), ("proxy", &self.proxy)] {
+            writeln!(
+                f,
+                "  {role:<7} {}: at most {} parameters, {} of weights, {} of cache per token",
+                model.model,
+                human_count(model.parameters),
+                human_bytes(model.weight_bytes),
+                human_bytes(model.cache_bytes_per_token)
+            )?;
+        }
+        writeln!(
+            f,
+            "  mapper  {} KV heads to {}: {} parameters, {} per token, {:.2}% of the target's prefill",
+            self.mapper.inputs,
+            self.mapper.outputs,
+            human_count(self.mapper.parameters),
+            human_flops(self.mapper.flops_per_token),
+            100.0 * self.mapper.share_of_prefill
+        )?;
+        writeln!(f)?;
+        let rows = self.rows();
+        let width = |c: usize| rows.iter().map(|r| r[c].len()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..COLUMNS.len()).map(width).collect();
+        for row in &rows {
+            let mut line = format!("  {:<w$}", row[0], w = widths[0]);
+            for (cell, &w) in row.iter().zip(&widths).skip(1) {
+                line.push_str(&format!("  {cell:>w$}"));
+            }
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        writeln!(f)?;
+        writeln!(
+            f,
+            "Tokens and bytes are upper bounds: documents may be shorter than their window, shards compress.\n\
+             Times take {} TFLOP/s and {} GB/s, and {:.0}% / {:.0}% / {:.0}% / {:.0}% of the former in label / extract / train / eval.",
+            self.machine.tflops,
+            self.machine.copy_gb_per_sec,
+            100.0 * self.machine.efficiency.label,
+            100.0 * self.machine.efficiency.extract,
+            100.0 * self.machine.efficiency.train,
+            100.0 * self.machine.efficiency.answer
+        )?;
+        if let Some(memory) = self.machine.memory_bytes {
+            for stage in self.stages.iter().filter(|s| s.peak_bytes > memory) {
+                writeln!(
+                    f,
+                    "Stage `{}` needs {} of memory, the machine has {}.",
+                    stage.stage,
+                    human_bytes(stage.peak_bytes),
+                    human_bytes(memory)
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Plan {
+    /// The plan as a table, ending in a line break.
+    pub fn table(&self) -> String {
+        self.to_string()
+    }
+
+    fn rows(&self) -> Vec<[String; 8]> {
+        let mut rows = vec![COLUMNS.map(str::to_owned)];
+        let or_dash = |zero: bool, text: String| if zero { "-".to_owned() } else { text };
+        for s in &self.stages {
+            rows.push([
+                s.stage.clone(),
+                or_dash(s.examples == 0, human_count(s.examples)),
+                or_dash(s.tokens == 0, human_count(s.tokens)),
+                or_dash(s.disk_bytes == 0, human_bytes(s.disk_bytes)),
+                or_dash(s.flops == 0.0, human_flops(s.flops)),
+                or_dash(s.moved_bytes == 0.0, human_bytes(s.moved_bytes as u64)),
+                or_dash(s.peak_bytes == 0, human_bytes(s.peak_bytes)),
+                s.secs.map_or_else(|| "-".to_owned(), human_secs),
+            ]);
+        }
+        rows.push([
+            "run".to_owned(),
+            String::new(),
+            String::new(),
+            human_bytes(self.run_bytes()),
+            human_flops(self.stages.iter().map(|s| s.flops).sum()),
+            String::new(),
+            human_bytes(self.peak_bytes()),
+            human_secs(self.secs()),
+        ]);
+        rows
+    }
+}

@@ -1,0 +1,315 @@
+//! One stage's output folder: opening, resuming, checking, clearing.
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use pkv_core::{Fingerprint, hinted};
+use serde_json::Value;
+
+use crate::durable::{TEMPORARY, WriteBudget, sha256_file, sync_dir, write_file};
+use crate::index::{INDEX_FILE, Index, ShardEntry};
+
+/// A stage's folder and its index.
+///
+/// Opened for writing it holds a lock, so that two processes never write the same folder.
+#[derive(Debug)]
+pub struct StageDir {
+    dir: PathBuf,
+    index: Index,
+    /// Released when dropped, or by the kernel when the process dies.
+    lock: Option<File>,
+    budget: WriteBudget,
+}
+
+/// What a stage's folder holds, compared with the choices of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum StageState {
+    /// No index: nothing has been written.
+    Absent,
+    /// Made with other choices: dotted key, value there, value wanted.
+    Stale(Vec<(String, Value, Value)>),
+    /// Whole shards with this many rows; more are to come.
+    Partial(u64),
+    /// All of its rows.
+    Complete(u64),
+}
+
+/// A stage's folder was made with other choices than this run's.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{}", describe(.differences))]
+pub struct StaleError {
+    /// `prepare`, `label`, `extract`.
+    pub stage: String,
+    pub dir: PathBuf,
+    /// Dotted key, value in the folder, value of this run.
+    pub differences: Vec<(String, Value, Value)>,
+}
+
+/// The first few differences in words.
+fn describe(differences: &[(String, Value, Value)]) -> String {
+    const SHOWN: usize = 4;
+    let one = |(key, there, here): &(String, Value, Value)| {
+        format!("`{key}` was {} when it was written and is {} now", short(there), short(here))
+    };
+    let mut text = differences.iter().take(SHOWN).map(one).collect::<Vec<_>>().join("; ");
+    if differences.len() > SHOWN {
+        text += &format!("; and {} more", differences.len() - SHOWN);
+    }
+    text
+}
+
+fn short(value: &Value) -> String {
+    let text = if value.is_null() { "absent".to_owned() } else { value.to_string() };
+    if text.chars().count() > 60 { text.chars().take(57).chain("...".chars()).collect() } else { text }
+}
+
+impl StageDir {
+    /// Open `dir` for writing; create it if absent, continue it if it was made with the same choices.
+    ///
+    /// Removes what an interrupted process left: temporary files and shards that the index does not name.
+    ///
+    /// # Errors
+    /// - [`StaleError`] (with a hint) if it was made with other choices;
+    /// - another process writes it; the index is damaged or of another version; a shard that it
+    ///   names is absent or has another size; the folder cannot be written.
+    pub fn open(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<Self> {
+        fs::create_dir_all(dir).with_context(|| format!("cannot create folder `{}`", dir.display()))?;
+        let lock = lock(dir)?;
+        let budget = WriteBudget::from_env();
+        let index = match Index::read(dir)? {
+            Some(index) => {
+                check_stage(dir, &index, stage)?;
+                check_fresh(dir, &index, fingerprint)?;
+                index
+            }
+            None => Index::new(stage, fingerprint),
+        };
+        let this = Self { dir: dir.to_path_buf(), index, lock: Some(lock), budget };
+        this.check_files()?;
+        this.sweep()?;
+        this.save()?;
+        Ok(this)
+    }
+
+    /// Read the index of `dir`; nothing is changed.
+    ///
+    /// # Errors
+    /// There is no index, or it is damaged or of another version.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let index = Index::read(dir)?.with_context(|| {
+            hinted(
+                format!("there is no `{INDEX_FILE}` in `{}`", dir.display()),
+                "run the stage that writes this folder first; `proxykv-train run` runs all of them",
+            )
+        })?;
+        Ok(Self { dir: dir.to_path_buf(), index, lock: None, budget: WriteBudget::from_env() })
+    }
+
+    /// What `dir` holds, compared with the choices of this run; nothing is changed.
+    ///
+    /// # Errors
+    /// The index is damaged or of another version.
+    pub fn state(dir: &Path, fingerprint: &Fingerprint) -> Result<StageState> {
+        let Some(index) = Index::read(dir)? else { return Ok(StageState::Absent) };
+        let differences = index.fingerprint.difference(fingerprint);
+        Ok(if !differences.is_empty() {
+            StageState::Stale(differences)
+        } else if index.complete {
+            StageState::Complete(index.rows())
+        } else {
+            StageState::Partial(index.rows())
+        })
+    }
+
+    /// Remove a stage's output, so that it is made again. Files that are not a stage's stay.
+    ///
+    /// # Errors
+    /// Another process writes the folder, or a file cannot be removed.
+    pub fn clear(dir: &Path) -> Result<()> {
+        if !dir.exists() {
+            return Ok(());
+        }
+        let _lock = lock(dir)?;
+        // The index first: shards without it are swept by the next `open`, an index without them is damage.
+        let index = dir.join(INDEX_FILE);
+        if index.exists() {
+            fs::remove_file(&index).with_context(|| format!("cannot remove `{}`", index.display()))?;
+            sync_dir(dir).with_context(|| format!("cannot sync `{}`", dir.display()))?;
+        }
+        for name in stage_files(dir)? {
+            remove(&dir.join(name))?;
+        }
+        Ok(())
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    pub fn fingerprint(&self) -> &Fingerprint {
+        &self.index.fingerprint
+    }
+
+    /// Rows in whole shards: where an interrupted stage continues.
+    pub fn rows(&self) -> u64 {
+        self.index.rows()
+    }
+
+    pub fn is_complete(&self) -> bool {
+        self.index.complete
+    }
+
+    /// Compare every shard with the hash in the index.
+    ///
+    /// # Errors
+    /// A shard is absent or differs; the error names it.
+    pub fn verify(&self) -> Result<()> {
+        self.check_files()?;
+        self.index.shards.iter().try_for_each(|s| check_hash(&self.dir, &self.index.stage, s))
+    }
+
+    /// Let writes fail once `budget` is spent, as on a full disk.
+    pub fn with_write_budget(mut self, budget: WriteBudget) -> Self {
+        self.budget = budget;
+        self
+    }
+
+    pub(crate) fn write_budget(&self) -> &WriteBudget {
+        &self.budget
+    }
+
+    /// Change the index, on disk first: memory never knows more than the disk.
+    pub(crate) fn update(&mut self, change: impl FnOnce(&mut Index)) -> Result<()> {
+        ensure!(self.lock.is_some(), "`{}` was opened for reading", self.dir.display());
+        let mut next = self.index.clone();
+        change(&mut next);
+        write_index(&self.dir, &next, &self.budget)?;
+        self.index = next;
+        Ok(())
+    }
+
+    fn save(&self) -> Result<()> {
+        write_index(&self.dir, &self.index, &self.budget)
+    }
+
+    /// Every shard is there and has its size.
+    fn check_files(&self) -> Result<()> {
+        self.index.shards.iter().try_for_each(|s| check_size(&self.dir, &self.index.stage, s).map(drop))
+    }
+
+    /// Remove what no index names.
+    fn sweep(&self) -> Result<()> {
+        for name in stage_files(&self.dir)? {
+            if !self.index.shards.iter().any(|s| s.file == name) {
+                tracing::info!(file = %self.dir.join(&name).display(), "removing what an interrupted run left");
+                remove(&self.dir.join(name))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_index(dir: &Path, index: &Index, budget: &WriteBudget) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(index).context("cannot write the shard index as JSON")?;
+    text.push('\n');
+    write_file(&dir.join(INDEX_FILE), text.as_bytes(), budget).map(drop)
+}
+
+/// The folder itself is locked, so that no lock file lies about.
+fn lock(dir: &Path) -> Result<File> {
+    let file = File::open(dir).with_context(|| format!("cannot open folder `{}`", dir.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!(hinted(
+            format!("another process writes `{}`", dir.display()),
+            "wait for it to end, or use another run name"
+        )),
+        Err(TryLockError::Error(e)) => {
+            Err(e).with_context(|| format!("cannot lock folder `{}`", dir.display()))
+        }
+    }
+}
+
+fn check_stage(dir: &Path, index: &Index, stage: &str) -> Result<()> {
+    ensure!(
+        index.stage == stage,
+        hinted(
+            format!("`{}` was written by `{}`, not by `{stage}`", dir.display(), index.stage),
+            "use another folder for this stage"
+        )
+    );
+    Ok(())
+}
+
+fn check_fresh(dir: &Path, index: &Index, fingerprint: &Fingerprint) -> Result<()> {
+    let differences = index.fingerprint.difference(fingerprint);
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let stage = index.stage.clone();
+    let context = hinted(
+        format!("`{}` was made with other choices than this run's", dir.display()),
+        format!("make it again with `--redo {stage}`, or keep it and set another `name` in the recipe"),
+    );
+    Err(anyhow::Error::new(StaleError { stage, dir: dir.to_path_buf(), differences }).context(context))
+}
+
+/// The shard's path, if the file is there and as long as the index says.
+pub(crate) fn check_size(dir: &Path, stage: &str, shard: &ShardEntry) -> Result<PathBuf> {
+    let path = dir.join(&shard.file);
+    let damaged = || redo(format!("cannot use shard `{}`", path.display()), stage);
+    let found =
+        fs::metadata(&path).context("it is named by the index, but is not there").with_context(damaged)?;
+    ensure!(
+        found.len() == shard.bytes,
+        anyhow::anyhow!("expected {} bytes, found {}", shard.bytes, found.len()).context(damaged())
+    );
+    Ok(path)
+}
+
+/// The shard is bit for bit what was written.
+pub(crate) fn check_hash(dir: &Path, stage: &str, shard: &ShardEntry) -> Result<()> {
+    let path = dir.join(&shard.file);
+    let found = sha256_file(&path)?;
+    ensure!(
+        found == shard.sha256,
+        anyhow::anyhow!("expected SHA-256 {}, found {found}: its bytes have changed", shard.sha256)
+            .context(redo(format!("cannot use shard `{}`", path.display()), stage))
+    );
+    Ok(())
+}
+
+/// `message` with the hint to make the stage again.
+pub(crate) fn redo(message: String, stage: &str) -> pkv_core::Hinted {
+    hinted(message, format!("make the stage again with `--redo {stage}`, or put the file back from a copy"))
+}
+
+/// Names of files that only a stage writes: temporary ones and `<rows>-<5 digits>.parquet`.
+fn stage_files(dir: &Path) -> Result<Vec<String>> {
+    let context = || format!("cannot list folder `{}`", dir.display());
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).with_context(context)? {
+        let name = entry.with_context(context)?.file_name().to_string_lossy().into_owned();
+        if name.ends_with(TEMPORARY) || is_shard(&name) {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn is_shard(name: &str) -> bool {
+    let Some((_, number)) = name.strip_suffix(".parquet").and_then(|n| n.rsplit_once('-')) else {
+        return false;
+    };
+    number.len() >= 5 && number.bytes().all(|b| b.is_ascii_digit())
+}
+
+fn remove(path: &Path) -> Result<()> {
+    fs::remove_file(path).with_context(|| format!("cannot remove `{}`", path.display()))
+}

@@ -1,0 +1,192 @@
+//! Files that are whole or absent: written under a temporary name, fsynced, renamed, folder fsynced.
+//!
+//! Also the one place where a full disk can be simulated. What the files hold is left to the callers.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Context, Result};
+use pkv_core::hinted;
+use sha2::{Digest, Sha256};
+
+/// Ending of files that are not whole yet.
+pub const TEMPORARY: &str = ".tmp";
+
+/// Bytes that may still be written before the disk counts as full.
+///
+/// Unlimited unless a test gives a number or the environment has `PKV_FAIL_WRITES_AFTER_BYTES`,
+/// which counts over all files of the process.
+#[derive(Clone, Debug, Default)]
+pub struct WriteBudget(Option<Arc<AtomicU64>>);
+
+impl WriteBudget {
+    pub fn unlimited() -> Self {
+        Self(None)
+    }
+
+    pub fn bytes(n: u64) -> Self {
+        Self(Some(Arc::new(AtomicU64::new(n))))
+    }
+
+    /// The budget of the process.
+    pub fn from_env() -> Self {
+        static BUDGET: OnceLock<WriteBudget> = OnceLock::new();
+        let read = || {
+            let bytes = std::env::var("PKV_FAIL_WRITES_AFTER_BYTES").ok()?.parse().ok()?;
+            Some(Self::bytes(bytes))
+        };
+        BUDGET.get_or_init(|| read().unwrap_or_default()).clone()
+    }
+
+    /// Take `n` bytes.
+    fn take(&self, n: u64) -> io::Result<()> {
+        let Some(left) = &self.0 else { return Ok(()) };
+        let taken = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(n));
+        taken.map(drop).map_err(|_| io::ErrorKind::StorageFull.into())
+    }
+}
+
+/// A file that appears under its name only when it is whole; it counts and hashes what it is given.
+///
+/// Dropped before [`DurableFile::publish`], it removes its temporary file.
+#[derive(Debug)]
+pub struct DurableFile {
+    path: PathBuf,
+    temporary: PathBuf,
+    file: File,
+    hash: Sha256,
+    bytes: u64,
+    budget: WriteBudget,
+    published: bool,
+}
+
+/// What a published file holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Published {
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+impl DurableFile {
+    /// # Errors
+    /// The temporary file cannot be created.
+    pub fn create(path: &Path, budget: WriteBudget) -> io::Result<Self> {
+        let mut temporary = OsString::from(path);
+        temporary.push(TEMPORARY);
+        let temporary = PathBuf::from(temporary);
+        let file = File::create(&temporary)?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            temporary,
+            file,
+            hash: Sha256::new(),
+            bytes: 0,
+            budget,
+            published: false,
+        })
+    }
+
+    /// Make the file whole on disk and give it its name.
+    ///
+    /// # Errors
+    /// The disk is full or fails; the name is then as it was before.
+    pub fn publish(mut self) -> io::Result<Published> {
+        self.file.sync_all()?;
+        fs::rename(&self.temporary, &self.path)?;
+        self.published = true;
+        sync_dir(parent(&self.path))?;
+        Ok(Published { bytes: self.bytes, sha256: hex(self.hash.clone()) })
+    }
+}
+
+impl Write for DurableFile {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.budget.take(data.len() as u64)?;
+        let n = self.file.write(data)?;
+        self.hash.update(&data[..n]);
+        self.bytes += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Drop for DurableFile {
+    fn drop(&mut self) {
+        if !self.published {
+            // Nothing to do if it fails: whoever opens the folder next removes it.
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// Replace the file at `path` by `data`, whole or not at all.
+///
+/// # Errors
+/// Named with the path, and with a hint when the disk is full.
+pub fn write_file(path: &Path, data: &[u8], budget: &WriteBudget) -> Result<Published> {
+    let write = || {
+        let mut file = DurableFile::create(path, budget.clone())?;
+        file.write_all(data)?;
+        file.publish()
+    };
+    write().map_err(|e| write_error(path, e))
+}
+
+/// The error for a failed write of `path`, with a hint where the disk is full.
+pub fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
+    let what = format!("cannot write `{}`", path.display());
+    if error.kind() == io::ErrorKind::StorageFull {
+        let hint = "free some space and run the same command again; what is whole is kept";
+        anyhow::Error::new(error).context(hinted(what, hint))
+    } else {
+        anyhow::Error::new(error).context(what)
+    }
+}
+
+/// Make renames and removals inside `dir` survive a power cut.
+///
+/// # Errors
+/// The folder cannot be opened or synced.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// SHA-256 of the file at `path`, in lower-case hexadecimal.
+///
+/// # Errors
+/// It cannot be read.
+pub fn sha256_file(path: &Path) -> Result<String> {
+    let read = || {
+        let mut file = File::open(path)?;
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut buffer)? {
+                0 => return Ok(hex(hash)),
+                n => hash.update(&buffer[..n]),
+            }
+        }
+    };
+    read()
+        .map_err(|e: io::Error| anyhow::Error::new(e))
+        .with_context(|| format!("cannot read `{}`", path.display()))
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The folder of `path`.
+pub fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    }
+}

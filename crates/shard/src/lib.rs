@@ -1,0 +1,28 @@
+//! What stages leave on disk: examples, labels and features as Parquet shards, and an index of them.
+//!
+//! A stage's folder holds `index.json` and the shards that it names, each with its row count and
+//! SHA-256: what the index names is whole. A shard is written as a temporary file, fsynced and
+//! renamed, and only then entered, so a process may die at any moment; the next one continues
+//! after the last whole shard. The same rows give the same bytes.
+//!
+//! Tensors are left to the crates above: rows hold plain vectors.
+
+mod column;
+mod dir;
+pub mod durable;
+mod example;
+mod feature;
+mod index;
+mod label;
+mod reader;
+mod row;
+mod writer;
+
+pub use dir::{StageDir, StageState, StaleError};
+pub use example::{Example, PlantedFact};
+pub use feature::FeatureRow;
+pub use index::{INDEX_FILE, Index, SCHEMA_VERSION, ShardEntry};
+pub use label::LabelRow;
+pub use reader::StageReader;
+pub use row::Row;
+pub use writer::StageWriter;

@@ -1,0 +1,193 @@
+//! Rows in, shards out.
+
+use std::io;
+use std::marker::PhantomData;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use arrow::array::RecordBatch;
+use parquet::arrow::ArrowWriter;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use pkv_core::StoreDtype;
+
+use crate::dir::StageDir;
+use crate::durable::{DurableFile, write_error};
+use crate::index::{SCHEMA_VERSION, ShardEntry};
+use crate::row::Row;
+
+/// Raw bytes after which a row group ends. Training reads single rows at random and decodes the
+/// row group around them, so it is a few rows of a small pair and one row of a big one.
+const ROW_GROUP_BYTES: usize = 256 << 10;
+
+/// Writes a stage's rows in order, `shard_rows` to a shard.
+///
+/// Continues after [`StageDir::rows`]; the caller skips those. Dropped without
+/// [`StageWriter::finish`], it leaves the whole shards and no temporary file.
+pub struct StageWriter<R: Row> {
+    stage: StageDir,
+    shard_rows: usize,
+    store: StoreDtype,
+    /// Rows of the row group to come.
+    pending: Vec<R>,
+    pending_bytes: usize,
+    open: Option<OpenShard>,
+    rows: PhantomData<R>,
+}
+
+/// A shard under its temporary name.
+struct OpenShard {
+    file: String,
+    path: PathBuf,
+    writer: ArrowWriter<DurableFile>,
+    /// Rows handed to `writer`.
+    rows: usize,
+}
+
+impl<R: Row> StageWriter<R> {
+    /// `store` is the width of scores and features; `rows_expected` lets [`StageWriter::finish`]
+    /// notice a stage that ends early.
+    ///
+    /// # Errors
+    /// The stage is complete already, `shard_rows` is 0, or the index cannot be written.
+    pub fn new(
+        mut stage: StageDir,
+        shard_rows: usize,
+        store: StoreDtype,
+        rows_expected: Option<u64>,
+    ) -> Result<Self> {
+        ensure!(shard_rows > 0, "a shard must have at least one row");
+        ensure!(!stage.is_complete(), "`{}` is complete already", stage.path().display());
+        if stage.index().rows_expected != rows_expected {
+            stage.update(|index| index.rows_expected = rows_expected)?;
+        }
+        Ok(Self {
+            stage,
+            shard_rows,
+            store,
+            pending: Vec::new(),
+            pending_bytes: 0,
+            open: None,
+            rows: PhantomData,
+        })
+    }
+
+    /// The stage, with the shards that are whole.
+    pub fn stage(&self) -> &StageDir {
+        &self.stage
+    }
+
+    /// Add the next row.
+    ///
+    /// # Errors
+    /// The row contradicts itself or holds a number that cannot be stored; the disk is full or
+    /// fails. The index stays consistent, and the folder can be reopened and continued.
+    pub fn push(&mut self, row: R) -> Result<()> {
+        row.check(self.store)
+            .with_context(|| format!("cannot store the {} of example `{}`", R::FILES, row.id()))?;
+        let bytes = row.raw_bytes(self.store);
+        if !self.pending.is_empty() && self.pending_bytes + bytes > ROW_GROUP_BYTES {
+            self.write_group()?;
+        }
+        self.pending.push(row);
+        self.pending_bytes += bytes;
+        let rows = self.pending.len() + self.open.as_ref().map_or(0, |s| s.rows);
+        if rows == self.shard_rows {
+            self.close_shard()?;
+        }
+        Ok(())
+    }
+
+    /// Write the last shard and mark the stage complete.
+    ///
+    /// # Errors
+    /// The disk is full or fails, or there are fewer or more rows than expected.
+    pub fn finish(mut self) -> Result<StageDir> {
+        self.close_shard()?;
+        let (found, expected) = (self.stage.rows(), self.stage.index().rows_expected);
+        if let Some(expected) = expected {
+            ensure!(
+                found == expected,
+                "`{}` has {found} {}, expected {expected}",
+                self.stage.path().display(),
+                R::FILES
+            );
+        }
+        self.stage.update(|index| index.complete = true)?;
+        Ok(self.stage)
+    }
+
+    /// Pending rows become one row group.
+    fn write_group(&mut self) -> Result<()> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let batch = R::encode(&self.pending, self.store)?;
+        let rows = self.pending.len();
+        self.pending.clear();
+        self.pending_bytes = 0;
+        let shard = match &mut self.open {
+            Some(shard) => shard,
+            None => {
+                let shard = open_shard::<R>(&self.stage, &batch)?;
+                self.open.insert(shard)
+            }
+        };
+        let written = shard.writer.write(&batch).and_then(|()| shard.writer.flush());
+        if let Err(e) = written {
+            let path = shard.path.clone();
+            self.open = None;
+            return Err(parquet_write_error(&path, e));
+        }
+        shard.rows += rows;
+        Ok(())
+    }
+
+    /// The open shard gets its name, then its entry in the index.
+    fn close_shard(&mut self) -> Result<()> {
+        self.write_group()?;
+        let Some(OpenShard { file, path, writer, rows }) = self.open.take() else { return Ok(()) };
+        let durable = writer.into_inner().map_err(|e| parquet_write_error(&path, e))?;
+        let published = durable.publish().map_err(|e| write_error(&path, e))?;
+        let entry = ShardEntry { file, rows: rows as u64, bytes: published.bytes, sha256: published.sha256 };
+        self.stage.update(|index| index.shards.push(entry))
+    }
+}
+
+fn open_shard<R: Row>(stage: &StageDir, batch: &RecordBatch) -> Result<OpenShard> {
+    let index = stage.index();
+    let file = format!("{}-{:05}.parquet", R::FILES, index.shards.len());
+    let path = stage.path().join(&file);
+    let meta = |key: &str, value: String| KeyValue::new(format!("proxykv.{key}"), value);
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(3).context("zstd level 3")?))
+        // Scores and features hardly repeat, so a dictionary would be built and thrown away; and
+        // nobody searches them by value.
+        .set_dictionary_enabled(false)
+        .set_statistics_enabled(EnabledStatistics::None)
+        .set_key_value_metadata(Some(vec![
+            meta("schema_version", SCHEMA_VERSION.to_string()),
+            meta("rows", R::FILES.to_owned()),
+            meta("stage", index.stage.clone()),
+            meta("fingerprint", serde_json::to_string(&index.fingerprint)?),
+        ]))
+        .build();
+    let durable =
+        DurableFile::create(&path, stage.write_budget().clone()).map_err(|e| write_error(&path, e))?;
+    let writer = ArrowWriter::try_new(durable, batch.schema(), Some(properties))
+        .map_err(|e| parquet_write_error(&path, e))?;
+    Ok(OpenShard { file, path, writer, rows: 0 })
+}
+
+/// parquet wraps IO errors; the kind decides the hint.
+fn parquet_write_error(path: &std::path::Path, error: ParquetError) -> anyhow::Error {
+    match error {
+        ParquetError::External(inner) => match inner.downcast::<io::Error>() {
+            Ok(io) => write_error(path, *io),
+            Err(other) => anyhow::anyhow!("{other}").context(format!("cannot write `{}`", path.display())),
+        },
+        other => anyhow::Error::new(other).context(format!("cannot write `{}`", path.display())),
+    }
+}
