@@ -447,8 +447,6 @@ window_tokens = [2048, 8192]
     fn the_table_names_every_stage_and_what_does_not_fit() {
         let small = Machine { memory_bytes: Some(1_000_000_000), ..Machine::h200() };
         let text = Plan::new(&recipe(&[]), small).table();
-        println!("{text}");
-        println!("{}", Plan::new(&recipe(&[]), Machine::cpu(2)).table());
         for stage in ["fetch", "prepare", "label", "extract", "train", "eval"] {
             assert!(text.lines().any(|l| l.trim_start().starts_with(stage)), "{text}");
         }
