@@ -1,0 +1,95 @@
+//! Causal attention of new tokens over a cache, in memory that grows with the cache only.
+//!
+//! New tokens behind a cache split into two parts that need no mask: the rectangle over the cache,
+//! which every query sees whole, and the causal square over the new tokens. Each is one fused
+//! kernel; their log-sum-exps merge them exactly. No matrix of queries times keys is ever stored.
+//!
+//! Dimension key: q query head, h KV head, g query heads per KV head, s new token, k key, d head_dim.
+
+use tch::{Kind, Tensor};
+
+/// Attention output of new tokens that follow `start` cached ones.
+///
+/// Softmax of queries times keys over sqrt(head_dim), causal among the new tokens.
+///
+/// # Shapes
+/// - `q_qsd`: `[query_heads, s, head_dim]`, contiguous
+/// - `k_hkd`, `v_hkd`: `[kv_heads, start + s, head_dim]`, kind and device of the queries
+/// - returns `[query_heads, s, head_dim]`, same kind
+pub(crate) fn causal(q_qsd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: usize) -> Tensor {
+    let (q_heads, s, d) = q_qsd.size3().expect("queries have three axes");
+    let kv_heads = k_hkd.size()[0];
+    let start = start as i64;
+    if s == 1 {
+        // One token sees everything; its query heads are the rows of their KV head.
+        let (out, _) = kernel(&q_qsd.view([kv_heads, -1, d]), k_hkd, v_hkd, false);
+        return out.reshape([q_heads, 1, d]);
+    }
+    let group = q_heads / kv_heads;
+    let new = |x: &Tensor| repeat_heads(&x.narrow(1, start, s), group);
+    if start == 0 {
+        return whole_causal(q_qsd, k_hkd, v_hkd, group);
+    }
+    let (square, square_lse) = kernel(q_qsd, &new(k_hkd), &new(v_hkd), true);
+    let rows = q_qsd.view([kv_heads, group * s, d]);
+    let (rect, rect_lse) = kernel(&rows, &k_hkd.narrow(1, 0, start), &v_hkd.narrow(1, 0, start), false);
+    let rect = rect.reshape([q_heads, s, d]);
+    // exp(a) / (exp(a) + exp(b)) = sigmoid(a - b)
+    let weight = (rect_lse.reshape([q_heads, s]) - square_lse).sigmoid().unsqueeze(-1);
+    square.lerp_tensor(&rect, &weight.to_kind(rect.kind()).expand_as(&rect))
+}
+
+/// A whole sequence from its first token: libtorch picks the fastest kernel of the device.
+fn whole_causal(q_qsd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, group: i64) -> Tensor {
+    if !q_qsd.device().is_cuda() {
+        return kernel(q_qsd, &repeat_heads(k_hkd, group), &repeat_heads(v_hkd, group), true).0;
+    }
+    // f32 has no kernel on CUDA that shares KV heads; without the copies it would store all weights.
+    let (k, v, shared) = if q_qsd.kind() == Kind::Float {
+        (repeat_heads(k_hkd, group), repeat_heads(v_hkd, group), false)
+    } else {
+        (k_hkd.shallow_clone(), v_hkd.shallow_clone(), group > 1)
+    };
+    Tensor::scaled_dot_product_attention::<Tensor>(
+        &q_qsd.unsqueeze(0),
+        &k.unsqueeze(0),
+        &v.unsqueeze(0),
+        None,
+        0.0,
+        true,
+        None,
+        shared,
+    )
+    .squeeze_dim(0)
+}
+
+/// One fused attention kernel: output and the log-sum-exp of its rows.
+///
+/// # Shapes
+/// - `q`: `[heads, rows, head_dim]`; `k`, `v`: `[heads, keys, head_dim]`; causal needs rows = keys
+/// - returns `[heads, rows, head_dim]` and f32 `[heads, rows]`
+fn kernel(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> (Tensor, Tensor) {
+    let rows = q.size()[1];
+    let (q, k, v) = (q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0));
+    if q.device().is_cuda() {
+        let (out, lse, _, _) = Tensor::internal_scaled_dot_product_efficient_attention::<Tensor>(
+            &q, &k, &v, None, true, 0.0, causal, None,
+        );
+        // The kernel pads its log-sum-exps to whole tiles.
+        (out.squeeze_dim(0), lse.squeeze_dim(0).narrow(1, 0, rows))
+    } else {
+        let (out, lse) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu::<Tensor>(
+            &q, &k, &v, 0.0, causal, None, None,
+        );
+        (out.squeeze_dim(0), lse.squeeze_dim(0))
+    }
+}
+
+/// Give each query head its own copy of its KV head: `[heads, k, d]` to `[heads * group, k, d]`.
+fn repeat_heads(x: &Tensor, group: i64) -> Tensor {
+    if group == 1 {
+        return x.shallow_clone();
+    }
+    let (heads, k, d) = x.size3().expect("keys have three axes");
+    x.unsqueeze(1).expand([heads, group, k, d], false).reshape([heads * group, k, d])
+}

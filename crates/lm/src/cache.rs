@@ -1,0 +1,135 @@
+//! The KV cache: keys and values of all layers, allocated once.
+//!
+//! Dimension key: l layer, h KV head, t position, d head_dim, k kept position.
+
+use anyhow::{Result, ensure};
+use pkv_core::{ModelShape, hinted};
+use tch::{Device, Kind, Tensor};
+
+/// Keys (rotary applied) and values of one sequence, up to a fixed capacity.
+#[derive(Debug)]
+pub struct KvCache {
+    /// One `[kv_heads, capacity, head_dim]` per layer.
+    keys: Vec<Tensor>,
+    values: Vec<Tensor>,
+    len: usize,
+    capacity: usize,
+    /// Position of the next token: `len`, unless pairs were evicted.
+    next_position: usize,
+}
+
+impl KvCache {
+    pub(crate) fn new(shape: ModelShape, capacity: usize, device: Device, kind: Kind) -> Self {
+        let size = [shape.kv_heads as i64, capacity as i64, shape.head_dim as i64];
+        let layers = || (0..shape.layers).map(|_| Tensor::empty(size, (kind, device))).collect();
+        Self { keys: layers(), values: layers(), len: 0, capacity, next_position: 0 }
+    }
+
+    /// Positions held.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Positions there is room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// The position that the next token gets: how many tokens were read, evicted or not.
+    pub fn next_position(&self) -> usize {
+        self.next_position
+    }
+
+    /// Forget everything from position `len` on; nothing if the cache is not longer.
+    pub fn truncate(&mut self, len: usize) {
+        let dropped = self.len.saturating_sub(len);
+        self.len -= dropped;
+        self.next_position -= dropped;
+    }
+
+    /// Keys of a layer, rotary applied: a view `[kv_heads, len, head_dim]`.
+    pub fn keys(&self, layer: usize) -> Tensor {
+        self.keys[layer].narrow(1, 0, self.len as i64)
+    }
+
+    /// Values of a layer: a view `[kv_heads, len, head_dim]`.
+    pub fn values(&self, layer: usize) -> Tensor {
+        self.values[layer].narrow(1, 0, self.len as i64)
+    }
+
+    pub fn layers(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// A cache that holds only the chosen KV pairs; what it reads next keeps its true position.
+    ///
+    /// Every KV head keeps the same number of pairs. `spare` is the room for further tokens.
+    ///
+    /// # Shapes
+    /// - `kept_lhk`: i64 `[layers, kv_heads, kept]`, positions below `len`, on the cache's device
+    pub fn evict(&self, kept_lhk: &Tensor, spare: usize) -> Result<Self> {
+        let heads = self.keys.first().map_or(0, |k| k.size()[0]);
+        let size = kept_lhk.size();
+        ensure!(
+            size.len() == 3 && size[0] == self.layers() as i64 && size[1] == heads,
+            "expected positions to keep of shape [{}, {heads}, kept], found {size:?}",
+            self.layers()
+        );
+        let kept = size[2] as usize;
+        let pick = |all: &[Tensor]| -> Vec<Tensor> {
+            let one = |(layer, full): (usize, &Tensor)| {
+                let (heads, d) = (full.size()[0], full.size()[2]);
+                let out = Tensor::empty([heads, (kept + spare) as i64, d], (full.kind(), full.device()));
+                let index = kept_lhk.get(layer as i64).unsqueeze(-1).expand([heads, kept as i64, d], false);
+                out.narrow(1, 0, kept as i64).copy_(&full.gather(1, &index, false));
+                out
+            };
+            all.iter().enumerate().map(one).collect()
+        };
+        Ok(Self {
+            keys: pick(&self.keys),
+            values: pick(&self.values),
+            len: kept,
+            capacity: kept + spare,
+            next_position: self.next_position,
+        })
+    }
+
+    /// Refuse to read `new` more tokens if there is no room for them.
+    pub(crate) fn check_room(&self, new: usize) -> Result<()> {
+        ensure!(
+            self.len + new <= self.capacity,
+            hinted(
+                format!(
+                    "the KV cache holds {} of {} positions; {new} more do not fit",
+                    self.len, self.capacity
+                ),
+                "make the cache with a larger capacity"
+            )
+        );
+        Ok(())
+    }
+
+    /// Write new keys and values `[kv_heads, s, head_dim]` of a layer behind the present ones.
+    pub(crate) fn write(&mut self, layer: usize, k_hsd: &Tensor, v_hsd: &Tensor) {
+        let (start, s) = (self.len as i64, k_hsd.size()[1]);
+        self.keys[layer].narrow(1, start, s).copy_(k_hsd);
+        self.values[layer].narrow(1, start, s).copy_(v_hsd);
+    }
+
+    /// Keys and values of a layer with `new` positions that were written but not yet counted.
+    pub(crate) fn with_new(&self, layer: usize, new: usize) -> (Tensor, Tensor) {
+        let len = (self.len + new) as i64;
+        (self.keys[layer].narrow(1, 0, len), self.values[layer].narrow(1, 0, len))
+    }
+
+    /// Count `new` positions that every layer has written.
+    pub(crate) fn advance(&mut self, new: usize) {
+        self.len += new;
+        self.next_position += new;
+    }
+}

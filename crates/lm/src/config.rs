@@ -1,0 +1,301 @@
+//! `config.json` of a decoder-only checkpoint, parsed into what the forward pass needs.
+//!
+//! Reads both spellings of the hub: `rope_theta` + `rope_scaling` and `rope_parameters`,
+//! `torch_dtype` and `dtype`. What the forward pass would compute wrongly is refused here, by name
+//! and before any weight is read: mixtures of experts, sliding windows, quantized weights, unknown
+//! architectures and rotary scalings. Hugging Face's spellings of keys stay inside this module.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::{Hinted, ModelShape, hinted};
+use serde_json::{Map, Value};
+use tch::Kind;
+
+use crate::rope::RopeConfig;
+
+/// Architectures whose forward pass is implemented.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// Llama 3, 3.1, 3.2.
+    Llama,
+    /// Qwen2, Qwen2.5: bias on queries, keys and values.
+    Qwen2,
+    /// Qwen3: RMS norm on queries and keys before rotary.
+    Qwen3,
+}
+
+/// A checkpoint's architecture, read from its `config.json`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LmConfig {
+    pub family: Family,
+    pub shape: ModelShape,
+    pub rope: RopeConfig,
+    /// Added to the mean square in every RMS norm.
+    pub norm_eps: f64,
+    /// Queries, keys and values have a bias.
+    pub qkv_bias: bool,
+    /// The attention's output projection has a bias.
+    pub output_bias: bool,
+    /// Queries and keys are normalized per head before rotary.
+    pub qk_norm: bool,
+    /// The embedding matrix is also the output matrix.
+    pub tied_head: bool,
+    /// Positions the checkpoint was made for; longer contexts run, at the caller's risk.
+    pub max_positions: usize,
+    /// What the checkpoint says its weights are stored in.
+    pub stored_kind: Option<Kind>,
+    /// End-of-sequence tokens of `config.json`.
+    pub eos_tokens: Vec<u32>,
+}
+
+impl LmConfig {
+    /// Read `config.json` in `folder`.
+    ///
+    /// # Errors
+    /// The file is missing or no JSON object, a key is missing or has a wrong type, or the model is
+    /// one that the forward pass does not implement.
+    pub fn from_folder(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        let text = fs::read_to_string(&path).with_context(|| {
+            hinted(
+                format!("reading a model's configuration from `{}`", path.display()),
+                "a model folder holds `config.json`, `*.safetensors` and `tokenizer.json`; \
+                 `proxykv-train fetch` downloads them",
+            )
+        })?;
+        let json: Value =
+            serde_json::from_str(&text).with_context(|| format!("parsing `{}`", path.display()))?;
+        Self::from_json(&json).with_context(|| format!("cannot use the model of `{}`", path.display()))
+    }
+
+    /// Interpret a parsed `config.json`.
+    ///
+    /// # Errors
+    /// As [`LmConfig::from_folder`], without the file's.
+    pub fn from_json(json: &Value) -> Result<Self> {
+        let keys = Keys(json.as_object().context("expected a JSON object")?);
+        let family = family(&keys)?;
+        refuse_unsupported(&keys)?;
+
+        let hidden = keys.count("hidden_size")?;
+        let query_heads = keys.count("num_attention_heads")?;
+        let kv_heads = keys.count_or("num_key_value_heads", query_heads)?;
+        ensure!(
+            query_heads.is_multiple_of(kv_heads),
+            "`num_attention_heads` is {query_heads}, no multiple of `num_key_value_heads` {kv_heads}"
+        );
+        // Qwen3 widened its heads: head_dim is not always hidden / heads. Early configs leave it out.
+        let head_dim = match keys.present("head_dim") {
+            Some(_) => keys.count("head_dim")?,
+            None => {
+                ensure!(
+                    hidden.is_multiple_of(query_heads),
+                    "`hidden_size` {hidden} is no multiple of `num_attention_heads` {query_heads} \
+                     and `head_dim` is not given"
+                );
+                hidden / query_heads
+            }
+        };
+        ensure!(head_dim.is_multiple_of(2), "`head_dim` is {head_dim}; rotary needs an even number");
+        let shape = ModelShape {
+            layers: keys.count("num_hidden_layers")?,
+            kv_heads,
+            query_heads,
+            head_dim,
+            hidden,
+            intermediate: keys.count("intermediate_size")?,
+            vocab: keys.count("vocab_size")?,
+        };
+        refuse_sliding_window(&keys, family, shape.layers)?;
+
+        let max_positions = keys.count_or("max_position_embeddings", 2048)?;
+        let attention_bias = keys.flag("attention_bias")?;
+        Ok(Self {
+            family,
+            shape,
+            rope: RopeConfig::from_config(keys.0, max_positions)?,
+            norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
+            qkv_bias: family == Family::Qwen2 || attention_bias,
+            output_bias: family != Family::Qwen2 && attention_bias,
+            qk_norm: family == Family::Qwen3,
+            tied_head: keys.flag("tie_word_embeddings")?,
+            max_positions,
+            stored_kind: stored_kind(&keys),
+            eos_tokens: keys.present("eos_token_id").map(token_ids).unwrap_or_default(),
+        })
+    }
+
+    pub fn shape(&self) -> ModelShape {
+        self.shape
+    }
+
+    /// Compare with the shape that a recipe states for its `what` (`target` or `proxy`).
+    ///
+    /// # Errors
+    /// Any dimension differs; the error names all that do.
+    pub fn check_shape(&self, expected: &ModelShape, what: &str) -> Result<()> {
+        let (found, want) = (&self.shape, expected);
+        let differing: Vec<String> = [
+            ("layers", want.layers, found.layers),
+            ("kv_heads", want.kv_heads, found.kv_heads),
+            ("query_heads", want.query_heads, found.query_heads),
+            ("head_dim", want.head_dim, found.head_dim),
+            ("hidden", want.hidden, found.hidden),
+            ("intermediate", want.intermediate, found.intermediate),
+            ("vocab", want.vocab, found.vocab),
+        ]
+        .iter()
+        .filter(|(_, want, found)| want != found)
+        .map(|(name, want, found)| format!("`{name}` {want} in the recipe, {found} in config.json"))
+        .collect();
+        ensure!(
+            differing.is_empty(),
+            hinted(
+                format!(
+                    "the {what} model is not the one that the recipe describes: {}",
+                    differing.join(", ")
+                ),
+                format!(
+                    "correct `{what}.shape` in the recipe, or point `{what}.model` at the right checkpoint"
+                )
+            )
+        );
+        Ok(())
+    }
+}
+
+/// `eos_token_id` is one number or a list of them.
+pub(crate) fn token_ids(value: &Value) -> Vec<u32> {
+    let one = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+    match value {
+        Value::Array(items) => items.iter().filter_map(one).collect(),
+        single => one(single).into_iter().collect(),
+    }
+}
+
+fn family(keys: &Keys) -> Result<Family> {
+    let model_type = keys.present("model_type").and_then(Value::as_str).unwrap_or("");
+    let (family, class) = match model_type {
+        "llama" => (Family::Llama, "LlamaForCausalLM"),
+        "qwen2" => (Family::Qwen2, "Qwen2ForCausalLM"),
+        "qwen3" => (Family::Qwen3, "Qwen3ForCausalLM"),
+        "" => return Err(unsupported("a configuration without `model_type`").into()),
+        other if other.contains("moe") || other == "mixtral" => {
+            return Err(unsupported(format!("mixture of experts (`model_type` `{other}`)")).into());
+        }
+        other => return Err(unsupported(format!("architecture `{other}`")).into()),
+    };
+    let classes: Vec<&str> = keys
+        .present("architectures")
+        .and_then(Value::as_array)
+        .map(|names| names.iter().filter_map(Value::as_str).collect())
+        .unwrap_or_default();
+    // A classifier or reward model has the same model_type, and no language head.
+    if !classes.is_empty() && !classes.contains(&class) {
+        return Err(unsupported(format!("architecture `{}` of `{model_type}`", classes.join(", "))).into());
+    }
+    Ok(family)
+}
+
+fn refuse_unsupported(keys: &Keys) -> Result<()> {
+    if let Some(quantization) = keys.present("quantization_config") {
+        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed method");
+        return Err(hinted(
+            format!("quantized weights (`quantization_config`, {method}) are not supported"),
+            "use the checkpoint that this one was quantized from, in bf16, f16 or f32",
+        )
+        .into());
+    }
+    for key in ["num_experts", "num_local_experts", "n_routed_experts"] {
+        if keys.present(key).and_then(Value::as_u64).is_some_and(|n| n > 1) {
+            return Err(unsupported(format!("mixture of experts (`{key}` is {})", keys.0[key])).into());
+        }
+    }
+    if let Some(act) = keys.present("hidden_act").and_then(Value::as_str)
+        && act != "silu"
+    {
+        return Err(unsupported(format!("activation `{act}` (`hidden_act`)")).into());
+    }
+    if keys.flag("mlp_bias")? {
+        return Err(unsupported("a bias in the feed-forward layers (`mlp_bias`)").into());
+    }
+    if let Some(share) = keys.number("partial_rotary_factor")?
+        && share != 1.0
+    {
+        return Err(
+            unsupported(format!("partial rotary embedding (`partial_rotary_factor` is {share})")).into()
+        );
+    }
+    Ok(())
+}
+
+/// Labels and features assume that every layer attends to the whole context.
+fn refuse_sliding_window(keys: &Keys, family: Family, layers: usize) -> Result<()> {
+    if let Some(types) = keys.present("layer_types").and_then(Value::as_array) {
+        let others: Vec<&str> =
+            types.iter().filter_map(Value::as_str).filter(|t| *t != "full_attention").collect();
+        if let Some(first) = others.first() {
+            let text = format!("`{first}` in {} of {} layers (`layer_types`)", others.len(), types.len());
+            return Err(unsupported(text).into());
+        }
+    } else if family != Family::Llama && keys.flag("use_sliding_window")? {
+        let first = keys.count_or("max_window_layers", layers)?;
+        if keys.present("sliding_window").is_some() && first < layers {
+            let text = format!("sliding-window attention in {} of {layers} layers", layers - first);
+            return Err(unsupported(format!("{text} (`use_sliding_window`)")).into());
+        }
+    }
+    Ok(())
+}
+
+fn unsupported(what: impl Into<String>) -> Hinted {
+    hinted(
+        format!("{} is not supported", what.into()),
+        "supported are dense Llama 3, Qwen2/2.5 and Qwen3 checkpoints with full attention in every layer",
+    )
+}
+
+fn stored_kind(keys: &Keys) -> Option<Kind> {
+    let name = keys.present("dtype").or_else(|| keys.present("torch_dtype"))?.as_str()?;
+    match name.trim_start_matches("torch.") {
+        "bfloat16" => Some(Kind::BFloat16),
+        "float16" => Some(Kind::Half),
+        "float32" => Some(Kind::Float),
+        _ => None,
+    }
+}
+
+/// The keys of a configuration, `null` taken for absent.
+struct Keys<'a>(&'a Map<String, Value>);
+
+impl Keys<'_> {
+    fn present(&self, key: &str) -> Option<&Value> {
+        self.0.get(key).filter(|v| !v.is_null())
+    }
+
+    /// A dimension: a whole number from 1 to 2^31.
+    fn count(&self, key: &str) -> Result<usize> {
+        let value = self.present(key).with_context(|| format!("`{key}` is missing"))?;
+        value
+            .as_u64()
+            .filter(|n| (1..=1 << 31).contains(n))
+            .map(|n| n as usize)
+            .with_context(|| format!("`{key}` is {value}; expected a whole number above 0"))
+    }
+
+    fn count_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.present(key).is_some() { self.count(key) } else { Ok(default) }
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>> {
+        let Some(value) = self.present(key) else { return Ok(None) };
+        value.as_f64().map(Some).with_context(|| format!("`{key}` is {value}; expected a number"))
+    }
+
+    fn flag(&self, key: &str) -> Result<bool> {
+        let Some(value) = self.present(key) else { return Ok(false) };
+        value.as_bool().with_context(|| format!("`{key}` is {value}; expected true or false"))
+    }
+}

@@ -1,0 +1,167 @@
+//! One decoder layer: its weights and its two halves, up to attention and behind it.
+//!
+//! Dimension key: s token, m hidden, q query head, h KV head, d head_dim.
+
+use pkv_core::ModelShape;
+use tch::{Device, Kind, Tensor};
+
+use crate::config::LmConfig;
+use crate::rope::Rotation;
+use crate::weights::Places;
+
+/// Weights of a layer. Matrices that read the same input are stored as one.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    shape: ModelShape,
+    eps: f64,
+    input_norm: Tensor,
+    /// `[(query_heads + 2 kv_heads) * head_dim, hidden]`: queries, keys, values.
+    qkv: Tensor,
+    qkv_bias: Option<Tensor>,
+    /// `[query_heads + kv_heads, head_dim]`: each head's norm weight, queries then keys.
+    qk_norm: Option<Tensor>,
+    /// W_O `[hidden, query_heads * head_dim]`.
+    pub output: Tensor,
+    output_bias: Option<Tensor>,
+    post_norm: Tensor,
+    /// `[2 * intermediate, hidden]`: gate, up.
+    gate_up: Tensor,
+    down: Tensor,
+}
+
+/// Queries, keys and values of new tokens, rotary applied; heads first.
+pub(crate) struct Projected {
+    /// `[.., query_heads, s, head_dim]`, contiguous.
+    pub q: Tensor,
+    /// `[.., kv_heads, s, head_dim]`.
+    pub k: Tensor,
+    pub v: Tensor,
+}
+
+impl Layer {
+    /// Allocate, without values.
+    pub fn empty(config: &LmConfig, device: Device, kind: Kind) -> Self {
+        let shape = config.shape;
+        let new = |size: &[usize]| {
+            let size: Vec<i64> = size.iter().map(|n| *n as i64).collect();
+            Tensor::empty(size, (kind, device))
+        };
+        let rotated = shape.query_heads + shape.kv_heads;
+        let qkv_rows = (rotated + shape.kv_heads) * shape.head_dim;
+        Self {
+            shape,
+            eps: config.norm_eps,
+            input_norm: new(&[shape.hidden]),
+            qkv: new(&[qkv_rows, shape.hidden]),
+            qkv_bias: config.qkv_bias.then(|| new(&[qkv_rows])),
+            qk_norm: config.qk_norm.then(|| new(&[rotated, shape.head_dim])),
+            output: new(&[shape.hidden, shape.query_heads * shape.head_dim]),
+            output_bias: config.output_bias.then(|| new(&[shape.hidden])),
+            post_norm: new(&[shape.hidden]),
+            gate_up: new(&[2 * shape.intermediate, shape.hidden]),
+            down: new(&[shape.hidden, shape.intermediate]),
+        }
+    }
+
+    /// Name the place of every weight of layer `index` as checkpoints do.
+    pub fn places(&self, index: usize, places: &mut Places) {
+        let mut put = |name: &str, place: Tensor| {
+            places.insert(format!("model.layers.{index}.{name}"), place);
+        };
+        let (d, heads, kv) = (self.shape.head_dim, self.shape.query_heads, self.shape.kv_heads);
+        let part = |of: &Tensor, first: usize, n: usize| of.narrow(0, first as i64, n as i64);
+        put("input_layernorm.weight", self.input_norm.shallow_clone());
+        put("post_attention_layernorm.weight", self.post_norm.shallow_clone());
+        for (name, first, n) in
+            [("q_proj", 0, heads * d), ("k_proj", heads * d, kv * d), ("v_proj", (heads + kv) * d, kv * d)]
+        {
+            put(&format!("self_attn.{name}.weight"), part(&self.qkv, first, n));
+            if let Some(bias) = &self.qkv_bias {
+                put(&format!("self_attn.{name}.bias"), part(bias, first, n));
+            }
+        }
+        if let Some(norm) = &self.qk_norm {
+            // One row is read; `finish` copies it to the other heads.
+            put("self_attn.q_norm.weight", norm.get(0));
+            put("self_attn.k_norm.weight", norm.get(heads as i64));
+        }
+        put("self_attn.o_proj.weight", self.output.shallow_clone());
+        if let Some(bias) = &self.output_bias {
+            put("self_attn.o_proj.bias", bias.shallow_clone());
+        }
+        let wide = self.shape.intermediate;
+        put("mlp.gate_proj.weight", part(&self.gate_up, 0, wide));
+        put("mlp.up_proj.weight", part(&self.gate_up, wide, wide));
+        put("mlp.down_proj.weight", self.down.shallow_clone());
+    }
+
+    /// Once all places are filled: spread what checkpoints store once for all heads.
+    pub fn finish(&mut self) {
+        if let Some(norm) = &mut self.qk_norm {
+            let heads = self.shape.query_heads as i64;
+            let (q, k) = (norm.get(0).copy(), norm.get(heads).copy());
+            norm.narrow(0, 0, heads).copy_(&q.expand([heads, -1], false));
+            norm.narrow(0, heads, self.shape.kv_heads as i64)
+                .copy_(&k.expand([self.shape.kv_heads as i64, -1], false));
+        }
+    }
+
+    /// The layer's input norm.
+    pub fn normed(&self, hidden: &Tensor) -> Tensor {
+        rms_norm(hidden, &self.input_norm, self.eps)
+    }
+
+    /// Queries, keys and values of `normed` `[.., s, hidden]`.
+    pub fn project(&self, normed: &Tensor, rotation: &Rotation) -> Projected {
+        let (heads, kv) = (self.shape.query_heads as i64, self.shape.kv_heads as i64);
+        let mut size = normed.size();
+        size.pop();
+        size.extend([heads + 2 * kv, self.shape.head_dim as i64]);
+        let qkv = normed.linear(&self.qkv, self.qkv_bias.as_ref()).view(size.as_slice());
+        let mut qk = qkv.narrow(-2, 0, heads + kv);
+        if let Some(weight) = &self.qk_norm {
+            qk = unit_rms(&qk, self.eps) * weight;
+        }
+        let qk = rotation.apply(&qk).transpose(-3, -2);
+        Projected {
+            q: qk.narrow(-3, 0, heads).contiguous(),
+            k: qk.narrow(-3, heads, kv),
+            v: qkv.narrow(-2, heads + kv, kv).transpose(-3, -2),
+        }
+    }
+
+    /// The rest of the layer: output projection, residual, feed-forward, residual.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[.., s, hidden]`, the layer's input
+    /// - `attended`: `[.., query_heads, s, head_dim]`
+    /// - returns the next layer's input
+    pub fn finish_block(&self, hidden: &Tensor, attended: &Tensor) -> Tensor {
+        let size = hidden.size();
+        let width = self.shape.hidden as i64;
+        let rows = hidden.reshape([-1, width]);
+        let n = rows.size()[0];
+        let attended = attended.transpose(-3, -2).reshape([n, -1]);
+        // addmm adds the residual while the product is written.
+        let mut mid = rows.addmm(&attended, &self.output.tr());
+        if let Some(bias) = &self.output_bias {
+            mid += bias;
+        }
+        let gate_up = rms_norm(&mid, &self.post_norm, self.eps).linear::<&Tensor>(&self.gate_up, None);
+        let wide = self.shape.intermediate as i64;
+        let mut gated = gate_up.narrow(1, 0, wide).silu();
+        gated *= gate_up.narrow(1, wide, wide);
+        mid.addmm_(&gated, &self.down.tr()).view(size.as_slice())
+    }
+}
+
+/// x / sqrt(mean(x^2) + eps) * weight, statistics in f32, over the last axis.
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    x.rms_norm(weight.size(), Some(weight), eps)
+}
+
+/// RMS norm without a weight.
+fn unit_rms(x: &Tensor, eps: f64) -> Tensor {
+    let width = x.size().last().copied().unwrap_or(0);
+    x.rms_norm::<Tensor>([width], None, eps)
+}

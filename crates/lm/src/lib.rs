@@ -1,0 +1,23 @@
+//! Target and proxy: decoder-only language models in tch, with the taps that scoring needs.
+//!
+//! Owns `config.json`, weights, the tokenizer and its chat template, the KV cache, the forward pass
+//! and greedy generation. Which KV pairs matter is `score`'s and `prune`'s question; this crate only
+//! lets them look ([`Tap`]) and lets a cache be read with some of its pairs hidden (`Branches`).
+//!
+//! Dimension key: l layer, h KV head, g query heads per KV head, q query head, s new token of a
+//! forward, t context position, k key attended to, d head_dim, m hidden.
+
+mod attention;
+mod cache;
+mod config;
+mod layer;
+mod model;
+mod rope;
+mod tap;
+mod weights;
+
+pub use cache::KvCache;
+pub use config::{Family, LmConfig};
+pub use model::LanguageModel;
+pub use rope::{RopeConfig, RopeScaling};
+pub use tap::{LayerView, NoTap, Tap};

@@ -1,0 +1,271 @@
+//! A decoder-only language model: weights and the forward pass over a KV cache.
+//!
+//! One sequence at a time; several continuations of one context are [`crate::Branches`]' subject.
+//! Text, pruning and what taps compute are other modules' and crates'.
+//!
+//! Dimension key: s new token, m hidden.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::{ModelShape, Seed, hinted};
+use tch::{Device, Kind, Tensor};
+
+use crate::attention;
+use crate::cache::KvCache;
+use crate::config::LmConfig;
+use crate::layer::{Layer, rms_norm};
+use crate::rope::Rope;
+use crate::tap::{LayerView, Tap};
+use crate::weights::{self, Places};
+
+/// A target or proxy, loaded onto one device in one kind.
+#[derive(Debug)]
+pub struct LanguageModel {
+    config: LmConfig,
+    device: Device,
+    kind: Kind,
+    embedding: Tensor,
+    pub(crate) layers: Vec<Layer>,
+    final_norm: Tensor,
+    /// `[vocab, hidden]`; the embedding itself where the two are tied.
+    head: Tensor,
+    pub(crate) rope: Rope,
+}
+
+impl LanguageModel {
+    /// Load a checkpoint folder: `config.json` and single or sharded safetensors.
+    ///
+    /// Weights are streamed to `device` through one staging buffer and converted to `kind`.
+    ///
+    /// # Errors
+    /// The model is not supported, a file is missing or damaged, weights do not fit `config.json`,
+    /// or the device has too little memory.
+    pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
+        let begun = Instant::now();
+        let config = LmConfig::from_folder(folder)?;
+        let mut model = Self::empty(config, device, kind)
+            .with_context(|| format!("making room for the model of `{}` on {device:?}", folder.display()))?;
+        let tied = model.config.tied_head;
+        // Old exports store rotary frequencies; exports of tied models may repeat the embedding.
+        let ignored =
+            |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
+        weights::load(folder, model.places(), ignored)?;
+        model.layers.iter_mut().for_each(Layer::finish);
+        let secs = begun.elapsed().as_secs_f64();
+        tracing::info!(folder = %folder.display(), shape = %model.shape(), ?kind, ?device, secs, "model loaded");
+        Ok(model)
+    }
+
+    /// A model of this shape with random weights: for benchmarks and tests.
+    ///
+    /// Matrices are normal with deviation 1/sqrt(inputs), norms near 1, biases near 0.
+    ///
+    /// # Panics
+    /// The device has no room for the model, or `kind` is no floating-point kind.
+    pub fn random(config: LmConfig, device: Device, kind: Kind, seed: u64) -> Self {
+        let mut model = Self::empty(config, device, kind).expect("room for a random model");
+        let mut places: Vec<(String, Tensor)> = model.places().into_iter().collect();
+        places.sort_by(|a, b| a.0.cmp(&b.0));
+        for (name, mut place) in places {
+            tch::manual_seed(Seed(seed).derive(&name, 0) as i64);
+            if name.ends_with("norm.weight") {
+                let _ = place.normal_(1.0, 0.1);
+            } else if place.dim() == 1 {
+                let _ = place.normal_(0.0, 0.1);
+            } else {
+                let inputs = place.size()[1] as f64;
+                let _ = place.normal_(0.0, inputs.powf(-0.5));
+            }
+        }
+        model.layers.iter_mut().for_each(Layer::finish);
+        model
+    }
+
+    fn empty(config: LmConfig, device: Device, kind: Kind) -> Result<Self> {
+        ensure!(
+            matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Half),
+            "models compute in f32, bf16 or f16, not in {kind:?}"
+        );
+        let shape = config.shape;
+        let matrix = [shape.vocab as i64, shape.hidden as i64];
+        // The embedding is the largest tensor: the first to fail where memory is short.
+        let embedding = Tensor::f_empty(matrix, (kind, device))?;
+        let head = match config.tied_head {
+            true => embedding.shallow_clone(),
+            false => Tensor::f_empty(matrix, (kind, device))?,
+        };
+        Ok(Self {
+            layers: (0..shape.layers).map(|_| Layer::empty(&config, device, kind)).collect(),
+            final_norm: Tensor::empty([shape.hidden as i64], (kind, device)),
+            rope: Rope::new(&config.rope, shape.head_dim, device, kind),
+            config,
+            device,
+            kind,
+            embedding,
+            head,
+        })
+    }
+
+    fn places(&self) -> Places {
+        let mut places = Places::new();
+        places.insert("model.embed_tokens.weight".to_owned(), self.embedding.shallow_clone());
+        places.insert("model.norm.weight".to_owned(), self.final_norm.shallow_clone());
+        if !self.config.tied_head {
+            places.insert("lm_head.weight".to_owned(), self.head.shallow_clone());
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            layer.places(index, &mut places);
+        }
+        places
+    }
+
+    pub fn config(&self) -> &LmConfig {
+        &self.config
+    }
+
+    pub fn shape(&self) -> ModelShape {
+        self.config.shape
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// An empty cache with room for `capacity` positions.
+    pub fn new_cache(&self, capacity: usize) -> KvCache {
+        KvCache::new(self.shape(), capacity, self.device, self.kind)
+    }
+
+    /// W_O of a layer: `[hidden, query_heads * head_dim]`, input columns grouped by query head.
+    pub fn output_projection(&self, layer: usize) -> &Tensor {
+        &self.layers[layer].output
+    }
+
+    /// Read new tokens behind those in the cache, and append theirs to it.
+    ///
+    /// # Shapes
+    /// - `ids`: i64 `[s]`, any device
+    /// - returns the hidden states after the final norm, `[s, hidden]`, in the model's kind
+    ///
+    /// # Errors
+    /// No room in the cache, an id outside the vocabulary, or the tap's own; the cache is then as long
+    /// as before.
+    pub fn forward(&self, ids: &Tensor, cache: &mut KvCache, tap: &mut dyn Tap) -> Result<Tensor> {
+        let hidden = self.run(ids, cache, tap, true)?;
+        Ok(self.finish(&hidden))
+    }
+
+    /// Like [`LanguageModel::forward`], for taps alone: the last layer ends after its tap, so there
+    /// is neither its attention output nor its feed-forward, and no hidden state to return.
+    pub fn forward_for_tap(&self, ids: &Tensor, cache: &mut KvCache, tap: &mut dyn Tap) -> Result<()> {
+        self.run(ids, cache, tap, false).map(drop)
+    }
+
+    /// Read a whole context in chunks of at most `chunk_tokens`; taps see every chunk.
+    ///
+    /// Returns the hidden states of the last chunk, `[tokens of the last chunk, hidden]`.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::forward`]; also an empty context or chunk.
+    pub fn prefill(
+        &self,
+        ids: &[u32],
+        cache: &mut KvCache,
+        chunk_tokens: usize,
+        tap: &mut dyn Tap,
+    ) -> Result<Tensor> {
+        ensure!(
+            chunk_tokens > 0,
+            hinted("a prefill chunk of 0 tokens", "use 1 token or more per prefill chunk")
+        );
+        ensure!(!ids.is_empty(), "there is no token to prefill");
+        cache.check_room(ids.len())?;
+        let chunks = ids.chunks(chunk_tokens);
+        let last = chunks.len() - 1;
+        for (i, chunk) in chunks.enumerate() {
+            let ids = self.ids(chunk);
+            if i == last {
+                return self.forward(&ids, cache, tap);
+            }
+            // Nobody reads these chunks' hidden states, so their last layer may end early.
+            self.forward_for_tap(&ids, cache, tap)?;
+        }
+        unreachable!("a non-empty context has a last chunk")
+    }
+
+    /// Next-token logits, f32 `[.., vocab]`, of hidden states after the final norm.
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        hidden.linear::<&Tensor>(&self.head, None).to_kind(Kind::Float)
+    }
+
+    /// Token ids as a tensor on the model's device.
+    pub fn ids(&self, ids: &[u32]) -> Tensor {
+        let ids: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();
+        Tensor::from_slice(&ids).to_device(self.device)
+    }
+
+    /// Rows of the embedding matrix: `[.., hidden]`.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary.
+    pub(crate) fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        ensure!(ids.kind() == Kind::Int64, "token ids must be i64, not {:?}", ids.kind());
+        ensure!(ids.numel() > 0, "there is no token to read");
+        let (low, high) = (ids.min().int64_value(&[]), ids.max().int64_value(&[]));
+        let vocab = self.shape().vocab as i64;
+        ensure!(
+            0 <= low && high < vocab,
+            hinted(
+                format!(
+                    "token id {} is outside the model's vocabulary of {vocab}",
+                    if low < 0 { low } else { high }
+                ),
+                "tokens and model must be of one family: check the tokenizer's folder"
+            )
+        );
+        Ok(Tensor::embedding(&self.embedding, &ids.to_device(self.device), -1, false, false))
+    }
+
+    /// The final norm.
+    pub(crate) fn finish(&self, hidden: &Tensor) -> Tensor {
+        rms_norm(hidden, &self.final_norm, self.config.norm_eps)
+    }
+
+    /// All layers; `complete` says whether the last one's output is wanted.
+    fn run(&self, ids: &Tensor, cache: &mut KvCache, tap: &mut dyn Tap, complete: bool) -> Result<Tensor> {
+        ensure!(ids.dim() == 1, "token ids must be one sequence, not of shape {:?}", ids.size());
+        let s = ids.numel();
+        cache.check_room(s)?;
+        ensure!(cache.layers() == self.layers.len(), "the KV cache is of another model");
+        let mut hidden_sm = self.embed(ids)?;
+        let rotation = self.rope.range(cache.next_position(), s);
+        let start = cache.len();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let normed_sm = layer.normed(&hidden_sm);
+            let new = layer.project(&normed_sm, &rotation);
+            cache.write(index, &new.k, &new.v);
+            let (k_hkd, v_hkd) = cache.with_new(index, s);
+            tap.layer(&LayerView {
+                layer: index,
+                q_qsd: &new.q,
+                k_hkd: &k_hkd,
+                v_hkd: &v_hkd,
+                start,
+                hidden_sm: &hidden_sm,
+                normed_sm: &normed_sm,
+            })?;
+            if complete || index + 1 < self.layers.len() {
+                let attended = attention::causal(&new.q, &k_hkd, &v_hkd, start);
+                hidden_sm = layer.finish_block(&hidden_sm, &attended);
+            }
+        }
+        cache.advance(s);
+        Ok(hidden_sm)
+    }
+}

@@ -1,0 +1,211 @@
+//! Rotary position embedding with the scalings that long-context checkpoints use.
+//!
+//! Owns the frequencies and the rotation of queries and keys; positions are the caller's.
+//! Formulas as in Hugging Face transformers 5.2 (`modeling_rope_utils.py`), which follows the Llama
+//! 3.1 reference code for `llama3` and YaRN (arXiv 2309.00071) for `yarn`.
+//!
+//! Dimension key: s new tokens, q query head, d head_dim.
+
+use std::f64::consts::TAU;
+
+use anyhow::{Context, Result, bail, ensure};
+use pkv_core::hinted;
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor};
+
+/// Base frequency and scaling of rotary embedding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeConfig {
+    pub theta: f64,
+    pub scaling: RopeScaling,
+}
+
+/// How frequencies are changed so that a model reaches further than it was first trained for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Frequencies theta^(-2i/d) as they are.
+    None,
+    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a ramp between.
+    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_positions: f64 },
+    /// YaRN: a ramp over the dimensions, and cosine and sine scaled by `attention_factor`.
+    Yarn {
+        factor: f64,
+        original_positions: f64,
+        beta_fast: f64,
+        beta_slow: f64,
+        attention_factor: f64,
+        truncate: bool,
+    },
+}
+
+impl RopeConfig {
+    /// Read `rope_parameters`, or `rope_theta` and `rope_scaling`, of a configuration.
+    ///
+    /// # Errors
+    /// The type of scaling is unknown, or one of its numbers is missing.
+    pub(crate) fn from_config(config: &Map<String, Value>, max_positions: usize) -> Result<Self> {
+        let object = |key: &str| config.get(key).and_then(Value::as_object);
+        let key = if object("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
+        let empty = Map::new();
+        let section = object(key).unwrap_or(&empty);
+        let number = |name: &str| section.get(name).and_then(Value::as_f64);
+        let required = |name: &str| number(name).with_context(|| format!("`{key}.{name}` is missing"));
+
+        let theta = number("rope_theta")
+            .or_else(|| config.get("rope_theta").and_then(Value::as_f64))
+            .unwrap_or(10_000.0);
+        ensure!(theta > 1.0, "`rope_theta` is {theta}; expected a number above 1");
+        let named = section.get("rope_type").or_else(|| section.get("type")).and_then(Value::as_str);
+        let scaling = match named {
+            // A configuration per kind of layer, as models with sliding windows have it.
+            None if section.values().any(Value::is_object) => {
+                bail!(unknown_type("rotary embeddings that differ by layer", key))
+            }
+            None | Some("default") => RopeScaling::None,
+            Some("llama3") => RopeScaling::Llama3 {
+                factor: required("factor")?,
+                low_freq_factor: required("low_freq_factor")?,
+                high_freq_factor: required("high_freq_factor")?,
+                original_positions: required("original_max_position_embeddings")?,
+            },
+            Some("yarn") => {
+                let original_positions =
+                    number("original_max_position_embeddings").unwrap_or(max_positions as f64);
+                let factor = match number("factor") {
+                    Some(factor) => factor,
+                    None => max_positions as f64 / original_positions,
+                };
+                RopeScaling::Yarn {
+                    factor,
+                    original_positions,
+                    beta_fast: number("beta_fast").unwrap_or(32.0),
+                    beta_slow: number("beta_slow").unwrap_or(1.0),
+                    attention_factor: number("attention_factor").unwrap_or_else(|| {
+                        yarn_attention(factor, number("mscale"), number("mscale_all_dim"))
+                    }),
+                    truncate: section.get("truncate").and_then(Value::as_bool).unwrap_or(true),
+                }
+            }
+            Some(other) => bail!(unknown_type(&format!("rotary scaling `{other}`"), key)),
+        };
+        if let RopeScaling::Llama3 { factor, .. } | RopeScaling::Yarn { factor, .. } = scaling {
+            ensure!(factor >= 1.0, "`{key}.factor` is {factor}; expected 1 or more");
+        }
+        Ok(Self { theta, scaling })
+    }
+
+    /// Angle per position of each of the head_dim / 2 rotated pairs.
+    pub fn frequencies(&self, head_dim: usize) -> Vec<f64> {
+        let half = head_dim / 2;
+        let plain = |i: usize| self.theta.powf(-2.0 * i as f64 / head_dim as f64);
+        match self.scaling {
+            RopeScaling::None => (0..half).map(plain).collect(),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => (0
+                ..half)
+                .map(|i| {
+                    let turns = original_positions * plain(i) / TAU;
+                    let kept =
+                        ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                    plain(i) * (kept + (1.0 - kept) / factor)
+                })
+                .collect(),
+            RopeScaling::Yarn { factor, original_positions, beta_fast, beta_slow, truncate, .. } => {
+                // The dimension whose wavelength makes this many turns within the original length.
+                let dim_of = |turns: f64| {
+                    head_dim as f64 * (original_positions / (turns * TAU)).ln() / (2.0 * self.theta.ln())
+                };
+                let (mut low, mut high) = (dim_of(beta_fast), dim_of(beta_slow));
+                if truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                let low = low.max(0.0);
+                let high = high.min(head_dim as f64 - 1.0);
+                let width = if low == high { 0.001 } else { high - low };
+                (0..half)
+                    .map(|i| {
+                        let kept = 1.0 - ((i as f64 - low) / width).clamp(0.0, 1.0);
+                        plain(i) * (kept + (1.0 - kept) / factor)
+                    })
+                    .collect()
+            }
+        }
+    }
+
+    /// What cosine and sine are multiplied with.
+    pub fn attention_factor(&self) -> f64 {
+        match self.scaling {
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            _ => 1.0,
+        }
+    }
+}
+
+/// YaRN's attention temperature; `mscale` and `mscale_all_dim` as DeepSeek's configs have them.
+fn yarn_attention(factor: f64, mscale: Option<f64>, mscale_all_dim: Option<f64>) -> f64 {
+    let of = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+    match (mscale, mscale_all_dim) {
+        (Some(m), Some(all)) if m != 0.0 && all != 0.0 => of(m) / of(all),
+        _ => of(1.0),
+    }
+}
+
+fn unknown_type(what: &str, key: &str) -> pkv_core::Hinted {
+    hinted(
+        format!("{what} is not supported (`{key}`)"),
+        "supported are `default`, `llama3` and `yarn`; a checkpoint that only gains length from its scaling \
+         may be used without it: delete the key from a local copy of config.json",
+    )
+}
+
+/// Frequencies on a device, ready to turn positions into rotations.
+#[derive(Debug)]
+pub(crate) struct Rope {
+    frequencies_d: Tensor,
+    attention_factor: f64,
+    kind: Kind,
+}
+
+impl Rope {
+    pub fn new(config: &RopeConfig, head_dim: usize, device: Device, kind: Kind) -> Self {
+        let frequencies = config.frequencies(head_dim);
+        let frequencies_d = Tensor::from_slice(&frequencies).to_kind(Kind::Float).to_device(device);
+        Self { frequencies_d, attention_factor: config.attention_factor(), kind }
+    }
+
+    /// The rotation at each of `positions`.
+    ///
+    /// # Shapes
+    /// - `positions`: f32, any shape `[..]`; exact below 2^24
+    /// - returns cosine and sine, each `[.., 1, head_dim]`, in the model's kind
+    pub fn at(&self, positions: &Tensor) -> Rotation {
+        let angles = positions.unsqueeze(-1) * &self.frequencies_d;
+        let part = |t: Tensor| (t * self.attention_factor).to_kind(self.kind);
+        let (cos, sin) = (part(angles.cos()), part(angles.sin()));
+        Rotation {
+            cos_sd: Tensor::cat(&[&cos, &cos], -1).unsqueeze(-2),
+            // The first half is rotated by -sin times the second half: the sign is put in here, once.
+            sin_sd: Tensor::cat(&[&sin.neg(), &sin], -1).unsqueeze(-2),
+        }
+    }
+
+    /// The rotation at `len` positions from `start` on.
+    pub fn range(&self, start: usize, len: usize) -> Rotation {
+        let (start, end) = (start as i64, (start + len) as i64);
+        self.at(&Tensor::arange_start(start, end, (Kind::Float, self.frequencies_d.device())))
+    }
+}
+
+/// Cosine and signed sine of one forward's positions, shared by all layers.
+pub(crate) struct Rotation {
+    cos_sd: Tensor,
+    sin_sd: Tensor,
+}
+
+impl Rotation {
+    /// Rotate heads `[.., heads, head_dim]`, positions in the leading dimensions as in [`Rope::at`].
+    pub fn apply(&self, x: &Tensor) -> Tensor {
+        let half = x.size().last().copied().unwrap_or(0) / 2;
+        let mut out = x * &self.cos_sd;
+        out.addcmul_(&x.roll(half, -1), &self.sin_sd)
+    }
+}

@@ -1,0 +1,38 @@
+//! How scoring and feature extraction look into a forward pass.
+
+use anyhow::Result;
+use tch::Tensor;
+
+/// Called once per layer and forward, after rotary and after the new keys are in the cache.
+pub trait Tap {
+    /// # Errors
+    /// Whatever stops the tap's work; the forward pass ends with it, the cache as it was before.
+    fn layer(&mut self, view: &LayerView) -> Result<()>;
+}
+
+/// What a layer's attention is about to work on. Views: copy what must outlive the call.
+pub struct LayerView<'a> {
+    pub layer: usize,
+    /// Queries of the new tokens, rotary applied: `[query_heads, s, head_dim]`, contiguous. Query
+    /// heads of one KV head lie together.
+    pub q_qsd: &'a Tensor,
+    /// Keys, rotary applied: `[kv_heads, len, head_dim]`, the new ones last.
+    pub k_hkd: &'a Tensor,
+    /// Values: `[kv_heads, len, head_dim]`.
+    pub v_hkd: &'a Tensor,
+    /// Index in the cache of the first new token; its position too, unless pairs were evicted.
+    pub start: usize,
+    /// The layer's input, before the norm: `[s, hidden]`.
+    pub hidden_sm: &'a Tensor,
+    /// The same after the layer's input norm.
+    pub normed_sm: &'a Tensor,
+}
+
+/// Looks at nothing.
+pub struct NoTap;
+
+impl Tap for NoTap {
+    fn layer(&mut self, _: &LayerView) -> Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,41 @@
+//! Next-token logits against transformers 5.2.0, f32 on CPU, within 1e-3.
+//!
+//! `tests/goldens/make_goldens.py` made the numbers.
+
+use pkv_lm::NoTap;
+
+use crate::support::*;
+
+/// The last 8 positions' logits of a golden's whole sequence, prefilled in chunks.
+fn check(name: &str, chunk: usize) {
+    let Some(folder) = checkpoint(name) else {
+        eprintln!("SKIPPED: goldens of {name}; set PKV_FAMILY to the folder that holds `{name}/`");
+        return;
+    };
+    let (model, ids) = (load(&folder), golden_ids(name));
+    let mut cache = model.new_cache(ids.len());
+    let hidden = model.prefill(&ids, &mut cache, chunk, &mut NoTap).unwrap();
+    let rows = hidden.size()[0];
+    let logits = model.logits(&hidden.narrow(0, rows - 8, 8));
+    assert_close(&format!("{name}, chunks of {chunk}"), &logits, &golden(name)("logits_tail"), 1e-3);
+}
+
+#[test]
+fn logits_agree_with_transformers() {
+    for name in ARCHITECTURES {
+        check(name, 4096);
+    }
+    for name in ["nano-llama-target", "nano-llama-proxy", "tiny-llama-target", "tiny-llama-proxy"] {
+        check(name, 4096);
+    }
+}
+
+#[test]
+fn chunked_logits_agree_with_transformers() {
+    // 417 tokens: the last chunk must hold 8 tokens at least, and be uneven.
+    for name in ARCHITECTURES.into_iter().chain(["nano-llama-target", "tiny-llama-target"]) {
+        for chunk in [100, 64, 409] {
+            check(name, chunk);
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Checkpoints, folders and comparisons that the tests share.
+
+use std::path::{Path, PathBuf};
+
+use pkv_lm::LanguageModel;
+use tch::{Device, Kind, Tensor};
+
+/// The random-weight checkpoints that lie beside their goldens.
+pub const ARCHITECTURES: [&str; 4] =
+    ["arch-llama3-rope-untied", "arch-qwen2-bias", "arch-qwen2-yarn", "arch-qwen3-qknorm"];
+
+pub fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
+}
+
+pub fn nano(which: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama").join(which)
+}
+
+/// The folder of a checkpoint that goldens exist for.
+///
+/// The tiny pair is 48 MB and not part of the project: `PKV_FAMILY` names the folder that holds it.
+pub fn checkpoint(name: &str) -> Option<PathBuf> {
+    match name {
+        "nano-llama-target" => Some(nano("target")),
+        "nano-llama-proxy" => Some(nano("proxy")),
+        _ if name.starts_with("arch-") => Some(goldens().join(name)),
+        _ => std::env::var_os("PKV_FAMILY").map(|family| PathBuf::from(family).join(name)),
+    }
+}
+
+/// Load in f32 on the CPU.
+pub fn load(folder: &Path) -> LanguageModel {
+    pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+    LanguageModel::load(folder, Device::Cpu, Kind::Float).unwrap()
+}
+
+/// A golden file's tensors by name.
+pub fn golden(name: &str) -> impl Fn(&str) -> Tensor {
+    let path = goldens().join(format!("{name}.safetensors"));
+    let tensors = Tensor::read_safetensors(&path).unwrap();
+    move |key| tensors.iter().find(|(name, _)| name == key).unwrap().1.shallow_clone()
+}
+
+pub fn golden_ids(name: &str) -> Vec<u32> {
+    Vec::<i64>::try_from(golden(name)("input_ids")).unwrap().into_iter().map(|id| id as u32).collect()
+}
+
+/// Largest absolute difference; NaN anywhere counts as infinite.
+pub fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    let worst = (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[]);
+    if worst.is_nan() { f64::INFINITY } else { worst }
+}
+
+#[track_caller]
+pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
+    let worst = difference(a, b);
+    assert!(worst <= tolerance, "{what}: largest difference {worst:.3e}, tolerance {tolerance:.0e}");
+}
