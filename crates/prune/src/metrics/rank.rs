@@ -120,7 +120,7 @@ mod tests {
 
     /// Tau-b by its definition over all pairs.
     fn naive_tau(a: &[f32], b: &[f32]) -> f64 {
-        let (mut s, mut na, mut nb) = (0.0, 0.0, 0.0);
+        let (mut s, mut na, mut nb) = (0.0, 0.0, 0.0f64);
         for i in 0..a.len() {
             for j in 0..i {
                 let (x, y) = (sign(a[i] - a[j]), sign(b[i] - b[j]));
@@ -129,7 +129,7 @@ mod tests {
                 nb += y * y;
             }
         }
-        if na * nb > 0.0 { s / (na * nb as f64).sqrt() } else { 0.0 }
+        if na * nb > 0.0 { s / (na * nb).sqrt() } else { 0.0 }
     }
 
     /// Spearman by counting, without a sort.
