@@ -1,0 +1,138 @@
+//! The command line: what may be said. What it means is decided by the commands.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pkv_gpu::DeviceChoice;
+
+/// Train a mapper that lets a small proxy model tell which KV pairs of a big target's cache may be evicted.
+///
+/// KVzip scores of the target are the labels, attention statistics of the proxy the features, a
+/// HybridAxialMapper the network between them. One recipe describes a pair; `run` does all stages.
+#[derive(Debug, Parser)]
+#[command(name = "proxykv-train", version, max_term_width = 100, arg_required_else_help = true)]
+pub struct Cli {
+    /// Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1.
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceChoice,
+
+    /// CPU threads of libtorch; all cores if absent.
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<u32>,
+
+    /// Folder that holds the run folders.
+    #[arg(long, global = true, default_value = "runs", value_name = "FOLDER")]
+    pub runs: PathBuf,
+
+    /// More on stderr: once for details, twice for debugging.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+
+    /// Print results as JSON on stdout, for programs.
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Check libtorch, CUDA, memory, disk, hub and what a recipe needs.
+    Doctor {
+        /// Also check that this recipe's models and data can be had and fit.
+        #[arg(long)]
+        recipe: Option<PathBuf>,
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        overrides: Vec<String>,
+    },
+    /// Validate a recipe and estimate tokens, bytes, FLOPs, memory and time of each stage; reads no weights.
+    Plan {
+        #[command(flatten)]
+        recipe: RecipeArgs,
+        /// Print the resolved recipe as TOML, every default written out, and stop.
+        #[arg(long)]
+        resolved: bool,
+    },
+    /// Download models and data into the Hugging Face cache and pin revisions and hashes.
+    Fetch {
+        #[command(flatten)]
+        recipe: RecipeArgs,
+        /// Models only.
+        #[arg(long)]
+        models_only: bool,
+    },
+    /// Documents to tokenized examples.
+    Prepare(StageArgs),
+    /// KVzip scores of the target.
+    Label(StageArgs),
+    /// Features of the proxy.
+    Extract(StageArgs),
+    /// The mapper, from labels and features.
+    Train(StageArgs),
+    /// Predictions against labels, and answers with a pruned cache, beside the baselines.
+    Eval {
+        #[command(flatten)]
+        stage: StageArgs,
+        /// Evaluate this export in place of the run's best checkpoint.
+        #[arg(long, value_name = "FOLDER")]
+        mapper: Option<PathBuf>,
+    },
+    /// The frozen mapper: safetensors, config.json, model card, parity vectors.
+    Export(StageArgs),
+    /// One self-contained HTML file about the run.
+    Report(StageArgs),
+    /// All stages in order; what is complete and matches the recipe is skipped.
+    Run(StageArgs),
+    /// What a shard, a stage folder, a run folder, a checkpoint or an export holds.
+    Inspect { path: PathBuf },
+    /// Print a shell completion script.
+    Completions { shell: clap_complete::Shell },
+}
+
+/// The recipe and its overrides.
+#[derive(Clone, Debug, Args)]
+pub struct RecipeArgs {
+    /// Recipe (TOML) of the pair.
+    #[arg(long, value_name = "FILE")]
+    pub recipe: PathBuf,
+    /// Override a key of the recipe, such as `train.steps=500`; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+/// What every stage takes.
+#[derive(Clone, Debug, Args)]
+pub struct StageArgs {
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// Throw this stage's output away and make it again; may be repeated.
+    #[arg(long, value_name = "STAGE")]
+    pub redo: Vec<Stage>,
+}
+
+/// The stages of `run`, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Stage {
+    Prepare,
+    Label,
+    Extract,
+    Train,
+    Eval,
+    Export,
+    Report,
+}
+
+impl Stage {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Prepare => "prepare",
+            Self::Label => "label",
+            Self::Extract => "extract",
+            Self::Train => "train",
+            Self::Eval => "eval",
+            Self::Export => "export",
+            Self::Report => "report",
+        }
+    }
+}

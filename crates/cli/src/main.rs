@@ -1,0 +1,104 @@
+//! `proxykv-train`: the command. Reads arguments, runs stages, prints results and errors.
+//!
+//! stdout carries results (JSON with `--json`), stderr progress and logs. Everything that computes
+//! lives in the crates below; this one wires them, and is the only one that prints.
+
+mod args;
+mod doctor;
+mod inspect;
+mod pair;
+mod render;
+mod run_folder;
+mod session;
+mod stages;
+mod terminal;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::Result;
+use clap::{CommandFactory, Parser};
+
+use crate::args::{Cli, Command, Stage, StageArgs};
+use crate::session::Session;
+use crate::stages::eval::EvalOptions;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    terminal::init_logs(cli.verbose);
+    match run(&cli) {
+        Ok(code) => code,
+        Err(e) => {
+            eprint!("{}", render::error(&e));
+            ExitCode::from(render::exit_code(&e))
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    // Until now nobody listens for the signal: reading the arguments needs no clean stop.
+    let stop = session::stop_on_signal()?;
+    match &cli.command {
+        Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
+        Command::Plan { recipe, resolved } => stages::plan::run(cli, recipe, *resolved)?,
+        Command::Fetch { recipe, models_only } => stages::fetch::run(cli, recipe, *models_only)?,
+        Command::Prepare(a) => one(cli, a, Stage::Prepare, stop, &EvalOptions::default())?,
+        Command::Label(a) => one(cli, a, Stage::Label, stop, &EvalOptions::default())?,
+        Command::Extract(a) => one(cli, a, Stage::Extract, stop, &EvalOptions::default())?,
+        Command::Train(a) => one(cli, a, Stage::Train, stop, &EvalOptions::default())?,
+        Command::Eval { stage, mapper } => {
+            one(cli, stage, Stage::Eval, stop, &EvalOptions { mapper: mapper.clone() })?;
+        }
+        Command::Export(a) => one(cli, a, Stage::Export, stop, &EvalOptions::default())?,
+        Command::Report(a) => one(cli, a, Stage::Report, stop, &EvalOptions::default())?,
+        Command::Run(a) => all(cli, a, stop)?,
+        Command::Inspect { path } => print!("{}", inspect::inspect(path)?),
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Cli::command(), "proxykv-train", &mut std::io::stdout());
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One stage on its own.
+fn one(cli: &Cli, args: &StageArgs, stage: Stage, stop: Arc<AtomicBool>, options: &EvalOptions) -> Result<()> {
+    let session = Session::open(cli, &args.recipe, stop)?;
+    stages::run(&session, stage, &args.redo, options)?;
+    if stage == Stage::Eval {
+        stages::eval::print(&session, options)?;
+    }
+    Ok(())
+}
+
+/// All stages in order, then the table.
+fn all(cli: &Cli, args: &StageArgs, stop: Arc<AtomicBool>) -> Result<()> {
+    let session = Session::open(cli, &args.recipe, stop)?;
+    let options = EvalOptions::default();
+    for stage in [
+        Stage::Prepare,
+        Stage::Label,
+        Stage::Extract,
+        Stage::Train,
+        Stage::Eval,
+        Stage::Export,
+        Stage::Report,
+    ] {
+        stages::run(&session, stage, &args.redo, &options)?;
+    }
+    stages::eval::print(&session, &options)?;
+    tracing::info!("report: {}", session.run.report().display());
+    Ok(())
+}
+
+fn doctor_command(cli: &Cli, recipe: Option<&std::path::Path>, overrides: &[String]) -> Result<ExitCode> {
+    let recipe = recipe.map(|path| pkv_recipe::load(path, overrides)).transpose()?;
+    let device = pkv_gpu::device(cli.device)?;
+    let checks = doctor::checks(recipe.as_ref(), device, &cli.runs);
+    if cli.json {
+        println!("{}", serde_json::to_string_pretty(&checks)?);
+    } else {
+        print!("{}", doctor::table(&checks));
+    }
+    Ok(if doctor::all_well(&checks) { ExitCode::SUCCESS } else { ExitCode::from(render::REPAIRABLE) })
+}

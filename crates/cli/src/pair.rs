@@ -1,0 +1,102 @@
+//! The two models of the recipe: found, compared with what the recipe says of them, loaded.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use pkv_core::{Fingerprint, hinted};
+use pkv_lm::{LanguageModel, LmConfig, TextTokenizer};
+use pkv_recipe::ModelSection;
+use serde_json::json;
+
+use crate::session::{Session, recipe_root};
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    Target,
+    Proxy,
+}
+
+impl Role {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Target => "target",
+            Self::Proxy => "proxy",
+        }
+    }
+
+    fn section(self, s: &Session) -> &ModelSection {
+        match self {
+            Self::Target => &s.recipe.target,
+            Self::Proxy => &s.recipe.proxy,
+        }
+    }
+}
+
+/// A model that was found on disk and has the recipe's shape; its weights are not read yet.
+pub struct Found {
+    pub role: Role,
+    pub folder: PathBuf,
+    pub revision: String,
+    pub tokenizer: TextTokenizer,
+    section: ModelSection,
+}
+
+/// Find a model in the cache or a local folder and check its shape and tokenizer.
+///
+/// # Errors
+/// It is not there (the hint names `fetch`), its config.json has another shape, or its tokenizer is broken.
+pub fn find(s: &Session, role: Role) -> Result<Found> {
+    let section = role.section(s);
+    let root = recipe_root(&s.recipe);
+    let context = || format!("cannot open the {} `{}`", role.name(), section.model);
+    let resolved = s.hub.model(&section.model, &section.revision, &[Path::new(""), &root]).with_context(context)?;
+    LmConfig::from_folder(&resolved.folder)?.check_shape(&section.shape, role.name()).with_context(context)?;
+    let tokenizer = TextTokenizer::open(&resolved.folder).with_context(context)?;
+    s.run.record(
+        role.name(),
+        json!({"model": section.model, "revision": resolved.revision, "vocab_hash": tokenizer.vocab_hash(), "template_hash": tokenizer.template_hash()}),
+    )?;
+    Ok(Found { role, folder: resolved.folder, revision: resolved.revision, tokenizer, section: section.clone() })
+}
+
+/// Find both models; they must share one vocabulary, because labels and features meet position by position.
+///
+/// # Errors
+/// As [`find`], or the vocabularies differ.
+pub fn find_both(s: &Session) -> Result<(Found, Found)> {
+    let (target, proxy) = (find(s, Role::Target)?, find(s, Role::Proxy)?);
+    target.tokenizer.same_vocab(&proxy.tokenizer).with_context(|| {
+        hinted(
+            format!(
+                "the proxy `{}` does not share the vocabulary of the target `{}`",
+                proxy.section.model, target.section.model
+            ),
+            "choose a proxy of the target's family: both must tokenize alike",
+        )
+    })?;
+    Ok((target, proxy))
+}
+
+impl Found {
+    /// Read the weights to the session's device.
+    ///
+    /// # Errors
+    /// A file is absent, truncated or of an unsupported kind; the device has too little memory.
+    pub fn load(&self, s: &Session) -> Result<LanguageModel> {
+        tracing::info!("loading the {} `{}` ({})", self.role.name(), self.section.model, self.section.shape);
+        LanguageModel::load(&self.folder, s.device, s.kind(self.section.dtype))
+            .with_context(|| format!("cannot load the {} `{}`", self.role.name(), self.section.model))
+    }
+
+    /// Everything about this model that its scores depend on.
+    pub fn fingerprint(&self, s: &Session) -> Fingerprint {
+        Fingerprint::new()
+            .with("model", &self.section.model)
+            .with("revision", &self.revision)
+            .with("shape", self.section.shape)
+            .with("dtype", format!("{:?}", s.kind(self.section.dtype)))
+            .with("vocab", self.tokenizer.vocab_hash())
+            .with("template", self.tokenizer.template_hash())
+    }
+}

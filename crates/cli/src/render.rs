@@ -1,0 +1,85 @@
+//! How an error looks on the terminal, and which exit code it has.
+
+use std::fmt::Write;
+
+use anyhow::Error;
+use pkv_core::Hinted;
+
+/// Exit codes: 0 done, 1 the user can repair it, 2 anything else, 130 interrupted.
+pub const REPAIRABLE: u8 = 1;
+pub const UNEXPECTED: u8 = 2;
+pub const INTERRUPTED: u8 = 130;
+
+/// The work was stopped by the user; what was done is on disk.
+#[derive(Debug)]
+pub struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted; everything done so far is on disk")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`.
+pub fn error(e: &Error) -> String {
+    let mut out = String::new();
+    let mut last = String::new();
+    for (i, cause) in e.chain().enumerate() {
+        // A library may repeat its source's text as its own; once is enough.
+        let text = cause.to_string();
+        let text = text.trim_end();
+        if text == last {
+            continue;
+        }
+        let text_indented = text.replace('\n', "\n    ");
+        let _ = if i == 0 { writeln!(out, "error: {text_indented}") } else { writeln!(out, "  Caused by: {text_indented}") };
+        last = text.to_owned();
+    }
+    if let Some(hint) = hint(e) {
+        let _ = write!(out, "\nhint: {hint}\n");
+    }
+    out
+}
+
+/// The exit code that tells what kind of error it is.
+pub fn exit_code(e: &Error) -> u8 {
+    if e.downcast_ref::<Interrupted>().is_some() {
+        INTERRUPTED
+    } else if hint(e).is_some() {
+        REPAIRABLE
+    } else {
+        UNEXPECTED
+    }
+}
+
+/// The outermost hint of the chain.
+fn hint(e: &Error) -> Option<&str> {
+    e.downcast_ref::<Hinted>()
+        .or_else(|| e.chain().find_map(|c| c.downcast_ref::<Hinted>()))
+        .map(Hinted::hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::{Context, anyhow};
+    use pkv_core::hinted;
+
+    #[test]
+    fn causes_are_listed_once_and_the_hint_comes_last() {
+        let e = Err::<(), _>(anyhow!("expected 4 bytes, found 3"))
+            .with_context(|| hinted("cannot read `x`", "run `fetch` again"))
+            .context("cannot label")
+            .unwrap_err();
+        assert_eq!(
+            error(&e),
+            "error: cannot label\n  Caused by: cannot read `x`\n  Caused by: expected 4 bytes, found 3\n\nhint: run `fetch` again\n"
+        );
+        assert_eq!(exit_code(&e), REPAIRABLE);
+        assert_eq!(exit_code(&anyhow!("x")), UNEXPECTED);
+        assert_eq!(exit_code(&Error::from(hinted("a", "b"))), REPAIRABLE);
+        assert_eq!(exit_code(&Error::from(Interrupted).context("label")), INTERRUPTED);
+    }
+}

@@ -1,0 +1,151 @@
+//! `runs/<name>/`: where each stage's output lies, and `run.json`, which says how it was made.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use pkv_core::hinted;
+use pkv_recipe::Recipe;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tch::Device;
+
+use crate::session::device_name;
+
+/// Paths of a run.
+#[derive(Clone, Debug)]
+pub struct RunFolder {
+    root: PathBuf,
+}
+
+/// What a stage that ran has to say of itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StageRecord {
+    /// Wall-clock time, all attempts together.
+    pub secs: f64,
+    /// Key numbers, such as examples and tokens.
+    pub summary: Value,
+}
+
+impl RunFolder {
+    /// # Errors
+    /// The folder cannot be made.
+    pub fn open(root: &Path) -> Result<Self> {
+        fs::create_dir_all(root).with_context(|| {
+            hinted(format!("cannot make run folder `{}`", root.display()), "choose another place with `--runs`")
+        })?;
+        Ok(Self { root: root.to_path_buf() })
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+    pub fn log(&self) -> PathBuf {
+        self.root.join("log.jsonl")
+    }
+    pub fn examples(&self) -> PathBuf {
+        self.root.join("examples")
+    }
+    pub fn labels(&self) -> PathBuf {
+        self.root.join("labels")
+    }
+    pub fn features(&self) -> PathBuf {
+        self.root.join("features")
+    }
+    pub fn eval(&self) -> PathBuf {
+        self.root.join("eval")
+    }
+    pub fn export(&self) -> PathBuf {
+        self.root.join("export")
+    }
+    pub fn report(&self) -> PathBuf {
+        self.root.join("report.html")
+    }
+
+    /// Write the resolved recipe, versions and device to `run.json`; what stages said before is kept.
+    ///
+    /// # Errors
+    /// `run.json` cannot be written.
+    pub fn record_start(&self, recipe: &Recipe, device: Device) -> Result<()> {
+        self.update(|run| {
+            run.insert("name".into(), json!(recipe.name));
+            run.insert("recipe".into(), json!(recipe));
+            run.insert("recipe_path".into(), json!(recipe.path));
+            run.insert("seed".into(), json!(recipe.seed));
+            run.insert(
+                "tool".into(),
+                json!({"name": "proxykv-train", "version": env!("CARGO_PKG_VERSION"), "commit": env!("PKV_COMMIT")}),
+            );
+            run.insert("libtorch".into(), json!("2.11.0"));
+            run.insert("device".into(), json!(device_name(device)));
+            run.insert("threads".into(), json!(tch::get_num_threads()));
+        })
+    }
+
+    /// Add a value under `key` of `run.json`, such as a model's revision.
+    ///
+    /// # Errors
+    /// `run.json` cannot be written.
+    pub fn record(&self, key: &str, value: Value) -> Result<()> {
+        self.update(|run| {
+            run.insert(key.to_owned(), value);
+        })
+    }
+
+    /// Add `secs` to the stage's time and replace its summary.
+    ///
+    /// # Errors
+    /// `run.json` cannot be written.
+    pub fn record_stage(&self, stage: &str, secs: f64, summary: Value) -> Result<()> {
+        self.update(|run| {
+            let stages = run.entry("stages").or_insert_with(|| json!({}));
+            let before = stages[stage]["secs"].as_f64().unwrap_or(0.0);
+            stages[stage] = json!(StageRecord { secs: before + secs, summary });
+        })
+    }
+
+    /// Forget a stage's record, because its output is made anew.
+    ///
+    /// # Errors
+    /// `run.json` cannot be written.
+    pub fn forget_stage(&self, stage: &str) -> Result<()> {
+        self.update(|run| {
+            if let Some(stages) = run.get_mut("stages").and_then(Value::as_object_mut) {
+                stages.remove(stage);
+            }
+        })
+    }
+
+    pub fn stage_record(&self, stage: &str) -> Option<StageRecord> {
+        let run = self.read().ok()?;
+        serde_json::from_value(run.get("stages")?.get(stage)?.clone()).ok()
+    }
+
+    fn read(&self) -> Result<Map<String, Value>> {
+        let path = self.root.join("run.json");
+        match fs::read_to_string(&path) {
+            Ok(text) => serde_json::from_str(&text).with_context(|| {
+                hinted(format!("`{}` is no JSON object", path.display()), "remove the file; it is written again")
+            }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),
+            Err(e) => Err(e).with_context(|| format!("cannot read `{}`", path.display())),
+        }
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Map<String, Value>)) -> Result<()> {
+        let mut run = self.read()?;
+        change(&mut run);
+        let path = self.root.join("run.json");
+        let temporary = self.root.join("run.json.tmp");
+        let write = || -> Result<()> {
+            let mut file = File::create(&temporary)?;
+            serde_json::to_writer_pretty(&mut file, &run)?;
+            file.write_all(b"\n")?;
+            file.sync_all()?;
+            fs::rename(&temporary, &path)?;
+            Ok(())
+        };
+        write().with_context(|| hinted(format!("cannot write `{}`", path.display()), "check the disk's free space"))
+    }
+}

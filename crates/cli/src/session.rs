@@ -1,0 +1,116 @@
+//! One invocation: the recipe, the run folder, the device, and the wish to stop.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use pkv_core::hinted;
+use pkv_gpu::DeviceChoice;
+use pkv_hub::Hub;
+use pkv_recipe::{DtypeName, Manifest, Recipe};
+use tch::{Device, Kind};
+
+use crate::args::{Cli, RecipeArgs};
+use crate::render::Interrupted;
+use crate::run_folder::RunFolder;
+use crate::terminal::{self, Bar};
+
+/// What every stage needs, opened once.
+pub struct Session {
+    pub recipe: Recipe,
+    pub manifest: Manifest,
+    pub run: RunFolder,
+    pub hub: Hub,
+    pub device: Device,
+    pub json: bool,
+    pub bar: Bar,
+    stop: Arc<AtomicBool>,
+}
+
+impl Session {
+    /// Read the recipe and its manifest, make the run folder, choose the device.
+    ///
+    /// # Errors
+    /// The recipe or manifest is invalid, CUDA was asked for and is absent, or the run folder cannot be made.
+    pub fn open(cli: &Cli, args: &RecipeArgs, stop: Arc<AtomicBool>) -> Result<Self> {
+        let recipe = pkv_recipe::load(&args.recipe, &args.overrides)?;
+        let manifest = pkv_recipe::load_manifest(&manifest_path(&recipe))?;
+        let device = choose_device(cli)?;
+        let hub = Hub::from_env()?;
+        let run = RunFolder::open(&cli.runs.join(&recipe.name))?;
+        terminal::log_to(&run.log())?;
+        run.record_start(&recipe, device)?;
+        Ok(Self { recipe, manifest, run, hub, device, json: cli.json, bar: Bar::new(), stop })
+    }
+
+    /// # Errors
+    /// [`Interrupted`] if the user asked to stop.
+    pub fn check_stop(&self) -> Result<()> {
+        if self.stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) }
+    }
+
+    pub fn stop_flag(&self) -> &AtomicBool {
+        &self.stop
+    }
+
+    /// The dtype a model computes in on this device.
+    pub fn kind(&self, dtype: DtypeName) -> Kind {
+        match (dtype, self.device) {
+            (DtypeName::F32, _) | (DtypeName::Auto, Device::Cpu) => Kind::Float,
+            _ => Kind::BFloat16,
+        }
+    }
+}
+
+/// The manifest as the recipe names it: from the working directory, or from the folder above the recipe's.
+pub fn manifest_path(recipe: &Recipe) -> PathBuf {
+    let direct = PathBuf::from(&recipe.data.manifest);
+    if direct.exists() {
+        return direct;
+    }
+    let beside = recipe_root(recipe).join(&recipe.data.manifest);
+    if beside.exists() { beside } else { direct }
+}
+
+/// The project that a recipe belongs to: the folder above the recipe's own.
+pub fn recipe_root(recipe: &Recipe) -> PathBuf {
+    let folder = recipe.path.parent().unwrap_or(std::path::Path::new(""));
+    folder.join("..")
+}
+
+/// The device the user chose, said in the log: never a silent fallback.
+pub fn choose_device(cli: &Cli) -> Result<Device> {
+    if let Some(threads) = cli.threads {
+        tch::set_num_threads(i32::try_from(threads).context("`--threads` is too large")?.max(1));
+    }
+    let device = pkv_gpu::device(cli.device)?;
+    if cli.device == DeviceChoice::Auto && device == Device::Cpu {
+        let why = pkv_gpu::cuda_absence().unwrap_or_default();
+        tracing::info!("computing on the CPU with {} threads ({why})", tch::get_num_threads());
+    } else {
+        tracing::info!("computing on {}", device_name(device));
+    }
+    Ok(device)
+}
+
+pub fn device_name(device: Device) -> String {
+    match device {
+        Device::Cuda(i) => format!("cuda:{i}"),
+        _ => "cpu".to_owned(),
+    }
+}
+
+/// A flag that Ctrl-C and SIGTERM raise; a second signal ends the process at once.
+pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(crate::render::INTERRUPTED.into());
+        }
+        tracing::warn!("stopping after the current example or step; once more to stop at once");
+    })
+    .with_context(|| hinted("cannot catch Ctrl-C", "run outside of a sandbox that forbids signal handlers"))?;
+    Ok(stop)
+}

@@ -1,0 +1,122 @@
+//! The stages of a run, one file each, and what they have in common.
+
+pub mod eval;
+pub mod export;
+pub mod extract;
+pub mod fetch;
+pub mod label;
+pub mod plan;
+pub mod prepare;
+pub mod report;
+pub mod train;
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use pkv_core::{Fingerprint, hinted};
+use pkv_shard::{StageDir, StageState};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::args::Stage;
+use crate::session::Session;
+
+/// What a stage did.
+pub enum Outcome {
+    /// It worked; key numbers for `run.json` and the log.
+    Done(Value),
+    /// Its output was complete already.
+    Skipped(String),
+}
+
+/// Run one stage: throw its output away if asked to, do it, say what was done, record time and numbers.
+///
+/// # Errors
+/// Whatever the stage could not do, named by the stage.
+pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOptions) -> Result<()> {
+    s.check_stop()?;
+    let start = Instant::now();
+    if redo.contains(&stage) {
+        clear(s, stage)?;
+        s.run.forget_stage(stage.name())?;
+    }
+    let result = match stage {
+        Stage::Prepare => prepare::run(s),
+        Stage::Label => label::run(s),
+        Stage::Extract => extract::run(s),
+        Stage::Train => train::run(s),
+        Stage::Eval => eval::run(s, options),
+        Stage::Export => export::run(s),
+        Stage::Report => report::run(s),
+    };
+    let outcome = result.with_context(|| format!("cannot {} `{}`", stage.name(), s.recipe.name))?;
+    match outcome {
+        Outcome::Done(summary) => {
+            let secs = start.elapsed().as_secs_f64();
+            tracing::info!("{}: done in {secs:.1} s: {}", stage.name(), brief(&summary));
+            s.run.record_stage(stage.name(), secs, summary)
+        }
+        Outcome::Skipped(why) => {
+            tracing::info!("{}: skipped: {why}", stage.name());
+            Ok(())
+        }
+    }
+}
+
+/// `key value, key value` of a flat JSON object.
+fn brief(summary: &Value) -> String {
+    let Some(object) = summary.as_object() else { return summary.to_string() };
+    let show = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
+    object.iter().map(|(k, v)| format!("{} {}", k.replace('_', " "), show(v))).collect::<Vec<_>>().join(", ")
+}
+
+/// A stage's output must be complete and made with the choices of this run.
+///
+/// # Errors
+/// It is absent, unfinished or stale; the hint names the command that makes it.
+pub fn require(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<()> {
+    let run = format!("run `proxykv-train {stage}` first, or `proxykv-train run` for all stages");
+    match StageDir::state(dir, fingerprint)? {
+        StageState::Complete(_) => Ok(()),
+        StageState::Absent => bail!(hinted(format!("`{}` is absent: `{stage}` has not run", dir.display()), run)),
+        StageState::Partial(rows) => {
+            bail!(hinted(format!("`{}` holds {rows} examples and is not finished", dir.display()), run))
+        }
+        // Opening it as its own stage would says which choices differ, and how to go on.
+        StageState::Stale(_) => StageDir::open(dir, stage, fingerprint).map(|_| ()),
+    }
+}
+
+/// The numbers of a tensor, f32, row by row.
+pub fn to_vec(t: &Tensor) -> Result<Vec<f32>> {
+    let t = t.to_device(Device::Cpu).to_kind(Kind::Float).contiguous().view([-1]);
+    Vec::try_from(&t).context("cannot copy a tensor to the host")
+}
+
+/// Remove a stage's output.
+fn clear(s: &Session, stage: Stage) -> Result<()> {
+    let remove = |path: std::path::PathBuf| -> Result<()> {
+        let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        match gone {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(e).with_context(|| format!("cannot remove `{}`", path.display()))
+            }
+            _ => Ok(()),
+        }
+    };
+    let root = s.run.root();
+    match stage {
+        Stage::Prepare => StageDir::clear(&s.run.examples()),
+        Stage::Label => StageDir::clear(&s.run.labels()),
+        Stage::Extract => StageDir::clear(&s.run.features()),
+        Stage::Train => {
+            remove(root.join("checkpoints"))?;
+            remove(root.join("train"))?;
+            remove(root.join("tb"))
+        }
+        Stage::Eval => remove(s.run.eval()),
+        Stage::Export => remove(s.run.export()),
+        Stage::Report => remove(s.run.report()),
+    }
+}

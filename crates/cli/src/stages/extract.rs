@@ -1,0 +1,62 @@
+//! `extract`: features of the proxy.
+
+use anyhow::Result;
+use pkv_core::{Channel, Fingerprint, Progress};
+use pkv_extract::Extractor;
+use pkv_shard::{FeatureRow, StageDir, StageWriter};
+use serde_json::json;
+
+use super::{Outcome, prepare, to_vec};
+use crate::pair::{self, Found};
+use crate::session::Session;
+
+pub fn run(s: &Session) -> Result<Outcome> {
+    let (target, proxy) = pair::find_both(s)?;
+    let (examples, upstream) = prepare::examples(s, &target)?;
+    let stage = StageDir::open(&s.run.features(), "extract", &fingerprint(s, &proxy, &upstream))?;
+    if stage.is_complete() {
+        return Ok(Outcome::Skipped(format!("features of {} examples match the recipe", stage.rows())));
+    }
+    let model = proxy.load(s)?;
+    let extractor = Extractor::new(&model, &proxy.tokenizer, &s.recipe.extract, &s.recipe.label)?;
+    let shape = model.shape();
+
+    let (done, total) = (stage.rows(), examples.len());
+    let mut writer =
+        StageWriter::<FeatureRow>::new(stage, s.recipe.data.shard_examples, s.recipe.extract.store, Some(total))?;
+    let mut tokens = 0;
+    s.bar.start("extract", total, done);
+    for i in done..total {
+        s.check_stop()?;
+        let example = examples.get(i)?;
+        let features = extractor.features(&example.tokens)?;
+        tokens += example.tokens.len();
+        writer.push(FeatureRow {
+            id: example.id,
+            layers: shape.layers as u32,
+            kv_heads: shape.kv_heads as u32,
+            channels: s.recipe.extract.channels.len() as u32,
+            positions: example.tokens.len() as u32,
+            heads: to_vec(&features.heads_pct)?,
+            globals: to_vec(&features.globals_ct)?,
+        })?;
+        s.bar.advance(1);
+    }
+    s.bar.finish();
+    writer.finish()?;
+    Ok(Outcome::Done(json!({"examples": total, "tokens": tokens})))
+}
+
+/// The features' choices: the examples, the recipe's `extract`, the proxy; and `label` if the proxy
+/// repeats its context.
+pub fn fingerprint(s: &Session, proxy: &Found, examples: &Fingerprint) -> Fingerprint {
+    let fingerprint = Fingerprint::new()
+        .with("examples", examples)
+        .with("extract", &s.recipe.extract)
+        .with("proxy", proxy.fingerprint(s));
+    if s.recipe.extract.channels.iter().any(|c: &Channel| c.is_reconstruction()) {
+        fingerprint.with("label", &s.recipe.label)
+    } else {
+        fingerprint
+    }
+}

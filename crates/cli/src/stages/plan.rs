@@ -1,0 +1,29 @@
+//! `plan`: what a run will cost, before anything is downloaded.
+
+use anyhow::Result;
+use pkv_recipe::{Machine, Plan};
+use tch::Device;
+
+use crate::args::{Cli, RecipeArgs};
+use crate::session::{choose_device, manifest_path};
+
+pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool) -> Result<()> {
+    let recipe = pkv_recipe::load(&args.recipe, &args.overrides)?;
+    if resolved {
+        print!("{}", recipe.to_toml());
+        return Ok(());
+    }
+    // A manifest that cannot be read is a mistake worth hearing about now.
+    pkv_recipe::load_manifest(&manifest_path(&recipe))?;
+    let machine = match choose_device(cli)? {
+        Device::Cpu => Machine::cpu(tch::get_num_threads().max(1) as usize),
+        _ => Machine::h200(),
+    };
+    let plan = Plan::new(&recipe, machine);
+    if cli.json {
+        println!("{}", serde_json::to_string_pretty(&plan)?);
+    } else {
+        print!("{}", plan.table());
+    }
+    Ok(())
+}

@@ -1,0 +1,58 @@
+//! `prepare`: documents to tokenized examples.
+
+use anyhow::{Context, Result};
+use pkv_core::{Fingerprint, StoreDtype};
+use pkv_shard::{Example, StageDir, StageReader, StageWriter};
+
+use super::Outcome;
+use crate::pair;
+use crate::session::Session;
+
+pub fn run(s: &Session) -> Result<Outcome> {
+    let (target, _) = pair::find_both(s)?;
+    let stage = StageDir::open(&s.run.examples(), "prepare", &fingerprint(s, &target)?)?;
+    if stage.is_complete() {
+        return Ok(Outcome::Skipped(format!("{} examples match the recipe", stage.rows())));
+    }
+    let done = stage.rows();
+    let total = (s.recipe.data.train + s.recipe.data.validation + s.recipe.data.test) as u64;
+    let mut writer =
+        StageWriter::<Example>::new(stage, s.recipe.data.shard_examples, StoreDtype::F32, Some(total))?;
+    let mut seen = 0;
+    let summary = pkv_data::prepare(
+        &s.recipe.data,
+        &s.manifest,
+        &s.hub,
+        &target.tokenizer,
+        s.recipe.seed,
+        &s.bar,
+        &mut |example| {
+            s.check_stop()?;
+            seen += 1;
+            // Examples come in the same order every time; those written before an interruption are not written twice.
+            if seen <= done { Ok(()) } else { writer.push(example) }
+        },
+    )?;
+    writer.finish()?;
+    Ok(Outcome::Done(serde_json::to_value(summary)?))
+}
+
+/// The examples' choices: the recipe's `data`, the manifest, the tokenizer, the seed.
+pub fn fingerprint(s: &Session, target: &pair::Found) -> Result<Fingerprint> {
+    Ok(Fingerprint::new()
+        .with("data", &s.recipe.data)
+        .with("manifest", &s.manifest)
+        .with("vocab", target.tokenizer.vocab_hash())
+        .with("seed", s.recipe.seed))
+}
+
+/// The examples of this run, which must be complete and match the recipe.
+///
+/// # Errors
+/// `prepare` has not run, was not finished, or ran with another recipe.
+pub fn examples(s: &Session, target: &pair::Found) -> Result<(StageReader<Example>, Fingerprint)> {
+    let fingerprint = fingerprint(s, target)?;
+    super::require(&s.run.examples(), "prepare", &fingerprint)?;
+    let reader = StageReader::open(&s.run.examples()).context("cannot read the examples")?;
+    Ok((reader, fingerprint))
+}

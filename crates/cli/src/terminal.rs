@@ -1,0 +1,169 @@
+//! stderr: progress bars and log lines that do not overwrite each other.
+//!
+//! Bars are hidden when stderr is no terminal; log lines then carry the progress.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use pkv_core::Progress;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::prelude::*;
+use tracing_subscriber::{EnvFilter, fmt};
+
+static BARS: OnceLock<MultiProgress> = OnceLock::new();
+static LOG_FILE: OnceLock<Mutex<File>> = OnceLock::new();
+
+fn bars() -> &'static MultiProgress {
+    BARS.get_or_init(MultiProgress::new)
+}
+
+/// Send `tracing` events to stderr, and to `log.jsonl` once [`log_to`] has named it.
+///
+/// `verbose` 0 shows information, 1 details, 2 everything; `RUST_LOG` overrides it.
+pub fn init_logs(verbose: u8) {
+    let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
+    let ours = format!("warn,proxykv_train={level},{}", OUR_CRATES.map(|c| format!("pkv_{c}={level}")).join(","));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(ours));
+    let terminal = fmt::layer().with_writer(Stderr).with_target(false).with_ansi(color()).compact().without_time();
+    let file = fmt::layer().json().with_writer(LogFile);
+    tracing_subscriber::registry().with(filter).with(terminal).with(file).init();
+}
+
+const OUR_CRATES: [&str; 14] = [
+    "shard", "gpu", "hub", "lm", "mapper", "data", "score", "extract", "prune", "checkpoint", "train", "eval", "report",
+    "cli",
+];
+
+/// Append log lines, one JSON object each, to `path` from now on.
+///
+/// # Errors
+/// The file cannot be opened for writing.
+pub fn log_to(path: &Path) -> Result<()> {
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .open(path)
+        .with_context(|| format!("cannot open log file `{}`", path.display()))?;
+    let _ = LOG_FILE.set(Mutex::new(file));
+    Ok(())
+}
+
+fn color() -> bool {
+    use std::io::IsTerminal;
+    io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}
+
+/// Writes above the bars.
+struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        bars().suspend(|| io::stderr().write_all(buf))?;
+        Ok(buf.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl<'a> MakeWriter<'a> for Stderr {
+    type Writer = Self;
+    fn make_writer(&'a self) -> Self {
+        Self
+    }
+}
+
+/// Writes to the log file, or nowhere before there is one.
+struct LogFile;
+
+impl Write for LogFile {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match LOG_FILE.get() {
+            // A log line that cannot be written (disk full) must not stop the work it tells about.
+            Some(file) => Ok(file.lock().map_or(buf.len(), |mut f| f.write_all(buf).map_or(buf.len(), |()| buf.len()))),
+            None => Ok(buf.len()),
+        }
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for LogFile {
+    type Writer = Self;
+    fn make_writer(&'a self) -> Self {
+        Self
+    }
+}
+
+/// One bar at a time, named by its stage.
+pub struct Bar {
+    current: Mutex<Option<(ProgressBar, Quiet)>>,
+}
+
+/// How far a bar nobody sees has come, for a log line now and then.
+struct Quiet {
+    what: String,
+    total: u64,
+    done: u64,
+    told: Instant,
+}
+
+/// Without a terminal, progress is told this often.
+const TELL_EVERY: Duration = Duration::from_secs(30);
+
+impl Bar {
+    pub const fn new() -> Self {
+        Self { current: Mutex::new(None) }
+    }
+
+    fn with(&self, f: impl FnOnce(&mut (ProgressBar, Quiet))) {
+        if let Ok(mut guard) = self.current.lock()
+            && let Some(current) = guard.as_mut()
+        {
+            f(current);
+        }
+    }
+}
+
+impl Progress for Bar {
+    fn start(&self, what: &str, total: u64, done: u64) {
+        let style = ProgressStyle::with_template("{prefix:>16} {bar:28} {pos}/{len} {per_sec} ETA {eta} {msg}")
+            .expect("the template is constant");
+        let bar = bars().add(ProgressBar::new(total).with_style(style).with_position(done));
+        bar.set_prefix(what.to_owned());
+        bar.reset_eta();
+        let quiet = Quiet { what: what.to_owned(), total, done, told: Instant::now() };
+        if let Ok(mut guard) = self.current.lock() {
+            *guard = Some((bar, quiet));
+        }
+    }
+
+    fn advance(&self, units: u64) {
+        self.with(|(bar, quiet)| {
+            bar.inc(units);
+            quiet.done += units;
+            if bar.is_hidden() && quiet.told.elapsed() > TELL_EVERY {
+                quiet.told = Instant::now();
+                tracing::info!("{}: {} of {}", quiet.what, quiet.done, quiet.total);
+            }
+        });
+    }
+
+    fn note(&self, text: &str) {
+        self.with(|(bar, _)| bar.set_message(text.to_owned()));
+    }
+
+    fn finish(&self) {
+        if let Ok(mut guard) = self.current.lock()
+            && let Some((bar, _)) = guard.take()
+        {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! Wrong recipes, models, data and disks: each a clear error with a hint.
+
+use std::fs;
+use std::path::Path;
+
+use crate::sandbox::{Sandbox, root};
+
+/// A copy of a model's folder inside the sandbox, for damaging it.
+fn copy_model(s: &Sandbox, role: &str) {
+    let from = root().join("recipes/nano-llama").join(role);
+    let to = s.path(role);
+    fs::create_dir_all(&to).unwrap();
+    for file in fs::read_dir(&from).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), to.join(file.file_name())).unwrap();
+    }
+    s.edit("recipe.toml", &from.display().to_string(), &to.display().to_string());
+}
+
+fn shards(folder: &Path) -> Vec<std::path::PathBuf> {
+    let mut all: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|f| f.unwrap().path())
+        .filter(|p| p.extension().is_some_and(|e| e == "parquet"))
+        .collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn unknown_recipe_key_is_named() {
+    let s = Sandbox::new();
+    s.edit("recipe.toml", "steps = 24", "stepz = 24");
+    s.run(&["plan"]).fails_with(&["invalid recipe `recipe.toml`", "stepz"]);
+}
+
+#[test]
+fn misspelt_override_is_named() {
+    let s = Sandbox::new();
+    s.run(&["plan", "--set", "train.stepz=3"]).fails_with(&["stepz"]);
+    s.run(&["plan", "--set", "train"]).fails_with(&["cannot apply `--set train`"]);
+}
+
+#[test]
+fn ratio_15_suggests_0_15() {
+    let s = Sandbox::new();
+    s.edit("recipe.toml", "\nratios = [0.2, 0.05]", "\nratios = [0.2, 15]");
+    s.run(&["plan"]).fails_with(&["eval.ratios[1]", "15", "`0.15`"]);
+}
+
+#[test]
+fn absent_recipe_manifest_and_document() {
+    let s = Sandbox::new();
+    crate::sandbox::Ran::new(s.command(&["plan", "--recipe", "nowhere.toml"]).output().unwrap())
+        .fails_with(&["cannot read recipe `nowhere.toml`"]);
+    fs::remove_file(s.path("documents.txt")).unwrap();
+    s.run(&["prepare"]).fails_with(&["documents.txt"]);
+    fs::remove_file(s.path("manifest.toml")).unwrap();
+    s.run(&["prepare"]).fails_with(&["manifest.toml"]);
+}
+
+#[test]
+fn missing_model_file_and_folder() {
+    let s = Sandbox::new();
+    copy_model(&s, "target");
+    s.run(&["prepare"]).ok();
+    fs::remove_file(s.path("target/model.safetensors")).unwrap();
+    s.run(&["label"]).fails_with(&["target", "safetensors"]);
+    fs::remove_file(s.path("target/config.json")).unwrap();
+    s.run(&["label"]).fails_with(&["config.json"]);
+    fs::remove_dir_all(s.path("target")).unwrap();
+    s.run(&["label"]).fails_with(&["cannot open the target"]);
+}
+
+#[test]
+fn truncated_safetensors() {
+    let s = Sandbox::new();
+    copy_model(&s, "target");
+    s.run(&["prepare"]).ok();
+    let path = s.path("target/model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    for keep in [bytes.len() - 1000, 100, 4] {
+        fs::write(&path, &bytes[..keep]).unwrap();
+        s.run(&["label"]).fails_with(&["model.safetensors"]);
+    }
+}
+
+#[test]
+fn shape_that_the_recipe_does_not_expect() {
+    let s = Sandbox::new();
+    s.edit("recipe.toml", "layers = 6", "layers = 8");
+    s.run(&["prepare"]).fails_with(&["target", "8", "6"]);
+}
+
+#[test]
+fn tokenizer_of_another_family() {
+    let s = Sandbox::new();
+    copy_model(&s, "proxy");
+    let path = s.path("proxy/tokenizer.json");
+    let text = fs::read_to_string(&path).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+    let names: Vec<String> = vocab.iter().filter(|(_, id)| [500, 501].contains(&id.as_u64().unwrap())).map(|(n, _)| n.clone()).collect();
+    let (a, b) = (vocab[&names[0]].clone(), vocab[&names[1]].clone());
+    vocab[&names[0]] = b;
+    vocab[&names[1]] = a;
+    fs::write(&path, json.to_string()).unwrap();
+    s.run(&["prepare"]).fails_with(&["does not share the vocabulary"]);
+}
+
+#[test]
+fn labels_of_another_model() {
+    let s = Sandbox::new();
+    s.run(&["prepare"]).ok();
+    s.run(&["label"]).ok();
+    s.run(&["extract"]).ok();
+    let before = fs::read(s.path("runs/small/labels/index.json")).unwrap();
+    // The same folder name, other weights: the revision differs.
+    copy_model(&s, "target");
+    let mut bytes = fs::read(s.path("target/model.safetensors")).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(s.path("target/model.safetensors"), bytes).unwrap();
+    s.run(&["train"]).fails_with(&["labels", "target"]);
+    s.run(&["label"]).fails_with(&["labels", "target"]);
+    assert_eq!(before, fs::read(s.path("runs/small/labels/index.json")).unwrap(), "the labels were touched");
+}
+
+#[test]
+fn shard_with_a_flipped_byte() {
+    let s = Sandbox::new();
+    for stage in ["prepare", "label", "extract"] {
+        s.run(&[stage]).ok();
+    }
+    let shard = shards(&s.path("runs/small/labels")).pop().unwrap();
+    let mut bytes = fs::read(&shard).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
+    fs::write(&shard, bytes).unwrap();
+    s.run(&["train"]).fails_with(&[shard.file_name().unwrap().to_str().unwrap(), "--redo label"]);
+    s.run(&["label", "--redo", "label"]).ok();
+    s.run(&["train"]).ok();
+}
+
+#[test]
+fn empty_and_tiny_documents() {
+    let s = Sandbox::new();
+    s.write("documents.txt", &format!("\0 \n\0a\0{}", crate::sandbox::documents()));
+    let ran = s.run(&["prepare"]).ok();
+    assert!(ran.stderr.contains("empty"), "{}", ran.stderr);
+    let s = Sandbox::new();
+    s.write("documents.txt", "");
+    s.run(&["prepare"]).fails_with(&["documents.txt"]);
+    let s = Sandbox::new();
+    s.write("documents.txt", "a");
+    s.run(&["prepare"]).fails_with(&["min_tokens"]);
+}
+
+#[test]
+fn text_that_is_not_utf8() {
+    let s = Sandbox::new();
+    let mut bytes = crate::sandbox::documents().into_bytes();
+    bytes[1000] = 0xff;
+    fs::write(s.path("documents.txt"), bytes).unwrap();
+    s.run(&["prepare"]).fails_with(&["documents.txt", "UTF-8", "1000"]);
+}
+
+#[test]
+fn full_disk_loses_nothing_written_before() {
+    let s = Sandbox::new();
+    s.run(&["prepare"]).ok();
+    // Enough for the first shard of labels, not for all.
+    let mut command = s.command(&["label", "--recipe", "recipe.toml"]);
+    let ran = crate::sandbox::Ran::new(command.env("PKV_FAIL_WRITES_AFTER_BYTES", "20000").output().unwrap());
+    ran.fails_with(&["labels"]);
+    let whole = shards(&s.path("runs/small/labels"));
+    let kept: Vec<Vec<u8>> = whole.iter().map(|p| fs::read(p).unwrap()).collect();
+    let ran = s.run(&["label"]).ok();
+    assert!(!ran.stderr.contains("error"), "{}", ran.stderr);
+    for (path, bytes) in whole.iter().zip(kept) {
+        assert_eq!(fs::read(path).unwrap(), bytes, "{} was written again", path.display());
+    }
+}
+
+#[test]
+fn recipe_changed_between_stages() {
+    let s = Sandbox::new();
+    s.run(&["prepare"]).ok();
+    s.run(&["label"]).ok();
+    s.edit("recipe.toml", "[data]", "[label]\nchunk_tokens = 64\n[data]");
+    s.run(&["label"]).fails_with(&["label.chunk_tokens", "64", "--redo label"]);
+    s.run(&["label", "--redo", "label"]).ok();
+    s.edit("recipe.toml", "seed = 3", "seed = 4");
+    s.run(&["label"]).fails_with(&["seed", "--redo prepare"]);
+}
+
+#[test]
+fn stages_out_of_order() {
+    let s = Sandbox::new();
+    s.run(&["label"]).fails_with(&["prepare"]);
+    s.run(&["prepare"]).ok();
+    s.run(&["train"]).fails_with(&["label"]);
+}
+
+#[test]
+fn cuda_is_never_replaced_in_silence() {
+    let s = Sandbox::new();
+    let mut command = s.command(&["label", "--recipe", "recipe.toml"]);
+    command.args(["--device", "cuda"]).env("PKV_CUDA", "0");
+    // `--device cpu` comes first in the sandbox's command; clap takes the last.
+    let ran = crate::sandbox::Ran::new(command.output().unwrap());
+    ran.fails_with(&["CUDA was asked for"]);
+}

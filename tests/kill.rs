@@ -1,0 +1,61 @@
+//! A run killed at random moments ends with the same bytes as an unbroken one.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use crate::sandbox::Sandbox;
+
+/// How often the run is killed before it may finish.
+const KILLS: u32 = 20;
+
+/// Every file that must not depend on how often a run was interrupted, by its path in the run folder.
+fn results(run: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut out = BTreeMap::new();
+    for stage in ["examples", "labels", "features"] {
+        for file in fs::read_dir(run.join(stage)).unwrap() {
+            let file = file.unwrap();
+            out.insert(format!("{stage}/{}", file.file_name().to_string_lossy()), fs::read(file.path()).unwrap());
+        }
+    }
+    for file in ["model.safetensors", "parity.safetensors"] {
+        out.insert(format!("export/{file}"), fs::read(run.join("export").join(file)).unwrap());
+    }
+    for line in fs::read_to_string(run.join("train/metrics.jsonl")).unwrap().lines() {
+        let json: serde_json::Value = serde_json::from_str(line).unwrap();
+        let key = format!("metrics/{}/{}", json["kind"], json["step"]);
+        let loss = json["loss"].to_string();
+        assert!(out.insert(key.clone(), loss.into_bytes()).is_none(), "{key} was logged twice");
+    }
+    out
+}
+
+#[test]
+fn twenty_kills_change_nothing() {
+    let unbroken = Sandbox::new();
+    let start = Instant::now();
+    unbroken.run(&["run"]).ok();
+    let whole = start.elapsed();
+
+    let broken = Sandbox::new();
+    let mut rng = pkv_core::Seed(20).stream("kill", 0);
+    for _ in 0..KILLS {
+        let mut command = broken.command(&["run", "--recipe", "recipe.toml"]);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // Anywhere in the first half of an unbroken run's time: some attempts come far, some not.
+        let share = f64::from(rand::Rng::random_range(&mut rng, 2..50u32)) / 100.0;
+        std::thread::sleep(whole.mul_f64(share).max(Duration::from_millis(5)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    broken.run(&["run"]).ok();
+
+    let (a, b) = (results(&unbroken.path("runs/small")), results(&broken.path("runs/small")));
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    for (name, bytes) in &a {
+        assert!(bytes == &b[name], "`{name}` differs between the unbroken and the killed run");
+    }
+    assert!(a.len() > 15, "there is too little to compare: {:?}", a.keys());
+}

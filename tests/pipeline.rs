@@ -1,0 +1,78 @@
+//! A recipe in, a mapper out.
+
+use std::fs;
+
+use crate::sandbox::Sandbox;
+
+#[test]
+fn run_makes_everything_once() {
+    let s = Sandbox::new();
+    let first = s.run(&["run"]).ok();
+    assert!(first.stdout.contains("mapper"), "no table on stdout:\n{}", first.stdout);
+    for file in [
+        "run.json",
+        "log.jsonl",
+        "examples/index.json",
+        "labels/index.json",
+        "features/index.json",
+        "train/metrics.jsonl",
+        "eval/results.json",
+        "eval/answers.parquet",
+        "export/model.safetensors",
+        "export/config.json",
+        "export/README.md",
+        "export/parity.safetensors",
+        "report.html",
+    ] {
+        assert!(s.path("runs/small").join(file).is_file(), "{file} is missing");
+    }
+
+    // The second time everything is complete; each stage says so.
+    let index = fs::read(s.path("runs/small/labels/index.json")).unwrap();
+    let second = s.run(&["run"]).ok();
+    for stage in ["prepare", "label", "extract", "train", "eval", "export"] {
+        assert!(
+            second.stderr.lines().any(|l| l.contains(&format!("{stage}: skipped"))),
+            "{stage} did not say that it was skipped:\n{}",
+            second.stderr
+        );
+    }
+    assert_eq!(index, fs::read(s.path("runs/small/labels/index.json")).unwrap());
+    assert_eq!(first.stdout, second.stdout, "the same results are printed");
+
+    // What was made can be looked at.
+    for path in ["runs/small", "runs/small/labels", "runs/small/export"] {
+        let ran = crate::sandbox::Ran::new(s.command(&["inspect", path]).output().unwrap()).ok();
+        assert!(!ran.stdout.is_empty());
+    }
+
+    // An export is evaluated like the checkpoint it came from.
+    let export = s.run(&["eval", "--mapper", "runs/small/export", "--json"]).ok();
+    let checkpoint = s.run(&["eval", "--json"]).ok();
+    let cells = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap()["labels"]["cells"].clone();
+    assert_eq!(cells(&export.stdout), cells(&checkpoint.stdout));
+}
+
+#[test]
+fn two_runs_of_one_seed_are_the_same() {
+    let (a, b) = (Sandbox::new(), Sandbox::new());
+    for s in [&a, &b] {
+        for stage in ["prepare", "label", "extract", "train"] {
+            s.run(&[stage]).ok();
+        }
+    }
+    for file in ["examples/examples-00000.parquet", "labels/labels-00001.parquet", "features/features-00002.parquet"] {
+        let read = |s: &Sandbox| fs::read(s.path("runs/small").join(file)).unwrap();
+        assert!(read(&a) == read(&b), "{file} differs");
+    }
+}
+
+#[test]
+fn plan_reads_no_models() {
+    let s = Sandbox::new();
+    s.edit("recipe.toml", "/target\"", "/no-such-folder\"");
+    let ran = s.run(&["plan"]).ok();
+    assert!(ran.stdout.contains("label"), "{}", ran.stdout);
+    let ran = s.run(&["plan", "--json"]).ok();
+    serde_json::from_str::<serde_json::Value>(&ran.stdout).unwrap();
+}

@@ -1,0 +1,179 @@
+//! A temporary project folder around the binary: the small pair, a few documents, a recipe of seconds.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+
+/// A folder with `recipe.toml`, `manifest.toml` and `documents.txt`; runs go to `runs/`.
+pub struct Sandbox {
+    folder: TempDir,
+}
+
+/// The repository's root, where the small pair lies.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().expect("the repository has a root")
+}
+
+impl Sandbox {
+    pub fn new() -> Self {
+        let s = Self { folder: TempDir::new().expect("a temporary folder can be made") };
+        s.write("documents.txt", &documents());
+        s.write("manifest.toml", MANIFEST);
+        let pair = root().join("recipes/nano-llama");
+        s.write("recipe.toml", &RECIPE.replace("PAIR", &pair.display().to_string()));
+        s
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().expect("a file has a folder")).expect("folders can be made");
+        fs::write(path, text).expect("files can be written");
+    }
+
+    /// Replace `from` by `to` in a file; `from` must be there.
+    pub fn edit(&self, name: &str, from: &str, to: &str) {
+        let text = fs::read_to_string(self.path(name)).expect("the file is there");
+        assert!(text.contains(from), "`{from}` is not in {name}");
+        fs::write(self.path(name), text.replace(from, to)).expect("files can be written");
+    }
+
+    /// The binary with `args`, on the CPU, in this folder.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_proxykv-train"));
+        command.current_dir(self.folder.path()).args(["--device", "cpu", "--threads", "2"]).args(args);
+        for name in ["RUST_LOG", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"] {
+            command.env_remove(name);
+        }
+        command
+    }
+
+    /// Run `args` with the sandbox's recipe.
+    pub fn run(&self, args: &[&str]) -> Ran {
+        let mut all = args.to_vec();
+        all.extend(["--recipe", "recipe.toml"]);
+        Ran::new(self.command(&all).output().expect("the binary starts"))
+    }
+}
+
+/// What a command printed.
+pub struct Ran {
+    pub stdout: String,
+    pub stderr: String,
+    pub code: i32,
+}
+
+impl Ran {
+    pub fn new(output: Output) -> Self {
+        Self {
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            code: output.status.code().unwrap_or(-1),
+        }
+    }
+
+    /// It must have worked.
+    pub fn ok(self) -> Self {
+        assert_eq!(self.code, 0, "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// It must have failed with exit code 1, a hint, every one of `parts` on stderr, and no panic.
+    pub fn fails_with(self, parts: &[&str]) -> Self {
+        let all = || format!("stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        assert_eq!(self.code, 1, "{}", all());
+        assert!(self.stderr.contains("error: "), "{}", all());
+        assert!(self.stderr.contains("\nhint: "), "no hint\n{}", all());
+        assert!(!self.stderr.contains("panicked"), "{}", all());
+        for part in parts {
+            assert!(self.stderr.contains(part), "`{part}` is missing\n{}", all());
+        }
+        self
+    }
+}
+
+/// Short documents in plain words, different from each other; the small models know such text.
+pub fn documents() -> String {
+    let topics = ["harbour", "lantern", "garden", "tower", "bridge", "river", "castle", "market", "engine", "library"];
+    let verbs = ["opens", "stores", "returns", "collects", "repairs", "describes", "protects", "counts"];
+    let mut docs = Vec::new();
+    for d in 0..40 {
+        let mut text = format!("Notes on the {} number {d}. ", topics[d % topics.len()]);
+        for k in 0..14 {
+            let (a, b) = (topics[(d * 3 + k) % topics.len()], topics[(d + k * 7 + 1) % topics.len()]);
+            let verb = verbs[(d + k * k) % verbs.len()];
+            text.push_str(&format!("The {a} {verb} what the {b} of part {} needs. ", d * 14 + k));
+        }
+        docs.push(text);
+    }
+    docs.join("\0")
+}
+
+const MANIFEST: &str = r#"
+description = "A few generated sentences"
+[[source]]
+name = "sentences"
+files = ["documents.txt"]
+format = "txt"
+separator = "\u0000"
+licence = "Apache-2.0"
+[facts]
+min = 0
+max = 3
+"#;
+
+/// Shapes as in the small pair's config.json; sizes such that a whole run takes seconds.
+const RECIPE: &str = r#"
+name = "small"
+seed = 3
+
+[target]
+model = "PAIR/target"
+shape = { layers = 6, kv_heads = 2, query_heads = 4, head_dim = 32, hidden = 128, intermediate = 352, vocab = 4096 }
+
+[proxy]
+model = "PAIR/proxy"
+shape = { layers = 3, kv_heads = 1, query_heads = 2, head_dim = 32, hidden = 64, intermediate = 176, vocab = 4096 }
+
+[data]
+manifest = "manifest.toml"
+train = 12
+validation = 2
+test = 2
+window_tokens = [96, 128]
+min_tokens = 32
+validation_share = 0.15
+test_share = 0.2
+shard_examples = 3
+
+[mapper]
+head_width = 8
+width = 16
+dilations = [1, 2]
+cross_width = 8
+cross_heads = 2
+
+[train]
+steps = 24
+batch = 4
+warmup_steps = 4
+validate_every = 6
+checkpoint_every = 3
+log_every = 4
+ema = 0.9
+
+[eval]
+ratios = [0.2, 0.05]
+answer_ratios = [0.2, 0.05]
+contexts = 2
+context_tokens = 160
+facts_per_context = 2
+max_answer_tokens = 12
+continuation_tokens = 16
+bootstrap = 100
+"#;
