@@ -14,6 +14,8 @@ mod layer;
 mod model;
 mod rope;
 mod tap;
+mod template;
+mod tokenizer;
 mod weights;
 
 pub use cache::KvCache;
@@ -21,3 +23,4 @@ pub use config::{Family, LmConfig};
 pub use model::LanguageModel;
 pub use rope::{RopeConfig, RopeScaling};
 pub use tap::{LayerView, NoTap, Tap};
+pub use tokenizer::TextTokenizer;

@@ -4,3 +4,5 @@
 mod goldens;
 /// Checkpoints, folders and comparisons that the other files share.
 mod support;
+/// Text to tokens, chat templates, vocabularies.
+mod tokenizer;

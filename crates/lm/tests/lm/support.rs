@@ -58,3 +58,16 @@ pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
     let worst = difference(a, b);
     assert!(worst <= tolerance, "{what}: largest difference {worst:.3e}, tolerance {tolerance:.0e}");
 }
+
+/// The chain of an error must hold all of `parts`, and a hint.
+#[track_caller]
+pub fn assert_error<T>(result: anyhow::Result<T>, parts: &[&str]) {
+    let Err(error) = result else { panic!("expected an error with {parts:?}") };
+    let text = format!("{error:#}");
+    for part in parts {
+        assert!(text.contains(part), "`{part}` is not in: {text}");
+    }
+    let hint = error.chain().find_map(|e| e.downcast_ref::<pkv_core::Hinted>());
+    let hinted = hint.is_some() || error.downcast_ref::<pkv_core::Hinted>().is_some();
+    assert!(hinted, "no hint with: {text}");
+}

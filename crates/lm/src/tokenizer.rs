@@ -1,0 +1,170 @@
+//! Text to token ids and back, and the fixed tokens around a user's text.
+//!
+//! `tokenizer.json` is the reference `tokenizers` crate's matter; this module adds what labels
+//! depend on: prefix, switch, stop tokens, and hashes that tell whether two models share a
+//! vocabulary.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use pkv_core::{hinted, sha256_hex};
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+use crate::config::token_ids;
+use crate::template::{Frame, token_text};
+
+/// A model's tokenizer with its chat template.
+pub struct TextTokenizer {
+    tokenizer: Tokenizer,
+    prefix: Vec<u32>,
+    switch: Vec<u32>,
+    stop: Vec<u32>,
+    template_hash: String,
+    vocab_hash: String,
+}
+
+impl TextTokenizer {
+    /// Open the tokenizer of a model folder: `tokenizer.json`, and where they are there
+    /// `tokenizer_config.json`, `chat_template.jinja`, `config.json`, `generation_config.json`.
+    ///
+    /// # Errors
+    /// A file is missing or damaged, or the chat template cannot be used.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        let reading = || {
+            hinted(
+                format!("reading the tokenizer `{}`", path.display()),
+                "a model folder holds `tokenizer.json`; `proxykv-train fetch` downloads it",
+            )
+        };
+        let text = fs::read(&path).with_context(reading)?;
+        let mut tokenizer = Tokenizer::from_bytes(text).map_err(|e| anyhow!("{e}")).with_context(reading)?;
+        // Some exports keep the limits of the run that wrote them; every text is encoded whole here.
+        tokenizer.with_truncation(None).map_err(|e| anyhow!("{e}")).with_context(reading)?;
+        tokenizer.with_padding(None);
+
+        let config = optional_json(&folder.join("tokenizer_config.json"))?;
+        let frame = Frame::of_folder(folder, &config)?;
+        let mut opened = Self {
+            vocab_hash: vocab_hash(&tokenizer),
+            template_hash: sha256_hex(format!("{}\u{1}{}", frame.prefix, frame.switch).as_bytes()),
+            tokenizer,
+            prefix: Vec::new(),
+            switch: Vec::new(),
+            stop: Vec::new(),
+        };
+        opened.prefix = opened.encode(&frame.prefix)?;
+        opened.switch = opened.encode(&frame.switch)?;
+        opened.stop = opened.find_stop_tokens(folder, &config)?;
+        Ok(opened)
+    }
+
+    /// Token ids of `text` as it is: nothing is put before or behind it. Special tokens that the
+    /// text spells out are recognized.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| anyhow!("encoding text: {e}"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Text of `ids`, special tokens spelt out.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.tokenizer.decode(ids, false).map_err(|e| anyhow!("decoding {} tokens: {e}", ids.len()))
+    }
+
+    /// Tokens of the chat template before the user's text; never evicted, empty without a template.
+    pub fn prefix(&self) -> &[u32] {
+        &self.prefix
+    }
+
+    /// Tokens between the user's text and the model's answer.
+    pub fn switch(&self) -> &[u32] {
+        &self.switch
+    }
+
+    /// SHA-256 of the rendered template: texts of prefix and switch.
+    pub fn template_hash(&self) -> String {
+        self.template_hash.clone()
+    }
+
+    /// Tokens that end an answer, ascending.
+    pub fn stop_tokens(&self) -> &[u32] {
+        &self.stop
+    }
+
+    /// SHA-256 of all tokens with their ids, added tokens included.
+    pub fn vocab_hash(&self) -> String {
+        self.vocab_hash.clone()
+    }
+
+    /// Tokens in the vocabulary, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// Whether both map the same texts to the same ids: a proxy must read the target's tokens.
+    ///
+    /// # Errors
+    /// The vocabularies differ; the error says in how many tokens, and names the first.
+    pub fn same_vocab(&self, other: &Self) -> Result<()> {
+        if self.vocab_hash == other.vocab_hash {
+            return Ok(());
+        }
+        let (ours, theirs) = (sorted_vocab(&self.tokenizer), sorted_vocab(&other.tokenizer));
+        let only_ours: Vec<_> = ours.difference(&theirs).collect();
+        let only_theirs: Vec<_> = theirs.difference(&ours).collect();
+        let example = only_ours.first().or(only_theirs.first());
+        let (id, token) = example.context("vocabularies that hash differently differ in a token")?;
+        Err(hinted(
+            format!(
+                "the vocabularies differ: {} tokens against {}, {} only in the first and {} only in the second, \
+                 for example {token:?} as id {id}",
+                ours.len(),
+                theirs.len(),
+                only_ours.len(),
+                only_theirs.len(),
+            ),
+            "target and proxy must be of one family and share their tokenizer",
+        )
+        .into())
+    }
+
+    /// End tokens of the configurations, and the token by which the chat template ends a turn.
+    fn find_stop_tokens(&self, folder: &Path, tokenizer_config: &Value) -> Result<Vec<u32>> {
+        let mut stop = BTreeSet::new();
+        for name in ["config.json", "generation_config.json"] {
+            let json = optional_json(&folder.join(name))?;
+            stop.extend(json.get("eos_token_id").map(token_ids).unwrap_or_default());
+        }
+        for key in ["eos_token", "eot_token"] {
+            let text = tokenizer_config.get(key).and_then(token_text);
+            stop.extend(text.and_then(|text| self.tokenizer.token_to_id(text)));
+        }
+        // A user's turn and the model's end alike: `<|eot_id|>`, `<|im_end|>`.
+        let special = self.tokenizer.get_added_tokens_decoder();
+        let turn_end = self.switch.first().filter(|id| special.get(id).is_some_and(|token| token.special));
+        stop.extend(turn_end);
+        Ok(stop.into_iter().collect())
+    }
+}
+
+/// A JSON file that need not be there: `null` then.
+fn optional_json(path: &Path) -> Result<Value> {
+    if !path.exists() {
+        return Ok(Value::Null);
+    }
+    let text = fs::read_to_string(path).with_context(|| format!("reading `{}`", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("parsing `{}`", path.display()))
+}
+
+fn sorted_vocab(tokenizer: &Tokenizer) -> BTreeSet<(u32, String)> {
+    tokenizer.get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect()
+}
+
+fn vocab_hash(tokenizer: &Tokenizer) -> String {
+    // JSON quotes whatever a token may contain, so no two vocabularies are written alike.
+    let text = serde_json::to_vec(&sorted_vocab(tokenizer)).expect("numbers and strings can be written");
+    sha256_hex(&text)
+}
