@@ -61,7 +61,20 @@ pub struct DurableFile {
     hash: Sha256,
     bytes: u64,
     budget: WriteBudget,
+    failure: WriteFailure,
     published: bool,
+}
+
+/// How a file's first failed write failed.
+///
+/// Encoders between the caller and the file may turn an IO error into text; this keeps its kind.
+#[derive(Clone, Debug, Default)]
+pub struct WriteFailure(Arc<OnceLock<io::ErrorKind>>);
+
+impl WriteFailure {
+    pub fn kind(&self) -> Option<io::ErrorKind> {
+        self.0.get().copied()
+    }
 }
 
 /// What a published file holds.
@@ -86,8 +99,22 @@ impl DurableFile {
             hash: Sha256::new(),
             bytes: 0,
             budget,
+            failure: WriteFailure::default(),
             published: false,
         })
+    }
+
+    /// To ask after an error of whoever writes through this file.
+    pub fn failure(&self) -> WriteFailure {
+        self.failure.clone()
+    }
+
+    fn write_hashed(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.budget.take(data.len() as u64)?;
+        let n = self.file.write(data)?;
+        self.hash.update(&data[..n]);
+        self.bytes += n as u64;
+        Ok(n)
     }
 
     /// Make the file whole on disk and give it its name.
@@ -105,11 +132,10 @@ impl DurableFile {
 
 impl Write for DurableFile {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.budget.take(data.len() as u64)?;
-        let n = self.file.write(data)?;
-        self.hash.update(&data[..n]);
-        self.bytes += n as u64;
-        Ok(n)
+        self.write_hashed(data).inspect_err(|e| {
+            // Only the first failure is the cause.
+            let _ = self.failure.0.set(e.kind());
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -141,12 +167,17 @@ pub fn write_file(path: &Path, data: &[u8], budget: &WriteBudget) -> Result<Publ
 
 /// The error for a failed write of `path`, with a hint where the disk is full.
 pub fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
+    let kind = error.kind();
+    write_error_of_kind(path, kind, error.into())
+}
+
+/// As [`write_error`], for an error that came through an encoder: `kind` is the file's.
+pub fn write_error_of_kind(path: &Path, kind: io::ErrorKind, error: anyhow::Error) -> anyhow::Error {
     let what = format!("cannot write `{}`", path.display());
-    if error.kind() == io::ErrorKind::StorageFull {
-        let hint = "free some space and run the same command again; what is whole is kept";
-        anyhow::Error::new(error).context(hinted(what, hint))
+    if kind == io::ErrorKind::StorageFull {
+        error.context(hinted(what, "free some space and run the same command again; what is whole is kept"))
     } else {
-        anyhow::Error::new(error).context(what)
+        error.context(what)
     }
 }
 

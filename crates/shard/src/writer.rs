@@ -1,8 +1,8 @@
 //! Rows in, shards out.
 
-use std::io;
+use std::io::ErrorKind;
 use std::marker::PhantomData;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use arrow::array::RecordBatch;
@@ -14,7 +14,7 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use pkv_core::StoreDtype;
 
 use crate::dir::StageDir;
-use crate::durable::{DurableFile, write_error};
+use crate::durable::{DurableFile, WriteFailure, write_error, write_error_of_kind};
 use crate::index::{SCHEMA_VERSION, ShardEntry};
 use crate::row::Row;
 
@@ -42,6 +42,7 @@ struct OpenShard {
     file: String,
     path: PathBuf,
     writer: ArrowWriter<DurableFile>,
+    failure: WriteFailure,
     /// Rows handed to `writer`.
     rows: usize,
 }
@@ -137,9 +138,9 @@ impl<R: Row> StageWriter<R> {
         };
         let written = shard.writer.write(&batch).and_then(|()| shard.writer.flush());
         if let Err(e) = written {
-            let path = shard.path.clone();
+            let error = encode_error(&shard.path, &shard.failure, e);
             self.open = None;
-            return Err(parquet_write_error(&path, e));
+            return Err(error);
         }
         shard.rows += rows;
         Ok(())
@@ -148,8 +149,8 @@ impl<R: Row> StageWriter<R> {
     /// The open shard gets its name, then its entry in the index.
     fn close_shard(&mut self) -> Result<()> {
         self.write_group()?;
-        let Some(OpenShard { file, path, writer, rows }) = self.open.take() else { return Ok(()) };
-        let durable = writer.into_inner().map_err(|e| parquet_write_error(&path, e))?;
+        let Some(OpenShard { file, path, writer, failure, rows }) = self.open.take() else { return Ok(()) };
+        let durable = writer.into_inner().map_err(|e| encode_error(&path, &failure, e))?;
         let published = durable.publish().map_err(|e| write_error(&path, e))?;
         let entry = ShardEntry { file, rows: rows as u64, bytes: published.bytes, sha256: published.sha256 };
         self.stage.update(|index| index.shards.push(entry))
@@ -176,18 +177,13 @@ fn open_shard<R: Row>(stage: &StageDir, batch: &RecordBatch) -> Result<OpenShard
         .build();
     let durable =
         DurableFile::create(&path, stage.write_budget().clone()).map_err(|e| write_error(&path, e))?;
+    let failure = durable.failure();
     let writer = ArrowWriter::try_new(durable, batch.schema(), Some(properties))
-        .map_err(|e| parquet_write_error(&path, e))?;
-    Ok(OpenShard { file, path, writer, rows: 0 })
+        .map_err(|e| encode_error(&path, &failure, e))?;
+    Ok(OpenShard { file, path, writer, failure, rows: 0 })
 }
 
-/// parquet wraps IO errors; the kind decides the hint.
-fn parquet_write_error(path: &std::path::Path, error: ParquetError) -> anyhow::Error {
-    match error {
-        ParquetError::External(inner) => match inner.downcast::<io::Error>() {
-            Ok(io) => write_error(path, *io),
-            Err(other) => anyhow::anyhow!("{other}").context(format!("cannot write `{}`", path.display())),
-        },
-        other => anyhow::Error::new(other).context(format!("cannot write `{}`", path.display())),
-    }
+/// The disk's error if there was one, the encoder's otherwise.
+fn encode_error(path: &Path, failure: &WriteFailure, error: ParquetError) -> anyhow::Error {
+    write_error_of_kind(path, failure.kind().unwrap_or(ErrorKind::Other), error.into())
 }

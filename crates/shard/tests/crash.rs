@@ -1,0 +1,135 @@
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use pkv_shard::durable::WriteBudget;
+use pkv_shard::{LabelRow, StageDir, StageReader};
+use tempfile::{TempDir, tempdir};
+
+use crate::common::*;
+
+const ROWS: usize = 30;
+
+fn open(dir: &TempDir) -> StageDir {
+    StageDir::open(dir.path(), "label", &choices()).unwrap()
+}
+
+/// The folder that an unbroken run leaves.
+fn unbroken() -> TempDir {
+    let dir = tempdir().unwrap();
+    write_labels(open(&dir), ROWS).unwrap();
+    dir
+}
+
+/// The disk fills up at every point of the run in turn: inside a shard, between a shard's rename
+/// and its index entry, inside the index.
+#[test]
+fn a_full_disk_at_any_point_is_an_error_and_the_next_run_continues() {
+    let whole = files(unbroken().path());
+    let total: usize = whole.values().map(Vec::len).sum();
+    let (mut failures, mut resumed) = (0, 0);
+    for budget in (0..2 * total as u64).step_by(499) {
+        let dir = tempdir().unwrap();
+        if let Err(error) = write_labels(open(&dir).with_write_budget(WriteBudget::bytes(budget)), ROWS) {
+            failures += 1;
+            let (said, hint) = told(&error);
+            assert!(said.starts_with(&format!("cannot write `{}/", dir.path().display())), "{said}");
+            assert!(hint.contains("free some space"), "{hint}");
+            assert!(files(dir.path()).keys().all(|f| !f.ends_with(".tmp")), "a temporary file was left");
+        }
+        let stage = open(&dir);
+        resumed += usize::from(stage.rows() > 0 && !stage.is_complete());
+        if !stage.is_complete() {
+            write_labels(stage, ROWS).unwrap();
+        }
+        assert_eq!(files(dir.path()), whole, "after {budget} bytes");
+    }
+    assert!(failures > 20 && resumed > 10, "{failures} failures, {resumed} resumed in the middle");
+}
+
+#[test]
+fn a_shard_renamed_but_not_indexed_is_made_again() {
+    let whole = files(unbroken().path());
+    let dir = tempdir().unwrap();
+    let stage = open(&dir);
+    // What a process killed between rename and index leaves, and what one killed before rename does.
+    fs::write(dir.path().join("labels-00000.parquet"), &whole["labels-00000.parquet"]).unwrap();
+    fs::write(dir.path().join("labels-00001.parquet.tmp"), "half").unwrap();
+    fs::write(dir.path().join("index.json.tmp"), "{").unwrap();
+    drop(stage);
+    let stage = open(&dir);
+    assert_eq!(stage.rows(), 0);
+    assert_eq!(files(dir.path()).keys().collect::<Vec<_>>(), ["index.json"]);
+    write_labels(stage, ROWS).unwrap();
+    assert_eq!(files(dir.path()), whole);
+}
+
+#[test]
+fn a_run_that_ends_early_is_not_complete() {
+    let dir = tempdir().unwrap();
+    let mut writer =
+        pkv_shard::StageWriter::new(open(&dir), SHARD_ROWS, pkv_core::StoreDtype::F16, Some(30)).unwrap();
+    (0..12).for_each(|i| writer.push(label(i)).unwrap());
+    let error = writer.finish().unwrap_err();
+    assert!(error.to_string().contains("has 12 labels, expected 30"), "{error:#}");
+    assert!(!StageDir::read(dir.path()).unwrap().is_complete());
+}
+
+#[test]
+fn two_processes_do_not_write_one_folder() {
+    let dir = tempdir().unwrap();
+    let _first = open(&dir);
+    let (said, hint) = told(&StageDir::open(dir.path(), "label", &choices()).unwrap_err());
+    assert!(said.contains("another process writes") && hint.contains("another run name"), "{said}");
+    assert!(StageDir::clear(dir.path()).is_err());
+    // Reading is no writing.
+    StageDir::read(dir.path()).unwrap();
+}
+
+/// SIGKILL at moments that nobody chose.
+#[test]
+fn a_killed_process_is_continued_by_the_next() {
+    let whole = files(unbroken().path());
+    let dir = tempdir().unwrap();
+    let mut seen = Vec::new();
+    for attempt in 0u64.. {
+        assert!(attempt < 200, "no progress: {seen:?}");
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "crash::child", "--ignored"])
+            .env("PKV_TEST_FOLDER", dir.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(15 + attempt * 7 % 40));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let rows = if dir.path().join("index.json").exists() { open(&dir).rows() } else { 0 };
+        seen.push(rows);
+        if rows == ROWS as u64 {
+            break;
+        }
+    }
+    if !open(&dir).is_complete() {
+        write_labels(open(&dir), ROWS).unwrap();
+    }
+    assert_eq!(files(dir.path()), whole);
+    assert_eq!(StageReader::<LabelRow>::open(dir.path()).unwrap().get(29).unwrap(), label(29));
+    assert!(seen.len() > 2, "the process was never killed in the middle: {seen:?}");
+}
+
+/// Not a test: the process that the test above kills. It works slowly.
+#[test]
+#[ignore = "run by a_killed_process_is_continued_by_the_next"]
+fn child() {
+    let dir = std::env::var("PKV_TEST_FOLDER").expect("run by a_killed_process_is_continued_by_the_next");
+    let stage = StageDir::open(dir.as_ref(), "label", &choices()).unwrap();
+    let done = stage.rows() as usize;
+    let mut writer =
+        pkv_shard::StageWriter::new(stage, SHARD_ROWS, pkv_core::StoreDtype::F16, Some(ROWS as u64)).unwrap();
+    for i in done..ROWS {
+        writer.push(label(i)).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    writer.finish().unwrap();
+}
