@@ -106,7 +106,7 @@ pub fn chunk_scores(
         let _ = logits_hgrk.narrow(3, visible - n, n).masked_fill_(&later_rr, f64::NEG_INFINITY);
         let mut weights_hgrt = logits_hgrk.softmax(-1, Kind::Float).narrow(3, sink, positions);
         if let Some(weighting) = weighting {
-            weights_hgrt = weights_hgrt * weighting.rows_s.narrow(0, first, n).unsqueeze(1);
+            weights_hgrt *= weighting.rows_s.narrow(0, first, n).unsqueeze(1);
         }
         max_hgt = max_hgt.maximum(&weights_hgrt.amax([2], false));
         sum_hgt += weights_hgrt.sum_dim_intlist([2i64].as_slice(), false, Kind::Float);

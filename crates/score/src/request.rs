@@ -1,0 +1,107 @@
+//! Which tokens are fed to make a model repeat its context, chunk by chunk.
+//!
+//! What the model does with them is `scorer`'s business.
+
+use std::ops::Range;
+
+use anyhow::Result;
+use pkv_lm::TextTokenizer;
+use pkv_recipe::{LabelPreset, LabelSection};
+
+/// Asks for the first scoring chunk (KVzip, `model/wrapper.py`).
+const FIRST: &str = "\n\nRepeat the previous context exactly.";
+/// Asks for a later one, and is followed by the last tokens of the chunk before.
+const LATER: &str = "\n\nRepeat the part of the previous context exactly, starting with";
+/// How many tokens of the chunk before a later request quotes.
+const QUOTED_TOKENS: usize = 8;
+
+/// The request of every scoring chunk, as token ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Requests {
+    first: Vec<u32>,
+    later: Vec<u32>,
+    switch: Vec<u32>,
+    chunk_tokens: usize,
+}
+
+impl Requests {
+    /// Tokenize the requests of a preset. Each text is tokenized on its own, as the published
+    /// scorers do, and the ids are concatenated.
+    ///
+    /// # Errors
+    /// The tokenizer fails on the request's text.
+    pub fn new(tokenizer: &TextTokenizer, label: &LabelSection) -> Result<Self> {
+        let later = match label.preset {
+            LabelPreset::Original => format!("{LATER} "),
+            LabelPreset::Kvpress | LabelPreset::Plus => LATER.to_owned(),
+        };
+        Ok(Self::from_ids(
+            tokenizer.encode(FIRST)?,
+            tokenizer.encode(&later)?,
+            tokenizer.switch().to_vec(),
+            label.chunk(),
+        ))
+    }
+
+    fn from_ids(first: Vec<u32>, later: Vec<u32>, switch: Vec<u32>, chunk_tokens: usize) -> Self {
+        Self { first, later, switch, chunk_tokens: chunk_tokens.max(1) }
+    }
+
+    /// Scoring chunks of a context, as ranges of its positions; the last may be shorter.
+    pub fn chunks(&self, context_tokens: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let size = self.chunk_tokens;
+        (0..context_tokens).step_by(size).map(move |start| start..context_tokens.min(start + size))
+    }
+
+    /// The tokens fed after the cache to score `chunk`: request, turn switch, the chunk itself.
+    ///
+    /// # Panics
+    /// If `chunk` does not lie in `context`; take it from [`Self::chunks`].
+    pub fn ids(&self, context: &[u32], chunk: &Range<usize>) -> Vec<u32> {
+        let request: &[u32] = if chunk.start == 0 { &self.first } else { &self.later };
+        // A chunk shorter than the quote is quoted whole, no further back.
+        let before = &context[chunk.start.saturating_sub(self.chunk_tokens.min(QUOTED_TOKENS))..chunk.start];
+        [request, before, &self.switch, &context[chunk.clone()]].concat()
+    }
+
+    /// Most tokens that scoring one chunk of a context feeds: what a cache must have room for.
+    pub fn most_tokens(&self, context_tokens: usize) -> usize {
+        let request = self.first.len().max(self.later.len() + QUOTED_TOKENS);
+        request + self.switch.len() + self.chunk_tokens.min(context_tokens)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn requests(chunk_tokens: usize) -> Requests {
+        Requests::from_ids(vec![100, 101], vec![200], vec![300], chunk_tokens)
+    }
+
+    #[test]
+    fn chunks_cover_the_context_once() {
+        let all = |tokens| requests(4).chunks(tokens).collect::<Vec<_>>();
+        assert!(all(0).is_empty());
+        assert_eq!(all(2), vec![0..2; 1]);
+        assert_eq!(all(8), [0..4, 4..8]);
+        assert_eq!(all(9), [0..4, 4..8, 8..9]);
+    }
+
+    #[test]
+    fn later_requests_quote_the_end_of_the_chunk_before() {
+        let context: Vec<u32> = (0..25).collect();
+        let r = requests(10);
+        assert_eq!(r.ids(&context, &(0..10))[..5], [100, 101, 300, 0, 1]);
+        assert_eq!(
+            r.ids(&context, &(20..25)),
+            [200, 12, 13, 14, 15, 16, 17, 18, 19, 300, 20, 21, 22, 23, 24]
+        );
+        assert_eq!(requests(3).ids(&context, &(3..6)), [200, 0, 1, 2, 300, 3, 4, 5], "a short chunk, whole");
+        for (tokens, chunk_tokens) in [(25, 10), (25, 3), (1, 10), (25, 25)] {
+            let r = requests(chunk_tokens);
+            let most = r.chunks(tokens).map(|c| r.ids(&context, &c).len()).max().unwrap();
+            assert!(most <= r.most_tokens(tokens), "{tokens} in chunks of {chunk_tokens}: {most}");
+        }
+    }
+}

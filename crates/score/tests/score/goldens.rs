@@ -1,0 +1,97 @@
+//! Scores and request ids against transformers and kvpress; `make_goldens.py` beside the files in
+//! `crates/lm/tests/goldens` wrote them.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use pkv_lm::{LanguageModel, TextTokenizer};
+use pkv_recipe::{LabelPreset, LabelSection};
+use pkv_score::Scorer;
+use tch::{Kind, Tensor};
+
+/// Scoring chunk of the goldens.
+const CHUNK_TOKENS: usize = 160;
+
+const PRESETS: [(LabelPreset, &str); 3] =
+    [(LabelPreset::Original, "original"), (LabelPreset::Kvpress, "kvpress"), (LabelPreset::Plus, "plus")];
+
+fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../lm/tests/goldens")
+}
+
+fn nano(which: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama").join(which)
+}
+
+/// Compare one model with its golden file.
+fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path) {
+    let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+    let model = LanguageModel::load(model_folder, device, Kind::Float).unwrap();
+    let tokenizer = TextTokenizer::open(tokenizer_folder).unwrap();
+    let file = goldens().join(format!("{name}.safetensors"));
+    let golden: HashMap<String, Tensor> = Tensor::read_safetensors(&file).unwrap().into_iter().collect();
+    let ids = |key: &str| -> Option<Vec<u32>> {
+        let ids = Vec::<i64>::try_from(golden.get(key)?).unwrap();
+        Some(ids.into_iter().map(|id| id as u32).collect())
+    };
+    let input = ids("input_ids").unwrap();
+    let (prefix, context) = input.split_at(tokenizer.prefix().len());
+    assert_eq!(prefix, tokenizer.prefix(), "{name}: prefix");
+    for (preset, key) in PRESETS {
+        let label = LabelSection { preset, chunk_tokens: Some(CHUNK_TOKENS), ..LabelSection::default() };
+        let scorer = Scorer::new(&model, &tokenizer, &label).unwrap();
+        let chunks: Vec<_> = scorer.requests().chunks(context.len()).collect();
+        for (i, chunk) in chunks.iter().enumerate() {
+            let expected = ids(&format!("{key}_repeat_ids_{i}")).unwrap();
+            assert_eq!(scorer.requests().ids(context, chunk), expected, "{name} {key}: chunk {i}");
+        }
+        assert!(ids(&format!("{key}_repeat_ids_{}", chunks.len())).is_none(), "{name} {key}: more chunks");
+
+        let expected_lht = &golden[&format!("{key}_scores")];
+        let expected_lht = expected_lht.narrow(2, prefix.len() as i64, context.len() as i64);
+        let scores = scorer.score(context).unwrap();
+        assert_eq!(scores.max_lht.size(), expected_lht.size(), "{name} {key}");
+        let off = (&scores.max_lht - &expected_lht).abs().max().double_value(&[]);
+        // Weighted scores have no scale of their own.
+        let tolerance = match preset {
+            LabelPreset::Plus => 1e-3 * expected_lht.max().double_value(&[]),
+            _ => 1e-4,
+        };
+        println!("{name} {key}: off by {off:.1e}, tolerance {tolerance:.1e}");
+        assert!(off <= tolerance, "{name} {key}: off by {off:e}, tolerance {tolerance:e}");
+        let excess = (&scores.mean_lht - &scores.max_lht).max().double_value(&[]);
+        assert!(excess <= 1e-6, "{name} {key}: a mean exceeds its maximum by {excess:e}");
+    }
+}
+
+#[test]
+fn nano_target() {
+    check("nano-llama-target", &nano("target"), &nano("target"));
+}
+
+#[test]
+fn nano_proxy() {
+    check("nano-llama-proxy", &nano("proxy"), &nano("proxy"));
+}
+
+/// Random weights that cover branches of the configuration; they share the nano target's tokenizer.
+#[test]
+fn architectures() {
+    for name in ["llama3-rope-untied", "qwen2-bias", "qwen2-yarn", "qwen3-qknorm"] {
+        let name = format!("arch-{name}");
+        check(&name, &goldens().join(&name), &nano("target"));
+    }
+}
+
+/// The trained pair that is too large to ship: `PKV_FAMILY` names the folder that holds it.
+#[test]
+fn tiny_pair() {
+    let Some(family) = std::env::var_os("PKV_FAMILY") else {
+        eprintln!("SKIPPED: goldens of the tiny pair; set PKV_FAMILY to the folder with tiny-llama-target");
+        return;
+    };
+    for name in ["tiny-llama-target", "tiny-llama-proxy"] {
+        let folder = Path::new(&family).join(name);
+        check(name, &folder, &folder);
+    }
+}

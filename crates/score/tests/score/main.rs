@@ -1,0 +1,8 @@
+//! Tests of the crate's public face, in one binary.
+
+/// Scores and request ids of transformers and kvpress.
+mod goldens;
+/// Scoring through a model: odd sizes, other chunk sizes, what cannot be scored.
+mod model;
+/// The maths on random tensors against loops in f64.
+mod naive;

@@ -1,0 +1,199 @@
+//! Scoring through a model at odd sizes: against loops over recorded queries and keys, and against
+//! itself with other chunk sizes.
+
+use std::path::Path;
+
+use pkv_core::Hinted;
+use pkv_lm::{KvCache, LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
+use pkv_recipe::{LabelPreset, LabelSection, Sink};
+use pkv_score::{ContextScores, Scorer};
+use tch::{Kind, Tensor};
+
+struct Nano {
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+}
+
+impl Nano {
+    fn load() -> Self {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/proxy");
+        let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+        Self {
+            model: LanguageModel::load(&folder, device, Kind::Float).unwrap(),
+            tokenizer: TextTokenizer::open(&folder).unwrap(),
+        }
+    }
+
+    fn context(&self, tokens: usize) -> Vec<u32> {
+        let text = "The keeper of the northern lighthouse wrote down every ship that passed, its colours and \
+                    its course, and when the fog came in from the sea she rang the bell until morning.";
+        let ids = self.tokenizer.encode(text).unwrap();
+        assert!(ids.len() >= tokens);
+        ids[..tokens].to_vec()
+    }
+
+    fn scorer(&self, label: &LabelSection) -> Scorer<'_> {
+        Scorer::new(&self.model, &self.tokenizer, label).unwrap()
+    }
+}
+
+fn label(preset: LabelPreset, chunk_tokens: usize) -> LabelSection {
+    LabelSection { preset, chunk_tokens: Some(chunk_tokens), ..LabelSection::default() }
+}
+
+/// Copies what a forward pass shows of every layer.
+#[derive(Default)]
+struct Recorder {
+    /// Queries `[query_heads][rows][head_dim]` and keys `[kv_heads][positions][head_dim]` of each layer.
+    layers: Vec<[Vec<Vec<Vec<f64>>>; 2]>,
+}
+
+impl Tap for Recorder {
+    fn layer(&mut self, view: &LayerView) -> anyhow::Result<()> {
+        self.layers.push([nested(view.q_qsd), nested(view.k_hkd)]);
+        Ok(())
+    }
+}
+
+fn nested(t: &Tensor) -> Vec<Vec<Vec<f64>>> {
+    (0..t.size()[0]).map(|i| Vec::try_from(t.get(i).to_kind(Kind::Double)).unwrap()).collect()
+}
+
+fn flat(t: &Tensor) -> Vec<f64> {
+    Vec::try_from(t.flatten(0, -1).to_kind(Kind::Double)).unwrap()
+}
+
+/// KVzip by its definition: [layer, KV head, position], maximum and mean.
+fn naive(nano: &Nano, context: &[u32], chunk: usize, sink: usize) -> (Vec<f64>, Vec<f64>) {
+    let shape = nano.model.shape();
+    let prefix = nano.tokenizer.prefix();
+    let mut max = vec![0.0; shape.layers * shape.kv_heads * context.len()];
+    let mut mean = max.clone();
+    let request = |start: usize| -> Vec<u32> {
+        let text = if start == 0 {
+            "\n\nRepeat the previous context exactly."
+        } else {
+            "\n\nRepeat the part of the previous context exactly, starting with "
+        };
+        let mut ids = nano.tokenizer.encode(text).unwrap();
+        let before: Vec<u32> = context[..start].iter().rev().take(chunk.min(8)).rev().copied().collect();
+        ids.extend(before);
+        ids.extend(nano.tokenizer.switch());
+        ids
+    };
+    for start in (0..context.len()).step_by(chunk) {
+        let end = context.len().min(start + chunk);
+        let held = [prefix, context].concat();
+        let new = [&request(start), &context[start..end]].concat();
+        let mut cache = nano.model.new_cache(held.len() + new.len());
+        let _ = nano.model.prefill(&held, &mut cache, 1000, &mut NoTap).unwrap();
+        let mut recorder = Recorder::default();
+        let _ = nano.model.forward(&nano.model.ids(&new), &mut cache, &mut recorder).unwrap();
+        for (l, [queries, keys]) in recorder.layers.iter().enumerate() {
+            for (q, rows) in queries.iter().enumerate() {
+                let h = q / shape.group();
+                for (r, query) in rows.iter().enumerate() {
+                    let chunk_keys = prefix.len() + start..prefix.len() + end;
+                    let seen: Vec<usize> =
+                        (0..sink).chain(chunk_keys).chain(held.len()..held.len() + r + 1).collect();
+                    let scale = (shape.head_dim as f64).sqrt();
+                    let dot = |k: &usize| query.iter().zip(&keys[h][*k]).map(|(a, b)| a * b).sum::<f64>();
+                    let e: Vec<f64> = seen.iter().map(|k| (dot(k) / scale).exp()).collect();
+                    let total: f64 = e.iter().sum();
+                    for t in start..end {
+                        let at = (l * shape.kv_heads + h) * context.len() + t;
+                        let weight = e[sink + t - start] / total;
+                        max[at] = f64::max(max[at], weight);
+                        mean[at] += weight / (rows.len() * shape.group()) as f64;
+                    }
+                }
+            }
+        }
+    }
+    (max, mean)
+}
+
+fn off(scores: &ContextScores, expected: &(Vec<f64>, Vec<f64>)) -> f64 {
+    let difference = |a: &[f64], b: &[f64]| {
+        assert_eq!(a.len(), b.len());
+        a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max)
+    };
+    difference(&flat(&scores.max_lht), &expected.0).max(difference(&flat(&scores.mean_lht), &expected.1))
+}
+
+#[test]
+fn odd_sizes_match_loops_over_recorded_queries() {
+    let nano = Nano::load();
+    let prefix = nano.tokenizer.prefix().len();
+    assert!(prefix > 5, "the prefix is the sink that contexts of 1 and 5 are shorter than");
+    // One-token context, shorter than the sink, one-token last chunk, one-token chunks.
+    for (tokens, chunk) in [(1, 2000), (5, 2000), (15, 7), (4, 1), (31, 13)] {
+        let context = nano.context(tokens);
+        let scores = nano.scorer(&label(LabelPreset::Original, chunk)).score(&context).unwrap();
+        let off = off(&scores, &naive(&nano, &context, chunk, prefix));
+        assert!(off < 1e-5, "{tokens} tokens in chunks of {chunk}: off by {off:e}");
+    }
+}
+
+#[test]
+fn the_sink_can_be_chosen() {
+    let nano = Nano::load();
+    let context = nano.context(15);
+    for sink in [0, 3, 1000] {
+        let label = LabelSection { sink: Some(Sink::Tokens(sink)), ..label(LabelPreset::Original, 7) };
+        let scores = nano.scorer(&label).score(&context).unwrap();
+        let expected = naive(&nano, &context, 7, sink.min(nano.tokenizer.prefix().len()));
+        let off = off(&scores, &expected);
+        assert!(off < 1e-5, "a sink of {sink}: off by {off:e}");
+    }
+}
+
+#[test]
+fn prefill_chunks_change_nothing_and_the_cache_stays() {
+    let nano = Nano::load();
+    let context = nano.context(31);
+    for preset in [LabelPreset::Original, LabelPreset::Kvpress, LabelPreset::Plus] {
+        let label = label(preset, 13);
+        let whole = nano.scorer(&label).score(&context).unwrap();
+        let expected = (flat(&whole.max_lht), flat(&whole.mean_lht));
+        let scale = expected.0.iter().copied().fold(1.0, f64::max);
+        for prefill_chunk_tokens in [1, 10] {
+            let label = LabelSection { prefill_chunk_tokens, ..label.clone() };
+            let off = off(&nano.scorer(&label).score(&context).unwrap(), &expected);
+            assert!(off < 1e-5 * scale, "{preset:?}, prefill in chunks of {prefill_chunk_tokens}: {off:e}");
+        }
+        let scorer = nano.scorer(&label);
+        let ids = [nano.tokenizer.prefix(), &context].concat();
+        let mut cache = nano.model.new_cache(scorer.cache_capacity(context.len()));
+        let _ = nano.model.prefill(&ids, &mut cache, 1000, &mut NoTap).unwrap();
+        for _ in 0..2 {
+            let again = scorer.score_cached(&context, &mut cache).unwrap();
+            assert_eq!(off(&again, &expected), 0.0, "{preset:?}: a second scoring differs");
+            assert_eq!(cache.len(), ids.len());
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_scored_is_an_error() {
+    let nano = Nano::load();
+    let scorer = nano.scorer(&label(LabelPreset::Original, 7));
+    let error = scorer.score(&[]).err().unwrap();
+    assert!(error.to_string().contains("empty context"), "{error}");
+    assert!(error.downcast_ref::<Hinted>().is_some());
+    let error = scorer.score(&[u32::MAX]).err().unwrap();
+    assert!(format!("{error:#}").contains("vocabulary"), "{error:#}");
+
+    let context = nano.context(9);
+    let ids = [nano.tokenizer.prefix(), &context].concat();
+    let filled = |capacity: usize| -> KvCache {
+        let mut cache = nano.model.new_cache(capacity);
+        let _ = nano.model.prefill(&ids, &mut cache, 1000, &mut NoTap).unwrap();
+        cache
+    };
+    let say = |context: &[u32], capacity: usize| {
+        scorer.score_cached(context, &mut filled(capacity)).err().unwrap().to_string()
+    };
+    assert!(say(&context[..5], 200).contains("expected 22"));
+    assert!(say(&context, ids.len() + 3).contains(&format!("has room for {}", ids.len() + 3)));
+}
