@@ -1,0 +1,137 @@
+//! `fetch`: all that a recipe or a manifest names into the cache, and its lock file beside it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::{Progress, hinted};
+use pkv_recipe::{Manifest, Recipe};
+
+use crate::cache::{DatasetFiles, Hub, Kind, Resolved, select};
+use crate::local;
+use crate::lock::{Lock, Pin};
+
+impl Hub {
+    /// A model as [`Hub::model`] finds it, downloaded before if it is a hub model that the cache
+    /// lacks. The pin is for the lock file; a local folder has none.
+    pub fn fetch_model(
+        &self,
+        name: &str,
+        revision: &str,
+        bases: &[&Path],
+        progress: &dyn Progress,
+    ) -> Result<(Resolved, Option<Pin>)> {
+        if local::find(name, bases).is_some() || local::must_be_local(name) {
+            return Ok((self.model(name, revision, bases)?, None));
+        }
+        let choose = |present: &[String]| {
+            let wanted: Vec<_> = present.iter().filter(|f| local::is_model_file(f)).cloned().collect();
+            for needed in ["config.json", "tokenizer.json"] {
+                ensure!(
+                    wanted.iter().any(|f| f == needed),
+                    hinted(
+                        format!("hub model `{name}` has no `{needed}`"),
+                        "choose a repository in the transformers format, with a fast tokenizer"
+                    )
+                );
+            }
+            ensure!(
+                wanted.iter().any(|f| f.ends_with(".safetensors")),
+                hinted(
+                    format!("hub model `{name}` has no safetensors weights"),
+                    "choose a repository or a revision that has them"
+                )
+            );
+            Ok(wanted)
+        };
+        let (snapshot, pin) = self.download(Kind::Model, name, revision, choose, progress)?;
+        local::check_whole(
+            &snapshot.folder,
+            "the hub's repository itself is incomplete; choose another revision",
+        )?;
+        Ok((Resolved { folder: snapshot.folder, revision: snapshot.commit }, Some(pin)))
+    }
+
+    /// Files of a hub data set as [`Hub::dataset_files`] finds them, downloaded before where the
+    /// cache lacks them, and the pin for the lock file.
+    pub fn fetch_dataset(
+        &self,
+        name: &str,
+        revision: &str,
+        patterns: &[String],
+        progress: &dyn Progress,
+    ) -> Result<(DatasetFiles, Pin)> {
+        let choose = |present: &[String]| {
+            select(name, present, patterns, || match self.lock.datasets.contains_key(name) {
+                true => "the lock file names other files; delete it if the manifest was changed".to_owned(),
+                false => {
+                    format!("its files are listed at {}/datasets/{name}/tree/main", self.options.endpoint)
+                }
+            })
+        };
+        let (snapshot, pin) = self.download(Kind::Dataset, name, revision, choose, progress)?;
+        let files = choose(&pin.files.keys().cloned().collect::<Vec<_>>())?;
+        let files = files.iter().map(|f| snapshot.folder.join(f)).collect();
+        Ok((DatasetFiles { folder: snapshot.folder, commit: snapshot.commit, files }, pin))
+    }
+}
+
+/// Both models of a recipe into the cache; writes `<recipe>.lock.toml` if one of them is a hub model.
+///
+/// Returns the target's and the proxy's folders. What the lock file already holds is kept.
+pub fn fetch_recipe(
+    hub: &Hub,
+    recipe: &Recipe,
+    bases: &[&Path],
+    progress: &dyn Progress,
+) -> Result<[Resolved; 2]> {
+    let mut lock = Lock::beside(&recipe.path)?;
+    let hub = hub.clone().with_lock(lock.clone());
+    let mut one = |section: &str, name: &str, revision: &str| {
+        let (resolved, pin) = hub
+            .fetch_model(name, revision, bases, progress)
+            .with_context(|| format!("cannot fetch `{section}.model`"))?;
+        if let Some(pin) = pin {
+            lock.models.insert(name.to_owned(), pin);
+            lock.write_beside(&recipe.path)?;
+        }
+        anyhow::Ok(resolved)
+    };
+    Ok([
+        one("target", &recipe.target.model, &recipe.target.revision)?,
+        one("proxy", &recipe.proxy.model, &recipe.proxy.revision)?,
+    ])
+}
+
+/// All hub data sets of a manifest, read from `path`, into the cache; writes `<manifest>.lock.toml`
+/// if there are any.
+pub fn fetch_manifest(hub: &Hub, manifest: &Manifest, path: &Path, progress: &dyn Progress) -> Result<()> {
+    let mut lock = Lock::beside(path)?;
+    let hub = hub.clone().with_lock(lock.clone());
+    // Two sources may read different files of one data set: one pin holds them all.
+    let mut wanted: BTreeMap<&str, (&str, Vec<String>)> = BTreeMap::new();
+    for source in &manifest.sources {
+        let Some(name) = &source.hub else { continue };
+        let (revision, patterns) = wanted.entry(name).or_insert((&source.revision, Vec::new()));
+        ensure!(
+            *revision == source.revision,
+            hinted(
+                format!(
+                    "`{}` asks for `{name}` at revisions `{revision}` and `{}`",
+                    path.display(),
+                    source.revision
+                ),
+                "use one revision per data set"
+            )
+        );
+        patterns.extend(source.hub_files.iter().cloned());
+    }
+    for (name, (revision, patterns)) in wanted {
+        let (_, pin) = hub
+            .fetch_dataset(name, revision, &patterns, progress)
+            .with_context(|| format!("cannot fetch what `{}` names", path.display()))?;
+        lock.datasets.insert(name.to_owned(), pin);
+        lock.write_beside(path)?;
+    }
+    Ok(())
+}
