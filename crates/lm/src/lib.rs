@@ -2,14 +2,16 @@
 //!
 //! Owns `config.json`, weights, the tokenizer and its chat template, the KV cache, the forward pass
 //! and greedy generation. Which KV pairs matter is `score`'s and `prune`'s question; this crate only
-//! lets them look ([`Tap`]) and lets a cache be read with some of its pairs hidden (`Branches`).
+//! lets them look ([`Tap`]) and lets a cache be read with some of its pairs hidden ([`Branches`]).
 //!
 //! Dimension key: l layer, h KV head, g query heads per KV head, q query head, s new token of a
 //! forward, t context position, k key attended to, d head_dim, m hidden.
 
 mod attention;
+mod branches;
 mod cache;
 mod config;
+mod generate;
 mod layer;
 mod model;
 mod rope;
@@ -18,6 +20,7 @@ mod template;
 mod tokenizer;
 mod weights;
 
+pub use branches::Branches;
 pub use cache::KvCache;
 pub use config::{Family, LmConfig};
 pub use model::LanguageModel;

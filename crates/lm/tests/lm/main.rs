@@ -1,7 +1,13 @@
 //! Tests of the crate's public face, in one binary.
 
+/// Masking equals eviction; batches equal single sequences.
+mod branches;
+/// Chunks, taps, generation, refusals of the forward pass.
+mod forward;
 /// Logits of transformers' models: every branch of the configuration.
 mod goldens;
+/// Whole, sharded, damaged and unsupported checkpoint folders.
+mod loading;
 /// Checkpoints, folders and comparisons that the other files share.
 mod support;
 /// Text to tokens, chat templates, vocabularies.

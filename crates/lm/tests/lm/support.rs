@@ -71,3 +71,11 @@ pub fn assert_error<T>(result: anyhow::Result<T>, parts: &[&str]) {
     let hinted = hint.is_some() || error.downcast_ref::<pkv_core::Hinted>().is_some();
     assert!(hinted, "no hint with: {text}");
 }
+
+/// The chain of an error must hold `part`.
+#[track_caller]
+pub fn assert_error_text<T>(result: anyhow::Result<T>, part: &str) {
+    let Err(error) = result else { panic!("expected an error with `{part}`") };
+    let text = format!("{error:#}");
+    assert!(text.contains(part), "`{part}` is not in: {text}");
+}

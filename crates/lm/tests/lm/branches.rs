@@ -1,0 +1,153 @@
+//! Branches of a context: masking must equal eviction, and batches single sequences.
+
+use pkv_lm::{Branches, LanguageModel, NoTap, TextTokenizer};
+use rand::Rng;
+use tch::{Device, Kind, Tensor};
+
+use crate::support::*;
+
+const CONTEXT: usize = 150;
+
+fn prefilled(name: &str) -> (LanguageModel, pkv_lm::KvCache, Vec<u32>) {
+    let model = load(&checkpoint(name).unwrap());
+    let ids = golden_ids(name);
+    let mut cache = model.new_cache(CONTEXT + 40);
+    let _ = model.prefill(&ids[..CONTEXT], &mut cache, 64, &mut NoTap).unwrap();
+    (model, cache, ids[CONTEXT..].to_vec())
+}
+
+/// For each (layer, KV head) another random choice of `kept` positions, ascending: i64 `[l, h, kept]`.
+fn random_choice(model: &LanguageModel, kept: usize, seed: u64) -> Tensor {
+    let shape = model.shape();
+    let mut rng = pkv_core::Seed(seed).stream("choice", 0);
+    let noise: Vec<f64> = (0..shape.total_kv_heads() * CONTEXT).map(|_| rng.random_range(0.0..1.0)).collect();
+    let noise = Tensor::from_slice(&noise).view([shape.layers as i64, shape.kv_heads as i64, CONTEXT as i64]);
+    noise.topk(kept as i64, -1, true, true).1.sort(-1, false).0
+}
+
+fn mask_of(choice_lhk: &Tensor) -> Tensor {
+    let size = choice_lhk.size();
+    Tensor::zeros([size[0], size[1], CONTEXT as i64], (Kind::Bool, Device::Cpu))
+        .scatter_value(2, choice_lhk, 1)
+}
+
+#[test]
+fn hiding_pairs_equals_evicting_them() {
+    for name in ["nano-llama-target", "arch-llama3-rope-untied", "arch-qwen2-yarn", "arch-qwen3-qknorm"] {
+        let (model, cache, rest) = prefilled(name);
+        let choices: Vec<Tensor> =
+            [1, 20, CONTEXT - 1].iter().map(|kept| random_choice(&model, *kept, 3)).collect();
+        let keep = Tensor::stack(&choices.iter().map(mask_of).collect::<Vec<_>>(), 0);
+        let questions = [&rest[..9], &rest[9..18]];
+        let mut branches = Branches::new(&cache, Some(&keep), 2, 12).unwrap();
+        assert_eq!(branches.rows(), 6);
+        let rows: Vec<Tensor> = (0..6).map(|row| model.ids(questions[row % 2])).collect();
+        let all = Tensor::stack(&rows, 0);
+        // In two forwards, so that own tokens of an earlier one are looked at too.
+        let first = model.forward_branches(&all.narrow(1, 0, 5), &mut branches).unwrap();
+        let second = model.forward_branches(&all.narrow(1, 5, 4), &mut branches).unwrap();
+        let hidden = Tensor::cat(&[first, second], 1);
+        for row in 0..6 {
+            let mut evicted = cache.evict(&choices[row / 2], 12).unwrap();
+            assert_eq!(evicted.next_position(), CONTEXT);
+            let expected = model.forward(&model.ids(questions[row % 2]), &mut evicted, &mut NoTap).unwrap();
+            assert_close(&format!("{name}, row {row}"), &hidden.get(row as i64), &expected, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn a_head_may_lose_all_its_pairs() {
+    let (model, cache, rest) = prefilled("nano-llama-target");
+    let keep = Tensor::zeros([1, 6, 2, CONTEXT as i64], (Kind::Bool, Device::Cpu));
+    let mut branches = Branches::new(&cache, Some(&keep), 1, 8).unwrap();
+    let hidden = model.forward_branches(&model.ids(&rest[..8]).unsqueeze(0), &mut branches).unwrap();
+    let none = Tensor::zeros([6, 2, 0], (Kind::Int64, Device::Cpu));
+    let mut evicted = cache.evict(&none, 8).unwrap();
+    let expected = model.forward(&model.ids(&rest[..8]), &mut evicted, &mut NoTap).unwrap();
+    assert_close("empty heads", &hidden.get(0), &expected, 1e-4);
+}
+
+#[test]
+fn without_a_mask_branches_equal_the_cache() {
+    for name in ARCHITECTURES {
+        let (model, mut cache, rest) = prefilled(name);
+        let mut branches = Branches::new(&cache, None, 3, 10).unwrap();
+        let questions: Vec<&[u32]> = vec![&rest[..10], &rest[10..14], &rest[30..37]];
+        let mut padded = Vec::new();
+        for ids in &questions {
+            padded.extend(ids.iter().map(|id| i64::from(*id)));
+            padded.extend(vec![0; 10 - ids.len()]);
+        }
+        let hidden =
+            model.forward_branches(&Tensor::from_slice(&padded).view([3, 10]), &mut branches).unwrap();
+        for (row, ids) in questions.iter().enumerate() {
+            let expected = model.forward(&model.ids(ids), &mut cache, &mut NoTap).unwrap();
+            cache.truncate(CONTEXT);
+            let found = hidden.get(row as i64).narrow(0, 0, ids.len() as i64);
+            assert_close(&format!("{name}, row {row}"), &found, &expected, 1e-4);
+        }
+        // Padding dropped, each row goes on at its own position.
+        branches.truncate(&[10, 4, 7]).unwrap();
+        branches.truncate(&[9, 4, 7]).unwrap();
+        let more = Tensor::from_slice(&[11i64, 12, 13]).view([3, 1]);
+        let hidden = model.forward_branches(&more, &mut branches).unwrap();
+        for (row, ids) in questions.iter().enumerate() {
+            let mut ids = ids[..[9, 4, 7][row]].to_vec();
+            ids.push(11 + row as u32);
+            let expected = model.forward(&model.ids(&ids), &mut cache, &mut NoTap).unwrap();
+            cache.truncate(CONTEXT);
+            assert_close(
+                &format!("{name}, row {row}, next"),
+                &hidden.get(row as i64).get(0),
+                &expected.get(-1),
+                1e-4,
+            );
+        }
+    }
+}
+
+#[test]
+fn answers_of_branches_equal_answers_of_evicted_caches() {
+    let (model, cache, rest) = prefilled("nano-llama-target");
+    let tokenizer = TextTokenizer::open(&nano("target")).unwrap();
+    let stop = tokenizer.stop_tokens();
+    let question = |text: &str| {
+        let mut ids = tokenizer.encode(&format!("\n\n{text}")).unwrap();
+        ids.extend(tokenizer.switch());
+        ids
+    };
+    let questions = [question("What is the access code for the silver harbour?"), rest[..5].to_vec()];
+    let choices = [random_choice(&model, 140, 1), random_choice(&model, 15, 2)];
+    let keep = Tensor::stack(&choices.iter().map(mask_of).collect::<Vec<_>>(), 0);
+    let mut branches = Branches::new(&cache, Some(&keep), 2, 80).unwrap();
+    let rows: Vec<&[u32]> = (0..4).map(|row| questions[row % 2].as_slice()).collect();
+    let answers = model.generate_branches(&rows, &mut branches, 12, stop).unwrap();
+    for (row, answer) in answers.iter().enumerate() {
+        let mut evicted = cache.evict(&choices[row / 2], 80).unwrap();
+        let expected = model.generate(rows[row], &mut evicted, 12, stop).unwrap();
+        assert_eq!(*answer, expected, "row {row}");
+    }
+    assert!(answers[0].len() < 12, "an answer to a question is short: {:?}", tokenizer.decode(&answers[0]));
+}
+
+#[test]
+fn misshapen_branches_are_refused() {
+    let (model, cache, _) = prefilled("nano-llama-proxy");
+    let keep = |size: [i64; 4], kind| Tensor::ones(size, (kind, Device::Cpu));
+    let t = CONTEXT as i64;
+    let new = |keep: &Tensor| Branches::new(&cache, Some(keep), 1, 4).err().unwrap().to_string();
+    assert_eq!(
+        new(&keep([2, 3, 1, t - 1], Kind::Bool)),
+        "expected a keep mask of shape [masks, 3, 1, 150], found [2, 3, 1, 149]"
+    );
+    assert_eq!(new(&keep([2, 3, 1, t], Kind::Float)), "a keep mask must be bool, not Float");
+    let mut branches = Branches::new(&cache, None, 2, 4).unwrap();
+    let ids = |rows, s| Tensor::full([rows, s], 7, (Kind::Int64, Device::Cpu));
+    assert_error_text(model.forward_branches(&ids(3, 1), &mut branches), "expected ids of shape [2, tokens]");
+    assert_error(
+        model.forward_branches(&ids(2, 5), &mut branches),
+        &["a branch holds 0 of 4 own tokens; 5 more"],
+    );
+    assert_error_text(branches.truncate(&[1, 0]), "row 0 holds 0 tokens, it cannot be cut to 1");
+}

@@ -1,0 +1,273 @@
+//! The forward pass over a cache: chunks, taps, generation, and refusals.
+
+use anyhow::{Result, bail};
+use pkv_lm::{LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
+use tch::{Device, Kind, Tensor};
+
+use crate::support::*;
+
+/// Every layer's queries and new keys, of all forwards joined.
+#[derive(Default)]
+struct Record {
+    queries: Vec<Vec<Tensor>>,
+    keys: Vec<Vec<Tensor>>,
+    starts: Vec<usize>,
+}
+
+impl Tap for Record {
+    fn layer(&mut self, view: &LayerView) -> Result<()> {
+        let (heads, s, _) = view.q_qsd.size3()?;
+        assert_eq!(view.hidden_sm.size(), view.normed_sm.size());
+        assert_eq!(view.hidden_sm.size()[0], s);
+        assert_eq!(view.k_hkd.size(), view.v_hkd.size());
+        assert_eq!(view.k_hkd.size()[1], view.start as i64 + s);
+        assert_eq!(heads % view.k_hkd.size()[0], 0);
+        if view.layer == self.queries.len() {
+            self.queries.push(Vec::new());
+            self.keys.push(Vec::new());
+        }
+        self.queries[view.layer].push(view.q_qsd.copy());
+        self.keys[view.layer].push(view.k_hkd.narrow(1, view.start as i64, s).copy());
+        if view.layer == 0 {
+            self.starts.push(view.start);
+        }
+        Ok(())
+    }
+}
+
+impl Record {
+    fn joined(parts: &[Vec<Tensor>]) -> Tensor {
+        Tensor::stack(&parts.iter().map(|p| Tensor::cat(p, 1)).collect::<Vec<_>>(), 0)
+    }
+}
+
+fn models() -> Vec<(&'static str, LanguageModel)> {
+    ARCHITECTURES
+        .into_iter()
+        .chain(["nano-llama-target", "nano-llama-proxy"])
+        .map(|name| (name, load(&checkpoint(name).unwrap())))
+        .collect()
+}
+
+#[test]
+fn chunks_equal_one_forward() {
+    for (name, model) in models() {
+        let ids = &golden_ids(name)[..300];
+        let mut whole = Record::default();
+        let mut cache = model.new_cache(300);
+        let expected = model.forward(&model.ids(ids), &mut cache, &mut whole).unwrap();
+        assert_eq!(cache.len(), 300);
+        for chunk in [1, 7, 150, 299, 1000] {
+            let mut tap = Record::default();
+            let mut chunked = model.new_cache(310);
+            let hidden = model.prefill(ids, &mut chunked, chunk, &mut tap).unwrap();
+            assert_eq!(chunked.len(), 300);
+            let rows = hidden.size()[0];
+            assert_eq!(rows, ((300 - 1) % chunk.min(300) + 1) as i64);
+            assert_eq!(tap.starts, (0..300).step_by(chunk).collect::<Vec<_>>());
+            let what = format!("{name} in chunks of {chunk}");
+            assert_close(&what, &hidden, &expected.narrow(0, 300 - rows, rows), 1e-4);
+            assert_close(&what, &Record::joined(&tap.queries), &Record::joined(&whole.queries), 1e-4);
+            assert_close(&what, &Record::joined(&tap.keys), &Record::joined(&whole.keys), 1e-4);
+            for layer in 0..cache.layers() {
+                assert_close(&what, &chunked.keys(layer), &cache.keys(layer), 1e-4);
+                assert_close(&what, &chunked.values(layer), &cache.values(layer), 1e-4);
+            }
+        }
+    }
+}
+
+/// softmax(q k / sqrt(d)) v and all else of a Llama layer, written out in f64 token by token.
+#[test]
+fn attention_equals_its_definition() {
+    let model = load(&goldens().join("arch-qwen3-qknorm"));
+    let ids = &golden_ids("arch-qwen3-qknorm")[..40];
+    let shape = model.shape();
+    /// Keeps a layer's inputs to attention and the next layer's input.
+    struct Seen {
+        qkv: Vec<[Tensor; 3]>,
+        hidden: Vec<Tensor>,
+    }
+    impl Tap for Seen {
+        fn layer(&mut self, view: &LayerView) -> Result<()> {
+            self.qkv.push([view.q_qsd, view.k_hkd, view.v_hkd].map(|t| t.to_kind(Kind::Double).copy()));
+            self.hidden.push(view.hidden_sm.to_kind(Kind::Double).copy());
+            Ok(())
+        }
+    }
+    let mut seen = Seen { qkv: Vec::new(), hidden: Vec::new() };
+    let mut cache = model.new_cache(40);
+    let _ = model.prefill(&ids[..25], &mut cache, 25, &mut NoTap).unwrap();
+    let _ = model.forward(&model.ids(&ids[25..]), &mut cache, &mut seen).unwrap();
+    let weights = Tensor::read_safetensors(goldens().join("arch-qwen3-qknorm/model.safetensors")).unwrap();
+    let weight = |name: &str| {
+        let name = format!("model.layers.0.{name}.weight");
+        weights.iter().find(|(n, _)| *n == name).unwrap().1.to_kind(Kind::Double)
+    };
+    let [q, k, v] = &seen.qkv[0];
+    let mut rows = Vec::new();
+    for row in 0..15i64 {
+        let heads: Vec<Tensor> = (0..shape.query_heads as i64)
+            .map(|head| {
+                let kv = head / shape.group() as i64;
+                let visible = 26 + row;
+                let keys = k.get(kv).narrow(0, 0, visible);
+                let logits = keys.mv(&q.get(head).get(row)) / (shape.head_dim as f64).sqrt();
+                logits
+                    .softmax(0, Kind::Double)
+                    .unsqueeze(0)
+                    .mm(&v.get(kv).narrow(0, 0, visible))
+                    .squeeze_dim(0)
+            })
+            .collect();
+        rows.push(Tensor::cat(&heads, 0));
+    }
+    let attended = Tensor::stack(&rows, 0);
+    let mid = &seen.hidden[0] + attended.mm(&weight("self_attn.o_proj").tr());
+    let square = (&mid * &mid).mean_dim(-1, true, Kind::Double);
+    let normed = &mid / (square + model.config().norm_eps).sqrt() * weight("post_attention_layernorm");
+    let gate = normed.mm(&weight("mlp.gate_proj").tr());
+    let gated = &gate * gate.sigmoid() * normed.mm(&weight("mlp.up_proj").tr());
+    assert_close(
+        "second layer's input",
+        &seen.hidden[1],
+        &(mid + gated.mm(&weight("mlp.down_proj").tr())),
+        1e-5,
+    );
+}
+
+#[test]
+fn a_forward_for_the_tap_fills_cache_and_tap_alike() {
+    let model = load(&nano("target"));
+    let ids = model.ids(&golden_ids("nano-llama-target")[..50]);
+    let (mut full, mut short) = (Record::default(), Record::default());
+    let (mut a, mut b) = (model.new_cache(50), model.new_cache(50));
+    let _ = model.forward(&ids, &mut a, &mut full).unwrap();
+    model.forward_for_tap(&ids, &mut b, &mut short).unwrap();
+    assert_eq!(a.len(), b.len());
+    assert_eq!(difference(&Record::joined(&full.queries), &Record::joined(&short.queries)), 0.0);
+    assert_eq!(difference(&Record::joined(&full.keys), &Record::joined(&short.keys)), 0.0);
+    assert_eq!(difference(&a.values(5), &b.values(5)), 0.0);
+}
+
+#[test]
+fn a_truncated_cache_goes_on_as_if_nothing_had_followed() {
+    let model = load(&nano("proxy"));
+    let ids = golden_ids("nano-llama-proxy");
+    let mut cache = model.new_cache(120);
+    let _ = model.prefill(&ids[..60], &mut cache, 60, &mut NoTap).unwrap();
+    let expected = model.forward(&model.ids(&ids[60..80]), &mut cache, &mut NoTap).unwrap();
+    cache.truncate(60);
+    let _ = model.forward(&model.ids(&ids[100..140]), &mut cache, &mut NoTap).unwrap();
+    cache.truncate(60);
+    cache.truncate(100);
+    assert_eq!((cache.len(), cache.next_position()), (60, 60));
+    let again = model.forward(&model.ids(&ids[60..80]), &mut cache, &mut NoTap).unwrap();
+    assert_eq!(difference(&expected, &again), 0.0);
+}
+
+#[test]
+fn the_target_answers_from_its_context() {
+    let folder = nano("target");
+    let (model, tokenizer) = (load(&folder), TextTokenizer::open(&folder).unwrap());
+    let context = golden_ids("nano-llama-target");
+    let mut cache = model.new_cache(600);
+    let _ = model.prefill(&context, &mut cache, 4096, &mut NoTap).unwrap();
+    let mut right = 0;
+    for (question, expected) in [
+        ("What is the access code for the silver harbour?", "48213"),
+        ("When does the wooden gate open?", "6:45"),
+        ("What is the special magic number for amber-lantern mentioned in the provided text?", "90417"),
+        ("In which city was the velvet tower built?", "Lisbon"),
+    ] {
+        let mut ids = tokenizer.encode(&format!("\n\n{question}")).unwrap();
+        ids.extend(tokenizer.switch());
+        let answer = model.generate(&ids, &mut cache, 16, tokenizer.stop_tokens()).unwrap();
+        // The answer's last token, and the stop token behind it, were not read.
+        assert!(cache.len() < context.len() + ids.len() + answer.len() + 1);
+        cache.truncate(context.len());
+        assert!(!answer.contains(&4), "the stop token is no part of the answer");
+        right += usize::from(tokenizer.decode(&answer).unwrap().trim() == expected);
+
+        // Without stop tokens it goes on, past the end of its turn.
+        let endless = model.generate(&ids, &mut cache, 16, &[]).unwrap();
+        cache.truncate(context.len());
+        assert_eq!(endless.len(), 16);
+        assert_eq!(endless[..answer.len()], answer);
+        assert!(answer.len() == 16 || endless[answer.len()] == 4);
+        let short = model.generate(&ids, &mut cache, 2, tokenizer.stop_tokens()).unwrap();
+        cache.truncate(context.len());
+        assert_eq!(short, answer[..answer.len().min(2)]);
+    }
+    assert!(right >= 3, "{right} of 4 answers are right");
+}
+
+#[test]
+fn a_full_cache_and_wrong_tokens_are_refused() {
+    let model = load(&nano("proxy"));
+    let mut cache = model.new_cache(10);
+    let _ = model.prefill(&[5; 8], &mut cache, 4, &mut NoTap).unwrap();
+    assert_error(
+        model.forward(&model.ids(&[5, 5, 5]), &mut cache, &mut NoTap),
+        &["the KV cache holds 8 of 10 positions; 3 more do not fit"],
+    );
+    assert_error(model.prefill(&[5; 3], &mut cache, 1, &mut NoTap), &["3 more do not fit"]);
+    assert_error(
+        model.forward(&model.ids(&[4096]), &mut cache, &mut NoTap),
+        &["token id 4096 is outside the model's vocabulary of 4096"],
+    );
+    assert_error(
+        model.forward(&Tensor::from_slice(&[-1i64]), &mut cache, &mut NoTap),
+        &["token id -1 is outside"],
+    );
+    assert_error(model.prefill(&[5], &mut cache, 0, &mut NoTap), &["prefill chunk of 0 tokens"]);
+    assert!(model.prefill(&[], &mut cache, 4, &mut NoTap).is_err());
+    assert!(model.forward(&model.ids(&[]), &mut cache, &mut NoTap).is_err());
+    assert_eq!(cache.len(), 8);
+
+    struct Stop;
+    impl Tap for Stop {
+        fn layer(&mut self, view: &LayerView) -> Result<()> {
+            if view.layer == 1 { bail!("seen enough") } else { Ok(()) }
+        }
+    }
+    let error = model.forward(&model.ids(&[5]), &mut cache, &mut Stop).unwrap_err();
+    assert_eq!(error.to_string(), "seen enough");
+    assert_eq!(cache.len(), 8);
+}
+
+#[test]
+fn random_models_depend_on_their_seed_alone() {
+    let config = load(&goldens().join("arch-qwen2-bias")).config().clone();
+    let ids = golden_ids("arch-qwen2-bias");
+    let logits = |seed| {
+        let model = LanguageModel::random(config.clone(), Device::Cpu, Kind::Float, seed);
+        let mut cache = model.new_cache(64);
+        let hidden = model.prefill(&ids[..64], &mut cache, 64, &mut NoTap).unwrap();
+        model.logits(&hidden)
+    };
+    let first = logits(1);
+    tch::manual_seed(99);
+    assert_eq!(difference(&first, &logits(1)), 0.0);
+    assert!(difference(&first, &logits(2)) > 0.1);
+    let std = first.std(true).double_value(&[]);
+    assert!((0.1..10.0).contains(&std), "logits of deviation {std}");
+}
+
+#[test]
+fn half_precision_follows_f32() {
+    let folder = nano("target");
+    let ids = &golden_ids("nano-llama-target")[..200];
+    let logits = |kind| {
+        let model = LanguageModel::load(&folder, Device::Cpu, kind).unwrap();
+        let mut cache = model.new_cache(200);
+        assert_eq!(cache.keys(0).kind(), kind);
+        let hidden = model.prefill(ids, &mut cache, 90, &mut NoTap).unwrap();
+        assert_eq!(hidden.kind(), kind);
+        model.logits(&hidden).log_softmax(-1, Kind::Float)
+    };
+    let (reference, half) = (logits(Kind::Float), logits(Kind::BFloat16));
+    let divergence = (reference.exp() * (&reference - &half)).sum_dim_intlist(-1, false, Kind::Float);
+    let worst = divergence.max().double_value(&[]);
+    assert!(worst < 0.02, "KL divergence of bf16 from f32: {worst}");
+}

@@ -1,0 +1,331 @@
+//! Checkpoint folders: whole, sharded, damaged, and not ours.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use pkv_core::ModelShape;
+use pkv_lm::{LanguageModel, LmConfig, NoTap};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+use tempfile::TempDir;
+
+use crate::support::*;
+
+fn try_load(folder: &Path) -> anyhow::Result<LanguageModel> {
+    LanguageModel::load(folder, Device::Cpu, Kind::Float)
+}
+
+/// A copy of a checkpoint's `config.json` and weights.
+fn copy_of(source: &Path) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(source.join(name), folder.path().join(name)).unwrap();
+    }
+    folder
+}
+
+fn arch(name: &str) -> PathBuf {
+    goldens().join(name)
+}
+
+fn read_json(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut json = read_json(path);
+    edit(&mut json);
+    fs::write(path, json.to_string()).unwrap();
+}
+
+fn weights(folder: &Path) -> Vec<(String, Tensor)> {
+    Tensor::read_safetensors(folder.join("model.safetensors")).unwrap()
+}
+
+/// Write the weights of `source` as three shards with an index.
+fn shard(source: &Path) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
+    let mut map = BTreeMap::new();
+    let mut shards = [const { Vec::new() }; 3];
+    for (i, (name, tensor)) in weights(source).into_iter().enumerate() {
+        map.insert(name.clone(), format!("model-{:05}-of-00003.safetensors", i % 3 + 1));
+        shards[i % 3].push((name, tensor));
+    }
+    for (i, tensors) in shards.iter().enumerate() {
+        let path = folder.path().join(format!("model-{:05}-of-00003.safetensors", i + 1));
+        Tensor::write_safetensors(tensors, path).unwrap();
+    }
+    fs::write(folder.path().join("model.safetensors.index.json"), json!({"weight_map": map}).to_string())
+        .unwrap();
+    folder
+}
+
+fn logits(model: &LanguageModel) -> Tensor {
+    let ids = &golden_ids("arch-qwen2-bias")[..100];
+    let mut cache = model.new_cache(100);
+    model.logits(&model.prefill(ids, &mut cache, 100, &mut NoTap).unwrap())
+}
+
+#[test]
+fn shards_equal_one_file() {
+    for name in ARCHITECTURES {
+        let folder = shard(&arch(name));
+        assert_eq!(difference(&logits(&load(&arch(name))), &logits(&load(folder.path()))), 0.0, "{name}");
+    }
+}
+
+#[test]
+fn a_shard_that_is_missing_or_lacks_a_weight_is_named() {
+    let folder = shard(&arch("arch-qwen2-bias"));
+    let index = folder.path().join("model.safetensors.index.json");
+    let original = fs::read_to_string(&index).unwrap();
+    edit_json(&index, |json| {
+        json["weight_map"]["model.norm.weight"] = json!("model-00009-of-00003.safetensors");
+    });
+    assert_error(
+        try_load(folder.path()),
+        &["reading weights from", "model-00009-of-00003.safetensors", "No such file"],
+    );
+
+    fs::write(&index, &original).unwrap();
+    edit_json(&index, |json| {
+        let map = json["weight_map"].as_object_mut().unwrap();
+        let other = map.values().find(|file| **file != map["model.norm.weight"]).unwrap().clone();
+        map["model.norm.weight"] = other;
+    });
+    assert_error(
+        try_load(folder.path()),
+        &["lacks weight `model.norm.weight`, which the index places there"],
+    );
+
+    fs::write(&index, original.replace("\"model-00001", "\"../model-00001")).unwrap();
+    assert_error(try_load(folder.path()), &["which is no plain file name"]);
+    fs::write(&index, "{").unwrap();
+    assert_error(try_load(folder.path()), &["reading the index of weights"]);
+}
+
+#[test]
+fn damaged_weights_are_named() {
+    let folder = copy_of(&arch("arch-qwen2-bias"));
+    let path = folder.path().join("model.safetensors");
+    let whole = fs::read(&path).unwrap();
+
+    fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    let sizes = format!("its header describes {} bytes, the file has {}", whole.len(), whole.len() - 1);
+    assert_error(try_load(folder.path()), &["model.safetensors` is damaged", &sizes]);
+
+    fs::write(&path, &whole[..100]).unwrap();
+    assert_error(try_load(folder.path()), &["is damaged: its header claims", "the file has 100"]);
+    fs::write(&path, &whole[..5]).unwrap();
+    assert_error(try_load(folder.path()), &["is damaged: only 5 bytes long"]);
+    fs::write(&path, b"").unwrap();
+    assert_error(try_load(folder.path()), &["is damaged: only 0 bytes long"]);
+
+    let mut garbled = whole.clone();
+    garbled[20] = b'{';
+    fs::write(&path, &garbled).unwrap();
+    assert_error(try_load(folder.path()), &["is damaged: its header is no valid safetensors header"]);
+    let mut huge = whole.clone();
+    huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    fs::write(&path, &huge).unwrap();
+    assert_error(try_load(folder.path()), &["its header claims 18446744073709551615 bytes"]);
+
+    // A pointer file, as a clone without large files leaves it.
+    fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n").unwrap();
+    assert_error(try_load(folder.path()), &["is damaged"]);
+    fs::remove_file(&path).unwrap();
+    assert_error(try_load(folder.path()), &["reading weights from", "model.safetensors", "No such file"]);
+}
+
+#[test]
+fn weights_that_do_not_fit_the_configuration_are_named() {
+    let rewritten = |edit: fn(&mut Vec<(String, Tensor)>)| {
+        let folder = copy_of(&arch("arch-qwen2-bias"));
+        let mut tensors = weights(folder.path());
+        edit(&mut tensors);
+        Tensor::write_safetensors(&tensors, folder.path().join("model.safetensors")).unwrap();
+        try_load(folder.path())
+    };
+    let missing = rewritten(|tensors| tensors.retain(|(name, _)| !name.contains("layers.2.")));
+    assert_error(
+        missing,
+        &["are incomplete: `model.layers.2.input_layernorm.weight` and 11 more are missing"],
+    );
+    let surplus = rewritten(|tensors| {
+        tensors.push((
+            "model.layers.3.mlp.up_proj.weight".to_owned(),
+            Tensor::ones([2, 2], (Kind::Float, Device::Cpu)),
+        ));
+    });
+    assert_error(
+        surplus,
+        &["holds weight `model.layers.3.mlp.up_proj.weight`, which config.json accounts for nowhere"],
+    );
+    let reshaped = rewritten(|tensors| {
+        let norm = tensors.iter_mut().find(|(name, _)| name == "model.norm.weight").unwrap();
+        norm.1 = Tensor::ones([65], (Kind::Float, Device::Cpu));
+    });
+    assert_error(
+        reshaped,
+        &["reading weight `model.norm.weight`", "expected shape [64] from config.json, found [65]"],
+    );
+    let integers = rewritten(|tensors| {
+        let norm = tensors.iter_mut().find(|(name, _)| name == "model.norm.weight").unwrap();
+        norm.1 = norm.1.to_kind(Kind::Int8);
+    });
+    assert_error(
+        integers,
+        &["reading weight `model.norm.weight`", "stored as I8; quantized weights are not supported"],
+    );
+    // What old exports carry without need is passed over.
+    let old = rewritten(|tensors| {
+        let name = "model.layers.0.self_attn.rotary_emb.inv_freq".to_owned();
+        tensors.push((name, Tensor::ones([8], (Kind::Float, Device::Cpu))));
+        tensors.push(("lm_head.weight".to_owned(), Tensor::ones([4096, 64], (Kind::Float, Device::Cpu))));
+    });
+    assert_eq!(difference(&logits(&old.unwrap()), &logits(&load(&arch("arch-qwen2-bias")))), 0.0);
+}
+
+#[test]
+fn both_spellings_of_rotary_embedding_are_one() {
+    for name in ARCHITECTURES {
+        let new = LmConfig::from_folder(&arch(name)).unwrap();
+        for type_key in ["rope_type", "type"] {
+            let mut json = read_json(&arch(name).join("config.json"));
+            let mut scaling = json["rope_parameters"].take();
+            json["rope_theta"] = scaling.as_object_mut().unwrap().remove("rope_theta").unwrap();
+            let kind = scaling.as_object_mut().unwrap().remove("rope_type").unwrap();
+            let plain = kind == "default";
+            scaling[type_key] = kind;
+            json["rope_scaling"] = if plain { Value::Null } else { scaling };
+            let dtype = json["dtype"].take();
+            json["torch_dtype"] = dtype;
+            assert_eq!(LmConfig::from_json(&json).unwrap(), new, "{name} with `{type_key}`");
+        }
+    }
+}
+
+#[test]
+fn configurations_are_read() {
+    let config = |name| LmConfig::from_folder(&arch(name)).unwrap();
+    let qwen3 = config("arch-qwen3-qknorm");
+    assert_eq!(
+        (qwen3.shape().head_dim, qwen3.qk_norm, qwen3.qkv_bias, qwen3.tied_head),
+        (32, true, false, true)
+    );
+    assert_eq!(qwen3.stored_kind, Some(Kind::BFloat16));
+    let llama = config("arch-llama3-rope-untied");
+    assert_eq!(
+        (llama.shape().head_dim, llama.tied_head, llama.eos_tokens.as_slice()),
+        (16, false, &[2u32][..])
+    );
+    assert_eq!(llama.max_positions, 4096);
+    assert!(config("arch-qwen2-bias").qkv_bias);
+    // head_dim that is not written down
+    assert_eq!(config("arch-qwen2-yarn").shape().head_dim, 16);
+}
+
+#[test]
+fn shapes_are_compared_with_the_recipe() {
+    let config = LmConfig::from_folder(&nano("target")).unwrap();
+    config.check_shape(&config.shape(), "target").unwrap();
+    let other = ModelShape { layers: 7, head_dim: 64, ..config.shape() };
+    assert_error(
+        config.check_shape(&other, "target"),
+        &["`layers` 7 in the recipe, 6 in config.json, `head_dim` 64 in the recipe, 32 in config.json"],
+    );
+}
+
+#[test]
+fn what_is_not_supported_is_refused_by_name() {
+    let refused = |base: &str, edit: &dyn Fn(&mut Value), parts: &[&str]| {
+        let folder = copy_of(&arch(base));
+        edit_json(&folder.path().join("config.json"), edit);
+        assert_error(try_load(folder.path()), parts);
+    };
+    let qwen2 = "arch-qwen2-bias";
+    let set = |key: &'static str, value: Value| move |json: &mut Value| json[key] = value.clone();
+    refused(
+        qwen2,
+        &set("model_type", json!("qwen3_moe")),
+        &["mixture of experts (`model_type` `qwen3_moe`)"],
+    );
+    refused(qwen2, &set("model_type", json!("mixtral")), &["mixture of experts"]);
+    refused(qwen2, &set("num_experts", json!(64)), &["mixture of experts (`num_experts` is 64)"]);
+    refused(
+        qwen2,
+        &set("model_type", json!("gemma3_text")),
+        &["architecture `gemma3_text` is not supported"],
+    );
+    refused(qwen2, &set("model_type", Value::Null), &["without `model_type`"]);
+    refused(
+        qwen2,
+        &set("architectures", json!(["Qwen2ForSequenceClassification"])),
+        &["architecture `Qwen2ForSequenceClassification` of `qwen2` is not supported"],
+    );
+    refused(
+        qwen2,
+        &set("quantization_config", json!({"quant_method": "awq", "bits": 4})),
+        &["quantized weights (`quantization_config`, awq) are not supported"],
+    );
+    refused(
+        qwen2,
+        &set("layer_types", json!(["full_attention", "sliding_attention", "sliding_attention"])),
+        &["`sliding_attention` in 2 of 3 layers (`layer_types`) is not supported"],
+    );
+    let windowed = |first: i64| {
+        move |json: &mut Value| {
+            json["layer_types"] = Value::Null;
+            json["use_sliding_window"] = json!(true);
+            json["sliding_window"] = json!(4096);
+            json["max_window_layers"] = json!(first);
+        }
+    };
+    refused(qwen2, &windowed(1), &["sliding-window attention in 2 of 3 layers (`use_sliding_window`)"]);
+    refused(qwen2, &set("hidden_act", json!("gelu")), &["activation `gelu`"]);
+    refused(qwen2, &set("partial_rotary_factor", json!(0.5)), &["partial rotary embedding"]);
+    refused("arch-llama3-rope-untied", &set("mlp_bias", json!(true)), &["`mlp_bias`"]);
+    for kind in ["longrope", "dynamic", "linear", "mrope"] {
+        let edit = |json: &mut Value| json["rope_parameters"]["rope_type"] = json!(kind);
+        refused(qwen2, &edit, &[&format!("rotary scaling `{kind}` is not supported (`rope_parameters`)")]);
+    }
+    let by_layer = json!({"full_attention": {"rope_type": "default", "rope_theta": 1e6}});
+    refused(qwen2, &set("rope_parameters", by_layer), &["rotary embeddings that differ by layer"]);
+
+    // A window that no layer uses has no effect.
+    let folder = copy_of(&arch(qwen2));
+    edit_json(&folder.path().join("config.json"), windowed(28));
+    try_load(folder.path()).unwrap();
+}
+
+#[test]
+fn a_configuration_that_makes_no_sense_is_an_error() {
+    let folder = copy_of(&arch("arch-qwen2-bias"));
+    let path = folder.path().join("config.json");
+    let original = fs::read_to_string(&path).unwrap();
+    for (key, value, message) in [
+        ("hidden_size", json!(0), "`hidden_size` is 0; expected a whole number above 0"),
+        ("hidden_size", json!(-64), "`hidden_size` is -64"),
+        ("hidden_size", json!("64"), "`hidden_size` is \"64\""),
+        ("hidden_size", Value::Null, "`hidden_size` is missing"),
+        ("num_key_value_heads", json!(3), "no multiple of `num_key_value_heads` 3"),
+        ("num_hidden_layers", json!(1u64 << 40), "`num_hidden_layers` is 1099511627776"),
+        ("head_dim", json!(15), "`head_dim` is 15; rotary needs an even number"),
+        ("tie_word_embeddings", json!("yes"), "expected true or false"),
+    ] {
+        fs::write(&path, &original).unwrap();
+        edit_json(&path, |json| json[key] = value);
+        assert_error_text(try_load(folder.path()), message);
+    }
+    fs::write(&path, "{\"hidden_size\": 64").unwrap();
+    assert_error_text(try_load(folder.path()), "parsing");
+    fs::write(&path, "[]").unwrap();
+    assert_error_text(try_load(folder.path()), "expected a JSON object");
+    fs::remove_file(&path).unwrap();
+    assert_error(
+        try_load(folder.path()),
+        &["reading a model's configuration", "config.json", "No such file"],
+    );
+}
