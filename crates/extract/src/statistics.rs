@@ -1,0 +1,273 @@
+//! Attention that later queries pay to each KV pair of a context, in one layer.
+//!
+//! Queries are context positions only; the softmax of a query runs over its whole causal row,
+//! prefix included, so that its weights are those of the prefill. Rows are taken in blocks: a block
+//! sees every key it may attend to, its softmax is exact on its own, and no matrix of all queries
+//! times all keys is ever held. Which model the queries come from is `extractor`'s business.
+//!
+//! Dimension key: h KV head, g query heads per KV head, q query head (h x g), s new tokens of a
+//! forward, r rows (queries) of a block, d head_dim, k keys of the cache, t context position, c channel.
+
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+use pkv_core::Channel;
+use pkv_recipe::ExtractSection;
+use tch::{Device, Kind, Tensor};
+
+/// Most softmax weights held at once, whatever `block_tokens` says: 128 MiB of f32, twice that at the
+/// peak. At 170,000 tokens and 32 query heads a block then has six rows, which are 24 per KV head of a
+/// group of four: still a matrix product.
+pub const BLOCK_ELEMENTS: usize = 1 << 25;
+
+/// Added to a mean before its logarithm, so that a pair nobody looks at has one.
+pub(crate) const MEAN_FLOOR: f64 = 1e-7;
+/// All channels are clamped to this on either side; also the log of a maximum over no queries.
+pub(crate) const LOG_LIMIT: f64 = 16.0;
+
+/// Which queries a channel reads; all of them at least `min_distance` later than the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reach {
+    /// The whole causal range.
+    All,
+    /// At most `window_tokens` later.
+    Window,
+    /// The last `last_queries` of the context.
+    Last,
+}
+
+impl Reach {
+    const fn of(channel: Channel) -> Option<(Self, bool)> {
+        match channel {
+            Channel::MaxAll => Some((Self::All, true)),
+            Channel::MeanAll => Some((Self::All, false)),
+            Channel::MaxWindow => Some((Self::Window, true)),
+            Channel::MeanWindow => Some((Self::Window, false)),
+            Channel::MaxLast => Some((Self::Last, true)),
+            Channel::MeanLast => Some((Self::Last, false)),
+            _ => None,
+        }
+    }
+}
+
+/// Rows of the feature tensor that the statistics of one reach go to.
+#[derive(Clone, Copy, Debug)]
+struct Slots {
+    reach: Reach,
+    max: Option<i64>,
+    mean: Option<i64>,
+}
+
+/// The attention channels of one context.
+///
+/// [`Self::zeros`] makes room for a layer, [`Self::add`] takes its queries as they come, in any
+/// number of pieces, and [`Self::finish`] turns what was gathered into features.
+#[derive(Clone, Debug)]
+pub struct QueryStatistics {
+    prefix: usize,
+    context: usize,
+    min_distance: usize,
+    window: usize,
+    last: usize,
+    block_tokens: usize,
+    channels: usize,
+    slots: Vec<Slots>,
+}
+
+impl QueryStatistics {
+    /// Statistics of a context of `context` tokens behind `prefix` tokens of the chat template.
+    pub fn new(extract: &ExtractSection, prefix: usize, context: usize) -> Self {
+        let slots = [Reach::All, Reach::Window, Reach::Last].into_iter().map(|reach| {
+            let slot = |max| {
+                let at = extract.channels.iter().position(|c| Reach::of(*c) == Some((reach, max)));
+                at.map(|at| at as i64)
+            };
+            Slots { reach, max: slot(true), mean: slot(false) }
+        });
+        Self {
+            prefix,
+            context,
+            min_distance: extract.min_distance,
+            window: extract.window_tokens,
+            last: extract.last_queries,
+            block_tokens: extract.block_tokens.max(1),
+            channels: extract.channels.len(),
+            slots: slots.filter(|s| s.max.is_some() || s.mean.is_some()).collect(),
+        }
+    }
+
+    /// Room for `heads` KV heads: f32 `[heads, channels, context]`.
+    pub fn zeros(&self, heads: usize, device: Device) -> Tensor {
+        Tensor::zeros([heads as i64, self.channels as i64, self.context as i64], (Kind::Float, device))
+    }
+
+    /// Gather the attention of new queries. A channel's row then holds the maximum so far, or the
+    /// sum so far; rows of other channels are left alone.
+    ///
+    /// # Shapes
+    /// - `q_qsd`: `[query_heads, s, head_dim]`, rotary applied; query heads of one KV head are neighbours
+    /// - `k_hkd`: `[kv_heads, start + s, head_dim]`: prefix, context so far, and the `s` new tokens, which
+    ///   are the cache's positions from `start` on; kind and device of the queries
+    /// - `gathered_hct`: `[kv_heads, channels, context]`, f32, same device; written in place
+    ///
+    /// # Errors
+    /// Shapes disagree, or there are more positions than prefix and context.
+    pub fn add(&self, q_qsd: &Tensor, k_hkd: &Tensor, start: usize, gathered_hct: &Tensor) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        let (q, k) = (q_qsd.size(), k_hkd.size());
+        ensure!(
+            q.len() == 3 && k.len() == 3 && q[2] == k[2] && k[0] > 0 && q[0] % k[0] == 0 && q[0] > 0,
+            "queries {q:?} and keys {k:?} do not fit: expected [query heads, new tokens, head_dim] and \
+             [KV heads, positions, head_dim]"
+        );
+        let end = start + q[1] as usize;
+        ensure!(
+            k[1] as usize == end && end <= self.prefix + self.context,
+            "{} new tokens at {start} and {} keys do not fit a prefix of {} and a context of {}",
+            q[1],
+            k[1],
+            self.prefix,
+            self.context
+        );
+        let expected = [k[0], self.channels as i64, self.context as i64];
+        ensure!(
+            gathered_hct.size() == expected,
+            "room for features is {:?}, expected {expected:?}",
+            gathered_hct.size()
+        );
+        if self.slots.is_empty() {
+            return Ok(());
+        }
+        let scale = 1.0 / (q[2] as f64).sqrt();
+        let k_hdk = k_hkd.to_kind(Kind::Float).transpose(1, 2);
+        let mut row = start.max(self.prefix);
+        while row < end {
+            let budget = BLOCK_ELEMENTS / (q[0] as usize * end);
+            let rows = row..end.min(row + self.block_tokens.min(budget).max(1));
+            let q_qrd = q_qsd.narrow(1, (row - start) as i64, rows.len() as i64).to_kind(Kind::Float) * scale;
+            row = rows.end;
+            self.block(&q_qrd, &k_hdk, rows, gathered_hct);
+        }
+        Ok(())
+    }
+
+    /// One block of scaled queries, at cache positions `rows`.
+    fn block(&self, q_qrd: &Tensor, k_hdk: &Tensor, rows: Range<usize>, gathered_hct: &Tensor) {
+        let (n, visible) = (rows.len() as i64, rows.end as i64);
+        let (heads, head_dim) = (k_hdk.size()[0], k_hdk.size()[1]);
+        let group = q_qrd.size()[0] / heads;
+        let q_hrd = q_qrd.reshape([heads, group * n, head_dim]);
+        let logits_hgrk = q_hrd.matmul(&k_hdk.narrow(2, 0, visible)).view([heads, group, n, visible]);
+        // Only the block's own positions can lie after a row.
+        let later_rr = Tensor::ones([n, n], (Kind::Bool, k_hdk.device())).triu(1);
+        let _ = logits_hgrk.narrow(3, visible - n, n).masked_fill_(&later_rr, f64::NEG_INFINITY);
+        let prefix = self.prefix as i64;
+        let weights_hgrt = logits_hgrk.softmax(-1, Kind::Float).narrow(3, prefix, visible - prefix);
+        drop(logits_hgrk);
+
+        // From here on, rows and columns are context positions.
+        let (first, end) = (rows.start - self.prefix, rows.end - self.prefix);
+        // Keys up to here are at least `min_distance` older than some row; later ones get nothing.
+        let Some(columns) = end.checked_sub(self.min_distance).filter(|n| *n > 0) else { return };
+        // A weight from too near counts as zero, which is below all others and adds nothing.
+        let mixed = (first + 1).saturating_sub(self.min_distance)..columns;
+        self.zero_where(&weights_hgrt, first, &mixed, |distance_rt| distance_rt.lt(self.min_distance as i64));
+        for slots in &self.slots {
+            match slots.reach {
+                Reach::All => gather(slots, &weights_hgrt, 0..columns, gathered_hct),
+                Reach::Last => {
+                    let from = self.context.saturating_sub(self.last).max(first);
+                    if from < end {
+                        let last = weights_hgrt.narrow(2, (from - first) as i64, (end - from) as i64);
+                        gather(slots, &last, 0..columns, gathered_hct);
+                    }
+                }
+                Reach::Window => {}
+            }
+        }
+        // The window comes last: it may then blank what is out of its reach.
+        if let Some(slots) = self.slots.iter().find(|s| s.reach == Reach::Window) {
+            let band = first.saturating_sub(self.window)..columns;
+            if !band.is_empty() {
+                let mixed = band.start..columns.min(end.saturating_sub(self.window));
+                self.zero_where(&weights_hgrt, first, &mixed, |distance_rt| {
+                    distance_rt.gt(self.window as i64)
+                });
+                gather(slots, &weights_hgrt, band, gathered_hct);
+            }
+        }
+    }
+
+    /// Zero the weights in `columns` whose distance from key to query `blank` picks.
+    fn zero_where(
+        &self,
+        weights_hgrt: &Tensor,
+        first: usize,
+        columns: &Range<usize>,
+        blank: impl Fn(&Tensor) -> Tensor,
+    ) {
+        if columns.is_empty() {
+            return;
+        }
+        let options = (Kind::Int64, weights_hgrt.device());
+        let rows = weights_hgrt.size()[2];
+        let row_r = Tensor::arange_start(first as i64, first as i64 + rows, options);
+        let column_t = Tensor::arange_start(columns.start as i64, columns.end as i64, options);
+        let distance_rt = row_r.unsqueeze(1) - column_t;
+        let _ = weights_hgrt
+            .narrow(3, columns.start as i64, columns.len() as i64)
+            .masked_fill_(&blank(&distance_rt), 0.0);
+    }
+
+    /// Turn what was gathered into features, in place.
+    ///
+    /// Maxima become logs, sums become `log(mean + 1e-7)` over the queries in reach and the query
+    /// group; both are clamped to +-16, which is also what a pair without queries in reach gets.
+    ///
+    /// `group` is the number of query heads per KV head; `gathered_hct` as in [`Self::add`], but its
+    /// first axis may hold the heads of all layers.
+    pub fn finish(&self, gathered_hct: &Tensor, group: usize) {
+        let _no_grad = tch::no_grad_guard();
+        for slots in &self.slots {
+            if let Some(max) = slots.max {
+                let mut max_ht = gathered_hct.select(1, max);
+                let _ = max_ht.log_().clamp_(-LOG_LIMIT, LOG_LIMIT);
+            }
+            if let Some(mean) = slots.mean {
+                let mut mean_ht = gathered_hct.select(1, mean);
+                let counts: Vec<f32> =
+                    (0..self.context).map(|t| (self.queries(slots.reach, t) * group).max(1) as f32).collect();
+                let counts_t = Tensor::from_slice(&counts).to_device(gathered_hct.device());
+                mean_ht /= &counts_t;
+                mean_ht += MEAN_FLOOR;
+                let _ = mean_ht.log_().clamp_(-LOG_LIMIT, LOG_LIMIT);
+            }
+        }
+    }
+
+    /// How many queries a channel reads for the key at context position `t`.
+    fn queries(&self, reach: Reach, t: usize) -> usize {
+        let near = t + self.min_distance;
+        let (from, to) = match reach {
+            Reach::All => (near, self.context),
+            Reach::Window => (near, self.context.min(t + self.window + 1)),
+            Reach::Last => (near.max(self.context.saturating_sub(self.last)), self.context),
+        };
+        to.saturating_sub(from)
+    }
+}
+
+/// Fold the weights of some rows into what was gathered for the context positions `columns`.
+fn gather(slots: &Slots, weights_hgrt: &Tensor, columns: Range<usize>, gathered_hct: &Tensor) {
+    let (from, n) = (columns.start as i64, columns.len() as i64);
+    let weights_hgrt = weights_hgrt.narrow(3, from, n);
+    let row = |slot: i64| gathered_hct.select(1, slot).narrow(1, from, n);
+    if let Some(slot) = slots.max {
+        let mut max_ht = row(slot);
+        max_ht.copy_(&max_ht.maximum(&weights_hgrt.amax([1, 2], false)));
+    }
+    if let Some(slot) = slots.mean {
+        let mut sum_ht = row(slot);
+        sum_ht += weights_hgrt.sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Float);
+    }
+}

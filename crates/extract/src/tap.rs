@@ -1,0 +1,57 @@
+//! What prefill shows of each layer, written into the feature tensor as it passes.
+//!
+//! Dimension key: p proxy KV head (all layers x heads flattened, layer-major), c channel,
+//! t context position, h KV head of a layer, d head_dim.
+
+use anyhow::Result;
+use pkv_core::Channel;
+use pkv_lm::{LayerView, Tap};
+use tch::{Kind, Tensor};
+
+use crate::QueryStatistics;
+
+/// Values shorter than this have the same feature: proxies zero some out entirely.
+const VALUE_NORM_FLOOR: f64 = 1e-4;
+
+/// Gathers the channels that one prefill gives.
+pub(crate) struct FeatureTap<'a> {
+    pub(crate) statistics: &'a QueryStatistics,
+    pub(crate) channels: &'a [Channel],
+    pub(crate) prefix: usize,
+    /// `[p, c, t]`, f32.
+    pub(crate) heads_pct: &'a Tensor,
+}
+
+impl Tap for FeatureTap<'_> {
+    fn layer(&mut self, view: &LayerView) -> Result<()> {
+        let heads = view.k_hkd.size()[0];
+        let features_hct = self.heads_pct.narrow(0, view.layer as i64 * heads, heads);
+        self.statistics.add(view.q_qsd, view.k_hkd, view.start, &features_hct)?;
+        self.norms(view, Channel::KeyNorm, view.k_hkd, f64::MIN_POSITIVE, &features_hct);
+        self.norms(view, Channel::ValueNorm, view.v_hkd, VALUE_NORM_FLOOR, &features_hct);
+        Ok(())
+    }
+}
+
+impl FeatureTap<'_> {
+    /// Log norms of the new context positions' keys or values, if the channel is chosen.
+    fn norms(
+        &self,
+        view: &LayerView,
+        channel: Channel,
+        vectors_hkd: &Tensor,
+        floor: f64,
+        features_hct: &Tensor,
+    ) {
+        let Some(slot) = self.channels.iter().position(|c| *c == channel) else { return };
+        let _no_grad = tch::no_grad_guard();
+        let from = view.start.max(self.prefix);
+        let n = vectors_hkd.size()[1] - from as i64;
+        if n <= 0 {
+            return;
+        }
+        let new_htd = vectors_hkd.narrow(1, from as i64, n).to_kind(Kind::Float);
+        let norms_ht = new_htd.norm_scalaropt_dim(2.0, [-1i64], false).clamp_min(floor).log();
+        features_hct.select(1, slot as i64).narrow(1, (from - self.prefix) as i64, n).copy_(&norms_ht);
+    }
+}

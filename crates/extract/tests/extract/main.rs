@@ -1,0 +1,8 @@
+//! Tests of the crate's public face, in one binary.
+
+/// Features of a model: every channel, block and chunk sizes, windows, what has no features.
+mod model;
+/// The attention channels on random tensors of odd sizes.
+mod naive;
+/// The attention channels by their definition, for the other two.
+mod reference;

@@ -1,0 +1,284 @@
+//! Features of the nano proxy: against loops over its recorded queries, keys and values, and
+//! against themselves with other block, chunk and context sizes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use pkv_core::{Channel, GlobalChannel, Hinted};
+use pkv_extract::{ContextFeatures, Extractor};
+use pkv_lm::{LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
+use pkv_recipe::{ExtractSection, LabelSection};
+use pkv_score::Scorer;
+use tch::{Kind, Tensor};
+
+use crate::reference::{Reference, difference};
+
+const TEXT: &str = "The keeper of the northern lighthouse wrote down every ship that passed, its colours and its \
+    course, and when the fog came in from the sea she rang the bell until morning. In the winter of that year no \
+    ship came for eleven weeks. She counted the gulls instead, and the waves between two turns of the lamp, and \
+    she wrote those down as well, because a page without a number on it seemed to her like a night without light.";
+
+struct Nano {
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/proxy")
+}
+
+impl Nano {
+    fn load() -> Self {
+        Self::of(&folder(), Kind::Float)
+    }
+
+    fn of(tokenizer: &Path, kind: Kind) -> Self {
+        let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+        Self {
+            model: LanguageModel::load(&folder(), device, kind).unwrap(),
+            tokenizer: TextTokenizer::open(tokenizer).unwrap(),
+        }
+    }
+
+    fn context(&self, tokens: usize) -> Vec<u32> {
+        let ids = self.tokenizer.encode(TEXT).unwrap();
+        assert!(ids.len() >= tokens, "the text has {} tokens", ids.len());
+        ids[..tokens].to_vec()
+    }
+
+    fn features(&self, extract: &ExtractSection, context: &[u32]) -> ContextFeatures {
+        Extractor::new(&self.model, &self.tokenizer, extract, &label()).unwrap().features(context).unwrap()
+    }
+}
+
+/// Every channel; sizes small enough for short texts to have all kinds of positions.
+fn extract() -> ExtractSection {
+    ExtractSection {
+        channels: [&Channel::RECONSTRUCTION[..], &Channel::PREFILL].concat(),
+        window_tokens: 16,
+        last_queries: 9,
+        ..ExtractSection::default()
+    }
+}
+
+/// Scoring chunks that do not divide the contexts.
+fn label() -> LabelSection {
+    LabelSection { chunk_tokens: Some(40), ..LabelSection::default() }
+}
+
+fn flat(t: &Tensor) -> Vec<f64> {
+    Vec::try_from(t.flatten(0, -1).to_kind(Kind::Double)).unwrap()
+}
+
+/// Queries, keys and values of every layer of one forward pass over everything.
+#[derive(Default)]
+struct Recorder {
+    layers: Vec<[Vec<f64>; 3]>,
+}
+
+impl Tap for Recorder {
+    fn layer(&mut self, view: &LayerView) -> anyhow::Result<()> {
+        self.layers.push([flat(view.q_qsd), flat(view.k_hkd), flat(view.v_hkd)]);
+        Ok(())
+    }
+}
+
+/// All features by their definitions: `[proxy head, channel, position]` and `[global, position]`.
+fn naive(nano: &Nano, context: &[u32], extract: &ExtractSection) -> (Vec<f64>, Vec<f64>) {
+    let shape = nano.model.shape();
+    let (prefix, total) = (nano.tokenizer.prefix().len(), context.len());
+    let sizes = Reference {
+        heads: shape.kv_heads,
+        group: shape.group(),
+        head_dim: shape.head_dim,
+        prefix,
+        context: total,
+        min_distance: extract.min_distance,
+        window: extract.window_tokens,
+        last: extract.last_queries,
+    };
+    let ids = [nano.tokenizer.prefix(), context].concat();
+    let mut recorder = Recorder::default();
+    let mut cache = nano.model.new_cache(ids.len());
+    let hidden = nano.model.forward(&nano.model.ids(&ids), &mut cache, &mut recorder).unwrap();
+
+    let repeated = Scorer::new(&nano.model, &nano.tokenizer, &label()).unwrap().score(context).unwrap();
+    let (max, mean) = (flat(&repeated.max_lht), flat(&repeated.mean_lht));
+    let mut heads = Vec::new();
+    for (l, [q, k, v]) in recorder.layers.iter().enumerate() {
+        let mut layer = sizes.channels(&extract.channels, q, k);
+        let norm = |vectors: &[f64], h: usize, t: usize| -> f64 {
+            let at = (h * ids.len() + prefix + t) * shape.head_dim;
+            vectors[at..][..shape.head_dim].iter().map(|x| x * x).sum::<f64>().sqrt()
+        };
+        for (i, slot) in layer.iter_mut().enumerate() {
+            let (t, c, h) =
+                (i % total, i / total % extract.channels.len(), i / total / extract.channels.len());
+            let p = max[(l * shape.kv_heads + h) * total + t];
+            *slot = match extract.channels[c] {
+                Channel::KeyNorm => norm(k, h, t).ln(),
+                Channel::ValueNorm => norm(v, h, t).max(1e-4).ln(),
+                Channel::ReconLog => p.ln().clamp(-16.0, 0.0),
+                Channel::ReconLogOdds => (p.ln() - (-p.min(1.0 - 1e-6)).ln_1p()).clamp(-14.0, 14.0),
+                Channel::ReconMean => (mean[(l * shape.kv_heads + h) * total + t] + 1e-7).ln(),
+                _ => *slot,
+            };
+        }
+        heads.extend(layer);
+    }
+
+    let mut globals = Vec::new();
+    for channel in &extract.globals {
+        for t in 0..total {
+            globals.push(match channel {
+                GlobalChannel::Surprisal if prefix + t == 0 => 0.0,
+                GlobalChannel::Surprisal => {
+                    let logits = flat(&nano.model.logits(&hidden.get((prefix + t) as i64 - 1)));
+                    let top = logits.iter().copied().fold(f64::MIN, f64::max);
+                    let total = logits.iter().map(|x| (x - top).exp()).sum::<f64>().ln() + top;
+                    total - logits[context[t] as usize]
+                }
+                GlobalChannel::Position => t as f64 / total as f64,
+                GlobalChannel::LogPosition => (t as f64 + 1.0).ln(),
+                GlobalChannel::LogRemaining => ((total - t) as f64).ln(),
+            });
+        }
+    }
+    (heads, globals)
+}
+
+fn compare(what: &str, found: &ContextFeatures, expected: &(Vec<f64>, Vec<f64>), tolerance: f64) {
+    let (heads, globals) = (flat(&found.heads_pct), flat(&found.globals_ct));
+    let off = (difference(&heads, &expected.0), difference(&globals, &expected.1));
+    assert!(off.0 < tolerance && off.1 < tolerance, "{what}: off by {off:?}, tolerance {tolerance}");
+}
+
+#[test]
+fn every_channel_matches_its_definition() {
+    let nano = Nano::load();
+    for tokens in [1, 2, 4, 6, 17, 90] {
+        let context = nano.context(tokens);
+        let found = nano.features(&extract(), &context);
+        let shape = nano.model.shape();
+        assert_eq!(found.heads_pct.size(), [shape.total_kv_heads() as i64, 11, tokens as i64]);
+        assert_eq!(found.globals_ct.size(), [4, tokens as i64]);
+        assert_eq!((found.heads_pct.kind(), found.globals_ct.kind()), (Kind::Float, Kind::Float));
+        compare(&format!("{tokens} tokens"), &found, &naive(&nano, &context, &extract()), 1e-5);
+    }
+}
+
+#[test]
+fn without_a_chat_template_there_is_no_prefix() {
+    let bare = tempfile::tempdir().unwrap();
+    fs::copy(folder().join("tokenizer.json"), bare.path().join("tokenizer.json")).unwrap();
+    let nano = Nano::of(bare.path(), Kind::Float);
+    assert!(nano.tokenizer.prefix().is_empty());
+    for tokens in [1, 50] {
+        let context = nano.context(tokens);
+        let found = nano.features(&extract(), &context);
+        compare(&format!("{tokens} tokens"), &found, &naive(&nano, &context, &extract()), 1e-5);
+        assert_eq!(found.globals_ct.double_value(&[0, 0]), 0.0, "nothing predicts the first token");
+    }
+}
+
+#[test]
+fn blocks_and_prefill_chunks_change_nothing() {
+    // In f64, so that what the model itself rounds differently (1e-4 in f32) does not hide a mistake.
+    let nano = Nano::of(&folder(), Kind::Double);
+    let context = nano.context(90);
+    let whole = nano.features(&extract(), &context);
+    let expected = (flat(&whole.heads_pct), flat(&whole.globals_ct));
+    for block_tokens in [1, 7, 50, 90] {
+        let extract = ExtractSection { block_tokens, ..extract() };
+        compare(&format!("blocks of {block_tokens}"), &nano.features(&extract, &context), &expected, 1e-5);
+    }
+    // Prefix and context have 107 tokens; 17 is where the one ends and the other begins.
+    for prefill_chunk_tokens in [1, 16, 17, 18, 40, 106] {
+        let extract = ExtractSection { prefill_chunk_tokens, block_tokens: 11, ..extract() };
+        compare(
+            &format!("prefill in chunks of {prefill_chunk_tokens}"),
+            &nano.features(&extract, &context),
+            &expected,
+            1e-5,
+        );
+    }
+}
+
+#[test]
+fn windowed_channels_do_not_see_what_comes_later() {
+    let nano = Nano::load();
+    let extract = extract();
+    let (short, long) = (nano.context(60), nano.context(90));
+    let (a, b) = (nano.features(&extract, &short), nano.features(&extract, &long));
+    let channel = |features: &ContextFeatures, channel: Channel, positions: usize| {
+        let at = extract.channels.iter().position(|c| *c == channel).unwrap();
+        flat(&features.heads_pct.select(1, at as i64).narrow(1, 0, positions as i64))
+    };
+    // The last position whose window of 16 queries lies inside the shorter context.
+    let inside = short.len() - extract.window_tokens;
+    let local = [Channel::MaxWindow, Channel::MeanWindow, Channel::KeyNorm, Channel::ValueNorm];
+    for c in local {
+        let off = difference(&channel(&a, c, inside), &channel(&b, c, inside));
+        assert!(off < 1e-5, "{c:?}: off by {off}");
+    }
+    // One position further the window is cut, and the channels that read everything differ anyway.
+    assert!(
+        difference(
+            &channel(&a, Channel::MeanWindow, inside + 4),
+            &channel(&b, Channel::MeanWindow, inside + 4)
+        ) > 1e-3
+    );
+    for c in [Channel::MaxAll, Channel::MeanAll, Channel::MaxLast, Channel::MeanLast] {
+        assert!(difference(&channel(&a, c, inside), &channel(&b, c, inside)) > 1e-3, "{c:?}");
+    }
+    let surprisal = |features: &ContextFeatures| flat(&features.globals_ct.get(0).narrow(0, 0, 60));
+    assert!(difference(&surprisal(&a), &surprisal(&b)) < 1e-4);
+}
+
+#[test]
+fn only_what_is_chosen_comes_out() {
+    let nano = Nano::load();
+    let context = nano.context(50);
+    let all = nano.features(&extract(), &context);
+    let some = ExtractSection {
+        channels: vec![Channel::ValueNorm, Channel::MaxWindow, Channel::ReconLogOdds],
+        globals: vec![GlobalChannel::LogRemaining],
+        ..extract()
+    };
+    let found = nano.features(&some, &context);
+    for (at, channel) in some.channels.iter().enumerate() {
+        let expected = extract().channels.iter().position(|c| c == channel).unwrap();
+        let (a, b) = (found.heads_pct.select(1, at as i64), all.heads_pct.select(1, expected as i64));
+        assert!(difference(&flat(&a), &flat(&b)) < 1e-6, "{channel:?}");
+    }
+    assert_eq!(flat(&found.globals_ct), flat(&all.globals_ct.get(3)));
+    let none = ExtractSection { globals: vec![], channels: vec![Channel::KeyNorm], ..extract() };
+    assert_eq!(nano.features(&none, &context).globals_ct.size(), [0, 50]);
+}
+
+#[test]
+fn what_has_no_features_is_an_error() {
+    let nano = Nano::load();
+    let extractor = Extractor::new(&nano.model, &nano.tokenizer, &extract(), &label()).unwrap();
+    let error = extractor.features(&[]).err().unwrap();
+    assert!(error.to_string().contains("empty context"), "{error}");
+    assert!(error.downcast_ref::<Hinted>().is_some());
+    let error = extractor.features(&[1, u32::MAX]).err().unwrap();
+    assert!(format!("{error:#}").contains("vocabulary"), "{error:#}");
+}
+
+/// The extractor reads what `prefill` would: a cache filled by it holds the same keys.
+#[test]
+fn features_are_those_of_a_plain_prefill() {
+    let nano = Nano::load();
+    let context = nano.context(40);
+    let ids = [nano.tokenizer.prefix(), &context].concat();
+    let mut cache = nano.model.new_cache(ids.len());
+    let _ = nano.model.prefill(&ids, &mut cache, 1000, &mut NoTap).unwrap();
+    let extract = ExtractSection { channels: vec![Channel::KeyNorm], globals: vec![], ..extract() };
+    let found = flat(&nano.features(&extract, &context).heads_pct);
+    let last = nano.model.shape().layers - 1;
+    let keys_hkd = cache.keys(last).narrow(1, nano.tokenizer.prefix().len() as i64, 40);
+    let norms = flat(&keys_hkd.square().sum_dim_intlist([2i64].as_slice(), false, Kind::Float).sqrt().log());
+    assert!(difference(&found[found.len() - norms.len()..], &norms) < 1e-5);
+}

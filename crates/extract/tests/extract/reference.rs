@@ -1,0 +1,78 @@
+//! The attention channels by their definition: plain loops in f64 over a full matrix of weights.
+
+use pkv_core::Channel;
+
+/// Sizes of one layer's attention over prefix and context, and which queries the channels read.
+pub struct Reference {
+    pub heads: usize,
+    pub group: usize,
+    pub head_dim: usize,
+    pub prefix: usize,
+    pub context: usize,
+    pub min_distance: usize,
+    pub window: usize,
+    pub last: usize,
+}
+
+impl Reference {
+    pub fn positions(&self) -> usize {
+        self.prefix + self.context
+    }
+
+    /// Softmax weights of query head `q`, query `i` (cache positions), over its causal row.
+    fn weights(&self, qs: &[f64], ks: &[f64], q: usize, i: usize) -> Vec<f64> {
+        let (d, n) = (self.head_dim, self.positions());
+        let query = &qs[(q * n + i) * d..][..d];
+        let logit = |k: usize| -> f64 {
+            let key = &ks[(q / self.group * n + k) * d..][..d];
+            query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>() / (d as f64).sqrt()
+        };
+        let logits: Vec<f64> = (0..=i).map(logit).collect();
+        let top = logits.iter().copied().fold(f64::MIN, f64::max);
+        let total: f64 = logits.iter().map(|x| (x - top).exp()).sum();
+        logits.iter().map(|x| (x - top).exp() / total).collect()
+    }
+
+    /// Attention channels `[heads, channels, context]` of queries `[query_heads, positions, head_dim]`
+    /// and keys `[heads, positions, head_dim]`; other channels are 0.
+    pub fn channels(&self, channels: &[Channel], qs: &[f64], ks: &[f64]) -> Vec<f64> {
+        let mut out = vec![0.0; self.heads * channels.len() * self.context];
+        for h in 0..self.heads {
+            let rows: Vec<Vec<Vec<f64>>> = (h * self.group..(h + 1) * self.group)
+                .map(|q| (self.prefix..self.positions()).map(|i| self.weights(qs, ks, q, i)).collect())
+                .collect();
+            for (c, channel) in channels.iter().enumerate() {
+                for t in 0..self.context {
+                    let counts = |i: usize| {
+                        i >= t + self.min_distance
+                            && match channel {
+                                Channel::MaxAll | Channel::MeanAll => true,
+                                Channel::MaxWindow | Channel::MeanWindow => i <= t + self.window,
+                                _ => i + self.last >= self.context,
+                            }
+                    };
+                    let queries: Vec<usize> = (t..self.context).filter(|i| counts(*i)).collect();
+                    let weights =
+                        || queries.iter().flat_map(|&i| rows.iter().map(move |r| r[i][self.prefix + t]));
+                    out[(h * channels.len() + c) * self.context + t] = match channel {
+                        Channel::MaxAll | Channel::MaxWindow | Channel::MaxLast => {
+                            weights().map(f64::ln).fold(-16.0, f64::max)
+                        }
+                        Channel::MeanAll | Channel::MeanWindow | Channel::MeanLast => {
+                            let mean = weights().sum::<f64>() / (queries.len() * self.group).max(1) as f64;
+                            (mean + 1e-7).ln().max(-16.0)
+                        }
+                        _ => 0.0,
+                    };
+                }
+            }
+        }
+        out
+    }
+}
+
+/// The largest absolute difference.
+pub fn difference(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max)
+}
