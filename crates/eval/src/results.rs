@@ -4,13 +4,13 @@
 //! that happens here. How the numbers come about is written where they are computed (`labels`,
 //! `facts`, `perplexity`), how they are shown in `table` and in the report.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Policy, hinted};
 use pkv_recipe::{AnswerMatch, Method};
+use pkv_shard::durable::{WriteBudget, write_file};
 use serde::{Deserialize, Serialize};
 
 /// Version of [`Results`]; raised when a reader of the old form would misread the new one.
@@ -236,12 +236,14 @@ impl Results {
         serde_json::from_value(value).with_context(invalid)
     }
 
-    /// Write `eval/results.json`: to a temporary file, then renamed, so that the file is whole or absent.
+    /// Write `eval/results.json`, whole or not at all.
     ///
     /// # Errors
     /// The folder cannot be written to.
     pub fn write(&self, path: &Path) -> Result<()> {
-        write_json(path, self)
+        // On one line: indented, the worked example alone would fill 100,000 of them.
+        let text = serde_json::to_string(self).context("results have a number that JSON cannot hold")?;
+        write_file(path, text.as_bytes(), &WriteBudget::from_env()).map(drop)
     }
 
     /// What a reader must know about `method`, if anything.
@@ -273,17 +275,6 @@ impl Interval {
     pub const fn exact(mean: f64) -> Self {
         Self { mean, low: mean, high: mean }
     }
-}
-
-/// Write `value` to `path` by way of `path.tmp`.
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let tmp = path.with_extension("json.tmp");
-    let doing = || format!("cannot write `{}`", path.display());
-    let text = serde_json::to_string_pretty(value).with_context(doing)?;
-    let mut file = File::create(&tmp).with_context(doing)?;
-    file.write_all(text.as_bytes()).with_context(doing)?;
-    file.sync_all().with_context(doing)?;
-    fs::rename(&tmp, path).with_context(doing)
 }
 
 #[cfg(test)]

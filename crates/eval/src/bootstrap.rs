@@ -1,0 +1,116 @@
+//! Bootstrap intervals over contexts.
+//!
+//! Questions of one context share a pruned cache and rise and fall together, so contexts, not
+//! questions, are drawn. The same draws serve every method, so that ratios of two methods compare
+//! the same contexts.
+
+use pkv_core::Seed;
+use rand::Rng;
+
+use crate::results::Interval;
+
+/// Draws with replacement from the contexts of one task.
+pub struct Bootstrap {
+    /// How often each context was drawn; one row per resample.
+    draws: Vec<Vec<u32>>,
+    contexts: usize,
+}
+
+impl Bootstrap {
+    /// `resamples` draws of `contexts` contexts each.
+    pub fn new(contexts: usize, resamples: usize, seed: Seed) -> Self {
+        let mut rng = seed.stream("bootstrap", contexts as u64);
+        let draws = (0..resamples)
+            .map(|_| {
+                let mut counts = vec![0; contexts];
+                for _ in 0..contexts {
+                    counts[rng.random_range(0..contexts)] += 1;
+                }
+                counts
+            })
+            .collect();
+        Self { draws, contexts }
+    }
+
+    /// Mean of one value per context, and its interval.
+    pub fn mean(&self, values: &[f64]) -> Interval {
+        let weights = vec![1.0; values.len()];
+        self.ratio(values, &weights).unwrap_or(Interval::exact(0.0))
+    }
+
+    /// Sum of `above` over sum of `below`, one of each per context, and its interval; `None` if `below` sums to 0.
+    ///
+    /// Resamples whose `below` sums to 0 say nothing and are left out.
+    pub fn ratio(&self, above: &[f64], below: &[f64]) -> Option<Interval> {
+        assert!(
+            above.len() == self.contexts && below.len() == self.contexts,
+            "one value per context: {} contexts, {} and {} values",
+            self.contexts,
+            above.len(),
+            below.len()
+        );
+        let total: f64 = below.iter().sum();
+        if total == 0.0 {
+            return None;
+        }
+        let weigh = |draw: &[u32], values: &[f64]| -> f64 {
+            draw.iter().zip(values).map(|(&n, v)| f64::from(n) * v).sum()
+        };
+        let mut ratios: Vec<f64> = self
+            .draws
+            .iter()
+            .map(|draw| (weigh(draw, above), weigh(draw, below)))
+            .filter(|&(_, below)| below != 0.0)
+            .map(|(above, below)| above / below)
+            .collect();
+        ratios.sort_unstable_by(f64::total_cmp);
+        let mean = above.iter().sum::<f64>() / total;
+        Some(Interval {
+            mean,
+            low: percentile(&ratios, 0.025).unwrap_or(mean),
+            high: percentile(&ratios, 0.975).unwrap_or(mean),
+        })
+    }
+}
+
+/// The value below which the share `q` of `sorted` lies, interpolated; `None` of nothing.
+fn percentile(sorted: &[f64], q: f64) -> Option<f64> {
+    let last = sorted.len().checked_sub(1)?;
+    let at = q * last as f64;
+    let (below, above) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
+    Some(below + (above - below) * at.fract())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_interval_of_a_mean_is_two_standard_errors_wide_on_each_side() {
+        // 400 contexts, half of them 1: standard error 0.025.
+        let values: Vec<f64> = (0..400).map(|i| f64::from(i % 2)).collect();
+        let i = Bootstrap::new(400, 2000, Seed(3)).mean(&values);
+        assert_eq!(i.mean, 0.5);
+        assert!((i.low - (0.5 - 1.96 * 0.025)).abs() < 0.006, "{i:?}");
+        assert!((i.high - (0.5 + 1.96 * 0.025)).abs() < 0.006, "{i:?}");
+    }
+
+    #[test]
+    fn ratios_are_paired() {
+        // Twice the value in every context: the ratio has no spread, though the values have.
+        let below: Vec<f64> = (1..30).map(f64::from).collect();
+        let above: Vec<f64> = below.iter().map(|b| 2.0 * b).collect();
+        let i = Bootstrap::new(29, 500, Seed(3)).ratio(&above, &below).unwrap();
+        assert!((i.low - 2.0).abs() < 1e-12 && (i.high - 2.0).abs() < 1e-12, "{i:?}");
+        assert_eq!(Bootstrap::new(2, 10, Seed(3)).ratio(&[1.0, 2.0], &[0.0, 0.0]), None);
+    }
+
+    #[test]
+    fn one_context_has_no_spread_and_equal_seeds_draw_alike() {
+        assert_eq!(Bootstrap::new(1, 100, Seed(1)).mean(&[0.25]), Interval::exact(0.25));
+        let values: Vec<f64> = (0..10).map(f64::from).collect();
+        let of = |seed| Bootstrap::new(10, 200, Seed(seed)).mean(&values);
+        assert_eq!(of(5), of(5));
+        assert_ne!(of(5), of(6));
+    }
+}

@@ -1,0 +1,205 @@
+//! SnapKV: what the last queries of the context attend to.
+//!
+//! SnapKV (arXiv 2404.14469) scores the cache by the attention of an observation window at the end
+//! of the prompt. Here the question is not known when pruning, so the window is the context's own
+//! end. The queries are taken from the target's prefill by a [`QueryTail`].
+//!
+//! Dimension key: h KV head, g query heads per KV head, q query head, w window query, d head_dim,
+//! k key attended to (prefix and context), t context position.
+
+use anyhow::{Result, ensure};
+use pkv_lm::{KvCache, LayerView, Tap};
+use tch::{Kind, Tensor};
+
+/// Queries of the observation window.
+const WINDOW: i64 = 32;
+/// Width of the average pool over positions.
+const POOL: i64 = 5;
+
+/// Keeps the last queries of every layer while a context is prefilled.
+#[derive(Default)]
+pub struct QueryTail {
+    layers_qwd: Vec<Tensor>,
+}
+
+impl Tap for QueryTail {
+    fn layer(&mut self, view: &LayerView) -> Result<()> {
+        let new_qsd = view.q_qsd;
+        let tail_qwd = match self.layers_qwd.get(view.layer) {
+            Some(old) if new_qsd.size()[1] < WINDOW => Tensor::cat(&[old, new_qsd], 1),
+            _ => new_qsd.shallow_clone(),
+        };
+        let window = WINDOW.min(tail_qwd.size()[1]);
+        // A copy, because a view would hold all queries of the chunk.
+        let tail_qwd = tail_qwd.narrow(1, tail_qwd.size()[1] - window, window).copy();
+        if view.layer < self.layers_qwd.len() {
+            self.layers_qwd[view.layer] = tail_qwd;
+        } else {
+            ensure!(view.layer == self.layers_qwd.len(), "layer {} came out of order", view.layer);
+            self.layers_qwd.push(tail_qwd);
+        }
+        Ok(())
+    }
+}
+
+impl QueryTail {
+    /// SnapKV's scores from the queries kept and the keys of the cache that they were computed with.
+    ///
+    /// # Shapes
+    /// - `cache`: the chat template's prefix (`prefix` positions) and then the context, nothing else
+    /// - returns `[layers, KV heads, context positions]`, f32
+    ///
+    /// # Errors
+    /// Nothing was prefilled, or the cache holds no context.
+    pub fn scores(&self, cache: &KvCache, prefix: usize) -> Result<Tensor> {
+        ensure!(!self.layers_qwd.is_empty(), "SnapKV needs a prefill to look at");
+        let layers = self.layers_qwd.iter().enumerate();
+        let scores =
+            layers.map(|(l, q)| window_scores(q, &cache.keys(l), prefix)).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&scores, 0))
+    }
+}
+
+/// SnapKV's scores of one layer.
+///
+/// Mean over the window's queries and the query group of the softmax weight, averaged over 5
+/// neighbouring positions. The window's own positions score above 1, later ones more, so they stay
+/// first; as StreamingLLM's recent tokens do.
+///
+/// # Shapes
+/// - `q_qwd`: `[query heads, window, head_dim]`, the queries of the last positions, rotary applied
+/// - `k_hkd`: `[KV heads, prefix + context, head_dim]`
+/// - returns `[KV heads, context]`, f32
+///
+/// # Errors
+/// The prefix leaves no context.
+///
+/// # Source
+/// `presses/snapkv_press.py` in NVIDIA/kvpress 0.5.5. Differs: softmax in f32; window positions are
+/// ordered by recency instead of all scoring the maximum.
+fn window_scores(q_qwd: &Tensor, k_hkd: &Tensor, prefix: usize) -> Result<Tensor> {
+    let (query_heads, window, head_dim) = q_qwd.size3()?;
+    let (kv_heads, keys, _) = k_hkd.size3()?;
+    let context = keys - prefix as i64;
+    ensure!(context > 0, "a cache of {keys} positions holds no context after a prefix of {prefix}");
+    let window = window.min(context);
+    let q_qwd = q_qwd.narrow(1, q_qwd.size()[1] - window, window);
+    let q_hgwd = q_qwd.to_kind(Kind::Float).view([kv_heads, query_heads / kv_heads, window, head_dim]);
+    let k_h1kd = k_hkd.to_kind(Kind::Float).unsqueeze(1);
+    let logits_hgwk = q_hgwd.matmul(&k_h1kd.transpose(-1, -2)) / (head_dim as f64).sqrt();
+    let later_wk = Tensor::ones([window, keys], (Kind::Bool, k_hkd.device())).triu(keys - window + 1);
+    let weights_hgwk = logits_hgwk.masked_fill(&later_wk, f64::NEG_INFINITY).softmax(-1, Kind::Float);
+    let before = keys - window;
+    let received_hgk = weights_hgwk.mean_dim([2].as_slice(), false, Kind::Float).narrow(-1, 0, before);
+    let pooled_hgk =
+        if before > 0 { received_hgk.avg_pool1d([POOL], [1], [POOL / 2], false, true) } else { received_hgk };
+    let earlier_ht =
+        pooled_hgk.mean_dim([1].as_slice(), false, Kind::Float).narrow(-1, prefix as i64, context - window);
+    let recency_w = Tensor::arange_start(1, window + 1, (Kind::Float, k_hkd.device())) / window as f64 + 1.0;
+    Ok(Tensor::cat(&[earlier_ht, recency_w.expand([kv_heads, window], false)], -1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pkv_core::Seed;
+    use rand::Rng;
+    use tch::Device;
+
+    fn random(shape: &[i64], index: u64) -> Tensor {
+        let mut rng = Seed(1).stream("snapkv", index);
+        let x: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-2.0..2.0)).collect();
+        Tensor::from_slice(&x).view(shape)
+    }
+
+    /// The definition, one number at a time in f64.
+    fn naive(q: &Tensor, k: &Tensor, prefix: usize) -> Vec<Vec<f64>> {
+        let (qh, w, d) = q.size3().unwrap();
+        let (kvh, n, _) = k.size3().unwrap();
+        let group = qh / kvh;
+        let mut received = vec![vec![0.0; (n - w) as usize]; qh as usize];
+        for head in 0..qh {
+            for row in 0..w {
+                let visible = n - w + row + 1;
+                let dots: Vec<f64> = (0..visible)
+                    .map(|key| {
+                        let products = (0..d).map(|i| {
+                            q.double_value(&[head, row, i]) * k.double_value(&[head / group, key, i])
+                        });
+                        products.sum::<f64>() / (d as f64).sqrt()
+                    })
+                    .collect();
+                let sum: f64 = dots.iter().map(|x| x.exp()).sum();
+                for (key, slot) in received[head as usize].iter_mut().enumerate() {
+                    *slot += dots[key].exp() / sum / w as f64;
+                }
+            }
+        }
+        (0..kvh)
+            .map(|h| {
+                let pooled = |key: usize| {
+                    let rows = (h * group..(h + 1) * group).map(|head| {
+                        let around = key.saturating_sub(2)..(key + 3).min((n - w) as usize);
+                        around.map(|j| received[head as usize][j]).sum::<f64>() / 5.0
+                    });
+                    rows.sum::<f64>() / group as f64
+                };
+                (prefix..(n - w) as usize).map(pooled).collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn scores_equal_the_definition_and_the_window_comes_first() {
+        let (q, k) = (random(&[4, 32, 8], 0), random(&[2, 61, 8], 1));
+        let got = window_scores(&q, &k, 3).unwrap();
+        assert_eq!(got.size(), [2, 58]);
+        for (h, row) in naive(&q, &k, 3).iter().enumerate() {
+            for (t, expected) in row.iter().enumerate() {
+                let x = got.double_value(&[h as i64, t as i64]);
+                assert!((x - expected).abs() < 1e-6, "head {h}, position {t}: {x}, expected {expected}");
+            }
+        }
+        assert_eq!(got.argsort(-1, true).int64_value(&[0, 0]), 57);
+        assert!(got.narrow(-1, 26, 32).min().double_value(&[]) > 1.0);
+    }
+
+    #[test]
+    fn a_context_shorter_than_the_window_is_all_window() {
+        let (q, k) = (random(&[2, 9, 4], 2), random(&[1, 9, 4], 3));
+        let got = window_scores(&q, &k, 4).unwrap();
+        assert_eq!(got.size(), [1, 5]);
+        assert!(got.min().double_value(&[]) > 1.0);
+        assert!(window_scores(&q, &k, 9).is_err());
+    }
+
+    #[test]
+    fn the_tail_is_the_same_in_one_chunk_and_in_many() {
+        let q = random(&[2, 70, 4], 4);
+        let k = random(&[1, 70, 4], 5);
+        let tail = |chunks: &[i64]| {
+            let mut tap = QueryTail::default();
+            let mut start = 0;
+            for &s in chunks {
+                let q_qsd = q.narrow(1, start, s);
+                let nothing = Tensor::zeros([s, 4], (Kind::Float, Device::Cpu));
+                let view = LayerView {
+                    layer: 0,
+                    q_qsd: &q_qsd,
+                    k_hkd: &k,
+                    v_hkd: &k,
+                    start: start as usize,
+                    hidden_sm: &nothing,
+                    normed_sm: &nothing,
+                };
+                tap.layer(&view).unwrap();
+                start += s;
+            }
+            tap.layers_qwd[0].shallow_clone()
+        };
+        let whole = tail(&[70]);
+        assert_eq!(whole, q.narrow(1, 38, 32));
+        assert_eq!(tail(&[40, 20, 10]), whole);
+        assert_eq!(tail(&[1; 70]), whole);
+    }
+}

@@ -1,0 +1,191 @@
+//! Results as Markdown tables: rows are methods, columns retention ratios.
+//!
+//! Text only; who prints it or puts it into a file decides where it goes. Markdown reads well on a
+//! terminal too, because columns are padded.
+
+use pkv_core::Policy;
+use pkv_recipe::Method;
+
+use crate::results::{Interval, Results};
+
+/// Every table that `results` has numbers for, each under a heading.
+pub fn all_tables(results: &Results) -> String {
+    let mut out = String::new();
+    let mut add = |title: String, table: Option<String>| {
+        if let Some(table) = table {
+            out.push_str(&format!("### {title}\n\n{table}\n"));
+        }
+    };
+    for policy in Policy::ALL {
+        add(facts_title(results, policy), answers_table(results, policy));
+        add(format!("Recall of KVzip's kept set, {} (%)", policy.name()), recall_table(results, policy));
+    }
+    add("Rank correlation with KVzip's scores, mean over heads".to_owned(), rank_table(results));
+    for policy in Policy::ALL {
+        add(
+            format!("KL(full || pruned) of the answer tokens, {} (nats)", policy.name()),
+            kl_table(results, policy),
+        );
+        add(
+            format!("Continuation: nats per token above the full cache, {}", policy.name()),
+            perplexity_table(results, policy),
+        );
+    }
+    let notes: Vec<String> =
+        results.notes.iter().map(|n| format!("- `{}`: {}\n", n.method.name(), n.note)).collect();
+    if !notes.is_empty() {
+        out.push_str(&format!("{}\n", notes.concat()));
+    }
+    out
+}
+
+fn facts_title(results: &Results, policy: Policy) -> String {
+    let (contexts, questions) = results.facts.as_ref().map_or((0, 0), |f| (f.contexts, f.questions));
+    format!(
+        "Questions answered from the pruned cache, {} (% of {questions} questions in {contexts} contexts, 95% interval)",
+        policy.name()
+    )
+}
+
+/// Answers in percent with their intervals; the full cache in the first row. `None` without the task or policy.
+pub fn answers_table(results: &Results, policy: Policy) -> Option<String> {
+    let facts = results.facts.as_ref()?;
+    let cells = facts.cells.iter().filter(|c| c.policy == policy);
+    let grid = Grid::new(cells.map(|c| (c.method, c.ratio, percent(c.accuracy))));
+    grid.render(Some(("full cache", percent(facts.full))))
+}
+
+/// Recall of KVzip's kept set in percent. `None` if the policy was not measured.
+pub fn recall_table(results: &Results, policy: Policy) -> Option<String> {
+    let cells = results.labels.cells.iter().filter(|c| c.policy == policy);
+    Grid::new(cells.map(|c| (c.method, c.ratio, format!("{:.1}", 100.0 * c.recall.mean)))).render(None)
+}
+
+/// KL(full || pruned) in nats per answer token. `None` without the task or policy.
+pub fn kl_table(results: &Results, policy: Policy) -> Option<String> {
+    let cells = results.facts.as_ref()?.cells.iter().filter(|c| c.policy == policy);
+    Grid::new(cells.map(|c| (c.method, c.ratio, format!("{:.3}", c.kl.mean)))).render(None)
+}
+
+/// Nats per continuation token above the full cache's. `None` without the task or policy.
+pub fn perplexity_table(results: &Results, policy: Policy) -> Option<String> {
+    let cells = results.perplexity.as_ref()?.cells.iter().filter(|c| c.policy == policy);
+    Grid::new(cells.map(|c| (c.method, c.ratio, format!("{:+.3}", c.excess.mean)))).render(None)
+}
+
+/// Spearman's and Kendall's coefficients. `None` if no method was measured.
+pub fn rank_table(results: &Results) -> Option<String> {
+    let ranks = &results.labels.ranks;
+    let head = ["method", "Spearman", "Kendall tau-b"].map(str::to_owned).to_vec();
+    let rows = ranks
+        .iter()
+        .map(|r| vec![r.method.name().to_owned(), format!("{:.3}", r.spearman), format!("{:.3}", r.kendall)]);
+    (!ranks.is_empty()).then(|| markdown(&head, &rows.collect::<Vec<_>>()))
+}
+
+/// Cells by method and ratio, each in the order of first sight.
+struct Grid {
+    methods: Vec<Method>,
+    ratios: Vec<f64>,
+    cells: Vec<(Method, f64, String)>,
+}
+
+impl Grid {
+    fn new(cells: impl Iterator<Item = (Method, f64, String)>) -> Self {
+        let cells: Vec<_> = cells.collect();
+        let (mut methods, mut ratios) = (Vec::new(), Vec::new());
+        for (method, ratio, _) in &cells {
+            if !methods.contains(method) {
+                methods.push(*method);
+            }
+            if !ratios.contains(ratio) {
+                ratios.push(*ratio);
+            }
+        }
+        Self { methods, ratios, cells }
+    }
+
+    /// `first` is a row whose one value holds at every ratio.
+    fn render(&self, first: Option<(&str, String)>) -> Option<String> {
+        if self.cells.is_empty() {
+            return None;
+        }
+        let ratios = self.ratios.iter().map(|r| format!("{}%", trimmed(100.0 * r)));
+        let head: Vec<String> = std::iter::once("kept".to_owned()).chain(ratios).collect();
+        let constant = first.map(|(name, value)| {
+            std::iter::once(name.to_owned()).chain(self.ratios.iter().map(|_| value.clone())).collect()
+        });
+        let rows = self.methods.iter().map(|method| {
+            let value = |ratio: &f64| {
+                let cell = self.cells.iter().find(|(m, r, _)| (m, r) == (method, ratio));
+                cell.map_or_else(|| "-".to_owned(), |(_, _, text)| text.clone())
+            };
+            std::iter::once(method.name().to_owned()).chain(self.ratios.iter().map(value)).collect()
+        });
+        Some(markdown(&head, &constant.into_iter().chain(rows).collect::<Vec<Vec<String>>>()))
+    }
+}
+
+/// `97.9 (96-99)`; the interval is left out where there is none.
+fn percent(i: Interval) -> String {
+    let (mean, low, high) = (100.0 * i.mean, 100.0 * i.low, 100.0 * i.high);
+    if low == high { format!("{mean:.1}") } else { format!("{mean:.1} ({low:.0}-{high:.0})") }
+}
+
+/// At most two decimals, no trailing zeros.
+fn trimmed(x: f64) -> String {
+    format!("{x:.2}").trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+/// A Markdown table; the first column to the left, the others to the right, padded to equal width.
+fn markdown(head: &[String], rows: &[Vec<String>]) -> String {
+    let widths: Vec<usize> = (0..head.len())
+        .map(|i| rows.iter().chain([&head.to_vec()]).map(|r| r[i].chars().count()).max().unwrap_or(0).max(3))
+        .collect();
+    let line = |cells: &[String]| {
+        let padded: Vec<String> = cells
+            .iter()
+            .zip(&widths)
+            .enumerate()
+            .map(|(i, (cell, &w))| if i == 0 { format!("{cell:<w$}") } else { format!("{cell:>w$}") })
+            .collect();
+        format!("| {} |\n", padded.join(" | "))
+    };
+    let rule: Vec<String> = widths
+        .iter()
+        .enumerate()
+        .map(|(i, &w)| if i == 0 { "-".repeat(w) } else { format!("{}:", "-".repeat(w - 1)) })
+        .collect();
+    std::iter::once(line(head)).chain([line(&rule)]).chain(rows.iter().map(|r| line(r))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn methods_are_rows_and_ratios_are_columns() {
+        let cells = [
+            (Method::Mapper, 0.05, "97.5".to_owned()),
+            (Method::Mapper, 0.005, "40.0".to_owned()),
+            (Method::HeadPrior, 0.05, "87.3 (84-90)".to_owned()),
+        ];
+        let text = Grid::new(cells.into_iter()).render(Some(("full cache", "100.0".to_owned()))).unwrap();
+        let expected = "\
+| kept       |           5% |  0.5% |
+| ---------- | -----------: | ----: |
+| full cache |        100.0 | 100.0 |
+| mapper     |         97.5 |  40.0 |
+| head-prior | 87.3 (84-90) |     - |
+";
+        assert_eq!(text, expected);
+        assert!(Grid::new(std::iter::empty()).render(None).is_none());
+    }
+
+    #[test]
+    fn percentages_show_their_interval_where_there_is_one() {
+        assert_eq!(percent(Interval { mean: 0.9755, low: 0.951, high: 0.99 }), "97.5 (95-99)");
+        assert_eq!(percent(Interval::exact(1.0)), "100.0");
+        assert_eq!((trimmed(5.0), trimmed(0.5), trimmed(12.25)), ("5".into(), "0.5".into(), "12.25".into()));
+    }
+}
