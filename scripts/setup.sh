@@ -53,7 +53,7 @@ rm -rf libtorch.partial
 # libtorch's C++ libraries do not depend on the Python that installs them; the wheel is chosen for
 # CPython 3.11, whatever runs here. pip matches platform tags exactly, so all that NVIDIA uses are listed.
 platforms=()
-for glibc in 2_17 2_24 2_25 2_26 2_27 2_28 2_31; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
+for glibc in 2_{17..31}; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
 "$python" -m pip install --quiet --disable-pip-version-check --no-warn-script-location --root-user-action ignore \
   --no-deps --only-binary=:all: "${platforms[@]}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
   --python-version 3.11 --implementation cp --target libtorch.partial "${packages[@]}" ||
