@@ -1,0 +1,30 @@
+//! The HybridAxialMapper: from a proxy's features to the target's scores.
+//!
+//! Owns the network and its variants, the ridge solution that training starts from, and the
+//! multi-granularity hybrid loss. Batching, the optimization loop and checkpoints are left to
+//! `train` and `checkpoint`; what a feature means is known to `extract` alone.
+//!
+//! Time and heads are taken apart: stages 1 and 2 look along time, stage 3 along heads. All stages
+//! keep channels last, because normalization and matrix products want them there; only the
+//! features that come in and the scores that go out have positions last.
+//!
+//! Dimension key: b batch, p proxy KV head (layers x heads, layer-major), c channel, g global
+//! channel, t position, o target KV head (layers x heads, layer-major), f flat input (p x c, then
+//! g), d width of stage 1, m width of stage 2, n attention head, e width of an attention head.
+
+mod attention;
+mod context;
+mod cross;
+mod layers;
+mod long;
+mod loss;
+mod mapper;
+mod params;
+mod ridge;
+mod standardize;
+mod temporal;
+
+pub use loss::{LossTerms, hybrid_loss};
+pub use mapper::Mapper;
+pub use ridge::RidgeAccumulator;
+pub use standardize::{FEATURE_LIMIT, MapperDims, Standardization, StandardizationAccumulator};
