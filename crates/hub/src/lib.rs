@@ -17,5 +17,6 @@ mod options;
 
 pub use cache::{DatasetFiles, Hub, Resolved};
 pub use fetch::{fetch_manifest, fetch_recipe};
+pub use hash::file_identity;
 pub use lock::{Lock, Pin, PinnedFile, lock_path};
 pub use options::HubOptions;

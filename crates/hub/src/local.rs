@@ -9,7 +9,7 @@ use pkv_core::hinted;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::hash::{hex, sample_file};
+use crate::hash::{file_identity, hex};
 
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
@@ -64,21 +64,13 @@ pub(crate) fn check_whole(folder: &Path, hint: &str) -> Result<()> {
     Err(hinted(format!("model folder `{}` lacks {}", folder.display(), list.join(", ")), hint).into())
 }
 
-/// `local:` and a hash of config, tokenizer and samples of the weights.
+/// `local:` and a hash of config, tokenizer and weights; of large weights, samples.
 ///
 /// Copies of a folder have the same revision, retrained weights another.
 pub(crate) fn revision(folder: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     for name in weights(folder)? {
-        let path = folder.join(&name);
-        hash.update(name.as_bytes());
-        if name.ends_with(".safetensors") {
-            sample_file(&path, &mut hash)?;
-        } else {
-            let content = fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
-            hash.update((content.len() as u64).to_le_bytes());
-            hash.update(content);
-        }
+        hash.update(format!("{name} {}\n", file_identity(&folder.join(&name))?));
     }
     Ok(format!("local:{}", hex(&hash.finalize())))
 }

@@ -32,7 +32,7 @@ pub struct Manifest {
 pub struct Source {
     /// Name in tables and in the examples' `source` column.
     pub name: String,
-    /// Local files; `*` matches within a file name. Exactly one of `files` and `hub` is given.
+    /// Local files; `*` and `**` as in `hub_files`. Exactly one of `files` and `hub` is given.
     #[serde(default)]
     pub files: Vec<String>,
     /// Hub data set, `owner/name`.
@@ -41,7 +41,7 @@ pub struct Source {
     /// Branch, tag or commit of the hub data set; the lock file that `fetch` writes pins it.
     #[serde(default = "main")]
     pub revision: String,
-    /// Files inside the hub data set; `*` matches within a path.
+    /// Files inside the hub data set; `*` matches within a file or folder name, `**` any number of folders.
     #[serde(default)]
     pub hub_files: Vec<String>,
     pub format: SourceFormat,
@@ -113,6 +113,18 @@ impl Manifest {
                 s.hub.is_none() || !s.hub_files.is_empty(),
                 "source `{}` names the hub data set but no `hub_files`",
                 s.name
+            );
+            ensure!(
+                s.separator.is_none() || s.format == SourceFormat::Txt,
+                "source `{}` has a `separator`, which only txt files have",
+                s.name
+            );
+            ensure!(
+                s.separator.as_deref() != Some(""),
+                hinted(
+                    format!("source `{}` has an empty `separator`", s.name),
+                    "leave it out: each file is then one document"
+                )
             );
             ensure!(s.weight > 0.0 && s.weight.is_finite(), "source `{}` has weight {}", s.name, s.weight);
         }

@@ -1,0 +1,129 @@
+//! Documents of a source, one after another, whatever format they lie in.
+//!
+//! Formats differ in how they name the place of an error; all skip empty documents, count them, and
+//! call a file without any document an error.
+
+mod jsonl;
+mod parquet;
+mod txt;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::hinted;
+use pkv_recipe::{Source, SourceFormat};
+
+/// Bytes of text after which a batch of documents is full.
+const BATCH_BYTES: usize = 4 << 20;
+/// Documents after which a batch is full, however short they are.
+const BATCH_DOCUMENTS: usize = 256;
+
+/// Texts of one file, in order; empty ones included.
+type Texts = Box<dyn Iterator<Item = Result<String>>>;
+
+/// The documents of a source in the order of its files.
+pub(crate) struct Documents<'a> {
+    source: &'a Source,
+    files: std::vec::IntoIter<PathBuf>,
+    open: Option<OpenFile>,
+    /// Ordinal of the next document among the source's non-empty ones.
+    next: u64,
+    /// Documents without text so far.
+    pub empty: u64,
+}
+
+struct OpenFile {
+    path: PathBuf,
+    texts: Texts,
+    found: u64,
+}
+
+/// A document and its place among the source's non-empty ones.
+pub(crate) struct Document {
+    pub ordinal: u64,
+    pub text: String,
+}
+
+impl<'a> Documents<'a> {
+    pub fn new(source: &'a Source, files: Vec<PathBuf>) -> Self {
+        Self { source, files: files.into_iter(), open: None, next: 0, empty: 0 }
+    }
+
+    /// The next documents, a few megabytes of them; none at the end of the last file.
+    ///
+    /// # Errors
+    /// A file cannot be read, is not what the manifest says, or holds no document.
+    pub fn batch(&mut self) -> Result<Vec<Document>> {
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        while bytes < BATCH_BYTES && batch.len() < BATCH_DOCUMENTS {
+            let Some(document) =
+                self.document().with_context(|| format!("cannot read source `{}`", self.source.name))?
+            else {
+                break;
+            };
+            bytes += document.text.len();
+            batch.push(document);
+        }
+        Ok(batch)
+    }
+
+    fn document(&mut self) -> Result<Option<Document>> {
+        loop {
+            if self.open.is_none() {
+                let Some(path) = self.files.next() else { return Ok(None) };
+                self.open = Some(OpenFile { texts: open(self.source, &path)?, path, found: 0 });
+            }
+            let file = self.open.as_mut().expect("opened above");
+            match file.texts.next() {
+                Some(text) => {
+                    let text = text?;
+                    if text.trim().is_empty() {
+                        self.empty += 1;
+                        continue;
+                    }
+                    file.found += 1;
+                    self.next += 1;
+                    return Ok(Some(Document { ordinal: self.next - 1, text }));
+                }
+                None => {
+                    ensure!(
+                        file.found > 0,
+                        hinted(
+                            format!("`{}` holds no document, only empty text", file.path.display()),
+                            "remove the file from the manifest, or check its `text` and `separator`"
+                        )
+                    );
+                    self.open = None;
+                }
+            }
+        }
+    }
+}
+
+fn open(source: &Source, path: &Path) -> Result<Texts> {
+    match source.format {
+        SourceFormat::Txt => txt::texts(path, source.separator.as_deref()),
+        SourceFormat::Jsonl => jsonl::texts(path, &source.text),
+        SourceFormat::Parquet => parquet::texts(path, &source.text),
+    }
+}
+
+/// # Errors
+/// `bytes`, which begin at byte `offset` of `path`, are not UTF-8.
+fn utf8(bytes: Vec<u8>, path: &Path, offset: u64) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| {
+        let at = offset + e.utf8_error().valid_up_to() as u64;
+        hinted(
+            format!("`{}` is not UTF-8 text: byte {at} fits no character", path.display()),
+            "convert it first, for instance with `iconv -f latin1 -t utf-8`",
+        )
+        .into()
+    })
+}
+
+/// Names as a list in a message.
+fn listed<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    let quoted: Vec<_> = names.into_iter().map(|n| format!("`{n}`")).collect();
+    if quoted.is_empty() { "none".to_owned() } else { quoted.join(", ") }
+}
