@@ -1,13 +1,13 @@
 //! One stage's output folder: opening, resuming, checking, clearing.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use pkv_core::{Fingerprint, hinted};
 use serde_json::Value;
 
-use crate::durable::{TEMPORARY, WriteBudget, sha256_file, sync_dir, write_file};
+use crate::durable::{TEMPORARY, WriteBudget, lock_dir, sha256_file, sync_dir, write_file};
 use crate::index::{INDEX_FILE, Index, ShardEntry};
 
 /// A stage's folder and its index.
@@ -75,7 +75,7 @@ impl StageDir {
     ///   names is absent or has another size; the folder cannot be written.
     pub fn open(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("cannot create folder `{}`", dir.display()))?;
-        let lock = lock(dir)?;
+        let lock = lock_dir(dir)?;
         let budget = WriteBudget::from_env();
         let index = match Index::read(dir)? {
             Some(index) => {
@@ -130,7 +130,7 @@ impl StageDir {
         if !dir.exists() {
             return Ok(());
         }
-        let _lock = lock(dir)?;
+        let _lock = lock_dir(dir)?;
         // The index first: shards without it are swept by the next `open`, an index without them is damage.
         let index = dir.join(INDEX_FILE);
         if index.exists() {
@@ -218,21 +218,6 @@ fn write_index(dir: &Path, index: &Index, budget: &WriteBudget) -> Result<()> {
     let mut text = serde_json::to_string_pretty(index).context("cannot write the shard index as JSON")?;
     text.push('\n');
     write_file(&dir.join(INDEX_FILE), text.as_bytes(), budget).map(drop)
-}
-
-/// The folder itself is locked, so that no lock file lies about.
-fn lock(dir: &Path) -> Result<File> {
-    let file = File::open(dir).with_context(|| format!("cannot open folder `{}`", dir.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!(hinted(
-            format!("another process writes `{}`", dir.display()),
-            "wait for it to end, or use another run name"
-        )),
-        Err(TryLockError::Error(e)) => {
-            Err(e).with_context(|| format!("cannot lock folder `{}`", dir.display()))
-        }
-    }
 }
 
 fn check_stage(dir: &Path, index: &Index, stage: &str) -> Result<()> {

@@ -3,13 +3,13 @@
 //! Also the one place where a full disk can be simulated. What the files hold is left to the callers.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use pkv_core::hinted;
 use sha2::{Digest, Sha256};
 
@@ -187,6 +187,27 @@ pub fn write_error_of_kind(path: &Path, kind: io::ErrorKind, error: anyhow::Erro
 /// The folder cannot be opened or synced.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
+}
+
+/// Hold `dir` against other processes until the returned file is dropped.
+///
+/// The folder itself is locked, so that no lock file lies about; the kernel releases the lock of a
+/// process that dies.
+///
+/// # Errors
+/// Another process holds it.
+pub fn lock_dir(dir: &Path) -> Result<File> {
+    let file = File::open(dir).with_context(|| format!("cannot open folder `{}`", dir.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!(hinted(
+            format!("another process writes `{}`", dir.display()),
+            "wait for it to end, or use another run name"
+        )),
+        Err(TryLockError::Error(e)) => {
+            Err(e).with_context(|| format!("cannot lock folder `{}`", dir.display()))
+        }
+    }
 }
 
 /// SHA-256 of the file at `path`, in lower-case hexadecimal.

@@ -1,0 +1,219 @@
+//! The model card: what a stranger must know before using an exported mapper.
+
+use std::fmt::Write;
+
+use pkv_recipe::{LabelPreset, Variant};
+
+use crate::export::ExportConfig;
+
+/// What the card says beyond the export's configuration.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ModelCard {
+    /// What it was trained on.
+    pub data: Vec<DataSource>,
+    /// What was measured, as it should be shown.
+    pub results: Vec<CardTable>,
+    /// What it has not been shown to do, beside what holds for every export.
+    pub limits: Vec<String>,
+    pub licences: Licences,
+}
+
+/// One source of documents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataSource {
+    pub name: String,
+    /// Training examples from it.
+    pub examples: u64,
+    /// SPDX name or a sentence.
+    pub licence: String,
+}
+
+/// A table of measurements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CardTable {
+    pub caption: String,
+    pub columns: Vec<String>,
+    pub rows: Vec<Vec<String>>,
+}
+
+/// Whose terms apply; empty fields are shown as not stated.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Licences {
+    /// Of the exported weights.
+    pub mapper: String,
+    pub target: String,
+    pub proxy: String,
+}
+
+impl ModelCard {
+    /// The card as Markdown, with the front matter that model hubs read.
+    pub fn render(&self, config: &ExportConfig) -> String {
+        let mut out = String::new();
+        // Writing to a string cannot fail.
+        let _ = self.write(&mut out, config);
+        out
+    }
+
+    fn write(&self, out: &mut String, c: &ExportConfig) -> std::fmt::Result {
+        self.front_matter(out, c)?;
+        writeln!(out, "# {}\n", c.name)?;
+        writeln!(
+            out,
+            "Predicts which KV pairs of `{}` matter, from the attention of `{}`: a {} mapper trained to reproduce \
+             KVzip reconstruction scores (arXiv 2505.23416), as in ProxyKV (arXiv 2605.16360). Keep the highest \
+             scores, evict the rest; the question need not be known.\n",
+            c.target.model,
+            c.proxy.model,
+            variant(c.mapper.variant)
+        )?;
+        writeln!(out, "## Pair\n")?;
+        let head = ["", "model", "revision", "shape", "tokenizer"].map(str::to_owned).to_vec();
+        let row = |role: &str, m: &crate::ModelIdentity| {
+            vec![
+                role.to_owned(),
+                format!("`{}`", m.model),
+                format!("`{}`", m.revision),
+                m.shape.to_string(),
+                format!("`{}`", m.vocab_hash.get(..12).unwrap_or(&m.vocab_hash)),
+            ]
+        };
+        table(out, &head, &[row("target", &c.target), row("proxy", &c.proxy)])?;
+
+        writeln!(out, "\n## Labels\n")?;
+        writeln!(
+            out,
+            "KVzip preset `{}`, scoring chunks of {} tokens, raw scores on the log-odds scale; span-pooled for \
+             training with width {} and blend {}.",
+            preset(c.label.preset),
+            c.label.chunk(),
+            c.train.target_pool.width,
+            c.train.target_pool.blend
+        )?;
+        writeln!(out, "\n## Features\n")?;
+        writeln!(
+            out,
+            "Per proxy KV head: {}. Per position: {}. Window {} queries, minimum distance {}, last {} queries. \
+             Standardization is part of the weights: feed raw features.",
+            list(&c.extract.channels),
+            list(&c.extract.globals),
+            c.extract.window_tokens,
+            c.extract.min_distance,
+            c.extract.last_queries
+        )?;
+
+        writeln!(out, "\n## Data\n")?;
+        if self.data.is_empty() {
+            writeln!(out, "Not stated.")?;
+        } else {
+            let head = ["source", "training examples", "licence"].map(str::to_owned).to_vec();
+            let rows: Vec<_> = self
+                .data
+                .iter()
+                .map(|d| vec![d.name.clone(), d.examples.to_string(), d.licence.clone()])
+                .collect();
+            table(out, &head, &rows)?;
+        }
+        writeln!(out, "\n## Training\n")?;
+        let validation = c.validation.map_or("not validated".to_owned(), |v| {
+            let ratios: Vec<_> = c.train.best_by.iter().map(f64::to_string).collect();
+            format!(
+                "{:.1}% mean recall of KVzip's kept set at {} on the validation split",
+                100.0 * v,
+                ratios.join(", ")
+            )
+        });
+        writeln!(
+            out,
+            "Step {} of {}, batches of {} contexts, AdamW with peak learning rate {}, seed {}: {validation}.",
+            c.step, c.train.steps, c.train.batch, c.train.lr, c.seed.0
+        )?;
+
+        writeln!(out, "\n## Results\n")?;
+        if self.results.is_empty() {
+            writeln!(out, "Not evaluated when this export was written.")?;
+        }
+        for (i, t) in self.results.iter().enumerate() {
+            let gap = if i > 0 { "\n" } else { "" };
+            writeln!(out, "{gap}{}\n", t.caption)?;
+            table(out, &t.columns, &t.rows)?;
+        }
+
+        writeln!(out, "\n## Limits\n")?;
+        writeln!(
+            out,
+            "- For this pair alone: other revisions, tokenizers or chat templates shift the features and the scores.\n\
+             - Scores rank the KV pairs of one context; they are no probabilities and do not compare between contexts.\n\
+             - The prefix of the chat template is not scored and must be kept."
+        )?;
+        for limit in &self.limits {
+            writeln!(out, "- {limit}")?;
+        }
+
+        writeln!(out, "\n## Licences\n")?;
+        let said = |text: &str| if text.is_empty() { "not stated".to_owned() } else { text.to_owned() };
+        writeln!(
+            out,
+            "Mapper: {}. Target: {}. Proxy: {}. The data's licences stand above.",
+            said(&self.licences.mapper),
+            said(&self.licences.target),
+            said(&self.licences.proxy)
+        )?;
+        writeln!(out, "\n## Files\n")?;
+        writeln!(
+            out,
+            "- `model.safetensors`: weights and standardization, f32\n\
+             - `config.json`: every choice above, machine-readable, schema version {}\n\
+             - `parity.safetensors`: raw features of one real context and the scores this export gives them",
+            c.schema_version
+        )
+    }
+
+    fn front_matter(&self, out: &mut String, c: &ExportConfig) -> std::fmt::Result {
+        writeln!(out, "---")?;
+        if !self.licences.mapper.is_empty() {
+            writeln!(out, "license: {}", yaml(&self.licences.mapper))?;
+        }
+        writeln!(out, "library_name: proxykv-train\nbase_model:")?;
+        writeln!(out, "- {}\n- {}", yaml(&c.target.model), yaml(&c.proxy.model))?;
+        writeln!(out, "tags:\n- kv-cache\n- kvzip\n- proxykv\n---\n")
+    }
+}
+
+/// A YAML string that needs no thought about its characters.
+fn yaml(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+fn table(out: &mut String, head: &[String], rows: &[Vec<String>]) -> std::fmt::Result {
+    let line = |cells: &[String]| {
+        let cells: Vec<_> = cells.iter().map(|c| c.replace('|', "\\|")).collect();
+        format!("| {} |", cells.join(" | "))
+    };
+    writeln!(out, "{}", line(head))?;
+    writeln!(out, "|{}", "---|".repeat(head.len()))?;
+    rows.iter().try_for_each(|row| writeln!(out, "{}", line(row)))
+}
+
+/// Names as recipes spell them.
+fn list(names: &[impl serde::Serialize]) -> String {
+    let name = |n| serde_json::to_value(n).ok().and_then(|v| v.as_str().map(|s| format!("`{s}`")));
+    let names: Vec<String> = names.iter().filter_map(name).collect();
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
+const fn variant(v: Variant) -> &'static str {
+    match v {
+        Variant::HybridAxial => "HybridAxialMapper (three-stage)",
+        Variant::Conv => "convolutional",
+        Variant::Mlp => "position-wise",
+        Variant::Linear => "linear",
+    }
+}
+
+const fn preset(p: LabelPreset) -> &'static str {
+    match p {
+        LabelPreset::Original => "original",
+        LabelPreset::Kvpress => "kvpress",
+        LabelPreset::Plus => "plus",
+    }
+}

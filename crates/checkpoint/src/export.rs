@@ -1,0 +1,329 @@
+//! The export: a frozen mapper that needs neither the run folder nor this program's defaults.
+//!
+//! `config.json` holds every choice that the weights depend on, spelt out; a later default cannot
+//! change what an export means.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::{Fingerprint, ModelShape, Seed, hinted};
+use pkv_mapper::{Mapper, MapperDims, Standardization};
+use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection};
+use pkv_shard::durable::{
+    Published, TEMPORARY, WriteBudget, parent, sha256_file, sync_dir, write_error, write_file,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tch::{Device, Tensor};
+
+use crate::card::ModelCard;
+use crate::tensors::{NamedTensors, pick, read_tensors, write_tensors};
+
+/// Version of the export's format.
+pub const EXPORT_VERSION: u32 = 1;
+
+const MODEL: &str = "model.safetensors";
+const PARITY: &str = "parity.safetensors";
+const CONFIG: &str = "config.json";
+const CARD: &str = "README.md";
+
+/// `config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportConfig {
+    /// [`EXPORT_VERSION`] when written.
+    pub schema_version: u32,
+    /// Version of the program that wrote it.
+    pub written_by: String,
+    /// The recipe's name.
+    pub name: String,
+    pub target: ModelIdentity,
+    pub proxy: ModelIdentity,
+    /// The mapper's input and output sizes.
+    pub dims: ExportDims,
+    pub label: LabelSection,
+    pub extract: ExtractSection,
+    pub mapper: MapperSection,
+    pub loss: LossSection,
+    pub train: TrainSection,
+    /// Training's fingerprint: the same choices, with those of the stages before.
+    pub fingerprint: Fingerprint,
+    /// Steps that the weights were trained for.
+    pub step: u64,
+    /// Mean validation recall at `train.best_by`.
+    pub validation: Option<f64>,
+    pub seed: Seed,
+    /// Size and hash of the other files; filled in by [`Export::write`].
+    #[serde(default)]
+    pub files: BTreeMap<String, ExportFile>,
+}
+
+/// A model of the pair, as found when it was read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelIdentity {
+    /// Hub name or folder.
+    pub model: String,
+    /// Commit, or hash of a local folder.
+    pub revision: String,
+    /// Dtype it ran in.
+    pub dtype: String,
+    pub shape: ModelShape,
+    /// Of the sorted vocabulary.
+    pub vocab_hash: String,
+    /// Of the chat template.
+    pub template_hash: String,
+}
+
+/// [`MapperDims`], as written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportDims {
+    pub proxy_heads: usize,
+    pub channels: usize,
+    pub globals: usize,
+    pub outputs: usize,
+}
+
+/// What a file of the folder must be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportFile {
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+/// One real context's features and what the mapper makes of them: what a port is held against.
+#[derive(Debug)]
+pub struct Parity {
+    /// Raw features, f32 `[proxy heads, channels, positions]`.
+    pub heads_pct: Tensor,
+    /// f32 `[global channels, positions]`.
+    pub globals_ct: Tensor,
+    /// The mapper's scores, f32 `[target heads, positions]`.
+    pub scores_ot: Tensor,
+}
+
+/// An export that was read and found whole.
+#[derive(Debug)]
+pub struct Export {
+    folder: PathBuf,
+    config: ExportConfig,
+    tensors: NamedTensors,
+}
+
+impl Parity {
+    /// The mapper's scores of one context.
+    ///
+    /// # Shapes
+    /// - `heads_pct`: raw features, `[proxy heads, channels, positions]`, f32, on the mapper's device
+    /// - `globals_ct`: `[global channels, positions]`
+    pub fn of(mapper: &Mapper, heads_pct: Tensor, globals_ct: Tensor) -> Self {
+        let _no_grad = tch::no_grad_guard();
+        let scores_ot = mapper.forward(&heads_pct.unsqueeze(0), &globals_ct.unsqueeze(0)).squeeze_dim(0);
+        Self { heads_pct, globals_ct, scores_ot }
+    }
+}
+
+impl Export {
+    /// Write `mapper` to `folder`, replacing an export that is there; whole or not at all.
+    ///
+    /// # Errors
+    /// The disk is full or fails: the export that was there is still there.
+    pub fn write(
+        folder: &Path,
+        config: &ExportConfig,
+        mapper: &Mapper,
+        card: &ModelCard,
+        parity: &Parity,
+    ) -> Result<()> {
+        Self::write_within(folder, config, mapper, card, parity, &WriteBudget::from_env())
+    }
+
+    /// As [`Export::write`], on a disk that has `budget` left.
+    pub fn write_within(
+        folder: &Path,
+        config: &ExportConfig,
+        mapper: &Mapper,
+        card: &ModelCard,
+        parity: &Parity,
+        budget: &WriteBudget,
+    ) -> Result<()> {
+        let temporary = with_ending(folder, TEMPORARY);
+        let context = || format!("cannot write export `{}`", folder.display());
+        let result = fill(&temporary, config, mapper, card, parity, budget);
+        if result.is_err() && temporary.exists() {
+            // Its bytes may be what the disk lacks.
+            let _ = fs::remove_dir_all(&temporary);
+        }
+        result.with_context(context)?;
+        replace(folder, &temporary).map_err(|e| write_error(folder, e)).with_context(context)
+    }
+
+    /// Read the export in `folder` and compare every file with its hash.
+    ///
+    /// # Errors
+    /// It is absent, damaged, or of another version.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let read = || -> Result<Self> {
+            let config = read_config(&folder.join(CONFIG))?;
+            for (name, expected) in &config.files {
+                let found = sha256_file(&folder.join(name))?;
+                ensure!(
+                    found == expected.sha256,
+                    "`{name}` is damaged: expected SHA-256 {}, found {found}",
+                    expected.sha256
+                );
+            }
+            let tensors = read_tensors(&folder.join(MODEL), Device::Cpu)?;
+            Ok(Self { folder: folder.to_path_buf(), config, tensors })
+        };
+        read().with_context(|| {
+            hinted(
+                format!("cannot read export `{}`", folder.display()),
+                "write it again: `proxykv-train export` makes it from the run's best checkpoint",
+            )
+        })
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub fn config(&self) -> &ExportConfig {
+        &self.config
+    }
+
+    /// Weights and standardization, in the order of their names, on the host.
+    pub fn tensors(&self) -> &NamedTensors {
+        &self.tensors
+    }
+
+    /// The mapper, bit for bit as it was written.
+    ///
+    /// # Errors
+    /// The tensors do not fit the configuration.
+    pub fn mapper(&self, device: Device) -> Result<Mapper> {
+        let c = &self.config;
+        restore_mapper(&c.mapper, &c.loss, c.dims.into(), &self.tensors, device).with_context(|| {
+            format!("the tensors of export `{}` do not fit its `{CONFIG}`", self.folder.display())
+        })
+    }
+
+    /// The parity vectors, on the host.
+    ///
+    /// # Errors
+    /// The file is damaged.
+    pub fn parity(&self) -> Result<Parity> {
+        let tensors = read_tensors(&self.folder.join(PARITY), Device::Cpu)?;
+        let get = |name| Ok::<_, anyhow::Error>(pick(&tensors, [name])?.remove(0).1);
+        Ok(Parity {
+            heads_pct: get("heads_pct")?,
+            globals_ct: get("globals_ct")?,
+            scores_ot: get("scores_ot")?,
+        })
+    }
+}
+
+fn fill(
+    temporary: &Path,
+    config: &ExportConfig,
+    mapper: &Mapper,
+    card: &ModelCard,
+    parity: &Parity,
+    budget: &WriteBudget,
+) -> Result<()> {
+    if temporary.exists() {
+        fs::remove_dir_all(temporary).with_context(|| format!("cannot remove `{}`", temporary.display()))?;
+    }
+    fs::create_dir_all(temporary).map_err(|e| write_error(temporary, e))?;
+    let mut tensors: NamedTensors =
+        mapper.parameters().iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
+    tensors.extend(mapper.buffers());
+    let parity = [
+        ("heads_pct".to_owned(), parity.heads_pct.shallow_clone()),
+        ("globals_ct".to_owned(), parity.globals_ct.shallow_clone()),
+        ("scores_ot".to_owned(), parity.scores_ot.shallow_clone()),
+    ];
+    let mut config = config.clone();
+    config.files.clear();
+    let text = card.render(&config);
+    let mut add = |name: &str, p: Published| {
+        config.files.insert(name.to_owned(), ExportFile { bytes: p.bytes, sha256: p.sha256 });
+    };
+    add(MODEL, write_tensors(&temporary.join(MODEL), &tensors, budget)?);
+    add(PARITY, write_tensors(&temporary.join(PARITY), &parity, budget)?);
+    write_file(&temporary.join(CARD), text.as_bytes(), budget)?;
+    let mut text = serde_json::to_string_pretty(&config).context("cannot write the configuration as JSON")?;
+    text.push('\n');
+    write_file(&temporary.join(CONFIG), text.as_bytes(), budget)?;
+    sync_dir(temporary).map_err(|e| write_error(temporary, e))
+}
+
+/// Put `temporary` in the place of `folder`.
+fn replace(folder: &Path, temporary: &Path) -> std::io::Result<()> {
+    let old = with_ending(folder, ".old.tmp");
+    if old.exists() {
+        fs::remove_dir_all(&old)?;
+    }
+    if folder.exists() {
+        fs::rename(folder, &old)?;
+    }
+    fs::rename(temporary, folder)?;
+    sync_dir(parent(folder))?;
+    if old.exists() {
+        fs::remove_dir_all(&old)?;
+    }
+    Ok(())
+}
+
+fn with_ending(folder: &Path, ending: &str) -> PathBuf {
+    let mut name = folder.as_os_str().to_owned();
+    name.push(ending);
+    PathBuf::from(name)
+}
+
+fn read_config(path: &Path) -> Result<ExportConfig> {
+    let context = || format!("cannot read `{}`", path.display());
+    let text = fs::read_to_string(path).with_context(context)?;
+    let value: Value = serde_json::from_str(&text).with_context(context)?;
+    ensure!(
+        value["schema_version"].as_u64() == Some(EXPORT_VERSION.into()),
+        "expected export version {EXPORT_VERSION}, found {} in `{}`",
+        value["schema_version"],
+        path.display()
+    );
+    serde_json::from_value(value).with_context(context)
+}
+
+/// A mapper with the weights and standardization that `tensors` names; tensors of other names are left alone.
+///
+/// # Errors
+/// One is missing, or of another shape than the sections ask for.
+pub fn restore_mapper(
+    section: &MapperSection,
+    loss: &LossSection,
+    dims: MapperDims,
+    tensors: &[(String, Tensor)],
+    device: Device,
+) -> Result<Mapper> {
+    let stats = Standardization::from_buffers(tensors)?;
+    // The seed starts weights that are all overwritten.
+    let mapper = Mapper::new(section, loss, dims, stats, Seed(0), device)?;
+    mapper.load_parameters(tensors)?;
+    Ok(mapper)
+}
+
+impl From<ExportDims> for MapperDims {
+    fn from(d: ExportDims) -> Self {
+        Self { proxy_heads: d.proxy_heads, channels: d.channels, globals: d.globals, outputs: d.outputs }
+    }
+}
+
+impl From<MapperDims> for ExportDims {
+    fn from(d: MapperDims) -> Self {
+        Self { proxy_heads: d.proxy_heads, channels: d.channels, globals: d.globals, outputs: d.outputs }
+    }
+}

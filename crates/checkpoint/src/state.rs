@@ -1,0 +1,187 @@
+//! What training continues from, and its folder.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::Fingerprint;
+use pkv_shard::durable::{Published, WriteBudget, sync_dir, write_file};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tch::{Device, Tensor};
+
+use crate::tensors::{NamedTensors, pick, read_tensors, same_count, write_tensors};
+
+/// Version of the checkpoint folder's format.
+pub const CHECKPOINT_VERSION: u32 = 1;
+
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+
+/// Everything that the rest of training depends on. Random numbers need no place here: their
+/// streams are named by step and epoch.
+#[derive(Debug)]
+pub struct TrainingState {
+    /// Optimizer steps taken.
+    pub step: u64,
+    /// The mapper's trainable tensors, in its order.
+    pub parameters: NamedTensors,
+    /// The mapper's other tensors (standardization).
+    pub buffers: NamedTensors,
+    /// AdamW's moments, in the order of the parameters.
+    pub first_moments: Vec<Tensor>,
+    pub second_moments: Vec<Tensor>,
+    /// Moving average of the parameters, in their order; empty if the recipe has none.
+    pub ema: Vec<Tensor>,
+    /// What decides which checkpoint is best, measured at this step; higher is better.
+    pub validation: Option<f64>,
+    /// What the training loop adds; returned as it was.
+    pub extra: Value,
+}
+
+impl TrainingState {
+    /// The weights that are validated and exported: the moving average if there is one.
+    pub fn weights(&self) -> NamedTensors {
+        if self.ema.is_empty() {
+            return self.parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+        }
+        let named = self.parameters.iter().zip(&self.ema);
+        named.map(|((n, _), t)| (n.clone(), t.shallow_clone())).collect()
+    }
+}
+
+/// `state.json`: all of a checkpoint but its tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointInfo {
+    pub schema_version: u32,
+    pub step: u64,
+    pub validation: Option<f64>,
+    /// Names of the trainable tensors, in the mapper's order.
+    pub parameters: Vec<String>,
+    pub buffers: Vec<String>,
+    /// A moving average is kept.
+    pub ema: bool,
+    /// Every choice that the weights depend on.
+    pub fingerprint: Fingerprint,
+    /// Size and hash of the other files.
+    pub files: BTreeMap<String, FileHash>,
+    pub extra: Value,
+}
+
+/// What a file of the folder must be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileHash {
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+impl From<Published> for FileHash {
+    fn from(p: Published) -> Self {
+        Self { bytes: p.bytes, sha256: p.sha256 }
+    }
+}
+
+impl CheckpointInfo {
+    /// # Errors
+    /// `state.json` is absent, damaged or of another version.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(STATE);
+        let context = || format!("cannot read `{}`", path.display());
+        let text = fs::read_to_string(&path).with_context(context)?;
+        let value: Value = serde_json::from_str(&text).with_context(context)?;
+        let found = value["schema_version"].as_u64();
+        ensure!(
+            found == Some(CHECKPOINT_VERSION.into()),
+            "expected checkpoint version {CHECKPOINT_VERSION}, found {} in `{}`",
+            value["schema_version"],
+            path.display()
+        );
+        serde_json::from_value(value).with_context(context)
+    }
+}
+
+/// Write `state` to the new folder `folder`, and make it durable there.
+pub(crate) fn write(
+    folder: &Path,
+    state: &TrainingState,
+    fingerprint: &Fingerprint,
+    budget: &WriteBudget,
+) -> Result<()> {
+    let n = state.parameters.len();
+    same_count("first moments", state.first_moments.len(), n)?;
+    same_count("second moments", state.second_moments.len(), n)?;
+    ensure!(
+        state.ema.is_empty() || state.ema.len() == n,
+        "{} averaged tensors for {n} parameters",
+        state.ema.len()
+    );
+    let names = || state.parameters.iter().map(|(name, _)| name);
+    let of = |kind: &str, tensors: &[Tensor]| -> NamedTensors {
+        names().zip(tensors).map(|(name, t)| (format!("{kind}.{name}"), t.shallow_clone())).collect()
+    };
+    let model: NamedTensors = state
+        .parameters
+        .iter()
+        .chain(&state.buffers)
+        .map(|(name, t)| (name.clone(), t.shallow_clone()))
+        .collect();
+    let mut optimizer = of("m", &state.first_moments);
+    optimizer.extend(of("v", &state.second_moments));
+    optimizer.extend(of("ema", &state.ema));
+
+    let mut files = BTreeMap::new();
+    for (name, tensors) in [(MODEL, &model), (OPTIMIZER, &optimizer)] {
+        files.insert(name.to_owned(), write_tensors(&folder.join(name), tensors, budget)?.into());
+    }
+    let info = CheckpointInfo {
+        schema_version: CHECKPOINT_VERSION,
+        step: state.step,
+        validation: state.validation,
+        parameters: names().cloned().collect(),
+        buffers: state.buffers.iter().map(|(name, _)| name.clone()).collect(),
+        ema: !state.ema.is_empty(),
+        fingerprint: fingerprint.clone(),
+        files,
+        extra: state.extra.clone(),
+    };
+    let mut text = serde_json::to_string_pretty(&info).context("cannot write the state as JSON")?;
+    text.push('\n');
+    write_file(&folder.join(STATE), text.as_bytes(), budget)?;
+    sync_dir(folder).with_context(|| format!("cannot sync `{}`", folder.display()))
+}
+
+/// Read the whole of `folder`, checking every file against its hash.
+pub(crate) fn read(folder: &Path, device: Device) -> Result<(CheckpointInfo, TrainingState)> {
+    let info = CheckpointInfo::read(folder)?;
+    for (name, expected) in &info.files {
+        let path = folder.join(name);
+        let found = pkv_shard::durable::sha256_file(&path)?;
+        ensure!(
+            found == expected.sha256,
+            "`{}` is damaged: expected SHA-256 {}, found {found}",
+            path.display(),
+            expected.sha256
+        );
+    }
+    let model = read_tensors(&folder.join(MODEL), device)?;
+    let optimizer = read_tensors(&folder.join(OPTIMIZER), device)?;
+    let of = |kind: &str| -> Result<Vec<Tensor>> {
+        let names: Vec<String> = info.parameters.iter().map(|name| format!("{kind}.{name}")).collect();
+        Ok(pick(&optimizer, names.iter().map(String::as_str))?.into_iter().map(|(_, t)| t).collect())
+    };
+    let state = TrainingState {
+        step: info.step,
+        parameters: pick(&model, info.parameters.iter().map(String::as_str))?,
+        buffers: pick(&model, info.buffers.iter().map(String::as_str))?,
+        first_moments: of("m")?,
+        second_moments: of("v")?,
+        ema: if info.ema { of("ema")? } else { Vec::new() },
+        validation: info.validation,
+        extra: info.extra.clone(),
+    };
+    Ok((info, state))
+}

@@ -1,0 +1,259 @@
+//! The folder of checkpoints: saving, rotation, the latest, the best.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::{Fingerprint, hinted};
+use pkv_shard::StaleError;
+use pkv_shard::durable::{TEMPORARY, WriteBudget, lock_dir, sync_dir, write_error};
+use tch::Device;
+
+use crate::state::{self, CheckpointInfo, TrainingState};
+
+/// Checkpoints of one training run, `step-001000/` and so on.
+///
+/// A folder with that name is whole: it is written as `step-001000.tmp/`, fsynced and renamed. The
+/// last `keep` are kept, and the best.
+#[derive(Debug)]
+pub struct CheckpointStore {
+    dir: PathBuf,
+    fingerprint: Fingerprint,
+    keep: usize,
+    budget: WriteBudget,
+    /// Held while training; readers have none.
+    _lock: Option<File>,
+}
+
+impl CheckpointStore {
+    /// Open `dir` for training; create it if absent. Removes what an interrupted save left.
+    ///
+    /// # Errors
+    /// - [`StaleError`] (with a hint) if a checkpoint was made with other choices;
+    /// - another process trains here; the folder cannot be written.
+    pub fn open(dir: &Path, fingerprint: &Fingerprint, keep: usize) -> Result<Self> {
+        ensure!(keep > 0, "at least one checkpoint must be kept");
+        fs::create_dir_all(dir).with_context(|| format!("cannot create folder `{}`", dir.display()))?;
+        let lock = lock_dir(dir)?;
+        let this = Self {
+            dir: dir.to_path_buf(),
+            fingerprint: fingerprint.clone(),
+            keep,
+            budget: WriteBudget::from_env(),
+            _lock: Some(lock),
+        };
+        for folder in this.folders()? {
+            if folder.to_string_lossy().ends_with(TEMPORARY) {
+                tracing::info!(folder = %folder.display(), "removing what an interrupted run left");
+                remove(&folder)?;
+            }
+        }
+        for (_, folder) in this.steps()? {
+            // A damaged one is passed over here; `latest` warns of it.
+            if let Ok(info) = CheckpointInfo::read(&folder) {
+                this.check_fresh(&info)?;
+            }
+        }
+        Ok(this)
+    }
+
+    /// Open `dir` for reading, whatever its choices were.
+    ///
+    /// # Errors
+    /// There is no such folder.
+    pub fn read_only(dir: &Path) -> Result<Self> {
+        ensure!(
+            dir.is_dir(),
+            hinted(
+                format!("there are no checkpoints: `{}` does not exist", dir.display()),
+                "train first: `proxykv-train train`"
+            )
+        );
+        let (fingerprint, budget) = (Fingerprint::new(), WriteBudget::unlimited());
+        Ok(Self { dir: dir.to_path_buf(), fingerprint, keep: usize::MAX, budget, _lock: None })
+    }
+
+    /// Let writes fail once `budget` is spent, as on a full disk.
+    pub fn with_write_budget(mut self, budget: WriteBudget) -> Self {
+        self.budget = budget;
+        self
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Save `state`, then remove what is neither among the last nor the best.
+    ///
+    /// # Errors
+    /// The disk is full or fails: the checkpoints that were there are still there.
+    pub fn save(&self, state: &TrainingState) -> Result<PathBuf> {
+        ensure!(self._lock.is_some(), "`{}` was opened for reading", self.dir.display());
+        let folder = self.dir.join(format!("step-{:06}", state.step));
+        let temporary = self.dir.join(format!("step-{:06}{TEMPORARY}", state.step));
+        let result = self.write(state, &temporary, &folder);
+        if result.is_err() && temporary.exists() {
+            // Its bytes may be what the disk lacks; if it cannot go, the next run removes it.
+            let _ = fs::remove_dir_all(&temporary);
+        }
+        result.with_context(|| format!("cannot save checkpoint `{}`", folder.display()))?;
+        self.rotate()?;
+        Ok(folder)
+    }
+
+    fn write(&self, state: &TrainingState, temporary: &Path, folder: &Path) -> Result<()> {
+        let io = |e: io::Error| write_error(folder, e);
+        if temporary.exists() {
+            fs::remove_dir_all(temporary).map_err(io)?;
+        }
+        fs::create_dir(temporary).map_err(io)?;
+        state::write(temporary, state, &self.fingerprint, &self.budget)?;
+        if folder.exists() {
+            // A damaged one that training passed a second time.
+            retire(folder)?;
+        }
+        fs::rename(temporary, folder).map_err(io)?;
+        sync_dir(&self.dir).map_err(io)
+    }
+
+    /// The newest checkpoint that is whole; damaged ones are warned of and passed over.
+    ///
+    /// # Errors
+    /// The folder cannot be listed, or the checkpoint was made with other choices.
+    pub fn latest(&self, device: Device) -> Result<Option<TrainingState>> {
+        let newest_first = self.steps()?.into_iter().rev().map(|(_, folder)| folder);
+        self.first_whole(newest_first, device)
+    }
+
+    /// The checkpoint whose validation was best (the earliest of equals), or the latest if none
+    /// was validated; damaged ones are warned of and passed over.
+    ///
+    /// # Errors
+    /// As [`CheckpointStore::latest`].
+    pub fn best(&self, device: Device) -> Result<Option<TrainingState>> {
+        let best_first = self.validated()?.into_iter().map(|(folder, _)| folder);
+        match self.first_whole(best_first, device)? {
+            Some(state) => Ok(Some(state)),
+            None => self.latest(device),
+        }
+    }
+
+    /// The best validation so far: its step and value.
+    ///
+    /// # Errors
+    /// The folder cannot be listed.
+    pub fn best_validation(&self) -> Result<Option<(u64, f64)>> {
+        let best = self.validated()?.into_iter().next();
+        Ok(best.map(|(_, info)| (info.step, info.validation.unwrap_or(f64::NEG_INFINITY))))
+    }
+
+    /// Every readable checkpoint, by step.
+    ///
+    /// # Errors
+    /// The folder cannot be listed.
+    pub fn list(&self) -> Result<Vec<CheckpointInfo>> {
+        Ok(self.steps()?.into_iter().filter_map(|(_, folder)| CheckpointInfo::read(&folder).ok()).collect())
+    }
+
+    fn first_whole(
+        &self,
+        folders: impl Iterator<Item = PathBuf>,
+        device: Device,
+    ) -> Result<Option<TrainingState>> {
+        for folder in folders {
+            match state::read(&folder, device) {
+                Ok((info, state)) => {
+                    if self._lock.is_some() {
+                        self.check_fresh(&info)?;
+                    }
+                    return Ok(Some(state));
+                }
+                Err(e) => tracing::warn!("passing over checkpoint `{}`: {e:#}", folder.display()),
+            }
+        }
+        Ok(None)
+    }
+
+    fn check_fresh(&self, info: &CheckpointInfo) -> Result<()> {
+        let differences = info.fingerprint.difference(&self.fingerprint);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        let context = hinted(
+            format!(
+                "the checkpoints in `{}` were trained with other choices than this run's",
+                self.dir.display()
+            ),
+            "train again with `--redo train`, or keep them and set another `name` in the recipe",
+        );
+        let stale = StaleError { stage: "train".to_owned(), dir: self.dir.clone(), differences };
+        Err(anyhow::Error::new(stale).context(context))
+    }
+
+    fn rotate(&self) -> Result<()> {
+        let steps = self.steps()?;
+        let best = self.validated()?.into_iter().next().map(|(folder, _)| folder);
+        let old = steps.len().saturating_sub(self.keep);
+        for (_, folder) in &steps[..old] {
+            if best.as_ref() != Some(folder) {
+                retire(folder)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Validated checkpoints, best first.
+    fn validated(&self) -> Result<Vec<(PathBuf, CheckpointInfo)>> {
+        let mut out: Vec<_> = self
+            .steps()?
+            .into_iter()
+            .filter_map(|(_, folder)| CheckpointInfo::read(&folder).ok().map(|info| (folder, info)))
+            .filter(|(_, info)| info.validation.is_some_and(|v| !v.is_nan()))
+            .collect();
+        // Stable, and in the order of the steps before: of equals the earliest comes first.
+        out.sort_by(|(_, a), (_, b)| {
+            let value = |i: &CheckpointInfo| i.validation.unwrap_or(f64::NEG_INFINITY);
+            value(b).total_cmp(&value(a))
+        });
+        Ok(out)
+    }
+
+    /// Whole checkpoints in the order of their steps.
+    fn steps(&self) -> Result<Vec<(u64, PathBuf)>> {
+        let step = |folder: &Path| folder.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok();
+        let mut out: Vec<(u64, PathBuf)> =
+            self.folders()?.into_iter().filter_map(|f| Some((step(&f)?, f))).collect();
+        out.sort();
+        Ok(out)
+    }
+
+    fn folders(&self) -> Result<Vec<PathBuf>> {
+        let context = || format!("cannot list folder `{}`", self.dir.display());
+        let mut out = Vec::new();
+        for entry in fs::read_dir(&self.dir).with_context(context)? {
+            let path = entry.with_context(context)?.path();
+            if path.is_dir() {
+                out.push(path);
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// Remove a checkpoint so that a process killed meanwhile leaves no half of it under its name.
+fn retire(folder: &Path) -> Result<()> {
+    let mut name = folder.as_os_str().to_owned();
+    name.push(".old");
+    name.push(TEMPORARY);
+    let retired = PathBuf::from(name);
+    if retired.exists() {
+        remove(&retired)?;
+    }
+    fs::rename(folder, &retired).with_context(|| format!("cannot rename `{}`", folder.display()))?;
+    remove(&retired)
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    fs::remove_dir_all(folder).with_context(|| format!("cannot remove `{}`", folder.display()))
+}

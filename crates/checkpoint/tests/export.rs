@@ -1,0 +1,226 @@
+use std::fs;
+use std::path::Path;
+
+use pkv_checkpoint::{
+    CardTable, DataSource, Export, ExportConfig, Licences, ModelCard, ModelIdentity, Parity, restore_mapper,
+};
+use pkv_core::{ModelShape, Seed};
+use pkv_mapper::{Mapper, MapperDims, Standardization};
+use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection, Variant};
+use pkv_shard::durable::WriteBudget;
+use tch::Tensor;
+use tempfile::tempdir;
+
+use crate::common::*;
+
+const DIMS: MapperDims = MapperDims { proxy_heads: 3, channels: 8, globals: 4, outputs: 6 };
+
+fn noise(name: &str, shape: &[i64]) -> Tensor {
+    use rand::Rng;
+    let mut rng = Seed(5).stream(name, 0);
+    let n: i64 = shape.iter().product();
+    Tensor::from_slice(&(0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect::<Vec<_>>()).reshape(shape)
+}
+
+fn stats() -> Standardization {
+    Standardization {
+        heads_mean_pc: noise("a", &[3, 8]),
+        heads_std_pc: noise("b", &[3, 8]).abs() + 0.5,
+        globals_mean_c: noise("c", &[4]),
+        globals_std_c: noise("d", &[4]).abs() + 0.5,
+        label_mean: -4.3,
+        label_std: 2.1,
+    }
+}
+
+/// Every parameter is moved, so that none could come back by being initialized alike.
+fn mapper(section: &MapperSection, loss: &LossSection) -> Mapper {
+    let mapper = Mapper::new(section, loss, DIMS, stats(), Seed(3), cpu()).unwrap();
+    let moved: Vec<_> = mapper
+        .parameters()
+        .iter()
+        .map(|(n, t)| (n.clone(), t.detach() + noise(n, &t.size()) * 0.1))
+        .collect();
+    mapper.load_parameters(&moved).unwrap();
+    mapper
+}
+
+fn config(section: &MapperSection, loss: &LossSection) -> ExportConfig {
+    let model = |name: &str, layers| ModelIdentity {
+        model: name.to_owned(),
+        revision: "local:0123".to_owned(),
+        dtype: "f32".to_owned(),
+        shape: ModelShape {
+            layers,
+            kv_heads: 3,
+            query_heads: 6,
+            head_dim: 16,
+            hidden: 96,
+            intermediate: 256,
+            vocab: 8192,
+        },
+        vocab_hash: "0123456789abcdef0123".to_owned(),
+        template_hash: "fedc".to_owned(),
+    };
+    ExportConfig {
+        schema_version: pkv_checkpoint::EXPORT_VERSION,
+        written_by: "0.1.0".to_owned(),
+        name: "tiny".to_owned(),
+        target: model("models/big|one", 2),
+        proxy: model("models/small", 1),
+        dims: DIMS.into(),
+        label: LabelSection::default(),
+        extract: ExtractSection::default(),
+        mapper: section.clone(),
+        loss: loss.clone(),
+        train: TrainSection::default(),
+        fingerprint: choices(),
+        step: 1400,
+        validation: Some(0.7123),
+        seed: Seed(3),
+        files: Default::default(),
+    }
+}
+
+fn card() -> ModelCard {
+    ModelCard {
+        data: vec![DataSource { name: "novels".into(), examples: 480, licence: "public domain".into() }],
+        results: vec![CardTable {
+            caption: "Answers, percent, by share kept".into(),
+            columns: vec!["method".into(), "0.05".into()],
+            rows: vec![vec!["mapper".into(), "97.9".into()], vec!["random".into(), "0.4".into()]],
+        }],
+        limits: vec!["Trained on contexts up to 1,800 tokens.".into()],
+        licences: Licences { mapper: "apache-2.0".into(), target: "MIT".into(), proxy: String::new() },
+    }
+}
+
+fn write(folder: &Path, section: &MapperSection, loss: &LossSection) -> Mapper {
+    let mapper = mapper(section, loss);
+    let parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
+    Export::write(folder, &config(section, loss), &mapper, &card(), &parity).unwrap();
+    mapper
+}
+
+#[test]
+fn every_variant_comes_back_bit_for_bit() {
+    let full_loss = LossSection { fine: 0.3, global: 0.1, cosine: 0.3, ..LossSection::default() };
+    for variant in [Variant::HybridAxial, Variant::Conv, Variant::Mlp, Variant::Linear] {
+        let section = MapperSection { variant, width: 32, ..MapperSection::default() };
+        let dir = tempdir().unwrap();
+        let folder = dir.path().join("export");
+        let written = write(&folder, &section, &full_loss);
+        assert_eq!(names(&folder), ["README.md", "config.json", "model.safetensors", "parity.safetensors"]);
+
+        let export = Export::read(&folder).unwrap();
+        let mut expected = config(&section, &full_loss);
+        expected.files = export.config().files.clone();
+        assert_eq!(export.config(), &expected);
+        let read = export.mapper(cpu()).unwrap();
+        same_named(read.parameters(), written.parameters());
+        same_named(&read.buffers(), &written.buffers());
+
+        let parity = export.parity().unwrap();
+        assert_eq!(parity.scores_ot.size(), [6, 50]);
+        let again = Parity::of(&read, parity.heads_pct.shallow_clone(), parity.globals_ct.shallow_clone());
+        same_tensors(&[again.scores_ot], &[parity.scores_ot]);
+    }
+}
+
+#[test]
+fn the_card_says_what_a_stranger_must_know() {
+    let text = card().render(&config(&MapperSection::default(), &LossSection::default()));
+    for expected in [
+        "license: \"apache-2.0\"",
+        "- \"models/small\"",
+        "| target | `models/big\\|one` | `local:0123` | 2 layers x 3 KV heads of 16 | `0123456789ab` |",
+        "KVzip preset `original`, scoring chunks of 2000 tokens",
+        "width 3 and blend 0.5",
+        "`max_all`, `mean_all`, `max_window`",
+        "| novels | 480 | public domain |",
+        "Step 1400 of 1500",
+        "71.2% mean recall",
+        "| mapper | 97.9 |",
+        "- Trained on contexts up to 1,800 tokens.",
+        "Mapper: apache-2.0. Target: MIT. Proxy: not stated.",
+        "schema version 1",
+    ] {
+        assert!(text.contains(expected), "`{expected}` is missing in:\n{text}");
+    }
+    let bare = ModelCard::default().render(&config(&MapperSection::default(), &LossSection::default()));
+    assert!(bare.contains("Not evaluated") && !bare.contains("license:"), "{bare}");
+}
+
+#[test]
+fn damage_is_named() {
+    let dir = tempdir().unwrap();
+    let folder = dir.path().join("export");
+    let section = MapperSection { variant: Variant::Linear, ..MapperSection::default() };
+    write(&folder, &section, &LossSection::default());
+    let good = files(&folder);
+    let fails = |file: &str, data: Option<Vec<u8>>, expected: &str| {
+        match data {
+            Some(data) => fs::write(folder.join(file), data).unwrap(),
+            None => fs::remove_file(folder.join(file)).unwrap(),
+        }
+        let (said, hint) = told(&Export::read(&folder).err().expect(expected));
+        assert!(said.contains("cannot read export") && said.contains(expected), "{said}");
+        assert!(hint.contains("proxykv-train export"), "{hint}");
+        fs::write(folder.join(file), &good[file]).unwrap();
+    };
+    let mut flipped = good["model.safetensors"].clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    fails("model.safetensors", Some(flipped), "`model.safetensors` is damaged");
+    fails("parity.safetensors", Some(vec![1, 2, 3]), "`parity.safetensors` is damaged");
+    fails("model.safetensors", None, "model.safetensors");
+    fails("config.json", None, "config.json");
+    let text = String::from_utf8(good["config.json"].clone()).unwrap();
+    let newer = text.replace("\"schema_version\": 1", "\"schema_version\": 2");
+    fails("config.json", Some(newer.into_bytes()), "expected export version 1, found 2");
+    Export::read(&folder).unwrap();
+}
+
+#[test]
+fn weights_of_another_mapper_do_not_fit() {
+    let section = MapperSection { width: 32, ..MapperSection::default() };
+    let loss = LossSection::default();
+    let tensors: Vec<_> = {
+        let m = mapper(&section, &loss);
+        m.parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).chain(m.buffers()).collect()
+    };
+    restore_mapper(&section, &loss, DIMS, &tensors, cpu()).unwrap();
+    let wider = MapperSection { width: 64, ..section };
+    assert!(restore_mapper(&wider, &loss, DIMS, &tensors, cpu()).is_err());
+    let fewer = MapperDims { outputs: 5, ..DIMS };
+    assert!(restore_mapper(&wider, &loss, fewer, &tensors, cpu()).is_err());
+}
+
+#[test]
+fn a_full_disk_leaves_the_export_that_was_there() {
+    let dir = tempdir().unwrap();
+    let folder = dir.path().join("export");
+    let section = MapperSection { variant: Variant::Linear, ..MapperSection::default() };
+    let loss = LossSection::default();
+    let first = write(&folder, &section, &loss);
+    let before = files(&folder);
+    let size: u64 = before.values().map(|f| f.len() as u64).sum();
+    let parity = Parity::of(&first, noise("other", &[3, 8, 50]), noise("globals", &[4, 50]));
+    for budget in (0..size).step_by(613) {
+        let result = Export::write_within(
+            &folder,
+            &config(&section, &loss),
+            &first,
+            &card(),
+            &parity,
+            &WriteBudget::bytes(budget),
+        );
+        let (said, hint) = told(&result.unwrap_err());
+        assert!(said.starts_with("cannot write export") && hint.contains("free some space"), "{said} {hint}");
+        assert_eq!(files(&folder), before);
+        assert_eq!(names(dir.path()), ["export"]);
+    }
+    // A second export takes the place of the first.
+    Export::write(&folder, &config(&section, &loss), &first, &card(), &parity).unwrap();
+    assert_ne!(files(&folder)["parity.safetensors"], before["parity.safetensors"]);
+    assert_eq!(names(dir.path()), ["export"]);
+}

@@ -1,0 +1,252 @@
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pkv_checkpoint::{CheckpointInfo, CheckpointStore};
+use pkv_core::Fingerprint;
+use pkv_shard::StaleError;
+use pkv_shard::durable::WriteBudget;
+use serde_json::json;
+use tempfile::tempdir;
+use tracing::field::{Field, Visit};
+
+use crate::common::*;
+
+fn open(dir: &Path) -> CheckpointStore {
+    CheckpointStore::open(dir, &choices(), 2).unwrap()
+}
+
+#[test]
+fn a_state_comes_back_bit_for_bit() {
+    for ema in [false, true] {
+        let dir = tempdir().unwrap();
+        let saved = state(700, Some(0.625), ema);
+        let store = open(dir.path());
+        assert!(store.latest(cpu()).unwrap().is_none() && store.best(cpu()).unwrap().is_none());
+        let folder = store.save(&saved).unwrap();
+        assert_eq!(names(&folder), ["model.safetensors", "optimizer.safetensors", "state.json"]);
+        same_state(&store.latest(cpu()).unwrap().unwrap(), &saved);
+        same_state(&store.best(cpu()).unwrap().unwrap(), &saved);
+        let expected = if ema {
+            saved.ema.iter().map(bits).collect::<Vec<_>>()
+        } else {
+            saved.parameters.iter().map(|(_, t)| bits(t)).collect()
+        };
+        let weights = store.latest(cpu()).unwrap().unwrap().weights();
+        assert_eq!(weights.iter().map(|(_, t)| bits(t)).collect::<Vec<_>>(), expected);
+
+        let again = tempdir().unwrap();
+        let other = open(again.path()).save(&saved).unwrap();
+        assert_eq!(files(&folder), files(&other), "the same state gives the same bytes");
+    }
+}
+
+#[test]
+fn rotation_keeps_the_last_ones_and_the_best() {
+    let dir = tempdir().unwrap();
+    let store = open(dir.path());
+    let values = [Some(0.3), Some(0.8), None, Some(0.8), Some(0.5), None];
+    for (i, value) in values.into_iter().enumerate() {
+        store.save(&state(i as u64 * 100, value, false)).unwrap();
+    }
+    // Of the two at 0.8 the earlier one is best.
+    assert_eq!(names(dir.path()), ["step-000100", "step-000400", "step-000500"]);
+    assert_eq!(store.best_validation().unwrap(), Some((100, 0.8)));
+    same_state(&store.best(cpu()).unwrap().unwrap(), &state(100, Some(0.8), false));
+    same_state(&store.latest(cpu()).unwrap().unwrap(), &state(500, None, false));
+    let steps: Vec<u64> = store.list().unwrap().iter().map(|i: &CheckpointInfo| i.step).collect();
+    assert_eq!(steps, [100, 400, 500]);
+    drop(store);
+    let reader = CheckpointStore::read_only(dir.path()).unwrap();
+    same_state(&reader.best(cpu()).unwrap().unwrap(), &state(100, Some(0.8), false));
+    assert!(reader.save(&state(600, None, false)).is_err());
+}
+
+#[test]
+fn steps_beyond_six_digits_stay_in_order() {
+    let dir = tempdir().unwrap();
+    let store = open(dir.path());
+    for step in [999_999, 1_000_000, 2_000_000] {
+        store.save(&state(step, None, false)).unwrap();
+    }
+    assert_eq!(store.latest(cpu()).unwrap().unwrap().step, 2_000_000);
+    assert_eq!(names(dir.path()), ["step-1000000", "step-2000000"]);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_with_a_warning() {
+    type Damage = fn(&Path);
+    let damages: [(&str, Damage); 5] = [
+        ("is damaged: expected SHA-256", |f| {
+            let path = f.join("model.safetensors");
+            let mut bytes = fs::read(&path).unwrap();
+            let at = bytes.len() - 3;
+            bytes[at] ^= 1;
+            fs::write(path, bytes).unwrap();
+        }),
+        ("is damaged: expected SHA-256", |f| {
+            fs::OpenOptions::new()
+                .write(true)
+                .open(f.join("optimizer.safetensors"))
+                .unwrap()
+                .set_len(64)
+                .unwrap();
+        }),
+        ("cannot read", |f| fs::remove_file(f.join("model.safetensors")).unwrap()),
+        ("cannot read", |f| fs::write(f.join("state.json"), "{\"schema_version\": 1,").unwrap()),
+        ("expected checkpoint version 1, found 7", |f| {
+            let text = fs::read_to_string(f.join("state.json")).unwrap();
+            fs::write(f.join("state.json"), text.replace("\"schema_version\": 1", "\"schema_version\": 7"))
+                .unwrap();
+        }),
+    ];
+    for (said, damage) in damages {
+        let dir = tempdir().unwrap();
+        let store = open(dir.path());
+        store.save(&state(100, Some(0.5), true)).unwrap();
+        let newest = store.save(&state(200, Some(0.9), true)).unwrap();
+        damage(&newest);
+        let (found, warnings) =
+            warnings(|| (store.latest(cpu()).unwrap().unwrap(), store.best(cpu()).unwrap().unwrap()));
+        same_state(&found.0, &state(100, Some(0.5), true));
+        same_state(&found.1, &state(100, Some(0.5), true));
+        assert!(
+            warnings.iter().any(|w| w.contains("step-000200") && w.contains(said)),
+            "{said}: {warnings:?}"
+        );
+        // Training comes by again and replaces it.
+        store.save(&state(200, Some(0.9), true)).unwrap();
+        same_state(&store.latest(cpu()).unwrap().unwrap(), &state(200, Some(0.9), true));
+        assert_eq!(names(dir.path()), ["step-000100", "step-000200"]);
+    }
+}
+
+#[test]
+fn other_choices_are_stale() {
+    let dir = tempdir().unwrap();
+    open(dir.path()).save(&state(100, None, false)).unwrap();
+    let other = Fingerprint::new().with("train", json!({"lr": 1e-3, "steps": 1500}));
+    let error = CheckpointStore::open(dir.path(), &other, 2).unwrap_err();
+    let (said, hint) = told(&error);
+    assert!(said.contains("`train.lr` was 0.002 when it was written and is 0.001 now"), "{said}");
+    assert!(hint.contains("--redo train"), "{hint}");
+    assert_eq!(error.downcast_ref::<StaleError>().unwrap().stage, "train");
+}
+
+#[test]
+fn one_process_trains_at_a_time() {
+    let dir = tempdir().unwrap();
+    let _first = open(dir.path());
+    let error = CheckpointStore::open(dir.path(), &choices(), 2).unwrap_err();
+    assert!(told(&error).0.contains("another process writes"));
+    CheckpointStore::read_only(dir.path()).unwrap();
+    let (said, hint) = told(&CheckpointStore::read_only(&dir.path().join("none")).unwrap_err());
+    assert!(said.contains("does not exist") && hint.contains("proxykv-train train"), "{said}");
+}
+
+#[test]
+fn a_full_disk_leaves_what_was_there() {
+    let dir = tempdir().unwrap();
+    open(dir.path()).save(&state(100, Some(0.5), true)).unwrap();
+    let size: u64 = files(&dir.path().join("step-000100")).values().map(|f| f.len() as u64).sum();
+    for budget in (0..size).step_by(97) {
+        let store = open(dir.path()).with_write_budget(WriteBudget::bytes(budget));
+        let (said, hint) = told(&store.save(&state(200, Some(0.9), true)).unwrap_err());
+        assert!(
+            said.starts_with("cannot save checkpoint") && hint.contains("free some space"),
+            "{said} {hint}"
+        );
+        assert_eq!(names(dir.path()), ["step-000100"]);
+        same_state(&store.latest(cpu()).unwrap().unwrap(), &state(100, Some(0.5), true));
+    }
+    let store = open(dir.path()).with_write_budget(WriteBudget::bytes(size + 64));
+    store.save(&state(200, Some(0.9), true)).unwrap();
+}
+
+/// SIGKILL at moments that nobody chose: what is there is whole, and the next process continues.
+#[test]
+fn a_killed_process_leaves_whole_checkpoints() {
+    let dir = tempdir().unwrap();
+    let mut last = None;
+    for attempt in 0..12u64 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "store::child", "--ignored"])
+            .env("PKV_TEST_FOLDER", dir.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // libtorch takes its time to load; the moments that count come after the first save.
+        let before = names(dir.path());
+        while names(dir.path()) == before {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(attempt * 29 % 150));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let store = open(dir.path());
+        assert!(names(dir.path()).iter().all(|n| !n.ends_with(".tmp")), "an interrupted save was left");
+        let (found, warnings) = warnings(|| store.latest(cpu()).unwrap());
+        assert_eq!(warnings, [""; 0], "a checkpoint was damaged");
+        if let Some(found) = found {
+            same_state(&found, &child_state(found.step));
+            assert!(last <= Some(found.step), "step {} after {last:?}", found.step);
+            last = Some(found.step);
+        }
+    }
+    assert!(last > Some(8), "the process saved next to nothing: {last:?}");
+}
+
+fn child_state(step: u64) -> pkv_checkpoint::TrainingState {
+    state(step, (step % 3 == 0).then_some(((step * 7) % 11) as f64), true)
+}
+
+/// Not a test: the process that the test above kills. It saves as fast as it can.
+#[test]
+#[ignore = "run by a_killed_process_leaves_whole_checkpoints"]
+fn child() {
+    let dir = std::env::var("PKV_TEST_FOLDER").expect("run by a_killed_process_leaves_whole_checkpoints");
+    let store = open(dir.as_ref());
+    let from = store.latest(cpu()).unwrap().map_or(0, |s| s.step);
+    for step in from + 1.. {
+        store.save(&child_state(step)).unwrap();
+    }
+}
+
+/// The warnings that `f` logs.
+fn warnings<T>(f: impl FnOnce() -> T) -> (T, Vec<String>) {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let result = tracing::subscriber::with_default(Warnings(Arc::clone(&seen)), f);
+    let seen = seen.lock().unwrap().clone();
+    (result, seen)
+}
+
+struct Warnings(Arc<Mutex<Vec<String>>>);
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() == tracing::Level::WARN
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        struct Message(String);
+        impl Visit for Message {
+            fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+                if field.name() == "message" {
+                    self.0 = format!("{value:?}");
+                }
+            }
+        }
+        let mut message = Message(String::new());
+        event.record(&mut message);
+        self.0.lock().unwrap().push(message.0);
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
