@@ -209,3 +209,79 @@ impl Rotation {
         out.addcmul_(&x.roll(half, -1), &self.sin_sd)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn config(json: Value) -> Result<RopeConfig> {
+        RopeConfig::from_config(json.as_object().unwrap(), 40960)
+    }
+
+    /// Qwen3's recommended YaRN, worked out by hand: theta 1e6, 128 dimensions, 32768 positions.
+    #[test]
+    fn yarn_keeps_fast_dimensions_and_divides_slow_ones() {
+        let rope = config(json!({
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+        }))
+        .unwrap();
+        let plain = RopeConfig { theta: 1e6, scaling: RopeScaling::None }.frequencies(128);
+        let scaled = rope.frequencies(128);
+        // 128 ln(32768 / (32 * 2 pi)) / (2 ln 1e6) = 23.6 and 39.65: the ramp runs from 23 to 40.
+        assert_eq!(scaled[..24], plain[..24]);
+        for i in 40..64 {
+            assert!((scaled[i] / plain[i] - 0.25).abs() < 1e-12, "dimension {i}");
+        }
+        let middle = 1.0 - (32.0 - 23.0) / 17.0;
+        assert!((scaled[32] / plain[32] - (middle + (1.0 - middle) / 4.0)).abs() < 1e-12);
+        assert!((rope.attention_factor() - 1.138_629_436_111_989).abs() < 1e-12);
+    }
+
+    #[test]
+    fn llama3_divides_long_wavelengths() {
+        let rope = config(json!({
+            "rope_theta": 500000.0,
+            "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        }))
+        .unwrap();
+        let plain = RopeConfig { theta: 500_000.0, scaling: RopeScaling::None }.frequencies(64);
+        for (i, (scaled, plain)) in rope.frequencies(64).iter().zip(&plain).enumerate() {
+            let turns = 8192.0 * plain / TAU;
+            let expected = match turns {
+                n if n < 1.0 => 1.0 / 32.0,
+                n if n > 4.0 => 1.0,
+                n => (n - 1.0) / 3.0 + (1.0 - (n - 1.0) / 3.0) / 32.0,
+            };
+            assert!((scaled / plain - expected).abs() < 1e-12, "dimension {i}");
+        }
+        assert_eq!(rope.attention_factor(), 1.0);
+    }
+
+    #[test]
+    fn rotation_turns_pairs_by_their_angle() {
+        let rope = RopeConfig { theta: 100.0, scaling: RopeScaling::None };
+        let rotation = Rope::new(&rope, 4, Device::Cpu, Kind::Double).range(2, 2);
+        let x = Tensor::from_slice(&[1.0f64, 2.0, 3.0, 4.0]).expand([2, 1, 4], false);
+        let turned = Vec::<f64>::try_from(rotation.apply(&x).view([-1])).unwrap();
+        for (row, position) in [2.0f64, 3.0].iter().enumerate() {
+            for (pair, frequency) in [1.0, 0.1].iter().enumerate() {
+                let (sin, cos) = (position * frequency).sin_cos();
+                let (a, b) = (1.0 + pair as f64, 3.0 + pair as f64);
+                assert!((turned[row * 4 + pair] - (a * cos - b * sin)).abs() < 1e-6);
+                assert!((turned[row * 4 + pair + 2] - (b * cos + a * sin)).abs() < 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let missing = config(json!({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}})).unwrap_err();
+        assert_eq!(missing.to_string(), "`rope_parameters.low_freq_factor` is missing");
+        assert!(config(json!({"rope_theta": 0.0})).is_err());
+        assert!(config(json!({"rope_scaling": {"type": "yarn", "factor": 0.5}})).is_err());
+        assert_eq!(config(json!({})).unwrap().theta, 10_000.0);
+    }
+}

@@ -34,9 +34,20 @@ pub(crate) type Places = HashMap<String, Tensor>;
 /// # Errors
 /// No weights in the folder; a file missing, truncated or with a damaged header; a weight missing,
 /// surplus, of another shape, or of a type that is not floating point.
-pub(crate) fn load(folder: &Path, mut places: Places, ignored: impl Fn(&str) -> bool) -> Result<()> {
+pub(crate) fn load(folder: &Path, places: Places, ignored: impl Fn(&str) -> bool) -> Result<()> {
+    load_through(STAGING_BYTES, folder, places, ignored)
+}
+
+fn load_through(
+    staging_bytes: usize,
+    folder: &Path,
+    mut places: Places,
+    ignored: impl Fn(&str) -> bool,
+) -> Result<()> {
     let shards = shards(folder)?;
-    let bytes = STAGING_BYTES.min(shards.iter().map(Shard::largest_tensor).max().unwrap_or(0)).max(8);
+    let largest = shards.iter().map(Shard::largest_tensor).max().unwrap_or(0);
+    // At least one element of the widest type.
+    let bytes = staging_bytes.min(largest).max(8);
     let device = places.values().next().map_or(Device::Cpu, Tensor::device);
     let mut staging = Staging::new(bytes, device);
     for shard in &shards {
@@ -226,4 +237,38 @@ fn shards(folder: &Path) -> Result<Vec<Shard>> {
 
 fn refetch(message: String) -> Hinted {
     hinted(message, "download the model again: `proxykv-train fetch`; a local folder must hold whole files")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_larger_than_the_buffer_arrive_whole() {
+        let _ = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let cpu = |kind| (kind, Device::Cpu);
+        let wide = Tensor::randn([7, 11], cpu(Kind::Float));
+        let narrow = Tensor::randn([2, 3, 5], cpu(Kind::BFloat16));
+        let one = Tensor::randn([1], cpu(Kind::Double));
+        let named = [("wide", &wide), ("narrow", &narrow), ("one", &one)];
+        Tensor::write_safetensors(&named, folder.path().join("model.safetensors")).unwrap();
+        // 9 bytes: no whole number of f32 or bf16 elements, and a read of less than a row.
+        for bytes in [9, 32, 1 << 20] {
+            // The places are parts of larger tensors, as fused weights have them.
+            let fused = Tensor::zeros([10, 11], cpu(Kind::Float));
+            let places = Places::from([
+                ("wide".to_owned(), fused.narrow(0, 2, 7)),
+                ("narrow".to_owned(), Tensor::zeros([2, 3, 5], cpu(Kind::Float))),
+                ("one".to_owned(), Tensor::zeros([1], cpu(Kind::Float))),
+            ]);
+            let kept: Places = places.iter().map(|(k, v)| (k.clone(), v.shallow_clone())).collect();
+            load_through(bytes, folder.path(), places, |_| false).unwrap();
+            for (name, expected) in named {
+                assert!(kept[name].equal(&expected.to_kind(Kind::Float)), "{name} through {bytes} bytes");
+            }
+            assert_eq!(fused.narrow(0, 0, 2).abs().sum(Kind::Float).double_value(&[]), 0.0);
+            assert_eq!(fused.narrow(0, 9, 1).abs().sum(Kind::Float).double_value(&[]), 0.0);
+        }
+    }
 }

@@ -48,7 +48,7 @@ fn hiding_pairs_equals_evicting_them() {
         let second = model.forward_branches(&all.narrow(1, 5, 4), &mut branches).unwrap();
         let hidden = Tensor::cat(&[first, second], 1);
         for row in 0..6 {
-            let mut evicted = cache.evict(&choices[row / 2], 12).unwrap();
+            let mut evicted = cache.evict(&choices[row / 2].to_device(device()), 12).unwrap();
             assert_eq!(evicted.next_position(), CONTEXT);
             let expected = model.forward(&model.ids(questions[row % 2]), &mut evicted, &mut NoTap).unwrap();
             assert_close(&format!("{name}, row {row}"), &hidden.get(row as i64), &expected, 1e-4);
@@ -63,7 +63,7 @@ fn a_head_may_lose_all_its_pairs() {
     let mut branches = Branches::new(&cache, Some(&keep), 1, 8).unwrap();
     let hidden = model.forward_branches(&model.ids(&rest[..8]).unsqueeze(0), &mut branches).unwrap();
     let none = Tensor::zeros([6, 2, 0], (Kind::Int64, Device::Cpu));
-    let mut evicted = cache.evict(&none, 8).unwrap();
+    let mut evicted = cache.evict(&none.to_device(device()), 8).unwrap();
     let expected = model.forward(&model.ids(&rest[..8]), &mut evicted, &mut NoTap).unwrap();
     assert_close("empty heads", &hidden.get(0), &expected, 1e-4);
 }
@@ -124,7 +124,7 @@ fn answers_of_branches_equal_answers_of_evicted_caches() {
     let rows: Vec<&[u32]> = (0..4).map(|row| questions[row % 2].as_slice()).collect();
     let answers = model.generate_branches(&rows, &mut branches, 12, stop).unwrap();
     for (row, answer) in answers.iter().enumerate() {
-        let mut evicted = cache.evict(&choices[row / 2], 80).unwrap();
+        let mut evicted = cache.evict(&choices[row / 2].to_device(device()), 80).unwrap();
         let expected = model.generate(rows[row], &mut evicted, 12, stop).unwrap();
         assert_eq!(*answer, expected, "row {row}");
     }

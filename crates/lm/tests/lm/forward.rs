@@ -83,15 +83,18 @@ fn attention_equals_its_definition() {
     let model = load(&goldens().join("arch-qwen3-qknorm"));
     let ids = &golden_ids("arch-qwen3-qknorm")[..40];
     let shape = model.shape();
-    /// Keeps a layer's inputs to attention and the next layer's input.
+    fn exact(t: &Tensor) -> Tensor {
+        t.to_device(Device::Cpu).to_kind(Kind::Double)
+    }
+    /// Keeps each layer's inputs to attention, and its input.
     struct Seen {
         qkv: Vec<[Tensor; 3]>,
         hidden: Vec<Tensor>,
     }
     impl Tap for Seen {
         fn layer(&mut self, view: &LayerView) -> Result<()> {
-            self.qkv.push([view.q_qsd, view.k_hkd, view.v_hkd].map(|t| t.to_kind(Kind::Double).copy()));
-            self.hidden.push(view.hidden_sm.to_kind(Kind::Double).copy());
+            self.qkv.push([view.q_qsd, view.k_hkd, view.v_hkd].map(exact));
+            self.hidden.push(exact(view.hidden_sm));
             Ok(())
         }
     }
@@ -241,7 +244,7 @@ fn random_models_depend_on_their_seed_alone() {
     let config = load(&goldens().join("arch-qwen2-bias")).config().clone();
     let ids = golden_ids("arch-qwen2-bias");
     let logits = |seed| {
-        let model = LanguageModel::random(config.clone(), Device::Cpu, Kind::Float, seed);
+        let model = LanguageModel::random(config.clone(), device(), Kind::Float, seed);
         let mut cache = model.new_cache(64);
         let hidden = model.prefill(&ids[..64], &mut cache, 64, &mut NoTap).unwrap();
         model.logits(&hidden)
@@ -259,7 +262,7 @@ fn half_precision_follows_f32() {
     let folder = nano("target");
     let ids = &golden_ids("nano-llama-target")[..200];
     let logits = |kind| {
-        let model = LanguageModel::load(&folder, Device::Cpu, kind).unwrap();
+        let model = LanguageModel::load(&folder, device(), kind).unwrap();
         let mut cache = model.new_cache(200);
         assert_eq!(cache.keys(0).kind(), kind);
         let hidden = model.prefill(ids, &mut cache, 90, &mut NoTap).unwrap();

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use crate::support::*;
 
 fn try_load(folder: &Path) -> anyhow::Result<LanguageModel> {
-    LanguageModel::load(folder, Device::Cpu, Kind::Float)
+    LanguageModel::load(folder, device(), Kind::Float)
 }
 
 /// A copy of a checkpoint's `config.json` and weights.

@@ -29,10 +29,15 @@ pub fn checkpoint(name: &str) -> Option<PathBuf> {
     }
 }
 
-/// Load in f32 on the CPU.
+/// Where models run: the CPU, or what `PKV_TEST_DEVICE` names (`cuda`).
+pub fn device() -> Device {
+    let choice = std::env::var("PKV_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    pkv_gpu::device(choice.parse().unwrap()).unwrap()
+}
+
+/// Load in f32.
 pub fn load(folder: &Path) -> LanguageModel {
-    pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
-    LanguageModel::load(folder, Device::Cpu, Kind::Float).unwrap()
+    LanguageModel::load(folder, device(), Kind::Float).unwrap()
 }
 
 /// A golden file's tensors by name.
@@ -49,7 +54,8 @@ pub fn golden_ids(name: &str) -> Vec<u32> {
 /// Largest absolute difference; NaN anywhere counts as infinite.
 pub fn difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
-    let worst = (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[]);
+    let exact = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
+    let worst = (exact(a) - exact(b)).abs().max().double_value(&[]);
     if worst.is_nan() { f64::INFINITY } else { worst }
 }
 
