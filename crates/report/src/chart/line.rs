@@ -1,0 +1,263 @@
+//! Lines over one x axis, each named at its end, with 95% intervals as whiskers.
+
+use std::fmt::Write;
+
+use super::axis::Axis;
+use super::labels::spread;
+use super::{Px, escape};
+
+/// A chart of lines.
+#[derive(Clone, Debug)]
+pub struct LineChart {
+    /// What is shown, for readers that cannot see it.
+    pub title: String,
+    pub width: f64,
+    pub height: f64,
+    /// Pixels on the right for the labels of lines.
+    pub label_width: f64,
+    pub x: Axis,
+    pub y: Axis,
+    /// Drawn in this order: the last one lies on top.
+    pub series: Vec<Series>,
+    /// A height worth a dashed line of its own, such as the full cache's accuracy.
+    pub reference: Option<(f64, String)>,
+}
+
+/// One line.
+#[derive(Clone, Debug)]
+pub struct Series {
+    /// Empty for a line that needs no name.
+    pub label: String,
+    /// Class of `chart.css` that gives colour and stroke.
+    pub class: String,
+    pub marker: Marker,
+    pub points: Vec<Point>,
+}
+
+/// One point; without an interval, `low` and `high` are `y`.
+#[derive(Clone, Debug)]
+pub struct Point {
+    pub x: f64,
+    pub y: f64,
+    pub low: f64,
+    pub high: f64,
+    pub tip: String,
+}
+
+/// Shapes tell lines apart where colours do not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Marker {
+    Circle,
+    Square,
+    Diamond,
+    TriangleUp,
+    TriangleDown,
+    Ring,
+    /// A line of many points.
+    None,
+}
+
+const TOP: f64 = 24.0;
+const BOTTOM: f64 = 48.0;
+const LEFT: f64 = 62.0;
+const LABEL_GAP: f64 = 15.0;
+
+impl LineChart {
+    /// The chart as an `<svg>` element.
+    pub fn svg(&self) -> String {
+        let mut out = String::new();
+        let _ = write!(
+            out,
+            "<svg class=\"chart\" viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{}\">",
+            Px(self.width),
+            Px(self.height),
+            escape(&self.title)
+        );
+        self.axes(&mut out);
+        if let Some((at, text)) = &self.reference {
+            let y = self.y_px(*at);
+            let _ = write!(
+                out,
+                "<g class=\"reference\"><title>{0}</title><line x1=\"{1}\" x2=\"{2}\" y1=\"{3}\" y2=\"{3}\"/>\
+                 <text x=\"{2}\" y=\"{4}\" text-anchor=\"end\">{0}</text></g>",
+                escape(text),
+                Px(LEFT),
+                Px(self.right()),
+                Px(y),
+                Px(y - 7.0)
+            );
+        }
+        self.lines(&mut out);
+        out.push_str("</svg>");
+        out
+    }
+
+    fn right(&self) -> f64 {
+        self.width - self.label_width
+    }
+
+    fn bottom(&self) -> f64 {
+        self.height - BOTTOM
+    }
+
+    fn x_px(&self, x: f64) -> f64 {
+        // Room for half a marker beside the outermost points.
+        let (from, to) = (LEFT + 8.0, self.right() - 8.0);
+        from + (to - from) * self.x.scale.share(x)
+    }
+
+    fn y_px(&self, y: f64) -> f64 {
+        let share = self.y.scale.share(y).clamp(0.0, 1.0);
+        self.bottom() + (TOP - self.bottom()) * share
+    }
+
+    fn axes(&self, out: &mut String) {
+        let (right, bottom) = (self.right(), self.bottom());
+        for (value, text) in &self.y.ticks {
+            let y = self.y_px(*value);
+            let _ = write!(
+                out,
+                "<line class=\"grid\" x1=\"{}\" x2=\"{}\" y1=\"{2}\" y2=\"{2}\"/>\
+                 <text class=\"tick\" x=\"{3}\" y=\"{4}\" text-anchor=\"end\">{5}</text>",
+                Px(LEFT),
+                Px(right),
+                Px(y),
+                Px(LEFT - 8.0),
+                Px(y + 4.0),
+                escape(text)
+            );
+        }
+        let mut free_from = f64::NEG_INFINITY;
+        for (value, text) in &self.x.ticks {
+            let x = self.x_px(*value);
+            let _ = write!(
+                out,
+                "<line class=\"axis\" x1=\"{0}\" x2=\"{0}\" y1=\"{1}\" y2=\"{2}\"/>",
+                Px(x),
+                Px(bottom),
+                Px(bottom + 4.0)
+            );
+            // A tick without room for its text stays a tick.
+            let half = 3.6 * text.chars().count() as f64;
+            if x - half >= free_from {
+                free_from = x + half + 4.0;
+                let _ = write!(
+                    out,
+                    "<text class=\"tick\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
+                    Px(x),
+                    Px(bottom + 18.0),
+                    escape(text)
+                );
+            }
+        }
+        let _ = write!(
+            out,
+            "<line class=\"axis\" x1=\"{0}\" x2=\"{1}\" y1=\"{2}\" y2=\"{2}\"/>\
+             <text class=\"name\" x=\"{3}\" y=\"{4}\" text-anchor=\"middle\">{5}</text>\
+             <text class=\"name\" transform=\"translate(14 {6}) rotate(-90)\" text-anchor=\"middle\">{7}</text>",
+            Px(LEFT),
+            Px(right),
+            Px(bottom),
+            Px((LEFT + right) / 2.0),
+            Px(self.height - 8.0),
+            escape(&self.x.label),
+            Px((TOP + bottom) / 2.0),
+            escape(&self.y.label)
+        );
+    }
+
+    fn lines(&self, out: &mut String) {
+        let ends: Vec<(f64, f64)> = self
+            .series
+            .iter()
+            .map(|s| {
+                s.points.last().map_or((self.right(), self.bottom()), |p| (self.x_px(p.x), self.y_px(p.y)))
+            })
+            .collect();
+        let named: Vec<usize> = (0..ends.len()).filter(|&i| self.series[i].has_label()).collect();
+        let wanted: Vec<f64> = named.iter().map(|&i| ends[i].1).collect();
+        let heights = spread(&wanted, LABEL_GAP, TOP, self.bottom());
+        for (i, s) in self.series.iter().enumerate().filter(|(_, s)| !s.points.is_empty()) {
+            let _ = write!(out, "<g class=\"series {}\">", escape(&s.class));
+            self.whiskers(out, s, i);
+            let path: String = s
+                .points
+                .iter()
+                .enumerate()
+                .map(|(k, p)| {
+                    format!("{}{} {}", if k == 0 { "M" } else { "L" }, Px(self.x_px(p.x)), Px(self.y_px(p.y)))
+                })
+                .collect();
+            let _ =
+                write!(out, "<path class=\"line\" d=\"{path}\"><title>{}</title></path>", escape(&s.label));
+            for p in &s.points {
+                s.marker.draw(out, self.x_px(p.x), self.y_px(p.y), &p.tip);
+            }
+            if let Some(at) = named.iter().position(|&n| n == i) {
+                self.label(out, s, ends[i], heights[at]);
+            }
+            out.push_str("</g>");
+        }
+    }
+
+    /// Intervals, beside each other rather than on top of each other where lines meet.
+    fn whiskers(&self, out: &mut String, s: &Series, index: usize) {
+        let shift = (index as f64 - (self.series.len() as f64 - 1.0) / 2.0) * 0.9;
+        for p in s.points.iter().filter(|p| p.high > p.low) {
+            let _ = write!(
+                out,
+                "<line class=\"whisker\" x1=\"{0}\" x2=\"{0}\" y1=\"{1}\" y2=\"{2}\"/>",
+                Px(self.x_px(p.x) + shift),
+                Px(self.y_px(p.low)),
+                Px(self.y_px(p.high))
+            );
+        }
+    }
+
+    fn label(&self, out: &mut String, s: &Series, end: (f64, f64), height: f64) {
+        let x = self.right() + 14.0;
+        let _ = write!(
+            out,
+            "<path class=\"leader\" d=\"M{} {}L{} {}L{} {}\"/><text class=\"end\" x=\"{}\" y=\"{}\">{}</text>",
+            Px(end.0 + 6.0),
+            Px(end.1),
+            Px(self.right() + 1.0),
+            Px(height),
+            Px(x - 3.0),
+            Px(height),
+            Px(x),
+            Px(height + 4.5),
+            escape(&s.label)
+        );
+    }
+}
+
+impl Series {
+    fn has_label(&self) -> bool {
+        !self.label.is_empty() && !self.points.is_empty()
+    }
+}
+
+impl Marker {
+    fn draw(self, out: &mut String, x: f64, y: f64, tip: &str) {
+        let polygon = |corners: &[(f64, f64)]| {
+            let points: Vec<String> =
+                corners.iter().map(|c| format!("{},{}", Px(x + c.0), Px(y + c.1))).collect();
+            format!("polygon class=\"mark\" points=\"{}\"", points.join(" "))
+        };
+        let (tag, shape) = match self {
+            Self::Circle => {
+                ("circle", format!("circle class=\"mark\" cx=\"{}\" cy=\"{}\" r=\"3.6\"", Px(x), Px(y)))
+            }
+            Self::Ring => {
+                ("circle", format!("circle class=\"mark ring\" cx=\"{}\" cy=\"{}\" r=\"3.4\"", Px(x), Px(y)))
+            }
+            Self::Square => ("polygon", polygon(&[(-3.1, -3.1), (3.1, -3.1), (3.1, 3.1), (-3.1, 3.1)])),
+            Self::Diamond => ("polygon", polygon(&[(0.0, -4.6), (4.6, 0.0), (0.0, 4.6), (-4.6, 0.0)])),
+            Self::TriangleUp => ("polygon", polygon(&[(0.0, -4.4), (4.2, 3.2), (-4.2, 3.2)])),
+            Self::TriangleDown => ("polygon", polygon(&[(0.0, 4.4), (4.2, -3.2), (-4.2, -3.2)])),
+            Self::None => return,
+        };
+        let _ = write!(out, "<{shape}><title>{}</title></{tag}>", escape(tip));
+    }
+}

@@ -1,0 +1,252 @@
+//! Which numbers become which chart.
+
+use pkv_core::Policy;
+use pkv_eval::{FactsResults, HeadRecall, Interval, LabelResults, PerplexityResults};
+use pkv_recipe::Method;
+
+use crate::chart::{Axis, HeatMap, LineChart, Marker, Point, Series, Tone, percent_text};
+use crate::method;
+use crate::metrics::Metrics;
+
+const KEPT: &str = "share of KV pairs kept (log scale; fewer to the right)";
+/// Training losses swing from batch to batch; a mean over this many log lines on either side is drawn on top.
+const SMOOTH_REACH: usize = 4;
+
+/// Share of questions answered, by retention ratio.
+pub fn answers(facts: &FactsResults, policy: Policy) -> Option<LineChart> {
+    let cells = facts.cells.iter().filter(|c| c.policy == policy).map(|c| (c.method, c.ratio, c.accuracy));
+    let mut chart = by_ratio(cells, "questions answered", Axis::percent("questions answered"), shares)?;
+    chart.title = format!("Share of {} questions answered, by share of KV pairs kept", facts.questions);
+    chart.reference = Some((facts.full.mean, format!("full cache {}", percent(facts.full.mean))));
+    Some(chart)
+}
+
+/// Recall of KVzip's kept set, by retention ratio; KVzip's own, which is 1, is left out.
+pub fn recall(labels: &LabelResults, policy: Policy) -> Option<LineChart> {
+    let cells = labels
+        .cells
+        .iter()
+        .filter(|c| c.policy == policy && c.method != Method::Kvzip)
+        .map(|c| (c.method, c.ratio, c.recall));
+    let mut chart = by_ratio(cells, "recall", Axis::percent("of KVzip's choice found"), shares)?;
+    chart.title = format!("Recall of the KV pairs that KVzip keeps, policy {}", policy.name());
+    Some(chart)
+}
+
+/// Nats per token lost on the continuation, by retention ratio.
+pub fn perplexity(results: &PerplexityResults, policy: Policy) -> Option<LineChart> {
+    let cells = || results.cells.iter().filter(|c| c.policy == policy);
+    let low = cells().map(|c| c.excess.mean).fold(0.0, f64::min);
+    let high = cells().map(|c| c.excess.mean).fold(0.0, f64::max);
+    let axis = Axis::nice("nats per token above the full cache", low, high, 5);
+    let mut chart = by_ratio(cells().map(|c| (c.method, c.ratio, c.excess)), "excess", axis, nats)?;
+    chart.title = "Likelihood lost on the document's continuation, by share of KV pairs kept".to_owned();
+    Some(chart)
+}
+
+fn by_ratio(
+    cells: impl Iterator<Item = (Method, f64, Interval)>,
+    what: &str,
+    y: Axis,
+    show: fn(Interval) -> String,
+) -> Option<LineChart> {
+    let mut cells: Vec<_> = cells.filter(|(_, _, v)| v.mean.is_finite()).collect();
+    cells.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let ratios: Vec<f64> = cells.iter().map(|c| c.1).collect();
+    // The mapper comes first in `ALL` and is drawn last, on top.
+    let series: Vec<Series> = Method::ALL
+        .into_iter()
+        .rev()
+        .map(|m| Series {
+            label: method::label(m).to_owned(),
+            class: method::class(m),
+            marker: method::marker(m),
+            points: cells
+                .iter()
+                .filter(|c| c.0 == m)
+                .map(|&(_, x, v)| Point {
+                    x,
+                    y: v.mean,
+                    low: v.low,
+                    high: v.high,
+                    tip: format!("{}, {} kept: {what} {}", method::label(m), percent_text(x), show(v)),
+                })
+                .collect(),
+        })
+        .filter(|s| !s.points.is_empty())
+        .collect();
+    (!series.is_empty()).then(|| LineChart {
+        title: String::new(),
+        width: 960.0,
+        height: 420.0,
+        label_width: 158.0,
+        x: Axis::kept(KEPT, &ratios),
+        y,
+        series,
+        reference: None,
+    })
+}
+
+fn shares(v: Interval) -> String {
+    format!("{} (95% interval {} to {})", percent(v.mean), percent(v.low), percent(v.high))
+}
+
+fn nats(v: Interval) -> String {
+    format!("{:.3} (95% interval {:.3} to {:.3})", v.mean, v.low, v.high)
+}
+
+/// `97.1%`; `100%` where the decimal would be idle.
+pub fn percent(share: f64) -> String {
+    let text = format!("{:.1}", share * 100.0);
+    format!("{}%", if text == "100.0" { "100" } else { &text })
+}
+
+/// Training loss by step, and the validation loss where there is one.
+pub fn loss(metrics: &Metrics) -> Option<LineChart> {
+    let train: Vec<(u64, f64)> = metrics.train.iter().map(|p| (p.step, p.loss)).collect();
+    let validation: Vec<(u64, f64)> =
+        metrics.validation.iter().filter_map(|p| Some((p.step, p.loss?))).collect();
+    let all = || train.iter().chain(&validation).map(|p| p.1).filter(|l| l.is_finite());
+    let (low, high) = (all().fold(f64::INFINITY, f64::min), all().fold(f64::NEG_INFINITY, f64::max));
+    if !low.is_finite() {
+        return None;
+    }
+    // The first steps are far above the rest: on a log scale both can be seen.
+    let y = if low > 0.0 {
+        Axis::nice_log("loss (log scale)", low, high)
+    } else {
+        Axis::nice("loss", low, high, 5)
+    };
+    let series = vec![
+        curve("", "c-raw", Marker::None, &train, "training loss"),
+        curve("training", "c-train", Marker::None, &running_mean(&train), "training loss, running mean"),
+        curve("validation", "c-validation", Marker::Circle, &validation, "validation loss"),
+    ];
+    Some(by_step("Loss by optimizer step", series, y))
+}
+
+/// Validation recall by step, one line per retention ratio.
+pub fn validation_recall(metrics: &Metrics) -> Option<LineChart> {
+    let mut ratios: Vec<f64> = metrics
+        .validation
+        .iter()
+        .flat_map(|p| &p.recall)
+        .filter(|r| r.0 == Policy::Pair.name())
+        .map(|r| r.1)
+        .collect();
+    ratios.sort_by(|a, b| b.total_cmp(a));
+    ratios.dedup();
+    // Five lines can be told apart; where much is kept, every mapper looks good.
+    ratios.drain(..ratios.len().saturating_sub(5));
+    let line = |&ratio: &f64, index: usize| {
+        let points: Vec<(u64, f64)> = metrics
+            .validation
+            .iter()
+            .filter_map(|p| {
+                let found = p.recall.iter().find(|r| r.0 == Policy::Pair.name() && r.1 == ratio)?;
+                Some((p.step, found.2))
+            })
+            .collect();
+        let name = format!("{} kept", percent_text(ratio));
+        curve(&name, &format!("c-ratio{index}"), Marker::Circle, &points, &format!("recall at {name}"))
+    };
+    let series: Vec<Series> = ratios.iter().enumerate().map(|(i, r)| line(r, i)).collect();
+    let all = || series.iter().flat_map(|s| &s.points).map(|p| p.y);
+    let low = all().fold(f64::INFINITY, f64::min);
+    let high = all().fold(f64::NEG_INFINITY, f64::max);
+    if !low.is_finite() {
+        return None;
+    }
+    let mut y = Axis::nice("recall of KVzip's choice, %", low * 100.0, high * 100.0, 5);
+    y.scale = match y.scale {
+        crate::chart::Scale::Linear { from, to } => {
+            crate::chart::Scale::Linear { from: from / 100.0, to: to / 100.0 }
+        }
+        log => log,
+    };
+    y.ticks.iter_mut().for_each(|t| t.0 /= 100.0);
+    Some(by_step("Validation recall by optimizer step", series, y))
+}
+
+fn by_step(title: &str, series: Vec<Series>, y: Axis) -> LineChart {
+    let last = series.iter().flat_map(|s| &s.points).map(|p| p.x).fold(0.0, f64::max);
+    LineChart {
+        title: title.to_owned(),
+        width: 500.0,
+        height: 320.0,
+        label_width: 86.0,
+        x: Axis::nice("optimizer step", 0.0, last, 5),
+        y,
+        series: series.into_iter().filter(|s| !s.points.is_empty()).collect(),
+        reference: None,
+    }
+}
+
+fn curve(label: &str, class: &str, marker: Marker, points: &[(u64, f64)], what: &str) -> Series {
+    let point = |&(step, y): &(u64, f64)| Point {
+        x: step as f64,
+        y,
+        low: y,
+        high: y,
+        tip: format!("step {step}: {what} {y:.4}"),
+    };
+    let points = points.iter().filter(|p| p.1.is_finite()).map(point).collect();
+    Series { label: label.to_owned(), class: class.to_owned(), marker, points }
+}
+
+/// Mean over the neighbours on both sides, fewer at the ends.
+fn running_mean(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
+    let mean = |i: usize| {
+        let reach = SMOOTH_REACH.min(i).min(points.len() - 1 - i);
+        let window = &points[i - reach..=i + reach];
+        window.iter().map(|p| p.1).sum::<f64>() / window.len() as f64
+    };
+    (0..points.len()).map(|i| (points[i].0, mean(i))).collect()
+}
+
+/// KVzip's budget per head, then the recall of the mapper and of the head prior.
+pub fn heads(heads: &HeadRecall) -> Vec<HeatMap> {
+    let absent = "KVzip keeps nothing here";
+    let mut maps = vec![HeatMap {
+        title: "Share that KVzip keeps".to_owned(),
+        cells: heads.kvzip_kept.iter().map(|row| row.iter().map(|&v| Some(v)).collect()).collect(),
+        what: "KVzip keeps".to_owned(),
+        absent: absent.to_owned(),
+        tone: Tone::Root,
+    }];
+    for wanted in [Method::Mapper, Method::HeadPrior] {
+        let found = heads.methods.iter().find(|m| m.method == wanted);
+        maps.extend(found.map(|m| HeatMap {
+            title: format!("Recall, {}", method::label(wanted)),
+            cells: m.recall.clone(),
+            what: "recall".to_owned(),
+            absent: absent.to_owned(),
+            tone: Tone::Linear,
+        }));
+    }
+    maps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::TrainPoint;
+
+    #[test]
+    fn losses_that_never_came_make_no_chart() {
+        assert!(loss(&Metrics::default()).is_none());
+        assert!(validation_recall(&Metrics::default()).is_none());
+        let point = |loss| TrainPoint { step: 1, loss, terms: Vec::new() };
+        let nan = Metrics { train: vec![point(f64::NAN)], validation: Vec::new() };
+        assert!(loss(&nan).is_none());
+        let one = Metrics { train: vec![point(0.5)], validation: Vec::new() };
+        let svg = loss(&one).unwrap().svg();
+        assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+    }
+
+    #[test]
+    fn running_means_keep_the_ends() {
+        let means = running_mean(&[(1, 4.0), (2, 2.0), (3, 3.0)]);
+        assert_eq!(means, [(1, 4.0), (2, 3.0), (3, 3.0)]);
+    }
+}

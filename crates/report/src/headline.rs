@@ -1,0 +1,256 @@
+//! The top of the page: what was made and how good it is, for a stranger.
+
+use pkv_core::Policy;
+use pkv_eval::{FactsCell, FactsResults, Interval, LabelResults};
+use pkv_recipe::Method;
+use pkv_recipe::plan::{Machine, Plan, human_count};
+use serde::Serialize;
+
+use crate::chart::percent_text;
+use crate::figures::percent;
+use crate::run::RunData;
+
+/// The ratio that the headline speaks of, or the one nearest to it: where methods begin to part.
+const HEADLINE_RATIO: f64 = 0.05;
+/// A pruned cache that answers this share of what the full one answers counts as unharmed.
+const UNHARMED: f64 = 0.95;
+
+#[derive(Serialize)]
+pub struct Headline {
+    pub title: String,
+    pub target: String,
+    pub proxy: String,
+    /// Date, device, tool: what one line can hold.
+    pub byline: Vec<String>,
+    /// Paragraphs.
+    pub lead: Vec<String>,
+    pub tiles: Vec<Tile>,
+}
+
+/// One number in large type.
+#[derive(Serialize)]
+pub struct Tile {
+    pub value: String,
+    pub label: String,
+    pub note: String,
+}
+
+pub fn headline(data: &RunData) -> Headline {
+    let (target, proxy) = (model(data, "target"), model(data, "proxy"));
+    let mut byline: Vec<String> = data.date.iter().cloned().collect();
+    byline.push(format!("run {}", data.name));
+    if let Some(device) = data.text("device") {
+        let threads = data.run["threads"].as_u64();
+        byline.push(match (device, threads) {
+            ("cpu", Some(n)) => format!("{n} CPU threads"),
+            _ => device.to_owned(),
+        });
+    }
+    if let Some(version) = data.text("tool.version") {
+        byline.push(format!("proxykv-train {version}"));
+    }
+    let mut lead = vec![purpose(data, &target, &proxy)];
+    lead.extend(verdict(data));
+    Headline {
+        title: format!("Pruning the cache of {} by the attention of {}", short(&target), short(&proxy)),
+        target,
+        proxy,
+        byline,
+        lead,
+        tiles: tiles(data),
+    }
+}
+
+/// Name of one of the models, from the recipe or else the results.
+fn model(data: &RunData, role: &str) -> String {
+    let results = data.results.as_ref().map(|r| if role == "target" { &r.target } else { &r.proxy });
+    let recipe =
+        data.recipe.as_ref().map(|r| if role == "target" { &r.target.model } else { &r.proxy.model });
+    recipe.or(results.map(|m| &m.name)).cloned().unwrap_or_else(|| format!("the {role}"))
+}
+
+/// The last part of a hub name or path.
+pub fn short(model: &str) -> &str {
+    model.trim_end_matches('/').rsplit('/').next().unwrap_or(model)
+}
+
+fn purpose(data: &RunData, target: &str, proxy: &str) -> String {
+    let size = data.recipe.as_ref().map_or_else(String::new, |r| {
+        format!(" ({} layers × {} KV heads)", r.target.shape.layers, r.target.shape.kv_heads)
+    });
+    format!(
+        "While {} reads a text, it stores a key and a value for every token in every layer and KV head{size}: \
+         a KV pair. Most are never needed again, but which? KVzip finds out by letting the model repeat what it read, \
+         which costs several times the reading. Here a small network, the mapper, predicts KVzip's verdict from the \
+         attention of {}, a much smaller model of the same family.",
+        short(target),
+        short(proxy)
+    )
+}
+
+fn verdict(data: &RunData) -> Option<String> {
+    let facts = data.results.as_ref()?.facts.as_ref()?;
+    let (policy, ratio) = choice(facts)?;
+    let of = |m| facts.cell(m, policy, ratio);
+    let mapper = of(Method::Mapper)?;
+    let mut beside = vec![format!("{} with the full cache", percent(facts.full.mean))];
+    let names = [
+        (Method::Kvzip, "with KVzip's own choice"),
+        (Method::Linear, "with a linear map of the same features"),
+        (Method::HeadPrior, "when only the heads are chosen well and positions at random"),
+        (Method::Snapkv, "with SnapKV"),
+        (Method::Random, "at random"),
+    ];
+    beside.extend(
+        names.iter().filter_map(|(m, text)| Some(format!("{} {text}", percent(of(*m)?.accuracy.mean)))),
+    );
+    let mut text = format!(
+        "With {} of the KV pairs kept, the mapper's choice answers {} of {} questions about facts in the text. \
+         Beside it: {}.",
+        percent_text(ratio),
+        percent(mapper.accuracy.mean),
+        facts.questions,
+        join(&beside)
+    );
+    if let Some(floor) = of(Method::HeadPrior) {
+        text.push_str(match compare(mapper, floor) {
+            Clear::Above => " It clears the floor that the head prior sets.",
+            Clear::Level => " It does not clear the floor that the head prior sets: their intervals overlap.",
+            Clear::Below => " It is below the floor that the head prior sets.",
+        });
+    }
+    Some(text)
+}
+
+enum Clear {
+    Above,
+    Level,
+    Below,
+}
+
+fn compare(mapper: &FactsCell, floor: &FactsCell) -> Clear {
+    if mapper.accuracy.low > floor.accuracy.high {
+        Clear::Above
+    } else if mapper.accuracy.high < floor.accuracy.low {
+        Clear::Below
+    } else {
+        Clear::Level
+    }
+}
+
+/// Policy and ratio that the headline speaks of.
+fn choice(facts: &FactsResults) -> Option<(Policy, f64)> {
+    let policy = facts.cells.first()?.policy;
+    let ratios = facts.cells.iter().filter(|c| c.policy == policy).map(|c| c.ratio);
+    Some((policy, nearest(ratios)?))
+}
+
+fn nearest(ratios: impl Iterator<Item = f64>) -> Option<f64> {
+    let distance = |r: f64| (r.ln() - HEADLINE_RATIO.ln()).abs();
+    ratios.min_by(|&a, &b| distance(a).total_cmp(&distance(b)))
+}
+
+fn tiles(data: &RunData) -> Vec<Tile> {
+    let mut tiles = Vec::new();
+    if let Some(results) = &data.results {
+        if let Some(facts) = &results.facts {
+            tiles.extend(answer_tiles(facts));
+        }
+        tiles.extend(recall_tile(&results.labels));
+    }
+    if let Some(recipe) = &data.recipe {
+        let mapper = Plan::new(recipe, Machine::h200()).mapper;
+        tiles.push(Tile {
+            value: format!("{}%", significant(100.0 * mapper.share_of_prefill)),
+            label: "of the target's prefill: the mapper's compute".to_owned(),
+            note: format!("by count of operations; {} parameters", human_count(mapper.parameters)),
+        });
+    }
+    tiles
+}
+
+fn answer_tiles(facts: &FactsResults) -> Vec<Tile> {
+    let Some((policy, ratio)) = choice(facts) else { return Vec::new() };
+    let Some(cell) = facts.cell(Method::Mapper, policy, ratio) else { return Vec::new() };
+    let mut tiles = vec![Tile {
+        value: percent(cell.accuracy.mean),
+        label: format!("of questions answered with {} of the KV pairs", percent_text(ratio)),
+        note: format!("{} with all of them; {}", percent(facts.full.mean), range(cell.accuracy)),
+    }];
+    if let Some(of_kvzip) = cell.of_kvzip {
+        tiles.push(Tile {
+            value: percent(of_kvzip.mean),
+            label: format!("of KVzip's answers recovered at {} kept", percent_text(ratio)),
+            note: range(of_kvzip),
+        });
+    }
+    let unharmed = facts
+        .cells
+        .iter()
+        .filter(|c| c.method == Method::Mapper && c.policy == policy)
+        .filter(|c| c.accuracy.mean >= UNHARMED * facts.full.mean)
+        .map(|c| c.ratio)
+        .reduce(f64::min);
+    if let Some(smallest) = unharmed {
+        tiles.push(Tile {
+            value: format!("1/{}", significant(1.0 / smallest)),
+            label: "of the cache is enough for 95% of the full cache's answers".to_owned(),
+            note: "the smallest share measured that does".to_owned(),
+        });
+    }
+    tiles
+}
+
+fn recall_tile(labels: &LabelResults) -> Option<Tile> {
+    let policy = labels.cells.first()?.policy;
+    let of = |m| labels.cells.iter().filter(move |c| c.policy == policy && c.method == m);
+    let ratio = nearest(of(Method::Mapper).map(|c| c.ratio))?;
+    let recall = of(Method::Mapper).find(|c| c.ratio == ratio)?.recall;
+    let floor = of(Method::HeadPrior).find(|c| c.ratio == ratio);
+    Some(Tile {
+        value: percent(recall.mean),
+        label: format!("of the KV pairs that KVzip keeps are found, at {} kept", percent_text(ratio)),
+        note: floor.map_or_else(|| range(recall), |f| format!("head prior {}", percent(f.recall.mean))),
+    })
+}
+
+fn range(v: Interval) -> String {
+    if v.high > v.low {
+        format!("95% interval {} to {}", percent(v.low), percent(v.high))
+    } else {
+        String::new()
+    }
+}
+
+/// Two significant digits, no exponent.
+fn significant(v: f64) -> String {
+    let digits = if v <= 0.0 { 0 } else { (1.0 - v.log10().floor()).clamp(0.0, 6.0) as usize };
+    let text = format!("{v:.digits$}");
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
+/// `a, b and c`.
+fn join(parts: &[String]) -> String {
+    match parts {
+        [] => String::new(),
+        [one] => one.clone(),
+        [most @ .., last] => format!("{} and {last}", most.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_in_sentences() {
+        assert_eq!(significant(33.333), "33");
+        assert_eq!(significant(0.1123), "0.11");
+        assert_eq!(significant(20.0), "20");
+        assert_eq!(significant(2.0), "2");
+        assert_eq!(significant(0.0), "0");
+        assert_eq!(join(&["a", "b", "c"].map(str::to_owned)), "a, b and c");
+        assert_eq!(short("meta-llama/Llama-3.1-8B/"), "Llama-3.1-8B");
+        assert_eq!(nearest([0.2, 0.04, 0.01].into_iter()), Some(0.04));
+    }
+}

@@ -1,0 +1,199 @@
+//! Where the numbers come from: choices, versions, the command that makes them again, and limits.
+
+use pkv_recipe::{MapperSection, Recipe, Variant};
+use serde::Serialize;
+
+use crate::headline::short;
+use crate::run::RunData;
+
+#[derive(Serialize)]
+pub struct Origin {
+    /// Choice and value, in words.
+    pub choices: Vec<(String, String)>,
+    /// The recipe as TOML, every default written out.
+    pub recipe: Option<String>,
+    /// What to type.
+    pub command: Option<String>,
+    /// Revisions, versions, seed.
+    pub versions: Vec<(String, String)>,
+}
+
+pub fn origin(data: &RunData) -> Origin {
+    Origin {
+        choices: data.recipe.as_ref().map(choices).unwrap_or_default(),
+        recipe: data.recipe.as_ref().map(Recipe::to_toml),
+        command: data
+            .text("recipe_path")
+            .map(|path| format!("proxykv-train run --recipe {}", shell_word(path))),
+        versions: versions(data),
+    }
+}
+
+fn choices(recipe: &Recipe) -> Vec<(String, String)> {
+    let (label, extract, train) = (&recipe.label, &recipe.extract, &recipe.train);
+    let mut out = Vec::new();
+    let mut say = |what: &str, value: String| out.push((what.to_owned(), value));
+    say("Label", format!("KVzip, preset {}, scoring chunks of {} tokens", name(label.preset), label.chunk()));
+    say(
+        "Target of training",
+        match train.target_pool.blend {
+            b if b == 0.0 || train.target_pool.width == 1 => "log-odds of the raw score".to_owned(),
+            b => format!(
+                "log-odds, {b} of each blended with the maximum over {} positions",
+                train.target_pool.width
+            ),
+        },
+    );
+    let channels: Vec<String> = extract.channels.iter().map(name).collect();
+    say("Features per proxy KV head", channels.join(", "));
+    let globals: Vec<String> = extract.globals.iter().map(name).collect();
+    say("Features per position", if globals.is_empty() { "none".to_owned() } else { globals.join(", ") });
+    say("Mapper", mapper(&recipe.mapper));
+    let terms = [
+        ("binary", recipe.loss.binary),
+        ("value MSE", recipe.loss.value_mse),
+        ("fine", recipe.loss.fine),
+        ("global", recipe.loss.global),
+        ("cosine", recipe.loss.cosine),
+    ];
+    let on: Vec<String> = terms.iter().filter(|t| t.1 > 0.0).map(|t| format!("{} × {}", t.1, t.0)).collect();
+    say("Loss", on.join(" + "));
+    let ema = if train.ema > 0.0 { format!(", moving average {}", train.ema) } else { String::new() };
+    say(
+        "Training",
+        format!(
+            "{} steps of {} contexts, AdamW, peak learning rate {}, weight decay {}{ema}",
+            train.steps, train.batch, train.lr, train.weight_decay
+        ),
+    );
+    let windows: Vec<String> = recipe.data.window_tokens.iter().map(ToString::to_string).collect();
+    say(
+        "Data",
+        format!(
+            "{} training, {} validation, {} test examples of {} tokens; {}",
+            recipe.data.train,
+            recipe.data.validation,
+            recipe.data.test,
+            windows.join(" / "),
+            recipe.data.manifest
+        ),
+    );
+    out
+}
+
+fn mapper(m: &MapperSection) -> String {
+    let skip = if m.linear_skip { ", ridge-initialized linear skip" } else { "" };
+    let dilations: Vec<String> = m.dilations.iter().map(ToString::to_string).collect();
+    let time = format!(
+        "{} wide, convolutions over time of {} with dilations {}",
+        m.width,
+        m.kernel,
+        dilations.join(" ")
+    );
+    match m.variant {
+        Variant::HybridAxial => format!(
+            "hybrid-axial: {} per proxy head, {time}, cross-attention over heads {} wide{skip}",
+            m.head_width, m.cross_width
+        ),
+        Variant::Conv => format!("conv: {time}{skip}"),
+        Variant::Mlp => format!("mlp: {} wide, position by position{skip}", m.width),
+        Variant::Linear => "linear: the ridge solution".to_owned(),
+    }
+}
+
+/// A unit variant's name as recipes spell it.
+fn name(value: impl Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(text)) => text,
+        other => other.map_or_else(|_| String::new(), |v| v.to_string()),
+    }
+}
+
+fn versions(data: &RunData) -> Vec<(String, String)> {
+    let mut out = Vec::new();
+    let mut say = |what: &str, value: Option<String>| out.extend(value.map(|v| (what.to_owned(), v)));
+    for role in ["target", "proxy"] {
+        let model = data.text(&format!("{role}.model"));
+        let revision = data.text(&format!("{role}.revision"));
+        say(role, model.map(|m| revision.map_or_else(|| m.to_owned(), |r| format!("{m} @ {r}"))));
+    }
+    say("mapper", data.results.as_ref().map(|r| r.mapper.clone()));
+    say("seed", data.run["seed"].as_u64().map(|s| s.to_string()));
+    let version = data.text("tool.version").map(str::to_owned);
+    let commit = data.text("tool.commit").filter(|c| !c.is_empty());
+    say("proxykv-train", version.map(|v| commit.map_or_else(|| v.clone(), |c| format!("{v} ({c})"))));
+    say("libtorch", data.text("libtorch").map(str::to_owned));
+    say("device", data.text("device").map(str::to_owned));
+    say("fingerprint of the evaluation", data.results.as_ref().map(|r| r.fingerprint.clone()));
+    out
+}
+
+/// What these numbers cannot tell.
+pub fn limits(data: &RunData) -> Vec<String> {
+    let mut out = Vec::new();
+    if let Some(results) = &data.results {
+        let (target, proxy) = (short(&results.target.name), short(&results.proxy.name));
+        out.push(format!(
+            "One pair ({target}, {proxy}), one training run, one seed: another seed may move accuracies by as much as \
+             their intervals."
+        ));
+        if let Some(facts) = &results.facts {
+            out.push(format!(
+                "The questions are about facts planted in documents ({} contexts, {} questions): retrieval of short \
+                 statements, not summaries or reasoning.",
+                facts.contexts, facts.questions
+            ));
+        }
+    }
+    if let Some(recipe) = &data.recipe {
+        let longest = recipe
+            .data
+            .window_tokens
+            .iter()
+            .chain(&recipe.data.test_window_tokens)
+            .max()
+            .copied()
+            .unwrap_or(0);
+        out.push(format!(
+            "Training contexts have at most {longest} tokens, contexts of the questions {}; longer ones were not measured.",
+            recipe.eval.context_tokens
+        ));
+        out.push(
+            "The mapper's share of the prefill is a count of operations, not a time; the proxy's own prefill comes on \
+             top and runs beside the target's where there are two devices."
+                .to_owned(),
+        );
+    }
+    out.push(
+        "Pruned pairs are masked, which is exactly what evicting them computes; memory saved is not measured here."
+            .to_owned(),
+    );
+    out
+}
+
+/// `text` as one word of a POSIX shell.
+fn shell_word(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:@%".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', "'\\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_become_one_word() {
+        assert_eq!(shell_word("recipes/tiny-llama.toml"), "recipes/tiny-llama.toml");
+        assert_eq!(shell_word("my recipe's.toml"), "'my recipe'\\''s.toml'");
+    }
+
+    #[test]
+    fn choices_have_the_names_that_recipes_use() {
+        assert_eq!(name(pkv_core::Channel::MaxWindow), "max_window");
+        assert_eq!(name(pkv_recipe::LabelPreset::Kvpress), "kvpress");
+    }
+}

@@ -1,0 +1,205 @@
+//! What the page says, section by section; `templates/report.html` lays it out.
+//!
+//! Sentences are made here, from numbers; the template has only the ones that never change.
+
+use std::fmt::Write;
+
+use anyhow::{Context, Result};
+use minijinja::{AutoEscape, Environment};
+use pkv_core::Policy;
+use pkv_eval::Results;
+use serde::Serialize;
+
+use crate::chart;
+use crate::example::{self, ExampleView};
+use crate::figures;
+use crate::headline::{self, Headline};
+use crate::method;
+use crate::origin::{self, Origin};
+use crate::run::RunData;
+use crate::stages::{self, Stages};
+use crate::tables::{self, Table};
+
+/// Everything the template reads.
+#[derive(Serialize)]
+struct Page {
+    chart_css: &'static str,
+    page_css: &'static str,
+    script: &'static str,
+    problems: Vec<String>,
+    headline: Headline,
+    stages: Stages,
+    training: Option<Training>,
+    /// Per policy, the recipe's first one first.
+    recall: Vec<Figure>,
+    ranks: Option<Table>,
+    answers: Vec<Figure>,
+    perplexity: Vec<Figure>,
+    methods: Vec<Meaning>,
+    heads: Option<Heads>,
+    example: Option<ExampleView>,
+    origin: Origin,
+    limits: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Training {
+    loss: Option<String>,
+    recall: Option<String>,
+    note: String,
+}
+
+/// A chart and the tables behind it.
+#[derive(Serialize)]
+struct Figure {
+    policy: String,
+    policy_meaning: String,
+    svg: String,
+    tables: Vec<Table>,
+}
+
+#[derive(Serialize)]
+struct Meaning {
+    name: String,
+    class: String,
+    text: String,
+}
+
+#[derive(Serialize)]
+struct Heads {
+    note: String,
+    maps: Vec<String>,
+}
+
+/// The page of a run.
+///
+/// # Errors
+/// The template does not fit the values; a fault of this crate.
+pub fn render(data: &RunData) -> Result<String> {
+    let results = data.results.as_ref();
+    let page = Page {
+        chart_css: chart::CSS,
+        page_css: include_str!("../templates/page.css"),
+        script: include_str!("../templates/example.js"),
+        problems: data.problems.clone(),
+        headline: headline::headline(data),
+        stages: stages::stages(data),
+        training: training(data),
+        recall: results.map(recall).unwrap_or_default(),
+        ranks: results.and_then(|r| tables::ranks(&r.labels)),
+        answers: results.map(answers).unwrap_or_default(),
+        perplexity: results.map(perplexity).unwrap_or_default(),
+        methods: results.map(meanings).unwrap_or_default(),
+        heads: results.and_then(heads),
+        example: results.and_then(|r| r.worked_example.as_ref()).and_then(example::view),
+        origin: origin::origin(data),
+        limits: origin::limits(data),
+    };
+    let mut environment = Environment::new();
+    environment.set_auto_escape_callback(|_| AutoEscape::Html);
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment
+        .add_template("report.html", include_str!("../templates/report.html"))
+        .context("the report's template is broken")?;
+    let template = environment.get_template("report.html").context("the report's template is broken")?;
+    template.render(page).context("cannot fill the report's template")
+}
+
+fn training(data: &RunData) -> Option<Training> {
+    let metrics = data.metrics.as_ref()?;
+    let loss = figures::loss(metrics).map(|c| c.svg());
+    let recall = figures::validation_recall(metrics).map(|c| c.svg());
+    if loss.is_none() && recall.is_none() {
+        return None;
+    }
+    let mut note = String::new();
+    if let Some(last) = metrics.train.last() {
+        let _ = write!(note, "Loss {:.3} at step {}", last.loss, last.step);
+        if !last.terms.is_empty() {
+            let terms: Vec<String> = last.terms.iter().map(|(k, v)| format!("{k} {v:.3}")).collect();
+            let _ = write!(note, " ({})", terms.join(", "));
+        }
+        note.push('.');
+    }
+    Some(Training { loss, recall, note })
+}
+
+/// The policies that occur among `cells`, in the order they do.
+fn policies(cells: impl Iterator<Item = Policy>) -> Vec<Policy> {
+    let mut seen = Vec::new();
+    for policy in cells {
+        if !seen.contains(&policy) {
+            seen.push(policy);
+        }
+    }
+    seen
+}
+
+fn figure(policy: Policy, svg: String, tables: Vec<Table>) -> Figure {
+    Figure {
+        policy: policy.name().to_owned(),
+        policy_meaning: method::policy_meaning(policy).to_owned(),
+        svg,
+        tables,
+    }
+}
+
+fn recall(results: &Results) -> Vec<Figure> {
+    let of = |policy| {
+        let chart = figures::recall(&results.labels, policy)?;
+        Some(figure(policy, chart.svg(), tables::labels(&results.labels, policy)))
+    };
+    policies(results.labels.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
+}
+
+fn answers(results: &Results) -> Vec<Figure> {
+    let Some(facts) = &results.facts else { return Vec::new() };
+    let of =
+        |policy| Some(figure(policy, figures::answers(facts, policy)?.svg(), tables::facts(facts, policy)));
+    policies(facts.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
+}
+
+fn perplexity(results: &Results) -> Vec<Figure> {
+    let Some(found) = &results.perplexity else { return Vec::new() };
+    let of = |policy| {
+        let table = tables::perplexity(found, policy).into_iter().collect();
+        Some(figure(policy, figures::perplexity(found, policy)?.svg(), table))
+    };
+    policies(found.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
+}
+
+/// The methods that were measured, each in a sentence.
+fn meanings(results: &Results) -> Vec<Meaning> {
+    let measured = |m: &pkv_recipe::Method| {
+        results.labels.cells.iter().any(|c| c.method == *m)
+            || results.facts.iter().flat_map(|f| &f.cells).any(|c| c.method == *m)
+            || results.perplexity.iter().flat_map(|p| &p.cells).any(|c| c.method == *m)
+    };
+    pkv_recipe::Method::ALL
+        .into_iter()
+        .filter(measured)
+        .map(|m| Meaning {
+            name: method::label(m).to_owned(),
+            class: method::class(m),
+            text: match results.note(m) {
+                Some(note) => format!("{} ({note})", method::meaning(m)),
+                None => method::meaning(m).to_owned(),
+            },
+        })
+        .collect()
+}
+
+fn heads(results: &Results) -> Option<Heads> {
+    let heads = results.labels.heads.as_ref()?;
+    let maps: Vec<String> = figures::heads(heads).iter().map(|m| m.svg(340.0)).collect();
+    Some(Heads {
+        note: format!(
+            "At {} kept, policy {}. Left: how KVzip spreads its budget over layers and KV heads. \
+             Then, of what KVzip keeps in a head, the share that the method finds; hollow where KVzip keeps nothing.",
+            chart::percent_text(heads.ratio),
+            heads.policy.name()
+        ),
+        maps,
+    })
+}

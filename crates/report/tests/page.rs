@@ -1,0 +1,206 @@
+//! The page of a run folder: whole, self-contained, and tolerant of what is missing.
+
+mod run;
+
+use std::fs;
+use std::path::Path;
+
+use pkv_eval::Results;
+
+fn folder() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    run::write(dir.path());
+    dir
+}
+
+/// Change the results of `root` and render.
+fn with_results(root: &Path, change: impl FnOnce(&mut Results)) -> String {
+    let mut results = run::results();
+    change(&mut results);
+    results.write(&root.join("eval/results.json")).unwrap();
+    pkv_report::render(root).unwrap()
+}
+
+/// The text between `<section id="…">` and its end.
+fn section<'a>(page: &'a str, id: &str) -> &'a str {
+    let start = page.find(&format!("<section id=\"{id}\">")).unwrap_or_else(|| panic!("no section `{id}`"));
+    let end = page[start..].find("</section>").unwrap();
+    &page[start..start + end]
+}
+
+/// Everything that would make a browser ask for another file.
+fn assert_self_contained(page: &str) {
+    for forbidden in ["http://", "https://", "src=", "<link", "@import", "url(", "<iframe", "fetch("] {
+        // The namespace of a standalone picture is a name, not an address that is opened.
+        let text = page.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
+        assert!(!text.contains(forbidden), "the page contains `{forbidden}`");
+    }
+    for (at, _) in page.match_indices("href=\"") {
+        assert_eq!(&page[at + 6..at + 7], "#", "a link leaves the page");
+    }
+}
+
+fn assert_no_broken_numbers(page: &str) {
+    let drawn: String = page.split("<script").next().unwrap().to_owned();
+    for broken in ["NaN", ">inf", "\"inf", "-inf", "=\"\"\""] {
+        assert!(!drawn.contains(broken), "the page contains `{broken}`");
+    }
+}
+
+#[test]
+fn a_whole_run_fills_every_section() {
+    let dir = folder();
+    let written = pkv_report::write(dir.path()).unwrap();
+    let page = fs::read_to_string(&written.html).unwrap();
+    // Kept, to be looked at in a browser.
+    for made in [&written.html, written.svg.as_ref().unwrap()] {
+        fs::copy(made, Path::new(env!("CARGO_TARGET_TMPDIR")).join(made.file_name().unwrap())).unwrap();
+    }
+    assert!(page.starts_with("<!doctype html>"), "{:?}", &page[..40]);
+    assert_self_contained(&page);
+    assert_no_broken_numbers(&page);
+    assert!(!page.contains("class=\"missing\""));
+    for id in ["answers", "recall", "heads", "example", "training", "stages", "choices", "limits"] {
+        assert!(section(&page, id).len() > 400, "section `{id}` is empty");
+        assert!(page.contains(&format!("href=\"#{id}\"")), "no link to `{id}`");
+    }
+    assert_eq!(section(&page, "heads").matches("<svg").count(), 3);
+    assert_eq!(section(&page, "training").matches("<svg").count(), 2);
+    assert_eq!(section(&page, "recall").matches("<svg").count(), 3, "one chart per policy");
+    assert!(page.contains("prefers-color-scheme:dark") && page.contains("@media print"));
+    assert!(section(&page, "stages").contains("20 min 10 s"));
+    assert!(section(&page, "limits").contains("proxykv-train run --recipe recipes&#x2f;tiny-llama.toml"));
+    assert!(section(&page, "choices").contains("preset original"));
+    assert!(section(&page, "example").contains("data-method=\"mapper\" aria-pressed=\"true\""));
+    assert!(section(&page, "example").contains("data-ratio=\"0.05\" aria-pressed=\"true\""));
+    assert_eq!(
+        fs::read_dir(dir.path())
+            .unwrap()
+            .filter(|e| e.as_ref().unwrap().path().extension().is_some_and(|x| x == "tmp"))
+            .count(),
+        0
+    );
+}
+
+#[test]
+fn the_headline_says_what_was_measured() {
+    let dir = folder();
+    let page = pkv_report::render(dir.path()).unwrap();
+    assert!(page.contains(
+        "With 5% of the KV pairs kept, the mapper&#x27;s choice answers 97.9% of 480 questions about facts in the text. \
+         Beside it: 100% with the full cache, 98.3% with KVzip&#x27;s own choice"
+    ));
+    assert!(page.contains("It clears the floor that the head prior sets."));
+    let level = with_results(dir.path(), |r| {
+        for c in &mut r.facts.as_mut().unwrap().cells {
+            c.accuracy.low = 0.0;
+        }
+    });
+    assert!(level.contains("It does not clear the floor that the head prior sets"));
+}
+
+#[test]
+fn the_best_rival_is_bold_and_kvzip_is_a_reference() {
+    let dir = folder();
+    let page = pkv_report::render(dir.path()).unwrap();
+    let answers = section(&page, "answers");
+    let row = |name: &str| {
+        let at = answers.find(&format!("</i>{name}</th>")).unwrap();
+        &answers[at..at + answers[at..].find("</tr>").unwrap()]
+    };
+    assert!(row("mapper").contains("<td class=\"best\">97.9"));
+    assert!(!row("KVzip").contains("best"));
+    assert!(!row("random").contains("best"));
+    // 93.8 / 87.1: better than what it learnt from.
+    assert!(answers.contains("107.7<small>"));
+}
+
+#[test]
+fn missing_parts_are_named_and_the_rest_is_there() {
+    let dir = folder();
+    fs::remove_dir_all(dir.path().join("eval")).unwrap();
+    let page = pkv_report::render(dir.path()).unwrap();
+    for id in ["answers", "recall", "heads", "example"] {
+        assert!(section(&page, id).contains("class=\"missing\""), "{id}");
+        assert!(section(&page, id).contains("proxykv-train eval"), "{id}");
+    }
+    assert!(section(&page, "training").contains("<svg"));
+    assert!(pkv_report::answers_svg(dir.path()).unwrap().is_none());
+    assert!(pkv_report::write(dir.path()).unwrap().svg.is_none());
+
+    fs::remove_dir_all(dir.path().join("train")).unwrap();
+    fs::remove_file(dir.path().join("run.json")).unwrap();
+    let page = pkv_report::render(dir.path()).unwrap();
+    assert!(section(&page, "training").contains("proxykv-train train"));
+    assert!(section(&page, "choices").contains("holds no recipe"));
+    assert_self_contained(&page);
+
+    let nothing = tempfile::tempdir().unwrap();
+    let page = pkv_report::render(nothing.path()).unwrap();
+    assert!(section(&page, "stages").contains("No stage has run yet"));
+    assert!(pkv_report::render(&nothing.path().join("nowhere")).is_err());
+}
+
+#[test]
+fn an_evaluation_without_tasks_or_mapper_is_shown_as_far_as_it_goes() {
+    let dir = folder();
+    let page = with_results(dir.path(), |r| {
+        r.facts = None;
+        r.perplexity = None;
+        r.worked_example = None;
+        r.labels.heads = None;
+        r.labels.cells.retain(|c| c.method == pkv_recipe::Method::Random && c.ratio == 0.05);
+    });
+    assert!(section(&page, "answers").contains("No answers have been measured yet"));
+    assert_eq!(section(&page, "recall").matches("<svg").count(), 3);
+    assert_no_broken_numbers(&page);
+    let page = with_results(dir.path(), |r| {
+        r.labels = pkv_eval::LabelResults::default();
+        r.facts.as_mut().unwrap().cells.clear();
+    });
+    assert!(section(&page, "recall").contains("class=\"missing\""));
+    assert!(section(&page, "answers").contains("class=\"missing\""));
+}
+
+#[test]
+fn an_unreadable_part_is_told_on_the_page() {
+    let dir = folder();
+    fs::write(dir.path().join("eval/results.json"), "{\"schema_version\": 99}").unwrap();
+    let page = pkv_report::render(dir.path()).unwrap();
+    assert!(page.contains("class=\"problem\"") && page.contains("has schema version 99"));
+}
+
+#[test]
+fn text_of_documents_and_names_stays_text() {
+    let dir = folder();
+    let evil = "</script><script>alert(1)</script>\"'&";
+    let page = with_results(dir.path(), |r| {
+        let example = r.worked_example.as_mut().unwrap();
+        example.tokens[4] = evil.to_owned();
+        example.id = evil.to_owned();
+        example.facts[0].question = evil.to_owned();
+        r.mapper = evil.to_owned();
+        r.notes[0].note = evil.to_owned();
+    });
+    assert!(!page.contains("alert(1)</script>"));
+    assert_eq!(page.matches("&lt;&#x2f;script&gt;&lt;script&gt;alert(1)").count(), 5);
+    assert_eq!(page.matches("<script").count(), 2, "the example's data and its selector");
+}
+
+#[test]
+fn the_picture_stands_alone() {
+    let dir = folder();
+    let svg = pkv_report::answers_svg(dir.path()).unwrap().unwrap();
+    assert!(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\""));
+    assert!(svg.contains("<style>") && svg.ends_with("</svg>"));
+    assert_self_contained(&svg);
+    for name in ["mapper", "KVzip", "head prior", "random", "full cache 100%"] {
+        assert!(svg.contains(&format!(">{name}</text>")), "{name}");
+    }
+}
+
+#[test]
+fn the_same_folder_gives_the_same_page() {
+    let dir = folder();
+    assert_eq!(pkv_report::render(dir.path()).unwrap(), pkv_report::render(dir.path()).unwrap());
+}
