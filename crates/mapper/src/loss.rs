@@ -139,7 +139,9 @@ fn fine(s_bn: &Tensor, y_bn: &Tensor, fine: &FineLoss, seed: u64) -> Tensor {
         for context in 0..b {
             let mut rng = Seed(seed).stream(name, context as u64);
             // 32 random bits times the count, high half: no division, and the same on every machine.
-            draws.extend((0..fine.pairs).map(|_| (u64::from(rng.random::<u32>()) * top as u64 >> 32) as i64));
+            draws.extend(
+                (0..fine.pairs).map(|_| ((u64::from(rng.random::<u32>()) * top as u64) >> 32) as i64),
+            );
         }
         let place_bq = Tensor::from_slice(&draws).reshape([b, -1]).to_device(y_bn.device());
         top_bk.gather(1, &place_bq, false)

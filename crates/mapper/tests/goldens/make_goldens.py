@@ -41,6 +41,9 @@ CASES = {
     "conv": (dict(SMALL, variant="conv", kernel=3), 17),
     "mlp": (dict(SMALL, variant="mlp", linear_skip=False), 9),
     "linear": (dict(SMALL, variant="linear"), 9),
+    # Shorter than any kernel reaches.
+    "two-positions": (dict(SMALL, variant="hybrid-axial", attention_blocks=[0]), 2),
+    "one-position": (dict(SMALL, variant="hybrid-axial", attention_blocks=[0]), 1),
 }
 
 
