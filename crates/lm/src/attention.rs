@@ -19,18 +19,14 @@ use tch::{Kind, Tensor};
 pub(crate) fn causal(q_qsd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: usize) -> Tensor {
     let (q_heads, s, d) = q_qsd.size3().expect("queries have three axes");
     let kv_heads = k_hkd.size()[0];
-    let start = start as i64;
-    if s == 1 {
-        // One token sees everything; its query heads are the rows of their KV head.
-        let (out, _) = kernel(&q_qsd.view([kv_heads, -1, d]), k_hkd, v_hkd, false);
-        return out.reshape([q_heads, 1, d]);
+    let (start, group) = (start as i64, q_heads / kv_heads);
+    // No cache behind, or one token that sees everything: one part only.
+    if start == 0 || s == 1 {
+        return one_part(q_qsd, k_hkd, v_hkd, group, s > 1);
     }
-    let group = q_heads / kv_heads;
     let new = |x: &Tensor| repeat_heads(&x.narrow(1, start, s), group);
-    if start == 0 {
-        return whole_causal(q_qsd, k_hkd, v_hkd, group);
-    }
     let (square, square_lse) = kernel(q_qsd, &new(k_hkd), &new(v_hkd), true);
+    // Query heads of a KV head are further rows of it: nothing is copied.
     let rows = q_qsd.view([kv_heads, group * s, d]);
     let (rect, rect_lse) = kernel(&rows, &k_hkd.narrow(1, 0, start), &v_hkd.narrow(1, 0, start), false);
     let rect = rect.reshape([q_heads, s, d]);
@@ -39,28 +35,20 @@ pub(crate) fn causal(q_qsd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: usiz
     square.lerp_tensor(&rect, &weight.to_kind(rect.kind()).expand_as(&rect))
 }
 
-/// A whole sequence from its first token: libtorch picks the fastest kernel of the device.
-fn whole_causal(q_qsd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, group: i64) -> Tensor {
-    if !q_qsd.device().is_cuda() {
+/// Attention without a cache behind it, or of one token: no log-sum-exp is needed, so libtorch may
+/// pick the fastest kernel of the device.
+fn one_part(q_qsd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, group: i64, causal: bool) -> Tensor {
+    // f32 has no kernel on CUDA that shares KV heads, and would store all weights; nor has the CPU.
+    if !q_qsd.device().is_cuda() || q_qsd.kind() == Kind::Float {
+        if !causal {
+            let (heads, _, d) = k_hkd.size3().expect("keys have three axes");
+            return kernel(&q_qsd.view([heads, -1, d]), k_hkd, v_hkd, false).0.reshape(q_qsd.size());
+        }
         return kernel(q_qsd, &repeat_heads(k_hkd, group), &repeat_heads(v_hkd, group), true).0;
     }
-    // f32 has no kernel on CUDA that shares KV heads; without the copies it would store all weights.
-    let (k, v, shared) = if q_qsd.kind() == Kind::Float {
-        (repeat_heads(k_hkd, group), repeat_heads(v_hkd, group), false)
-    } else {
-        (k_hkd.shallow_clone(), v_hkd.shallow_clone(), group > 1)
-    };
-    Tensor::scaled_dot_product_attention::<Tensor>(
-        &q_qsd.unsqueeze(0),
-        &k.unsqueeze(0),
-        &v.unsqueeze(0),
-        None,
-        0.0,
-        true,
-        None,
-        shared,
-    )
-    .squeeze_dim(0)
+    let [q, k, v] = [q_qsd, k_hkd, v_hkd].map(|x| x.unsqueeze(0));
+    Tensor::scaled_dot_product_attention::<Tensor>(&q, &k, &v, None, 0.0, causal, None, group > 1)
+        .squeeze_dim(0)
 }
 
 /// One fused attention kernel: output and the log-sum-exp of its rows.

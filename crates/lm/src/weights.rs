@@ -48,8 +48,7 @@ fn load_through(
     let largest = shards.iter().map(Shard::largest_tensor).max().unwrap_or(0);
     // At least one element of the widest type.
     let bytes = staging_bytes.min(largest).max(8);
-    let device = places.values().next().map_or(Device::Cpu, Tensor::device);
-    let mut staging = Staging::new(bytes, device);
+    let mut staging = Staging::new(bytes);
     for shard in &shards {
         // In file order: one sequential pass over each file.
         for name in shard.header.offset_keys() {
@@ -85,17 +84,14 @@ fn load_through(
     Ok(())
 }
 
-/// The device-side copy's source: pinned where that lets the copy run at full speed.
+/// The buffer that files are read into and weights are copied from.
 struct Staging {
     bytes: Tensor,
 }
 
 impl Staging {
-    fn new(len: usize, device: Device) -> Self {
-        let plain = Tensor::empty([len as i64], (Kind::Uint8, Device::Cpu));
-        // Pinning can fail for want of lockable memory; the plain buffer is then only slower.
-        let pinned = if device.is_cuda() { plain.f_pin_memory(device).ok() } else { None };
-        Self { bytes: pinned.unwrap_or(plain) }
+    fn new(len: usize) -> Self {
+        Self { bytes: Tensor::empty([len as i64], (Kind::Uint8, Device::Cpu)) }
     }
 
     fn len(&self) -> usize {

@@ -37,6 +37,8 @@ pub fn device() -> Device {
 
 /// Load in f32.
 pub fn load(folder: &Path) -> LanguageModel {
+    // Models this small gain nothing from a second thread, and lose much where cores are shared.
+    tch::set_num_threads(1);
     LanguageModel::load(folder, device(), Kind::Float).unwrap()
 }
 
