@@ -22,7 +22,7 @@ pub struct DataSection {
     /// Distance of consecutive windows of a document as a share of the window's length, in (0, 1].
     #[serde(default = "one")]
     pub stride: f64,
-    /// Shorter examples are dropped, tokens.
+    /// Shorter examples are dropped, tokens; at least 2.
     #[serde(default = "default_min_tokens")]
     pub min_tokens: usize,
     /// Share of the documents for validation, by hash of the document's text.
@@ -43,10 +43,22 @@ impl DataSection {
     pub(crate) fn check(&self) -> Result<()> {
         ensure!(self.train > 0, "`data.train` is 0; a mapper needs examples to learn from");
         ensure!(!self.window_tokens.is_empty(), "`data.window_tokens` is empty");
+        ensure!(
+            self.min_tokens >= 2,
+            "`data.min_tokens` is {}; a context of one token has nothing to prune",
+            self.min_tokens
+        );
         for (i, &w) in self.window_tokens.iter().enumerate() {
             ensure!(
-                w >= self.min_tokens.max(2),
+                w >= self.min_tokens,
                 "`data.window_tokens[{i}]` is {w}, shorter than `data.min_tokens` = {}",
+                self.min_tokens
+            );
+        }
+        if let Some(w) = self.test_window_tokens {
+            ensure!(
+                w >= self.min_tokens,
+                "`data.test_window_tokens` is {w}, shorter than `data.min_tokens` = {}",
                 self.min_tokens
             );
         }
@@ -55,9 +67,15 @@ impl DataSection {
             "`data.stride` is {}; it is a share of the window, 0 < stride <= 1",
             self.stride
         );
+        for (name, share) in [("validation_share", self.validation_share), ("test_share", self.test_share)] {
+            ensure!(
+                (0.0..1.0).contains(&share),
+                "`data.{name}` is {share}; it is a share of the documents, in [0, 1)"
+            );
+        }
         let held_out = self.validation_share + self.test_share;
         ensure!(
-            self.validation_share >= 0.0 && self.test_share >= 0.0 && held_out < 1.0,
+            held_out < 1.0,
             "`data.validation_share` + `data.test_share` is {held_out}; no document is left for training"
         );
         ensure!(self.shard_examples > 0, "`data.shard_examples` is 0");

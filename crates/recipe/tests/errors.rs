@@ -1,0 +1,197 @@
+//! What a mistaken recipe or manifest is answered: the key, what was expected and found, and a hint.
+
+use std::fs;
+
+use pkv_core::Hinted;
+use pkv_recipe::{Recipe, load, load_manifest};
+
+const RECIPE: &str = r#"
+name = "pair"
+seed = 3
+[target]
+model = "owner/large"
+shape = { layers = 4, kv_heads = 2, query_heads = 4, head_dim = 8, hidden = 32, intermediate = 64, vocab = 100 }
+[proxy]
+model = "owner/small"
+shape = { layers = 2, kv_heads = 1, query_heads = 2, head_dim = 8, hidden = 16, intermediate = 32, vocab = 100 }
+[data]
+manifest = "m.toml"
+train = 10
+validation = 2
+test = 2
+"#;
+
+/// Load [`RECIPE`] with a line replaced by others (or `""` by lines at its end) and overrides.
+fn with(from: &str, to: &str, overrides: &[&str]) -> anyhow::Result<Recipe> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pair.toml");
+    let text = if from.is_empty() { format!("{RECIPE}{to}") } else { RECIPE.replace(from, to) };
+    assert_ne!(text, RECIPE, "`{from}` is not in the recipe");
+    fs::write(&path, text).unwrap();
+    let overrides: Vec<_> = overrides.iter().map(|o| (*o).to_owned()).collect();
+    load(&path, &overrides)
+}
+
+fn overridden(overrides: &[&str]) -> anyhow::Result<Recipe> {
+    with("", "\n", overrides)
+}
+
+/// The whole chain on one line, and the first hint in it.
+fn texts<T>(result: anyhow::Result<T>) -> (String, String) {
+    let error = result.err().expect("a mistake was accepted");
+    let hint = error.downcast_ref::<Hinted>().map(|h| h.hint().to_owned()).unwrap_or_default();
+    (format!("{error:#}"), hint)
+}
+
+#[test]
+fn unknown_keys_are_named_with_their_line() {
+    let (text, hint) = texts(with("", "[train]\nstep = 3\n", &[]));
+    assert!(
+        text.contains("pair.toml`") && text.contains("unknown field `step`, expected one of `steps`"),
+        "{text}"
+    );
+    assert!(text.contains("line 16, column 1"), "{text}");
+    assert!(hint.contains("remove or rename the key"), "{hint}");
+    let (text, _) = texts(with("seed = 3", "sed = 3", &[]));
+    assert!(text.contains("unknown field `sed`"), "{text}");
+    let (text, _) = texts(overridden(&["train.step=3"]));
+    assert!(text.contains("unknown field `step`"), "{text}");
+}
+
+#[test]
+fn a_ratio_of_15_is_met_with_what_was_meant() {
+    for result in
+        [with("", "[eval]\nratios = [0.5, 0.1, 15]\n", &[]), overridden(&["eval.ratios=[0.5, 0.1, 15]"])]
+    {
+        let (text, hint) = texts(result);
+        assert!(
+            text.contains(
+                "`eval.ratios[2]`: a retention ratio is the kept share of KV pairs, 0 < ratio <= 1, found 15"
+            ),
+            "{text}"
+        );
+        assert_eq!(hint, "to keep 15% of the KV pairs, write `0.15`");
+    }
+    assert!(texts(overridden(&["eval.answer_ratios=[0]"])).0.contains("`eval.answer_ratios[0]`"));
+    assert!(texts(overridden(&["train.best_by=[-0.1]"])).0.contains("`train.best_by[0]`"));
+    assert!(texts(overridden(&["loss.binary_ratios=[1.5]"])).0.contains("`loss.binary_ratios[0]`"));
+}
+
+#[test]
+fn overrides_reach_every_section_and_need_no_quotes() {
+    let recipe = overridden(&[
+        "train.steps=7",
+        "data.window_tokens=[300, 400]",
+        "target.model=models/other folder",
+        "proxy.shape.layers=3",
+        "label.store=f32",
+        "train.target_pool.width=5",
+        "seed=9",
+    ])
+    .unwrap();
+    assert_eq!((recipe.train.steps, recipe.seed.0, recipe.proxy.shape.layers), (7, 9, 3));
+    assert_eq!(recipe.data.window_tokens, [300, 400]);
+    assert_eq!(recipe.target.model, "models/other folder");
+    assert_eq!((recipe.train.target_pool.width, recipe.train.target_pool.blend), (5, 0.5));
+    // Nothing else changed.
+    let plain = overridden(&[]).unwrap();
+    assert_eq!((plain.eval, plain.mapper, plain.train.lr), (recipe.eval, recipe.mapper, recipe.train.lr));
+
+    let (text, hint) = texts(overridden(&["train.steps"]));
+    assert!(text.contains("cannot apply `--set train.steps`: there is no `=` in it"), "{text}");
+    assert!(hint.contains("--set train.steps=500"), "{hint}");
+    assert!(texts(overridden(&["=3"])).0.contains("the key is empty"));
+    assert!(texts(overridden(&["name.first=3"])).0.contains("`name` is no section"));
+    assert!(
+        texts(overridden(&["train.steps=many"])).0.contains("invalid type: string \"many\", expected u64")
+    );
+}
+
+#[test]
+fn numbers_out_of_range_are_refused() {
+    for (assignment, expected) in [
+        ("data.train=0", "`data.train` is 0; a mapper needs examples to learn from"),
+        ("data.stride=0", "`data.stride` is 0; it is a share of the window, 0 < stride <= 1"),
+        ("data.stride=1.5", "`data.stride` is 1.5"),
+        ("data.window_tokens=[]", "`data.window_tokens` is empty"),
+        ("data.window_tokens=[100]", "`data.window_tokens[0]` is 100, shorter than `data.min_tokens` = 256"),
+        (
+            "data.test_window_tokens=100",
+            "`data.test_window_tokens` is 100, shorter than `data.min_tokens` = 256",
+        ),
+        ("data.min_tokens=1", "`data.min_tokens` is 1; a context of one token has nothing to prune"),
+        ("data.test_share=0.95", "no document is left for training"),
+        ("data.validation_share=-0.1", "`data.validation_share` is -0.1"),
+        ("proxy.shape.kv_heads=0", "`proxy.shape` holds a 0"),
+        ("target.shape.query_heads=5", "`target.shape.query_heads` = 5 is no multiple of `kv_heads` = 2"),
+        ("name=a/b", "`name` is `a/b`"),
+        ("mapper.kernel=4", "`mapper.kernel` is 4; it must be odd to be centred"),
+        ("mapper.attention_blocks=[4]", "`mapper.attention_blocks[0]` is 4, but there are 4 blocks"),
+        ("train.lr=-1", "`train.lr` is -1; it must be positive"),
+        ("train.ema=1", "`train.ema` is 1; it must be in [0, 1)"),
+        ("train.target_pool.width=2", "`train.target_pool.width` is 2; it must be odd"),
+        ("loss.binary=-1", "`loss.binary` is -1; a weight is 0 or more"),
+        ("extract.channels=[\"max_all\", \"max_all\"]", "`extract.channels[1]` is named twice"),
+        ("eval.context_tokens=100", "`eval.context_tokens` is 100; 8 facts need at least 320"),
+        ("label.chunk_tokens=0", "`label.chunk_tokens` is 0"),
+    ] {
+        let (text, _) = texts(overridden(&[assignment]));
+        assert!(text.contains("invalid recipe") && text.contains(expected), "{assignment}: {text}");
+    }
+}
+
+#[test]
+fn absent_files_and_missing_keys_say_where_to_look() {
+    let (text, hint) = texts(load(std::path::Path::new("none.toml"), &[]));
+    assert!(text.starts_with("cannot read recipe `none.toml`: No such file"), "{text}");
+    assert!(hint.contains("recipes/"), "{hint}");
+    assert!(texts(with("train = 10\n", "", &[])).0.contains("missing field `train`"));
+    assert!(texts(with("name = \"pair\"", "name = pair", &[])).0.contains("TOML parse error at line 2"));
+    let (text, hint) = texts(load_manifest(std::path::Path::new("none.toml")));
+    assert!(text.starts_with("cannot read data manifest `none.toml`"), "{text}");
+    assert!(hint.contains("data.manifest"), "{hint}");
+}
+
+#[test]
+fn mistaken_manifests_are_refused() {
+    const SOURCE: &str =
+        "[[source]]\nname = \"a\"\nfiles = [\"a.txt\"]\nformat = \"txt\"\nlicence = \"CC0-1.0\"\n";
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.toml");
+    let read = |text: &str| {
+        fs::write(&path, format!("description = \"d\"\n{text}")).unwrap();
+        load_manifest(&path)
+    };
+    let good = read(SOURCE).unwrap();
+    assert_eq!((good.sources[0].weight, good.sources[0].text.as_str(), &good.facts), (1.0, "text", &None));
+    for (text, expected) in [
+        (SOURCE.replace("files = [\"a.txt\"]", ""), "source `a` must have either `files` (local) or `hub`"),
+        (
+            SOURCE.replace("files", "hub = \"o/n\"\nfiles"),
+            "source `a` must have either `files` (local) or `hub`",
+        ),
+        (
+            SOURCE.replace("files = [\"a.txt\"]", "hub = \"o/n\""),
+            "source `a` names the hub data set but no `hub_files`",
+        ),
+        (format!("{SOURCE}{SOURCE}"), "two sources are named `a`"),
+        (format!("{SOURCE}weight = 0\n"), "source `a` has weight 0"),
+        (format!("{SOURCE}weight = nan\n"), "source `a` has weight NaN"),
+        (format!("{SOURCE}separator = \"\"\n"), "source `a` has an empty `separator`"),
+        (
+            SOURCE.replace("\"txt\"", "\"jsonl\"") + "separator = \"x\"\n",
+            "source `a` has a `separator`, which only txt files have",
+        ),
+        (
+            SOURCE.replace("\"txt\"", "\"csv\""),
+            "unknown variant `csv`, expected one of `txt`, `jsonl`, `parquet`",
+        ),
+        (SOURCE.replace("licence = \"CC0-1.0\"\n", ""), "missing field `licence`"),
+        (SOURCE.replace("name", "title"), "unknown field `title`"),
+        (format!("{SOURCE}[facts]\nmin = 3\nmax = 2\n"), "`facts.min` = 3 is more than `facts.max` = 2"),
+    ] {
+        let error = format!("{:#}", read(&text).unwrap_err());
+        assert!(error.contains("invalid data manifest `") && error.contains(expected), "{text}: {error}");
+    }
+    assert!(format!("{:#}", read("source = []\n").unwrap_err()).contains("it has no `[[source]]`"));
+}
