@@ -13,4 +13,4 @@ mod statistics;
 mod tap;
 
 pub use extractor::{ContextFeatures, Extractor};
-pub use statistics::{BLOCK_ELEMENTS, QueryStatistics};
+pub use statistics::QueryStatistics;

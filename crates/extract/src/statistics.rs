@@ -13,12 +13,8 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use pkv_core::Channel;
 use pkv_recipe::ExtractSection;
+use pkv_score::block_elements;
 use tch::{Device, Kind, Tensor};
-
-/// Most softmax weights held at once, whatever `block_tokens` says: 128 MiB of f32, twice that at the
-/// peak. At 170,000 tokens and 32 query heads a block then has six rows, which are 24 per KV head of a
-/// group of four: still a matrix product.
-pub const BLOCK_ELEMENTS: usize = 1 << 25;
 
 /// Added to a mean before its logarithm, so that a pair nobody looks at has one.
 pub(crate) const MEAN_FLOOR: f64 = 1e-7;
@@ -142,7 +138,9 @@ impl QueryStatistics {
         let k_hdk = k_hkd.to_kind(Kind::Float).transpose(1, 2);
         let mut row = start.max(self.prefix);
         while row < end {
-            let budget = BLOCK_ELEMENTS / (q[0] as usize * end);
+            // Long contexts get fewer rows than `block_tokens`: a row is as long as the context. At 170,000
+            // tokens and 32 query heads a GPU's block has six, which are 24 per KV head of a group of four.
+            let budget = block_elements(q_qsd.device()) / (q[0] as usize * end);
             let rows = row..end.min(row + self.block_tokens.min(budget).max(1));
             let q_qrd = q_qsd.narrow(1, (row - start) as i64, rows.len() as i64).to_kind(Kind::Float) * scale;
             row = rows.end;

@@ -12,7 +12,7 @@ mod request;
 mod scorer;
 mod weighting;
 
-pub use chunk::{BLOCK_ELEMENTS, ChunkAttention, ChunkScores, chunk_scores};
+pub use chunk::{ChunkAttention, ChunkScores, block_elements, chunk_scores};
 pub use request::Requests;
 pub use scorer::{ContextScores, Scorer};
 pub use weighting::{Weighting, value_output_norms};

@@ -13,7 +13,7 @@ use pkv_lm::{KvCache, LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
 use pkv_recipe::{LabelPreset, LabelSection};
 use tch::{Kind, Tensor};
 
-use crate::{BLOCK_ELEMENTS, ChunkAttention, Requests, Weighting, chunk_scores};
+use crate::{ChunkAttention, Requests, Weighting, block_elements, chunk_scores};
 
 /// Scores of a context's KV pairs; the chat template's prefix has none.
 pub struct ContextScores {
@@ -139,7 +139,7 @@ impl Tap for ChunkTap<'_> {
         };
         let attention =
             ChunkAttention { q_qsd: view.q_qsd, k_hkd: view.k_hkd, sink: self.scorer.sink, chunk };
-        let scores = chunk_scores(&attention, weighting.as_ref(), BLOCK_ELEMENTS)?;
+        let scores = chunk_scores(&attention, weighting.as_ref(), block_elements(view.q_qsd.device()))?;
         let write = |into_lht: &Tensor, from_ht: &Tensor| {
             into_lht.get(view.layer as i64).narrow(1, start, len).copy_(from_ht);
         };

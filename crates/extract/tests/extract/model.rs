@@ -12,6 +12,7 @@ use pkv_score::Scorer;
 use tch::{Kind, Tensor};
 
 use crate::reference::{Reference, difference};
+use crate::support::device;
 
 const TEXT: &str = "The keeper of the northern lighthouse wrote down every ship that passed, its colours and its \
     course, and when the fog came in from the sea she rang the bell until morning. In the winter of that year no \
@@ -33,9 +34,8 @@ impl Nano {
     }
 
     fn of(tokenizer: &Path, kind: Kind) -> Self {
-        let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
         Self {
-            model: LanguageModel::load(&folder(), device, kind).unwrap(),
+            model: LanguageModel::load(&folder(), device(), kind).unwrap(),
             tokenizer: TextTokenizer::open(tokenizer).unwrap(),
         }
     }

@@ -4,9 +4,10 @@ use pkv_core::{Channel, Rng, Seed};
 use pkv_extract::QueryStatistics;
 use pkv_recipe::ExtractSection;
 use rand::Rng as _;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::reference::{Reference, difference};
+use crate::support::device;
 
 /// Out of the recipe's order on purpose, with channels between that the statistics must leave alone.
 const CHANNELS: [Channel; 8] = [
@@ -76,11 +77,11 @@ impl Case {
     fn found(&self, qs: &[f64], ks: &[f64], extract: &ExtractSection, piece: usize) -> Vec<f64> {
         let tensor = |values: &[f64], heads: usize| {
             let size = [heads as i64, self.sizes.positions() as i64, self.sizes.head_dim as i64];
-            Tensor::from_slice(values).view(size).to_kind(Kind::Float)
+            Tensor::from_slice(values).view(size).to_kind(Kind::Float).to_device(device())
         };
         let (q, k) = (tensor(qs, self.sizes.heads * self.sizes.group), tensor(ks, self.sizes.heads));
         let statistics = QueryStatistics::new(extract, self.sizes.prefix, self.sizes.context);
-        let gathered = statistics.zeros(self.sizes.heads, Device::Cpu);
+        let gathered = statistics.zeros(self.sizes.heads, device());
         for start in (0..self.sizes.positions()).step_by(piece) {
             let end = self.sizes.positions().min(start + piece);
             let q = q.narrow(1, start as i64, (end - start) as i64);
@@ -93,7 +94,6 @@ impl Case {
 
 #[test]
 fn statistics_match_loops_in_f64() {
-    pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
     for (index, case) in CASES.iter().enumerate() {
         let (qs, ks) = case.random(index as u64);
         let expected = case.naive(&qs, &ks);
@@ -141,8 +141,8 @@ fn a_choice_of_channels_changes_no_channel() {
 fn pieces_that_do_not_fit_are_errors() {
     let case = &CASES[5];
     let statistics = QueryStatistics::new(&case.section(16), case.sizes.prefix, case.sizes.context);
-    let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
-    let room = statistics.zeros(2, Device::Cpu);
+    let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, device()));
+    let room = statistics.zeros(2, device());
     let say = |q: &[i64], k: &[i64], start, room: &Tensor| {
         statistics.add(&zeros(q), &zeros(k), start, room).unwrap_err().to_string()
     };

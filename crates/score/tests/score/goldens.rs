@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use pkv_lm::{LanguageModel, TextTokenizer};
 use pkv_recipe::{LabelPreset, LabelSection};
 use pkv_score::Scorer;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
+
+use crate::support::device;
 
 /// Scoring chunk of the goldens.
 const CHUNK_TOKENS: usize = 160;
@@ -25,8 +27,7 @@ fn nano(which: &str) -> PathBuf {
 
 /// Compare one model with its golden file.
 fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path) {
-    let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
-    let model = LanguageModel::load(model_folder, device, Kind::Float).unwrap();
+    let model = LanguageModel::load(model_folder, device(), Kind::Float).unwrap();
     let tokenizer = TextTokenizer::open(tokenizer_folder).unwrap();
     let file = goldens().join(format!("{name}.safetensors"));
     let golden: HashMap<String, Tensor> = Tensor::read_safetensors(&file).unwrap().into_iter().collect();
@@ -51,7 +52,8 @@ fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path) {
         let expected_lht = expected_lht.narrow(2, prefix.len() as i64, context.len() as i64);
         let scores = scorer.score(context).unwrap();
         assert_eq!(scores.max_lht.size(), expected_lht.size(), "{name} {key}");
-        let off = (&scores.max_lht - &expected_lht).abs().max().double_value(&[]);
+        let found_lht = scores.max_lht.to_device(Device::Cpu);
+        let off = (found_lht - &expected_lht).abs().max().double_value(&[]);
         // Weighted scores have no scale of their own.
         let tolerance = match preset {
             LabelPreset::Plus => 1e-3 * expected_lht.max().double_value(&[]),

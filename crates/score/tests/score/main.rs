@@ -6,3 +6,5 @@ mod goldens;
 mod model;
 /// The maths on random tensors against loops in f64.
 mod naive;
+/// Where the tests compute.
+mod support;

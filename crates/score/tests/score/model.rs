@@ -9,6 +9,8 @@ use pkv_recipe::{LabelPreset, LabelSection, Sink};
 use pkv_score::{ContextScores, Scorer};
 use tch::{Kind, Tensor};
 
+use crate::support::device;
+
 struct Nano {
     model: LanguageModel,
     tokenizer: TextTokenizer,
@@ -17,9 +19,8 @@ struct Nano {
 impl Nano {
     fn load() -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/proxy");
-        let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
         Self {
-            model: LanguageModel::load(&folder, device, Kind::Float).unwrap(),
+            model: LanguageModel::load(&folder, device(), Kind::Float).unwrap(),
             tokenizer: TextTokenizer::open(&folder).unwrap(),
         }
     }

@@ -1,10 +1,15 @@
 //! The scoring maths against plain loops in f64 that share no code with them.
 
 use pkv_core::{Rng, Seed};
-use pkv_score::{BLOCK_ELEMENTS, ChunkAttention, Weighting, chunk_scores};
+use pkv_score::{ChunkAttention, Weighting, chunk_scores};
 use rand::Rng as _;
 use std::ops::Range;
 use tch::{Kind, Tensor};
+
+use crate::support::device;
+
+/// Blocks that hold all rows of every case.
+const WHOLE: usize = 1 << 25;
 
 struct Case {
     name: &'static str,
@@ -49,7 +54,7 @@ fn numbers(rng: &mut Rng, n: usize, low: f32, high: f32) -> Vec<f64> {
 }
 
 fn tensor(values: &[f64], shape: &[i64]) -> Tensor {
-    Tensor::from_slice(values).view(shape).to_kind(Kind::Float)
+    Tensor::from_slice(values).view(shape).to_kind(Kind::Float).to_device(device())
 }
 
 impl Case {
@@ -129,13 +134,12 @@ fn difference(a: &[f64], b: &[f64]) -> f64 {
 
 #[test]
 fn scores_match_loops_in_f64() {
-    pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
     for (index, case) in CASES.iter().enumerate() {
         let random = case.random(index as u64);
         for weighted in [false, true] {
             let (max, mean) = case.naive(&random, weighted);
             // One row per block, a few, and all at once.
-            for block in [1, 1000, BLOCK_ELEMENTS] {
+            for block in [1, 1000, WHOLE] {
                 let found = case.scores(&random, weighted, Kind::Float, block);
                 let off = (difference(&max, &found.0), difference(&mean, &found.1));
                 // Weighted scores exceed 1, and f32 is exact relative to size.
@@ -159,7 +163,7 @@ fn bf16_operands_lose_nothing() {
         *x = (*x * 8.0).round() / 8.0;
     }
     let (max, _) = case.naive(&random, false);
-    let (found, _) = case.scores(&random, false, Kind::BFloat16, BLOCK_ELEMENTS);
+    let (found, _) = case.scores(&random, false, Kind::BFloat16, WHOLE);
     assert!(difference(&max, &found) < 2e-6);
 }
 
@@ -198,11 +202,11 @@ fn kvzip_plus_factors_match_loops_in_f64() {
 
 #[test]
 fn shapes_that_disagree_are_errors() {
-    let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, tch::Device::Cpu));
+    let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, device()));
     let run = |q: &[i64], k: &[i64], sink, chunk| {
         let (q_qsd, k_hkd) = (zeros(q), zeros(k));
         let attention = ChunkAttention { q_qsd: &q_qsd, k_hkd: &k_hkd, sink, chunk };
-        chunk_scores(&attention, None, BLOCK_ELEMENTS).map(drop)
+        chunk_scores(&attention, None, WHOLE).map(drop)
     };
     run(&[4, 3, 8], &[2, 10, 8], 2, 2..7).unwrap();
     let said = |result: anyhow::Result<()>| result.unwrap_err().to_string();
