@@ -12,6 +12,7 @@ use anyhow::{Result, ensure};
 use pkv_core::hinted;
 use tch::{Kind, Tensor};
 
+use crate::attention::logits;
 use crate::cache::KvCache;
 use crate::model::LanguageModel;
 
@@ -209,14 +210,16 @@ impl Branches {
                 let q = q_hrxd.narrow(1, first, n);
                 // The context's keys are one matrix for all rows: no copy per row.
                 let flat = q.reshape([heads, n * group * s, d]);
-                let mut context = flat.matmul(&k_htd.transpose(1, 2)).view([heads, n, group * s, t]);
+                let mut context = logits(&flat, &k_htd.transpose(1, 2)).view([heads, n, group * s, t]);
                 if let Some(hidden) = &self.hidden_lhnt {
                     let mask_r = Tensor::arange_start(first, first + n, (Kind::Int64, q.device()))
                         .divide_scalar_mode(self.questions as i64, "floor");
                     let hidden_hrt = hidden[layer].index_select(1, &mask_r);
                     let _ = context.masked_fill_(&hidden_hrt.unsqueeze(2), f64::NEG_INFINITY);
                 }
-                let mut own_hrxo = q.matmul(&own(&self.own_keys[layer], first, n).transpose(-1, -2));
+                let own_keys = own(&self.own_keys[layer], first, n).flatten(0, 1).transpose(1, 2);
+                let own_rows = q.reshape([heads * n, group * s, d]);
+                let mut own_hrxo = logits(&own_rows, &own_keys).view([heads, n, group * s, step.own]);
                 let later = step.later_rso.narrow(0, first, n).unsqueeze(1);
                 let later = later.expand([n, group, s, step.own], false).reshape([1, n, group * s, step.own]);
                 let _ = own_hrxo.masked_fill_(&later, f64::NEG_INFINITY);

@@ -57,6 +57,25 @@ fn hiding_pairs_equals_evicting_them() {
 }
 
 #[test]
+fn half_precision_branches_follow_f32() {
+    let folder = nano("target");
+    let ids = &golden_ids("nano-llama-target")[..CONTEXT + 20];
+    let log_probabilities = |kind| {
+        let model = LanguageModel::load(&folder, device(), kind).unwrap();
+        let mut cache = model.new_cache(CONTEXT);
+        let _ = model.prefill(&ids[..CONTEXT], &mut cache, CONTEXT, &mut NoTap).unwrap();
+        let keep = mask_of(&random_choice(&model, 100, 5)).unsqueeze(0);
+        let mut branches = Branches::new(&cache, Some(&keep), 1, 20).unwrap();
+        let hidden = model.forward_branches(&model.ids(&ids[CONTEXT..]).unsqueeze(0), &mut branches).unwrap();
+        model.logits(&hidden).log_softmax(-1, Kind::Float)
+    };
+    let (reference, half) = (log_probabilities(Kind::Float), log_probabilities(Kind::BFloat16));
+    let divergence = (reference.exp() * (&reference - &half)).sum_dim_intlist(-1, false, Kind::Float);
+    let worst = divergence.max().double_value(&[]);
+    assert!(worst < 0.02, "KL divergence of bf16 from f32: {worst}");
+}
+
+#[test]
 fn a_head_may_lose_all_its_pairs() {
     let (model, cache, rest) = prefilled("nano-llama-target");
     let keep = Tensor::zeros([1, 6, 2, CONTEXT as i64], (Kind::Bool, Device::Cpu));
