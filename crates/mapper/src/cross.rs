@@ -7,6 +7,10 @@
 //! score is the attention-weighted sum of readings. No query, key or value is ever held per
 //! position: with 12 proxy and 36 target heads this takes a quarter of the time of attention
 //! followed by a layer per target head.
+//!
+//! Attention weights and readings of all tokens are what training keeps in memory, 2 x (proxy
+//! heads + 1) x `cross_heads` x outputs numbers per position: 15 kB on the tiny pair, 1.1 MB with
+//! 128 proxy and 256 target heads. Without gradients a piece at a time is held.
 
 use pkv_recipe::MapperSection;
 use tch::Tensor;

@@ -16,6 +16,10 @@ use crate::temporal::Temporal;
 const BINARY_LOG_SCALE: f64 = 1.5;
 
 /// From a proxy's features to one score per KV pair of the target.
+///
+/// Forward and backward of 16 contexts of 1000 positions, 12 proxy heads of 8 channels to 36 target
+/// heads, default sizes, CPU time of one core: `hybrid-axial` 3.3 s, `conv` 2.1 s, `mlp` 0.3 s,
+/// `linear` 0.02 s; the default loss adds 0.09 s.
 pub struct Mapper {
     section: MapperSection,
     dims: MapperDims,
