@@ -13,7 +13,7 @@ mod table;
 use pkv_core::GlobalChannel;
 use serde::{Deserialize, Serialize};
 
-use crate::{DtypeName, Method, ModelSection, Recipe, StoreDtype, Task};
+use crate::{DtypeName, Method, ModelSection, Recipe, Task};
 use cost::{Decode, MapperCost, Repeat, decode, features, prefill, repeat};
 
 pub use human::{human_bytes, human_count, human_flops, human_secs};
@@ -191,13 +191,6 @@ fn element_bytes(dtype: DtypeName, machine: &Machine) -> u64 {
     }
 }
 
-fn store_bytes(dtype: StoreDtype) -> u64 {
-    match dtype {
-        StoreDtype::F16 => 2,
-        StoreDtype::F32 => 4,
-    }
-}
-
 /// Weights are on the hub in bf16, whatever they are computed in.
 fn fetch(recipe: &Recipe) -> StagePlan {
     let disk_bytes = 2 * (parameters(&recipe.target) + parameters(&recipe.proxy));
@@ -232,7 +225,7 @@ fn label(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan {
     let stage = StagePlan {
         examples: lengths.examples(),
         tokens: lengths.tokens(),
-        disk_bytes: lengths.tokens() * shape.total_kv_heads() as u64 * store_bytes(section.store),
+        disk_bytes: lengths.tokens() * shape.total_kv_heads() as u64 * section.store.bytes() as u64,
         flops,
         moved_bytes: forwards * weights as f64,
         peak_bytes,
@@ -264,7 +257,7 @@ fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan {
     let stage = StagePlan {
         examples: lengths.examples(),
         tokens: lengths.tokens(),
-        disk_bytes: lengths.tokens() * per_token as u64 * store_bytes(section.store),
+        disk_bytes: lengths.tokens() * per_token as u64 * section.store.bytes() as u64,
         flops,
         moved_bytes: lengths.examples() as f64 * weights as f64,
         peak_bytes: weights

@@ -23,7 +23,7 @@ pub struct Metrics {
 pub struct TrainPoint {
     pub step: u64,
     pub loss: f64,
-    /// Weighted terms of the loss by name.
+    /// Terms of the loss by name, before their weights.
     pub terms: Vec<(String, f64)>,
 }
 
@@ -31,6 +31,8 @@ pub struct TrainPoint {
 pub struct ValidationPoint {
     pub step: u64,
     pub loss: Option<f64>,
+    /// The best so far when it was measured.
+    pub best: bool,
     /// Recall of KVzip's kept set: policy, ratio, share.
     pub recall: Vec<(String, f64, f64)>,
 }
@@ -54,7 +56,8 @@ impl Metrics {
                     train.insert(step, TrainPoint { step, loss, terms: numbers(&value["terms"]) });
                 }
                 (Some("validation"), _) => {
-                    validation.insert(step, ValidationPoint { step, loss, recall: recall(&value["recall"]) });
+                    let (best, recall) = (value["best"] == true, recall(&value["recall"]));
+                    validation.insert(step, ValidationPoint { step, loss, best, recall });
                 }
                 _ => {}
             }
@@ -88,13 +91,14 @@ mod tests {
         let metrics = Metrics::parse(
             r#"{"step":10,"kind":"train","loss":2.0,"terms":{"binary":1.5}}
 {"step":20,"kind":"train","loss":1.0}
-{"step":20,"kind":"validation","loss":1.1,"recall":{"pair":{"0.05":0.8,"0.01":0.5}}}
+{"step":20,"kind":"validation","loss":1.1,"best":true,"recall":{"pair":{"0.05":0.8,"0.01":0.5}}}
 {"step":20,"kind":"train","loss":0.9}
 {"step":30,"kind":"train","lo"#,
         );
         let losses: Vec<_> = metrics.train.iter().map(|p| (p.step, p.loss)).collect();
         assert_eq!(losses, [(10, 2.0), (20, 0.9)]);
         assert_eq!(metrics.train[0].terms, [("binary".to_owned(), 1.5)]);
+        assert!(metrics.validation[0].best);
         let recall = &metrics.validation[0].recall;
         assert!(recall.contains(&("pair".to_owned(), 0.05, 0.8)) && recall.len() == 2);
     }

@@ -117,10 +117,14 @@ fn training(data: &RunData) -> Option<Training> {
     if let Some(last) = metrics.train.last() {
         let _ = write!(note, "Loss {:.3} at step {}", last.loss, last.step);
         if !last.terms.is_empty() {
-            let terms: Vec<String> = last.terms.iter().map(|(k, v)| format!("{k} {v:.3}")).collect();
-            let _ = write!(note, " ({})", terms.join(", "));
+            let terms: Vec<String> =
+                last.terms.iter().map(|(k, v)| format!("{} {v:.3}", k.replace('_', " "))).collect();
+            let _ = write!(note, " (before weighting: {})", terms.join(", "));
         }
         note.push('.');
+    }
+    if let Some(best) = metrics.validation.iter().rev().find(|p| p.best) {
+        let _ = write!(note, " The checkpoint of step {} did best on validation.", best.step);
     }
     Some(Training { loss, recall, note })
 }

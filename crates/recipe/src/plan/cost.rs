@@ -143,30 +143,29 @@ impl MapperCost {
         let c = recipe.extract.channels.len();
         let g = recipe.extract.globals.len();
         let inputs = p * c + g;
-        let (d1, d, x) = (m.head_width, m.width, m.cross_width);
+        let (d1, d, x, n) = (m.head_width, m.width, m.cross_width, m.cross_heads);
         let block = d * d * m.kernel + 2 * m.feed_forward * d * d;
         let blocks = m.dilations.len() * block + m.attention_blocks.len() * 4 * d * d;
-        let stage1 = c * d1 + 2 * m.kernel * d1 * d1;
-        let skip = usize::from(m.linear_skip) * inputs * o;
-        let (position, shared) = match m.variant {
+        let skip = if m.linear_skip || m.variant == Variant::Linear { inputs * o } else { 0 };
+        let (position, weights) = match m.variant {
             Variant::HybridAxial => {
-                let stage2 = (p * d1 + g) * d + blocks;
-                let keys = 2 * d1 * x;
-                let stage3 = p * keys + 2 * d * x + 2 * o * (p + 1) * x + o * x;
-                // Stage 1 and the projection to keys are shared between heads; queries, head
-                // embeddings and outputs are not.
-                let weights = stage1 + p * d1 + stage2 + keys + 2 * d * x + 2 * o * x;
-                (p * stage1 + stage2 + stage3 + skip, weights + skip)
+                let stage1 = c * d1 + 2 * m.kernel * d1 * d1;
+                let stage2 = (p * d1 + g) * d + blocks + d * o;
+                // Queries and read-outs fold into what turns a token into logits and readings.
+                let stage3 = d * d1 + (p + 1) * n * o * (2 * d1 + 1);
+                let weights3 = d * d1 + (p + 1) * d1 + 2 * o * x + 2 * x * d1;
+                (p * stage1 + stage2 + stage3, stage1 + p * d1 + stage2 + weights3)
             }
             Variant::Conv => {
-                let all = inputs * d + blocks + d * o + skip;
+                let all = inputs * d + blocks + d * o;
                 (all, all)
             }
             Variant::Mlp => {
-                let all = inputs * d + d * d + d * o + skip;
+                let wide = d * m.feed_forward;
+                let all = inputs * wide + wide * wide + wide * o;
                 (all, all)
             }
-            Variant::Linear => (inputs * o, inputs * o),
+            Variant::Linear => (0, 0),
         };
         let time_blocks = match m.variant {
             Variant::HybridAxial | Variant::Conv => m.attention_blocks.len(),
@@ -176,10 +175,10 @@ impl MapperCost {
             proxy_heads: p,
             outputs: o,
             inputs,
-            position: position as f64,
+            position: (position + skip) as f64,
             attention: (2 * d * time_blocks) as f64,
             attention_window: 2 * m.attention_window + 1,
-            parameters: shared as u64,
+            parameters: (weights + skip) as u64,
         }
     }
 
@@ -200,20 +199,20 @@ impl MapperCost {
         2.0 * t as f64 * (self.position + self.attention * attended)
     }
 
-    /// f32 elements per position that the backward pass needs: inputs of every matrix and
-    /// nonlinearity, attention weights of stage 3, and one row of outputs per ratio of the loss.
+    /// f32 elements per position that the backward pass needs: inputs of every matrix, norm and
+    /// nonlinearity, stage 3's weights and readings of every (token, cross head, target head), and
+    /// logits and targets of each ratio of the loss.
     pub fn saved_per_token(&self, recipe: &Recipe) -> f64 {
         let (m, p, o) = (&recipe.mapper, self.proxy_heads, self.outputs);
-        let blocks = m.dilations.len() * m.width * (4 + 2 * m.feed_forward);
+        let blocks = m.dilations.len() * m.width * (5 + 2 * m.feed_forward);
         let loss = o * (2 + 2 * recipe.loss.binary_ratios.len());
         let network = match m.variant {
             Variant::HybridAxial => {
-                let stage1 = 7 * p * m.head_width;
-                let stage3 = 2 * (p + 1) * m.cross_width + o * (2 * m.cross_width + m.cross_heads * (p + 1));
-                stage1 + blocks + stage3
+                let tokens = (p + 1) * m.head_width;
+                9 * tokens + blocks + 2 * (p + 1) * m.cross_heads * o
             }
             Variant::Conv => blocks,
-            Variant::Mlp => 4 * m.width,
+            Variant::Mlp => 4 * m.width * m.feed_forward,
             Variant::Linear => 0,
         };
         (network + loss + self.inputs) as f64

@@ -275,7 +275,7 @@ fn metrics() -> String {
                     (r.to_string(), json!((v - 9.0 * (1.0 - grown) + 0.4 * jitter(step as usize)) / 100.0))
                 })
                 .collect();
-            let line = json!({"step": step, "kind": "validation", "loss": 0.47 + 0.9 / (1.0 + step as f64 / 60.0), "recall": {"pair": recall}});
+            let line = json!({"step": step, "kind": "validation", "loss": 0.47 + 0.9 / (1.0 + step as f64 / 60.0), "best": step <= 1400, "recall": {"pair": recall}});
             out += &format!("{line}\n");
         }
     }
