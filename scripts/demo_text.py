@@ -101,12 +101,14 @@ def shortened(text):
 
 def main():
     pages, out = Path(sys.argv[1]), Path(sys.argv[2])
-    lines = []
+    lines, seen = [], set()
     for path in sorted(pages.glob("*.html")):
         if LEFT_OUT.match(path.stem):
             continue
         text = shortened(text_of(path.read_text(encoding="utf-8")))
-        if len(text) >= LEAST_CHARACTERS:
+        # One page is there under two names.
+        if len(text) >= LEAST_CHARACTERS and text not in seen:
+            seen.add(text)
             lines.append(json.dumps({"page": path.name, "text": text}, ensure_ascii=False))
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines)} pages, {out.stat().st_size} bytes")

@@ -19,5 +19,5 @@ mod window;
 
 pub use contexts::{FactContext, FactQuestion, fact_contexts};
 pub use files::inputs;
-pub use prepare::prepare;
+pub use prepare::{prepare, word_lists};
 pub use summary::{PrepareSummary, SourceSummary, SplitSummary};

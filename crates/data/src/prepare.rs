@@ -224,8 +224,11 @@ fn changed(source: &Source) -> pkv_core::Hinted {
     )
 }
 
-/// The word lists that a manifest names, relative to its folder or to the working directory.
-pub(crate) fn word_lists(manifest: &Manifest) -> Result<WordLists> {
+/// The manifest's word lists for planted facts, or the built-in ones.
+///
+/// # Errors
+/// The file that the manifest names is absent or holds no such lists.
+pub fn word_lists(manifest: &Manifest) -> Result<WordLists> {
     let Some(words) = manifest.facts.as_ref().and_then(|f| f.words.as_ref()) else {
         return Ok(WordLists::built_in());
     };
