@@ -38,10 +38,6 @@ impl Clock {
         }
     }
 
-    pub fn timings(&self) -> &[Timing] {
-        &self.timings
-    }
-
     pub fn into_timings(self) -> Vec<Timing> {
         self.timings
     }

@@ -85,7 +85,8 @@ pub struct LabelCell {
     pub ratio: f64,
     /// |kept by the method and by KVzip| / |kept by KVzip|.
     pub recall: Interval,
-    /// Score mass that the method keeps / score mass that KVzip keeps.
+    /// Score mass that the method keeps / score mass that KVzip keeps. Above 1 is possible where KVzip
+    /// itself does not rank by mass: under `token`, which ranks positions by their ranks.
     pub mass: Interval,
     /// Kept KV pairs / all KV pairs, as the masks have it.
     pub realised: f64,

@@ -38,18 +38,14 @@ impl ContextStore {
         (stored.fingerprint == self.fingerprint).then_some(stored.outcome)
     }
 
-    /// Store an outcome and read it back.
-    ///
-    /// Reading back makes an unbroken evaluation see exactly the numbers that a continued one sees.
+    /// Store an outcome; reading it gives the same numbers to the last bit.
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn put<T: Serialize + DeserializeOwned>(&self, task: &str, index: usize, outcome: T) -> Result<T> {
+    pub fn put<T: Serialize>(&self, task: &str, index: usize, outcome: T) -> Result<T> {
         let stored = Stored { fingerprint: self.fingerprint.clone(), outcome };
         let text = serde_json::to_string(&stored).context("an outcome has a number that JSON cannot hold")?;
         write_file(&self.path(task, index), text.as_bytes(), &WriteBudget::from_env())?;
-        let stored: Stored<T> =
-            serde_json::from_str(&text).context("an outcome has a number that JSON cannot hold")?;
         Ok(stored.outcome)
     }
 
@@ -78,8 +74,8 @@ mod tests {
         let store = open("a");
         assert_eq!(store.get::<Vec<f64>>("facts", 3), None);
         let value = vec![0.1f64 + 0.2, 1e-300, 3.0];
-        let back = store.put("facts", 3, value.clone()).unwrap();
-        assert_eq!(open("a").get("facts", 3), Some(back));
+        store.put("facts", 3, value.clone()).unwrap();
+        assert_eq!(open("a").get("facts", 3), Some(value));
         assert_eq!(open("a").get::<Vec<f64>>("perplexity", 3), None);
         assert_eq!(open("b").get::<Vec<f64>>("facts", 3), None, "another evaluation's");
         fs::write(dir.path().join("c/facts-00003.json"), "{\"finger").unwrap();

@@ -1,0 +1,382 @@
+//! The evaluation from end to end: shards, models and mapper in, results and answers out.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::{Fingerprint, Progress, Seed, Split, hinted};
+use pkv_data::{FactContext, FactQuestion};
+use pkv_extract::Extractor;
+use pkv_lm::{LanguageModel, TextTokenizer};
+use pkv_mapper::Mapper;
+use pkv_recipe::{EvalSection, ExtractSection, LabelSection, Method, TargetPool, Task};
+use pkv_score::Scorer;
+use pkv_shard::{Example, FeatureRow, LabelRow, PlantedFact, StageReader};
+
+use crate::answers::AnswerTable;
+use crate::bootstrap::Bootstrap;
+use crate::clock::Clock;
+use crate::context::Reader;
+use crate::facts::{Asking, FactsOutcome};
+use crate::labels::{LabelOutcome, Plan};
+use crate::methods::{Baselines, Draw, FitData, Material, Methods, feature_tensors, label_tensor, read_pair};
+use crate::perplexity::PerplexityOutcome;
+use crate::results::{
+    FactSpan, FactsResults, LabelResults, ModelName, PerplexityResults, RESULTS_VERSION, Results,
+    WorkedExample,
+};
+use crate::store::ContextStore;
+use crate::worked::work_example;
+use crate::{facts, perplexity};
+
+/// File of the results in the evaluation's folder.
+pub const RESULTS_FILE: &str = "results.json";
+/// File of every answer in the evaluation's folder.
+pub const ANSWERS_FILE: &str = "answers.parquet";
+
+/// What an evaluation looks at.
+pub struct EvalInputs<'a> {
+    pub target: &'a LanguageModel,
+    pub proxy: &'a LanguageModel,
+    /// Shared by both models.
+    pub tokenizer: &'a TextTokenizer,
+    pub mapper: &'a Mapper,
+    /// Where the mapper came from, in words.
+    pub mapper_source: String,
+    /// Names of target and proxy, as the recipe has them.
+    pub target_name: String,
+    pub proxy_name: String,
+    /// Folders of the stages.
+    pub examples: &'a Path,
+    pub labels: &'a Path,
+    pub features: &'a Path,
+    /// Contexts of the `facts` task; none are needed without it.
+    pub fact_contexts: &'a [FactContext],
+    pub section: &'a EvalSection,
+    pub label: &'a LabelSection,
+    pub extract: &'a ExtractSection,
+    /// Span pooling that the mapper was trained with.
+    pub pool: TargetPool,
+    pub seed: Seed,
+    /// Every choice that the results depend on, the stages read included.
+    pub fingerprint: Fingerprint,
+    /// Folder of the results; made if absent.
+    pub out: &'a Path,
+}
+
+/// Whether `out` holds the results of exactly this evaluation.
+pub fn is_complete(out: &Path, fingerprint: &Fingerprint) -> bool {
+    Results::read(&out.join(RESULTS_FILE)).is_ok_and(|r| r.fingerprint == fingerprint.hash())
+}
+
+/// Measure, write `results.json` and `answers.parquet`, and return the results.
+///
+/// An interrupted evaluation continues after its last whole context and ends with the same numbers;
+/// only times differ.
+///
+/// # Errors
+/// Shards are absent, damaged or of other models; a model fails; the folder cannot be written to.
+pub fn evaluate(inputs: &EvalInputs, progress: &dyn Progress) -> Result<Results> {
+    Evaluation::open(inputs)?.run(progress)
+}
+
+struct Evaluation<'a> {
+    inputs: &'a EvalInputs<'a>,
+    examples: StageReader<Example>,
+    labels: StageReader<LabelRow>,
+    features: StageReader<FeatureRow>,
+    train: std::ops::Range<u64>,
+    test: std::ops::Range<u64>,
+    store: ContextStore,
+}
+
+impl<'a> Evaluation<'a> {
+    fn open(inputs: &'a EvalInputs<'a>) -> Result<Self> {
+        let examples = StageReader::<Example>::open(inputs.examples)?;
+        let labels = StageReader::<LabelRow>::open(inputs.labels)?;
+        let features = StageReader::<FeatureRow>::open(inputs.features)?;
+        ensure!(
+            examples.len() == labels.len() && examples.len() == features.len(),
+            hinted(
+                format!(
+                    "{} examples, {} labels and {} features do not belong together",
+                    examples.len(),
+                    labels.len(),
+                    features.len()
+                ),
+                "run `label` and `extract` again on these examples"
+            )
+        );
+        let splits = examples.iter().map(|e| Ok(e?.split)).collect::<Result<Vec<_>>>()?;
+        let range = |split| rows_of(&splits, split);
+        let (train, test) = (range(Split::Train)?, range(Split::Test)?);
+        let store = ContextStore::open(inputs.out.join("contexts"), inputs.fingerprint.hash())?;
+        Ok(Self { inputs, examples, labels, features, train, test, store })
+    }
+
+    fn run(self, progress: &dyn Progress) -> Result<Results> {
+        let _no_grad = tch::no_grad_guard();
+        let i = self.inputs;
+        let mut clock = Clock::new(i.target.device());
+        let data = FitData {
+            labels: &self.labels,
+            features: &self.features,
+            train: self.train.clone(),
+            channels: &i.extract.channels,
+            pool: i.pool,
+            mapper: i.mapper,
+            device: i.target.device(),
+        };
+        let baselines = clock
+            .time("baselines: fit", || Baselines::fit(&i.section.methods, &data))
+            .context("fitting baselines on the training examples")?;
+        let notes = baselines.notes().to_vec();
+        let methods = Methods::new(&i.section.methods, i.mapper, baselines, i.pool, i.seed);
+        let reader = Reader {
+            target: i.target,
+            tokenizer: i.tokenizer,
+            scorer: Scorer::new(i.target, i.tokenizer, i.label)?,
+            extractor: Extractor::new(i.proxy, i.tokenizer, i.extract, i.label)?,
+            methods: &methods,
+            prefill_chunk_tokens: i.label.prefill_chunk_tokens,
+        };
+        let labels = self.labels(&reader, &mut clock, progress)?;
+        let facts = match i.section.tasks.contains(&Task::Facts) {
+            true => Some(self.facts(&reader, &mut clock, progress)?),
+            false => None,
+        };
+        let perplexity = match i.section.tasks.contains(&Task::Perplexity) {
+            true => Some(self.perplexity(&reader, &mut clock, progress)?),
+            false => None,
+        };
+        let worked_example = self.worked_example(&reader)?;
+        let name = |model: &LanguageModel, name: &str| ModelName {
+            name: name.to_owned(),
+            layers: model.shape().layers,
+            kv_heads: model.shape().kv_heads,
+        };
+        let results = Results {
+            schema_version: RESULTS_VERSION,
+            fingerprint: i.fingerprint.hash(),
+            seed: i.seed.0,
+            mapper: i.mapper_source.clone(),
+            target: name(i.target, &i.target_name),
+            proxy: name(i.proxy, &i.proxy_name),
+            notes,
+            labels,
+            facts,
+            perplexity,
+            worked_example,
+            timings: clock.into_timings(),
+        };
+        results.write(&self.path(RESULTS_FILE))?;
+        self.store.clear()?;
+        Ok(results)
+    }
+
+    /// Predictions against labels, over the test split.
+    fn labels(&self, reader: &Reader, clock: &mut Clock, progress: &dyn Progress) -> Result<LabelResults> {
+        let i = self.inputs;
+        let plan = Plan::new(i.section)?;
+        let shape = i.target.shape();
+        let mut outcomes = Vec::new();
+        let total = self.test.end - self.test.start;
+        progress.start("test examples against their labels", total, 0);
+        for (index, row) in self.test.clone().enumerate() {
+            let outcome: LabelOutcome = match self.store.get("labels", index) {
+                Some(outcome) => outcome,
+                None => {
+                    let (label, features) = read_pair(&self.labels, &self.features, row)?;
+                    ensure!(
+                        (label.layers as usize, label.kv_heads as usize) == (shape.layers, shape.kv_heads),
+                        hinted(
+                            format!(
+                                "labels are {} layers x {} KV heads, the target is {} x {}",
+                                label.layers, label.kv_heads, shape.layers, shape.kv_heads
+                            ),
+                            "the labels are of another model; run `label` with this recipe"
+                        )
+                    );
+                    let label_lht = label_tensor(&label, i.target.device());
+                    let (heads_pct, globals_ct) = feature_tensors(&features, i.target.device());
+                    let snapkv_lht = match reader.methods.includes(Method::Snapkv) {
+                        true => Some(reader.snapkv(&self.examples.get(row)?.tokens)?),
+                        false => None,
+                    };
+                    let material = Material { label_lht, heads_pct, globals_ct, snapkv_lht };
+                    let draw = Draw { task: "labels", index: row };
+                    // The tasks time the methods; here contexts differ in length.
+                    let scored = reader.methods.score(&material, draw, &mut Clock::new(i.target.device()))?;
+                    let outcome =
+                        clock.time("labels: metrics", || plan.compare(&scored, &material.label_lht))?;
+                    self.store.put("labels", index, outcome)?
+                }
+            };
+            outcomes.push(outcome);
+            progress.advance(1);
+        }
+        progress.finish();
+        let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
+        Ok(plan.summarize(&outcomes, shape.layers, shape.kv_heads, &bootstrap))
+    }
+
+    /// Planted facts; writes every answer beside the results.
+    fn facts(&self, reader: &Reader, clock: &mut Clock, progress: &dyn Progress) -> Result<FactsResults> {
+        let i = self.inputs;
+        ensure!(
+            !i.fact_contexts.is_empty(),
+            hinted(
+                "there is no context for the `facts` task",
+                "raise `eval.contexts`, or leave `facts` out of `eval.tasks`"
+            )
+        );
+        let asking = Asking { target: i.target, tokenizer: i.tokenizer, section: i.section };
+        let cells = facts::cells(i.section)?;
+        let mut outcomes = Vec::new();
+        let mut table = AnswerTable::default();
+        progress.start("contexts asked for planted facts", i.fact_contexts.len() as u64, 0);
+        for (index, context) in i.fact_contexts.iter().enumerate() {
+            let outcome: FactsOutcome = match self.store.get("facts", index) {
+                Some(outcome) => outcome,
+                None => {
+                    let mut clock = Clock::new(i.target.device());
+                    let draw = Draw { task: "facts", index: index as u64 };
+                    let pruned = reader.read(&context.tokens, draw, &mut clock)?;
+                    let mut outcome = clock
+                        .time("facts: questions", || asking.ask(context, &pruned))
+                        .with_context(|| format!("asking context {index} for its facts"))?;
+                    outcome.timings = clock.into_timings();
+                    self.store.put("facts", index, outcome)?
+                }
+            };
+            outcome.timings.iter().for_each(|t| clock.add(t));
+            for (q, asked) in outcome.asked.iter().enumerate() {
+                table.push(index, q, asked, None, &outcome.full[q]);
+                for (cell, answers) in cells.iter().zip(&outcome.cells) {
+                    table.push(index, q, asked, Some(cell), &answers[q]);
+                }
+            }
+            outcomes.push(outcome);
+            progress.advance(1);
+        }
+        progress.finish();
+        table.write(&self.path(ANSWERS_FILE))?;
+        let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
+        facts::summarize(i.section, &outcomes, &bootstrap)
+    }
+
+    /// Continuations of test examples, as many as `facts` has contexts.
+    fn perplexity(
+        &self,
+        reader: &Reader,
+        clock: &mut Clock,
+        progress: &dyn Progress,
+    ) -> Result<PerplexityResults> {
+        let i = self.inputs;
+        let cells = facts::cells(i.section)?;
+        let rows: Vec<u64> = self.test.clone().take(i.section.contexts).collect();
+        let mut outcomes = Vec::new();
+        progress.start("continuations of test examples", rows.len() as u64, 0);
+        for (index, &row) in rows.iter().enumerate() {
+            let stored: Option<PerplexityOutcome> = self.store.get("perplexity", index);
+            let outcome = match stored {
+                Some(outcome) => Some(outcome),
+                None => {
+                    let example = self.examples.get(row)?;
+                    match perplexity::split(&example.tokens, i.section.continuation_tokens) {
+                        None => None,
+                        Some((context, continuation)) => {
+                            let mut clock = Clock::new(i.target.device());
+                            let draw = Draw { task: "perplexity", index: row };
+                            let pruned = reader.read(context, draw, &mut clock)?;
+                            let (full, cells) = clock
+                                .time("perplexity: continuations", || {
+                                    perplexity::read(i.target, continuation, &pruned, &cells)
+                                })
+                                .with_context(|| format!("reading the continuation of `{}`", example.id))?;
+                            let timings = clock.into_timings();
+                            Some(self.store.put(
+                                "perplexity",
+                                index,
+                                PerplexityOutcome { full, cells, timings },
+                            )?)
+                        }
+                    }
+                }
+            };
+            if let Some(outcome) = outcome {
+                outcome.timings.iter().for_each(|t| clock.add(t));
+                outcomes.push(outcome);
+            }
+            progress.advance(1);
+        }
+        progress.finish();
+        let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
+        Ok(perplexity::summarize(i.section, &cells, &outcomes, &bootstrap))
+    }
+
+    /// The first context of the `facts` task, or the first test example without it.
+    fn worked_example(&self, reader: &Reader) -> Result<Option<WorkedExample>> {
+        let i = self.inputs;
+        let (id, tokens, facts) = if let Some(context) = i.fact_contexts.first() {
+            ("facts-0".to_owned(), context.tokens.clone(), facts_of(context))
+        } else if !self.test.is_empty() {
+            let example = self.examples.get(self.test.start)?;
+            (example.id.clone(), example.tokens, example.facts.iter().map(span).collect())
+        } else {
+            return Ok(None);
+        };
+        let draw = Draw { task: "facts", index: 0 };
+        let pruned = reader.read(&tokens, draw, &mut Clock::new(i.target.device()))?;
+        work_example(id, &tokens, facts, &pruned, i.tokenizer, i.section).map(Some)
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        self.inputs.out.join(file)
+    }
+}
+
+fn facts_of(context: &FactContext) -> Vec<FactSpan> {
+    let span = |q: &FactQuestion| FactSpan {
+        start: q.fact.0 as usize,
+        len: q.fact.1 as usize,
+        question: q.question_text.clone(),
+        answer: q.answer_text.clone(),
+    };
+    context.questions.iter().map(span).collect()
+}
+
+fn span(fact: &PlantedFact) -> FactSpan {
+    FactSpan {
+        start: fact.start as usize,
+        len: fact.len as usize,
+        question: fact.question.clone(),
+        answer: fact.answer.clone(),
+    }
+}
+
+/// The rows of a split, which lie together.
+fn rows_of(splits: &[Split], split: Split) -> Result<std::ops::Range<u64>> {
+    let Some(first) = splits.iter().position(|s| *s == split) else { return Ok(0..0) };
+    let n = splits[first..].iter().take_while(|s| **s == split).count();
+    ensure!(
+        splits.iter().filter(|s| **s == split).count() == n,
+        "the examples of the {} split do not lie together",
+        split.name()
+    );
+    Ok(first as u64..(first + n) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn splits_are_ranges_of_rows() {
+        use Split::{Test, Train, Validation};
+        let splits = [Train, Train, Validation, Test];
+        assert_eq!(rows_of(&splits, Train).unwrap(), 0..2);
+        assert_eq!(rows_of(&splits, Test).unwrap(), 3..4);
+        assert_eq!(rows_of(&splits[..3], Test).unwrap(), 0..0);
+        assert!(rows_of(&[Train, Test, Train], Train).is_err());
+    }
+}

@@ -1,0 +1,15 @@
+//! The evaluation as a whole, on the small trained pair of the project.
+//!
+//! - `fixture`: shards, mapper and contexts of the nano pair
+//! - `whole`: every method and both tasks; what must hold at full and at small budgets
+//! - `continued`: an interrupted evaluation ends with the same numbers
+//! - `refused`: shards that do not belong together
+
+#[path = "nano/continued.rs"]
+mod continued;
+#[path = "nano/fixture.rs"]
+mod fixture;
+#[path = "nano/refused.rs"]
+mod refused;
+#[path = "nano/whole.rs"]
+mod whole;

@@ -1,0 +1,37 @@
+//! An evaluation that is interrupted and started again.
+
+use pkv_core::{NoProgress, Policy};
+use pkv_eval::{ANSWERS_FILE, Results, evaluate};
+use pkv_recipe::Method;
+
+use crate::fixture::Nano;
+
+#[test]
+fn an_interrupted_evaluation_continues_and_ends_with_the_same_numbers() {
+    let mut nano = Nano::new(3);
+    nano.section.methods = vec![Method::Kvzip, Method::HeadPrior, Method::Random];
+    nano.section.policies = vec![Policy::Pair];
+    let stages = nano.stages();
+    let run =
+        |contexts: &[_], out: &std::path::Path| evaluate(&nano.inputs(&stages, contexts, out), &NoProgress);
+    let whole = nano.stage("whole");
+    let expected = run(&nano.contexts, &whole).unwrap();
+
+    // The last context has no question, which ends the evaluation after the others were stored.
+    let mut cut = nano.contexts.clone();
+    cut[2].questions.clear();
+    let broken = nano.stage("broken");
+    let error = format!("{:#}", run(&cut, &broken).unwrap_err());
+    assert!(error.contains("asking context 2") && error.contains("no continuation to read"), "{error}");
+    assert!(broken.join("contexts/facts-00001.json").exists());
+    assert!(!broken.join("results.json").exists());
+    let continued = run(&nano.contexts, &broken).unwrap();
+
+    let timeless = |mut r: Results| {
+        r.timings.clear();
+        r
+    };
+    assert!(timeless(continued) == timeless(expected), "the continued evaluation found other numbers");
+    let bytes = |dir: &std::path::Path| std::fs::read(dir.join(ANSWERS_FILE)).unwrap();
+    assert_eq!(bytes(&broken), bytes(&whole));
+}

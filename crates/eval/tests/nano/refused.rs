@@ -1,0 +1,55 @@
+//! Shards that do not belong together, and recipes that ask for what is not there.
+
+use pkv_core::{Hinted, NoProgress};
+use pkv_eval::evaluate;
+use pkv_recipe::{Method, Task};
+use pkv_shard::{LabelRow, StageReader};
+
+use crate::fixture::{Nano, store};
+
+#[test]
+fn shards_that_do_not_belong_together_are_refused_with_a_hint() {
+    let mut nano = Nano::new(1);
+    nano.section.methods = vec![Method::Kvzip, Method::Mapper];
+    nano.section.tasks = Vec::new();
+    let labels: Vec<LabelRow> =
+        StageReader::open(&nano.stage("labels")).unwrap().iter().collect::<Result<_, _>>().unwrap();
+    let refused = |name: &str, rows: Vec<LabelRow>| {
+        store(&nano.stage(name), "label", rows);
+        let mut stages = nano.stages();
+        stages[1] = nano.stage(name);
+        let error = evaluate(&nano.inputs(&stages, &[], &nano.stage("out")), &NoProgress).unwrap_err();
+        let hint = error.downcast_ref::<Hinted>().map(|h| h.hint().to_owned());
+        (format!("{error:#}"), hint.expect("the error has a hint"))
+    };
+
+    let (error, _) = refused("fewer", labels[1..].to_vec());
+    assert_eq!(error, "12 examples, 11 labels and 12 features do not belong together");
+
+    let mut swapped = labels.clone();
+    swapped.swap(8, 9);
+    let (error, hint) = refused("swapped", swapped);
+    assert!(
+        error.contains("labels are of `example-9`") && error.contains("features of `example-8`"),
+        "{error}"
+    );
+    assert!(hint.contains("--redo label"), "{hint}");
+
+    let other: Vec<LabelRow> = labels
+        .iter()
+        .map(|r| LabelRow { layers: r.layers / 2, kv_heads: r.kv_heads * 2, ..r.clone() })
+        .collect();
+    let (error, hint) = refused("other", other);
+    assert_eq!(error, "labels are 3 layers x 4 KV heads, the target is 6 x 2");
+    assert!(hint.contains("another model"), "{hint}");
+}
+
+#[test]
+fn facts_without_contexts_are_an_error() {
+    let mut nano = Nano::new(1);
+    nano.section.tasks = vec![Task::Facts];
+    nano.section.methods = vec![Method::Kvzip];
+    let stages = nano.stages();
+    let error = evaluate(&nano.inputs(&stages, &[], &nano.stage("out")), &NoProgress).unwrap_err();
+    assert_eq!(error.to_string(), "there is no context for the `facts` task");
+}

@@ -1,0 +1,109 @@
+//! Every method and both tasks.
+
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use pkv_core::{NoProgress, Policy};
+use pkv_eval::{ANSWERS_FILE, RESULTS_FILE, Results, evaluate, is_complete, table};
+use pkv_recipe::Method;
+
+use crate::fixture::Nano;
+
+#[test]
+fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() {
+    let nano = Nano::new(6);
+    let out = nano.stage("eval");
+    let stages = nano.stages();
+    let inputs = nano.inputs(&stages, &nano.contexts, &out);
+    assert!(!is_complete(&out, &inputs.fingerprint));
+    let results = evaluate(&inputs, &NoProgress).unwrap();
+
+    // What is on disk is what was returned, and nothing else stays.
+    assert!(is_complete(&out, &inputs.fingerprint));
+    assert!(!is_complete(&out, &pkv_core::Fingerprint::new()));
+    assert!(Results::read(&out.join(RESULTS_FILE)).unwrap() == results, "read back, the results differ");
+    let mut files: Vec<_> =
+        std::fs::read_dir(&out).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+    files.sort();
+    assert_eq!(files, [ANSWERS_FILE, RESULTS_FILE]);
+
+    let facts = results.facts.as_ref().unwrap();
+    assert_eq!((facts.contexts, facts.questions), (6, 18));
+    assert!(facts.full.mean > 0.9, "the full cache answers {:?}", facts.full);
+    let answers = |method, ratio| facts.cell(method, Policy::Pair, ratio).unwrap();
+    let (oracle, chance) = (answers(Method::Kvzip, 0.2), answers(Method::Random, 0.2));
+    assert!(oracle.accuracy.mean > chance.accuracy.mean + 0.3, "{oracle:?} {chance:?}");
+    assert!(oracle.kl.mean < 0.5 * chance.kl.mean && oracle.flips.mean < chance.flips.mean);
+    assert_eq!(oracle.of_kvzip.unwrap().mean, 1.0);
+    let recovered = chance.accuracy.mean / oracle.accuracy.mean;
+    assert!((chance.of_kvzip.unwrap().mean - recovered).abs() < 1e-12);
+    for method in Method::ALL {
+        let whole = answers(method, 1.0);
+        assert_eq!(whole.accuracy, facts.full, "{method:?}");
+        assert!(whole.kl.mean < 1e-6 && whole.flips.mean == 0.0, "{method:?}: {whole:?}");
+    }
+
+    let perplexity = results.perplexity.as_ref().unwrap();
+    assert_eq!((perplexity.contexts, perplexity.continuation_tokens), (4, 31));
+    for method in Method::ALL {
+        let excess = perplexity.cell(method, Policy::Pair, 1.0).unwrap().excess.mean;
+        assert!(excess.abs() < 1e-5, "{method:?}: {excess}");
+    }
+    let excess = |method| perplexity.cell(method, Policy::Pair, 0.05).unwrap().excess.mean;
+    assert!(excess(Method::StreamingLlm) < excess(Method::Random));
+
+    labels_make_sense(&results);
+
+    let example = results.worked_example.as_ref().unwrap();
+    assert_eq!((example.tokens.len(), example.facts.len(), example.pairs_per_position), (300, 3, 12));
+    for kept in &example.kept {
+        let total: u32 = kept.counts.iter().sum();
+        assert_eq!(total, (12.0 * 300.0 * kept.ratio).round() as u32, "{:?}", kept.method);
+    }
+    let fact = &example.facts[0];
+    let sentence = example.tokens[fact.start..fact.start + fact.len].concat();
+    assert!(sentence.contains(&fact.answer), "{sentence:?} holds no {:?}", fact.answer);
+
+    let file = std::fs::File::open(out.join(ANSWERS_FILE)).unwrap();
+    let rows = SerializedFileReader::new(file).unwrap().metadata().file_metadata().num_rows();
+    assert_eq!(rows, 18 * (1 + 10 * 3));
+
+    let text = table::all_tables(&results);
+    for part in ["### Questions answered", "| full cache", "| streaming-llm", "`proxy-linear`: ridge", "5%"] {
+        assert!(text.contains(part), "{part} is missing in\n{text}");
+    }
+}
+
+fn labels_make_sense(results: &Results) {
+    let labels = &results.labels;
+    assert_eq!((labels.contexts, labels.positions), (4, 4 * 260));
+    assert_eq!(labels.cells.len(), 10 * 3 * 2);
+    for policy in Policy::ALL {
+        for ratio in [0.2, 0.05] {
+            let cell = |method| labels.cell(method, policy, ratio).unwrap();
+            assert_eq!((cell(Method::Kvzip).recall.mean, cell(Method::Kvzip).mass.mean), (1.0, 1.0));
+            for c in labels.cells.iter().filter(|c| c.policy == policy && c.ratio == ratio) {
+                assert!((c.realised - ratio).abs() < 1e-9, "{c:?}");
+                assert!(c.recall.mean <= 1.0, "{c:?}");
+                // Nothing else keeps as much mass, where it is mass that is ranked.
+                assert!(policy == Policy::Token || c.mass.mean <= 1.0 + 1e-6, "{c:?}");
+            }
+            let chance = cell(Method::Random).recall.mean;
+            assert!((chance - ratio).abs() < 0.06, "{policy:?} {ratio}: {chance}");
+            // The mapper of this test is the same ridge solution that the baseline is fitted to be.
+            let (mapper, linear) = (cell(Method::Mapper).recall.mean, cell(Method::Linear).recall.mean);
+            assert!((mapper - linear).abs() < 0.01, "{policy:?} {ratio}: {mapper}, {linear}");
+            assert!(mapper > chance + 0.2, "{policy:?} {ratio}: {mapper}");
+            assert!(cell(Method::KvzipPooled).recall.mean > 0.6);
+        }
+        // Positions at random in the strongest heads: only the heads are known.
+        let prior = labels.cell(Method::HeadPrior, Policy::Pair, 0.2).unwrap().recall.mean;
+        assert!(prior > 0.3, "{prior}");
+    }
+    let heads = labels.heads.as_ref().unwrap();
+    assert_eq!((heads.kvzip_kept.len(), heads.kvzip_kept[0].len(), heads.ratio), (6, 2, 0.05));
+    let kept: f64 = heads.kvzip_kept.concat().iter().sum();
+    assert!((kept / 12.0 - 0.05).abs() < 1e-3, "{kept}");
+    let rank = |method| labels.ranks.iter().find(|r| r.method == method).unwrap();
+    assert!((rank(Method::Kvzip).spearman - 1.0).abs() < 1e-9);
+    assert!(rank(Method::Random).kendall.abs() < 0.1);
+    assert!(rank(Method::Mapper).spearman > 0.2);
+}
