@@ -6,6 +6,7 @@
 mod args;
 mod doctor;
 mod inspect;
+mod mapper_source;
 mod pair;
 mod render;
 mod run_folder;

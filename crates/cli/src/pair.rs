@@ -89,6 +89,11 @@ impl Found {
             .with_context(|| format!("cannot load the {} `{}`", self.role.name(), self.section.model))
     }
 
+    /// What the recipe says of it.
+    pub fn section(&self) -> &ModelSection {
+        &self.section
+    }
+
     /// Everything about this model that its scores depend on.
     pub fn fingerprint(&self, s: &Session) -> Fingerprint {
         Fingerprint::new()

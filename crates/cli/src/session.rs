@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use pkv_core::hinted;
 use pkv_gpu::DeviceChoice;
-use pkv_hub::Hub;
+use pkv_hub::{Hub, Lock};
 use pkv_recipe::{DtypeName, Manifest, Recipe};
 use tch::{Device, Kind};
 
@@ -35,9 +35,11 @@ impl Session {
     /// The recipe or manifest is invalid, CUDA was asked for and is absent, or the run folder cannot be made.
     pub fn open(cli: &Cli, args: &RecipeArgs, stop: Arc<AtomicBool>) -> Result<Self> {
         let recipe = pkv_recipe::load(&args.recipe, &args.overrides)?;
-        let manifest = pkv_recipe::load_manifest(&manifest_path(&recipe))?;
+        let manifest_path = manifest_path(&recipe);
+        let manifest = pkv_recipe::load_manifest(&manifest_path)?;
         let device = choose_device(cli)?;
-        let hub = Hub::from_env()?;
+        let lock = Lock::beside(&recipe.path)?.merge(Lock::beside(&manifest_path)?)?;
+        let hub = Hub::from_env().with_lock(lock);
         let run = RunFolder::open(&cli.runs.join(&recipe.name))?;
         terminal::log_to(&run.log())?;
         run.record_start(&recipe, device)?;

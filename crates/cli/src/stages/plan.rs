@@ -1,7 +1,7 @@
 //! `plan`: what a run will cost, before anything is downloaded.
 
 use anyhow::Result;
-use pkv_recipe::{Machine, Plan};
+use pkv_recipe::plan::{Machine, Plan};
 use tch::Device;
 
 use crate::args::{Cli, RecipeArgs};

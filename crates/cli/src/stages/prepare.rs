@@ -42,6 +42,7 @@ pub fn fingerprint(s: &Session, target: &pair::Found) -> Result<Fingerprint> {
     Ok(Fingerprint::new()
         .with("data", &s.recipe.data)
         .with("manifest", &s.manifest)
+        .with("documents", pkv_data::inputs(&s.manifest, &s.hub)?)
         .with("vocab", target.tokenizer.vocab_hash())
         .with("seed", s.recipe.seed))
 }

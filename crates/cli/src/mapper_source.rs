@@ -1,0 +1,113 @@
+//! The mapper that is evaluated or exported: the run's best checkpoint, or an export.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use pkv_checkpoint::{CheckpointStore, Export, ExportDims, NamedTensors, restore_mapper};
+use pkv_core::{Fingerprint, hinted};
+use pkv_mapper::{Mapper, MapperDims};
+use pkv_recipe::{Recipe, TargetPool};
+
+use crate::session::Session;
+use crate::stages::train::Upstream;
+
+/// A mapper and where it came from.
+pub struct Trained {
+    pub mapper: Mapper,
+    /// In words, for tables.
+    pub source: String,
+    /// Everything its weights depend on.
+    pub fingerprint: Fingerprint,
+    pub step: u64,
+    pub validation: Option<f64>,
+    pub pool: TargetPool,
+}
+
+/// The sizes that the recipe gives the mapper.
+pub fn dims(recipe: &Recipe) -> ExportDims {
+    ExportDims {
+        proxy_heads: recipe.proxy.shape.total_kv_heads(),
+        channels: recipe.extract.channels.len(),
+        globals: recipe.extract.globals.len(),
+        outputs: recipe.target.shape.total_kv_heads(),
+    }
+}
+
+/// The best checkpoint of this run, which must have been trained to its end with this recipe.
+///
+/// # Errors
+/// There is none, or it was trained with other choices.
+pub fn from_checkpoint(s: &Session, upstream: &Upstream) -> Result<Trained> {
+    let store = CheckpointStore::read_only(&s.run.root().join("checkpoints"))?;
+    let train = "run `proxykv-train train` first; `--redo train` makes the mapper anew";
+    let state = store.best(s.device)?.with_context(|| hinted("there is no checkpoint to read", train))?;
+    let last = store.list()?.pop().with_context(|| hinted("there is no checkpoint to read", train))?;
+    let made_with = last.fingerprint;
+    let differences = made_with.difference(&upstream.fingerprint);
+    ensure!(
+        differences.is_empty(),
+        hinted(
+            format!("the mapper was trained with other choices: `{}` differs", differences[0].0),
+            "run `proxykv-train train --redo train`, or undo the change of the recipe"
+        )
+    );
+    ensure!(
+        last.step >= s.recipe.train.steps,
+        hinted(format!("training has come to step {} of {}", last.step, s.recipe.train.steps), train)
+    );
+    let mut tensors: NamedTensors = state.weights();
+    tensors.extend(state.buffers.iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
+    let dims: MapperDims = dims(&s.recipe).into();
+    let mapper = restore_mapper(&s.recipe.mapper, &s.recipe.loss, dims, &tensors, s.device)?;
+    Ok(Trained {
+        mapper,
+        source: format!("checkpoint of step {}", state.step),
+        fingerprint: made_with,
+        step: state.step,
+        validation: state.validation,
+        pool: s.recipe.train.target_pool,
+    })
+}
+
+/// An export, which must fit the recipe's pair and features.
+///
+/// # Errors
+/// It is damaged, or made for another pair, tokenizer or feature set.
+pub fn from_export(s: &Session, upstream: &Upstream, folder: &Path) -> Result<Trained> {
+    let export = Export::read(folder)?;
+    let c = export.config();
+    let refuse = |what: &str, found: String, expected: String| {
+        hinted(
+            format!("export `{}` does not fit this recipe: {what} is {found}, expected {expected}", folder.display()),
+            "use the recipe that it was made with, or export a mapper of this one",
+        )
+    };
+    for (role, theirs, shape, tokenizer) in [
+        ("target", &c.target, &s.recipe.target.shape, &upstream.target.tokenizer),
+        ("proxy", &c.proxy, &s.recipe.proxy.shape, &upstream.proxy.tokenizer),
+    ] {
+        ensure!(
+            theirs.shape == *shape,
+            refuse(&format!("the {role}'s shape"), theirs.shape.to_string(), shape.to_string())
+        );
+        ensure!(
+            theirs.vocab_hash == tokenizer.vocab_hash(),
+            refuse(&format!("the {role}'s vocabulary"), theirs.vocab_hash.clone(), tokenizer.vocab_hash())
+        );
+    }
+    let (theirs, ours) = (Fingerprint::new().with("extract", &c.extract), Fingerprint::new().with("extract", &s.recipe.extract));
+    if let Some((key, a, b)) = theirs.difference(&ours).into_iter().find(|(key, ..)| !IMMATERIAL.contains(&key.as_str())) {
+        return Err(refuse(&format!("`{key}`"), a.to_string(), b.to_string()).into());
+    }
+    Ok(Trained {
+        mapper: export.mapper(s.device)?,
+        source: format!("export `{}`", folder.display()),
+        fingerprint: c.fingerprint.clone(),
+        step: c.step,
+        validation: c.validation,
+        pool: c.train.target_pool,
+    })
+}
+
+/// Choices of `extract` that change no number.
+const IMMATERIAL: [&str; 3] = ["extract.block_tokens", "extract.prefill_chunk_tokens", "extract.store"];

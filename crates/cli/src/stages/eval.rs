@@ -1,0 +1,110 @@
+//! `eval`: predictions against labels, and answers with a pruned cache, beside the baselines.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use pkv_core::{Fingerprint, Split};
+use pkv_data::{FactContext, fact_contexts};
+use pkv_eval::{EvalInputs, RESULTS_FILE, Results};
+use pkv_recipe::Task;
+use pkv_shard::{Example, StageReader};
+use serde_json::json;
+
+use super::{Outcome, train};
+use crate::mapper_source::{Trained, from_checkpoint, from_export};
+use crate::session::Session;
+
+/// What `eval` takes beside the recipe.
+#[derive(Clone, Debug, Default)]
+pub struct EvalOptions {
+    /// An export in place of the run's best checkpoint.
+    pub mapper: Option<PathBuf>,
+}
+
+/// Where the results go: an export's beside the checkpoint's.
+fn folder(s: &Session, options: &EvalOptions) -> PathBuf {
+    if options.mapper.is_some() { s.run.root().join("eval-export") } else { s.run.eval() }
+}
+
+pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
+    let upstream = train::upstream(s)?;
+    let trained = match &options.mapper {
+        Some(folder) => from_export(s, &upstream, folder)?,
+        None => from_checkpoint(s, &upstream)?,
+    };
+    let out = folder(s, options);
+    let fingerprint = fingerprint(s, &trained);
+    if pkv_eval::is_complete(&out, &fingerprint) {
+        return Ok(Outcome::Skipped(format!("results of the {} match the recipe", trained.source)));
+    }
+    let contexts = contexts(s, &upstream)?;
+    let (target, proxy) = (upstream.target.load(s)?, upstream.proxy.load(s)?);
+    s.check_stop()?;
+    let results = pkv_eval::evaluate(
+        &EvalInputs {
+            target: &target,
+            proxy: &proxy,
+            tokenizer: &upstream.target.tokenizer,
+            mapper: &trained.mapper,
+            mapper_source: trained.source.clone(),
+            target_name: s.recipe.target.model.clone(),
+            proxy_name: s.recipe.proxy.model.clone(),
+            examples: &s.run.examples(),
+            labels: &s.run.labels(),
+            features: &s.run.features(),
+            fact_contexts: &contexts,
+            section: &s.recipe.eval,
+            label: &s.recipe.label,
+            extract: &s.recipe.extract,
+            pool: trained.pool,
+            seed: s.recipe.seed,
+            fingerprint,
+            out: &out,
+        },
+        &s.bar,
+    )?;
+    Ok(Outcome::Done(json!({
+        "mapper": trained.source,
+        "test_contexts": results.labels.contexts,
+        "questions": results.facts.as_ref().map_or(0, |f| f.questions),
+    })))
+}
+
+/// The results' choices: the mapper, the recipe's `eval`, the step it was taken at.
+fn fingerprint(s: &Session, trained: &Trained) -> Fingerprint {
+    Fingerprint::new()
+        .with("mapper", &trained.fingerprint)
+        .with("step", trained.step)
+        .with("eval", &s.recipe.eval)
+        .with("seed", s.recipe.seed)
+        .with("source", &trained.source)
+}
+
+/// Contexts with planted facts, from the documents of the test split.
+fn contexts(s: &Session, upstream: &train::Upstream) -> Result<Vec<FactContext>> {
+    if !s.recipe.eval.tasks.contains(&Task::Facts) {
+        return Ok(Vec::new());
+    }
+    let reader = StageReader::<Example>::open(&s.run.examples())?;
+    let test = reader
+        .iter()
+        .filter(|e| e.as_ref().map_or(true, |e| e.split == Split::Test))
+        .collect::<Result<Vec<_>>>()?;
+    fact_contexts(&test, &pkv_data::word_lists(&s.manifest)?, &s.recipe.eval, &upstream.target.tokenizer, s.recipe.seed)
+        .context("cannot plant facts in the test documents")
+}
+
+/// The results on stdout: tables, or the whole file with `--json`.
+///
+/// # Errors
+/// There are no results.
+pub fn print(s: &Session, options: &EvalOptions) -> Result<()> {
+    let path = folder(s, options).join(RESULTS_FILE);
+    let results = Results::read(&path)?;
+    if s.json {
+        println!("{}", serde_json::to_string_pretty(&results)?);
+    } else {
+        print!("{}", pkv_eval::table::all_tables(&results));
+    }
+    Ok(())
+}

@@ -1,0 +1,134 @@
+//! `export`: the frozen mapper with its card and parity vectors.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use pkv_checkpoint::{CardTable, DataSource, Export, ExportConfig, EXPORT_VERSION, Licences, ModelCard, ModelIdentity, Parity};
+use pkv_core::{Policy, Split};
+use pkv_eval::{RESULTS_FILE, Results};
+use pkv_shard::{Example, FeatureRow, StageReader};
+use serde_json::json;
+use tch::Tensor;
+
+use super::{Outcome, train};
+use crate::mapper_source::{Trained, dims, from_checkpoint};
+use crate::pair::Found;
+use crate::session::Session;
+
+/// Positions of the parity vectors: enough for every part of the mapper, small enough to ship.
+const PARITY_POSITIONS: i64 = 512;
+
+pub fn run(s: &Session) -> Result<Outcome> {
+    let upstream = train::upstream(s)?;
+    let trained = from_checkpoint(s, &upstream)?;
+    let folder = s.run.export();
+    let results = Results::read(&s.run.eval().join(RESULTS_FILE)).ok();
+    let config = config(s, &upstream, &trained);
+    let card = card(s, results.as_ref())?;
+    if let Ok(old) = Export::read(&folder) {
+        let card_is_current = std::fs::read_to_string(folder.join("README.md")).is_ok_and(|t| t == card.render(&config));
+        let same = ExportConfig { files: BTreeMap::new(), ..old.config().clone() } == config;
+        if same && card_is_current {
+            return Ok(Outcome::Skipped(format!("`{}` holds this mapper and its results", folder.display())));
+        }
+    }
+    let parity = parity(s, &trained)?;
+    Export::write(&folder, &config, &trained.mapper, &card, &parity)?;
+    Ok(Outcome::Done(json!({"folder": folder, "step": trained.step})))
+}
+
+fn config(s: &Session, upstream: &train::Upstream, trained: &Trained) -> ExportConfig {
+    let r = &s.recipe;
+    ExportConfig {
+        schema_version: EXPORT_VERSION,
+        written_by: concat!("proxykv-train ", env!("CARGO_PKG_VERSION")).to_owned(),
+        name: r.name.clone(),
+        target: identity(s, &upstream.target),
+        proxy: identity(s, &upstream.proxy),
+        dims: dims(r),
+        label: r.label.clone(),
+        extract: r.extract.clone(),
+        mapper: r.mapper.clone(),
+        loss: r.loss.clone(),
+        train: r.train.clone(),
+        fingerprint: trained.fingerprint.clone(),
+        step: trained.step,
+        validation: trained.validation,
+        seed: r.seed,
+        files: BTreeMap::new(),
+    }
+}
+
+fn identity(s: &Session, model: &Found) -> ModelIdentity {
+    ModelIdentity {
+        model: model.section().model.clone(),
+        revision: model.revision.clone(),
+        dtype: format!("{:?}", s.kind(model.section().dtype)),
+        shape: model.section().shape,
+        vocab_hash: model.tokenizer.vocab_hash(),
+        template_hash: model.tokenizer.template_hash(),
+    }
+}
+
+/// The card: data with licences, and the tables of the evaluation if there is one.
+fn card(s: &Session, results: Option<&Results>) -> Result<ModelCard> {
+    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+    for example in StageReader::<Example>::open(&s.run.examples())?.iter() {
+        let example = example?;
+        if example.split == Split::Train {
+            *counts.entry(example.source).or_default() += 1;
+        }
+    }
+    let data = s
+        .manifest
+        .sources
+        .iter()
+        .map(|source| DataSource {
+            name: source.name.clone(),
+            examples: counts.get(&source.name).copied().unwrap_or(0),
+            licence: source.licence.clone(),
+        })
+        .collect();
+    let tables = results.map_or_else(Vec::new, |r| {
+        [
+            ("Questions answered from the pruned cache, policy `pair`, percent with 95% intervals", pkv_eval::table::answers_table(r, Policy::Pair)),
+            ("Recall of KVzip's kept set, policy `pair`, percent", pkv_eval::table::recall_table(r, Policy::Pair)),
+        ]
+        .into_iter()
+        .filter_map(|(caption, table)| card_table(caption, &table?))
+        .collect()
+    });
+    Ok(ModelCard { data, results: tables, limits: Vec::new(), licences: Licences::default() })
+}
+
+/// A Markdown table as cells.
+fn card_table(caption: &str, markdown: &str) -> Option<CardTable> {
+    let mut rows = markdown.lines().filter(|l| l.starts_with('|')).map(|l| {
+        l.trim_matches('|').split('|').map(|c| c.trim().to_owned()).collect::<Vec<_>>()
+    });
+    let columns = rows.next()?;
+    // The line of dashes.
+    let _ = rows.next()?;
+    Some(CardTable { caption: caption.to_owned(), columns, rows: rows.collect() })
+}
+
+/// The beginning of the first test example, through the mapper.
+fn parity(s: &Session, trained: &Trained) -> Result<Parity> {
+    let examples = StageReader::<Example>::open(&s.run.examples())?;
+    let features = StageReader::<FeatureRow>::open(&s.run.features())?;
+    let mut first = None;
+    for i in 0..examples.len() {
+        if examples.get(i)?.split == Split::Test {
+            first = Some(i);
+            break;
+        }
+    }
+    let row = features.get(first.unwrap_or(0)).context("cannot read the features of a test example")?;
+    let (heads, channels, positions) =
+        (i64::from(row.layers * row.kv_heads), i64::from(row.channels), i64::from(row.positions));
+    let keep = positions.min(PARITY_POSITIONS);
+    let heads_pct = Tensor::from_slice(&row.heads).view([heads, channels, positions]).narrow(2, 0, keep);
+    let globals_ct = Tensor::from_slice(&row.globals).view([-1, positions]).narrow(1, 0, keep);
+    let here = |t: Tensor| t.contiguous().to_device(s.device);
+    Ok(Parity::of(&trained.mapper, here(heads_pct), here(globals_ct)))
+}

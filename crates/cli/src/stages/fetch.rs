@@ -1,0 +1,28 @@
+//! `fetch`: models and data into the Hugging Face cache, pinned by lock files.
+
+use std::path::Path;
+
+use anyhow::Result;
+use pkv_hub::Hub;
+
+use crate::args::{Cli, RecipeArgs};
+use crate::session::{manifest_path, recipe_root};
+use crate::terminal::Bar;
+
+pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool) -> Result<()> {
+    let recipe = pkv_recipe::load(&args.recipe, &args.overrides)?;
+    let hub = Hub::from_env();
+    let bar = Bar::new();
+    let root = recipe_root(&recipe);
+    let [target, proxy] = pkv_hub::fetch_recipe(&hub, &recipe, &[Path::new(""), &root], &bar)?;
+    if !models_only {
+        let path = manifest_path(&recipe);
+        let manifest = pkv_recipe::load_manifest(&path)?;
+        pkv_hub::fetch_manifest(&hub, &manifest, &path, &bar)?;
+    }
+    if cli.json {
+        let folder = |r: &pkv_hub::Resolved| serde_json::json!({"folder": r.folder, "revision": r.revision});
+        println!("{}", serde_json::json!({"target": folder(&target), "proxy": folder(&proxy)}));
+    }
+    Ok(())
+}

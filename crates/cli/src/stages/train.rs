@@ -1,0 +1,60 @@
+//! `train`: the mapper, from labels and features.
+
+use anyhow::Result;
+use pkv_core::Fingerprint;
+use serde_json::json;
+
+use super::{Outcome, extract, label, prepare, require};
+use crate::pair::{self, Found};
+use crate::session::Session;
+
+/// The stages that training reads, with the choices they were made with.
+pub struct Upstream {
+    pub target: Found,
+    pub proxy: Found,
+    pub fingerprint: Fingerprint,
+}
+
+pub fn run(s: &Session) -> Result<Outcome> {
+    let upstream = upstream(s)?;
+    let r = &s.recipe;
+    let inputs = pkv_train::TrainInputs {
+        run: s.run.root(),
+        examples: &s.run.examples(),
+        labels: &s.run.labels(),
+        features: &s.run.features(),
+        mapper: &r.mapper,
+        loss: &r.loss,
+        train: &r.train,
+        seed: r.seed,
+        fingerprint: &upstream.fingerprint,
+    };
+    if let Some(step) = pkv_train::is_complete(&inputs)? {
+        return Ok(Outcome::Skipped(format!("the mapper was trained for {step} steps as the recipe says")));
+    }
+    let summary = pkv_train::train(&inputs, s.device, &s.bar, s.stop_flag())?;
+    s.check_stop()?;
+    Ok(Outcome::Done(json!(summary)))
+}
+
+/// Check that examples, labels and features are there and match the recipe.
+///
+/// # Errors
+/// One of them is absent, unfinished or stale; the hint names the command that makes it.
+pub fn upstream(s: &Session) -> Result<Upstream> {
+    let (target, proxy) = pair::find_both(s)?;
+    let (_, examples) = prepare::examples(s, &target)?;
+    let labels = label::fingerprint(s, &target, &examples);
+    require(&s.run.labels(), "label", &labels)?;
+    let features = extract::fingerprint(s, &proxy, &examples);
+    require(&s.run.features(), "extract", &features)?;
+    let r = &s.recipe;
+    let fingerprint = Fingerprint::new()
+        .with("labels", &labels)
+        .with("features", &features)
+        .with("mapper", &r.mapper)
+        .with("loss", &r.loss)
+        .with("train", &r.train)
+        .with("seed", r.seed);
+    Ok(Upstream { target, proxy, fingerprint })
+}
