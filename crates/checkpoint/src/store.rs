@@ -148,6 +148,15 @@ impl CheckpointStore {
         Ok(best.map(|(_, info)| (info.step, info.validation.unwrap_or(f64::NEG_INFINITY))))
     }
 
+    /// Remove checkpoints of steps after `step`: they were damaged, and training comes by again.
+    ///
+    /// # Errors
+    /// A folder cannot be removed.
+    pub fn discard_after(&self, step: u64) -> Result<()> {
+        let later = self.steps()?.into_iter().filter(|(s, _)| *s > step);
+        later.map(|(_, folder)| retire(&folder)).collect()
+    }
+
     /// Every readable checkpoint, by step.
     ///
     /// # Errors

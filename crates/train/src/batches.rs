@@ -1,0 +1,148 @@
+//! Which examples meet in a batch, and which part of each.
+//!
+//! A batch has one length, so that nothing is padded: its examples are of similar length, and each
+//! gives a window as long as the shortest of them, at a random place. Features and labels belong to
+//! their position, whatever window they are read in, so a window is an example like any other.
+
+use pkv_core::Seed;
+use rand::Rng;
+
+/// Lengths within 5% of each other are alike: batches mix anew every epoch, and at most about 5%
+/// of a context stays out of its window.
+const ALIKE: f64 = 1.05;
+
+/// Batches of every step, by step.
+#[derive(Clone, Debug)]
+pub struct Batches {
+    rows: Vec<u64>,
+    lengths: Vec<usize>,
+    batch: usize,
+    seed: Seed,
+}
+
+/// A batch: windows of equal length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Positions of every window.
+    pub length: usize,
+    /// Row, and first position of its window.
+    pub windows: Vec<(u64, usize)>,
+}
+
+impl Batches {
+    /// `lengths` are the positions of `rows`; empty examples are left out.
+    pub fn new(rows: &[u64], lengths: &[usize], batch: usize, seed: Seed) -> Self {
+        let (rows, lengths): (Vec<_>, Vec<_>) =
+            rows.iter().zip(lengths).filter(|(_, n)| **n > 0).map(|(&r, &n)| (r, n)).unzip();
+        let batch = batch.clamp(1, rows.len().max(1));
+        Self { rows, lengths, batch, seed }
+    }
+
+    /// Whole batches of one pass over the examples. What is left over, another part each time, waits for the next.
+    pub fn per_epoch(&self) -> u64 {
+        (self.rows.len() / self.batch) as u64
+    }
+
+    /// The batches of epoch `epoch`, in the order of training.
+    pub fn epoch(&self, epoch: u64) -> Vec<Batch> {
+        let mut rng = self.seed.stream("train.order", epoch);
+        let mut order: Vec<usize> = (0..self.rows.len()).collect();
+        shuffle(&mut order, &mut rng);
+        order.truncate(self.per_epoch() as usize * self.batch);
+        // Stable, so that alike examples stay shuffled.
+        let class = |i: usize| ((self.lengths[i] as f64).ln() / ALIKE.ln()).floor() as i64;
+        order.sort_by_key(|&i| class(i));
+        let mut batches: Vec<Batch> = order
+            .chunks(self.batch)
+            .map(|chunk| {
+                let length = chunk.iter().map(|&i| self.lengths[i]).min().unwrap_or(0);
+                let window = |&i: &usize| (self.rows[i], below(&mut rng, self.lengths[i] - length + 1));
+                Batch { length, windows: chunk.iter().map(window).collect() }
+            })
+            .collect();
+        shuffle(&mut batches, &mut rng);
+        batches
+    }
+
+    /// The batches from step `step` on, without end; nothing if there are no examples.
+    pub fn from_step(&self, step: u64) -> impl Iterator<Item = Batch> + '_ {
+        let per_epoch = self.per_epoch();
+        let epochs = if per_epoch == 0 { 0..0 } else { step / per_epoch..u64::MAX };
+        let skip = step.checked_rem(per_epoch).unwrap_or(0) as usize;
+        epochs.flat_map(|e| self.epoch(e)).skip(skip)
+    }
+}
+
+/// Fisher-Yates, spelt out: a library's shuffle may draw differently in its next version, and a
+/// resumed run must not notice.
+fn shuffle<T>(items: &mut [T], rng: &mut impl Rng) {
+    for i in (1..items.len()).rev() {
+        items.swap(i, below(rng, i + 1));
+    }
+}
+
+/// Uniform in 0..n, by the high half of a product; the bias is below 2^-32.
+fn below(rng: &mut impl Rng, n: usize) -> usize {
+    ((u128::from(rng.random::<u64>()) * n as u128) >> 64) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn batches(lengths: &[usize], batch: usize) -> Batches {
+        let rows: Vec<u64> = (100..100 + lengths.len() as u64).collect();
+        Batches::new(&rows, lengths, batch, Seed(3))
+    }
+
+    #[test]
+    fn windows_lie_in_their_examples_and_are_equally_long() {
+        let lengths: Vec<usize> = (0..83).map(|i| 300 + (i * 97) % 1500).collect();
+        let b = batches(&lengths, 8);
+        assert_eq!(b.per_epoch(), 10);
+        for epoch in 0..5 {
+            let (mut seen, mut lost, mut all) = (BTreeSet::new(), 0, 0);
+            for batch in b.epoch(epoch) {
+                assert_eq!(batch.windows.len(), 8);
+                for (row, start) in batch.windows {
+                    let length = lengths[row as usize - 100];
+                    assert!(start + batch.length <= length && seen.insert(row));
+                    lost += length - batch.length;
+                    all += length;
+                }
+            }
+            assert_eq!(seen.len(), 80);
+            assert!(lost * 8 < all, "{lost} of {all} positions cropped");
+        }
+    }
+
+    #[test]
+    fn epochs_differ_and_repeat() {
+        let b = batches(&vec![500; 40], 8);
+        assert_ne!(b.epoch(0), b.epoch(1));
+        assert_eq!(b.epoch(7), b.epoch(7));
+        let companions = |e: u64| -> BTreeSet<u64> {
+            let batch = b.epoch(e).into_iter().find(|x| x.windows.iter().any(|w| w.0 == 100)).unwrap();
+            batch.windows.into_iter().map(|w| w.0).collect()
+        };
+        assert_ne!(companions(0), companions(1));
+    }
+
+    #[test]
+    fn any_step_can_be_the_first() {
+        let b = batches(&[400, 410, 900, 900, 420, 300, 310], 2);
+        let all: Vec<Batch> = b.from_step(0).take(12).collect();
+        for step in 0..12 {
+            assert_eq!(b.from_step(step as u64).take(12 - step).collect::<Vec<_>>(), all[step..]);
+        }
+    }
+
+    #[test]
+    fn few_examples_make_small_batches_and_none_make_none() {
+        assert_eq!(batches(&[5, 0, 7], 16).epoch(0)[0].windows.len(), 2);
+        assert_eq!(batches(&[5, 0, 7], 16).epoch(0)[0].length, 5);
+        assert_eq!(batches(&[], 16).from_step(3).count(), 0);
+        assert_eq!(batches(&[0], 16).from_step(0).count(), 0);
+    }
+}

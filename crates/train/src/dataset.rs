@@ -1,0 +1,144 @@
+//! The examples of a run with their labels and features, row by row.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use pkv_core::{Split, hinted};
+use pkv_mapper::MapperDims;
+use pkv_prune::{log_odds, pool_targets};
+use pkv_recipe::TargetPool;
+use pkv_shard::{Example, FeatureRow, LabelRow, StageReader};
+use tch::Tensor;
+
+/// Labels and features of all examples, and which split each is in.
+pub struct Dataset {
+    labels: StageReader<LabelRow>,
+    features: StageReader<FeatureRow>,
+    ids: Vec<String>,
+    splits: Vec<Split>,
+    /// Positions of each example.
+    lengths: Vec<usize>,
+    dims: MapperDims,
+}
+
+/// One example on the host, f32, raw: features not standardized, labels KVzip's scores.
+#[derive(Debug)]
+pub struct Context {
+    /// `[proxy heads, channels, positions]`
+    pub heads_pct: Tensor,
+    /// `[global channels, positions]`
+    pub globals_ct: Tensor,
+    /// `[target heads, positions]`
+    pub scores_ot: Tensor,
+}
+
+impl Context {
+    /// What the mapper learns: log-odds, span-pooled. f32 `[target heads, positions]`.
+    pub fn targets(&self, pool: &TargetPool) -> Tensor {
+        pool_targets(&log_odds(&self.scores_ot), pool)
+    }
+}
+
+impl Dataset {
+    /// Open the three stages' folders; all must be complete and of the same examples.
+    ///
+    /// # Errors
+    /// A stage is absent, unfinished or damaged; the stages differ in their number of rows; there
+    /// is no training example.
+    pub fn open(examples: &Path, labels: &Path, features: &Path) -> Result<Self> {
+        let (mut ids, mut splits, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        for example in StageReader::<Example>::open(examples)?.iter() {
+            let example = example?;
+            ids.push(example.id);
+            splits.push(example.split);
+            lengths.push(example.tokens.len());
+        }
+        let first = splits.iter().position(|&s| s == Split::Train);
+        let first = first.with_context(|| {
+            hinted(
+                format!("there is no training example in `{}`", examples.display()),
+                "raise `data.train`, or lower `data.validation_share` and `data.test_share`",
+            )
+        })?;
+        let labels = open_rows::<LabelRow>(labels, ids.len())?;
+        let features = open_rows::<FeatureRow>(features, ids.len())?;
+        let (y, x) = (labels.get(first as u64)?, features.get(first as u64)?);
+        let dims = MapperDims {
+            proxy_heads: (x.layers * x.kv_heads) as usize,
+            channels: x.channels as usize,
+            globals: x.global_channels(),
+            outputs: (y.layers * y.kv_heads) as usize,
+        };
+        Ok(Self { labels, features, ids, splits, lengths, dims })
+    }
+
+    pub fn dims(&self) -> MapperDims {
+        self.dims
+    }
+
+    /// Rows of a split, in their order.
+    pub fn rows(&self, split: Split) -> Vec<u64> {
+        (0..self.splits.len() as u64).filter(|&i| self.splits[i as usize] == split).collect()
+    }
+
+    /// Positions of row `i`.
+    pub fn positions(&self, row: u64) -> usize {
+        self.lengths[row as usize]
+    }
+
+    /// Row `i` as tensors.
+    ///
+    /// # Errors
+    /// A shard is damaged, or label and feature are not of the same example or of other models.
+    pub fn context(&self, row: u64) -> Result<Context> {
+        let (label, feature) = (self.labels.get(row)?, self.features.get(row)?);
+        let (id, t) = (&self.ids[row as usize], self.positions(row));
+        let disagree = |what: &str, dir: &Path, found: String, expected: String| {
+            anyhow::anyhow!("expected {expected}, found {found}").context(hinted(
+                format!("the {what} of row {row} in `{}` do not belong to example `{id}`", dir.display()),
+                "label and extract the examples again: `--redo label`, `--redo extract`",
+            ))
+        };
+        let label_shape = (label.id.as_str(), label.layers * label.kv_heads, label.positions);
+        let expected = (id.as_str(), self.dims.outputs as u32, t as u32);
+        ensure!(
+            label_shape == expected,
+            disagree("labels", self.labels.stage().path(), describe(label_shape), describe(expected))
+        );
+        let feature_shape = (feature.id.as_str(), feature.layers * feature.kv_heads, feature.positions);
+        let expected = (id.as_str(), self.dims.proxy_heads as u32, t as u32);
+        let channels = (feature.channels as usize, feature.global_channels());
+        ensure!(
+            feature_shape == expected && channels == (self.dims.channels, self.dims.globals),
+            disagree(
+                "features",
+                self.features.stage().path(),
+                format!("{}, channels {channels:?}", describe(feature_shape)),
+                format!("{}, channels {:?}", describe(expected), (self.dims.channels, self.dims.globals))
+            )
+        );
+        let MapperDims { proxy_heads: p, channels: c, globals: g, outputs: o } = self.dims;
+        let shape = |n: &[usize]| n.iter().map(|&n| n as i64).collect::<Vec<_>>();
+        Ok(Context {
+            heads_pct: Tensor::from_slice(&feature.heads).reshape(shape(&[p, c, t])),
+            globals_ct: Tensor::from_slice(&feature.globals).reshape(shape(&[g, t])),
+            scores_ot: Tensor::from_slice(&label.scores).reshape(shape(&[o, t])),
+        })
+    }
+}
+
+fn describe((id, heads, positions): (&str, u32, u32)) -> String {
+    format!("`{id}` with {heads} KV heads and {positions} positions")
+}
+
+fn open_rows<R: pkv_shard::Row>(dir: &Path, expected: usize) -> Result<StageReader<R>> {
+    let reader = StageReader::<R>::open(dir)?;
+    ensure!(
+        reader.len() == expected as u64,
+        hinted(
+            format!("`{}` has {} rows for {expected} examples", dir.display(), reader.len()),
+            format!("make the stage again with `--redo {}`", reader.stage().index().stage)
+        )
+    );
+    Ok(reader)
+}

@@ -1,0 +1,30 @@
+//! The optimization loop: from shards of labels and features to a trained mapper.
+//!
+//! Owns batching, schedule, validation, logging and exact resume. The network and its loss belong
+//! to `mapper`, the checkpoint format to `checkpoint`, metrics to `prune`. No language model is
+//! known here.
+//!
+//! Random numbers are streams named by epoch or step, and everything else that later steps depend
+//! on is in the checkpoint: a run that is killed and continued ends with the same bits on a CPU.
+//!
+//! Dimension key: b batch, p proxy KV head (layers x heads, layer-major), c channel, t position,
+//! o target KV head (layers x heads, layer-major).
+
+mod batches;
+mod curve;
+mod dataset;
+mod journal;
+mod loader;
+mod optimizer;
+mod run;
+mod schedule;
+mod start;
+mod tensorboard;
+mod validate;
+
+pub use batches::{Batch, Batches};
+pub use dataset::{Context, Dataset};
+pub use journal::METRICS_FILE;
+pub use run::{TrainInputs, TrainSummary, is_complete, train};
+pub use schedule::learning_rate;
+pub use validate::{VALIDATION_RATIOS, Validation};

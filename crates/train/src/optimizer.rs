@@ -1,0 +1,125 @@
+//! AdamW over the mapper's parameters, with decay on matrices only, and their moving average.
+
+use anyhow::{Result, ensure};
+use pkv_gpu::{AdamW, AdamWOptions, clip_global_norm};
+use pkv_mapper::Mapper;
+use pkv_recipe::TrainSection;
+use tch::{Kind, Tensor};
+
+/// Two groups of parameters, one of them decayed, and the moving average of all.
+pub struct Optimizer {
+    /// All parameters, in the mapper's order.
+    parameters: Vec<Tensor>,
+    /// Places in `parameters` of the decayed ones, and of the others.
+    groups: [(Vec<usize>, AdamW); 2],
+    /// In the mapper's order; empty if `train.ema` is 0.
+    ema: Vec<Tensor>,
+    section: TrainSection,
+}
+
+impl Optimizer {
+    /// Moments of zero, an average that starts at the parameters.
+    ///
+    /// # Errors
+    /// A parameter is not f32.
+    pub fn new(mapper: &Mapper, section: &TrainSection) -> Result<Self> {
+        let parameters: Vec<Tensor> = mapper.parameters().iter().map(|(_, p)| p.shallow_clone()).collect();
+        let places = |decayed: bool| -> Vec<usize> {
+            let named = mapper.parameters().iter().enumerate();
+            named.filter(|(_, (name, _))| mapper.decayed(name) == decayed).map(|(i, _)| i).collect()
+        };
+        let group = |decayed: bool| -> Result<(Vec<usize>, AdamW)> {
+            let places = places(decayed);
+            let mine = places.iter().map(|&i| parameters[i].shallow_clone()).collect();
+            Ok((places, AdamW::new(mine)?))
+        };
+        let groups = [group(true)?, group(false)?];
+        let ema = if section.ema > 0.0 { copies(&parameters) } else { Vec::new() };
+        touch(&parameters);
+        Ok(Self { parameters, groups, ema, section: section.clone() })
+    }
+
+    /// Forget the gradients of the last step.
+    pub fn zero_grad(&mut self) {
+        self.parameters.iter_mut().for_each(Tensor::zero_grad);
+    }
+
+    /// Clip, step and average. Returns the gradient's norm before clipping, a scalar on the device.
+    ///
+    /// `step` counts from 0.
+    ///
+    /// # Errors
+    /// libtorch refuses; gradients are there after any backward.
+    pub fn step(&mut self, step: u64, lr: f64) -> Result<Tensor> {
+        let norm = clip_global_norm(&self.parameters, self.section.clip_norm)?;
+        let s = &self.section;
+        for ((_, adamw), weight_decay) in self.groups.iter_mut().zip([s.weight_decay, 0.0]) {
+            adamw.step(AdamWOptions { lr, beta1: s.beta1, beta2: s.beta2, eps: s.eps, weight_decay })?;
+        }
+        if !self.ema.is_empty() {
+            let _no_grad = tch::no_grad_guard();
+            // A long memory would hold on to the start: it grows with what there is to remember.
+            let decay = self.section.ema.min((step + 1) as f64 / (step + 10) as f64);
+            for (mean, p) in self.ema.iter_mut().zip(&self.parameters) {
+                let _ = mean.lerp_(p, 1.0 - decay);
+            }
+        }
+        Ok(norm)
+    }
+
+    /// First and second moments in the mapper's order.
+    pub fn moments(&self) -> (Vec<Tensor>, Vec<Tensor>) {
+        let gather = |which: fn(&AdamW) -> &[Tensor]| {
+            let mut out: Vec<Option<Tensor>> = self.parameters.iter().map(|_| None).collect();
+            for (places, adamw) in &self.groups {
+                for (&i, t) in places.iter().zip(which(adamw)) {
+                    out[i] = Some(t.shallow_clone());
+                }
+            }
+            out.into_iter().flatten().collect()
+        };
+        (gather(|a| a.moments().0), gather(|a| a.moments().1))
+    }
+
+    /// The moving average, in the mapper's order; empty if there is none.
+    pub fn ema(&self) -> &[Tensor] {
+        &self.ema
+    }
+
+    /// Continue from saved moments and average after `steps` steps.
+    ///
+    /// # Errors
+    /// Counts or shapes differ from the parameters'.
+    pub fn restore(&mut self, first: &[Tensor], second: &[Tensor], ema: &[Tensor], steps: u64) -> Result<()> {
+        let n = self.parameters.len();
+        ensure!(
+            first.len() == n && second.len() == n && ema.len() == self.ema.len(),
+            "{} and {} moments and {} averages for {n} parameters",
+            first.len(),
+            second.len(),
+            ema.len()
+        );
+        let _no_grad = tch::no_grad_guard();
+        for (places, adamw) in &mut self.groups {
+            let pick = |all: &[Tensor]| places.iter().map(|&i| all[i].shallow_clone()).collect::<Vec<_>>();
+            adamw.restore(&pick(first), &pick(second), steps)?;
+        }
+        for (mine, saved) in self.ema.iter_mut().zip(ema) {
+            mine.copy_(saved);
+        }
+        Ok(())
+    }
+}
+
+fn copies(tensors: &[Tensor]) -> Vec<Tensor> {
+    tensors.iter().map(|t| t.detach().copy()).collect()
+}
+
+/// Give every parameter a gradient of zero: one that a loss does not reach has none, and AdamW
+/// takes that for an error.
+fn touch(parameters: &[Tensor]) {
+    let zero = parameters
+        .iter()
+        .fold(Tensor::from(0.0f32), |sum, p| sum.to_device(p.device()) + (p * 0.0).sum(Kind::Float));
+    zero.backward();
+}

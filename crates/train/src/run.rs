@@ -1,0 +1,418 @@
+//! The loop: steps, logs, validations, checkpoints, and where to continue.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use pkv_checkpoint::{CheckpointStore, TrainingState};
+use pkv_core::{Fingerprint, Progress, Seed, Split, hinted};
+use pkv_mapper::{Mapper, hybrid_loss};
+use pkv_recipe::{LossSection, MapperSection, TrainSection};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tch::Device;
+
+use crate::batches::Batches;
+use crate::curve::{Means, Window};
+use crate::dataset::Dataset;
+use crate::journal::Journal;
+use crate::loader::{Loaded, WAITING, load};
+use crate::optimizer::Optimizer;
+use crate::schedule::learning_rate;
+use crate::start::{resume, start};
+use crate::tensorboard::EventFile;
+use crate::validate::{Validation, validate};
+
+/// What training reads and where it writes.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainInputs<'a> {
+    /// The run folder: `checkpoints/`, `train/metrics.jsonl` and `tb/` are made in it.
+    pub run: &'a Path,
+    /// Folders of the complete stages.
+    pub examples: &'a Path,
+    pub labels: &'a Path,
+    pub features: &'a Path,
+    pub mapper: &'a MapperSection,
+    pub loss: &'a LossSection,
+    pub train: &'a TrainSection,
+    pub seed: Seed,
+    /// Every choice that the weights depend on, those of the stages before included.
+    pub fingerprint: &'a Fingerprint,
+}
+
+/// What training came to.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TrainSummary {
+    /// Steps taken, of all runs together.
+    pub step: u64,
+    /// The recipe's steps are done; false if it was asked to stop.
+    pub finished: bool,
+    /// Trained numbers.
+    pub parameters: usize,
+    /// Step and score of the best validation.
+    pub best_step: Option<u64>,
+    pub best_score: Option<f64>,
+    /// Mean milliseconds per step of this run, validations left out.
+    pub ms_per_step: f64,
+    /// Seconds of this run.
+    pub secs: f64,
+}
+
+impl TrainInputs<'_> {
+    fn checkpoints(&self) -> PathBuf {
+        self.run.join("checkpoints")
+    }
+
+    fn store(&self) -> Result<CheckpointStore> {
+        CheckpointStore::open(&self.checkpoints(), self.fingerprint, self.train.keep_checkpoints)
+    }
+}
+
+/// The step of the last checkpoint, if training has done all of its steps.
+///
+/// # Errors
+/// The checkpoints were made with other choices (the hint says what to do), or another process trains.
+pub fn is_complete(inputs: &TrainInputs) -> Result<Option<u64>> {
+    if !inputs.checkpoints().exists() {
+        return Ok(None);
+    }
+    // Read whole: a damaged last checkpoint is to be made again.
+    let latest = inputs.store()?.latest(Device::Cpu)?;
+    Ok(latest.map(|state| state.step).filter(|&step| step >= inputs.train.steps))
+}
+
+/// Train until the recipe's steps are done or `stop` is raised, from the last checkpoint if there is one.
+///
+/// Asked to stop, it saves a checkpoint after the step at hand.
+///
+/// # Errors
+/// A stage is absent or damaged, the checkpoints were made with other choices, the loss is no
+/// number any more, or the disk is full.
+pub fn train(
+    inputs: &TrainInputs,
+    device: Device,
+    progress: &dyn Progress,
+    stop: &AtomicBool,
+) -> Result<TrainSummary> {
+    let begin = Instant::now();
+    let store = inputs.store()?;
+    let dataset = Dataset::open(inputs.examples, inputs.labels, inputs.features)?;
+    let mut run = Run::open(inputs, &store, &dataset, device, progress)?;
+    let (first, steps) = (run.step, inputs.train.steps);
+
+    let rows = dataset.rows(Split::Train);
+    let lengths: Vec<usize> = rows.iter().map(|&r| dataset.positions(r)).collect();
+    let batches = Batches::new(&rows, &lengths, inputs.train.batch, inputs.seed);
+    ensure!(
+        batches.per_epoch() > 0,
+        hinted("every training example is empty", "lower `data.min_tokens` and prepare again")
+    );
+    tracing::info!(
+        "training {} parameters on {} contexts, {} per step, {} steps per epoch, from step {first} of {steps}",
+        run.mapper.parameter_count(),
+        rows.len(),
+        inputs.train.batch.min(rows.len()),
+        batches.per_epoch()
+    );
+    progress.start("train", steps, first);
+    std::thread::scope(|threads| -> Result<()> {
+        let (to, from) = sync_channel(WAITING);
+        let remaining = steps.saturating_sub(first) as usize;
+        let (dataset, batches, pool) = (&dataset, &batches, &inputs.train.target_pool);
+        threads.spawn(move || load(dataset, batches.from_step(first).take(remaining), pool, device, &to));
+        while run.step < steps {
+            if stop.load(Ordering::Relaxed) {
+                tracing::info!("stopping at step {} of {steps}", run.step);
+                return run.save(None);
+            }
+            let batch = from.recv().context("the loader ended early")??;
+            run.learn(&batch)?;
+            progress.advance(1);
+        }
+        Ok(())
+        // The receiver is dropped here, and the loader ends with it.
+    })?;
+    progress.finish();
+    let steps_done = run.step - first;
+    Ok(TrainSummary {
+        step: run.step,
+        finished: run.step >= steps,
+        parameters: run.mapper.parameter_count(),
+        best_step: run.best.map(|b| b.0),
+        best_score: run.best.map(|b| b.1),
+        ms_per_step: run.clock.total.as_secs_f64() * 1e3 / steps_done.max(1) as f64,
+        secs: begin.elapsed().as_secs_f64(),
+    })
+}
+
+/// Training between two steps.
+struct Run<'a> {
+    inputs: &'a TrainInputs<'a>,
+    store: &'a CheckpointStore,
+    dataset: &'a Dataset,
+    progress: &'a dyn Progress,
+    validation_rows: Vec<u64>,
+    mapper: Mapper,
+    optimizer: Optimizer,
+    /// Steps taken.
+    step: u64,
+    /// Step and score of the best validation.
+    best: Option<(u64, f64)>,
+    window: Window,
+    journal: Journal,
+    events: EventFile,
+    clock: Clock,
+}
+
+/// Time and tokens of training steps.
+struct Clock {
+    /// When the last step or other work ended.
+    last: Instant,
+    /// Since the last log line.
+    window: Duration,
+    tokens: u64,
+    steps: u64,
+    /// Of this run.
+    total: Duration,
+}
+
+impl<'a> Run<'a> {
+    /// From the last checkpoint, or from the start.
+    fn open(
+        inputs: &'a TrainInputs,
+        store: &'a CheckpointStore,
+        dataset: &'a Dataset,
+        device: Device,
+        progress: &'a dyn Progress,
+    ) -> Result<Self> {
+        let saved = store.latest(device)?;
+        let mapper = match &saved {
+            Some(state) => resume(inputs.mapper, inputs.loss, dataset, state, device)?,
+            None => {
+                let pool = &inputs.train.target_pool;
+                start(dataset, inputs.mapper, inputs.loss, pool, inputs.seed, device, progress)?
+            }
+        };
+        let mut optimizer = Optimizer::new(&mapper, inputs.train)?;
+        let (mut step, mut window) = (0, Window::new());
+        if let Some(s) = &saved {
+            step = s.step;
+            optimizer.restore(&s.first_moments, &s.second_moments, &s.ema, step)?;
+            window = Window::restore(&s.extra["window"], device)
+                .with_context(|| format!("cannot continue from the checkpoint of step {step}"))?;
+        }
+        // Later checkpoints were damaged; their steps come again.
+        store.discard_after(step)?;
+        let validation_rows: Vec<u64> = {
+            let rows = dataset.rows(Split::Validation).into_iter();
+            rows.filter(|&r| dataset.positions(r) > 0).collect()
+        };
+        if validation_rows.is_empty() {
+            tracing::warn!("there are no validation examples: the last checkpoint will count as the best");
+        }
+        Ok(Self {
+            inputs,
+            store,
+            dataset,
+            progress,
+            validation_rows,
+            mapper,
+            optimizer,
+            step,
+            best: store.best_validation()?,
+            window,
+            journal: Journal::open(&inputs.run.join("train"), step)?,
+            events: EventFile::create(&inputs.run.join("tb"), step)?,
+            clock: Clock::new(),
+        })
+    }
+
+    /// One step, and what falls due after it.
+    fn learn(&mut self, batch: &Loaded) -> Result<()> {
+        let (train, seed) = (self.inputs.train, self.inputs.seed);
+        self.optimizer.zero_grad();
+        let scores_bot = self.mapper.forward(&batch.heads_bpct, &batch.globals_bct);
+        let pairs = seed.derive("train.pairs", self.step);
+        let loss = hybrid_loss(&self.mapper, &scores_bot, &batch.y_bot, self.inputs.loss, pairs)?;
+        loss.total.backward();
+        let norm = self.optimizer.step(self.step, learning_rate(train, self.step))?;
+        self.window.add(&loss, &norm);
+        self.step += 1;
+        self.clock.step(batch.tokens());
+
+        let due = |every: u64| self.step.is_multiple_of(every) || self.step == train.steps;
+        let (log, check, save) =
+            (due(train.log_every), due(train.validate_every), due(train.checkpoint_every));
+        if log {
+            self.log()?;
+        }
+        let validation = if check { self.validate()? } else { None };
+        let better = validation.as_ref().is_some_and(|v| self.best.is_none_or(|(_, best)| v.score > best));
+        if let Some(v) = &validation {
+            self.report(v, better)?;
+        }
+        if save || better {
+            self.save(validation.as_ref().map(|v| v.score))?;
+        }
+        self.clock.pause();
+        Ok(())
+    }
+
+    /// Write the means since the last log line.
+    fn log(&mut self) -> Result<()> {
+        let Means { loss, terms, gradient_norm } = self.window.take()?;
+        let (steps, lr) = (self.inputs.train.steps, learning_rate(self.inputs.train, self.step - 1));
+        ensure!(
+            loss.is_finite() && gradient_norm.is_finite(),
+            hinted(
+                format!("the loss is {loss} and its gradient {gradient_norm} at step {}", self.step),
+                "lower `train.lr`, raise `train.warmup_steps`, or lower `train.clip_norm`"
+            )
+        );
+        let (ms, tokens) = self.clock.take();
+        let eta = Duration::from_secs_f64((steps - self.step) as f64 * ms / 1e3);
+        tracing::info!(
+            "step {}/{steps} loss {loss:.4} lr {lr:.2e} {ms:.0} ms/step {tokens:.0} tokens/s ETA {}",
+            self.step,
+            clock_text(eta)
+        );
+        let best = self.best.map_or(String::new(), |(_, score)| format!(", best {:.1}%", 100.0 * score));
+        self.progress.note(&format!("loss {loss:.3}, {tokens:.0} tokens/s{best}"));
+        let named: serde_json::Map<String, Value> =
+            terms.iter().map(|(name, x)| (name.clone(), json!(x))).collect();
+        self.journal.write(&json!({
+            "step": self.step,
+            "kind": "train",
+            "loss": loss,
+            "terms": named,
+            "lr": lr,
+            "gradient_norm": gradient_norm,
+            "ms_per_step": (ms * 10.0).round() / 10.0,
+            "tokens_per_s": tokens.round(),
+        }))?;
+        let mut scalars = vec![
+            ("train/loss".to_owned(), loss),
+            ("train/lr".to_owned(), lr),
+            ("train/gradient_norm".to_owned(), gradient_norm),
+            ("train/ms_per_step".to_owned(), ms),
+            ("train/tokens_per_s".to_owned(), tokens),
+        ];
+        scalars.extend(terms.into_iter().map(|(name, x)| (format!("train/{name}"), x)));
+        self.events.scalars(self.step, &scalars)
+    }
+
+    /// Validate the weights that would be exported; nothing without validation examples.
+    fn validate(&self) -> Result<Option<Validation>> {
+        if self.validation_rows.is_empty() {
+            return Ok(None);
+        }
+        self.progress.note("validating");
+        let i = self.inputs;
+        let ema = self.optimizer.ema();
+        let measure = || validate(&self.mapper, self.dataset, &self.validation_rows, i.loss, i.train, i.seed);
+        if ema.is_empty() {
+            return measure().map(Some);
+        }
+        let own: Vec<_> =
+            self.mapper.parameters().iter().map(|(name, p)| (name.clone(), p.detach().copy())).collect();
+        self.mapper.load_parameters(&self.named(ema))?;
+        let result = measure();
+        self.mapper.load_parameters(&own)?;
+        result.map(Some)
+    }
+
+    fn report(&mut self, v: &Validation, better: bool) -> Result<()> {
+        if better {
+            self.best = Some((self.step, v.score));
+        }
+        tracing::info!(
+            "step {} validation: recall {:.2}%{}, loss {:.4}, Spearman {:.3}, {} contexts",
+            self.step,
+            100.0 * v.score,
+            if better { " (best)" } else { "" },
+            v.loss,
+            v.spearman,
+            v.contexts
+        );
+        self.journal.write(&v.to_json(self.step, better))?;
+        self.events.scalars(self.step, &v.scalars())
+    }
+
+    /// Save everything that later steps depend on.
+    fn save(&self, validation: Option<f64>) -> Result<()> {
+        let (first_moments, second_moments) = self.optimizer.moments();
+        let copy = |x: &[tch::Tensor]| x.iter().map(tch::Tensor::shallow_clone).collect::<Vec<_>>();
+        let parameters = self.mapper.parameters().iter();
+        // The metrics first: a checkpoint must not know of steps that they lack.
+        self.journal.sync()?;
+        self.store.save(&TrainingState {
+            step: self.step,
+            parameters: parameters.map(|(name, p)| (name.clone(), p.detach())).collect(),
+            buffers: self.mapper.buffers(),
+            first_moments,
+            second_moments,
+            ema: copy(self.optimizer.ema()),
+            validation,
+            extra: json!({"window": self.window.save()?}),
+        })?;
+        Ok(())
+    }
+
+    fn named(&self, tensors: &[tch::Tensor]) -> Vec<(String, tch::Tensor)> {
+        let names = self.mapper.parameters().iter().map(|(name, _)| name.clone());
+        names.zip(tensors.iter().map(tch::Tensor::shallow_clone)).collect()
+    }
+}
+
+impl Clock {
+    fn new() -> Self {
+        let zero = Duration::ZERO;
+        Self { last: Instant::now(), window: zero, tokens: 0, steps: 0, total: zero }
+    }
+
+    /// A step of `tokens` positions has ended.
+    fn step(&mut self, tokens: u64) {
+        let took = self.last.elapsed();
+        self.window += took;
+        self.total += took;
+        self.tokens += tokens;
+        self.steps += 1;
+        self.last = Instant::now();
+    }
+
+    /// Other work has ended; its time does not count.
+    fn pause(&mut self) {
+        self.last = Instant::now();
+    }
+
+    /// Milliseconds per step and tokens per second since the last call.
+    fn take(&mut self) -> (f64, f64) {
+        let secs = self.window.as_secs_f64();
+        let (steps, tokens) = (self.steps, self.tokens);
+        (self.window, self.steps, self.tokens) = (Duration::ZERO, 0, 0);
+        (secs * 1e3 / steps.max(1) as f64, tokens as f64 / secs.max(1e-9))
+    }
+}
+
+/// `1h 02m`, `3m 20s`, `45s`.
+fn clock_text(d: Duration) -> String {
+    let s = d.as_secs();
+    match s {
+        3600.. => format!("{}h {:02}m", s / 3600, s % 3600 / 60),
+        60.. => format!("{}m {:02}s", s / 60, s % 60),
+        _ => format!("{s}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_short() {
+        let text = |s| clock_text(Duration::from_secs(s));
+        assert_eq!([text(0), text(59), text(200), text(3725)], ["0s", "59s", "3m 20s", "1h 02m"]);
+    }
+}

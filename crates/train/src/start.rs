@@ -1,0 +1,97 @@
+//! Where training starts: standardization, the ridge solution, the thresholds.
+
+use anyhow::{Context as _, Result};
+use pkv_core::{Progress, Seed, Split, hinted};
+use pkv_mapper::{Mapper, RidgeAccumulator, StandardizationAccumulator};
+use pkv_recipe::{LossSection, MapperSection, TargetPool, Variant};
+use tch::{Device, Tensor};
+
+use crate::dataset::Dataset;
+
+/// Most training contexts that statistics are taken of.
+const SAMPLE_CONTEXTS: usize = 512;
+/// Most positions of them: half a million settle means to three digits and the ridge solution to less than it is off.
+const SAMPLE_POSITIONS: usize = 1 << 19;
+/// Contexts whose thresholds are averaged.
+const THRESHOLD_CONTEXTS: usize = 64;
+
+/// A mapper at its start: standardized by the training examples, its skip the best linear mapper,
+/// the binary term's offsets at the labels' mean thresholds.
+///
+/// # Errors
+/// A shard is damaged, or a feature or label is not finite.
+pub fn start(
+    dataset: &Dataset,
+    section: &MapperSection,
+    loss: &LossSection,
+    pool: &TargetPool,
+    seed: Seed,
+    device: Device,
+    progress: &dyn Progress,
+) -> Result<Mapper> {
+    let _no_grad = tch::no_grad_guard();
+    let sample = sample(dataset);
+    let (dims, linear) = (dataset.dims(), section.linear_skip || section.variant == Variant::Linear);
+    let passes = if linear { 2 } else { 1 };
+    progress.start("training statistics", passes * sample.len() as u64, 0);
+    let one = |x: &Tensor| x.unsqueeze(0);
+
+    let mut statistics = StandardizationAccumulator::new(dims);
+    let mut thresholds = Vec::new();
+    for &row in &sample {
+        let context = dataset.context(row)?;
+        let y_ot = context.targets(pool);
+        statistics.add(&one(&context.heads_pct), &one(&context.globals_ct), &one(&y_ot))?;
+        if thresholds.len() < THRESHOLD_CONTEXTS {
+            thresholds.push(one(&y_ot));
+        }
+        progress.advance(1);
+    }
+    let stats = statistics.finish()?;
+
+    let ridge = linear.then(|| RidgeAccumulator::new(dims, &stats, device)).transpose()?;
+    let mut mapper = Mapper::new(section, loss, dims, stats, seed, device)?;
+    if let Some(mut ridge) = ridge {
+        for &row in &sample {
+            let context = dataset.context(row)?;
+            ridge.add(&one(&context.heads_pct), &one(&context.globals_ct), &one(&context.targets(pool)))?;
+            progress.advance(1);
+        }
+        let (weight_of, bias_o) = ridge.solve(section.ridge)?;
+        mapper.set_linear(&weight_of, &bias_o)?;
+    }
+    mapper.calibrate(&thresholds)?;
+    progress.finish();
+    Ok(mapper)
+}
+
+/// Training rows evenly spread over the split, within both limits.
+fn sample(dataset: &Dataset) -> Vec<u64> {
+    let rows: Vec<u64> =
+        dataset.rows(Split::Train).into_iter().filter(|&r| dataset.positions(r) > 0).collect();
+    let total: usize = rows.iter().map(|&r| dataset.positions(r)).sum();
+    let by_positions = rows.len() * SAMPLE_POSITIONS / total.max(SAMPLE_POSITIONS);
+    let count = by_positions.clamp(1, SAMPLE_CONTEXTS).min(rows.len());
+    (0..count).map(|i| rows[i * rows.len() / count]).collect()
+}
+
+/// The mapper of a checkpoint.
+///
+/// # Errors
+/// The tensors are of another mapper.
+pub fn resume(
+    section: &MapperSection,
+    loss: &LossSection,
+    dataset: &Dataset,
+    state: &pkv_checkpoint::TrainingState,
+    device: Device,
+) -> Result<Mapper> {
+    let named = |x: &(String, Tensor)| (x.0.clone(), x.1.shallow_clone());
+    let tensors: Vec<_> = state.parameters.iter().chain(&state.buffers).map(named).collect();
+    pkv_checkpoint::restore_mapper(section, loss, dataset.dims(), &tensors, device).with_context(|| {
+        hinted(
+            format!("the checkpoint of step {} does not fit the recipe and its shards", state.step),
+            "train again with `--redo train`",
+        )
+    })
+}

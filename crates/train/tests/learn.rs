@@ -1,0 +1,101 @@
+use pkv_checkpoint::CheckpointStore;
+use pkv_recipe::{TargetPool, Variant};
+use serde_json::Value;
+
+use crate::common::*;
+
+fn of<'a>(metrics: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    metrics.iter().filter(|m| m["kind"] == kind).collect()
+}
+
+#[test]
+fn it_learns_what_the_ridge_solution_cannot() {
+    let mut setup = Setup::new(96, 8);
+    setup.train.steps = 150;
+    // Validation looks at raw labels.
+    setup.train.target_pool = TargetPool::OFF;
+    (setup.train.validate_every, setup.train.log_every, setup.train.checkpoint_every) = (75, 10, 75);
+    let summary = setup.finish("run").unwrap();
+    setup.mapper.variant = Variant::Linear;
+    setup.train.steps = 1;
+    setup.train.lr = 1e-9;
+    let linear = setup.finish("linear").unwrap();
+    let (trained, ridge) = (summary.best_score.unwrap(), linear.best_score.unwrap());
+    // A random ranking has 8.5% recall at these ratios.
+    assert!(ridge > 0.4, "the ridge solution has {ridge}");
+    assert!(trained > ridge + 0.08, "trained {trained}, ridge {ridge}");
+    let metrics = setup.metrics("run");
+    let losses: Vec<f64> = of(&metrics, "train").iter().map(|m| m["loss"].as_f64().unwrap()).collect();
+    assert_eq!(losses.len(), 15);
+    assert!(losses[14] < 0.8 * losses[0], "{losses:?}");
+}
+
+#[test]
+fn every_variant_and_loss_trains() {
+    for variant in [Variant::HybridAxial, Variant::Conv, Variant::Mlp, Variant::Linear] {
+        for lean in [false, true] {
+            let mut setup = Setup::new(9, 2);
+            setup.mapper.variant = variant;
+            setup.mapper.linear_skip = lean;
+            setup.train.steps = 3;
+            if lean {
+                // The binary term off: its learned scales get no gradient, and must not be missed.
+                setup.loss.binary = 0.0;
+                setup.loss.global = 0.0;
+                setup.train.ema = 0.0;
+            }
+            let summary = setup.finish("run").unwrap();
+            assert!(summary.finished && summary.parameters > 0, "{variant:?}");
+            let store = CheckpointStore::read_only(&setup.stage("run").join("checkpoints")).unwrap();
+            let state = store.best(tch::Device::Cpu).unwrap().unwrap();
+            assert_eq!((state.step, state.ema.is_empty()), (3, lean));
+        }
+    }
+}
+
+#[test]
+fn metrics_hold_what_readers_look_for() {
+    let setup = Setup::new(12, 3);
+    let summary = setup.finish("run").unwrap();
+    let metrics = setup.metrics("run");
+    let steps = |kind| of(&metrics, kind).iter().map(|m| m["step"].as_u64().unwrap()).collect::<Vec<_>>();
+    assert_eq!(steps("train"), [5, 10, 15, 20, 24]);
+    assert_eq!(steps("validation"), [7, 14, 21, 24]);
+    let line = of(&metrics, "train")[0];
+    for term in ["binary", "value_mse", "fine", "global", "cosine"] {
+        assert!(line["terms"][term].as_f64().unwrap() > 0.0, "{line}");
+    }
+    let validations = of(&metrics, "validation");
+    for line in &validations {
+        for policy in ["pair", "pair-uniform", "token"] {
+            for ratio in ["0.5", "0.1", "0.05", "0.01", "0.07"] {
+                let recall = line["recall"][policy][ratio].as_f64().unwrap();
+                assert!((0.0..=1.0).contains(&recall), "{line}");
+                let realised = line["realised_ratio"][policy][ratio].as_f64().unwrap();
+                // Rounded counts of some 50 positions.
+                assert!(
+                    (realised - ratio.parse::<f64>().unwrap()).abs() < 0.02,
+                    "{policy} {ratio}: {realised}"
+                );
+            }
+        }
+        let score = line["score"].as_f64().unwrap();
+        let pair = |r: &str| line["recall"]["pair"][r].as_f64().unwrap();
+        assert!((score - (pair("0.1") + pair("0.07")) / 2.0).abs() < 1e-12);
+        assert!(line["kendall"].as_f64().unwrap() < line["spearman"].as_f64().unwrap());
+    }
+    // The best flag is raised whenever a score passes all before it.
+    let best = validations.iter().filter(|l| l["best"] == true).next_back().unwrap();
+    assert_eq!(best["step"].as_u64(), summary.best_step);
+    assert_eq!(best["score"].as_f64(), summary.best_score);
+    assert_eq!(std::fs::read_dir(setup.stage("run").join("tb")).unwrap().count(), 1);
+}
+
+#[test]
+fn without_validation_the_last_checkpoint_counts() {
+    let setup = Setup::new(9, 0);
+    let summary = setup.finish("run").unwrap();
+    assert_eq!((summary.best_step, summary.best_score), (None, None));
+    let store = CheckpointStore::read_only(&setup.stage("run").join("checkpoints")).unwrap();
+    assert_eq!(store.best(tch::Device::Cpu).unwrap().unwrap().step, 24);
+}

@@ -1,0 +1,10 @@
+//! Training from the outside: shards in, checkpoints and metrics out.
+
+/// Stage folders of a small made-up pair whose labels can be learnt from its features.
+mod common;
+/// What is wrong with the input is said, with the way out.
+mod input;
+/// A run that learns, in every variant.
+mod learn;
+/// Stopped, killed, damaged: the same bits in the end.
+mod resume;

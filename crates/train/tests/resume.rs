@@ -1,0 +1,154 @@
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::common::*;
+
+/// The outcomes of a broken run and of an unbroken one: weights, moments, average, metrics, which
+/// checkpoints are kept.
+#[track_caller]
+fn same(setup: &Setup, broken: &str, whole: &str) {
+    let ((files, metrics), (expected_files, expected_metrics)) =
+        (setup.outcome(broken), setup.outcome(whole));
+    assert_eq!(metrics, expected_metrics);
+    assert_eq!(files.keys().collect::<Vec<_>>(), expected_files.keys().collect::<Vec<_>>());
+    for (name, bytes) in &files {
+        assert!(bytes == &expected_files[name], "{name} differs");
+    }
+}
+
+#[test]
+fn a_stopped_run_ends_with_the_same_bits() {
+    let setup = Setup::new(26, 5);
+    let whole = setup.finish("whole").unwrap();
+    assert!(whole.finished && whole.step == 24);
+    for stops in [vec![1], vec![7], vec![13, 14], vec![3, 10, 20], vec![23]] {
+        let run = format!("stopped-{stops:?}");
+        for &step in &stops {
+            let stop = AtomicBool::new(false);
+            let at = At::new(step, || stop.store(true, Ordering::Relaxed));
+            let summary = setup.run(&run, &at, &stop).unwrap();
+            assert_eq!((summary.step, summary.finished), (step, false));
+            assert_eq!(setup.is_complete(&run).unwrap(), None);
+        }
+        let summary = setup.finish(&run).unwrap();
+        assert_eq!(
+            (summary.step, summary.best_step, summary.best_score),
+            (24, whole.best_step, whole.best_score)
+        );
+        same(&setup, &run, "whole");
+    }
+    assert_eq!(setup.is_complete("whole").unwrap(), Some(24));
+}
+
+/// A panic takes the process out of a step without saving, as a kill does.
+#[test]
+fn a_run_killed_at_any_step_ends_with_the_same_bits() {
+    let setup = Setup::new(26, 5);
+    setup.finish("whole").unwrap();
+    let silent = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    for kills in [vec![2], vec![5], vec![8], vec![9], vec![15, 18], vec![24]] {
+        let run = format!("killed-{kills:?}");
+        for &step in &kills {
+            let at = At::new(step, || panic!("killed"));
+            let result = catch_unwind(AssertUnwindSafe(|| setup.run(&run, &at, &AtomicBool::new(false))));
+            assert!(result.is_err(), "nobody was killed at step {step}");
+        }
+        setup.finish(&run).unwrap();
+        same(&setup, &run, "whole");
+    }
+    std::panic::set_hook(silent);
+}
+
+#[test]
+fn a_damaged_checkpoint_costs_steps_and_no_bits() {
+    let setup = Setup::new(26, 5);
+    setup.finish("whole").unwrap();
+    let stop = AtomicBool::new(false);
+    setup.run("broken", &At::new(17, || stop.store(true, Ordering::Relaxed)), &stop).unwrap();
+    let path = setup.stage("broken").join("checkpoints/step-000017/optimizer.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let at = bytes.len() / 2;
+    bytes[at] ^= 4;
+    fs::write(&path, bytes).unwrap();
+    let summary = setup.finish("broken").unwrap();
+    assert!(summary.finished);
+    same(&setup, "broken", "whole");
+}
+
+#[test]
+fn a_finished_run_has_nothing_to_do() {
+    let setup = Setup::new(12, 3);
+    setup.finish("run").unwrap();
+    let before = setup.outcome("run");
+    let summary = setup.finish("run").unwrap();
+    assert_eq!((summary.step, summary.finished), (24, true));
+    assert_eq!(setup.outcome("run"), before);
+}
+
+/// SIGKILL at moments that nobody chose.
+#[test]
+fn a_killed_process_is_continued_by_the_next() {
+    let setup = Setup::new(26, 5);
+    setup.finish("whole").unwrap();
+    let mut kills = 0;
+    for attempt in 0u64.. {
+        assert!(attempt < 60, "no progress");
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "resume::child", "--ignored"])
+            .env("PKV_TEST_FOLDER", setup.dir.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // libtorch takes its time to load; the moments that count come after the next checkpoint.
+        let before = checkpoints(&setup);
+        while checkpoints(&setup) == before && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(attempt * 31 % 100));
+        let ended = child.try_wait().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if let Some(status) = ended {
+            assert!(status.success());
+            break;
+        }
+        kills += 1;
+    }
+    assert!(kills > 0, "the process was never killed");
+    same(&setup, "killed", "whole");
+}
+
+fn checkpoints(setup: &Setup) -> Vec<std::ffi::OsString> {
+    let dir = setup.stage("killed").join("checkpoints");
+    let mut names: Vec<_> = fs::read_dir(dir).into_iter().flatten().map(|e| e.unwrap().file_name()).collect();
+    names.sort();
+    names
+}
+
+/// Not a test: the process that the test above kills.
+#[test]
+#[ignore = "run by a_killed_process_is_continued_by_the_next"]
+fn child() {
+    let dir = std::env::var("PKV_TEST_FOLDER").expect("run by a_killed_process_is_continued_by_the_next");
+    // Its own small stages go unused: it trains on those of the test.
+    let own = Setup::new(1, 0);
+    let setup = At::new(0, || ());
+    let at = |name: &str| std::path::Path::new(&dir).join(name);
+    let inputs = pkv_train::TrainInputs {
+        run: &at("killed"),
+        examples: &at("examples"),
+        labels: &at("labels"),
+        features: &at("features"),
+        mapper: &own.mapper,
+        loss: &own.loss,
+        train: &own.train,
+        seed: pkv_core::Seed(11),
+        fingerprint: &own.fingerprint,
+    };
+    pkv_train::train(&inputs, tch::Device::Cpu, &setup, &AtomicBool::new(false)).unwrap();
+}
