@@ -110,7 +110,8 @@ impl Check {
 
     /// A failure with the hint that the error carries.
     fn error(name: &str, e: &Error) -> Self {
-        let hinted = e.downcast_ref::<Hinted>().or_else(|| e.chain().find_map(|c| c.downcast_ref::<Hinted>()));
+        let hinted =
+            e.downcast_ref::<Hinted>().or_else(|| e.chain().find_map(|c| c.downcast_ref::<Hinted>()));
         Self::fail(name, format!("{e:#}"), hinted.map_or("", Hinted::hint))
     }
 }
@@ -136,7 +137,9 @@ fn libtorch() -> Check {
         .or_else(|| fs::read_to_string(root.join("build-version")).ok().map(|t| t.trim().to_owned()));
     let place = library.display();
     match version {
-        None => Check::warn("libtorch", format!("of unknown version, `{place}`"), format!("expected {LIBTORCH}")),
+        None => {
+            Check::warn("libtorch", format!("of unknown version, `{place}`"), format!("expected {LIBTORCH}"))
+        }
         Some(v) if v.starts_with(LIBTORCH) => Check::ok("libtorch", format!("{v}, `{place}`")),
         Some(v) => Check::fail(
             "libtorch",
@@ -234,7 +237,9 @@ fn memory(device: Device, plan: Option<&Plan>) -> Check {
     };
     match stage.peak_bytes {
         n if n > total => Check::fail("memory", detail, hint),
-        n if n > free => Check::warn("memory", detail, "close what else runs there, or see `plan` for what needs it"),
+        n if n > free => {
+            Check::warn("memory", detail, "close what else runs there, or see `plan` for what needs it")
+        }
         _ => Check::ok("memory", detail),
     }
 }
@@ -243,7 +248,8 @@ fn memory(device: Device, plan: Option<&Plan>) -> Check {
 fn host_memory() -> Option<(u64, u64)> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let (mut free, mut total) = (meminfo(&text, "MemAvailable")?, meminfo(&text, "MemTotal")?);
-    let read = |file: &str| fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
+    let read =
+        |file: &str| fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
     if let Some(limit) = read("memory.max") {
         total = total.min(limit);
         free = free.min(limit.saturating_sub(read("memory.current").unwrap_or(0)));
@@ -261,7 +267,13 @@ fn disk(runs: &Path, plan: Option<&Plan>) -> Check {
     let there = existing(runs);
     let free = match rustix::fs::statvfs(&there) {
         Ok(s) => s.f_bavail.saturating_mul(s.f_frsize),
-        Err(e) => return Check::warn("disk", format!("`{}` cannot be asked for free space: {e}", there.display()), ""),
+        Err(e) => {
+            return Check::warn(
+                "disk",
+                format!("`{}` cannot be asked for free space: {e}", there.display()),
+                "",
+            );
+        }
     };
     let mut detail = format!("{} free for `{}`", human_bytes(free), runs.display());
     let hint = "choose another place with `--runs`, or make room";
@@ -288,7 +300,8 @@ fn hub_access(hub: &Hub) -> Check {
     if options.offline {
         return Check::ok("hub", format!("offline by HF_HUB_OFFLINE; cache `{cache}`"));
     }
-    let proxy = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].iter().find_map(|v| std::env::var(v).ok());
+    let proxy =
+        ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].iter().find_map(|v| std::env::var(v).ok());
     let address = proxy.filter(|p| !p.is_empty()).unwrap_or_else(|| options.endpoint.clone());
     match authority(&address).map(connect) {
         Some(Ok(())) => Check::ok("hub", format!("`{}` answers; cache `{cache}`", options.endpoint)),
@@ -341,17 +354,23 @@ fn needs(recipe: &Recipe, hub: Hub) -> Vec<Check> {
         Ok(lock) => hub.with_lock(lock),
         Err(e) => return vec![Check::error("lock", &e)],
     };
-    let (target, proxy) = (model("target", &recipe.target, recipe, &hub), model("proxy", &recipe.proxy, recipe, &hub));
+    let (target, proxy) =
+        (model("target", &recipe.target, recipe, &hub), model("proxy", &recipe.proxy, recipe, &hub));
     let vocabulary = match (&target, &proxy) {
         (Ok((_, a)), Ok((_, b))) => Some(vocabulary(a, b)),
         _ => None,
     };
     let mut out: Vec<Check> = [target, proxy].map(|found| found.map_or_else(|c| c, |(c, _)| c)).into();
     out.extend(vocabulary);
-    out.push(match pkv_recipe::load_manifest(&manifest_path).and_then(|m| Ok((pkv_data::inputs(&m, &hub)?, m))) {
-        Ok((_, m)) => Check::ok("data", format!("{} sources of `{}` are there", m.sources.len(), manifest_path.display())),
-        Err(e) => Check::error("data", &e),
-    });
+    out.push(
+        match pkv_recipe::load_manifest(&manifest_path).and_then(|m| Ok((pkv_data::inputs(&m, &hub)?, m))) {
+            Ok((_, m)) => Check::ok(
+                "data",
+                format!("{} sources of `{}` are there", m.sources.len(), manifest_path.display()),
+            ),
+            Err(e) => Check::error("data", &e),
+        },
+    );
     out
 }
 
@@ -385,9 +404,14 @@ fn vocabulary(target: &Path, proxy: &Path) -> Check {
 }
 
 fn time(device: Device, plan: &Plan) -> Check {
-    let detail = format!("about {} on {} (`plan` shows the stages)", human_secs(plan.secs()), plan.machine.name);
+    let detail =
+        format!("about {} on {} (`plan` shows the stages)", human_secs(plan.secs()), plan.machine.name);
     if device == Device::Cpu && plan.secs() > LONG_SECS {
-        Check::warn("time", detail, "this pair is meant for a GPU; `recipes/demo-nano.toml` runs on a CPU in minutes")
+        Check::warn(
+            "time",
+            detail,
+            "this pair is meant for a GPU; `recipes/demo-nano.toml` runs on a CPU in minutes",
+        )
     } else {
         Check::ok("time", detail)
     }
@@ -407,10 +431,12 @@ mod tests {
 
     #[test]
     fn system_files_are_parsed() {
-        let maps = "7f00-7f01 r-xp 00000000 08:01 5   /opt/my torch/lib/libtorch_cpu.so\n7f02 rw-p 0 0 0 [heap]\n";
+        let maps =
+            "7f00-7f01 r-xp 00000000 08:01 5   /opt/my torch/lib/libtorch_cpu.so\n7f02 rw-p 0 0 0 [heap]\n";
         assert_eq!(mapped(maps, "libtorch_cpu.so"), Some(PathBuf::from("/opt/my torch/lib/libtorch_cpu.so")));
         assert_eq!(mapped(maps, "libcuda.so.1"), None);
-        let version = "from typing import Optional\n__version__ = '2.11.0+cu130'\ncuda: Optional[str] = None\n";
+        let version =
+            "from typing import Optional\n__version__ = '2.11.0+cu130'\ncuda: Optional[str] = None\n";
         assert_eq!(python_string(version, "__version__").as_deref(), Some("2.11.0+cu130"));
         let memory = "MemTotal:       24000000 kB\nMemAvailable:    1000 kB\n";
         assert_eq!((meminfo(memory, "MemAvailable"), meminfo(memory, "Mem")), (Some(1_024_000), None));

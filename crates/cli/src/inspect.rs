@@ -36,7 +36,10 @@ pub fn inspect(path: &Path) -> Result<String> {
         };
     }
     if !path.exists() {
-        bail!(hinted(format!("there is no `{}`", path.display()), "check the path; run folders are in `runs/`"));
+        bail!(hinted(
+            format!("there is no `{}`", path.display()),
+            "check the path; run folders are in `runs/`"
+        ));
     }
     if has(INDEX_FILE) {
         stage(path)
@@ -89,7 +92,8 @@ impl Lines {
 fn shard(path: &Path) -> Result<String> {
     let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let stage = StageDir::read(dir).with_context(|| format!("cannot tell what `{}` holds", path.display()))?;
+    let stage =
+        StageDir::read(dir).with_context(|| format!("cannot tell what `{}` holds", path.display()))?;
     let index = stage.index();
     let mut before = 0;
     let entry = index.shards.iter().find(|s| {
@@ -177,7 +181,10 @@ fn first_row(out: &mut Lines, dir: &Path, i: u64, fingerprint: &Fingerprint) -> 
     } else if holds(LabelRow::FILES) {
         let row = StageReader::<LabelRow>::open(dir)?.get(i)?;
         out.add("id", &row.id)
-            .add("shape", format!("{} layers x {} KV heads x {} positions", row.layers, row.kv_heads, row.positions))
+            .add(
+                "shape",
+                format!("{} layers x {} KV heads x {} positions", row.layers, row.kv_heads, row.positions),
+            )
             .add("scores", spread(&row.scores));
     } else if holds(FeatureRow::FILES) {
         let row = StageReader::<FeatureRow>::open(dir)?.get(i)?;
@@ -206,7 +213,8 @@ fn channels(out: &mut Lines, row: &FeatureRow, fingerprint: &Fingerprint) {
     let (channels, positions) = (row.channels as usize, row.positions as usize);
     for c in 0..channels {
         let of_channel = |head: &[f32]| head[c * positions..(c + 1) * positions].to_vec();
-        let values: Vec<f32> = row.heads.chunks_exact((channels * positions).max(1)).flat_map(of_channel).collect();
+        let values: Vec<f32> =
+            row.heads.chunks_exact((channels * positions).max(1)).flat_map(of_channel).collect();
         out.add(&names("channels", c), spread(&values));
     }
     for g in 0..row.global_channels() {
@@ -267,11 +275,17 @@ fn export(dir: &Path) -> Result<String> {
     }
     let d = config.dims;
     let parameters: usize = export.tensors().iter().map(|(_, t)| t.numel()).sum();
-    out.add("mapper", format!("{} proxy heads x {} channels + {} globals to {} target heads", d.proxy_heads, d.channels, d.globals, d.outputs))
-        .add("numbers", format!("{} in {} tensors", human_count(parameters as u64), export.tensors().len()))
-        .add("step", config.step)
-        .add("validation", validation(config.validation))
-        .add("fingerprint", config.fingerprint.hash());
+    out.add(
+        "mapper",
+        format!(
+            "{} proxy heads x {} channels + {} globals to {} target heads",
+            d.proxy_heads, d.channels, d.globals, d.outputs
+        ),
+    )
+    .add("numbers", format!("{} in {} tensors", human_count(parameters as u64), export.tensors().len()))
+    .add("step", config.step)
+    .add("validation", validation(config.validation))
+    .add("fingerprint", config.fingerprint.hash());
     out.block("tensors");
     for (name, tensor) in export.tensors() {
         let _ = writeln!(out.text, "  {name:<44} {:?}", tensor.size());
@@ -288,11 +302,20 @@ fn model(dir: &Path) -> Result<String> {
     let mut out = Lines::new(format!("language model `{}`", dir.display()));
     let s = config.shape;
     out.add("shape", s)
-        .add("hidden", format!("{}, feed-forward {}, {} query heads", s.hidden, s.intermediate, s.query_heads))
+        .add(
+            "hidden",
+            format!("{}, feed-forward {}, {} query heads", s.hidden, s.intermediate, s.query_heads),
+        )
         .add("vocabulary", s.vocab);
     if let Ok(tokenizer) = TextTokenizer::open(dir) {
-        out.add("tokenizer", format!("{} tokens, vocabulary {}", tokenizer.vocab_size(), short(&tokenizer.vocab_hash())))
-            .add("template", format!("prefix of {} tokens, switch of {}", tokenizer.prefix().len(), tokenizer.switch().len()));
+        out.add(
+            "tokenizer",
+            format!("{} tokens, vocabulary {}", tokenizer.vocab_size(), short(&tokenizer.vocab_hash())),
+        )
+        .add(
+            "template",
+            format!("prefix of {} tokens, switch of {}", tokenizer.prefix().len(), tokenizer.switch().len()),
+        );
     }
     Ok(out.text)
 }
@@ -329,7 +352,14 @@ fn run(dir: &Path) -> Result<String> {
     let results = Results::read(&dir.join("eval").join(RESULTS_FILE)).ok();
     out.add("eval", results.as_ref().map_or_else(|| "not there yet".to_owned(), headline));
     for (name, file) in [("export", "export/config.json"), ("report", "report.html")] {
-        out.add(name, if dir.join(file).exists() { dir.join(file).display().to_string() } else { "not there yet".to_owned() });
+        out.add(
+            name,
+            if dir.join(file).exists() {
+                dir.join(file).display().to_string()
+            } else {
+                "not there yet".to_owned()
+            },
+        );
     }
     if let Some(stages) = run["stages"].as_object() {
         out.block("times");
@@ -375,21 +405,43 @@ fn results(path: &Path) -> Result<String> {
         .add("fingerprint", &r.fingerprint)
         .add("labels", format!("{} contexts, {} positions", r.labels.contexts, r.labels.positions));
     if let Some(f) = &r.facts {
-        out.add("facts", format!("{} questions about {} contexts, full cache {:.1}%", f.questions, f.contexts, 100.0 * f.full.mean));
+        out.add(
+            "facts",
+            format!(
+                "{} questions about {} contexts, full cache {:.1}%",
+                f.questions,
+                f.contexts,
+                100.0 * f.full.mean
+            ),
+        );
     }
     if let Some(p) = &r.perplexity {
-        out.add("perplexity", format!("{} contexts, full cache {:.3} nats per token", p.contexts, p.full.mean));
+        out.add(
+            "perplexity",
+            format!("{} contexts, full cache {:.3} nats per token", p.contexts, p.full.mean),
+        );
     }
     if let Some(f) = &r.facts {
         out.block("answers");
         for c in &f.cells {
-            let at = format!("{:.1}% [{:.1}, {:.1}]", 100.0 * c.accuracy.mean, 100.0 * c.accuracy.low, 100.0 * c.accuracy.high);
-            let _ = writeln!(out.text, "  {:<14} {:<13} {:<6} {at}", c.method.name(), c.policy.name(), c.ratio);
+            let at = format!(
+                "{:.1}% [{:.1}, {:.1}]",
+                100.0 * c.accuracy.mean,
+                100.0 * c.accuracy.low,
+                100.0 * c.accuracy.high
+            );
+            let _ =
+                writeln!(out.text, "  {:<14} {:<13} {:<6} {at}", c.method.name(), c.policy.name(), c.ratio);
         }
     }
     out.block("recall");
     for c in &r.labels.cells {
-        let at = format!("{:.1}% [{:.1}, {:.1}]", 100.0 * c.recall.mean, 100.0 * c.recall.low, 100.0 * c.recall.high);
+        let at = format!(
+            "{:.1}% [{:.1}, {:.1}]",
+            100.0 * c.recall.mean,
+            100.0 * c.recall.low,
+            100.0 * c.recall.high
+        );
         let _ = writeln!(out.text, "  {:<14} {:<13} {:<6} {at}", c.method.name(), c.policy.name(), c.ratio);
     }
     Ok(out.text)
@@ -413,7 +465,13 @@ mod tests {
     }
 
     fn labels(id: &str, scores: &[f32]) -> LabelRow {
-        LabelRow { id: id.to_owned(), layers: 1, kv_heads: 2, positions: scores.len() as u32 / 2, scores: scores.to_vec() }
+        LabelRow {
+            id: id.to_owned(),
+            layers: 1,
+            kv_heads: 2,
+            positions: scores.len() as u32 / 2,
+            scores: scores.to_vec(),
+        }
     }
 
     #[test]
@@ -423,7 +481,14 @@ mod tests {
         let rows = vec![labels("first", &[0.1, 0.2, 0.3, 0.9]), labels("second", &[0.5, 0.5])];
         write(dir.path(), "label", rows, &fingerprint);
         let text = inspect(dir.path()).unwrap();
-        for part in ["stage `label`", "2, complete", "original", "1 layers x 2 KV heads x 2 positions", "0.1000 to 0.9000", "all hashes match"] {
+        for part in [
+            "stage `label`",
+            "2, complete",
+            "original",
+            "1 layers x 2 KV heads x 2 positions",
+            "0.1000 to 0.9000",
+            "all hashes match",
+        ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
         let second = StageDir::read(dir.path()).unwrap().index().shards[1].file.clone();
@@ -439,7 +504,8 @@ mod tests {
     #[test]
     fn features_are_told_by_channel_and_examples_by_token() {
         let dir = tempfile::tempdir().unwrap();
-        let fingerprint = Fingerprint::new().with("extract", json!({"channels": ["max_all", "key_norm"], "globals": ["position"]}));
+        let fingerprint = Fingerprint::new()
+            .with("extract", json!({"channels": ["max_all", "key_norm"], "globals": ["position"]}));
         let row = FeatureRow {
             id: "a".to_owned(),
             layers: 1,
@@ -452,7 +518,10 @@ mod tests {
         write(&dir.path().join("features"), "extract", vec![row], &fingerprint);
         let text = inspect(&dir.path().join("features")).unwrap();
         assert!(text.contains("max_all      1.0000 to 3.0000"), "{text}");
-        assert!(text.contains("key_norm     2.0000 to 4.0000") && text.contains("position     7.0000"), "{text}");
+        assert!(
+            text.contains("key_norm     2.0000 to 4.0000") && text.contains("position     7.0000"),
+            "{text}"
+        );
         let example = Example {
             id: "doc-0".to_owned(),
             document: "doc".to_owned(),
@@ -465,7 +534,10 @@ mod tests {
         };
         write(&dir.path().join("examples"), "prepare", vec![example], &Fingerprint::new());
         let text = inspect(&dir.path().join("examples")).unwrap();
-        assert!(text.contains("3, from token 5") && text.contains("[3, 1, 4]") && text.contains("test"), "{text}");
+        assert!(
+            text.contains("3, from token 5") && text.contains("[3, 1, 4]") && text.contains("test"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -475,7 +547,9 @@ mod tests {
         fs::write(dir.path().join("run.json"), run.to_string()).unwrap();
         write(&dir.path().join("labels"), "label", vec![labels("a", &[0.1, 0.2])], &Fingerprint::new());
         let text = inspect(dir.path()).unwrap();
-        for part in ["run `r`", "examples     not there yet", "labels       1, complete", "prepare      1 min 01 s"] {
+        for part in
+            ["run `r`", "examples     not there yet", "labels       1, complete", "prepare      1 min 01 s"]
+        {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
     }

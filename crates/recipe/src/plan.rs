@@ -8,21 +8,17 @@
 mod cost;
 mod human;
 mod machine;
+mod stages;
 mod table;
 
-use pkv_core::GlobalChannel;
 use serde::{Deserialize, Serialize};
 
-use crate::{DtypeName, Method, ModelSection, Recipe, Task};
-use cost::{Decode, MapperCost, Repeat, decode, features, prefill, repeat};
+use crate::{DtypeName, ModelSection, Recipe};
+use cost::{MapperCost, prefill};
+use stages::{Lengths, eval, extract, fetch, label, prepare, train};
 
 pub use human::{human_bytes, human_count, human_flops, human_secs};
 pub use machine::{Efficiency, Machine};
-
-/// Tokens that a chat template puts around a context or a question; models differ by a few dozen.
-const TEMPLATE_TOKENS: usize = 48;
-/// Tokens of a question about a planted fact.
-const QUESTION_TOKENS: usize = 24;
 
 /// The cost of every stage of a recipe on one machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -129,45 +125,6 @@ impl Plan {
     }
 }
 
-/// How many examples there are of which length, at most.
-struct Lengths(Vec<(f64, usize)>);
-
-impl Lengths {
-    /// Each document draws one of the windows, so they are equally frequent.
-    fn of(recipe: &Recipe) -> Self {
-        let data = &recipe.data;
-        let mut out = Self(Vec::new());
-        out.push(data.train + data.validation, &data.window_tokens);
-        match data.test_window_tokens {
-            Some(window) => out.push(data.test, &[window]),
-            None => out.push(data.test, &data.window_tokens),
-        }
-        out
-    }
-
-    fn push(&mut self, examples: usize, windows: &[usize]) {
-        let share = examples as f64 / windows.len() as f64;
-        self.0.extend(windows.iter().map(|&w| (share, w)));
-    }
-
-    /// Sum over examples of `cost(length)`.
-    fn sum(&self, cost: impl Fn(usize) -> f64) -> f64 {
-        self.0.iter().map(|&(n, length)| n * cost(length)).sum()
-    }
-
-    fn examples(&self) -> u64 {
-        self.sum(|_| 1.0).round() as u64
-    }
-
-    fn tokens(&self) -> u64 {
-        self.sum(|t| t as f64).round() as u64
-    }
-
-    fn longest(&self) -> usize {
-        self.0.iter().filter(|(n, _)| *n > 0.0).map(|&(_, t)| t).max().unwrap_or(1)
-    }
-}
-
 fn model_plan(section: &ModelSection, machine: &Machine) -> ModelPlan {
     let bytes = element_bytes(section.dtype, machine);
     ModelPlan {
@@ -189,150 +146,6 @@ fn element_bytes(dtype: DtypeName, machine: &Machine) -> u64 {
         DtypeName::F32 => 4,
         DtypeName::Auto => 2 + 2 * u64::from(machine.cpu),
     }
-}
-
-/// Weights are on the hub in bf16, whatever they are computed in.
-fn fetch(recipe: &Recipe) -> StagePlan {
-    let disk_bytes = 2 * (parameters(&recipe.target) + parameters(&recipe.proxy));
-    StagePlan { disk_bytes, ..StagePlan::nothing("fetch") }
-}
-
-/// Token ids of four bytes; names and facts are small beside them.
-fn prepare(lengths: &Lengths) -> StagePlan {
-    StagePlan {
-        examples: lengths.examples(),
-        tokens: lengths.tokens(),
-        disk_bytes: 4 * lengths.tokens(),
-        ..StagePlan::nothing("prepare")
-    }
-}
-
-fn label(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan {
-    let (shape, section) = (&recipe.target.shape, &recipe.label);
-    let width = element_bytes(recipe.target.dtype, machine);
-    let chunk = Repeat::new(section, TEMPLATE_TOKENS);
-    let flops = lengths.sum(|t| prefill(shape, t + TEMPLATE_TOKENS) + repeat(shape, t, &chunk));
-    let weights = parameters(&recipe.target) * width;
-    let forwards =
-        lengths.sum(|t| (t.div_ceil(section.prefill_chunk_tokens) + t.div_ceil(chunk.tokens)) as f64);
-    let longest = lengths.longest();
-    let new_tokens = longest.min(section.prefill_chunk_tokens.max(chunk.new_tokens(longest)));
-    let cache = (longest + TEMPLATE_TOKENS + chunk.new_tokens(longest)) * shape.kv_elements_per_token();
-    let peak_bytes = weights
-        + cache as u64 * width
-        + cost::activation_elements(shape, new_tokens) * width
-        + 4 * chunk.score_elements(shape, longest);
-    let stage = StagePlan {
-        examples: lengths.examples(),
-        tokens: lengths.tokens(),
-        disk_bytes: lengths.tokens() * shape.total_kv_heads() as u64 * section.store.bytes() as u64,
-        flops,
-        moved_bytes: forwards * weights as f64,
-        peak_bytes,
-        ..StagePlan::nothing("label")
-    };
-    stage.timed(machine, machine.efficiency.label)
-}
-
-fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan {
-    let (shape, section) = (&recipe.proxy.shape, &recipe.extract);
-    let width = element_bytes(recipe.proxy.dtype, machine);
-    let reconstruction = section.channels.iter().any(|c| c.is_reconstruction());
-    let chunk = Repeat::new(&recipe.label, TEMPLATE_TOKENS);
-    let flops = lengths.sum(|t| {
-        let repeat = if reconstruction { repeat(shape, t, &chunk) } else { 0.0 };
-        prefill(shape, t + TEMPLATE_TOKENS) + features(shape, section, t) + repeat
-    });
-    let weights = parameters(&recipe.proxy) * width;
-    let per_token = shape.total_kv_heads() * section.channels.len() + section.globals.len();
-    let longest = lengths.longest();
-    let new_tokens = longest.min(section.prefill_chunk_tokens);
-    let whole_range = section.channels.iter().any(|c| c.is_whole_range());
-    let seen = if whole_range { longest } else { section.block_tokens + section.window_tokens };
-    let logits = section.globals.contains(&GlobalChannel::Surprisal);
-    // A block's attention, and its logits, in f32 with one temporary of the same size.
-    let block = 2
-        * section.block_tokens.min(longest)
-        * (shape.query_heads * seen + usize::from(logits) * shape.vocab);
-    let stage = StagePlan {
-        examples: lengths.examples(),
-        tokens: lengths.tokens(),
-        disk_bytes: lengths.tokens() * per_token as u64 * section.store.bytes() as u64,
-        flops,
-        moved_bytes: lengths.examples() as f64 * weights as f64,
-        peak_bytes: weights
-            + (longest * shape.kv_elements_per_token()) as u64 * width
-            + cost::activation_elements(shape, new_tokens) * width
-            + 4 * (block + longest * per_token) as u64,
-        ..StagePlan::nothing("extract")
-    };
-    stage.timed(machine, machine.efficiency.extract)
-}
-
-/// Forward and backward are three forwards; parameters, gradients and both moments are f32.
-fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &MapperCost) -> StagePlan {
-    let (data, section) = (&recipe.data, &recipe.train);
-    let mut of_train = Lengths(Vec::new());
-    of_train.push(data.train, &data.window_tokens);
-    let contexts = section.steps as f64 * section.batch as f64;
-    let passes = contexts / data.train as f64;
-    // Validation is a forward over its split every `validate_every` steps; 1/3 of a training example.
-    let validations = (section.steps / section.validate_every) as f64 * data.validation as f64;
-    let forward = of_train.sum(|t| mapper.forward_flops(t)) / data.train as f64;
-    let values_per_token = (mapper.inputs_per_token() + mapper.outputs_per_token()) as f64;
-    let kept = (section.keep_checkpoints + 2) as u64;
-    let longest = lengths.longest();
-    let batch_elements =
-        section.batch as f64 * longest as f64 * (values_per_token + mapper.saved_per_token(recipe));
-    let stage = StagePlan {
-        examples: contexts.round() as u64,
-        tokens: (passes * of_train.sum(|t| t as f64)).round() as u64,
-        disk_bytes: kept * 12 * mapper.parameters(),
-        flops: (3.0 * contexts + validations) * forward,
-        // Activations are written and read once each way, which bounds small mappers.
-        moved_bytes: contexts * of_train.sum(|t| t as f64) / data.train as f64
-            * 4.0
-            * (3.0 * values_per_token + 4.0 * mapper.saved_per_token(recipe)),
-        peak_bytes: 16 * mapper.parameters() + (4.0 * batch_elements) as u64,
-        ..StagePlan::nothing("train")
-    };
-    stage.timed(machine, machine.efficiency.train)
-}
-
-fn eval(recipe: &Recipe, machine: &Machine, mapper: &MapperCost) -> StagePlan {
-    let (section, shape) = (&recipe.eval, &recipe.target.shape);
-    let width = element_bytes(recipe.target.dtype, machine);
-    let weights = (parameters(&recipe.target) * width) as f64;
-    let context = section.context_tokens;
-    let masks = section.methods.len() * section.answer_ratios.len() * section.answer_policies.len() + 1;
-    let facts = Decode {
-        rows: masks * section.facts_per_context,
-        new_tokens: QUESTION_TOKENS + TEMPLATE_TOKENS + section.max_answer_tokens,
-        forwards: 1 + section.max_answer_tokens,
-        context,
-    };
-    let continuation = Decode { rows: masks, new_tokens: section.continuation_tokens, forwards: 1, context };
-    let mut stage = StagePlan::nothing("eval");
-    let chunk = Repeat::new(&recipe.label, TEMPLATE_TOKENS);
-    for (task, work) in [(Task::Facts, facts), (Task::Perplexity, continuation)] {
-        if !section.tasks.contains(&task) {
-            continue;
-        }
-        let n = section.contexts as f64;
-        let scoring = prefill(shape, context) + repeat(shape, context, &chunk);
-        let reading =
-            prefill(&recipe.proxy.shape, context) + features(&recipe.proxy.shape, &recipe.extract, context);
-        stage.examples += section.contexts as u64;
-        stage.tokens += (section.contexts * context) as u64;
-        stage.flops += n * (scoring + reading + mapper.forward_flops(context) + decode(shape, &work));
-        let cache = (context * shape.kv_elements_per_token()) as f64 * width as f64;
-        stage.moved_bytes += n * work.forwards as f64 * (weights + work.rows as f64 * cache);
-        let own = (work.rows * work.new_tokens * shape.kv_elements_per_token()) as u64 * width;
-        let scores = (Method::ALL.len() * context * shape.total_kv_heads() * 4) as u64;
-        let attention = (work.rows * shape.query_heads * context * 4) as u64;
-        stage.peak_bytes = stage.peak_bytes.max(weights as u64 + cache as u64 + own + scores + attention);
-    }
-    stage.timed(machine, machine.efficiency.answer)
 }
 
 impl StagePlan {
