@@ -1,0 +1,67 @@
+//! What a recipe needs beside the machine: its models and its data.
+
+use std::path::{Path, PathBuf};
+
+use pkv_hub::{Hub, Lock};
+use pkv_lm::{LmConfig, TextTokenizer};
+use pkv_recipe::{ModelSection, Recipe};
+
+use super::Check;
+use crate::session::{manifest_path, recipe_root};
+
+/// Models and data of the recipe: there, of the stated shape, of one vocabulary.
+pub fn needs(recipe: &Recipe, hub: Hub) -> Vec<Check> {
+    let manifest_path = manifest_path(recipe);
+    let lock = Lock::beside(&recipe.path).and_then(|l| l.merge(Lock::beside(&manifest_path)?));
+    let hub = match lock {
+        Ok(lock) => hub.with_lock(lock),
+        Err(e) => return vec![Check::error("lock", &e)],
+    };
+    let (target, proxy) =
+        (model("target", &recipe.target, recipe, &hub), model("proxy", &recipe.proxy, recipe, &hub));
+    let vocabulary = match (&target, &proxy) {
+        (Ok((_, a)), Ok((_, b))) => Some(vocabulary(a, b)),
+        _ => None,
+    };
+    let mut out: Vec<Check> = [target, proxy].map(|found| found.map_or_else(|c| c, |(c, _)| c)).into();
+    out.extend(vocabulary);
+    out.push(
+        match pkv_recipe::load_manifest(&manifest_path).and_then(|m| Ok((pkv_data::inputs(&m, &hub)?, m))) {
+            Ok((_, m)) => Check::ok(
+                "data",
+                format!("{} sources of `{}` are there", m.sources.len(), manifest_path.display()),
+            ),
+            Err(e) => Check::error("data", &e),
+        },
+    );
+    out
+}
+
+/// One of the recipe's models, and its folder.
+fn model(role: &str, section: &ModelSection, recipe: &Recipe, hub: &Hub) -> Result<(Check, PathBuf), Check> {
+    let look = || -> anyhow::Result<PathBuf> {
+        let found = hub.model(&section.model, &section.revision, &[Path::new(""), &recipe_root(recipe)])?;
+        LmConfig::from_folder(&found.folder)?.check_shape(&section.shape, role)?;
+        Ok(found.folder)
+    };
+    match look() {
+        Ok(folder) => {
+            let detail = format!("`{}`, {}, in `{}`", section.model, section.shape, folder.display());
+            Ok((Check::ok(role, detail), folder))
+        }
+        Err(e) => Err(Check::error(role, &e)),
+    }
+}
+
+/// Labels and features meet position by position, so both models must tokenize alike.
+fn vocabulary(target: &Path, proxy: &Path) -> Check {
+    let compare = || -> anyhow::Result<usize> {
+        let target = TextTokenizer::open(target)?;
+        target.same_vocab(&TextTokenizer::open(proxy)?)?;
+        Ok(target.vocab_size())
+    };
+    match compare() {
+        Ok(n) => Check::ok("vocabulary", format!("shared by target and proxy, {n} tokens")),
+        Err(e) => Check::error("vocabulary", &e),
+    }
+}

@@ -1,0 +1,98 @@
+//! What holds weights: checkpoints, exports, language models.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::Result;
+use pkv_checkpoint::{CheckpointInfo, CheckpointStore, Export, ExportConfig};
+use pkv_lm::{LmConfig, TextTokenizer};
+use pkv_recipe::plan::{human_bytes, human_count};
+
+use super::{Lines, choices, short};
+
+pub fn checkpoint(dir: &Path) -> Result<String> {
+    let info = CheckpointInfo::read(dir)?;
+    let mut out = Lines::new(format!("checkpoint `{}`", dir.display()));
+    out.add("schema", info.schema_version)
+        .add("step", info.step)
+        .add("validation", validation(info.validation))
+        .add("tensors", format!("{} trained, {} fixed", info.parameters.len(), info.buffers.len()))
+        .add("average", if info.ema { "kept" } else { "none" });
+    choices(&mut out, &info.fingerprint);
+    out.block("files");
+    for (name, file) in &info.files {
+        out.add(name, format!("{}, sha256 {}", human_bytes(file.bytes), short(&file.sha256)));
+    }
+    Ok(out.text)
+}
+
+fn validation(value: Option<f64>) -> String {
+    value.map_or_else(|| "not measured at this step".to_owned(), |v| format!("{v:.4}"))
+}
+
+pub fn checkpoints(dir: &Path) -> Result<String> {
+    let store = CheckpointStore::read_only(dir)?;
+    let mut out = Lines::new(format!("checkpoints in `{}`", dir.display()));
+    for info in store.list()? {
+        out.add(&format!("step {}", info.step), format!("validation {}", validation(info.validation)));
+    }
+    if let Some((step, value)) = store.best_validation()? {
+        out.add("best", format!("step {step}, {value:.4}"));
+    }
+    Ok(out.text)
+}
+
+pub fn export(dir: &Path) -> Result<String> {
+    let export = Export::read(dir)?;
+    let config: &ExportConfig = export.config();
+    let mut out = Lines::new(format!("export `{}` of `{}`", dir.display(), config.name));
+    out.add("schema", config.schema_version).add("written by", &config.written_by);
+    for (role, model) in [("target", &config.target), ("proxy", &config.proxy)] {
+        out.add(role, format!("{} @ {}, {}, {}", model.model, model.revision, model.shape, model.dtype));
+    }
+    let d = config.dims;
+    let parameters: usize = export.tensors().iter().map(|(_, t)| t.numel()).sum();
+    out.add(
+        "mapper",
+        format!(
+            "{} proxy heads x {} channels + {} globals to {} target heads",
+            d.proxy_heads, d.channels, d.globals, d.outputs
+        ),
+    )
+    .add("numbers", format!("{} in {} tensors", human_count(parameters as u64), export.tensors().len()))
+    .add("step", config.step)
+    .add("validation", validation(config.validation))
+    .add("fingerprint", config.fingerprint.hash());
+    out.block("tensors");
+    for (name, tensor) in export.tensors() {
+        let _ = writeln!(out.text, "  {name:<44} {:?}", tensor.size());
+    }
+    out.block("files");
+    for (name, file) in &config.files {
+        out.add(name, format!("{}, sha256 {}, matches", human_bytes(file.bytes), short(&file.sha256)));
+    }
+    Ok(out.text)
+}
+
+pub fn model(dir: &Path) -> Result<String> {
+    let config = LmConfig::from_folder(dir)?;
+    let mut out = Lines::new(format!("language model `{}`", dir.display()));
+    let s = config.shape;
+    out.add("shape", s)
+        .add(
+            "hidden",
+            format!("{}, feed-forward {}, {} query heads", s.hidden, s.intermediate, s.query_heads),
+        )
+        .add("vocabulary", s.vocab);
+    if let Ok(tokenizer) = TextTokenizer::open(dir) {
+        out.add(
+            "tokenizer",
+            format!("{} tokens, vocabulary {}", tokenizer.vocab_size(), short(&tokenizer.vocab_hash())),
+        )
+        .add(
+            "template",
+            format!("prefix of {} tokens, switch of {}", tokenizer.prefix().len(), tokenizer.switch().len()),
+        );
+    }
+    Ok(out.text)
+}
