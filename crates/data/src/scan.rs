@@ -1,7 +1,7 @@
 //! The first pass over a source: which documents there are, and how many windows each would give.
 //!
 //! Nothing but hashes and counts stays in memory. A large source is read until there are four times
-//! as many windows as examples are asked for; those are then drawn from all of them, so that
+//! as many windows as examples are asked for; examples are then drawn from all of them, so that
 //! examples come from many documents and not from the first few.
 
 use std::collections::HashSet;
@@ -25,7 +25,8 @@ const POOL: u64 = 4;
 pub(crate) struct Candidate {
     pub ordinal: u64,
     pub hash: DocumentHash,
-    pub windows: u32,
+    /// Tokens of each of its windows.
+    pub windows: Vec<u32>,
 }
 
 /// A document that examples are cut from, with indexes into its list of windows.
@@ -84,19 +85,16 @@ pub(crate) fn scan(
         let texts: Vec<_> = fresh.iter().map(|(d, _)| d.text.as_str()).collect();
         for ((document, hash), tokens) in fresh.iter().zip(encode_all(encode, &texts)?) {
             let split = hash.split(data);
-            let found = windows(tokens.len(), hash.window(data, split, seed), data).len() as u32;
-            if found == 0 {
+            let found = windows(tokens.len(), hash.window(data, split, seed), data);
+            if found.is_empty() {
                 summary.short += 1;
                 continue;
             }
             let counts = &mut summary.splits[split as usize];
             counts.documents += 1;
-            counts.possible += u64::from(found);
-            candidates[split as usize].push(Candidate {
-                ordinal: document.ordinal,
-                hash: *hash,
-                windows: found,
-            });
+            counts.possible += found.len() as u64;
+            let windows = found.into_iter().map(|(_, range)| range.len() as u32).collect();
+            candidates[split as usize].push(Candidate { ordinal: document.ordinal, hash: *hash, windows });
         }
         progress.note(&format!("{}: {} documents read", source.name, summary.documents));
     }
@@ -113,56 +111,72 @@ pub(crate) fn scan(
     Ok(Scan { candidates, summary })
 }
 
-/// `count` of the candidates' windows, each set of them equally likely, in the order they stand in.
+/// `count` of the candidates' windows, in the order they stand in, drawn with chances in proportion to
+/// their length.
+///
+/// A document cut into short windows has many of them. Were all equally likely, most examples would be
+/// short; so, the lengths of the recipe's list come about equally often.
 ///
 /// There must be as many.
+///
+/// # Source
+/// Weighted sampling without replacement: Efraimidis and Spirakis 2006, algorithm A.
 pub(crate) fn choose(candidates: &[Candidate], count: usize, rng: &mut Rng) -> Vec<Chosen> {
-    let mut left: u64 = candidates.iter().map(|c| u64::from(c.windows)).sum();
-    let mut needed = count as u64;
-    assert!(needed <= left, "more windows are asked for than there are");
-    let mut chosen = Vec::new();
-    for candidate in candidates {
-        let mut windows = Vec::new();
-        for window in 0..candidate.windows {
-            // Selection sampling: Knuth, volume 2, algorithm 3.4.2 S.
-            if rng.random_range(0..left) < needed {
-                windows.push(window);
-                needed -= 1;
-            }
-            left -= 1;
-        }
-        if !windows.is_empty() {
-            chosen.push(Chosen { ordinal: candidate.ordinal, hash: candidate.hash, windows });
+    let mut keys = Vec::new();
+    for (document, candidate) in candidates.iter().enumerate() {
+        for (window, &tokens) in candidate.windows.iter().enumerate() {
+            let u = 1.0 - rng.random::<f64>();
+            keys.push((u.ln() / f64::from(tokens), document, window as u32));
         }
     }
-    chosen
+    assert!(count <= keys.len(), "more windows are asked for than there are");
+    keys.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+    keys.truncate(count);
+    keys.sort_unstable_by_key(|&(_, document, window)| (document, window));
+    keys.chunk_by(|a, b| a.1 == b.1)
+        .map(|same| {
+            let Candidate { ordinal, hash, .. } = candidates[same[0].1];
+            Chosen { ordinal, hash, windows: same.iter().map(|k| k.2).collect() }
+        })
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn candidates(windows: &[&[u32]]) -> Vec<Candidate> {
+        let hash = DocumentHash::of("");
+        let one = |(i, w): (usize, &&[u32])| Candidate { ordinal: i as u64, hash, windows: w.to_vec() };
+        windows.iter().enumerate().map(one).collect()
+    }
+
     #[test]
-    fn every_window_is_equally_likely() {
-        let candidates: Vec<_> = [3, 1, 6]
-            .into_iter()
-            .enumerate()
-            .map(|(i, windows)| Candidate { ordinal: i as u64, hash: DocumentHash::of(""), windows })
-            .collect();
-        let mut counts = [0; 10];
+    fn chances_are_in_proportion_to_the_length() {
+        let candidates = candidates(&[&[100, 100, 100], &[400], &[300]]);
+        let mut counts = [0; 3];
         for seed in 0..4000 {
-            let chosen = choose(&candidates, 4, &mut Seed(seed).stream("choose", 0));
-            assert_eq!(chosen.iter().map(|c| c.windows.len()).sum::<usize>(), 4);
-            for c in &chosen {
-                for w in &c.windows {
-                    counts[[0, 3, 4][c.ordinal as usize] + *w as usize] += 1;
-                }
+            let chosen = choose(&candidates, 1, &mut Seed(seed).stream("choose", 0));
+            assert_eq!((chosen.len(), chosen[0].windows.len()), (1, 1));
+            counts[chosen[0].ordinal as usize] += 1;
+        }
+        // 1200, 1600 and 1200 expected, standard deviation at most 31.
+        let off = counts.iter().zip([1200, 1600, 1200]).map(|(c, e): (&i32, i32)| (c - e).abs()).max();
+        assert!(off < Some(125), "{counts:?}");
+    }
+
+    #[test]
+    fn windows_come_once_and_in_order() {
+        let candidates = candidates(&[&[5, 5, 2], &[9], &[1, 1, 1, 1, 1, 7]]);
+        for count in 0..=10 {
+            for seed in 0..20 {
+                let chosen = choose(&candidates, count, &mut Seed(seed).stream("choose", 0));
+                let flat: Vec<_> =
+                    chosen.iter().flat_map(|c| c.windows.iter().map(|w| (c.ordinal, *w))).collect();
+                assert_eq!(flat.len(), count);
+                assert!(flat.is_sorted_by(|a, b| a < b), "{flat:?}");
+                assert!(flat.iter().all(|(d, w)| (*w as usize) < candidates[*d as usize].windows.len()));
             }
         }
-        // 1600 expected, standard deviation 31.
-        assert!(counts.iter().all(|c| (1600i32 - c).abs() < 125), "{counts:?}");
-        let all = choose(&candidates, 10, &mut Seed(1).stream("choose", 0));
-        assert_eq!(all.iter().map(|c| c.windows.len()).collect::<Vec<_>>(), [3, 1, 6]);
-        assert!(choose(&candidates, 0, &mut Seed(1).stream("choose", 0)).is_empty());
     }
 }
