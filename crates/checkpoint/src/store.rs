@@ -153,8 +153,8 @@ impl CheckpointStore {
     /// # Errors
     /// A folder cannot be removed.
     pub fn discard_after(&self, step: u64) -> Result<()> {
-        let later = self.steps()?.into_iter().filter(|(s, _)| *s > step);
-        later.map(|(_, folder)| retire(&folder)).collect()
+        let mut later = self.steps()?.into_iter().filter(|(s, _)| *s > step);
+        later.try_for_each(|(_, folder)| retire(&folder))
     }
 
     /// Every readable checkpoint, by step.

@@ -125,7 +125,7 @@ pub fn train(
         while run.step < steps {
             if stop.load(Ordering::Relaxed) {
                 tracing::info!("stopping at step {} of {steps}", run.step);
-                return run.save(None);
+                return run.save_once();
             }
             let batch = from.recv().context("the loader ended early")??;
             run.learn(&batch)?;
@@ -160,6 +160,10 @@ struct Run<'a> {
     step: u64,
     /// Step and score of the best validation.
     best: Option<(u64, f64)>,
+    /// Score of this step's validation, if it had one.
+    score: Option<f64>,
+    /// The last step that a checkpoint holds.
+    saved: Option<u64>,
     window: Window,
     journal: Journal,
     events: EventFile,
@@ -222,6 +226,8 @@ impl<'a> Run<'a> {
             optimizer,
             step,
             best: store.best_validation()?,
+            score: saved.as_ref().and_then(|s| s.validation),
+            saved: saved.map(|s| s.step),
             window,
             journal: Journal::open(&inputs.run.join("train"), step)?,
             events: EventFile::create(&inputs.run.join("tb"), step)?,
@@ -249,12 +255,13 @@ impl<'a> Run<'a> {
             self.log()?;
         }
         let validation = if check { self.validate()? } else { None };
-        let better = validation.as_ref().is_some_and(|v| self.best.is_none_or(|(_, best)| v.score > best));
+        self.score = validation.as_ref().map(|v| v.score);
+        let better = self.score.is_some_and(|score| self.best.is_none_or(|(_, best)| score > best));
         if let Some(v) = &validation {
             self.report(v, better)?;
         }
         if save || better {
-            self.save(validation.as_ref().map(|v| v.score))?;
+            self.save_once()?;
         }
         self.clock.pause();
         Ok(())
@@ -340,8 +347,11 @@ impl<'a> Run<'a> {
         self.events.scalars(self.step, &v.scalars())
     }
 
-    /// Save everything that later steps depend on.
-    fn save(&self, validation: Option<f64>) -> Result<()> {
+    /// Save everything that later steps depend on, unless this step is saved already.
+    fn save_once(&mut self) -> Result<()> {
+        if self.saved == Some(self.step) {
+            return Ok(());
+        }
         let (first_moments, second_moments) = self.optimizer.moments();
         let copy = |x: &[tch::Tensor]| x.iter().map(tch::Tensor::shallow_clone).collect::<Vec<_>>();
         let parameters = self.mapper.parameters().iter();
@@ -354,9 +364,10 @@ impl<'a> Run<'a> {
             first_moments,
             second_moments,
             ema: copy(self.optimizer.ema()),
-            validation,
+            validation: self.score,
             extra: json!({"window": self.window.save()?}),
         })?;
+        self.saved = Some(self.step);
         Ok(())
     }
 
