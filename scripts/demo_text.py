@@ -24,7 +24,7 @@ LEAST_CHARACTERS = 2_500
 LEFT_OUT = re.compile(
     r"^(doc_.*|keyword_index|sitemap|requirements|index|docs|capi3ref|c_interface|lang|syntax|syntaxdiagrams|vtablist"
     r"|changes|chronology|news|oldnews|download|doclist|books|crew|support|prosupport|consortium.*|codeofconduct"
-    r"|codeofethics|copyright.*|pressrelease.*|famous|mostdeployed|cves|th3|hp1|locrsf|speed|rescode|opcode)$"
+    r"|codeofethics|cli|copyright.*|pressrelease.*|famous|mostdeployed|cves|th3|hp1|locrsf|speed|rescode|opcode)$"
 )
 # Stand for spaces and line ends of preformatted text; no page has them.
 HIDDEN_SPACE, HIDDEN_LINE = "\x01", "\x02"
