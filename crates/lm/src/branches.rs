@@ -14,6 +14,7 @@ use tch::{Kind, Tensor};
 
 use crate::attention::logits;
 use crate::cache::KvCache;
+use crate::kept::KeptPairs;
 use crate::model::LanguageModel;
 
 /// Attention weights held at a time: 64 Mi f32 are 256 MiB.
@@ -26,6 +27,8 @@ pub struct Branches {
     context_values: Vec<Tensor>,
     /// Pairs that are hidden: per layer bool `[kv_heads, n, t]`; `None` where all are seen.
     hidden_lhnt: Option<Vec<Tensor>>,
+    /// The pairs that are seen, where gathering them is cheaper than hiding the others.
+    kept: Option<KeptPairs>,
     questions: usize,
     /// Each row's own tokens: per layer `[kv_heads, rows, capacity, head_dim]`.
     own_keys: Vec<Tensor>,
@@ -55,7 +58,7 @@ impl Branches {
         let context_values: Vec<Tensor> = (0..layers).map(|l| cache.values(l)).collect();
         let (heads, t, d) = context_keys[0].size3()?;
         let options = (context_keys[0].kind(), context_keys[0].device());
-        let mut masks = 1;
+        let (mut masks, mut kept) = (1, None);
         let hidden_lhnt = match keep {
             None => None,
             Some(keep) => {
@@ -66,6 +69,7 @@ impl Branches {
                 );
                 ensure!(keep.kind() == Kind::Bool, "a keep mask must be bool, not {:?}", keep.kind());
                 masks = size[0];
+                kept = KeptPairs::gather(&context_keys, &context_values, keep);
                 let hidden = keep.to_device(options.1).logical_not().permute([1, 2, 0, 3]).contiguous();
                 Some((0..layers).map(|l| hidden.get(l as i64)).collect())
             }
@@ -79,6 +83,7 @@ impl Branches {
             context_keys,
             context_values,
             hidden_lhnt,
+            kept,
             questions,
             own_keys: own(),
             own_values: own(),
@@ -197,6 +202,9 @@ impl Branches {
         let (k_htd, v_htd) = (&self.context_keys[layer], &self.context_values[layer]);
         let (heads, t) = (k_htd.size()[0], k_htd.size()[1]);
         let group = heads_q / heads;
+        if let Some(kept) = &self.kept {
+            return self.attend_kept(kept, layer, q_rqsd, step);
+        }
         let per_row = heads_q * s * (t + step.own);
         let block = (BLOCK_ELEMENTS / per_row).clamp(1, rows);
         let scale = (d as f64).powf(-0.5);
@@ -217,13 +225,7 @@ impl Branches {
                     let hidden_hrt = hidden[layer].index_select(1, &mask_r);
                     let _ = context.masked_fill_(&hidden_hrt.unsqueeze(2), f64::NEG_INFINITY);
                 }
-                let own_keys = own(&self.own_keys[layer], first, n).flatten(0, 1).transpose(1, 2);
-                let own_rows = q.reshape([heads * n, group * s, d]);
-                let mut own_hrxo = logits(&own_rows, &own_keys).view([heads, n, group * s, step.own]);
-                let later = step.later_rso.narrow(0, first, n).unsqueeze(1);
-                let later = later.expand([n, group, s, step.own], false).reshape([1, n, group * s, step.own]);
-                let _ = own_hrxo.masked_fill_(&later, f64::NEG_INFINITY);
-
+                let own_hrxo = self.own_logits(layer, &q, first, step);
                 let weights =
                     Tensor::cat(&[&context, &own_hrxo], -1).softmax(-1, Kind::Float).to_kind(q.kind());
                 let seen = weights.narrow(-1, 0, t).reshape([heads, n * group * s, t]).matmul(v_htd);
@@ -232,5 +234,40 @@ impl Branches {
             })
             .collect();
         Tensor::cat(&out, 0).reshape([rows, heads_q, s, d])
+    }
+
+    /// As [`Branches::attend`], over gathered pairs.
+    fn attend_kept(&self, kept: &KeptPairs, layer: usize, q_rqsd: &Tensor, step: &Step) -> Tensor {
+        let (rows, heads_q, s, d) = q_rqsd.size4().expect("queries have four axes");
+        let heads = self.context_keys[layer].size()[0];
+        let group = heads_q / heads;
+        let masks = rows / self.questions as i64;
+        let scale = (d as f64).powf(-0.5);
+        let q_hrxd = (q_rqsd * scale).view([rows, heads, group * s, d]).transpose(0, 1).contiguous();
+        let own_hrxo = self.own_logits(layer, &q_hrxd, 0, step);
+        let (seen, weights) = kept.attend(
+            layer,
+            &q_hrxd.view([heads, masks, -1, d]),
+            &own_hrxo.view([heads, masks, -1, step.own]),
+        );
+        let own_values = self.own_values[layer].narrow(2, 0, step.own);
+        let recent = weights.view([heads, rows, group * s, step.own]).matmul(&own_values);
+        (seen.view([heads, rows, group * s, d]) + recent).transpose(0, 1).reshape([rows, heads_q, s, d])
+    }
+
+    /// Logits of own tokens for the rows from `first` on, later ones at minus infinity.
+    ///
+    /// # Shapes
+    /// - `q_hrxd`: `[kv_heads, n, group * s, d]`, scaled
+    /// - returns `[kv_heads, n, group * s, own]`
+    fn own_logits(&self, layer: usize, q_hrxd: &Tensor, first: i64, step: &Step) -> Tensor {
+        let (heads, n, x, d) = q_hrxd.size4().expect("queries have four axes");
+        let keys = self.own_keys[layer].narrow(1, first, n).narrow(2, 0, step.own);
+        let keys = keys.flatten(0, 1).transpose(1, 2);
+        let mut own_hrxo = logits(&q_hrxd.reshape([heads * n, x, d]), &keys).view([heads, n, x, step.own]);
+        let s = step.slot_rs.size()[1];
+        let later = step.later_rso.narrow(0, first, n).unsqueeze(1);
+        let later = later.expand([n, x / s, s, step.own], false).reshape([1, n, x, step.own]);
+        own_hrxo.masked_fill_(&later, f64::NEG_INFINITY)
     }
 }

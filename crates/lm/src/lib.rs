@@ -12,6 +12,7 @@ mod branches;
 mod cache;
 mod config;
 mod generate;
+mod kept;
 mod layer;
 mod model;
 mod rope;

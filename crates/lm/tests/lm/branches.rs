@@ -35,23 +35,31 @@ fn mask_of(choice_lhk: &Tensor) -> Tensor {
 fn hiding_pairs_equals_evicting_them() {
     for name in ["nano-llama-target", "arch-llama3-rope-untied", "arch-qwen2-yarn", "arch-qwen3-qknorm"] {
         let (model, cache, rest) = prefilled(name);
-        let choices: Vec<Tensor> =
-            [1, 20, CONTEXT - 1].iter().map(|kept| random_choice(&model, *kept, 3)).collect();
-        let keep = Tensor::stack(&choices.iter().map(mask_of).collect::<Vec<_>>(), 0);
-        let questions = [&rest[..9], &rest[9..18]];
-        let mut branches = Branches::new(&cache, Some(&keep), 2, 12).unwrap();
-        assert_eq!(branches.rows(), 6);
-        let rows: Vec<Tensor> = (0..6).map(|row| model.ids(questions[row % 2])).collect();
-        let all = Tensor::stack(&rows, 0);
-        // In two forwards, so that own tokens of an earlier one are looked at too.
-        let first = model.forward_branches(&all.narrow(1, 0, 5), &mut branches).unwrap();
-        let second = model.forward_branches(&all.narrow(1, 5, 4), &mut branches).unwrap();
-        let hidden = Tensor::cat(&[first, second], 1);
-        for row in 0..6 {
-            let mut evicted = cache.evict(&choices[row / 2].to_device(device()), 12).unwrap();
-            assert_eq!(evicted.next_position(), CONTEXT);
-            let expected = model.forward(&model.ids(questions[row % 2]), &mut evicted, &mut NoTap).unwrap();
-            assert_close(&format!("{name}, row {row}"), &hidden.get(row as i64), &expected, 1e-4);
+        // Few pairs kept and many: on a CPU the former are gathered, the latter hide the others.
+        for counts in [[1, 20, CONTEXT - 1], [90, 100, CONTEXT - 1]] {
+            let choices: Vec<Tensor> = counts.iter().map(|kept| random_choice(&model, *kept, 3)).collect();
+            let keep = Tensor::stack(&choices.iter().map(mask_of).collect::<Vec<_>>(), 0);
+            let questions = [&rest[..9], &rest[9..18]];
+            let mut branches = Branches::new(&cache, Some(&keep), 2, 12).unwrap();
+            assert_eq!(branches.rows(), 6);
+            let rows: Vec<Tensor> = (0..6).map(|row| model.ids(questions[row % 2])).collect();
+            let all = Tensor::stack(&rows, 0);
+            // In two forwards, so that own tokens of an earlier one are looked at too.
+            let first = model.forward_branches(&all.narrow(1, 0, 5), &mut branches).unwrap();
+            let second = model.forward_branches(&all.narrow(1, 5, 4), &mut branches).unwrap();
+            let hidden = Tensor::cat(&[first, second], 1);
+            for row in 0..6 {
+                let mut evicted = cache.evict(&choices[row / 2].to_device(device()), 12).unwrap();
+                assert_eq!(evicted.next_position(), CONTEXT);
+                let expected =
+                    model.forward(&model.ids(questions[row % 2]), &mut evicted, &mut NoTap).unwrap();
+                assert_close(
+                    &format!("{name}, {counts:?}, row {row}"),
+                    &hidden.get(row as i64),
+                    &expected,
+                    1e-4,
+                );
+            }
         }
     }
 }

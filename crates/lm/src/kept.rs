@@ -1,0 +1,78 @@
+//! What keep masks leave of a context, gathered: on a CPU attention then costs what is kept.
+//!
+//! Hiding pairs by a mask costs as much as seeing them. Where most are hidden it is cheaper to copy
+//! the others together once, head by head, because every head of every mask keeps another number.
+//! On CUDA that would be thousands of small kernels; there the mask is faster.
+//!
+//! Dimension key: n keep mask, l layer, h KV head, t context position, c kept position, x query row of
+//! a mask and KV head, o own token of a row, d head_dim.
+
+use tch::{Device, Kind, Tensor};
+
+/// Most elements of keys and values that are copied: 128 Mi f32 are 512 MiB.
+const GATHERED_ELEMENTS: f64 = (128 << 20) as f64;
+/// Above this share kept, a mask costs no more.
+const GATHERED_SHARE: f64 = 0.5;
+
+/// Kept keys and values of every layer, KV head and mask.
+pub(crate) struct KeptPairs {
+    /// `[layer][KV head][mask]`.
+    pairs: Vec<Vec<Vec<Pairs>>>,
+}
+
+/// `[c, d]` each.
+struct Pairs {
+    keys: Tensor,
+    values: Tensor,
+}
+
+impl KeptPairs {
+    /// Copy what `keep_nlht` (bool) leaves of the layers' keys and values `[kv_heads, t, d]`; `None`
+    /// where a mask is the better way.
+    pub(crate) fn gather(keys: &[Tensor], values: &[Tensor], keep_nlht: &Tensor) -> Option<Self> {
+        let head_dim = keys.first()?.size()[2];
+        if keys[0].device() != Device::Cpu || keep_nlht.numel() == 0 {
+            return None;
+        }
+        let kept = keep_nlht.sum(Kind::Int64).int64_value(&[]) as f64;
+        if kept > GATHERED_SHARE * keep_nlht.numel() as f64
+            || kept * 2.0 * head_dim as f64 > GATHERED_ELEMENTS
+        {
+            return None;
+        }
+        let (masks, layers, heads, _) = keep_nlht.size4().ok()?;
+        let pairs = |l: i64, h: i64, n: i64| {
+            let index = keep_nlht.get(n).get(l).get(h).nonzero().squeeze_dim(1);
+            let pick = |all: &[Tensor]| all[l as usize].get(h).index_select(0, &index);
+            Pairs { keys: pick(keys), values: pick(values) }
+        };
+        let head = |l, h| (0..masks).map(|n| pairs(l, h, n)).collect();
+        let layer = |l| (0..heads).map(|h| head(l, h)).collect();
+        Some(Self { pairs: (0..layers).map(layer).collect() })
+    }
+
+    /// One softmax over kept pairs and own tokens: the kept values' part of the output, and the
+    /// weights of own tokens.
+    ///
+    /// # Shapes
+    /// - `q_hnxd`: `[kv_heads, masks, x, d]`, scaled
+    /// - `own_hnxo`: `[kv_heads, masks, x, own]`, logits of own tokens, later ones at minus infinity
+    /// - returns `[kv_heads, masks, x, d]` and `[kv_heads, masks, x, own]`, kind of the queries
+    pub(crate) fn attend(&self, layer: usize, q_hnxd: &Tensor, own_hnxo: &Tensor) -> (Tensor, Tensor) {
+        let own = own_hnxo.size()[3];
+        let seen_hnxd = q_hnxd.empty_like();
+        let weights_hnxo = Tensor::empty(own_hnxo.size(), (q_hnxd.kind(), q_hnxd.device()));
+        for (h, masks) in self.pairs[layer].iter().enumerate() {
+            let at = |all: &Tensor, n: usize| all.get(h as i64).get(n as i64);
+            for (n, Pairs { keys, values }) in masks.iter().enumerate() {
+                let kept = keys.size()[0];
+                let logits_xc = at(q_hnxd, n).matmul(&keys.transpose(0, 1));
+                let all = Tensor::cat(&[logits_xc, at(own_hnxo, n)], -1);
+                let weights = all.softmax(-1, Kind::Float).to_kind(q_hnxd.kind());
+                at(&seen_hnxd, n).copy_(&weights.narrow(-1, 0, kept).matmul(values));
+                at(&weights_hnxo, n).copy_(&weights.narrow(-1, kept, own));
+            }
+        }
+        (seen_hnxd, weights_hnxo)
+    }
+}
