@@ -10,15 +10,15 @@
 use anyhow::Result;
 use pkv_core::RetentionRatio;
 use pkv_data::FactContext;
-use pkv_lm::{KvCache, LanguageModel, TextTokenizer};
+use pkv_lm::{Branches, KvCache, LanguageModel, TextTokenizer};
 use pkv_recipe::{AnswerMatch, EvalSection, Method};
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::answers::{Answer, Asked};
 use crate::bootstrap::Bootstrap;
 use crate::cell::Cell;
 use crate::context::{PrunedContext, forward_bytes};
-use crate::decode::{Start, decode};
 use crate::forced::{Batch, Continuation, Drift};
 use crate::results::{FactsCell, FactsResults, Timing};
 
@@ -137,7 +137,7 @@ impl Asking<'_> {
         let questions = continuations.len();
         let mut texts: Vec<Option<String>> = vec![None; predictions.len()];
         // Per cell (the full cache first), the rows that must be decoded.
-        let mut pending: Vec<(usize, Vec<(usize, Start)>)> = Vec::new();
+        let mut pending: Vec<(usize, Vec<Open>)> = Vec::new();
         for (cell, rows) in predictions.chunks(questions).enumerate() {
             let mut open = Vec::new();
             for (q, (p, c)) in rows.iter().zip(continuations).enumerate() {
@@ -145,11 +145,7 @@ impl Asking<'_> {
                 let row = cell * questions + q;
                 match known.iter().position(|id| stop.contains(id)) {
                     Some(end) => texts[row] = Some(self.tokenizer.decode(&known[..end])?),
-                    None => {
-                        let answered = known.len();
-                        let known = c.prompt.iter().copied().chain(known).collect();
-                        open.push((row, Start { known, answered }));
-                    }
+                    None => open.push(Open { row, prompt: &c.prompt, known }),
                 }
             }
             if !open.is_empty() {
@@ -158,18 +154,18 @@ impl Asking<'_> {
         }
         // Masks of one forward need equally many rows: alike ones together, then filled up with their last row.
         pending.sort_by_key(|(cell, open)| (*cell != 0, open.len()));
-        let rows_per_forward = self.rows_per_forward(&pruned.cache, continuations);
+        let rows_per_forward = self.rows_per_forward(continuations);
         let mut rest = pending.as_slice();
-        while let Some((first, open)) = rest.first() {
+        while let Some((first, _)) = rest.first() {
             let width = |group: &[(usize, Vec<_>)]| group.iter().map(|(_, o)| o.len()).max().unwrap_or(0);
             let mut n = 1;
             // The full cache has no mask, so it stays alone.
             while *first != 0 && n < rest.len() && (n + 1) * width(&rest[..=n]) <= rows_per_forward {
                 n += 1;
             }
-            let width = width(&rest[..n]).max(open.len());
-            let group = &rest[..n];
-            rest = &rest[n..];
+            let (group, after) = rest.split_at(n);
+            rest = after;
+            let width = width(group);
             let keep_nlhk = match *first {
                 0 => None,
                 _ => Some(
@@ -177,23 +173,56 @@ impl Asking<'_> {
                 ),
             };
             let filled = group.iter().flat_map(|(_, open)| (0..width).map(|i| &open[i.min(open.len() - 1)]));
-            let (rows, starts): (Vec<usize>, Vec<Start>) = filled.cloned().unzip();
-            let max = self.section.max_answer_tokens;
-            let answers = decode(self.target, &pruned.cache, keep_nlhk.as_ref(), &starts, max, stop)?;
-            for (row, tokens) in rows.into_iter().zip(answers) {
-                texts[row] = Some(self.tokenizer.decode(&tokens)?);
+            let rows: Vec<&Open> = filled.collect();
+            for (open, tokens) in
+                rows.iter().zip(self.decode(&rows, width, keep_nlhk.as_ref(), &pruned.cache)?)
+            {
+                texts[open.row] = Some(self.tokenizer.decode(&tokens)?);
             }
         }
         Ok(texts)
     }
 
+    /// Whole answers of `rows`, `width` of them behind each mask.
+    fn decode(
+        &self,
+        rows: &[&Open],
+        width: usize,
+        keep_nlhk: Option<&Tensor>,
+        cache: &KvCache,
+    ) -> Result<Vec<Vec<u32>>> {
+        let read: Vec<Vec<u32>> = rows.iter().map(|o| [o.prompt, &o.known].concat()).collect();
+        let max = self.section.max_answer_tokens;
+        let known = rows.iter().map(|o| o.known.len()).min().unwrap_or(0);
+        let new = max.saturating_sub(known);
+        let longest = read.iter().map(Vec::len).max().unwrap_or(0);
+        let mut branches = Branches::new(cache, keep_nlhk, width, longest + new.max(1))?;
+        let read: Vec<&[u32]> = read.iter().map(Vec::as_slice).collect();
+        let stop = self.tokenizer.stop_tokens();
+        let mut answers = self.target.generate_branches(&read, &mut branches, new, stop)?;
+        for (answer, open) in answers.iter_mut().zip(rows) {
+            answer.splice(0..0, open.known.iter().copied());
+            answer.truncate(max);
+        }
+        Ok(answers)
+    }
+
     /// Rows that one decoding may carry: as [`Batch::masks_per_forward`], with logits of one token per row.
-    fn rows_per_forward(&self, cache: &KvCache, continuations: &[Continuation]) -> usize {
+    fn rows_per_forward(&self, continuations: &[Continuation]) -> usize {
         let shape = self.target.shape();
         let prompt = continuations.iter().map(|c| c.prompt.len()).max().unwrap_or(1);
-        let row = (8 * shape.vocab).max(4 * prompt * shape.query_heads * (cache.len() + prompt));
+        let row = 8 * shape.vocab + 4 * prompt * (3 * shape.intermediate + 6 * shape.hidden);
         (forward_bytes(self.target.device()) / row).max(continuations.len())
     }
+}
+
+/// A row whose answer is not known to its end.
+struct Open<'a> {
+    /// Index into the predictions.
+    row: usize,
+    prompt: &'a [u32],
+    /// The answer up to and including its first wrong token.
+    known: Vec<u32>,
 }
 
 /// What one row predicts, the wanted tokens read.

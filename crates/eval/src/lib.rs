@@ -14,7 +14,6 @@ mod bootstrap;
 mod cell;
 mod clock;
 mod context;
-mod decode;
 mod evaluate;
 mod facts;
 mod forced;
