@@ -2,9 +2,12 @@
 //!
 //! - `fixture`: shards, mapper and contexts of the nano pair
 //! - `whole`: every method and both tasks; what must hold at full and at small budgets
+//! - `answers`: what is written as an answer is what greedy decoding says
 //! - `continued`: an interrupted evaluation ends with the same numbers
 //! - `refused`: shards that do not belong together
 
+#[path = "nano/answers.rs"]
+mod answers;
 #[path = "nano/continued.rs"]
 mod continued;
 #[path = "nano/fixture.rs"]
