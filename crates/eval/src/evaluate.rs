@@ -106,6 +106,9 @@ impl<'a> Evaluation<'a> {
                 "run `label` and `extract` again on these examples"
             )
         );
+        if !labels.is_empty() {
+            check_shapes(inputs, &labels.get(0)?, &features.get(0)?)?;
+        }
         let splits = examples.iter().map(|e| Ok(e?.split)).collect::<Result<Vec<_>>>()?;
         let range = |split| rows_of(&splits, split);
         let (train, test) = (range(Split::Train)?, range(Split::Test)?);
@@ -177,7 +180,6 @@ impl<'a> Evaluation<'a> {
     fn labels(&self, reader: &Reader, clock: &mut Clock, progress: &dyn Progress) -> Result<LabelResults> {
         let i = self.inputs;
         let plan = Plan::new(i.section)?;
-        let shape = i.target.shape();
         let mut outcomes = Vec::new();
         let total = self.test.end - self.test.start;
         progress.start("test examples against their labels", total, 0);
@@ -186,16 +188,6 @@ impl<'a> Evaluation<'a> {
                 Some(outcome) => outcome,
                 None => {
                     let (label, features) = read_pair(&self.labels, &self.features, row)?;
-                    ensure!(
-                        (label.layers as usize, label.kv_heads as usize) == (shape.layers, shape.kv_heads),
-                        hinted(
-                            format!(
-                                "labels are {} layers x {} KV heads, the target is {} x {}",
-                                label.layers, label.kv_heads, shape.layers, shape.kv_heads
-                            ),
-                            "the labels are of another model; run `label` with this recipe"
-                        )
-                    );
                     let label_lht = label_tensor(&label, i.target.device());
                     let (heads_pct, globals_ct) = feature_tensors(&features, i.target.device());
                     let snapkv_lht = match reader.methods.includes(Method::Snapkv) {
@@ -216,6 +208,7 @@ impl<'a> Evaluation<'a> {
         }
         progress.finish();
         let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
+        let shape = i.target.shape();
         Ok(plan.summarize(&outcomes, shape.layers, shape.kv_heads, &bootstrap))
     }
 
@@ -352,6 +345,55 @@ fn span(fact: &PlantedFact) -> FactSpan {
         question: fact.question.clone(),
         answer: fact.answer.clone(),
     }
+}
+
+/// Labels must be the target's, features the proxy's and in the channels that the mapper reads.
+fn check_shapes(inputs: &EvalInputs, label: &LabelRow, feature: &FeatureRow) -> Result<()> {
+    let (target, proxy, dims) = (inputs.target.shape(), inputs.proxy.shape(), inputs.mapper.dims());
+    let found = (label.layers as usize, label.kv_heads as usize);
+    ensure!(
+        found == (target.layers, target.kv_heads),
+        hinted(
+            format!(
+                "labels are {} layers x {} KV heads, the target is {} x {}",
+                found.0, found.1, target.layers, target.kv_heads
+            ),
+            "the labels are of another model; run `label` with this recipe"
+        )
+    );
+    let found = (feature.layers as usize, feature.kv_heads as usize);
+    ensure!(
+        found == (proxy.layers, proxy.kv_heads),
+        hinted(
+            format!(
+                "features are {} layers x {} KV heads, the proxy is {} x {}",
+                found.0, found.1, proxy.layers, proxy.kv_heads
+            ),
+            "the features are of another model; run `extract` with this recipe"
+        )
+    );
+    let expected = (target.total_kv_heads(), proxy.total_kv_heads(), feature.channels as usize);
+    ensure!(
+        (dims.outputs, dims.proxy_heads, dims.channels) == expected
+            && dims.globals == feature.global_channels()
+            && dims.channels == inputs.extract.channels.len(),
+        hinted(
+            format!(
+                "the mapper reads {} proxy heads x {} channels and {} globals for {} target heads; the shards have \
+                 {} x {} and {} for {}",
+                dims.proxy_heads,
+                dims.channels,
+                dims.globals,
+                dims.outputs,
+                expected.1,
+                expected.2,
+                feature.global_channels(),
+                expected.0
+            ),
+            "use the recipe that the mapper was trained with"
+        )
+    );
+    Ok(())
 }
 
 /// The rows of a split, which lie together.

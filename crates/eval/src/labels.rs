@@ -5,10 +5,10 @@
 use anyhow::Result;
 use pkv_core::{Policy, RetentionRatio};
 use pkv_prune::keep_mask;
-use pkv_prune::metrics::{kendall_per_head, mass, realised_ratio, recall, spearman_per_head};
+use pkv_prune::metrics::{kendall_tau_b, mass, realised_ratio, recall, spearman};
 use pkv_recipe::{EvalSection, Method};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::bootstrap::Bootstrap;
 use crate::cell::{Cell, nearest};
@@ -74,6 +74,7 @@ impl Plan {
     /// - `label_lht`: KVzip's raw scores, f32 of the same shape
     pub fn compare(&self, scored: &[Scored], label_lht: &Tensor) -> Result<LabelOutcome> {
         let positions = label_lht.size()[2];
+        let label = numbers(label_lht)?;
         let oracle: Vec<(Policy, RetentionRatio, Tensor, f64)> = self
             .policies
             .iter()
@@ -102,10 +103,7 @@ impl Plan {
                     method_heads.push(per_head(&keep.logical_and(oracle_keep))?);
                 }
             }
-            ranks.push(Ranks {
-                spearman: mean(&spearman_per_head(&s.scores_lht, label_lht)?),
-                kendall: mean(&kendall_per_head(&s.scores_lht, label_lht)?),
-            });
+            ranks.push(rank_correlation(&numbers(&s.scores_lht)?, &label, positions as usize));
         }
         Ok(LabelOutcome { positions: positions as u64, cells, ranks, oracle_heads, method_heads })
     }
@@ -155,6 +153,28 @@ impl Plan {
             }),
         }
     }
+}
+
+/// Mean over heads of `positions` numbers each; heads are shared out to all cores, because Kendall's
+/// tau of 256 heads of 32k positions takes seconds.
+fn rank_correlation(scores: &[f32], label: &[f32], positions: usize) -> Ranks {
+    let heads: Vec<(&[f32], &[f32])> = scores.chunks(positions).zip(label.chunks(positions)).collect();
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(heads.len().max(1));
+    let of = |share: &[(&[f32], &[f32])]| -> Vec<(f64, f64)> {
+        share.iter().map(|(a, b)| (spearman(a, b), kendall_tau_b(a, b))).collect()
+    };
+    let all: Vec<(f64, f64)> = std::thread::scope(|scope| {
+        let shares = heads.chunks(heads.len().div_ceil(workers).max(1));
+        let handles: Vec<_> = shares.map(|share| scope.spawn(move || of(share))).collect();
+        handles.into_iter().flat_map(|h| h.join().expect("rank correlations do not panic")).collect()
+    });
+    let (spearman, kendall): (Vec<f64>, Vec<f64>) = all.into_iter().unzip();
+    Ranks { spearman: mean(&spearman), kendall: mean(&kendall) }
+}
+
+/// All numbers in order, on the CPU.
+fn numbers(x: &Tensor) -> Result<Vec<f32>> {
+    Ok(x.to_kind(Kind::Float).to_device(Device::Cpu).contiguous().view(-1).try_into()?)
 }
 
 /// True entries of each head of a mask `[layers, KV heads, positions]`, flat.

@@ -9,7 +9,7 @@
 
 use anyhow::{Result, ensure};
 use pkv_prune::metrics::average_ranks;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Quantiles that the two distributions are matched at.
 const QUANTILES: i64 = 1025;
@@ -49,10 +49,19 @@ impl Alignment {
         })
     }
 
+    /// The same alignment on another device.
+    pub fn to_device(&self, device: Device) -> Self {
+        Self {
+            head_o: self.head_o.to_device(device),
+            from_ou: self.from_ou.to_device(device),
+            to_ou: self.to_ou.to_device(device),
+        }
+    }
+
     /// Scores of a context on the label's scale.
     ///
     /// # Shapes
-    /// - `x_pt`: `[proxy heads, positions]`, the channel that was fitted
+    /// - `x_pt`: `[proxy heads, positions]`, the channel that was fitted, on the alignment's device
     /// - returns `[target heads, positions]`, f32
     pub fn scores(&self, x_pt: &Tensor) -> Tensor {
         let x_ot = x_pt.to_kind(Kind::Float).index_select(0, &self.head_o).contiguous();
@@ -72,7 +81,7 @@ fn standard_ranks(values: &Tensor) -> Result<Tensor> {
     let (rows, n) = values.size2()?;
     let mut ranks = Vec::with_capacity((rows * n) as usize);
     for row in 0..rows {
-        let row = values.get(row).to_kind(Kind::Float).to_device(tch::Device::Cpu).contiguous();
+        let row = values.get(row).to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
         ranks.extend(average_ranks(&Vec::<f32>::try_from(row)?));
     }
     let centred = Tensor::from_slice(&ranks).view([rows, n]) - (n + 1) as f64 / 2.0;
@@ -111,8 +120,7 @@ mod tests {
 
     #[test]
     fn values_outside_the_sample_stay_at_the_ends_and_constant_heads_are_no_match() {
-        let x =
-            Tensor::cat(&[Tensor::zeros([1, 100], (Kind::Float, tch::Device::Cpu)), random(1, 100, 2)], 0);
+        let x = Tensor::cat(&[Tensor::zeros([1, 100], (Kind::Float, Device::Cpu)), random(1, 100, 2)], 0);
         let y = x.narrow(0, 1, 1) * 2.0;
         let a = Alignment::fit(&x, &y).unwrap();
         assert_eq!(heads(&a), [1]);

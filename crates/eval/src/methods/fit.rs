@@ -104,7 +104,11 @@ impl Baselines {
         let names: Vec<String> = proxy_slots.iter().map(|&s| name(data.channels[s])).collect();
         note(Method::ProxyLinear, format!("ridge regression from the proxy's {}", names.join(", ")));
         note(Method::Iam, format!("heads matched by the proxy's {}", name(align_channel)));
-        let alignment = if wants(Method::Iam) { Some((align_slot, sample.align()?)) } else { None };
+        let alignment = if wants(Method::Iam) {
+            Some((align_slot, sample.align()?.to_device(data.device)))
+        } else {
+            None
+        };
         Ok(Self {
             mean_o: sum_o.map(|sum| (sum / positions as f64).to_kind(Kind::Float)),
             linear: linear.map(|f| f.solve()).transpose()?,

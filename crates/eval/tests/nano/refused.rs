@@ -42,6 +42,12 @@ fn shards_that_do_not_belong_together_are_refused_with_a_hint() {
     let (error, hint) = refused("other", other);
     assert_eq!(error, "labels are 3 layers x 4 KV heads, the target is 6 x 2");
     assert!(hint.contains("another model"), "{hint}");
+
+    let stages = nano.stages();
+    nano.extract.channels.truncate(5);
+    let out = nano.stage("out");
+    let error = evaluate(&nano.inputs(&stages, &[], &out), &NoProgress).unwrap_err().to_string();
+    assert!(error.starts_with("the mapper reads 3 proxy heads x 8 channels and 4 globals for 12"), "{error}");
 }
 
 #[test]
