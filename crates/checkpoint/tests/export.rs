@@ -163,7 +163,7 @@ fn damage_is_named() {
             Some(data) => fs::write(folder.join(file), data).unwrap(),
             None => fs::remove_file(folder.join(file)).unwrap(),
         }
-        let (said, hint) = told(&Export::read(&folder).err().expect(expected));
+        let (said, hint) = told(&Export::read(&folder).expect_err(expected));
         assert!(said.contains("cannot read export") && said.contains(expected), "{said}");
         assert!(hint.contains("proxykv-train export"), "{hint}");
         fs::write(folder.join(file), &good[file]).unwrap();

@@ -200,7 +200,7 @@ fn a_killed_process_leaves_whole_checkpoints() {
 }
 
 fn child_state(step: u64) -> pkv_checkpoint::TrainingState {
-    state(step, (step % 3 == 0).then_some(((step * 7) % 11) as f64), true)
+    state(step, step.is_multiple_of(3).then_some(((step * 7) % 11) as f64), true)
 }
 
 /// Not a test: the process that the test above kills. It saves as fast as it can.

@@ -51,7 +51,7 @@ fn main() -> Result<()> {
         lap();
         terms.total.backward();
         lap();
-        clip_global_norm(&parameters, 1.0)?;
+        let _norm = clip_global_norm(&parameters, 1.0)?;
         adamw.step(AdamWOptions { lr: 1e-3, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.02 })?;
         lap();
     }

@@ -67,9 +67,10 @@ impl Batches {
     /// The batches from step `step` on, without end; nothing if there are no examples.
     pub fn from_step(&self, step: u64) -> impl Iterator<Item = Batch> + '_ {
         let per_epoch = self.per_epoch();
-        let epochs = if per_epoch == 0 { 0..0 } else { step / per_epoch..u64::MAX };
+        // Of no examples, no epoch.
+        let first = step.checked_div(per_epoch).unwrap_or(u64::MAX);
         let skip = step.checked_rem(per_epoch).unwrap_or(0) as usize;
-        epochs.flat_map(|e| self.epoch(e)).skip(skip)
+        (first..u64::MAX).flat_map(|e| self.epoch(e)).skip(skip)
     }
 }
 

@@ -117,7 +117,7 @@ fn varint(out: &mut Vec<u8>, mut value: u64) {
 mod tests {
     use super::*;
 
-    /// Read back by `tensorboard.compat.proto` of tensorboard 2.20 when this test was written:
+    /// Read back by `tensorboard.compat.proto` of tensorboard 2.21 when this test was written:
     /// step 300, tag `loss`, value 0.5.
     #[test]
     fn a_record_has_the_published_layout() {

@@ -7,7 +7,7 @@ use crate::common::*;
 
 #[track_caller]
 fn fails(setup: &Setup, expected: &[&str], hint: &str) {
-    let error = setup.finish("run").err().expect("training should fail");
+    let error = setup.finish("run").expect_err("training should fail");
     let (said, hinted) = told(&error);
     for text in expected {
         assert!(said.contains(text), "`{text}` is missing in: {said}");

@@ -85,7 +85,7 @@ fn metrics_hold_what_readers_look_for() {
         assert!(line["kendall"].as_f64().unwrap() < line["spearman"].as_f64().unwrap());
     }
     // The best flag is raised whenever a score passes all before it.
-    let best = validations.iter().filter(|l| l["best"] == true).next_back().unwrap();
+    let best = validations.iter().rfind(|l| l["best"] == true).unwrap();
     assert_eq!(best["step"].as_u64(), summary.best_step);
     assert_eq!(best["score"].as_f64(), summary.best_score);
     assert_eq!(std::fs::read_dir(setup.stage("run").join("tb")).unwrap().count(), 1);

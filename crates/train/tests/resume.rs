@@ -13,7 +13,7 @@ use crate::common::*;
 fn same(setup: &Setup, broken: &str, whole: &str) {
     let ((files, metrics), (expected, expected_metrics)) = (setup.outcome(broken), setup.outcome(whole));
     assert_eq!(metrics, expected_metrics);
-    let best = metrics.iter().filter(|m| m["best"] == true).next_back().expect("a validation");
+    let best = metrics.iter().rfind(|m| m["best"] == true).expect("a validation");
     for step in [best["step"].as_u64(), Some(setup.train.steps)].into_iter().flatten() {
         let name = format!("step-{step:06}/model.safetensors");
         assert!(files.contains_key(&name) && expected.contains_key(&name), "{name} is missing");
