@@ -15,7 +15,7 @@ use pkv_recipe::{
 };
 use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureRow, LabelRow, Row, StageDir, StageWriter};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use tempfile::TempDir;
 
 const TRAIN: usize = 8;
@@ -40,7 +40,7 @@ pub const POOL: TargetPool = TargetPool { width: 3, blend: 0.5 };
 impl Nano {
     /// All methods and tasks on `contexts` contexts with three facts each.
     pub fn new(contexts: usize) -> Self {
-        let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+        let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Auto).unwrap();
         // These matrices are too small to share, and waiting threads starve a busy machine.
         tch::set_num_threads(1);
         let model = |name| LanguageModel::load(&folder(name), device, Kind::Float).unwrap();
@@ -188,11 +188,12 @@ impl Stages<'_> {
         seen.iter().for_each(|(x, g, y)| moments.add(x, g, y).unwrap());
         let stats = moments.finish().unwrap();
         let section = MapperSection { variant: Variant::Linear, ..MapperSection::default() };
-        let mut sums = RidgeAccumulator::new(dims, &stats, Device::Cpu).unwrap();
+        let mut sums = RidgeAccumulator::new(dims, &stats, self.target.device()).unwrap();
         seen.iter().for_each(|(x, g, y)| sums.add(x, g, y).unwrap());
         let (weight, bias) = sums.solve(section.ridge).unwrap();
         let mut mapper =
-            Mapper::new(&section, &LossSection::default(), dims, stats, Seed(1), Device::Cpu).unwrap();
+            Mapper::new(&section, &LossSection::default(), dims, stats, Seed(1), self.target.device())
+                .unwrap();
         mapper.set_linear(&weight, &bias).unwrap();
         mapper
     }
@@ -207,5 +208,5 @@ pub fn store<R: Row>(dir: &Path, name: &str, rows: Vec<R>) {
 }
 
 fn numbers(x: &Tensor) -> Vec<f32> {
-    Vec::try_from(x.to_kind(Kind::Float).flatten(0, -1).contiguous()).unwrap()
+    Vec::try_from(x.to_kind(Kind::Float).to_device(tch::Device::Cpu).flatten(0, -1).contiguous()).unwrap()
 }
