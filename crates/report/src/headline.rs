@@ -15,6 +15,9 @@ const HEADLINE_RATIO: f64 = 0.05;
 /// A pruned cache that answers this share of what the full one answers counts as unharmed.
 const UNHARMED: f64 = 0.95;
 
+/// A mapper that costs more of its target's prefill belongs to a target of toy size.
+pub const TOY_SHARE: f64 = 0.2;
+
 #[derive(Serialize)]
 pub struct Headline {
     pub title: String,
@@ -69,9 +72,14 @@ fn model(data: &RunData, role: &str) -> String {
     recipe.or(results.map(|m| &m.name)).cloned().unwrap_or_else(|| format!("the {role}"))
 }
 
-/// The last part of a hub name or path.
-pub fn short(model: &str) -> &str {
-    model.trim_end_matches('/').rsplit('/').next().unwrap_or(model)
+/// The last part of a hub name or path; two parts where the last says only which of the two it is.
+pub fn short(model: &str) -> String {
+    let mut parts = model.trim_end_matches('/').rsplit('/');
+    match (parts.next(), parts.next()) {
+        (Some(last @ ("target" | "proxy" | "model")), Some(before)) => format!("{before} {last}"),
+        (Some(last), _) => last.to_owned(),
+        (None, _) => model.to_owned(),
+    }
 }
 
 fn purpose(data: &RunData, target: &str, proxy: &str) -> String {
@@ -160,11 +168,14 @@ fn tiles(data: &RunData) -> Vec<Tile> {
     }
     if let Some(recipe) = &data.recipe {
         let mapper = Plan::new(recipe, Machine::h200()).mapper;
-        tiles.push(Tile {
-            value: format!("{}%", significant(100.0 * mapper.share_of_prefill)),
-            label: "of the target's prefill: the mapper's compute".to_owned(),
-            note: format!("by count of operations; {} parameters", human_count(mapper.parameters)),
-        });
+        // Beside a target of toy size any mapper looks expensive; `origin::limits` tells that instead.
+        if mapper.share_of_prefill < TOY_SHARE {
+            tiles.push(Tile {
+                value: format!("{}%", significant(100.0 * mapper.share_of_prefill)),
+                label: "of the target's prefill: the mapper's compute".to_owned(),
+                note: format!("by count of operations; {} parameters", human_count(mapper.parameters)),
+            });
+        }
     }
     tiles
 }
@@ -251,6 +262,8 @@ mod tests {
         assert_eq!(significant(0.0), "0");
         assert_eq!(join(&["a", "b", "c"].map(str::to_owned)), "a, b and c");
         assert_eq!(short("meta-llama/Llama-3.1-8B/"), "Llama-3.1-8B");
+        assert_eq!(short("recipes/nano-llama/target"), "nano-llama target");
+        assert_eq!(short("target"), "target");
         assert_eq!(nearest([0.2, 0.04, 0.01].into_iter()), Some(0.04));
     }
 }

@@ -1,9 +1,10 @@
 //! Where the numbers come from: choices, versions, the command that makes them again, and limits.
 
+use pkv_recipe::plan::{Machine, Plan};
 use pkv_recipe::{MapperSection, Recipe, Variant};
 use serde::Serialize;
 
-use crate::headline::short;
+use crate::headline::{TOY_SHARE, short};
 use crate::run::RunData;
 
 #[derive(Serialize)]
@@ -158,11 +159,19 @@ pub fn limits(data: &RunData) -> Vec<String> {
             "Training contexts have at most {longest} tokens, contexts of the questions {}; longer ones were not measured.",
             recipe.eval.context_tokens
         ));
-        out.push(
-            "The mapper's share of the prefill is a count of operations, not a time; the proxy's own prefill comes on \
-             top and runs beside the target's where there are two devices."
-                .to_owned(),
-        );
+        let share = Plan::new(recipe, Machine::h200()).mapper.share_of_prefill;
+        let cost = if share < TOY_SHARE {
+            "The mapper's share of the prefill is a count of operations, not a time".to_owned()
+        } else {
+            format!(
+                "Beside a target this small the mapper is no bargain: it costs {:.0}% of the prefill's operations, \
+                 a share that shrinks as targets grow",
+                100.0 * share
+            )
+        };
+        out.push(format!(
+            "{cost}; the proxy's own prefill comes on top and runs beside the target's where there are two devices."
+        ));
     }
     out.push(
         "Pruned pairs are masked, which is exactly what evicting them computes; memory saved is not measured here."

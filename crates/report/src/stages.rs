@@ -94,7 +94,7 @@ fn short_time(secs: f64) -> String {
     }
 }
 
-/// `examples 640, tokens 850000` of a flat JSON object; deeper values are left out.
+/// `examples 640, tokens 850000` of a JSON object; deeper values are left out, and seconds, which have a column.
 fn brief(summary: &Value) -> String {
     let show = |v: &Value| match v {
         Value::Number(n) => n.as_f64().map(|f| match f {
@@ -105,7 +105,7 @@ fn brief(summary: &Value) -> String {
         Value::String(s) => Some(s.clone()),
         _ => None,
     };
-    let entries = summary.as_object().into_iter().flatten();
+    let entries = summary.as_object().into_iter().flatten().filter(|(k, _)| k.as_str() != "secs");
     entries
         .filter_map(|(k, v)| Some(format!("{} {}", k.replace('_', " "), show(v)?)))
         .collect::<Vec<_>>()
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn summaries_are_short() {
-        let summary = json!({"examples": 640, "mean_tokens": 1328.123456, "nested": {"a": 1}, "best": "step 900", "tokens": 850_123});
+        let summary = json!({"examples": 640, "mean_tokens": 1328.123456, "nested": {"a": 1}, "secs": 3.5, "best": "step 900", "tokens": 850_123});
         assert_eq!(brief(&summary), "examples 640, mean tokens 1328.1, best step 900, tokens 850\u{202f}123");
         assert_eq!(brief(&Value::Null), "");
         assert_eq!(grouped(-1_234_567), "-1\u{202f}234\u{202f}567");
