@@ -77,18 +77,19 @@ impl StageDir {
         fs::create_dir_all(dir).with_context(|| format!("cannot create folder `{}`", dir.display()))?;
         let lock = lock_dir(dir)?;
         let budget = WriteBudget::from_env();
-        let index = match Index::read(dir)? {
-            Some(index) => {
-                check_stage(dir, &index, stage)?;
-                check_fresh(dir, &index, fingerprint)?;
-                index
-            }
-            None => Index::new(stage, fingerprint),
-        };
+        let found = Index::read(dir)?;
+        if let Some(index) = &found {
+            check_stage(dir, index, stage)?;
+            check_fresh(dir, index, fingerprint)?;
+        }
+        let is_new = found.is_none();
+        let index = found.unwrap_or_else(|| Index::new(stage, fingerprint));
         let this = Self { dir: dir.to_path_buf(), index, lock: Some(lock), budget };
         this.check_files()?;
         this.sweep()?;
-        this.save()?;
+        if is_new {
+            write_index(&this.dir, &this.index, &this.budget)?;
+        }
         Ok(this)
     }
 
@@ -191,10 +192,6 @@ impl StageDir {
         write_index(&self.dir, &next, &self.budget)?;
         self.index = next;
         Ok(())
-    }
-
-    fn save(&self) -> Result<()> {
-        write_index(&self.dir, &self.index, &self.budget)
     }
 
     /// Every shard is there and has its size.

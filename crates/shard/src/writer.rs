@@ -1,7 +1,6 @@
 //! Rows in, shards out.
 
 use std::io::ErrorKind;
-use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -34,7 +33,6 @@ pub struct StageWriter<R: Row> {
     pending: Vec<R>,
     pending_bytes: usize,
     open: Option<OpenShard>,
-    rows: PhantomData<R>,
 }
 
 /// A shard under its temporary name.
@@ -64,15 +62,7 @@ impl<R: Row> StageWriter<R> {
         if stage.index().rows_expected != rows_expected {
             stage.update(|index| index.rows_expected = rows_expected)?;
         }
-        Ok(Self {
-            stage,
-            shard_rows,
-            store,
-            pending: Vec::new(),
-            pending_bytes: 0,
-            open: None,
-            rows: PhantomData,
-        })
+        Ok(Self { stage, shard_rows, store, pending: Vec::new(), pending_bytes: 0, open: None })
     }
 
     /// The stage, with the shards that are whole.
