@@ -11,6 +11,7 @@
 //! o target KV head (layers x heads, layer-major).
 
 mod batches;
+mod clock;
 mod curve;
 mod dataset;
 mod journal;

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use tch::Device;
 
 use crate::batches::Batches;
+use crate::clock::{Clock, clock_text};
 use crate::curve::{Means, Window};
 use crate::dataset::Dataset;
 use crate::journal::Journal;
@@ -142,7 +143,7 @@ pub fn train(
         parameters: run.mapper.parameter_count(),
         best_step: run.best.map(|b| b.0),
         best_score: run.best.map(|b| b.1),
-        ms_per_step: run.clock.total.as_secs_f64() * 1e3 / steps_done.max(1) as f64,
+        ms_per_step: run.clock.total().as_secs_f64() * 1e3 / steps_done.max(1) as f64,
         secs: begin.elapsed().as_secs_f64(),
     })
 }
@@ -168,18 +169,6 @@ struct Run<'a> {
     journal: Journal,
     events: EventFile,
     clock: Clock,
-}
-
-/// Time and tokens of training steps.
-struct Clock {
-    /// When the last step or other work ended.
-    last: Instant,
-    /// Since the last log line.
-    window: Duration,
-    tokens: u64,
-    steps: u64,
-    /// Of this run.
-    total: Duration,
 }
 
 impl<'a> Run<'a> {
@@ -374,56 +363,5 @@ impl<'a> Run<'a> {
     fn named(&self, tensors: &[tch::Tensor]) -> Vec<(String, tch::Tensor)> {
         let names = self.mapper.parameters().iter().map(|(name, _)| name.clone());
         names.zip(tensors.iter().map(tch::Tensor::shallow_clone)).collect()
-    }
-}
-
-impl Clock {
-    fn new() -> Self {
-        let zero = Duration::ZERO;
-        Self { last: Instant::now(), window: zero, tokens: 0, steps: 0, total: zero }
-    }
-
-    /// A step of `tokens` positions has ended.
-    fn step(&mut self, tokens: u64) {
-        let took = self.last.elapsed();
-        self.window += took;
-        self.total += took;
-        self.tokens += tokens;
-        self.steps += 1;
-        self.last = Instant::now();
-    }
-
-    /// Other work has ended; its time does not count.
-    fn pause(&mut self) {
-        self.last = Instant::now();
-    }
-
-    /// Milliseconds per step and tokens per second since the last call.
-    fn take(&mut self) -> (f64, f64) {
-        let secs = self.window.as_secs_f64();
-        let (steps, tokens) = (self.steps, self.tokens);
-        (self.window, self.steps, self.tokens) = (Duration::ZERO, 0, 0);
-        (secs * 1e3 / steps.max(1) as f64, tokens as f64 / secs.max(1e-9))
-    }
-}
-
-/// `1h 02m`, `3m 20s`, `45s`.
-fn clock_text(d: Duration) -> String {
-    let s = d.as_secs();
-    match s {
-        3600.. => format!("{}h {:02}m", s / 3600, s % 3600 / 60),
-        60.. => format!("{}m {:02}s", s / 60, s % 60),
-        _ => format!("{s}s"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_short() {
-        let text = |s| clock_text(Duration::from_secs(s));
-        assert_eq!([text(0), text(59), text(200), text(3725)], ["0s", "59s", "3m 20s", "1h 02m"]);
     }
 }
