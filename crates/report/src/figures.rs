@@ -36,8 +36,8 @@ pub fn recall(labels: &LabelResults, policy: Policy) -> Option<LineChart> {
 /// Nats per token lost on the continuation, by retention ratio.
 pub fn perplexity(results: &PerplexityResults, policy: Policy) -> Option<LineChart> {
     let cells = || results.cells.iter().filter(|c| c.policy == policy);
-    let low = cells().map(|c| c.excess.mean).fold(0.0, f64::min);
-    let high = cells().map(|c| c.excess.mean).fold(0.0, f64::max);
+    let low = cells().map(|c| c.excess.low).fold(0.0, f64::min);
+    let high = cells().map(|c| c.excess.high).fold(0.0, f64::max);
     let axis = Axis::nice("nats per token above the full cache", low, high, 5);
     let mut chart = by_ratio(cells().map(|c| (c.method, c.ratio, c.excess)), "excess", axis, nats)?;
     chart.title = "Likelihood lost on the document's continuation, by share of KV pairs kept".to_owned();

@@ -1,5 +1,7 @@
 //! The top of the page: what was made and how good it is, for a stranger.
 
+use std::fmt::Write;
+
 use pkv_core::Policy;
 use pkv_eval::{FactsCell, FactsResults, Interval, LabelResults};
 use pkv_recipe::Method;
@@ -8,6 +10,7 @@ use serde::Serialize;
 
 use crate::chart::percent_text;
 use crate::figures::percent;
+use crate::method;
 use crate::run::RunData;
 
 /// The ratio that the headline speaks of, or the one nearest to it: where methods begin to part.
@@ -126,6 +129,13 @@ fn verdict(data: &RunData) -> Option<String> {
             Clear::Level => " It does not clear the floor that the head prior sets: their intervals overlap.",
             Clear::Below => " It is below the floor that the head prior sets.",
         });
+    }
+    let rivals =
+        Method::ALL.into_iter().filter(|&m| m != Method::Mapper && !method::is_oracle(m)).filter_map(of);
+    let best = rivals.max_by(|a, b| a.accuracy.mean.total_cmp(&b.accuracy.mean));
+    if let Some(best) = best.filter(|b| b.accuracy.mean > mapper.accuracy.mean) {
+        let name = method::label(best.method);
+        let _ = write!(text, " Better here: {name}, with {}.", percent(best.accuracy.mean));
     }
     Some(text)
 }

@@ -98,6 +98,12 @@ fn the_headline_says_what_was_measured() {
         }
     });
     assert!(level.contains("It does not clear the floor that the head prior sets"));
+    assert!(!level.contains("Better here"));
+    let beaten = with_results(dir.path(), |r| {
+        let linear = |c: &&mut pkv_eval::FactsCell| c.method == pkv_recipe::Method::Linear;
+        r.facts.as_mut().unwrap().cells.iter_mut().filter(linear).for_each(|c| c.accuracy.mean = 0.999);
+    });
+    assert!(beaten.contains("Better here: ridge, linear, with 99.9%."));
 }
 
 #[test]

@@ -40,7 +40,7 @@ impl Tone {
     }
 }
 
-const LEFT: f64 = 40.0;
+const LEFT: f64 = 46.0;
 const TOP: f64 = 30.0;
 const SCALE_HEIGHT: f64 = 46.0;
 

@@ -6,7 +6,8 @@
 /// adjacent violators way, which gives the least squared displacement.
 pub fn spread(wanted: &[f64], gap: f64, low: f64, high: f64) -> Vec<f64> {
     let mut order: Vec<usize> = (0..wanted.len()).collect();
-    order.sort_by(|&a, &b| wanted[a].total_cmp(&wanted[b]).then(a.cmp(&b)));
+    // Of equal wishes the later one, which is drawn on top, gets the higher place.
+    order.sort_by(|&a, &b| wanted[a].total_cmp(&wanted[b]).then(b.cmp(&a)));
     // A block: where its first label wants to be (mean of wanted - offset), and its members.
     let mut blocks: Vec<(f64, Vec<usize>)> = Vec::new();
     let last_start = |n: usize| high - gap * (n as f64 - 1.0);
@@ -66,6 +67,7 @@ mod tests {
     fn labels_stay_where_there_is_room_and_part_where_there_is_none() {
         assert_eq!(check(&[50.0, 10.0, 90.0], 0.0, 100.0), [50.0, 10.0, 90.0]);
         assert_eq!(check(&[50.0, 52.0], 0.0, 100.0), [46.0, 56.0]);
+        assert_eq!(check(&[50.0, 50.0], 0.0, 100.0), [55.0, 45.0]);
         assert_eq!(check(&[99.0, 98.0, 97.0], 0.0, 100.0), [100.0, 90.0, 80.0]);
         assert_eq!(check(&[0.0, 1.0, 2.0], 0.0, 100.0), [0.0, 10.0, 20.0]);
         check(&[5.0, 5.0, 5.0, 30.0, 31.0, 29.0, 95.0, 96.0, 97.0, 98.0], 0.0, 100.0);
