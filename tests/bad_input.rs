@@ -100,7 +100,11 @@ fn tokenizer_of_another_family() {
     let text = fs::read_to_string(&path).unwrap();
     let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
     let vocab = json["model"]["vocab"].as_object_mut().unwrap();
-    let names: Vec<String> = vocab.iter().filter(|(_, id)| [500, 501].contains(&id.as_u64().unwrap())).map(|(n, _)| n.clone()).collect();
+    let names: Vec<String> = vocab
+        .iter()
+        .filter(|(_, id)| [500, 501].contains(&id.as_u64().unwrap()))
+        .map(|(n, _)| n.clone())
+        .collect();
     let (a, b) = (vocab[&names[0]].clone(), vocab[&names[1]].clone());
     vocab[&names[0]] = b;
     vocab[&names[1]] = a;
@@ -132,7 +136,7 @@ fn shard_with_a_flipped_byte() {
     for stage in ["prepare", "label", "extract"] {
         s.run(&[stage]).ok();
     }
-    let shard = shards(&s.path("runs/small/labels")).pop().unwrap();
+    let shard = shards(&s.path("runs/small/labels")).remove(0);
     let mut bytes = fs::read(&shard).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 0x10;

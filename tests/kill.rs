@@ -17,7 +17,10 @@ fn results(run: &Path) -> BTreeMap<String, Vec<u8>> {
     for stage in ["examples", "labels", "features"] {
         for file in fs::read_dir(run.join(stage)).unwrap() {
             let file = file.unwrap();
-            out.insert(format!("{stage}/{}", file.file_name().to_string_lossy()), fs::read(file.path()).unwrap());
+            out.insert(
+                format!("{stage}/{}", file.file_name().to_string_lossy()),
+                fs::read(file.path()).unwrap(),
+            );
         }
     }
     for file in ["model.safetensors", "parity.safetensors"] {

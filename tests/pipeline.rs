@@ -49,7 +49,8 @@ fn run_makes_everything_once() {
     // An export is evaluated like the checkpoint it came from.
     let export = s.run(&["eval", "--mapper", "runs/small/export", "--json"]).ok();
     let checkpoint = s.run(&["eval", "--json"]).ok();
-    let cells = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap()["labels"]["cells"].clone();
+    let cells =
+        |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap()["labels"]["cells"].clone();
     assert_eq!(cells(&export.stdout), cells(&checkpoint.stdout));
 }
 
@@ -61,7 +62,9 @@ fn two_runs_of_one_seed_are_the_same() {
             s.run(&[stage]).ok();
         }
     }
-    for file in ["examples/examples-00000.parquet", "labels/labels-00001.parquet", "features/features-00002.parquet"] {
+    for file in
+        ["examples/examples-00000.parquet", "labels/labels-00001.parquet", "features/features-00002.parquet"]
+    {
         let read = |s: &Sandbox| fs::read(s.path("runs/small").join(file)).unwrap();
         assert!(read(&a) == read(&b), "{file} differs");
     }

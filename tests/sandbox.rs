@@ -99,7 +99,8 @@ impl Ran {
 
 /// Short documents in plain words, different from each other; the small models know such text.
 pub fn documents() -> String {
-    let topics = ["harbour", "lantern", "garden", "tower", "bridge", "river", "castle", "market", "engine", "library"];
+    let topics =
+        ["harbour", "lantern", "garden", "tower", "bridge", "river", "castle", "market", "engine", "library"];
     let verbs = ["opens", "stores", "returns", "collects", "repairs", "describes", "protects", "counts"];
     let mut docs = Vec::new();
     for d in 0..40 {

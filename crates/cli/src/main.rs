@@ -63,7 +63,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 }
 
 /// One stage on its own.
-fn one(cli: &Cli, args: &StageArgs, stage: Stage, stop: Arc<AtomicBool>, options: &EvalOptions) -> Result<()> {
+fn one(
+    cli: &Cli,
+    args: &StageArgs,
+    stage: Stage,
+    stop: Arc<AtomicBool>,
+    options: &EvalOptions,
+) -> Result<()> {
     let session = Session::open(cli, &args.recipe, stop)?;
     stages::run(&session, stage, &args.redo, options)?;
     if stage == Stage::Eval {

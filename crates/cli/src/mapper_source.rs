@@ -78,7 +78,10 @@ pub fn from_export(s: &Session, upstream: &Upstream, folder: &Path) -> Result<Tr
     let c = export.config();
     let refuse = |what: &str, found: String, expected: String| {
         hinted(
-            format!("export `{}` does not fit this recipe: {what} is {found}, expected {expected}", folder.display()),
+            format!(
+                "export `{}` does not fit this recipe: {what} is {found}, expected {expected}",
+                folder.display()
+            ),
             "use the recipe that it was made with, or export a mapper of this one",
         )
     };
@@ -95,8 +98,13 @@ pub fn from_export(s: &Session, upstream: &Upstream, folder: &Path) -> Result<Tr
             refuse(&format!("the {role}'s vocabulary"), theirs.vocab_hash.clone(), tokenizer.vocab_hash())
         );
     }
-    let (theirs, ours) = (Fingerprint::new().with("extract", &c.extract), Fingerprint::new().with("extract", &s.recipe.extract));
-    if let Some((key, a, b)) = theirs.difference(&ours).into_iter().find(|(key, ..)| !IMMATERIAL.contains(&key.as_str())) {
+    let (theirs, ours) = (
+        Fingerprint::new().with("extract", &c.extract),
+        Fingerprint::new().with("extract", &s.recipe.extract),
+    );
+    if let Some((key, a, b)) =
+        theirs.difference(&ours).into_iter().find(|(key, ..)| !IMMATERIAL.contains(&key.as_str()))
+    {
         return Err(refuse(&format!("`{key}`"), a.to_string(), b.to_string()).into());
     }
     Ok(Trained {

@@ -50,14 +50,23 @@ pub fn find(s: &Session, role: Role) -> Result<Found> {
     let section = role.section(s);
     let root = recipe_root(&s.recipe);
     let context = || format!("cannot open the {} `{}`", role.name(), section.model);
-    let resolved = s.hub.model(&section.model, &section.revision, &[Path::new(""), &root]).with_context(context)?;
-    LmConfig::from_folder(&resolved.folder)?.check_shape(&section.shape, role.name()).with_context(context)?;
+    let resolved =
+        s.hub.model(&section.model, &section.revision, &[Path::new(""), &root]).with_context(context)?;
+    LmConfig::from_folder(&resolved.folder)?
+        .check_shape(&section.shape, role.name())
+        .with_context(context)?;
     let tokenizer = TextTokenizer::open(&resolved.folder).with_context(context)?;
     s.run.record(
         role.name(),
         json!({"model": section.model, "revision": resolved.revision, "vocab_hash": tokenizer.vocab_hash(), "template_hash": tokenizer.template_hash()}),
     )?;
-    Ok(Found { role, folder: resolved.folder, revision: resolved.revision, tokenizer, section: section.clone() })
+    Ok(Found {
+        role,
+        folder: resolved.folder,
+        revision: resolved.revision,
+        tokenizer,
+        section: section.clone(),
+    })
 }
 
 /// Find both models; they must share one vocabulary, because labels and features meet position by position.

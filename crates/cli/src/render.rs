@@ -34,7 +34,11 @@ pub fn error(e: &Error) -> String {
             continue;
         }
         let text_indented = text.replace('\n', "\n    ");
-        let _ = if i == 0 { writeln!(out, "error: {text_indented}") } else { writeln!(out, "  Caused by: {text_indented}") };
+        let _ = if i == 0 {
+            writeln!(out, "error: {text_indented}")
+        } else {
+            writeln!(out, "  Caused by: {text_indented}")
+        };
         last = text.to_owned();
     }
     if let Some(hint) = hint(e) {

@@ -33,7 +33,10 @@ impl RunFolder {
     /// The folder cannot be made.
     pub fn open(root: &Path) -> Result<Self> {
         fs::create_dir_all(root).with_context(|| {
-            hinted(format!("cannot make run folder `{}`", root.display()), "choose another place with `--runs`")
+            hinted(
+                format!("cannot make run folder `{}`", root.display()),
+                "choose another place with `--runs`",
+            )
         })?;
         Ok(Self { root: root.to_path_buf() })
     }
@@ -117,16 +120,14 @@ impl RunFolder {
         })
     }
 
-    pub fn stage_record(&self, stage: &str) -> Option<StageRecord> {
-        let run = self.read().ok()?;
-        serde_json::from_value(run.get("stages")?.get(stage)?.clone()).ok()
-    }
-
     fn read(&self) -> Result<Map<String, Value>> {
         let path = self.root.join("run.json");
         match fs::read_to_string(&path) {
             Ok(text) => serde_json::from_str(&text).with_context(|| {
-                hinted(format!("`{}` is no JSON object", path.display()), "remove the file; it is written again")
+                hinted(
+                    format!("`{}` is no JSON object", path.display()),
+                    "remove the file; it is written again",
+                )
             }),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),
             Err(e) => Err(e).with_context(|| format!("cannot read `{}`", path.display())),
@@ -146,6 +147,8 @@ impl RunFolder {
             fs::rename(&temporary, &path)?;
             Ok(())
         };
-        write().with_context(|| hinted(format!("cannot write `{}`", path.display()), "check the disk's free space"))
+        write().with_context(|| {
+            hinted(format!("cannot write `{}`", path.display()), "check the disk's free space")
+        })
     }
 }

@@ -79,7 +79,9 @@ pub fn require(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<()>
     let run = format!("run `proxykv-train {stage}` first, or `proxykv-train run` for all stages");
     match StageDir::state(dir, fingerprint)? {
         StageState::Complete(_) => Ok(()),
-        StageState::Absent => bail!(hinted(format!("`{}` is absent: `{stage}` has not run", dir.display()), run)),
+        StageState::Absent => {
+            bail!(hinted(format!("`{}` is absent: `{stage}` has not run", dir.display()), run))
+        }
         StageState::Partial(rows) => {
             bail!(hinted(format!("`{}` holds {rows} examples and is not finished", dir.display()), run))
         }

@@ -27,15 +27,29 @@ fn bars() -> &'static MultiProgress {
 /// `verbose` 0 shows information, 1 details, 2 everything; `RUST_LOG` overrides it.
 pub fn init_logs(verbose: u8) {
     let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
-    let ours = format!("warn,proxykv_train={level},{}", OUR_CRATES.map(|c| format!("pkv_{c}={level}")).join(","));
+    let ours =
+        format!("warn,proxykv_train={level},{}", OUR_CRATES.map(|c| format!("pkv_{c}={level}")).join(","));
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(ours));
-    let terminal = fmt::layer().with_writer(Stderr).with_target(false).with_ansi(color()).compact().without_time();
+    let terminal =
+        fmt::layer().with_writer(Stderr).with_target(false).with_ansi(color()).compact().without_time();
     let file = fmt::layer().json().with_writer(LogFile);
     tracing_subscriber::registry().with(filter).with(terminal).with(file).init();
 }
 
 const OUR_CRATES: [&str; 14] = [
-    "shard", "gpu", "hub", "lm", "mapper", "data", "score", "extract", "prune", "checkpoint", "train", "eval", "report",
+    "shard",
+    "gpu",
+    "hub",
+    "lm",
+    "mapper",
+    "data",
+    "score",
+    "extract",
+    "prune",
+    "checkpoint",
+    "train",
+    "eval",
+    "report",
     "cli",
 ];
 
@@ -85,7 +99,9 @@ impl Write for LogFile {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         match LOG_FILE.get() {
             // A log line that cannot be written (disk full) must not stop the work it tells about.
-            Some(file) => Ok(file.lock().map_or(buf.len(), |mut f| f.write_all(buf).map_or(buf.len(), |()| buf.len()))),
+            Some(file) => {
+                Ok(file.lock().map_or(buf.len(), |mut f| f.write_all(buf).map_or(buf.len(), |()| buf.len())))
+            }
             None => Ok(buf.len()),
         }
     }
@@ -133,8 +149,9 @@ impl Bar {
 
 impl Progress for Bar {
     fn start(&self, what: &str, total: u64, done: u64) {
-        let style = ProgressStyle::with_template("{prefix:>16} {bar:28} {pos}/{len} {per_sec} ETA {eta} {msg}")
-            .expect("the template is constant");
+        let style =
+            ProgressStyle::with_template("{prefix:>16} {bar:28} {pos}/{len} {per_sec} ETA {eta} {msg}")
+                .expect("the template is constant");
         let bar = bars().add(ProgressBar::new(total).with_style(style).with_position(done));
         bar.set_prefix(what.to_owned());
         bar.reset_eta();

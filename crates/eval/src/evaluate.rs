@@ -61,6 +61,8 @@ pub struct EvalInputs<'a> {
     pub fingerprint: Fingerprint,
     /// Folder of the results; made if absent.
     pub out: &'a Path,
+    /// Asked after every context; its error ends the evaluation, which the next one continues.
+    pub check_stop: &'a dyn Fn() -> Result<()>,
 }
 
 /// Whether `out` holds the results of exactly this evaluation.
@@ -205,6 +207,7 @@ impl<'a> Evaluation<'a> {
             };
             outcomes.push(outcome);
             progress.advance(1);
+            (self.inputs.check_stop)()?;
         }
         progress.finish();
         let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
@@ -250,6 +253,7 @@ impl<'a> Evaluation<'a> {
             }
             outcomes.push(outcome);
             progress.advance(1);
+            (self.inputs.check_stop)()?;
         }
         progress.finish();
         table.write(&self.path(ANSWERS_FILE))?;
@@ -301,6 +305,7 @@ impl<'a> Evaluation<'a> {
                 outcomes.push(outcome);
             }
             progress.advance(1);
+            (self.inputs.check_stop)()?;
         }
         progress.finish();
         let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);

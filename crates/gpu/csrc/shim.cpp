@@ -109,7 +109,10 @@ int pkv_deterministic(int on) {
 }
 
 int pkv_tf32(int on) {
-  return guard([&] { at::globalContext().setAllowTF32CuBLAS(on != 0); });
+  return guard([&] {
+    at::globalContext().setAllowTF32CuBLAS(on != 0);
+    at::globalContext().setAllowTF32CuDNN(on != 0);
+  });
 }
 
 // One AdamW step on n parameters, in place. steps: float32 tensors that hold the step's number.

@@ -91,7 +91,7 @@ pub fn set_deterministic(on: bool) -> Result<()> {
     shim::check(unsafe { shim::pkv_deterministic(on.into()) })
 }
 
-/// Allow TF32 in f32 matrix products on CUDA, process-wide.
+/// Allow TF32 in f32 matrix products and convolutions on CUDA, process-wide.
 pub fn set_tf32(on: bool) -> Result<()> {
     // SAFETY: a flag.
     shim::check(unsafe { shim::pkv_tf32(on.into()) })

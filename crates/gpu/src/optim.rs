@@ -189,7 +189,8 @@ mod tests {
         let norm = clip_global_norm(&[w.shallow_clone()], 1.0).unwrap();
         assert!((norm.double_value(&[]) - 5.0).abs() < 1e-6);
         assert!((w.grad().norm().double_value(&[]) - 1.0).abs() < 1e-5);
-        clip_global_norm(&[w.shallow_clone()], 10.0).unwrap();
+        let before = clip_global_norm(&[w.shallow_clone()], 10.0).unwrap();
+        assert!((before.double_value(&[]) - 1.0).abs() < 1e-5);
         assert!((w.grad().norm().double_value(&[]) - 1.0).abs() < 1e-5);
         let lonely = Tensor::zeros([2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
         assert!(clip_global_norm(&[lonely], 1.0).is_err());

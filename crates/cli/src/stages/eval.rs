@@ -60,6 +60,7 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
             seed: s.recipe.seed,
             fingerprint,
             out: &out,
+            check_stop: &|| s.check_stop(),
         },
         &s.bar,
     )?;
@@ -90,8 +91,14 @@ fn contexts(s: &Session, upstream: &train::Upstream) -> Result<Vec<FactContext>>
         .iter()
         .filter(|e| e.as_ref().map_or(true, |e| e.split == Split::Test))
         .collect::<Result<Vec<_>>>()?;
-    fact_contexts(&test, &pkv_data::word_lists(&s.manifest)?, &s.recipe.eval, &upstream.target.tokenizer, s.recipe.seed)
-        .context("cannot plant facts in the test documents")
+    fact_contexts(
+        &test,
+        &pkv_data::word_lists(&s.manifest)?,
+        &s.recipe.eval,
+        &upstream.target.tokenizer,
+        s.recipe.seed,
+    )
+    .context("cannot plant facts in the test documents")
 }
 
 /// The results on stdout: tables, or the whole file with `--json`.

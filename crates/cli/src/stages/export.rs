@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use pkv_checkpoint::{CardTable, DataSource, Export, ExportConfig, EXPORT_VERSION, Licences, ModelCard, ModelIdentity, Parity};
+use pkv_checkpoint::{
+    CardTable, DataSource, EXPORT_VERSION, Export, ExportConfig, Licences, ModelCard, ModelIdentity, Parity,
+};
 use pkv_core::{Policy, Split};
 use pkv_eval::{RESULTS_FILE, Results};
 use pkv_shard::{Example, FeatureRow, StageReader};
@@ -26,7 +28,8 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let config = config(s, &upstream, &trained);
     let card = card(s, results.as_ref())?;
     if let Ok(old) = Export::read(&folder) {
-        let card_is_current = std::fs::read_to_string(folder.join("README.md")).is_ok_and(|t| t == card.render(&config));
+        let card_is_current =
+            std::fs::read_to_string(folder.join("README.md")).is_ok_and(|t| t == card.render(&config));
         let same = ExportConfig { files: BTreeMap::new(), ..old.config().clone() } == config;
         if same && card_is_current {
             return Ok(Outcome::Skipped(format!("`{}` holds this mapper and its results", folder.display())));
@@ -91,8 +94,14 @@ fn card(s: &Session, results: Option<&Results>) -> Result<ModelCard> {
         .collect();
     let tables = results.map_or_else(Vec::new, |r| {
         [
-            ("Questions answered from the pruned cache, policy `pair`, percent with 95% intervals", pkv_eval::table::answers_table(r, Policy::Pair)),
-            ("Recall of KVzip's kept set, policy `pair`, percent", pkv_eval::table::recall_table(r, Policy::Pair)),
+            (
+                "Questions answered from the pruned cache, policy `pair`, percent with 95% intervals",
+                pkv_eval::table::answers_table(r, Policy::Pair),
+            ),
+            (
+                "Recall of KVzip's kept set, policy `pair`, percent",
+                pkv_eval::table::recall_table(r, Policy::Pair),
+            ),
         ]
         .into_iter()
         .filter_map(|(caption, table)| card_table(caption, &table?))
@@ -103,9 +112,10 @@ fn card(s: &Session, results: Option<&Results>) -> Result<ModelCard> {
 
 /// A Markdown table as cells.
 fn card_table(caption: &str, markdown: &str) -> Option<CardTable> {
-    let mut rows = markdown.lines().filter(|l| l.starts_with('|')).map(|l| {
-        l.trim_matches('|').split('|').map(|c| c.trim().to_owned()).collect::<Vec<_>>()
-    });
+    let mut rows = markdown
+        .lines()
+        .filter(|l| l.starts_with('|'))
+        .map(|l| l.trim_matches('|').split('|').map(|c| c.trim().to_owned()).collect::<Vec<_>>());
     let columns = rows.next()?;
     // The line of dashes.
     let _ = rows.next()?;

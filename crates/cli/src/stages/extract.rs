@@ -22,8 +22,12 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let shape = model.shape();
 
     let (done, total) = (stage.rows(), examples.len());
-    let mut writer =
-        StageWriter::<FeatureRow>::new(stage, s.recipe.data.shard_examples, s.recipe.extract.store, Some(total))?;
+    let mut writer = StageWriter::<FeatureRow>::new(
+        stage,
+        s.recipe.data.shard_examples,
+        s.recipe.extract.store,
+        Some(total),
+    )?;
     let mut tokens = 0;
     s.bar.start("extract", total, done);
     for i in done..total {

@@ -103,6 +103,7 @@ impl Nano {
             seed: Seed(11),
             fingerprint: Fingerprint::new().with("eval", &self.section),
             out,
+            check_stop: &|| Ok(()),
         }
     }
 
