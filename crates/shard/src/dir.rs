@@ -67,7 +67,8 @@ fn short(value: &Value) -> String {
 impl StageDir {
     /// Open `dir` for writing; create it if absent, continue it if it was made with the same choices.
     ///
-    /// Removes what an interrupted process left: temporary files and shards that the index does not name.
+    /// Removes what an interrupted process left: temporary files and shards that the index does not
+    /// name, and an index that names none.
     ///
     /// # Errors
     /// - [`StaleError`] (with a hint) if it was made with other choices;
@@ -77,9 +78,14 @@ impl StageDir {
         fs::create_dir_all(dir).with_context(|| format!("cannot create folder `{}`", dir.display()))?;
         let lock = lock_dir(dir)?;
         let budget = WriteBudget::from_env();
-        let found = Index::read(dir)?;
+        let mut found = Index::read(dir)?;
         if let Some(index) = &found {
             check_stage(dir, index, stage)?;
+        }
+        // An index that names nothing has nothing to lose: a stage that failed before its first shard
+        // starts anew, whatever the choices were.
+        found.take_if(|index| index.shards.is_empty() && !index.complete);
+        if let Some(index) = &found {
             check_fresh(dir, index, fingerprint)?;
         }
         let is_new = found.is_none();
