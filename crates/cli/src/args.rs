@@ -53,6 +53,9 @@ pub enum Command {
         /// Print the resolved recipe as TOML, every default written out, and stop.
         #[arg(long)]
         resolved: bool,
+        /// The machine to plan for: what is here, or what the run will go to.
+        #[arg(long, value_enum, default_value = "here")]
+        machine: PlanMachine,
     },
     /// Download models and data into the Hugging Face cache and pin revisions and hashes.
     Fetch {
@@ -88,6 +91,15 @@ pub enum Command {
     Inspect { path: PathBuf },
     /// Print a shell completion script.
     Completions { shell: clap_complete::Shell },
+}
+
+/// What `plan` plans for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlanMachine {
+    /// An H200 if there is a GPU, else this CPU.
+    Here,
+    Cpu,
+    H200,
 }
 
 /// The recipe and its overrides.

@@ -42,7 +42,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     let stop = session::stop_on_signal()?;
     match &cli.command {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
-        Command::Plan { recipe, resolved } => stages::plan::run(cli, recipe, *resolved)?,
+        Command::Plan { recipe, resolved, machine } => stages::plan::run(cli, recipe, *resolved, *machine)?,
         Command::Fetch { recipe, models_only } => stages::fetch::run(cli, recipe, *models_only)?,
         Command::Prepare(a) => one(cli, a, Stage::Prepare, stop, &EvalOptions::default())?,
         Command::Label(a) => one(cli, a, Stage::Label, stop, &EvalOptions::default())?,

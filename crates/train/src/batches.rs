@@ -3,6 +3,9 @@
 //! A batch has one length, so that nothing is padded: its examples are of similar length, and each
 //! gives a window as long as the shortest of them, at a random place. Features and labels belong to
 //! their position, whatever window they are read in, so a window is an example like any other.
+//!
+//! With a limit on the window's length, a context longer than it gives as many windows per epoch as
+//! fit into it: slices of one long labelled context, whose features and labels saw all of it.
 
 use pkv_core::Seed;
 use rand::Rng;
@@ -14,10 +17,19 @@ const ALIKE: f64 = 1.05;
 /// Batches of every step, by step.
 #[derive(Clone, Debug)]
 pub struct Batches {
-    rows: Vec<u64>,
-    lengths: Vec<usize>,
+    items: Vec<Item>,
     batch: usize,
     seed: Seed,
+}
+
+/// One window of an example, somewhere.
+#[derive(Clone, Copy, Debug)]
+struct Item {
+    row: u64,
+    /// Positions of the whole example.
+    positions: usize,
+    /// Most positions of the window.
+    window: usize,
 }
 
 /// A batch: windows of equal length.
@@ -30,33 +42,45 @@ pub struct Batch {
 }
 
 impl Batches {
-    /// `lengths` are the positions of `rows`; empty examples are left out.
-    pub fn new(rows: &[u64], lengths: &[usize], batch: usize, seed: Seed) -> Self {
-        let (rows, lengths): (Vec<_>, Vec<_>) =
-            rows.iter().zip(lengths).filter(|(_, n)| **n > 0).map(|(&r, &n)| (r, n)).unzip();
-        let batch = batch.clamp(1, rows.len().max(1));
-        Self { rows, lengths, batch, seed }
+    /// `lengths` are the positions of `rows`; empty examples are left out. `limit` is the most
+    /// positions that a window may have.
+    pub fn new(rows: &[u64], lengths: &[usize], batch: usize, limit: Option<usize>, seed: Seed) -> Self {
+        let mut items = Vec::new();
+        for (&row, &positions) in rows.iter().zip(lengths).filter(|(_, n)| **n > 0) {
+            let window = positions.min(limit.unwrap_or(positions)).max(1);
+            items.extend(std::iter::repeat_n(Item { row, positions, window }, positions / window));
+        }
+        let batch = batch.clamp(1, items.len().max(1));
+        Self { items, batch, seed }
+    }
+
+    /// Windows of one pass over the examples.
+    pub fn windows(&self) -> usize {
+        self.items.len()
     }
 
     /// Whole batches of one pass over the examples. What is left over, another part each time, waits for the next.
     pub fn per_epoch(&self) -> u64 {
-        (self.rows.len() / self.batch) as u64
+        (self.items.len() / self.batch) as u64
     }
 
     /// The batches of epoch `epoch`, in the order of training.
     pub fn epoch(&self, epoch: u64) -> Vec<Batch> {
         let mut rng = self.seed.stream("train.order", epoch);
-        let mut order: Vec<usize> = (0..self.rows.len()).collect();
+        let mut order: Vec<usize> = (0..self.items.len()).collect();
         shuffle(&mut order, &mut rng);
         order.truncate(self.per_epoch() as usize * self.batch);
         // Stable, so that alike examples stay shuffled.
-        let class = |i: usize| ((self.lengths[i] as f64).ln() / ALIKE.ln()).floor() as i64;
+        let class = |i: usize| ((self.items[i].window as f64).ln() / ALIKE.ln()).floor() as i64;
         order.sort_by_key(|&i| class(i));
         let mut batches: Vec<Batch> = order
             .chunks(self.batch)
             .map(|chunk| {
-                let length = chunk.iter().map(|&i| self.lengths[i]).min().unwrap_or(0);
-                let window = |&i: &usize| (self.rows[i], below(&mut rng, self.lengths[i] - length + 1));
+                let length = chunk.iter().map(|&i| self.items[i].window).min().unwrap_or(0);
+                let window = |&i: &usize| {
+                    let item = self.items[i];
+                    (item.row, below(&mut rng, item.positions - length + 1))
+                };
                 Batch { length, windows: chunk.iter().map(window).collect() }
             })
             .collect();
@@ -94,7 +118,7 @@ mod tests {
 
     fn batches(lengths: &[usize], batch: usize) -> Batches {
         let rows: Vec<u64> = (100..100 + lengths.len() as u64).collect();
-        Batches::new(&rows, lengths, batch, Seed(3))
+        Batches::new(&rows, lengths, batch, None, Seed(3))
     }
 
     #[test]
@@ -116,6 +140,21 @@ mod tests {
             assert_eq!(seen.len(), 80);
             assert!(lost * 8 < all, "{lost} of {all} positions cropped");
         }
+    }
+
+    #[test]
+    fn long_contexts_give_several_windows() {
+        let b = Batches::new(&[7, 8, 9], &[1000, 250, 90], 1, Some(100), Seed(3));
+        assert_eq!(b.windows(), 10 + 2 + 1);
+        let mut starts = BTreeSet::new();
+        for batch in b.epoch(0) {
+            let (row, start) = batch.windows[0];
+            let (positions, window) = [(1000, 100), (250, 100), (90, 90)][row as usize - 7];
+            assert_eq!(batch.length, window);
+            assert!(start + window <= positions);
+            starts.insert((row, start));
+        }
+        assert!(starts.len() > 10, "windows lie in different places: {starts:?}");
     }
 
     #[test]

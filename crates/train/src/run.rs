@@ -105,16 +105,18 @@ pub fn train(
 
     let rows = dataset.rows(Split::Train);
     let lengths: Vec<usize> = rows.iter().map(|&r| dataset.positions(r)).collect();
-    let batches = Batches::new(&rows, &lengths, inputs.train.batch, inputs.seed);
+    let batches = Batches::new(&rows, &lengths, inputs.train.batch, inputs.train.window_tokens, inputs.seed);
     ensure!(
         batches.per_epoch() > 0,
         hinted("every training example is empty", "lower `data.min_tokens` and prepare again")
     );
     tracing::info!(
-        "training {} parameters on {} contexts, {} per step, {} steps per epoch, from step {first} of {steps}",
+        "training {} parameters on {} windows of {} contexts, {} per step, {} steps per epoch, from step {first} of \
+         {steps}",
         run.mapper.parameter_count(),
+        batches.windows(),
         rows.len(),
-        inputs.train.batch.min(rows.len()),
+        inputs.train.batch.min(batches.windows()),
         batches.per_epoch()
     );
     progress.start("train", steps, first);

@@ -4,10 +4,10 @@ use anyhow::Result;
 use pkv_recipe::plan::{Machine, Plan};
 use tch::Device;
 
-use crate::args::{Cli, RecipeArgs};
+use crate::args::{Cli, PlanMachine, RecipeArgs};
 use crate::session::{choose_device, manifest_path};
 
-pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool) -> Result<()> {
+pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -> Result<()> {
     let recipe = pkv_recipe::load(&args.recipe, &args.overrides)?;
     if resolved {
         print!("{}", recipe.to_toml());
@@ -15,9 +15,12 @@ pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool) -> Result<()> {
     }
     // A manifest that cannot be read is a mistake worth hearing about now.
     pkv_recipe::load_manifest(&manifest_path(&recipe))?;
-    let machine = match choose_device(cli)? {
-        Device::Cpu => Machine::cpu(tch::get_num_threads().max(1) as usize),
-        _ => Machine::h200(),
+    let cpu = || Machine::cpu(tch::get_num_threads().max(1) as usize);
+    let machine = match machine {
+        PlanMachine::H200 => Machine::h200(),
+        PlanMachine::Cpu => cpu(),
+        PlanMachine::Here if choose_device(cli)? == Device::Cpu => cpu(),
+        PlanMachine::Here => Machine::h200(),
     };
     let plan = Plan::new(&recipe, machine);
     if cli.json {

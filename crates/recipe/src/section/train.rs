@@ -11,6 +11,9 @@ pub struct TrainSection {
     pub steps: u64,
     /// Contexts of similar length per step.
     pub batch: usize,
+    /// Most tokens of a context that a step reads; longer contexts give several windows per epoch, slices
+    /// of one long labelled context. Absent: contexts are read whole, which is what short ones want.
+    pub window_tokens: Option<usize>,
     /// Peak learning rate; cosine to 1% of it.
     pub lr: f64,
     /// Linear warm-up, steps.
@@ -65,6 +68,7 @@ impl Default for TrainSection {
         Self {
             steps: 1500,
             batch: 16,
+            window_tokens: None,
             lr: 2e-3,
             warmup_steps: 50,
             beta1: 0.9,
@@ -87,6 +91,10 @@ impl TrainSection {
     pub(crate) fn check(&self) -> Result<()> {
         ensure!(self.steps > 0, "`train.steps` is 0");
         ensure!(self.batch > 0, "`train.batch` is 0");
+        ensure!(
+            self.window_tokens != Some(0),
+            "`train.window_tokens` is 0; leave it out to read contexts whole"
+        );
         ensure!(self.lr > 0.0, "`train.lr` is {}; it must be positive", self.lr);
         for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2), ("ema", self.ema)] {
             ensure!((0.0..1.0).contains(&beta), "`train.{name}` is {beta}; it must be in [0, 1)");
