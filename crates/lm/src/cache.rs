@@ -99,6 +99,11 @@ impl KvCache {
         })
     }
 
+    /// Keys and values of all layers, `[kv_heads, capacity, head_dim]` each, and the capacity.
+    pub(crate) fn into_layers(self) -> (Vec<Tensor>, Vec<Tensor>, usize) {
+        (self.keys, self.values, self.capacity)
+    }
+
     /// Refuse to read `new` more tokens if there is no room for them.
     pub(crate) fn check_room(&self, new: usize) -> Result<()> {
         ensure!(

@@ -217,6 +217,18 @@ impl LanguageModel {
     /// # Errors
     /// An id outside the vocabulary.
     pub(crate) fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        self.check_ids(ids)?;
+        Ok(self.embed_known(ids))
+    }
+
+    /// Rows of the embedding matrix of ids that were checked, or that the model has chosen.
+    pub(crate) fn embed_known(&self, ids: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embedding, &ids.to_device(self.device), -1, false, false)
+    }
+
+    /// # Errors
+    /// No id, another kind than i64, or an id outside the vocabulary.
+    pub(crate) fn check_ids(&self, ids: &Tensor) -> Result<()> {
         ensure!(ids.kind() == Kind::Int64, "token ids must be i64, not {:?}", ids.kind());
         ensure!(ids.numel() > 0, "there is no token to read");
         let (low, high) = (ids.min().int64_value(&[]), ids.max().int64_value(&[]));
@@ -231,7 +243,7 @@ impl LanguageModel {
                 "tokens and model must be of one family: check the tokenizer's folder"
             )
         );
-        Ok(Tensor::embedding(&self.embedding, &ids.to_device(self.device), -1, false, false))
+        Ok(())
     }
 
     /// The final norm.

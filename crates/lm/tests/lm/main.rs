@@ -8,6 +8,8 @@ mod forward;
 mod goldens;
 /// Whole, sharded, damaged and unsupported checkpoint folders.
 mod loading;
+/// Compaction equals masking; nothing pruned equals the full cache; batches equal single sequences.
+mod ragged;
 /// Checkpoints, folders and comparisons that the other files share.
 mod support;
 /// Text to tokens, chat templates, vocabularies.

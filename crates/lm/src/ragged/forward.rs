@@ -1,0 +1,118 @@
+//! New tokens behind a ragged cache: questions of several tokens, and decoding one by one.
+//!
+//! Dimension key: as [`super`]; m hidden, q query head.
+
+use anyhow::{Result, ensure};
+use tch::{Device, Kind, Tensor};
+
+use super::RaggedCache;
+use crate::model::LanguageModel;
+
+/// What one forward needs in every layer.
+pub(super) struct Step {
+    /// New tokens of each sequence.
+    pub s: i64,
+    /// Where new rows go, i64 `[l, x * s]`.
+    pub slot_ln: Tensor,
+    /// Rows that each segment holds with the new ones, i32 `[l, x]`.
+    pub used_lx: Tensor,
+    /// Where each segment's queries begin, and the end, i32 `[x + 1]`.
+    pub query_bounds_x: Tensor,
+    /// New tokens counted, tokens of each sequence.
+    pub appended: Vec<usize>,
+}
+
+impl LanguageModel {
+    /// Read new tokens behind every sequence of the cache, as many of each, and append theirs to it.
+    ///
+    /// # Shapes
+    /// - `ids_bs`: i64 `[sequences, s]`, any device
+    /// - returns the hidden states after the final norm, `[sequences, s, hidden]`, in the model's kind
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, another number of sequences, or no memory for the new tokens; the
+    /// cache is then as long as before.
+    pub fn forward_ragged(&self, ids_bs: &Tensor, cache: &mut RaggedCache) -> Result<Tensor> {
+        self.check_ids(ids_bs)?;
+        self.step_ragged(ids_bs, cache)
+    }
+
+    /// As [`LanguageModel::forward_ragged`] with ids that the model itself has chosen: nothing is read
+    /// back from the device.
+    ///
+    /// # Errors
+    /// As there, but for the ids.
+    pub fn step_ragged(&self, ids_bs: &Tensor, cache: &mut RaggedCache) -> Result<Tensor> {
+        let size = ids_bs.size();
+        ensure!(
+            size.len() == 2 && size[0] == cache.sequences() as i64 && size[1] > 0,
+            "expected ids of shape [{}, tokens], found {size:?}",
+            cache.sequences()
+        );
+        ensure!(
+            cache.layers() == self.layers.len() && cache.kv_heads() == self.shape().kv_heads,
+            "the KV cache is of another model"
+        );
+        cache.reserve(size[1] as usize)?;
+        let step = cache.step(size[1], self.device());
+        let mut hidden_bsm = self.embed_known(ids_bs);
+        let rotation = self.rope.at(&cache.positions(size[1], self.device()));
+        for (index, layer) in self.layers.iter().enumerate() {
+            let new = layer.project(&layer.normed(&hidden_bsm), &rotation);
+            cache.write(index, &step, &new.k, &new.v);
+            let attended_bqsd = cache.attend(index, &step, &new.q);
+            hidden_bsm = layer.finish_block(&hidden_bsm, &attended_bqsd);
+        }
+        cache.advance(size[1] as usize);
+        Ok(self.finish(&hidden_bsm))
+    }
+}
+
+impl RaggedCache {
+    fn step(&self, s: i64, device: Device) -> Step {
+        let appended: Vec<usize> = self.sequences.iter().map(|q| q.appended).collect();
+        let segments = (self.sequences.len() * self.kv_heads) as i64;
+        let (slot_lx, used_lx) = match appended.as_slice() {
+            // In step with each other, as they mostly are: nothing goes to the device.
+            [first, rest @ ..] if rest.iter().all(|n| n == first) => {
+                let n = *first as i64;
+                (&self.room_start_lx + n, &self.kept_lx + (n + s))
+            }
+            _ => {
+                let each: Vec<i64> =
+                    appended.iter().flat_map(|n| std::iter::repeat_n(*n as i64, self.kv_heads)).collect();
+                let appended_x = Tensor::from_slice(&each).to_device(device);
+                (&self.room_start_lx + &appended_x, &self.kept_lx + (appended_x + s).to_kind(Kind::Int))
+            }
+        };
+        let slot_lxs = slot_lx.unsqueeze(-1) + Tensor::arange(s, (Kind::Int64, device));
+        Step {
+            s,
+            slot_ln: slot_lxs.flatten(1, 2),
+            used_lx,
+            query_bounds_x: Tensor::arange(segments + 1, (Kind::Int, device)) * s,
+            appended,
+        }
+    }
+
+    /// Positions of the next `s` tokens, f32 `[b, s]`.
+    fn positions(&self, s: i64, device: Device) -> Tensor {
+        let next: Vec<f32> = (0..self.sequences.len()).map(|b| self.next_position(b) as f32).collect();
+        Tensor::from_slice(&next).to_device(device).unsqueeze(1) + Tensor::arange(s, (Kind::Float, device))
+    }
+
+    /// Write new keys and values `[b, kv_heads, s, d]` of a layer behind the present ones.
+    fn write(&mut self, layer: usize, step: &Step, k_bhsd: &Tensor, v_bhsd: &Tensor) {
+        let slot_n = step.slot_ln.get(layer as i64);
+        let layer = &mut self.layers[layer];
+        for (rows, new) in [(&mut layer.keys, k_bhsd), (&mut layer.values, v_bhsd)] {
+            let d = rows.size()[1];
+            let _ = rows.index_copy_(0, &slot_n, &new.reshape([-1, d]));
+        }
+    }
+
+    /// Count `new` tokens that every layer has written.
+    fn advance(&mut self, new: usize) {
+        self.sequences.iter_mut().for_each(|s| s.appended += new);
+    }
+}
