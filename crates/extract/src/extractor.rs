@@ -3,16 +3,14 @@
 //! Dimension key: p proxy KV head (all layers x heads flattened, layer-major), c channel,
 //! t context position.
 
-use anyhow::{Context, Result, ensure};
-use pkv_core::{Channel, GlobalChannel, hinted};
+use anyhow::{Context, Result};
+use pkv_core::Channel;
 use pkv_lm::{KvCache, LanguageModel, TextTokenizer};
 use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::Scorer;
 use tch::Tensor;
 
-use crate::globals::{Surprisal, globals};
-use crate::statistics::{LOG_LIMIT, MEAN_FLOOR, QueryStatistics};
-use crate::tap::FeatureTap;
+use crate::statistics::{LOG_LIMIT, MEAN_FLOOR};
 
 /// Features of one context, raw: `mapper` standardizes them.
 pub struct ContextFeatures {
@@ -24,9 +22,9 @@ pub struct ContextFeatures {
 
 /// Extracts the channels of a recipe with one model.
 pub struct Extractor<'a> {
-    model: &'a LanguageModel,
-    prefix: Vec<u32>,
-    extract: ExtractSection,
+    pub(crate) model: &'a LanguageModel,
+    pub(crate) prefix: Vec<u32>,
+    pub(crate) extract: ExtractSection,
     /// Present if a reconstruction channel is chosen.
     scorer: Option<Scorer<'a>>,
 }
@@ -52,64 +50,26 @@ impl<'a> Extractor<'a> {
     /// # Errors
     /// The context is empty, or the model fails on it.
     pub fn features(&self, context: &[u32]) -> Result<ContextFeatures> {
-        ensure!(
-            !context.is_empty(),
-            hinted(
-                "an empty context has no features: it has no KV pairs",
-                "leave documents without tokens out of the manifest"
-            )
-        );
-        let _no_grad = tch::no_grad_guard();
-        let capacity = match &self.scorer {
-            Some(scorer) => scorer.cache_capacity(context.len()),
-            None => self.prefix.len() + context.len(),
-        };
-        let mut cache = self.model.new_cache(capacity);
-        let shape = self.model.shape();
-        let statistics = QueryStatistics::new(&self.extract, self.prefix.len(), context.len());
-        let heads_pct = statistics.zeros(shape.total_kv_heads(), self.model.device());
-
-        let surprisal = self
-            .prefill(context, &mut cache, &statistics, &heads_pct)
-            .with_context(|| format!("prefilling a context of {} tokens", context.len()))?;
-        statistics.finish(&heads_pct, shape.group());
-        self.reconstruction(context, &mut cache, &heads_pct)?;
-        let mut all = heads_pct.shallow_clone();
-        let _ = all.clamp_(-LOG_LIMIT, LOG_LIMIT);
-        let globals_ct =
-            globals(&self.extract.globals, surprisal.as_ref(), context.len(), self.model.device())?;
-        Ok(ContextFeatures { heads_pct, globals_ct })
+        let mut stream = self.stream(context)?;
+        while stream.step().with_context(|| format!("prefilling a context of {} tokens", context.len()))? {}
+        Ok(stream.into_features())
     }
 
-    fn prefill(
-        &self,
-        context: &[u32],
-        cache: &mut KvCache,
-        statistics: &QueryStatistics,
-        heads_pct: &Tensor,
-    ) -> Result<Option<Surprisal>> {
-        let ids = [&self.prefix, context].concat();
-        let prefix = self.prefix.len();
-        let mut tap = FeatureTap { statistics, channels: &self.extract.channels, prefix, heads_pct };
-        let wanted = self.extract.globals.contains(&GlobalChannel::Surprisal);
-        let mut surprisal = wanted.then(|| Surprisal::new(self.model, &ids, prefix));
-        for chunk in ids.chunks(self.extract.prefill_chunk_tokens.max(1)) {
-            let start = cache.len();
-            let chunk = self.model.ids(chunk);
-            match &mut surprisal {
-                Some(surprisal) => {
-                    let hidden_sm = self.model.forward(&chunk, cache, &mut tap)?;
-                    surprisal.add(self.model, &hidden_sm, start);
-                }
-                // Keys and values of the last layer are in the cache all the same.
-                None => self.model.forward_for_tap(&chunk, cache, &mut tap)?,
-            }
+    /// Room for the proxy's cache while it reads a context of `tokens`, prefix included.
+    pub(crate) fn cache_capacity(&self, tokens: usize) -> usize {
+        match &self.scorer {
+            Some(scorer) => scorer.cache_capacity(tokens),
+            None => self.prefix.len() + tokens,
         }
-        Ok(surprisal)
     }
 
     /// Fill in the reconstruction channels, if there are any.
-    fn reconstruction(&self, context: &[u32], cache: &mut KvCache, heads_pct: &Tensor) -> Result<()> {
+    pub(crate) fn reconstruction(
+        &self,
+        context: &[u32],
+        cache: &mut KvCache,
+        heads_pct: &Tensor,
+    ) -> Result<()> {
         let Some(scorer) = &self.scorer else { return Ok(()) };
         let scores = scorer.score_cached(context, cache)?;
         // [layers, kv_heads, positions] flattened layer-major is p.

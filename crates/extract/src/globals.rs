@@ -16,7 +16,7 @@ pub(crate) struct Surprisal {
     /// Prefix and context, i64, on the model's device.
     ids: Tensor,
     /// `[t]`, f32. The first token of a context without prefix has no prediction and keeps 0.
-    nats_t: Tensor,
+    pub(crate) nats_t: Tensor,
 }
 
 impl Surprisal {

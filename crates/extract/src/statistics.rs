@@ -225,22 +225,41 @@ impl QueryStatistics {
     /// `group` is the number of query heads per KV head; `gathered_hct` as in [`Self::add`], but its
     /// first axis may hold the heads of all layers.
     pub fn finish(&self, gathered_hct: &Tensor, group: usize) {
+        self.finish_range(gathered_hct, group, 0..self.context);
+    }
+
+    /// As [`Self::finish`], for the context positions of `range` alone; each once.
+    pub(crate) fn finish_range(&self, gathered_hct: &Tensor, group: usize, range: Range<usize>) {
         let _no_grad = tch::no_grad_guard();
+        let part = |slot: i64| gathered_hct.select(1, slot).narrow(1, range.start as i64, range.len() as i64);
         for slots in &self.slots {
             if let Some(max) = slots.max {
-                let mut max_ht = gathered_hct.select(1, max);
+                let mut max_ht = part(max);
                 let _ = max_ht.log_().clamp_(-LOG_LIMIT, LOG_LIMIT);
             }
             if let Some(mean) = slots.mean {
-                let mut mean_ht = gathered_hct.select(1, mean);
+                let mut mean_ht = part(mean);
                 let counts: Vec<f32> =
-                    (0..self.context).map(|t| (self.queries(slots.reach, t) * group).max(1) as f32).collect();
+                    range.clone().map(|t| (self.queries(slots.reach, t) * group).max(1) as f32).collect();
                 let counts_t = Tensor::from_slice(&counts).to_device(gathered_hct.device());
                 mean_ht /= &counts_t;
                 mean_ht += MEAN_FLOOR;
                 let _ = mean_ht.log_().clamp_(-LOG_LIMIT, LOG_LIMIT);
             }
         }
+    }
+
+    /// Context positions whose features no later query changes, once `read` context tokens were read.
+    ///
+    /// The window's channels settle `window_tokens` behind; those of the whole range and of the last
+    /// queries only when all is read.
+    pub(crate) fn settled(&self, read: usize) -> usize {
+        let behind = |slots: &Slots| match slots.reach {
+            _ if read >= self.context => 0,
+            Reach::Window => self.window,
+            Reach::All | Reach::Last => self.context,
+        };
+        read.saturating_sub(self.slots.iter().map(behind).max().unwrap_or(0))
     }
 
     /// How many queries a channel reads for the key at context position `t`.

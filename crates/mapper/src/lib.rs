@@ -24,6 +24,7 @@ mod ridge;
 mod standardize;
 mod temporal;
 
+pub use long::StitchedScores;
 pub use loss::{LossTerms, hybrid_loss};
 pub use mapper::Mapper;
 pub use ridge::RidgeAccumulator;

@@ -1,7 +1,9 @@
 //! What must hold for any mapper: batches, lengths, windows, starts, seeds.
 
 use pkv_core::Seed;
-use pkv_mapper::{Mapper, MapperDims, Standardization, StandardizationAccumulator, hybrid_loss};
+use pkv_mapper::{
+    Mapper, MapperDims, Standardization, StandardizationAccumulator, StitchedScores, hybrid_loss,
+};
 use pkv_recipe::{LossSection, MapperSection, Variant};
 use tch::{Device, Kind, Tensor};
 
@@ -43,6 +45,38 @@ fn windows_with_halo_give_the_one_shot_result() {
                 let difference = max_difference(&windowed, &whole);
                 assert!(difference < NOISE, "{variant} {attention:?} {t} by {window}: {difference:e}");
             }
+        }
+    }
+}
+
+/// Windows scored as their features come equal one forward, and none is scored too early: what is not
+/// final yet holds numbers that would show.
+#[test]
+fn windows_scored_on_the_way_equal_the_whole() {
+    for (variant, attention) in VARIANTS {
+        let mapper = small(variant, attention, Device::Cpu);
+        let reach = mapper.reach();
+        let (heads, globals) = features(4, 1, 203);
+        let whole = mapper.forward(&heads, &globals);
+        for (window, step) in [(16, 10), (40, 64), (203, 50), (7, 203)] {
+            let (early_heads, early_globals) = (heads.full_like(1e3), globals.full_like(-1e3));
+            let mut stitched = StitchedScores::new(&mapper, &early_heads, &early_globals, window);
+            let mut settled = 0;
+            while settled < 203 {
+                let n = step.min(203 - settled);
+                for (early, last) in [(&early_heads, &heads), (&early_globals, &globals)] {
+                    let part = |x: &Tensor| x.narrow(-1, settled as i64, n as i64);
+                    part(early).copy_(&part(last));
+                }
+                settled += n;
+                let done = stitched.advance(settled);
+                // As far as whole windows with their reach allow, and no further.
+                let expected =
+                    if settled == 203 { 203 } else { settled.saturating_sub(reach) / window * window };
+                assert_eq!(done, expected, "{variant}, window {window}, {settled} of 203");
+            }
+            let difference = max_difference(&stitched.finish(), &whole);
+            assert!(difference < NOISE, "{variant} {attention:?} by {window}: {difference:e}");
         }
     }
 }

@@ -285,3 +285,48 @@ fn features_are_those_of_a_plain_prefill() {
     let norms = flat(&keys_hkd.square().sum_dim_intlist([2i64].as_slice(), false, Kind::Float).sqrt().log());
     assert!(difference(&found[found.len() - norms.len()..], &norms) < 1e-5);
 }
+
+/// Read chunk by chunk, features are final as far as the stream says, and in the end they are those of
+/// a whole reading.
+#[test]
+fn a_stream_settles_what_no_later_token_changes() {
+    let nano = Nano::load();
+    let context = nano.context(90);
+    let local = [Channel::MaxWindow, Channel::MeanWindow, Channel::KeyNorm, Channel::ValueNorm];
+    let norms = [Channel::ValueNorm];
+    let with_last = [Channel::MaxWindow, Channel::MeanLast];
+    let all = extract().channels;
+    // Positions settled behind what was read; the whole context where it must be read to its end.
+    for (channels, behind) in [(&local[..], 16), (&norms, 0), (&with_last, 90), (&all, 90)] {
+        let extract = ExtractSection { channels: channels.to_vec(), prefill_chunk_tokens: 23, ..extract() };
+        let expected = nano.features(&extract, &context);
+        let extractor = Extractor::new(&nano.model, &nano.tokenizer, &extract, &label()).unwrap();
+        let mut stream = extractor.stream(&context).unwrap();
+        let mut early: Vec<(usize, Tensor, Tensor)> = Vec::new();
+        let mut read = 0usize;
+        loop {
+            let more = stream.step().unwrap();
+            read += 23;
+            let context_read = read.saturating_sub(nano.tokenizer.prefix().len()).min(90);
+            let settled = if context_read == 90 { 90 } else { context_read.saturating_sub(behind) };
+            assert_eq!(stream.settled(), settled, "{channels:?} after {read}");
+            let n = settled as i64;
+            let part = |x: Tensor| x.narrow(-1, 0, n).copy();
+            early.push((settled, part(stream.heads_pct()), part(stream.globals_ct())));
+            if !more {
+                break;
+            }
+        }
+        assert!(!stream.step().unwrap(), "there is nothing more to read");
+        for (n, heads, globals) in &early {
+            let part = |x: &Tensor| x.narrow(-1, 0, *n as i64);
+            for (what, got, expected) in
+                [("heads", heads, &expected.heads_pct), ("globals", globals, &expected.globals_ct)]
+            {
+                let off = (got - part(expected)).abs().sum(Kind::Double).double_value(&[]);
+                assert!(off == 0.0, "{channels:?}: {what} of the first {n} positions changed by {off:e}");
+            }
+        }
+        assert!(early.iter().any(|(n, ..)| *n > 0 && *n < 90) == (behind < 90), "{channels:?}");
+    }
+}

@@ -1,0 +1,149 @@
+//! Features chunk by chunk, as the proxy reads its context.
+//!
+//! Not every feature can be told before the end. Norms, surprisal and positions settle with their
+//! token, the window's channels `window_tokens` later; channels of the whole causal range and of the
+//! last queries depend on the context's end, and so does the proxy's reconstruction. With the default
+//! channels everything therefore settles at the end; with the window's, norms and globals alone, all
+//! but the last `window_tokens` settle while the proxy reads on.
+//!
+//! Dimension key: p proxy KV head (all layers x heads flattened, layer-major), c channel,
+//! t context position.
+
+use anyhow::{Result, ensure};
+use pkv_core::{GlobalChannel, hinted};
+use pkv_lm::KvCache;
+use tch::Tensor;
+
+use crate::extractor::{ContextFeatures, Extractor};
+use crate::globals::{Surprisal, globals};
+use crate::statistics::{LOG_LIMIT, QueryStatistics};
+use crate::tap::FeatureTap;
+
+/// A context that is being read.
+pub struct FeatureStream<'e, 'm> {
+    extractor: &'e Extractor<'m>,
+    /// Prefix and context.
+    ids: Vec<u32>,
+    cache: KvCache,
+    statistics: QueryStatistics,
+    surprisal: Option<Surprisal>,
+    heads_pct: Tensor,
+    globals_ct: Tensor,
+    settled: usize,
+}
+
+impl<'m> Extractor<'m> {
+    /// Begin to read a context, given without the prefix.
+    ///
+    /// # Errors
+    /// The context is empty.
+    pub fn stream(&self, context: &[u32]) -> Result<FeatureStream<'_, 'm>> {
+        ensure!(
+            !context.is_empty(),
+            hinted(
+                "an empty context has no features: it has no KV pairs",
+                "leave documents without tokens out of the manifest"
+            )
+        );
+        let _no_grad = tch::no_grad_guard();
+        let ids = [&self.prefix, context].concat();
+        let statistics = QueryStatistics::new(&self.extract, self.prefix.len(), context.len());
+        let wanted = self.extract.globals.contains(&GlobalChannel::Surprisal);
+        let surprisal = wanted.then(|| Surprisal::new(self.model, &ids, self.prefix.len()));
+        Ok(FeatureStream {
+            cache: self.model.new_cache(self.cache_capacity(context.len())),
+            heads_pct: statistics.zeros(self.model.shape().total_kv_heads(), self.model.device()),
+            globals_ct: globals(
+                &self.extract.globals,
+                surprisal.as_ref(),
+                context.len(),
+                self.model.device(),
+            )?,
+            extractor: self,
+            ids,
+            statistics,
+            surprisal,
+            settled: 0,
+        })
+    }
+}
+
+impl FeatureStream<'_, '_> {
+    /// Read one prefill chunk; true while there is more to read.
+    ///
+    /// # Errors
+    /// The model fails on it.
+    pub fn step(&mut self) -> Result<bool> {
+        let start = self.cache.len();
+        if start >= self.ids.len() {
+            return Ok(false);
+        }
+        let _no_grad = tch::no_grad_guard();
+        let Extractor { model, prefix, extract, .. } = self.extractor;
+        let end = self.ids.len().min(start + extract.prefill_chunk_tokens.max(1));
+        let chunk = model.ids(&self.ids[start..end]);
+        let mut tap = FeatureTap {
+            statistics: &self.statistics,
+            channels: &extract.channels,
+            prefix: prefix.len(),
+            heads_pct: &self.heads_pct,
+        };
+        match &mut self.surprisal {
+            Some(surprisal) => {
+                let hidden_sm = model.forward(&chunk, &mut self.cache, &mut tap)?;
+                surprisal.add(model, &hidden_sm, start);
+            }
+            // Keys and values of the last layer are in the cache all the same.
+            None => model.forward_for_tap(&chunk, &mut self.cache, &mut tap)?,
+        }
+        self.settle(end)?;
+        Ok(end < self.ids.len())
+    }
+
+    /// Turn what no later token changes into features, once the first `read` ids were read.
+    fn settle(&mut self, read: usize) -> Result<()> {
+        let prefix = self.extractor.prefix.len();
+        let at_end = read == self.ids.len();
+        let repeats = self.extractor.extract.channels.iter().any(|c| c.is_reconstruction());
+        let settled = match repeats && !at_end {
+            true => 0,
+            false => self.statistics.settled(read.saturating_sub(prefix)),
+        };
+        if settled <= self.settled {
+            return Ok(());
+        }
+        let range = self.settled..settled;
+        self.statistics.finish_range(&self.heads_pct, self.extractor.model.shape().group(), range.clone());
+        if at_end {
+            self.extractor.reconstruction(&self.ids[prefix..], &mut self.cache, &self.heads_pct)?;
+        }
+        let part = |all: &Tensor| all.narrow(-1, range.start as i64, range.len() as i64);
+        let _ = part(&self.heads_pct).clamp_(-LOG_LIMIT, LOG_LIMIT);
+        let row = self.extractor.extract.globals.iter().position(|c| *c == GlobalChannel::Surprisal);
+        if let (Some(row), Some(surprisal)) = (row, &self.surprisal) {
+            part(&self.globals_ct.get(row as i64)).copy_(&part(&surprisal.nats_t));
+        }
+        self.settled = settled;
+        Ok(())
+    }
+
+    /// Context positions whose features are final: those from the first on.
+    pub fn settled(&self) -> usize {
+        self.settled
+    }
+
+    /// `[p, c, t]`, f32; shares memory with the stream, which goes on writing behind [`Self::settled`].
+    pub fn heads_pct(&self) -> Tensor {
+        self.heads_pct.shallow_clone()
+    }
+
+    /// `[c, t]`, f32; shares memory as well.
+    pub fn globals_ct(&self) -> Tensor {
+        self.globals_ct.shallow_clone()
+    }
+
+    /// The features; the proxy's cache is dropped. Final where [`Self::settled`] says so.
+    pub fn into_features(self) -> ContextFeatures {
+        ContextFeatures { heads_pct: self.heads_pct, globals_ct: self.globals_ct }
+    }
+}

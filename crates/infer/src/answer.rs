@@ -1,0 +1,149 @@
+//! Greedy answers from a pruned cache, token by token.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use pkv_core::hinted;
+use pkv_lm::{LanguageModel, RaggedCache, TextTokenizer};
+use serde::Serialize;
+use tch::Kind;
+
+use crate::text::TextStream;
+
+/// A question as the target reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// Tokens behind the context: an empty line, the question, the template's turn to the model.
+    pub tokens: Vec<u32>,
+    pub max_new_tokens: usize,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Finish {
+    /// The model said so.
+    Stop,
+    /// As long as was allowed.
+    Length,
+    /// The target was made for no more positions.
+    Positions,
+    /// The user stopped it.
+    Interrupted,
+}
+
+/// What was answered.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Answer {
+    pub text: String,
+    #[serde(skip)]
+    pub tokens: Vec<u32>,
+    pub finish: Finish,
+    pub question_tokens: usize,
+    pub answer_tokens: usize,
+    /// From the question to the first token.
+    pub first_token_secs: f64,
+    /// From the first token to the last.
+    pub decode_secs: f64,
+}
+
+impl Question {
+    /// A question in words, asked as in training and evaluation: behind an empty line, before the
+    /// template's switch to the model.
+    ///
+    /// # Errors
+    /// The tokenizer cannot encode it.
+    pub fn new(text: &str, tokenizer: &TextTokenizer, max_new_tokens: usize) -> Result<Self> {
+        let mut tokens = tokenizer.encode(&format!("\n\n{text}"))?;
+        tokens.extend_from_slice(tokenizer.switch());
+        Ok(Self { tokens, max_new_tokens })
+    }
+}
+
+/// Answer `question` behind the contexts of `cache`, which must hold one sequence; what was read since
+/// the context is forgotten first, so every question meets the same cache.
+///
+/// `told` gets the text piece by piece, as tokens complete it. `stopped` is asked before each
+/// token; the answer then ends, and is none the worse for it.
+///
+/// # Errors
+/// The question is longer than what is left of the position range, or there is no memory for it; errors
+/// of `told`. The cache can be asked again after all of them.
+pub fn answer(
+    target: &LanguageModel,
+    tokenizer: &TextTokenizer,
+    cache: &mut RaggedCache,
+    question: &Question,
+    stopped: &dyn Fn() -> bool,
+    told: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<Answer> {
+    let _no_grad = tch::no_grad_guard();
+    ensure!(cache.sequences() == 1, "a cache of {} contexts has no one to ask", cache.sequences());
+    ensure!(!question.tokens.is_empty(), "there is no token to answer");
+    cache.rewind();
+    let (limit, at) = (target.config().max_positions, cache.next_position(0));
+    let left = limit.saturating_sub(at);
+    ensure!(
+        question.tokens.len() < left,
+        hinted(
+            format!(
+                "the question has {} tokens, the context ends at position {at} of {limit}: {left} are left for \
+                 question and answer",
+                question.tokens.len()
+            ),
+            "shorten the question or the context"
+        )
+    );
+    let begun = Instant::now();
+    cache.reserve(question.tokens.len())?;
+    let stop = tokenizer.stop_tokens();
+    let mut text = TextStream::new(tokenizer);
+    let mut whole = String::new();
+    let (mut first_token_secs, mut last_secs) = (0.0, 0.0);
+    let mut next = target.ids(&question.tokens).unsqueeze(0);
+    let mut first = true;
+    let finish = loop {
+        if stopped() {
+            break Finish::Interrupted;
+        }
+        if text.ids().len() == question.max_new_tokens {
+            break Finish::Length;
+        }
+        if cache.next_position(0) + next.size()[1] as usize > limit {
+            break Finish::Positions;
+        }
+        let hidden_bsm = match std::mem::take(&mut first) {
+            true => target.forward_ragged(&next, cache)?,
+            false => target.step_ragged(&next, cache)?,
+        };
+        let id_b1 = target.logits(&hidden_bsm.slice(1, -1, None, 1)).argmax(-1, false);
+        let id = id_b1.to_kind(Kind::Int64).int64_value(&[0, 0]) as u32;
+        last_secs = begun.elapsed().as_secs_f64();
+        if text.ids().is_empty() {
+            first_token_secs = last_secs;
+        }
+        if stop.contains(&id) {
+            break Finish::Stop;
+        }
+        let piece = text.push(id)?;
+        if !piece.is_empty() {
+            told(&piece)?;
+        }
+        whole.push_str(&piece);
+        next = id_b1;
+    };
+    let rest = text.finish()?;
+    if !rest.is_empty() {
+        told(&rest)?;
+        whole.push_str(&rest);
+    }
+    Ok(Answer {
+        text: whole,
+        finish,
+        question_tokens: question.tokens.len(),
+        answer_tokens: text.ids().len(),
+        tokens: text.ids().to_vec(),
+        first_token_secs,
+        decode_secs: last_secs - first_token_secs,
+    })
+}

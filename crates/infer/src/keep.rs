@@ -1,0 +1,105 @@
+//! How much stays, and what stayed.
+//!
+//! Dimension key: l layer, h KV head, t context position.
+
+use std::fmt;
+
+use anyhow::{Result, ensure};
+use pkv_core::{Policy, RetentionRatio, hinted};
+use pkv_lm::RaggedCache;
+use pkv_prune::{keep_mask, keep_mask_budget};
+use serde::Serialize;
+use tch::{Kind, Tensor};
+
+/// How many KV pairs of a context stay.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Budget {
+    /// A share of them.
+    Ratio(RetentionRatio),
+    /// So many positions of every KV head, or as many pairs as these are together; a shorter context
+    /// stays whole.
+    Tokens(usize),
+}
+
+/// A budget and how it is spread.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Keep {
+    pub budget: Budget,
+    pub policy: Policy,
+}
+
+/// What stayed of a context.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Kept {
+    /// Kept KV pairs of the context.
+    pub pairs: usize,
+    /// KV pairs that the context had.
+    pub of_pairs: usize,
+    /// `pairs / of_pairs`.
+    pub ratio: f64,
+    /// Pairs of the chat template's prefix, which stays in every KV head.
+    pub prefix_pairs: usize,
+    /// Fewest and most context pairs of a (layer, KV head).
+    pub fewest_in_head: usize,
+    pub most_in_head: usize,
+    /// Keys and values of the pruned cache, room for new tokens included.
+    pub cache_bytes: usize,
+    /// Keys and values of the full cache.
+    pub full_cache_bytes: usize,
+}
+
+impl Keep {
+    /// What of the full cache stays; the prefix always does.
+    ///
+    /// # Shapes
+    /// - `scores_lht`: `[layers, KV heads, context positions]`, any float kind, higher means keep
+    /// - returns bool `[layers, KV heads, prefix + context]`, same device
+    ///
+    /// # Errors
+    /// A score is not finite: a proxy that computes nonsense must not choose what is evicted.
+    pub fn mask(&self, scores_lht: &Tensor, prefix: usize) -> Result<Tensor> {
+        let broken = scores_lht.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
+        ensure!(
+            broken == 0,
+            hinted(
+                format!("{broken} of {} predicted scores are no finite numbers", scores_lht.numel()),
+                "the proxy or the mapper overflows: try `--dtype f32`, or check their weights"
+            )
+        );
+        let keep_lht = match self.budget {
+            Budget::Ratio(ratio) => keep_mask(scores_lht, self.policy, ratio),
+            Budget::Tokens(tokens) => keep_mask_budget(scores_lht, self.policy, tokens),
+        };
+        let (layers, heads, _) = keep_lht.size3()?;
+        let prefix = Tensor::ones([layers, heads, prefix as i64], (Kind::Bool, keep_lht.device()));
+        Ok(Tensor::cat(&[&prefix, &keep_lht], -1))
+    }
+}
+
+impl Kept {
+    /// Count what `cache` holds of a context of `positions` tokens behind `prefix` ones.
+    pub fn of(cache: &RaggedCache, prefix: usize, positions: usize, full_cache_bytes: usize) -> Self {
+        let heads: Vec<usize> =
+            (0..cache.layers()).flat_map(|l| cache.kept(l).iter().map(|n| n - prefix)).collect();
+        let (pairs, of_pairs) = (heads.iter().sum::<usize>(), heads.len() * positions);
+        Self {
+            pairs,
+            of_pairs,
+            ratio: pairs as f64 / of_pairs.max(1) as f64,
+            prefix_pairs: heads.len() * prefix,
+            fewest_in_head: heads.iter().min().copied().unwrap_or(0),
+            most_in_head: heads.iter().max().copied().unwrap_or(0),
+            cache_bytes: cache.bytes(),
+            full_cache_bytes,
+        }
+    }
+}
+
+impl fmt::Display for Keep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.budget {
+            Budget::Ratio(ratio) => write!(f, "{ratio} of the KV pairs, policy {}", self.policy.name()),
+            Budget::Tokens(n) => write!(f, "{n} tokens per KV head, policy {}", self.policy.name()),
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The proxy's side: features of the context, and the mapper's scores from them.
+//!
+//! The mapper may run beside the proxy, in a thread and a stream of its own: it then scores a window as
+//! soon as the features of the window and of the mapper's reach around it are final. How early that is
+//! depends on the channels ([`pkv_extract::FeatureStream`]): with the default ones nothing is final
+//! before the proxy has read all, and only the target's prefill can hide the mapper.
+//!
+//! Dimension key: l layer, h KV head, t context position, p proxy KV head, c channel, o target KV head.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use anyhow::{Context, Result, bail};
+use pkv_core::ModelShape;
+use pkv_extract::Extractor;
+use pkv_gpu::Event;
+use pkv_lm::{LanguageModel, TextTokenizer};
+use pkv_mapper::{Mapper, StitchedScores};
+use pkv_recipe::{ExtractSection, LabelSection};
+use tch::{Device, Tensor};
+
+use crate::lane::Lane;
+use crate::timeline::Timeline;
+use crate::worker::Worker;
+
+/// Where and under what conditions a source works.
+#[derive(Clone)]
+pub struct Situation {
+    pub timeline: Arc<Timeline>,
+    /// The proxy's lane; its stream is the thread's current one while a source works.
+    pub lane: Lane,
+    /// Fails when the user wants to stop.
+    pub check_stop: Arc<dyn Fn() -> Result<()> + Send + Sync>,
+}
+
+/// Says how much each KV pair of the target is worth, without looking at the target.
+pub trait ScoreSource: Send {
+    /// Where it computes.
+    fn device(&self) -> Device;
+
+    /// Scores of the target's KV pairs, of a context given without the prefix.
+    ///
+    /// Returns f32 `[layers, KV heads, positions]` of the target, higher means keep, finished: another
+    /// stream may read it.
+    ///
+    /// # Errors
+    /// Whatever went wrong; the regime then keeps the whole cache.
+    fn score(&mut self, context: &[u32], at: &Situation) -> Result<Tensor>;
+}
+
+/// Features of a proxy, mapped to the target's scores.
+pub struct ProxyMapper {
+    proxy: LanguageModel,
+    tokenizer: Arc<TextTokenizer>,
+    extract: ExtractSection,
+    label: LabelSection,
+    mapper: MapperSide,
+    target: ModelShape,
+    window_tokens: usize,
+}
+
+enum MapperSide {
+    /// After the proxy, on its lane.
+    After(Mapper),
+    /// Beside it, with a lane of its own.
+    Beside(Worker<Mapper>),
+}
+
+/// A news for the mapper's thread: features before this position are final once the event is reached.
+type Settled = (usize, Event);
+
+impl ProxyMapper {
+    /// `window_tokens`: positions that the mapper scores in one forward.
+    pub fn new(
+        proxy: LanguageModel,
+        tokenizer: Arc<TextTokenizer>,
+        mapper: Mapper,
+        extract: &ExtractSection,
+        label: &LabelSection,
+        target: ModelShape,
+        window_tokens: usize,
+    ) -> Self {
+        Self {
+            proxy,
+            tokenizer,
+            extract: extract.clone(),
+            label: label.clone(),
+            mapper: MapperSide::After(mapper),
+            target,
+            window_tokens,
+        }
+    }
+
+    /// Let the mapper work beside the proxy: it starts on the first window of features that is final.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn overlapped(mut self) -> Result<Self> {
+        if let MapperSide::After(mapper) = self.mapper {
+            self.mapper = MapperSide::Beside(Worker::new("mapper", mapper)?);
+        }
+        Ok(self)
+    }
+}
+
+impl ScoreSource for ProxyMapper {
+    fn device(&self) -> Device {
+        self.proxy.device()
+    }
+
+    fn score(&mut self, context: &[u32], at: &Situation) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        let extractor = Extractor::new(&self.proxy, &self.tokenizer, &self.extract, &self.label)?;
+        let scores_bot = match &self.mapper {
+            MapperSide::After(mapper) => after(&extractor, mapper, self.window_tokens, context, at),
+            MapperSide::Beside(mapper) => beside(&extractor, mapper, self.window_tokens, context, at),
+        }?;
+        let ModelShape { layers, kv_heads, .. } = self.target;
+        Ok(scores_bot.view([layers as i64, kv_heads as i64, context.len() as i64]))
+    }
+}
+
+/// The mapper behind the proxy; the proxy's cache is gone by then.
+fn after(
+    extractor: &Extractor,
+    mapper: &Mapper,
+    window: usize,
+    context: &[u32],
+    at: &Situation,
+) -> Result<Tensor> {
+    let features = at.timeline.time(&at.lane, "features", || {
+        let mut stream = extractor.stream(context)?;
+        while stream.step()? {
+            (at.check_stop)()?;
+        }
+        Ok(stream.into_features())
+    })?;
+    let lane = Lane::here("mapper", at.lane.device())?;
+    at.timeline.time(&lane, "scores", || {
+        let (heads, globals) = (features.heads_pct.unsqueeze(0), features.globals_ct.unsqueeze(0));
+        mapper.dims().check_features(&heads, &globals)?;
+        Ok(mapper.forward_long(&heads, &globals, window))
+    })
+}
+
+/// The mapper beside the proxy.
+fn beside(
+    extractor: &Extractor,
+    mapper: &Worker<Mapper>,
+    window: usize,
+    context: &[u32],
+    at: &Situation,
+) -> Result<Tensor> {
+    let mut stream = extractor.stream(context)?;
+    let (news, incoming) = channel::<Settled>();
+    let (heads, globals) = (stream.heads_pct().unsqueeze(0), stream.globals_ct().unsqueeze(0));
+    let (timeline, device, positions) = (Arc::clone(&at.timeline), at.lane.device(), context.len());
+    let pending = mapper.start(move |mapper| {
+        let lane = Lane::beside("mapper", device)?;
+        let _current = lane.enter()?;
+        mapper.dims().check_features(&heads, &globals)?;
+        let stitched = StitchedScores::new(mapper, &heads, &globals, window);
+        as_they_settle(stitched, &incoming, positions, &lane, &timeline)
+    });
+    let read = at.timeline.time(&at.lane, "features", || {
+        let mut told = 0;
+        while {
+            let more = stream.step()?;
+            if stream.settled() > told {
+                told = stream.settled();
+                tell(&news, told, &at.lane)?;
+            }
+            more
+        } {
+            (at.check_stop)()?;
+        }
+        Ok(())
+    });
+    // Without news the mapper's thread comes to its end; it must, because it shares the features.
+    drop(news);
+    let scores = pending.wait();
+    read?;
+    scores.context("the mapper failed")
+}
+
+fn tell(news: &Sender<Settled>, settled: usize, lane: &Lane) -> Result<()> {
+    let mut event = Event::new(false)?;
+    event.record(lane.stream())?;
+    // A mapper that failed does not listen any more; its error comes when it is waited for.
+    let _ = news.send((settled, event));
+    Ok(())
+}
+
+fn as_they_settle(
+    mut stitched: StitchedScores,
+    incoming: &Receiver<Settled>,
+    positions: usize,
+    lane: &Lane,
+    timeline: &Timeline,
+) -> Result<Tensor> {
+    let mut known = 0;
+    for (settled, event) in incoming {
+        lane.stream().wait(&event)?;
+        known = settled;
+        if stitched.ready(settled) {
+            timeline.time(lane, "scores", || {
+                stitched.advance(settled);
+                Ok(())
+            })?;
+        }
+    }
+    if known < positions {
+        bail!("the proxy stopped after the features of {known} of {positions} positions");
+    }
+    let scores = stitched.finish();
+    lane.settle()?;
+    Ok(scores)
+}

@@ -1,0 +1,193 @@
+//! The three ways to let proxy and target work, behind one interface.
+//!
+//! `sequential`: the proxy's side first, then the target; the least memory. `streams`: both at once on
+//! one device, on two CUDA streams, or two threads of a CPU. `dual`: both at once on two devices, the
+//! scores copied once. What a regime hands over is the same.
+
+mod parallel;
+mod sequential;
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Error, Result, ensure};
+use pkv_core::{Hinted, hinted};
+use pkv_lm::{KvCache, LanguageModel, NoTap, RaggedCache};
+use tch::{Device, Tensor};
+
+pub use parallel::Parallel;
+pub use sequential::Sequential;
+
+use crate::keep::{Keep, Kept};
+use crate::lane::Lane;
+use crate::timeline::Timeline;
+
+/// A regime's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RegimeName {
+    Sequential,
+    Streams,
+    Dual,
+}
+
+/// What is to be read, and how.
+pub struct Context<'a> {
+    pub target: &'a LanguageModel,
+    /// Tokens of the chat template before the context.
+    pub prefix: &'a [u32],
+    /// At least one token.
+    pub tokens: &'a [u32],
+    pub keep: Keep,
+    /// Tokens per forward of the target.
+    pub chunk_tokens: usize,
+    /// Tokens that the pruned cache has room for before it must grow.
+    pub room_tokens: usize,
+    /// Fails when the user wants to stop.
+    pub check_stop: Arc<dyn Fn() -> Result<()> + Send + Sync>,
+}
+
+/// A context in a cache that answers questions.
+pub struct Prefilled {
+    /// Pruned; whole if the source failed.
+    pub cache: RaggedCache,
+    pub kept: Kept,
+    pub timeline: Arc<Timeline>,
+    /// Why nothing was pruned, if nothing was.
+    pub fallback: Option<Error>,
+    /// How long the target, done with its prefill, waited for the scores.
+    pub waited_secs: f64,
+}
+
+/// A way to prefill and prune.
+pub trait Regime {
+    fn name(&self) -> RegimeName;
+
+    /// Read the context with both models, prune the target's cache once.
+    ///
+    /// # Errors
+    /// The target fails, or the user stopped. A source that fails is no error: the cache is then whole,
+    /// and [`Prefilled::fallback`] says why.
+    fn prefill(&mut self, context: &Context) -> Result<Prefilled>;
+}
+
+/// Refuse devices that a regime cannot work with.
+///
+/// # Errors
+/// `dual` with one GPU for both, or another regime with two devices. Two threads of a CPU count as two
+/// devices: there the regime's logic can be tried.
+pub fn check_devices(regime: RegimeName, target: Device, proxy: Device) -> Result<()> {
+    match regime {
+        RegimeName::Dual => ensure!(
+            target != proxy || target == Device::Cpu,
+            hinted(
+                format!("the regime `dual` needs two GPUs, one for the target and one for the proxy; there is only {target:?}"),
+                "use `--regime streams` for one GPU, or name a second one with `--proxy-device cuda:1`"
+            )
+        ),
+        _ => ensure!(
+            target == proxy,
+            hinted(
+                format!("the regime `{regime}` works on one device, not on {target:?} and {proxy:?}"),
+                "use `--regime dual` for two devices"
+            )
+        ),
+    }
+    Ok(())
+}
+
+impl Context<'_> {
+    /// The target's full cache of prefix and context, and nothing more.
+    fn prefill_target(&self) -> Result<KvCache> {
+        let _no_grad = tch::no_grad_guard();
+        let ids: Vec<u32> = [self.prefix, self.tokens].concat();
+        let mut cache = self.target.new_cache(ids.len());
+        for chunk in ids.chunks(self.chunk_tokens.max(1)) {
+            (self.check_stop)()?;
+            // Questions come later: nobody reads the context's hidden states.
+            self.target.forward_for_tap(&self.target.ids(chunk), &mut cache, &mut NoTap)?;
+        }
+        Ok(cache)
+    }
+
+    /// An empty context has nothing to prune, a too long one no room for questions.
+    fn check(&self) -> Result<()> {
+        ensure!(
+            !self.tokens.is_empty(),
+            hinted("the context is empty: it has no KV pairs to prune", "give a file with text as `--context`")
+        );
+        let (tokens, limit) =
+            (self.prefix.len() + self.tokens.len(), self.target.config().max_positions);
+        ensure!(
+            tokens < limit,
+            hinted(
+                format!("the context takes {tokens} positions, the target was made for {limit}"),
+                "shorten the context, so that a question has room behind it"
+            )
+        );
+        Ok(())
+    }
+
+    /// Prune the full cache by `scores`, or keep it whole and say why.
+    fn finish(
+        &self,
+        full: KvCache,
+        scores: Result<Tensor>,
+        lane: &Lane,
+        timeline: Arc<Timeline>,
+        waited_secs: f64,
+    ) -> Result<Prefilled> {
+        (self.check_stop)()?;
+        let full_bytes = full_bytes(&full);
+        let mask = scores.and_then(|scores_lht| {
+            let expected = [full.layers(), self.target.shape().kv_heads, self.tokens.len()];
+            let size: Vec<usize> = scores_lht.size().iter().map(|n| *n as usize).collect();
+            ensure!(size == expected, "expected scores of shape {expected:?}, found {size:?}");
+            let here = match scores_lht.device() == lane.device() {
+                true => scores_lht,
+                false => timeline.time(lane, "copy scores", || Ok(scores_lht.to_device(lane.device())))?,
+            };
+            timeline.time(lane, "prune", || self.keep.mask(&here, self.prefix.len()))
+        });
+        let (cache, fallback) = match mask {
+            Ok(keep_lht) => {
+                let pruned =
+                    timeline.time(lane, "prune", || RaggedCache::prune(full, &keep_lht, self.room_tokens));
+                (pruned.context("cannot prune the target's cache")?, None)
+            }
+            Err(why) => {
+                let whole =
+                    timeline.time(lane, "keep whole", || RaggedCache::whole(full, self.room_tokens));
+                (whole.context("cannot keep the target's cache")?, Some(why))
+            }
+        };
+        let kept = Kept::of(&cache, self.prefix.len(), self.tokens.len(), full_bytes);
+        Ok(Prefilled { cache, kept, timeline, fallback, waited_secs })
+    }
+}
+
+/// Keys and values of a full cache.
+fn full_bytes(cache: &KvCache) -> usize {
+    let keys = cache.keys(0);
+    2 * cache.layers() * keys.numel() * keys.kind().elt_size_in_bytes()
+}
+
+impl fmt::Display for RegimeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Sequential => "sequential",
+            Self::Streams => "streams",
+            Self::Dual => "dual",
+        })
+    }
+}
+
+impl FromStr for RegimeName {
+    type Err = Hinted;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        [Self::Sequential, Self::Streams, Self::Dual].into_iter().find(|r| r.to_string() == text).ok_or_else(
+            || hinted(format!("`{text}` is no regime"), "write `sequential`, `streams` or `dual`"),
+        )
+    }
+}
