@@ -158,14 +158,16 @@ int pkv_scale(size_t n, at::Tensor** t, at::Tensor* by) {
 // FlashAttention-2 on bf16 or f16; causal is bottom-right, query heads share KV heads.
 // Dense: q [B, S, H, D], k and v [B, K, H', D], cu_q and cu_k null; lse [B, H, S].
 // Packed: q [T, H, D], k and v [T', H', D], cu_q and cu_k int32 [segments + 1]; lse [H, T].
+// used_k: int32 [segments], how many keys of each packed segment there are, or null for all.
 // A negative window is unlimited. The caller owns out and lse.
-int pkv_flash(at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor* cu_q, at::Tensor* cu_k, int64_t max_q, int64_t max_k,
-              int causal, int64_t window_left, int64_t window_right, at::Tensor** out, at::Tensor** lse) {
+int pkv_flash(at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor* cu_q, at::Tensor* cu_k, at::Tensor* used_k,
+              int64_t max_q, int64_t max_k, int causal, int64_t window_left, int64_t window_right, at::Tensor** out,
+              at::Tensor** lse) {
   return guard([&] {
     auto cu = [](at::Tensor* t) { return t ? std::optional<at::Tensor>(*t) : std::nullopt; };
     auto r = at::_flash_attention_forward(*q, *k, *v, cu(cu_q), cu(cu_k), max_q, max_k, /*dropout_p=*/0.0, causal != 0,
                                           /*return_debug_mask=*/false, /*scale=*/std::optional<double>(),
-                                          window(window_left), window(window_right));
+                                          window(window_left), window(window_right), cu(used_k));
     *out = new at::Tensor(std::get<0>(r));
     *lse = new at::Tensor(std::get<1>(r));
   });

@@ -63,7 +63,7 @@ pub fn has_fused_attention(q: &Tensor) -> bool {
 pub fn flash(q_bsqd: &Tensor, k_bkhd: &Tensor, v_bkhd: &Tensor, mask: Mask) -> Result<Attended> {
     check(q_bsqd, k_bkhd, v_bkhd, 2)?;
     let (s, keys) = (q_bsqd.size()[1], k_bkhd.size()[1]);
-    launch_flash([q_bsqd, k_bkhd, v_bkhd], None, [s, keys], mask)
+    launch_flash([q_bsqd, k_bkhd, v_bkhd], None, None, [s, keys], mask)
 }
 
 /// As [`flash`], over segments of different lengths that lie behind each other; each query segment
@@ -86,8 +86,42 @@ pub fn flash_segments(
     longest: [usize; 2],
     mask: Mask,
 ) -> Result<Attended> {
+    check_segments(q_rqd, k_rhd, v_rhd, [starts_q, starts_k])?;
+    let longest = longest.map(|n| n as i64);
+    launch_flash([q_rqd, k_rhd, v_rhd], Some([starts_q, starts_k]), None, longest, mask)
+}
+
+/// As [`flash_segments`], where only the first keys of each segment are there: behind them is room for
+/// more. `longest` counts those that are there.
+///
+/// # Shapes
+/// - `used_k`: int32 `[segments]` on the same device, contiguous, 1 or more each
+///
+/// # Errors
+/// As [`flash`].
+pub fn flash_used_segments(
+    q_rqd: &Tensor,
+    k_rhd: &Tensor,
+    v_rhd: &Tensor,
+    [starts_q, starts_k]: [&Tensor; 2],
+    used_k: &Tensor,
+    longest: [usize; 2],
+    mask: Mask,
+) -> Result<Attended> {
+    check_segments(q_rqd, k_rhd, v_rhd, [starts_q, starts_k])?;
+    ensure!(
+        used_k.kind() == Kind::Int && used_k.numel() + 1 == starts_k.numel(),
+        "used keys must be int32, one number per segment, not {:?} {:?}",
+        used_k.kind(),
+        used_k.size()
+    );
+    let longest = longest.map(|n| n as i64);
+    launch_flash([q_rqd, k_rhd, v_rhd], Some([starts_q, starts_k]), Some(used_k), longest, mask)
+}
+
+fn check_segments(q_rqd: &Tensor, k_rhd: &Tensor, v_rhd: &Tensor, starts: [&Tensor; 2]) -> Result<()> {
     check(q_rqd, k_rhd, v_rhd, 1)?;
-    for starts in [starts_q, starts_k] {
+    for starts in starts {
         ensure!(
             starts.kind() == Kind::Int && starts.dim() == 1 && starts.device() == q_rqd.device(),
             "segment starts must be int32 [segments + 1] beside the queries, not {:?} {:?}",
@@ -95,22 +129,26 @@ pub fn flash_segments(
             starts.size()
         );
     }
-    launch_flash([q_rqd, k_rhd, v_rhd], Some([starts_q, starts_k]), longest.map(|n| n as i64), mask)
+    Ok(())
 }
 
 fn launch_flash(
     qkv: [&Tensor; 3],
     starts: Option<[&Tensor; 2]>,
+    used_k: Option<&Tensor>,
     [max_q, max_k]: [i64; 2],
     mask: Mask,
 ) -> Result<Attended> {
     let [q, k, v] = qkv.map(pointer);
     let [cu_q, cu_k] = starts.map_or([std::ptr::null_mut(); 2], |s| s.map(pointer));
+    let used = used_k.map_or(std::ptr::null_mut(), pointer);
     let (causal, left, right) = mask.codes();
     // SAFETY: pointers to tensors that live beyond the call, or null where the shim allows it; on
     // success both results are tensors on the heap that nobody else frees.
     unsafe {
-        owned(|out, lse| shim::pkv_flash(q, k, v, cu_q, cu_k, max_q, max_k, causal, left, right, out, lse))
+        owned(|out, lse| {
+            shim::pkv_flash(q, k, v, cu_q, cu_k, used, max_q, max_k, causal, left, right, out, lse)
+        })
     }
     .context("flash attention")
 }
@@ -274,6 +312,38 @@ mod tests {
             close(&format!("segment of {n}"), &part(&got.out), &out, 3e-2);
             close("its log-sum-exp", &got.lse.narrow(1, first, n), &lse, 1e-3);
             first += n;
+        }
+    }
+
+    /// Decoding (one row, which takes the kernel's split path) and questions, behind segments with room.
+    #[test]
+    fn flash_sees_only_the_keys_that_are_used() {
+        for rows in [1, 5] {
+            let segments = 3;
+            let Some(t) = gpu(Kind::BFloat16, &[&[segments * rows, 4, 64], &[900, 1, 64], &[900, 1, 64]])
+            else {
+                return;
+            };
+            let here = |x: &[i32]| Tensor::from_slice(x).to_device(Device::Cuda(0));
+            let (first, used) = ([0i32, 600, 640, 900], [517i32, 5, 200]);
+            let starts_q = Tensor::arange(segments + 1, (Kind::Int, Device::Cuda(0))) * rows;
+            let got = flash_used_segments(
+                &t[0],
+                &t[1],
+                &t[2],
+                [&starts_q, &here(&first)],
+                &here(&used),
+                [rows as usize, 517],
+                Mask::Causal,
+            )
+            .unwrap();
+            for x in 0..segments {
+                let keys = i64::from(used[x as usize]);
+                let part = |of: &Tensor| of.narrow(0, i64::from(first[x as usize]), keys);
+                let q = t[0].narrow(0, x * rows, rows);
+                let (out, _) = naive(&q, &part(&t[1]), &part(&t[2]), |row| keys - rows + row + 1);
+                close(&format!("{rows} rows, segment {x}"), &got.out.narrow(0, x * rows, rows), &out, 3e-2);
+            }
         }
     }
 

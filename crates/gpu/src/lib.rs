@@ -14,7 +14,7 @@ mod optim;
 mod shim;
 mod stream;
 
-pub use attention::{Attended, Mask, cudnn, flash, flash_segments, has_fused_attention};
+pub use attention::{Attended, Mask, cudnn, flash, flash_segments, flash_used_segments, has_fused_attention};
 pub use device::{DeviceChoice, cuda_absence, cuda_count, device, set_deterministic, set_tf32, synchronize};
 pub use exhausted::unless_exhausted;
 pub use memory::{CudaMemory, cuda_memory, empty_cache, reset_peak, upload};

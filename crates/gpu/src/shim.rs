@@ -43,6 +43,7 @@ unsafe extern "C" {
         v: *mut C_tensor,
         cu_q: *mut C_tensor,
         cu_k: *mut C_tensor,
+        used_k: *mut C_tensor,
         max_q: i64,
         max_k: i64,
         causal: c_int,

@@ -6,7 +6,8 @@
 //!
 //! Dimension key: as [`super`]; q query head, g query heads per KV head.
 
-use tch::{Kind, Tensor};
+use pkv_gpu::{Mask, flash_used_segments, has_fused_attention};
+use tch::Tensor;
 
 use super::RaggedCache;
 use super::forward::Step;
@@ -20,7 +21,32 @@ impl RaggedCache {
     /// - `q_bqsd`: `[b, query_heads, s, d]`, rotary applied, contiguous
     /// - returns `[b, query_heads, s, d]`, same kind
     pub(super) fn attend(&self, layer: usize, step: &Step, q_bqsd: &Tensor) -> Tensor {
-        self.attend_one_by_one(layer, step, q_bqsd)
+        match has_fused_attention(q_bqsd) {
+            true => self.attend_at_once(layer, step, q_bqsd),
+            false => self.attend_one_by_one(layer, step, q_bqsd),
+        }
+    }
+
+    fn attend_at_once(&self, index: usize, step: &Step, q_bqsd: &Tensor) -> Tensor {
+        let layer = &self.layers[index];
+        let (b, heads_q, s, d) = q_bqsd.size4().expect("queries have four axes");
+        let (heads, at) = (self.kv_heads as i64, index as i64);
+        let group = heads_q / heads;
+        // A segment's rows are its new tokens, and its query heads the group: nothing moves for one token.
+        let q_rgd = q_bqsd.view([b * heads, group, s, d]).transpose(1, 2).reshape([-1, group, d]);
+        let longest = self.longest(index, step);
+        let attended = flash_used_segments(
+            &q_rgd,
+            &layer.keys.unsqueeze(1),
+            &layer.values.unsqueeze(1),
+            [&step.query_bounds_x, &self.bounds_lx.get(at)],
+            &step.used_lx.get(at),
+            [s as usize, longest],
+            Mask::Causal,
+        );
+        // Shapes and kinds were made here: what is left is a kernel that does not start.
+        let out_rgd = attended.expect("the kernel takes these queries").out;
+        out_rgd.view([b * heads, s, group, d]).transpose(1, 2).reshape([b, heads_q, s, d])
     }
 
     fn attend_one_by_one(&self, index: usize, step: &Step, q_bqsd: &Tensor) -> Tensor {
@@ -42,16 +68,9 @@ impl RaggedCache {
         Tensor::stack(&outs, 0).view([b, heads_q, s, d])
     }
 
-    /// Longest segment of a layer with the new tokens.
-    #[allow(dead_code)]
+    /// Keys of a layer's longest segment, new ones included.
     fn longest(&self, index: usize, step: &Step) -> usize {
         let kept = self.layers[index].kept.iter().enumerate();
         kept.map(|(x, kept)| kept + step.appended[x / self.kv_heads]).max().unwrap_or(0) + step.s as usize
     }
-}
-
-/// Whether the kernel for many lengths takes these queries.
-#[allow(dead_code)]
-fn varlen(q: &Tensor) -> bool {
-    q.device().is_cuda() && matches!(q.kind(), Kind::BFloat16 | Kind::Half)
 }

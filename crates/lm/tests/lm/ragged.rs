@@ -195,3 +195,22 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     );
     assert_eq!(pruned.next_position(0), 9);
 }
+
+/// Half precision takes another kernel on a GPU; it must follow f32 as closely as the full cache does.
+#[test]
+fn half_precision_follows_f32() {
+    let folder = nano("target");
+    let log_probabilities = |kind| {
+        let model = LanguageModel::load(&folder, device(), kind).unwrap();
+        let all = ids(&model, 163, 7);
+        let keep = random_mask(&model, 150, 7);
+        let mut pruned = RaggedCache::prune(prefilled(&model, &all[..150], 0), &keep, 1).unwrap();
+        let question = model.forward_ragged(&one(&model, &all[150..162]), &mut pruned).unwrap();
+        let step = model.forward_ragged(&one(&model, &all[162..163]), &mut pruned).unwrap();
+        model.logits(&Tensor::cat(&[question, step], 1)).log_softmax(-1, Kind::Float)
+    };
+    let (reference, half) = (log_probabilities(Kind::Float), log_probabilities(Kind::BFloat16));
+    let kl = (reference.exp() * (&reference - &half)).sum_dim_intlist(-1, false, Kind::Float);
+    let worst = kl.max().double_value(&[]);
+    assert!(worst < 2e-2, "KL(f32 || bf16) of a token is {worst:.2e}");
+}
