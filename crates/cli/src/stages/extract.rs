@@ -38,7 +38,8 @@ pub fn run(s: &Session) -> Result<Outcome> {
             s.check_stop()?;
             let features = extractor.features(&example.tokens)?;
             tokens += example.tokens.len();
-            let (heads, globals) = (ToHost::new(&features.heads_pct), ToHost::new(&features.globals_ct));
+            let (heads, globals) =
+                (ToHost::begin(&features.heads_pct)?, ToHost::begin(&features.globals_ct)?);
             Ok((example.id, example.tokens.len(), heads, globals))
         },
         |(id, positions, heads, globals)| {

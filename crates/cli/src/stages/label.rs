@@ -34,7 +34,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
             s.check_stop()?;
             let scores = scorer.score(&example.tokens)?;
             tokens += example.tokens.len();
-            Ok((example.id, example.tokens.len(), ToHost::new(&scores.max_lht)))
+            Ok((example.id, example.tokens.len(), ToHost::begin(&scores.max_lht)?))
         },
         |(id, positions, scores)| {
             writer.push(LabelRow {

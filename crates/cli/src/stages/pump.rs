@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use pkv_gpu::{Event, Stream};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -120,24 +121,33 @@ fn timed<T>(total: &mut Duration, work: impl FnOnce() -> T) -> T {
     out
 }
 
-/// A tensor that the writer takes to the host: the computing thread does not wait for its numbers.
+/// A tensor of f32 on its way to the host.
+///
+/// [`ToHost::begin`] queues the copy behind the work at hand and returns at once: the host side is pinned
+/// memory, which libtorch keeps for the next copy. [`ToHost::wait`], on any thread, has the numbers.
 pub struct ToHost {
-    source: Tensor,
+    host: Tensor,
+    copied: Event,
 }
 
 impl ToHost {
-    pub fn new(t: &Tensor) -> Self {
-        Self { source: t.contiguous() }
+    /// # Errors
+    /// The GPU has failed, or the host has no memory left.
+    pub fn begin(t: &Tensor) -> Result<Self> {
+        let host = t.contiguous().f_to_device_(Device::Cpu, Kind::Float, true, false);
+        let host = host.context("cannot copy a tensor to the host")?;
+        let mut copied = Event::new(false)?;
+        copied.record(&Stream::current(t.device())?)?;
+        Ok(Self { host, copied })
     }
 
-    /// The numbers as f32, row by row.
+    /// The numbers, row by row.
     ///
     /// # Errors
     /// The work that the tensor comes from failed on the GPU.
     pub fn wait(self) -> Result<Vec<f32>> {
-        let host = self.source.f_to_device_(Device::Cpu, Kind::Float, false, false);
-        let host = host.context("cannot copy a tensor to the host")?;
-        Vec::try_from(&host.view([-1])).context("cannot copy a tensor to the host")
+        self.copied.synchronize().context("cannot copy a tensor to the host")?;
+        Vec::try_from(&self.host.view([-1])).context("cannot copy a tensor to the host")
     }
 }
 
@@ -161,7 +171,7 @@ mod tests {
                 assert!(ahead <= (AHEAD + BEHIND + 3) as u64, "{ahead} items are held at once");
                 Ok(i)
             },
-            |i| Ok(ToHost::new(&Tensor::from_slice(&[i as f32, 0.5]))),
+            |i| ToHost::begin(&Tensor::from_slice(&[i as f32, 0.5])),
             |x| {
                 thread::sleep(Duration::from_millis(1));
                 out.push(x.wait()?);
