@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use pkv_core::Channel;
 use pkv_lm::{KvCache, LanguageModel, TextTokenizer};
 use pkv_recipe::{ExtractSection, LabelSection};
-use pkv_score::Scorer;
+use pkv_score::{Requests, Scorer};
 use tch::Tensor;
 
 use crate::statistics::{LOG_LIMIT, MEAN_FLOOR};
@@ -40,9 +40,21 @@ impl<'a> Extractor<'a> {
         extract: &ExtractSection,
         label: &LabelSection,
     ) -> Result<Self> {
+        let requests = Requests::new(tokenizer, label)?;
+        Ok(Self::with_requests(model, &requests, tokenizer.prefix(), extract, label))
+    }
+
+    /// An extractor without a tokenizer: requests and prefix are token ids.
+    pub fn with_requests(
+        model: &'a LanguageModel,
+        requests: &Requests,
+        prefix: &[u32],
+        extract: &ExtractSection,
+        label: &LabelSection,
+    ) -> Self {
         let repeats = extract.channels.iter().any(|c| c.is_reconstruction());
-        let scorer = repeats.then(|| Scorer::new(model, tokenizer, label)).transpose()?;
-        Ok(Self { model, prefix: tokenizer.prefix().to_vec(), extract: extract.clone(), scorer })
+        let scorer = repeats.then(|| Scorer::with_requests(model, requests.clone(), prefix, label));
+        Self { model, prefix: prefix.to_vec(), extract: extract.clone(), scorer }
     }
 
     /// Features of a context, given without the prefix.

@@ -37,15 +37,25 @@ impl<'a> Scorer<'a> {
     /// # Errors
     /// The tokenizer fails on the texts of the requests.
     pub fn new(model: &'a LanguageModel, tokenizer: &TextTokenizer, label: &LabelSection) -> Result<Self> {
-        let prefix = tokenizer.prefix().to_vec();
-        Ok(Self {
+        let requests = Requests::new(tokenizer, label)?;
+        Ok(Self::with_requests(model, requests, tokenizer.prefix(), label))
+    }
+
+    /// A scorer without a tokenizer: requests and prefix are token ids.
+    pub fn with_requests(
+        model: &'a LanguageModel,
+        requests: Requests,
+        prefix: &[u32],
+        label: &LabelSection,
+    ) -> Self {
+        Self {
             model,
-            requests: Requests::new(tokenizer, label)?,
+            requests,
             sink: label.sink_tokens(prefix.len()),
-            prefix,
+            prefix: prefix.to_vec(),
             plus: label.preset == LabelPreset::Plus,
             prefill_chunk_tokens: label.prefill_chunk_tokens,
-        })
+        }
     }
 
     /// The tokens that scoring feeds.
