@@ -87,12 +87,104 @@ pub enum Command {
     Report(StageArgs),
     /// All stages in order; what is complete and matches the recipe is skipped.
     Run(StageArgs),
+    /// Read a context with both models, prune the target's cache once, and answer questions from it.
+    Infer(InferArgs),
     /// Time a stage's work per context, beside a matrix product and a copy measured in the same run.
     Bench(BenchArgs),
     /// What a shard, a stage folder, a run folder, a checkpoint or an export holds.
     Inspect { path: PathBuf },
     /// Print a shell completion script.
     Completions { shell: clap_complete::Shell },
+}
+
+/// What `infer` reads, keeps and answers.
+#[derive(Clone, Debug, Args)]
+pub struct InferArgs {
+    /// Export of the mapper (`proxykv-train export`).
+    #[arg(long, value_name = "FOLDER")]
+    pub mapper: PathBuf,
+    /// Target: hub name or folder; the one that the mapper was made for if absent.
+    #[arg(long, value_name = "MODEL")]
+    pub target: Option<String>,
+    /// Proxy: hub name or folder; the one that the mapper was made for if absent.
+    #[arg(long, value_name = "MODEL")]
+    pub proxy: Option<String>,
+    /// Share of the context's KV pairs that stays, above 0, up to 1.
+    #[arg(long, value_name = "RATIO", conflicts_with = "budget", default_value_t = 0.2)]
+    pub retain: f64,
+    /// Tokens that stay in every KV head, or as many KV pairs as these are together (`pair`).
+    #[arg(long, value_name = "TOKENS")]
+    pub budget: Option<usize>,
+    /// Which KV pairs compete for a place.
+    #[arg(long, value_enum, default_value = "pair")]
+    pub policy: PolicyName,
+    /// How proxy and target share the machine.
+    #[arg(long, value_enum, default_value = "sequential")]
+    pub regime: RegimeArg,
+    /// Device of proxy and mapper, for `--regime dual`: the GPU behind the target's if absent.
+    #[arg(long, value_name = "DEVICE")]
+    pub proxy_device: Option<DeviceChoice>,
+    /// Let the mapper score windows of features as they become final, beside the proxy.
+    #[arg(long)]
+    pub overlap: bool,
+    /// The context: a text file, or `-` for stdin.
+    #[arg(long, value_name = "FILE", required_unless_present = "context_ids")]
+    pub context: Option<PathBuf>,
+    /// The context as token ids, a JSON list, in place of its text.
+    #[arg(long, value_name = "FILE", conflicts_with = "context")]
+    pub context_ids: Option<PathBuf>,
+    /// A question; may be repeated.
+    #[arg(long = "question", value_name = "TEXT")]
+    pub questions: Vec<String>,
+    /// Questions as JSON lines, `{"question": "..."}` or strings; `-` for stdin, answered as they come.
+    #[arg(long = "questions", value_name = "FILE")]
+    pub question_file: Option<PathBuf>,
+    /// Longest answer, tokens.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub max_new_tokens: usize,
+    /// What the models compute in.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: DtypeArg,
+    /// Tokens per forward of the target's prefill; the scorer's when the mapper was trained if absent.
+    #[arg(long, value_name = "TOKENS")]
+    pub chunk_tokens: Option<usize>,
+    /// Positions that the mapper scores in one forward.
+    #[arg(long, default_value_t = 16_384, value_name = "TOKENS")]
+    pub window_tokens: usize,
+    /// Write the phases as a trace that ui.perfetto.dev shows.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+}
+
+/// A policy, as `--policy` spells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PolicyName {
+    /// All KV pairs of the context with each other.
+    Pair,
+    /// The positions of each KV head.
+    PairUniform,
+    /// Positions, the same in all KV heads.
+    Token,
+}
+
+/// A regime, as `--regime` spells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RegimeArg {
+    /// Proxy and mapper first, then the target: the least memory.
+    Sequential,
+    /// Both at once on one GPU.
+    Streams,
+    /// Both at once, proxy and mapper on a GPU of their own.
+    Dual,
+}
+
+/// A dtype, as `--dtype` spells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DtypeArg {
+    /// bf16 on a GPU, f32 on a CPU.
+    Auto,
+    F32,
+    Bf16,
 }
 
 /// What `bench` times, on what, and how often.

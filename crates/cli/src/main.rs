@@ -6,6 +6,7 @@
 mod args;
 mod bench;
 mod doctor;
+mod infer;
 mod inspect;
 mod mapper_source;
 mod pair;
@@ -55,6 +56,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Export(a) => one(cli, a, Stage::Export, stop, &EvalOptions::default())?,
         Command::Report(a) => one(cli, a, Stage::Report, stop, &EvalOptions::default())?,
         Command::Run(a) => all(cli, a, stop)?,
+        Command::Infer(a) => return infer::run(cli, a, stop),
         Command::Bench(a) => bench::run(cli, a, stop)?,
         Command::Inspect { path } => print!("{}", inspect::inspect(path)?),
         Command::Completions { shell } => {

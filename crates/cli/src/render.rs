@@ -5,9 +5,11 @@ use std::fmt::Write;
 use anyhow::Error;
 use pkv_core::Hinted;
 
-/// Exit codes: 0 done, 1 the user can repair it, 2 anything else, 130 interrupted.
+/// Exit codes: 0 done, 1 the user can repair it, 2 anything else, 3 answered without pruning because
+/// the proxy failed, 130 interrupted.
 pub const REPAIRABLE: u8 = 1;
 pub const UNEXPECTED: u8 = 2;
+pub const FELL_BACK: u8 = 3;
 pub const INTERRUPTED: u8 = 130;
 
 /// The work was stopped by the user; what was done is on disk.

@@ -36,7 +36,7 @@ pub fn init_logs(verbose: u8) {
     tracing_subscriber::registry().with(filter).with(terminal).with(file).init();
 }
 
-const OUR_CRATES: [&str; 14] = [
+const OUR_CRATES: [&str; 15] = [
     "shard",
     "gpu",
     "hub",
@@ -49,6 +49,7 @@ const OUR_CRATES: [&str; 14] = [
     "checkpoint",
     "train",
     "eval",
+    "infer",
     "report",
     "cli",
 ];

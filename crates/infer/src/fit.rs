@@ -63,10 +63,7 @@ pub fn check_fit(config: &ExportConfig, target: &Side, proxy: &Side) -> Result<V
 
 fn check_side(role: &str, theirs: &ModelIdentity, side: &Side) -> Result<()> {
     let model = format!("the shape of the {role} `{}`", side.name);
-    ensure!(
-        theirs.shape == side.shape,
-        refusal(&model, &theirs.shape.to_string(), &side.shape.to_string())
-    );
+    ensure!(theirs.shape == side.shape, refusal(&model, &theirs.shape.to_string(), &side.shape.to_string()));
     ensure!(
         theirs.vocab_hash == side.tokenizer.vocab_hash(),
         refusal(

@@ -22,7 +22,7 @@ pub use answer::{Answer, Finish, Question, answer};
 pub use fit::{Side, check_fit};
 pub use keep::{Budget, Keep, Kept};
 pub use lane::Lane;
-pub use proxy::{ProxyMapper, ScoreSource, Situation};
+pub use proxy::{ProxyMapper, ProxyParts, ScoreSource, Situation};
 pub use regime::{Context, Parallel, Prefilled, Regime, RegimeName, Sequential, check_devices};
 pub use text::TextStream;
 pub use timeline::{Phase, PhaseTotal, Timeline};

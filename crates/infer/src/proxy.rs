@@ -14,9 +14,10 @@ use anyhow::{Context, Result, bail};
 use pkv_core::ModelShape;
 use pkv_extract::Extractor;
 use pkv_gpu::Event;
-use pkv_lm::{LanguageModel, TextTokenizer};
+use pkv_lm::LanguageModel;
 use pkv_mapper::{Mapper, StitchedScores};
 use pkv_recipe::{ExtractSection, LabelSection};
+use pkv_score::Requests;
 use tch::{Device, Tensor};
 
 use crate::lane::Lane;
@@ -48,10 +49,27 @@ pub trait ScoreSource: Send {
     fn score(&mut self, context: &[u32], at: &Situation) -> Result<Tensor>;
 }
 
+/// What the proxy's side is made of.
+pub struct ProxyParts {
+    pub proxy: LanguageModel,
+    pub mapper: Mapper,
+    /// Tokens of the proxy's chat template before the context.
+    pub prefix: Vec<u32>,
+    /// What the proxy is asked to repeat; reconstruction channels alone need it.
+    pub requests: Requests,
+    /// As the mapper was trained.
+    pub extract: ExtractSection,
+    pub label: LabelSection,
+    pub target: ModelShape,
+    /// Positions that the mapper scores in one forward.
+    pub window_tokens: usize,
+}
+
 /// Features of a proxy, mapped to the target's scores.
 pub struct ProxyMapper {
     proxy: LanguageModel,
-    tokenizer: Arc<TextTokenizer>,
+    prefix: Vec<u32>,
+    requests: Requests,
     extract: ExtractSection,
     label: LabelSection,
     mapper: MapperSide,
@@ -70,25 +88,11 @@ enum MapperSide {
 type Settled = (usize, Event);
 
 impl ProxyMapper {
-    /// `window_tokens`: positions that the mapper scores in one forward.
-    pub fn new(
-        proxy: LanguageModel,
-        tokenizer: Arc<TextTokenizer>,
-        mapper: Mapper,
-        extract: &ExtractSection,
-        label: &LabelSection,
-        target: ModelShape,
-        window_tokens: usize,
-    ) -> Self {
-        Self {
-            proxy,
-            tokenizer,
-            extract: extract.clone(),
-            label: label.clone(),
-            mapper: MapperSide::After(mapper),
-            target,
-            window_tokens,
-        }
+    /// The mapper works behind the proxy.
+    pub fn new(parts: ProxyParts) -> Self {
+        let ProxyParts { proxy, mapper, prefix, requests, extract, label, target, window_tokens } = parts;
+        let mapper = MapperSide::After(mapper);
+        Self { proxy, prefix, requests, extract, label, mapper, target, window_tokens }
     }
 
     /// Let the mapper work beside the proxy: it starts on the first window of features that is final.
@@ -110,7 +114,8 @@ impl ScoreSource for ProxyMapper {
 
     fn score(&mut self, context: &[u32], at: &Situation) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        let extractor = Extractor::new(&self.proxy, &self.tokenizer, &self.extract, &self.label)?;
+        let Self { proxy, requests, prefix, extract, label, .. } = self;
+        let extractor = Extractor::with_requests(proxy, requests, prefix, extract, label);
         let scores_bot = match &self.mapper {
             MapperSide::After(mapper) => after(&extractor, mapper, self.window_tokens, context, at),
             MapperSide::Beside(mapper) => beside(&extractor, mapper, self.window_tokens, context, at),

@@ -81,7 +81,9 @@ pub fn check_devices(regime: RegimeName, target: Device, proxy: Device) -> Resul
         RegimeName::Dual => ensure!(
             target != proxy || target == Device::Cpu,
             hinted(
-                format!("the regime `dual` needs two GPUs, one for the target and one for the proxy; there is only {target:?}"),
+                format!(
+                    "the regime `dual` needs two GPUs, one for the target and one for the proxy; there is only {target:?}"
+                ),
                 "use `--regime streams` for one GPU, or name a second one with `--proxy-device cuda:1`"
             )
         ),
@@ -114,10 +116,12 @@ impl Context<'_> {
     fn check(&self) -> Result<()> {
         ensure!(
             !self.tokens.is_empty(),
-            hinted("the context is empty: it has no KV pairs to prune", "give a file with text as `--context`")
+            hinted(
+                "the context is empty: it has no KV pairs to prune",
+                "give a file with text as `--context`"
+            )
         );
-        let (tokens, limit) =
-            (self.prefix.len() + self.tokens.len(), self.target.config().max_positions);
+        let (tokens, limit) = (self.prefix.len() + self.tokens.len(), self.target.config().max_positions);
         ensure!(
             tokens < limit,
             hinted(
@@ -156,8 +160,7 @@ impl Context<'_> {
                 (pruned.context("cannot prune the target's cache")?, None)
             }
             Err(why) => {
-                let whole =
-                    timeline.time(lane, "keep whole", || RaggedCache::whole(full, self.room_tokens));
+                let whole = timeline.time(lane, "keep whole", || RaggedCache::whole(full, self.room_tokens));
                 (whole.context("cannot keep the target's cache")?, Some(why))
             }
         };

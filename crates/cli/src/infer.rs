@@ -1,0 +1,267 @@
+//! `infer`: a context through both models, a pruned cache, answers from it.
+
+mod input;
+mod output;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use pkv_checkpoint::{Export, ModelIdentity};
+use pkv_core::{Policy, RetentionRatio, hinted};
+use pkv_gpu::DeviceChoice;
+use pkv_hub::Hub;
+use pkv_infer::{
+    Answer, Budget, Finish, Keep, Parallel, Prefilled, ProxyMapper, ProxyParts, Question, Regime, RegimeName,
+    Sequential, Side, answer, check_devices, check_fit,
+};
+use pkv_lm::{LanguageModel, LmConfig, TextTokenizer};
+use pkv_recipe::DtypeName;
+use pkv_score::Requests;
+use tch::{Device, Kind};
+
+use self::output::{Output, Summary};
+use crate::args::{Cli, DtypeArg, InferArgs, PolicyName, RegimeArg};
+use crate::render::{FELL_BACK, INTERRUPTED, Interrupted, REPAIRABLE, exit_code};
+use crate::session::{choose_device, device_name, kind_on};
+
+/// A model of the pair on disk, weights unread.
+struct Found {
+    name: String,
+    folder: std::path::PathBuf,
+    revision: String,
+    config: LmConfig,
+    tokenizer: TextTokenizer,
+}
+
+/// Read, prune, answer; the exit code tells a fallback, a refused question and an interruption.
+///
+/// # Errors
+/// The mapper does not fit the pair, an input is no good, or the target fails.
+pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCode> {
+    let keep = keep(args)?;
+    let regime_name = regime_name(args.regime);
+    let device = choose_device(cli)?;
+    let proxy_device = proxy_device(args, regime_name, device)?;
+    check_devices(regime_name, device, proxy_device)?;
+
+    let export = Export::read(&args.mapper)?;
+    let config = export.config();
+    let target = find("target", args.target.as_deref(), &config.target)?;
+    let proxy = find("proxy", args.proxy.as_deref(), &config.proxy)?;
+    for difference in check_fit(config, &target.side(), &proxy.side())
+        .with_context(|| format!("cannot use the mapper `{}`", args.mapper.display()))?
+    {
+        tracing::warn!("{difference}");
+    }
+    let context = input::context(args, &target.tokenizer)?;
+    // Opened now, so that a wrong name is told before minutes of work.
+    let questions = input::questions(args, &stop)?;
+
+    let kind = kind_on(device, dtype(args.dtype));
+    let proxy_model = proxy.load("proxy", proxy_device, kind_on(proxy_device, dtype(args.dtype)))?;
+    let source = ProxyMapper::new(ProxyParts {
+        proxy: proxy_model,
+        mapper: export.mapper(proxy_device)?,
+        prefix: proxy.tokenizer.prefix().to_vec(),
+        requests: Requests::new(&proxy.tokenizer, &config.label)?,
+        extract: config.extract.clone(),
+        label: config.label.clone(),
+        target: config.target.shape,
+        window_tokens: args.window_tokens,
+    });
+    let source = if args.overlap { source.overlapped()? } else { source };
+    let mut regime: Box<dyn Regime> = match regime_name {
+        RegimeName::Sequential => Box::new(Sequential::new(source)),
+        RegimeName::Streams => Box::new(Parallel::streams(source)?),
+        RegimeName::Dual => Box::new(Parallel::dual(source)?),
+    };
+    let model = target.load("target", device, kind)?;
+    let flag = Arc::clone(&stop);
+    let prefilled = regime.prefill(&pkv_infer::Context {
+        target: &model,
+        prefix: target.tokenizer.prefix(),
+        tokens: &context,
+        keep,
+        chunk_tokens: args.chunk_tokens.unwrap_or(config.label.prefill_chunk_tokens),
+        room_tokens: args.max_new_tokens,
+        check_stop: Arc::new(move || match flag.load(Ordering::Relaxed) {
+            true => Err(Interrupted.into()),
+            false => Ok(()),
+        }),
+    })?;
+    // Proxy and mapper have done their part; their memory is the answers'.
+    drop(regime);
+    if let Some(path) = &args.trace {
+        output::write_trace(path, regime_name, &prefilled.timeline.phases())?;
+    }
+    let summary = Summary {
+        regime: regime_name.to_string(),
+        device: device_name(device),
+        proxy_device: device_name(proxy_device),
+        dtype: if kind == Kind::BFloat16 { "bf16" } else { "f32" },
+        keep: keep.to_string(),
+        context_tokens: context.len(),
+        kept: prefilled.kept.clone(),
+        prefill_secs: prefilled.timeline.phases().iter().map(|p| p.end_secs).fold(0.0, f64::max),
+        waited_secs: prefilled.waited_secs,
+        dual_critical_secs: (regime_name == RegimeName::Sequential && prefilled.fallback.is_none())
+            .then(|| prefilled.timeline.dual_critical_secs()),
+        phases: prefilled.timeline.totals(),
+        questions: 0,
+        refused: 0,
+        answer_tokens: 0,
+        decode_tokens_per_s: None,
+        fallback: prefilled.fallback.as_ref().map(|e| format!("{e:#}")),
+        interrupted: false,
+    };
+    let output = Output::new(cli.json, args.question_file.is_some() || args.questions.len() > 1);
+    output.pruned(&prefilled, context.len())?;
+    answer_all(args, &model, &target.tokenizer, prefilled, questions, &stop, &output, summary)
+}
+
+/// Every question from the same cache, then the summary.
+#[expect(clippy::too_many_arguments, reason = "the parts of one command, used here alone")]
+fn answer_all(
+    args: &InferArgs,
+    model: &LanguageModel,
+    tokenizer: &TextTokenizer,
+    mut prefilled: Prefilled,
+    questions: impl Iterator<Item = Result<String>>,
+    stop: &AtomicBool,
+    output: &Output,
+    mut summary: Summary,
+) -> Result<ExitCode> {
+    let stopped = || stop.load(Ordering::Relaxed);
+    let (mut decode_tokens, mut decode_secs) = (0, 0.0);
+    for (index, text) in questions.enumerate() {
+        let text = text?;
+        output.asked(&text)?;
+        let question = Question::new(&text, tokenizer, args.max_new_tokens)?;
+        let told = &mut |piece: &str| output.piece(index, piece);
+        summary.questions += 1;
+        match answer(model, tokenizer, &mut prefilled.cache, &question, &stopped, told) {
+            Ok(a) => {
+                output.answered(index, &text, &a)?;
+                summary.answer_tokens += a.answer_tokens;
+                decode_tokens += steps(&a);
+                decode_secs += a.decode_secs;
+                if a.finish == Finish::Interrupted {
+                    break;
+                }
+            }
+            // The other questions are none the worse for one that is too long.
+            Err(e) if exit_code(&e) == REPAIRABLE => {
+                summary.refused += 1;
+                output.refused(index, &text, &e)?;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    summary.interrupted = stopped();
+    summary.decode_tokens_per_s = (decode_secs > 0.0).then(|| decode_tokens as f64 / decode_secs);
+    output.summary(&summary)?;
+    Ok(if summary.interrupted {
+        ExitCode::from(INTERRUPTED)
+    } else if summary.fallback.is_some() {
+        ExitCode::from(FELL_BACK)
+    } else if summary.refused > 0 {
+        ExitCode::from(REPAIRABLE)
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+/// Forwards between an answer's first and last prediction.
+fn steps(a: &Answer) -> usize {
+    match a.finish {
+        // The stop token was predicted too.
+        Finish::Stop => a.answer_tokens,
+        _ => a.answer_tokens.saturating_sub(1),
+    }
+}
+
+fn keep(args: &InferArgs) -> Result<Keep> {
+    let budget = match args.budget {
+        Some(0) => return Err(hinted("`--budget` is 0", "keep 1 token or more per KV head").into()),
+        Some(tokens) => Budget::Tokens(tokens),
+        None => Budget::Ratio(
+            RetentionRatio::new(args.retain)
+                .map_err(|e| hinted(format!("`--retain {}`: {e}", args.retain), e.hint()))?,
+        ),
+    };
+    let policy = match args.policy {
+        PolicyName::Pair => Policy::Pair,
+        PolicyName::PairUniform => Policy::PairUniform,
+        PolicyName::Token => Policy::Token,
+    };
+    Ok(Keep { budget, policy })
+}
+
+const fn regime_name(regime: RegimeArg) -> RegimeName {
+    match regime {
+        RegimeArg::Sequential => RegimeName::Sequential,
+        RegimeArg::Streams => RegimeName::Streams,
+        RegimeArg::Dual => RegimeName::Dual,
+    }
+}
+
+const fn dtype(dtype: DtypeArg) -> DtypeName {
+    match dtype {
+        DtypeArg::Auto => DtypeName::Auto,
+        DtypeArg::F32 => DtypeName::F32,
+        DtypeArg::Bf16 => DtypeName::Bf16,
+    }
+}
+
+/// Where proxy and mapper compute: with `dual` the next GPU, if there is one.
+fn proxy_device(args: &InferArgs, regime: RegimeName, target: Device) -> Result<Device> {
+    match (args.proxy_device, regime, target) {
+        (Some(choice), ..) => pkv_gpu::device(choice),
+        (None, RegimeName::Dual, Device::Cuda(gpu)) if pkv_gpu::cuda_count() > 1 => {
+            pkv_gpu::device(DeviceChoice::Cuda((gpu + 1) % pkv_gpu::cuda_count()))
+        }
+        _ => Ok(target),
+    }
+}
+
+/// The model that was named, or the one that the mapper was made for.
+fn find(role: &str, named: Option<&str>, made_for: &ModelIdentity) -> Result<Found> {
+    let (name, revision) = match named {
+        Some(name) => (name, "main"),
+        None => (made_for.model.as_str(), made_for.revision.as_str()),
+    };
+    let context = || {
+        hinted(
+            format!("cannot open the {role} `{name}`"),
+            format!("name its folder or its hub name with `--{role}`"),
+        )
+    };
+    let resolved = Hub::from_env().model(name, revision, &[Path::new("")]).with_context(context)?;
+    Ok(Found {
+        name: name.to_owned(),
+        config: LmConfig::from_folder(&resolved.folder).with_context(context)?,
+        tokenizer: TextTokenizer::open(&resolved.folder).with_context(context)?,
+        folder: resolved.folder,
+        revision: resolved.revision,
+    })
+}
+
+impl Found {
+    fn side(&self) -> Side<'_> {
+        Side {
+            name: &self.name,
+            revision: &self.revision,
+            shape: self.config.shape,
+            tokenizer: &self.tokenizer,
+        }
+    }
+
+    fn load(&self, role: &str, device: Device, kind: Kind) -> Result<LanguageModel> {
+        tracing::info!("loading the {role} `{}` ({})", self.name, self.config.shape);
+        LanguageModel::load(&self.folder, device, kind)
+            .with_context(|| format!("cannot load the {role} `{}`", self.name))
+    }
+}

@@ -1,0 +1,212 @@
+//! What is told: answers as they come, then what was kept and what it took.
+//!
+//! As text, answers go to stdout and the rest to stderr. With `--json` every event is a line on stdout:
+//! `pruned`, `token`s and an `answer` or `refused` per question, and at last a `summary`.
+
+use std::fmt::Write as _;
+use std::io::{self, ErrorKind, Write};
+use std::path::Path;
+
+use anyhow::{Context, Error, Result};
+use pkv_infer::{Answer, Kept, Phase, PhaseTotal, Prefilled, RegimeName};
+use pkv_recipe::plan::human_bytes;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::render::{self, Interrupted};
+
+/// The end of a run, for programs and for people.
+#[derive(Debug, Serialize)]
+pub struct Summary {
+    pub regime: String,
+    pub device: String,
+    pub proxy_device: String,
+    pub dtype: &'static str,
+    pub keep: String,
+    pub context_tokens: usize,
+    pub kept: Kept,
+    /// From the beginning of the prefill to the pruned cache.
+    pub prefill_secs: f64,
+    /// How long the target, done with its prefill, waited for the scores.
+    pub waited_secs: f64,
+    /// With proxy and mapper on a GPU of their own, by these phases; phases of `streams` slowed each
+    /// other down, so there it is no forecast.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dual_critical_secs: Option<f64>,
+    pub phases: Vec<PhaseTotal>,
+    pub questions: usize,
+    pub refused: usize,
+    pub answer_tokens: usize,
+    pub decode_tokens_per_s: Option<f64>,
+    /// Why nothing was pruned, if nothing was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<String>,
+    pub interrupted: bool,
+}
+
+/// Where everything goes.
+pub struct Output {
+    json: bool,
+    /// More than one question: each is printed before its answer.
+    pub many: bool,
+}
+
+impl Output {
+    pub const fn new(json: bool, many: bool) -> Self {
+        Self { json, many }
+    }
+
+    /// # Errors
+    /// stdout is closed or full.
+    pub fn pruned(&self, prefilled: &Prefilled, context_tokens: usize) -> Result<()> {
+        let why = prefilled.fallback.as_ref().map(|e| format!("{e:#}"));
+        if self.json {
+            return event(
+                &json!({"event": "pruned", "context_tokens": context_tokens, "kept": prefilled.kept, "fallback": why}),
+            );
+        }
+        if let Some(e) = &prefilled.fallback {
+            tracing::warn!("nothing was pruned, answers come from the full cache: {e:#}");
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// stdout is closed or full.
+    pub fn asked(&self, question: &str) -> Result<()> {
+        if self.json || !self.many {
+            return Ok(());
+        }
+        say(&format!("> {question}\n"))
+    }
+
+    /// # Errors
+    /// stdout is closed or full.
+    pub fn piece(&self, index: usize, text: &str) -> Result<()> {
+        if self.json {
+            return event(&json!({"event": "token", "question": index, "text": text}));
+        }
+        say(text)
+    }
+
+    /// # Errors
+    /// stdout is closed or full.
+    pub fn answered(&self, index: usize, question: &str, answer: &Answer) -> Result<()> {
+        if !self.json {
+            return say(if self.many { "\n\n" } else { "\n" });
+        }
+        let mut value = serde_json::to_value(answer)?;
+        if let Value::Object(fields) = &mut value {
+            fields.insert("event".to_owned(), json!("answer"));
+            fields.insert("question".to_owned(), json!(index));
+            fields.insert("question_text".to_owned(), json!(question));
+        }
+        event(&value)
+    }
+
+    /// # Errors
+    /// stdout is closed or full.
+    pub fn refused(&self, index: usize, question: &str, error: &Error) -> Result<()> {
+        if self.json {
+            return event(
+                &json!({"event": "refused", "question": index, "question_text": question, "error": format!("{error:#}")}),
+            );
+        }
+        eprint!("{}", render::error(error));
+        Ok(())
+    }
+
+    /// # Errors
+    /// stdout is closed or full.
+    pub fn summary(&self, summary: &Summary) -> Result<()> {
+        if !self.json {
+            eprint!("{}", table(summary));
+            return Ok(());
+        }
+        let mut value = serde_json::to_value(summary)?;
+        if let Value::Object(fields) = &mut value {
+            fields.insert("event".to_owned(), json!("summary"));
+        }
+        event(&value)
+    }
+}
+
+fn event(value: &Value) -> Result<()> {
+    say(&format!("{value}\n"))
+}
+
+/// Print at once. Who closed stdout wants no more: that is an interruption, not a failure.
+fn say(text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    let done = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    match done {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Err(Interrupted.into()),
+        other => other.context("cannot write to stdout"),
+    }
+}
+
+/// What was kept, and phases with their times and memory.
+fn table(s: &Summary) -> String {
+    let mut out = String::new();
+    let k = &s.kept;
+    let _ = writeln!(
+        out,
+        "kept {} of {} KV pairs ({:.1}%), {} to {} per KV head; cache {} of {}",
+        k.pairs,
+        k.of_pairs,
+        100.0 * k.ratio,
+        k.fewest_in_head,
+        k.most_in_head,
+        human_bytes(k.cache_bytes as u64),
+        human_bytes(k.full_cache_bytes as u64),
+    );
+    let _ = writeln!(
+        out,
+        "{} tokens to a pruned cache in {:.3} s, regime {}, {}",
+        s.context_tokens, s.prefill_secs, s.regime, s.device
+    );
+    for p in &s.phases {
+        let memory = p.peak_bytes.map(human_bytes).unwrap_or_default();
+        let _ = writeln!(
+            out,
+            "  {:<7} {:<12} {:>9.4} s  {:>8.4} to {:.4}  {memory}",
+            p.lane, p.name, p.secs, p.start_secs, p.end_secs
+        );
+    }
+    if s.waited_secs > 0.0 {
+        let _ = writeln!(out, "the target waited {:.4} s for the proxy's side", s.waited_secs);
+    }
+    if let Some(secs) = s.dual_critical_secs {
+        let _ = writeln!(out, "with a GPU each it would take {secs:.4} s, by these phases");
+    }
+    if let Some(rate) = s.decode_tokens_per_s {
+        let _ = writeln!(out, "{} tokens answered, {rate:.1} tokens/s", s.answer_tokens);
+    }
+    if let Some(why) = &s.fallback {
+        let _ = writeln!(out, "the full cache answered: {why}");
+    }
+    out
+}
+
+/// The phases in the Chrome trace format, which ui.perfetto.dev reads: microseconds, a row per lane.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write_trace(path: &Path, regime: RegimeName, phases: &[Phase]) -> Result<()> {
+    let lanes = ["target", "proxy", "mapper"];
+    let row = |lane: &str| lanes.iter().position(|l| *l == lane).unwrap_or(lanes.len());
+    let mut events: Vec<Value> = lanes
+        .iter()
+        .map(|lane| json!({"ph": "M", "name": "thread_name", "pid": 1, "tid": row(lane), "args": {"name": lane}}))
+        .collect();
+    events.push(json!({"ph": "M", "name": "process_name", "pid": 1, "args": {"name": regime.to_string()}}));
+    events.extend(phases.iter().map(|p| {
+        json!({
+            "ph": "X", "name": p.name, "pid": 1, "tid": row(p.lane),
+            "ts": p.start_secs * 1e6, "dur": (p.end_secs - p.start_secs) * 1e6,
+            "args": {"peak_bytes": p.peak_bytes},
+        })
+    }));
+    let text = serde_json::to_string(&json!({"traceEvents": events}))?;
+    std::fs::write(path, text).with_context(|| format!("cannot write the trace `{}`", path.display()))
+}

@@ -1,0 +1,152 @@
+//! The pair, its mapper, and the questions; sources that misbehave.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use pkv_core::{Policy, RetentionRatio, Seed};
+use pkv_infer::{
+    Answer, Budget, Context, Keep, Prefilled, ProxyMapper, ProxyParts, Question, ScoreSource, Situation,
+    answer,
+};
+use pkv_lm::{LanguageModel, TextTokenizer};
+use pkv_mapper::{Mapper, MapperDims, Standardization};
+use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection};
+use pkv_score::Requests;
+use tch::{Device, Kind, Tensor};
+
+pub fn folder(model: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama").join(model)
+}
+
+pub fn device() -> Device {
+    pkv_gpu::device(pkv_gpu::DeviceChoice::Auto).unwrap()
+}
+
+pub fn load(model: &str) -> LanguageModel {
+    tch::set_num_threads(1);
+    LanguageModel::load(&folder(model), device(), Kind::Float).unwrap()
+}
+
+pub fn tokenizer() -> TextTokenizer {
+    TextTokenizer::open(&folder("target")).unwrap()
+}
+
+/// Another mapper with the same weights.
+pub fn copy(mapper: &Mapper) -> Mapper {
+    let stats = Standardization::from_buffers(&mapper.buffers()).unwrap();
+    let (section, dims) = (mapper.section(), *mapper.dims());
+    let twin = Mapper::new(section, &LossSection::default(), dims, stats, Seed(0), mapper.device()).unwrap();
+    twin.load_parameters(mapper.parameters()).unwrap();
+    twin
+}
+
+/// A mapper whose scores look along time and differ from pair to pair, untrained.
+pub fn random_mapper(extract: &ExtractSection) -> Mapper {
+    let dims = MapperDims {
+        proxy_heads: 3,
+        channels: extract.channels.len(),
+        globals: extract.globals.len(),
+        outputs: 12,
+    };
+    let section =
+        MapperSection { head_width: 8, width: 16, cross_width: 8, cross_heads: 2, ..Default::default() };
+    let stats = Standardization::identity(&dims);
+    let mapper = Mapper::new(&section, &LossSection::default(), dims, stats, Seed(5), device()).unwrap();
+    let _no_grad = tch::no_grad_guard();
+    tch::manual_seed(11);
+    for (_, parameter) in mapper.parameters() {
+        // Outputs start at zero; these must not.
+        let noise = parameter.randn_like() * 0.2;
+        let _ = parameter.shallow_clone().g_add_(&noise);
+    }
+    mapper
+}
+
+/// The real source: nano proxy and `mapper`.
+pub fn source(mapper: Mapper, extract: &ExtractSection, window: usize) -> ProxyMapper {
+    let label = LabelSection::default();
+    let tokenizer = tokenizer();
+    ProxyMapper::new(ProxyParts {
+        proxy: load("proxy"),
+        mapper,
+        prefix: tokenizer.prefix().to_vec(),
+        requests: Requests::new(&tokenizer, &label).unwrap(),
+        extract: extract.clone(),
+        label,
+        target: load("target").shape(),
+        window_tokens: window,
+    })
+}
+
+pub fn keep(ratio: f64, policy: Policy) -> Keep {
+    Keep { budget: Budget::Ratio(RetentionRatio::new(ratio).unwrap()), policy }
+}
+
+/// A context as regimes take it; never stopped.
+pub fn context<'a>(
+    target: &'a LanguageModel,
+    prefix: &'a [u32],
+    tokens: &'a [u32],
+    keep: Keep,
+) -> Context<'a> {
+    Context {
+        target,
+        prefix,
+        tokens,
+        keep,
+        chunk_tokens: 128,
+        room_tokens: 16,
+        check_stop: Arc::new(|| Ok(())),
+    }
+}
+
+/// Words the small models know.
+pub fn text(n: usize) -> Vec<u32> {
+    let words =
+        "The keeper of the tower opens the gate, counts the ships in the harbour and writes them down. ";
+    let ids = tokenizer().encode(&words.repeat(1 + n / 15)).unwrap();
+    assert!(ids.len() >= n);
+    ids[..n].to_vec()
+}
+
+pub fn ask(target: &LanguageModel, prefilled: &mut Prefilled, question: &str) -> Result<Answer> {
+    let tokenizer = tokenizer();
+    let question = Question::new(question, &tokenizer, 12)?;
+    answer(target, &tokenizer, &mut prefilled.cache, &question, &|| false, &mut |_| Ok(()))
+}
+
+/// What a source does instead of scoring.
+pub enum Misbehaviour {
+    Error,
+    Panic,
+    NotFinite,
+    WrongShape,
+    /// Right scores, late.
+    Slow(std::time::Duration),
+}
+
+pub struct Misbehaving(pub Misbehaviour);
+
+impl ScoreSource for Misbehaving {
+    fn device(&self) -> Device {
+        device()
+    }
+
+    fn score(&mut self, context: &[u32], _: &Situation) -> Result<Tensor> {
+        let scores = Tensor::arange(12 * context.len() as i64, (Kind::Float, device())).view([6, 2, -1]);
+        match self.0 {
+            Misbehaviour::Error => bail!("the proxy's GPU fell off the bus"),
+            Misbehaviour::Panic => panic!("the proxy's GPU fell off the bus"),
+            Misbehaviour::NotFinite => {
+                let _ = scores.get(2).get(1).narrow(0, 0, 1).fill_(f64::NAN);
+                Ok(scores)
+            }
+            Misbehaviour::WrongShape => Ok(scores.view([2, 6, -1])),
+            Misbehaviour::Slow(time) => {
+                std::thread::sleep(time);
+                Ok(scores)
+            }
+        }
+    }
+}

@@ -1,0 +1,407 @@
+//! `infer`: a context, questions, answers from a pruned cache.
+//!
+//! `PKV_RUN` names a finished run folder and `PKV_RECIPE` its recipe (with the same `--set`s there were):
+//! its answers are then compared too, of `PKV_CONTEXTS` contexts (2 if absent).
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use arrow::array::AsArray;
+use arrow::datatypes::{Float64Type, UInt32Type};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use pkv_core::Split;
+use pkv_shard::{Example, StageReader};
+use serde_json::{Value, json};
+
+use crate::sandbox::{Ran, Sandbox, documents, root};
+
+const QUESTIONS: [&str; 2] = ["What opens the harbour?", "What does the river need?"];
+
+/// A sandbox whose run is finished; made once.
+fn trained() -> &'static Sandbox {
+    static TRAINED: OnceLock<Sandbox> = OnceLock::new();
+    TRAINED.get_or_init(|| {
+        let s = Sandbox::new();
+        s.run(&["run"]).ok();
+        s.write("context.txt", documents().split('\0').next().unwrap());
+        s.write("empty.txt", "");
+        s
+    })
+}
+
+fn infer(s: &Sandbox, args: &[&str]) -> Ran {
+    let mut all = vec!["infer", "--mapper", "runs/small/export"];
+    all.extend(args);
+    Ran::new(s.command(&all).output().unwrap())
+}
+
+fn on_context<'a>(args: &[&'a str]) -> Vec<&'a str> {
+    [&["--context", "context.txt", "--question", QUESTIONS[0], "--question", QUESTIONS[1]], args].concat()
+}
+
+fn events(stdout: &str) -> Vec<Value> {
+    stdout.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect()
+}
+
+fn of<'a>(events: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    events.iter().filter(|e| e["event"] == kind).collect()
+}
+
+fn texts(events: &[Value]) -> Vec<String> {
+    of(events, "answer").iter().map(|a| a["text"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn answers_are_streamed_and_the_rest_is_said() {
+    let s = trained();
+    let ran = infer(s, &on_context(&["--json", "--retain", "0.25", "--max-new-tokens", "9"])).ok();
+    let all = events(&ran.stdout);
+    assert_eq!(all[0]["event"], "pruned");
+    let summary = all.last().unwrap();
+    assert_eq!(summary["event"], "summary");
+    assert_eq!((&summary["questions"], &summary["refused"]), (&json!(2), &json!(0)));
+    assert!((summary["kept"]["ratio"].as_f64().unwrap() - 0.25).abs() < 0.01, "{summary}");
+    assert!(summary["kept"]["cache_bytes"].as_u64().unwrap() > 0);
+    assert!(summary["dual_critical_secs"].as_f64().unwrap() > 0.0);
+    let phases: Vec<_> =
+        summary["phases"].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap()).collect();
+    assert_eq!(phases, ["features", "scores", "prefill", "prune"]);
+    for (q, answer) in of(&all, "answer").into_iter().enumerate() {
+        assert_eq!(answer["question_text"], QUESTIONS[q]);
+        assert!(answer["answer_tokens"].as_u64().unwrap() <= 9);
+        let pieces: String = of(&all, "token")
+            .iter()
+            .filter(|t| t["question"] == q)
+            .map(|t| t["text"].as_str().unwrap())
+            .collect();
+        assert_eq!(answer["text"], pieces.as_str());
+    }
+
+    // As text: the same answers on stdout, what was kept and how long it took on stderr.
+    let plain = infer(s, &on_context(&["--retain", "0.25", "--max-new-tokens", "9"])).ok();
+    let expected: String =
+        QUESTIONS.iter().zip(texts(&all)).map(|(q, a)| format!("> {q}\n{a}\n\n")).collect();
+    assert_eq!(plain.stdout, expected);
+    for part in ["KV pairs (25.0%)", "prefill", "features", "tokens/s"] {
+        assert!(plain.stderr.contains(part), "`{part}` is missing\n{}", plain.stderr);
+    }
+
+    // The same from other ways in: stdin for the context, JSON lines for the questions.
+    s.write(
+        "questions.jsonl",
+        &format!("{}\n\n{}\n", json!({"question": QUESTIONS[0]}), json!(QUESTIONS[1])),
+    );
+    let mut command = s.command(&[
+        "infer",
+        "--mapper",
+        "runs/small/export",
+        "--context",
+        "-",
+        "--questions",
+        "questions.jsonl",
+        "--retain",
+        "0.25",
+        "--max-new-tokens",
+        "9",
+    ]);
+    let context = File::open(s.path("context.txt")).unwrap();
+    assert_eq!(Ran::new(command.stdin(context).output().unwrap()).ok().stdout, expected);
+}
+
+#[test]
+fn regimes_and_overlap_answer_alike_and_leave_a_trace() {
+    let s = trained();
+    let run = |args: &[&str]| {
+        let ran =
+            infer(s, &on_context(&[&["--json", "--max-new-tokens", "8", "--retain", "0.3"], args].concat()))
+                .ok();
+        let all = events(&ran.stdout);
+        (texts(&all), all.last().unwrap().clone())
+    };
+    let (expected, summary) = run(&[]);
+    assert_eq!(summary["regime"], "sequential");
+    for args in [
+        &["--regime", "streams"][..],
+        &["--regime", "streams", "--overlap", "--window-tokens", "32"],
+        &["--regime", "dual", "--trace", "trace.json"],
+    ] {
+        let (answers, summary) = run(args);
+        assert_eq!(answers, expected, "{args:?}");
+        assert_eq!(summary["regime"], args[1]);
+        assert!(summary["dual_critical_secs"].is_null(), "parallel phases are no forecast");
+    }
+    let trace: Value = serde_json::from_str(&fs::read_to_string(s.path("trace.json")).unwrap()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    assert!(events.iter().any(|e| e["ph"] == "X" && e["name"] == "prefill"));
+    // A budget of tokens, and one beyond the context, which then stays whole.
+    let (_, summary) = run_budget(s, "10", "pair-uniform");
+    assert_eq!(summary["kept"]["most_in_head"], 10);
+    assert_eq!(summary["kept"]["fewest_in_head"], 10);
+    let (_, summary) = run_budget(s, "100000", "token");
+    assert_eq!(summary["kept"]["pairs"], summary["kept"]["of_pairs"]);
+}
+
+fn run_budget(s: &Sandbox, budget: &str, policy: &str) -> (Vec<String>, Value) {
+    let ran =
+        infer(s, &on_context(&["--json", "--budget", budget, "--policy", policy, "--max-new-tokens", "3"]))
+            .ok();
+    let all = events(&ran.stdout);
+    (texts(&all), all.last().unwrap().clone())
+}
+
+/// Answers of `eval` by context, question and cell, those of the mapper.
+fn evaluated(path: &Path) -> BTreeMap<(usize, usize, String, String), (String, String)> {
+    let file = File::open(path).unwrap();
+    let mut all = BTreeMap::new();
+    for batch in ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap() {
+        let batch = batch.unwrap();
+        let column = |name: &str| batch.column_by_name(name).unwrap().clone();
+        let text = |name: &str| column(name).as_string::<i32>().clone();
+        let number = |name: &str| column(name).as_primitive::<UInt32Type>().clone();
+        let ratio = column("ratio").as_primitive::<Float64Type>().clone();
+        for row in 0..batch.num_rows() {
+            if text("method").value(row) == "mapper" {
+                let key = (
+                    number("context").value(row) as usize,
+                    number("question").value(row) as usize,
+                    text("policy").value(row).to_owned(),
+                    ratio.value(row).to_string(),
+                );
+                all.insert(
+                    key,
+                    (text("question_text").value(row).to_owned(), text("answer").value(row).to_owned()),
+                );
+            }
+        }
+    }
+    all
+}
+
+/// Every answer of a finished run's evaluation, asked again through `infer` with the run's export.
+fn compare_with_eval(recipe: &Path, run: &Path, most_contexts: usize, command: impl Fn(&[&str]) -> Command) {
+    let recipe = pkv_recipe::load(recipe, &[]).unwrap();
+    let beside = recipe.path.parent().unwrap().join(&recipe.data.manifest);
+    let above = recipe.path.parent().unwrap().join("..").join(&recipe.data.manifest);
+    let manifest = [beside, above].into_iter().find(|p| p.exists()).unwrap();
+    let words = pkv_data::word_lists(&pkv_recipe::load_manifest(&manifest).unwrap()).unwrap();
+    let folder = recipe.path.parent().unwrap().join("..").join(&recipe.target.model);
+    let folder = if folder.exists() { folder } else { PathBuf::from(&recipe.target.model) };
+    let tokenizer = pkv_lm::TextTokenizer::open(&folder).unwrap();
+    let examples = StageReader::<Example>::open(&run.join("examples")).unwrap();
+    let test: Vec<Example> = examples.iter().map(Result::unwrap).filter(|e| e.split == Split::Test).collect();
+    let contexts = pkv_data::fact_contexts(&test, &words, &recipe.eval, &tokenizer, recipe.seed).unwrap();
+    let expected = evaluated(&run.join("eval/answers.parquet"));
+    assert!(!expected.is_empty());
+    let scratch = tempfile::tempdir().unwrap();
+    let (ids, questions) = (scratch.path().join("ids.json"), scratch.path().join("questions.jsonl"));
+    let mut compared = 0;
+    for (c, context) in contexts.iter().enumerate().take(most_contexts) {
+        fs::write(&ids, serde_json::to_string(&context.tokens).unwrap()).unwrap();
+        let lines: String =
+            context.questions.iter().map(|q| format!("{}\n", json!(q.question_text))).collect();
+        fs::write(&questions, lines).unwrap();
+        let cells: std::collections::BTreeSet<_> =
+            expected.keys().filter(|k| k.0 == c).map(|k| (k.2.clone(), k.3.clone())).collect();
+        for (policy, ratio) in cells {
+            let ran = Ran::new(
+                command(&[
+                    "infer",
+                    "--json",
+                    "--mapper",
+                    run.join("export").to_str().unwrap(),
+                    "--context-ids",
+                    ids.to_str().unwrap(),
+                    "--questions",
+                    questions.to_str().unwrap(),
+                    "--retain",
+                    &ratio,
+                    "--policy",
+                    &policy,
+                    "--max-new-tokens",
+                    &recipe.eval.max_answer_tokens.to_string(),
+                ])
+                .output()
+                .unwrap(),
+            )
+            .ok();
+            let got = texts(&events(&ran.stdout));
+            for (q, asked) in context.questions.iter().enumerate() {
+                let (question, answer) = &expected[&(c, q, policy.clone(), ratio.clone())];
+                assert_eq!(*question, asked.question_text);
+                assert_eq!(got[q], *answer, "context {c}, question {q}, {policy} {ratio}");
+                compared += 1;
+            }
+        }
+    }
+    println!("{compared} answers are those of the evaluation");
+    assert!(compared > 0);
+}
+
+#[test]
+fn answers_are_those_of_the_evaluation() {
+    let s = trained();
+    compare_with_eval(&s.path("recipe.toml"), &s.path("runs/small"), 2, |args| s.command(args));
+    if let (Some(run), Some(recipe)) = (std::env::var_os("PKV_RUN"), std::env::var_os("PKV_RECIPE")) {
+        let most = std::env::var("PKV_CONTEXTS").map_or(2, |n| n.parse().unwrap());
+        let here = root();
+        compare_with_eval(&here.join(recipe), &here.join(run), most, |args| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_proxykv-train"));
+            command.current_dir(&here).args(args);
+            command
+        });
+    }
+}
+
+#[test]
+fn what_cannot_be_used_is_refused_before_any_work() {
+    let s = trained();
+    let fails = |args: &[&str], parts: &[&str]| {
+        let ran = infer(s, args).fails_with(parts);
+        assert!(!ran.stderr.contains("loading the"), "a model was loaded first:\n{}", ran.stderr);
+    };
+    let nano = |role: &str| root().join("recipes/nano-llama").join(role).display().to_string();
+    fails(&on_context(&["--retain", "20"]), &["`--retain 20`", "`0.2`"]);
+    fails(&on_context(&["--budget", "0"]), &["`--budget` is 0"]);
+    fails(&["--context", "absent.txt"], &["reading the context `absent.txt`"]);
+    fails(&["--context", "empty.txt"], &["the context is empty"]);
+    fails(
+        &["--context", "context.txt", "--questions", "absent.jsonl"],
+        &["opening the questions `absent.jsonl`"],
+    );
+    fails(&["--context", "-", "--questions", "-"], &["from stdin"]);
+    fails(&on_context(&["--target", "nowhere/at-all"]), &["cannot open the target `nowhere/at-all`"]);
+    // A proxy as target: the shape tells.
+    fails(&on_context(&["--target", &nano("proxy")]), &["the shape of the target", "made for", "found"]);
+    fails(&on_context(&["--proxy", &nano("target")]), &["the shape of the proxy"]);
+    s.write("ids.json", "[1, \"two\"]");
+    fails(&["--context-ids", "ids.json"], &["reading token ids from `ids.json`"]);
+
+    // An export of another version, and one with a flipped byte.
+    let copy = |name: &str| {
+        fs::create_dir_all(s.path(name)).unwrap();
+        for file in fs::read_dir(s.path("runs/small/export")).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), s.path(name).join(file.file_name())).unwrap();
+        }
+    };
+    copy("newer");
+    s.edit("newer/config.json", "\"schema_version\": 1", "\"schema_version\": 9");
+    copy("damaged");
+    let weights = s.path("damaged/model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    for (folder, part) in
+        [("newer", "export version"), ("damaged", "damaged"), ("absent", "cannot read export")]
+    {
+        let args = [&["infer", "--mapper", folder][..], &on_context(&[])].concat();
+        Ran::new(s.command(&args).output().unwrap()).fails_with(&[part]);
+    }
+    // What is no policy, regime or device is the command line's matter.
+    for args in [["--policy", "pairs"], ["--regime", "both"]] {
+        assert_eq!(infer(s, &on_context(&args)).code, 2);
+    }
+}
+
+#[test]
+fn a_broken_proxy_costs_the_pruning_only() {
+    let s = trained();
+    let from = root().join("recipes/nano-llama/proxy");
+    fs::create_dir_all(s.path("broken")).unwrap();
+    for file in fs::read_dir(&from).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), s.path("broken").join(file.file_name())).unwrap();
+    }
+    let weights = s.path("broken/model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let end = bytes.len();
+    // Not a number, read as bf16 or as f32.
+    bytes[end - 4..].copy_from_slice(&[0xc0, 0x7f, 0xc0, 0x7f]);
+    fs::write(&weights, bytes).unwrap();
+    let full = infer(s, &on_context(&["--json", "--retain", "1", "--max-new-tokens", "8"])).ok();
+    let expected = texts(&events(&full.stdout));
+    for regime in ["sequential", "streams", "dual"] {
+        let args = on_context(&["--json", "--proxy", "broken", "--regime", regime, "--max-new-tokens", "8"]);
+        let ran = infer(s, &args);
+        assert_eq!(ran.code, 3, "{}", ran.stderr);
+        let all = events(&ran.stdout);
+        assert_eq!(texts(&all), expected, "the full cache answers");
+        let summary = all.last().unwrap();
+        assert!(summary["fallback"].as_str().unwrap().contains("no finite numbers"), "{summary}");
+        assert_eq!(summary["kept"]["pairs"], summary["kept"]["of_pairs"]);
+        assert!(ran.stderr.contains("is revision local:"), "other weights are said\n{}", ran.stderr);
+    }
+    let ran = infer(s, &on_context(&["--proxy", "broken", "--max-new-tokens", "8"]));
+    assert_eq!(ran.code, 3);
+    assert!(ran.stderr.contains("nothing was pruned, answers come from the full cache"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_question_too_long_leaves_the_others_alone() {
+    let s = trained();
+    let long = "harbour ".repeat(5000);
+    s.write("long.jsonl", &format!("{}\n{}\n{}\n", json!(QUESTIONS[0]), json!(long), json!(QUESTIONS[1])));
+    let args = ["--context", "context.txt", "--questions", "long.jsonl", "--json", "--max-new-tokens", "5"];
+    let ran = infer(s, &args);
+    assert_eq!(ran.code, 1, "{}", ran.stderr);
+    let all = events(&ran.stdout);
+    assert_eq!(texts(&all).len(), 2);
+    let refused = of(&all, "refused");
+    assert_eq!(refused[0]["question"], 1);
+    assert!(refused[0]["error"].as_str().unwrap().contains("of 4096"), "{}", refused[0]["error"]);
+    assert_eq!(all.last().unwrap()["refused"], 1);
+    // A line that is no question ends it with a hint.
+    s.write("bad.jsonl", "{\"q\": 1}\n");
+    infer(s, &["--context", "context.txt", "--questions", "bad.jsonl"])
+        .fails_with(&["reading line 1 of the questions `bad.jsonl`"]);
+    // A context beyond the position range.
+    s.write("long.txt", &long);
+    infer(s, &["--context", "long.txt"]).fails_with(&["the target was made for 4096"]);
+}
+
+/// Interrupted while it waits for the next question: a clean end, with the summary.
+#[test]
+fn an_interruption_ends_cleanly() {
+    let s = trained();
+    let mut child = s
+        .command(&[
+            "infer",
+            "--mapper",
+            "runs/small/export",
+            "--context",
+            "context.txt",
+            "--questions",
+            "-",
+            "--json",
+            "--max-new-tokens",
+            "5",
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    writeln!(stdin, "{}", json!(QUESTIONS[0])).unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut seen = Vec::new();
+    for line in lines.by_ref() {
+        seen.push(serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+        if seen.last().unwrap()["event"] == "answer" {
+            break;
+        }
+    }
+    let pid = i32::try_from(child.id()).unwrap();
+    // SAFETY: a signal to a child that is not waited for yet.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGINT) }, 0);
+    seen.extend(lines.map(|l| serde_json::from_str::<Value>(&l.unwrap()).unwrap()));
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let summary = seen.last().unwrap();
+    assert_eq!((&summary["event"], &summary["interrupted"]), (&json!("summary"), &json!(true)));
+    drop(stdin);
+}
