@@ -3,12 +3,15 @@
 //! The one C++ file of the project, `csrc/shim.cpp`, and a safe interface to it. Models, losses
 //! and training loops are left to the crates above; they never call the shim's functions directly.
 //!
+//! Our own kernels are in `kernels/`, compiled when first used.
+//!
 //! Every crate that makes a binary or a test links this one, and calls [`device`] to choose where
 //! to compute: that call is also what keeps the shim's constructor, which loads CUDA, in the binary.
 
 mod attention;
 mod device;
 mod exhausted;
+mod kernels;
 mod memory;
 mod optim;
 mod shim;
@@ -17,6 +20,10 @@ mod stream;
 pub use attention::{Attended, Mask, cudnn, flash, flash_segments, has_fused_attention};
 pub use device::{DeviceChoice, cuda_absence, cuda_count, device, set_deterministic, set_tf32, synchronize};
 pub use exhausted::unless_exhausted;
+pub use kernels::{
+    CacheSlot, QueryStatistics, ScoreRows, StatisticChannels, fused_chunk_scores, fused_query_statistics,
+    gated_silu, has_elementwise, has_fused_scores, merge_attended, rotate,
+};
 pub use memory::{CudaMemory, cuda_memory, empty_cache, reset_peak, upload};
 pub use optim::{AdamW, AdamWOptions, clip_global_norm};
 pub use stream::{Event, Stream, StreamGuard};

@@ -14,6 +14,7 @@ pub struct RawEvent {
 unsafe extern "C" {
     fn pkv_last_error() -> *const c_char;
     fn pkv_boot_error() -> *const c_char;
+    pub fn pkv_load_nvrtc() -> c_int;
     pub fn pkv_cuda_count() -> c_int;
     pub fn pkv_cuda_sync(device: c_int) -> c_int;
     pub fn pkv_cuda_memory(device: c_int, out: *mut i64) -> c_int;
