@@ -370,4 +370,71 @@ mod tests {
             }
         }
     }
+
+    /// Seconds of a second run, the first one plans.
+    fn timed<T>(work: impl Fn() -> T) -> (f64, T) {
+        drop(work());
+        pkv_gpu::synchronize(Device::Cuda(0)).unwrap();
+        let begun = std::time::Instant::now();
+        let result = work();
+        pkv_gpu::synchronize(Device::Cuda(0)).unwrap();
+        (begun.elapsed().as_secs_f64(), result)
+    }
+
+    /// What the policy is tuned by: `cargo test --release -p pkv-lm --lib -- --ignored --nocapture policies_agree`.
+    #[test]
+    #[ignore = "needs a GPU with 30 GB free"]
+    fn policies_agree_at_full_size_and_tell_their_speed() {
+        let (device, kind) = (Device::Cuda(0), Kind::BFloat16);
+        let (q_heads, heads, d) = (32, 8, 128);
+        let flash = AttentionPolicy { rectangle: Rectangle::Flash, ..AttentionPolicy::default() };
+        let cudnn = AttentionPolicy::default();
+        let report = |what: &str, pairs: f64, a: (f64, Tensor), b: (f64, Tensor)| {
+            let teraflops = |s: f64| 4.0 * pairs * (q_heads * d) as f64 / s / 1e12;
+            let off = (a.1 - b.1).abs().max().double_value(&[]);
+            println!(
+                "{what}: flash {:.2} ms ({:.0} TFLOP/s), cuDNN {:.2} ms ({:.0} TFLOP/s), apart by {off:.1e}",
+                a.0 * 1e3,
+                teraflops(a.0),
+                b.0 * 1e3,
+                teraflops(b.0)
+            );
+            assert!(off < 2e-2, "{what}: the policies differ by {off}");
+        };
+        for keys in [8192i64, 32_768, 33_000, 131_072] {
+            for rows in [2058i64, 16_464] {
+                let q = random(1, &[rows, q_heads + heads, d], kind, device).narrow(1, 0, q_heads);
+                let own = [4, 5].map(|seed| random(seed, &[rows, heads, d], kind, device));
+                let [k, v] = [2, 3].map(|seed| random(seed, &[heads, keys, d], kind, device));
+                let segments = Segments::new(vec![2058; (rows / 2058) as usize], device).unwrap();
+                let (alone, _) = timed(|| squares(&q, &own[0], &own[1], &segments).unwrap().out_rqd);
+                let run = |policy: AttentionPolicy| {
+                    timed(|| {
+                        let mut part = squares(&q, &own[0], &own[1], &segments).unwrap();
+                        add_rectangle(&mut part, &q, &k, &v, &policy).unwrap();
+                        part.out_rqd
+                    })
+                };
+                let what = format!("{rows} rows over {keys} keys, squares alone {:.2} ms", alone * 1e3);
+                report(&what, (rows * keys) as f64, run(flash), run(cudnn));
+            }
+        }
+        for (start, s) in [
+            (0i64, 8192i64),
+            (0, 32_768),
+            (16_000, 16_000),
+            (16_384, 16_384),
+            (114_688, 16_384),
+            (32_000, 768),
+        ] {
+            let q = random(1, &[s, q_heads + heads, d], kind, device).narrow(1, 0, q_heads);
+            let [k, v] = [2, 3].map(|seed| random(seed, &[heads, start + s, d], kind, device));
+            let run = |policy: AttentionPolicy, wants_lse| {
+                timed(|| causal(&q, &k, &v, start as usize, wants_lse, &policy).unwrap().0)
+            };
+            let pairs = s as f64 * (start as f64 + s as f64 / 2.0);
+            report(&format!("prefill {start} + {s}"), pairs, run(flash, true), run(cudnn, true));
+            println!("  without log-sum-exp: {:.2} ms", run(cudnn, false).0 * 1e3);
+        }
+    }
 }
