@@ -60,11 +60,7 @@ impl<'a> Extractor<'a> {
             )
         );
         let _no_grad = tch::no_grad_guard();
-        let capacity = match &self.scorer {
-            Some(scorer) => scorer.cache_capacity(context.len()),
-            None => self.prefix.len() + context.len(),
-        };
-        let mut cache = self.model.new_cache(capacity);
+        let mut cache = self.model.new_cache(self.prefix.len() + context.len());
         let shape = self.model.shape();
         let statistics = QueryStatistics::new(&self.extract, self.prefix.len(), context.len());
         let heads_pct = statistics.zeros(shape.total_kv_heads(), self.model.device());
@@ -73,7 +69,7 @@ impl<'a> Extractor<'a> {
             .prefill(context, &mut cache, &statistics, &heads_pct)
             .with_context(|| format!("prefilling a context of {} tokens", context.len()))?;
         statistics.finish(&heads_pct, shape.group());
-        self.reconstruction(context, &mut cache, &heads_pct)?;
+        self.reconstruction(context, &cache, &heads_pct)?;
         let mut all = heads_pct.shallow_clone();
         let _ = all.clamp_(-LOG_LIMIT, LOG_LIMIT);
         let globals_ct =
@@ -109,7 +105,7 @@ impl<'a> Extractor<'a> {
     }
 
     /// Fill in the reconstruction channels, if there are any.
-    fn reconstruction(&self, context: &[u32], cache: &mut KvCache, heads_pct: &Tensor) -> Result<()> {
+    fn reconstruction(&self, context: &[u32], cache: &KvCache, heads_pct: &Tensor) -> Result<()> {
         let Some(scorer) = &self.scorer else { return Ok(()) };
         let scores = scorer.score_cached(context, cache)?;
         // [layers, kv_heads, positions] flattened layer-major is p.

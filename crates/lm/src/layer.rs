@@ -29,11 +29,11 @@ pub(crate) struct Layer {
     down: Tensor,
 }
 
-/// Queries, keys and values of new tokens, rotary applied; heads first.
+/// Queries, keys and values of new tokens, rotary applied; views of what the projection gave.
 pub(crate) struct Projected {
-    /// `[.., query_heads, s, head_dim]`, contiguous.
+    /// `[.., s, query_heads, head_dim]`.
     pub q: Tensor,
-    /// `[.., kv_heads, s, head_dim]`.
+    /// `[.., s, kv_heads, head_dim]`.
     pub k: Tensor,
     pub v: Tensor,
 }
@@ -122,11 +122,11 @@ impl Layer {
         if let Some(weight) = &self.qk_norm {
             qk = unit_rms(&qk, self.eps) * weight;
         }
-        let qk = rotation.apply(&qk).transpose(-3, -2);
+        let qk = rotation.apply(qk);
         Projected {
-            q: qk.narrow(-3, 0, heads).contiguous(),
-            k: qk.narrow(-3, heads, kv),
-            v: qkv.narrow(-2, heads + kv, kv).transpose(-3, -2),
+            q: qk.narrow(-2, 0, heads),
+            k: qk.narrow(-2, heads, kv),
+            v: qkv.narrow(-2, heads + kv, kv),
         }
     }
 
@@ -134,25 +134,30 @@ impl Layer {
     ///
     /// # Shapes
     /// - `hidden`: `[.., s, hidden]`, the layer's input
-    /// - `attended`: `[.., query_heads, s, head_dim]`
+    /// - `attended`: `[.., s, query_heads, head_dim]`
     /// - returns the next layer's input
     pub fn finish_block(&self, hidden: &Tensor, attended: &Tensor) -> Tensor {
         let size = hidden.size();
         let width = self.shape.hidden as i64;
         let rows = hidden.reshape([-1, width]);
         let n = rows.size()[0];
-        let attended = attended.transpose(-3, -2).reshape([n, -1]);
+        let attended = attended.reshape([n, -1]);
         // addmm adds the residual while the product is written.
         let mut mid = rows.addmm(&attended, &self.output.tr());
         if let Some(bias) = &self.output_bias {
             mid += bias;
         }
         let gate_up = rms_norm(&mid, &self.post_norm, self.eps).linear::<&Tensor>(&self.gate_up, None);
-        let wide = self.shape.intermediate as i64;
-        let mut gated = gate_up.narrow(1, 0, wide).silu();
-        gated *= gate_up.narrow(1, wide, wide);
-        mid.addmm_(&gated, &self.down.tr()).view(size.as_slice())
+        mid.addmm_(&gated(&gate_up), &self.down.tr()).view(size.as_slice())
     }
+}
+
+/// silu(gate) * up of `[n, 2 * intermediate]`, gate first: `[n, intermediate]`.
+fn gated(gate_up: &Tensor) -> Tensor {
+    let wide = gate_up.size()[1] / 2;
+    let mut gated = gate_up.narrow(1, 0, wide).silu();
+    gated *= gate_up.narrow(1, wide, wide);
+    gated
 }
 
 /// x / sqrt(mean(x^2) + eps) * weight, statistics in f32, over the last axis.

@@ -50,6 +50,6 @@ pub fn run(s: &Session) -> Result<Outcome> {
 pub fn fingerprint(s: &Session, target: &Found, examples: &Fingerprint) -> Fingerprint {
     Fingerprint::new()
         .with("examples", examples)
-        .with("label", &s.recipe.label)
+        .with("label", s.recipe.label.material())
         .with("target", target.fingerprint(s))
 }
