@@ -1,6 +1,6 @@
-//! The C interface of `csrc/shim.cpp`, and its errors.
+//! The C interface of `csrc/`, and its errors.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 
 use anyhow::{Result, bail};
 use torch_sys::C_tensor;
@@ -30,6 +30,28 @@ unsafe extern "C" {
     ) -> c_int;
     pub fn pkv_global_norm(n: usize, t: *mut *mut C_tensor, out: *mut *mut C_tensor) -> c_int;
     pub fn pkv_scale(n: usize, t: *mut *mut C_tensor, by: *mut C_tensor) -> c_int;
+    pub fn pkv_time_conv(
+        x: *mut C_tensor,
+        weight: *mut C_tensor,
+        bias: *mut C_tensor,
+        dilation: i64,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn pkv_attend_heads(
+        tokens: *mut C_tensor,
+        logit: *mut C_tensor,
+        reading: *mut C_tensor,
+        heads: i64,
+        piece: i64,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn pkv_drop_grads(n: usize, t: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_lerp(n: usize, mean: *mut *mut C_tensor, x: *mut *mut C_tensor, weight: f64) -> c_int;
+    pub fn pkv_pinned(n: i64, out: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_upload(host: *mut C_tensor, device: c_int, out: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_event_record(device: c_int, out: *mut *mut c_void) -> c_int;
+    pub fn pkv_event_wait(event: *mut c_void) -> c_int;
+    pub fn pkv_event_free(event: *mut c_void);
 }
 
 /// Turn the shim's return code into a result; the text is the first line of libtorch's.
