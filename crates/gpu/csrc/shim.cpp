@@ -97,6 +97,9 @@ extern "C" {
 
 const char* pkv_last_error() { return last_error.c_str(); }
 
+// For the project's other C++ files.
+void pkv_set_last_error(const char* text) { last_error = text; }
+
 // Why CUDA was not loaded; empty if it was.
 const char* pkv_boot_error() { return boot_error.c_str(); }
 
