@@ -45,8 +45,8 @@ impl Reader<'_> {
             let tap: &mut dyn Tap = if wants_tail { &mut tail } else { &mut NoTap };
             self.prefill(context, tap)
         })?;
-        let label_lht = clock
-            .time("target: KVzip scores", || Ok(self.scorer.score_cached(context, &cache)?.max_lht))?;
+        let label_lht =
+            clock.time("target: KVzip scores", || Ok(self.scorer.score_cached(context, &cache)?.max_lht))?;
         let features = clock.time("proxy: features", || self.extractor.features(context))?;
         let prefix = self.tokenizer.prefix().len();
         let material = Material {
