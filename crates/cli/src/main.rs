@@ -4,6 +4,7 @@
 //! lives in the crates below; this one wires them, and is the only one that prints.
 
 mod args;
+mod bench;
 mod doctor;
 mod inspect;
 mod mapper_source;
@@ -54,6 +55,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Export(a) => one(cli, a, Stage::Export, stop, &EvalOptions::default())?,
         Command::Report(a) => one(cli, a, Stage::Report, stop, &EvalOptions::default())?,
         Command::Run(a) => all(cli, a, stop)?,
+        Command::Bench(a) => bench::run(cli, a, stop)?,
         Command::Inspect { path } => print!("{}", inspect::inspect(path)?),
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "proxykv-train", &mut std::io::stdout());

@@ -99,16 +99,16 @@ extern "C" __global__ void rotate(half_t* qkv, const half_t* norm, const float* 
 
 // The attention output of rows whose keys were seen in two parts, by the parts' outputs and log-sum-exps: into `a`.
 //
-// a, b: [row][head][HEAD_DIM], rows and heads of b b_row and b_head apart; a_lse, b_lse: natural logs, [head][row], and
-// b_lse may be laid out [row][head] by its strides. One warp per row and head.
+// a, b: [row][head][HEAD_DIM], rows and heads of b b_row and b_head apart; a_lse, b_lse: natural logs, [head][row], heads
+// of a_lse a_lse_head apart; b_lse may be laid out [row][head] by its strides. One warp per row and head.
 extern "C" __global__ void merge(half_t* a, const half_t* b, float* a_lse, const float* b_lse, int rows, int heads,
-                                 long long a_row, long long a_head, long long b_row, long long b_head, long long b_lse_row,
-                                 long long b_lse_head) {
+                                 long long a_row, long long a_head, long long b_row, long long b_head, long long a_lse_head,
+                                 long long b_lse_row, long long b_lse_head) {
   const int lane = threadIdx.x % 32;
   const long long warp = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (warp >= (long long)rows * heads) return;
   const int row = warp / heads, head = warp % heads;
-  const long long lse_at = (long long)head * rows + row;
+  const long long lse_at = head * a_lse_head + row;
   const float x = a_lse[lse_at], y = b_lse[row * b_lse_row + head * b_lse_head];
   const float peak = fmaxf(x, y), ex = __expf(x - peak), ey = __expf(y - peak);
   const float of_b = ey / (ex + ey);

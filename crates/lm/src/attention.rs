@@ -13,7 +13,7 @@ mod portable;
 use std::ops::Range;
 
 use anyhow::Result;
-use pkv_gpu::{Attended, Mask, cudnn, flash, flash_segments, has_fused_attention, upload};
+use pkv_gpu::{Attended, Mask, cudnn, flash, flash_segments, has_elementwise, has_fused_attention, merge_attended, upload};
 use tch::{Device, Kind, Tensor};
 
 pub use policy::{AttentionPolicy, Rectangle};
@@ -29,17 +29,24 @@ pub(crate) struct Part {
 impl Part {
     /// Let rows `first..` also see the keys of `other`: in place, exact.
     ///
-    /// One pass over the outputs of both, with weights in their kind: in bf16 the weight's rounding is
-    /// that of the outputs themselves.
-    fn add(&mut self, first: i64, other: &Self) {
+    /// One pass over the outputs of both. Without a kernel of our own the weights are in the outputs' kind: in bf16 their
+    /// rounding is that of the outputs themselves.
+    ///
+    /// # Errors
+    /// The kernel fails.
+    fn add(&mut self, first: i64, other: &Self) -> Result<()> {
         let n = other.out_rqd.size()[0];
         let mut out_rqd = self.out_rqd.narrow(0, first, n);
         let lse_qr = self.lse_qr.narrow(1, first, n);
+        if has_elementwise(out_rqd.device(), out_rqd.kind(), out_rqd.size()[2]) {
+            return merge_attended(&out_rqd, &lse_qr, &other.out_rqd, &other.lse_qr);
+        }
         // exp(a) / (exp(a) + exp(b)) = sigmoid(a - b)
         let weight_qr = (&other.lse_qr - &lse_qr).sigmoid().to_kind(out_rqd.kind());
         let weight_rqd = weight_qr.transpose(0, 1).unsqueeze(-1).expand_as(&out_rqd);
         let _ = out_rqd.lerp_tensor_(&other.out_rqd, &weight_rqd);
         lse_qr.shallow_clone().copy_(&lse_qr.logaddexp(&other.lse_qr));
+        Ok(())
     }
 
     /// Of a kernel that works on a batch of one, `[1, s, q, d]`.
@@ -82,7 +89,7 @@ pub(crate) fn causal(
     }
     let part = match fused {
         true => fused_causal(q_sqd, k_hkd, v_hkd, start as i64, policy)?,
-        false => portable::causal(q_sqd, k_hkd, v_hkd, start as i64),
+        false => portable::causal(q_sqd, k_hkd, v_hkd, start as i64)?,
     };
     Ok((part.out_rqd, wants_lse.then(|| part.lse_qr.to_kind(Kind::Float))))
 }
@@ -123,7 +130,7 @@ fn fused_causal(
     } else {
         flash_over(&q_head, &behind(k_hkd), &behind(v_hkd), Mask::Causal)?
     };
-    part.add(0, &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false)?);
+    part.add(0, &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false)?)?;
     if rows == s {
         return Ok(part);
     }
@@ -222,21 +229,19 @@ pub(crate) fn add_rectangle(
         return Ok(());
     }
     if !has_fused_attention(q_rqd) {
-        part.add(0, &portable::rectangle(q_rqd, k_hkd, v_hkd));
-        return Ok(());
+        return part.add(0, &portable::rectangle(q_rqd, k_hkd, v_hkd));
     }
     let Some((rows, keys)) = policy.cudnn_share(r, k) else {
-        part.add(0, &flash_over(q_rqd, k_hkd, v_hkd, Mask::All)?);
-        return Ok(());
+        return part.add(0, &flash_over(q_rqd, k_hkd, v_hkd, Mask::All)?);
     };
     let q_head = q_rqd.narrow(0, 0, rows);
-    part.add(0, &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false)?);
+    part.add(0, &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false)?)?;
     if keys < k {
         let rest = |x: &Tensor| x.narrow(1, keys, k - keys);
-        part.add(0, &flash_over(&q_head, &rest(k_hkd), &rest(v_hkd), Mask::All)?);
+        part.add(0, &flash_over(&q_head, &rest(k_hkd), &rest(v_hkd), Mask::All)?)?;
     }
     if rows < r {
-        part.add(rows, &flash_over(&q_rqd.narrow(0, rows, r - rows), k_hkd, v_hkd, Mask::All)?);
+        part.add(rows, &flash_over(&q_rqd.narrow(0, rows, r - rows), k_hkd, v_hkd, Mask::All)?)?;
     }
     Ok(())
 }

@@ -2,7 +2,9 @@
 //!
 //! Dimension key: s token, m hidden, q query head, h KV head, d head_dim.
 
+use anyhow::Result;
 use pkv_core::ModelShape;
+use pkv_gpu::{gated_silu, has_elementwise, rotate};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::LmConfig;
@@ -112,22 +114,40 @@ impl Layer {
     }
 
     /// Queries, keys and values of `normed` `[.., s, hidden]`.
-    pub fn project(&self, normed: &Tensor, rotation: &Rotation) -> Projected {
+    ///
+    /// # Errors
+    /// A kernel fails.
+    pub fn project(&self, normed: &Tensor, rotation: &Rotation) -> Result<Projected> {
         let (heads, kv) = (self.shape.query_heads as i64, self.shape.kv_heads as i64);
+        let d = self.shape.head_dim as i64;
         let mut size = normed.size();
         size.pop();
-        size.extend([heads + 2 * kv, self.shape.head_dim as i64]);
-        let qkv = normed.linear(&self.qkv, self.qkv_bias.as_ref()).view(size.as_slice());
+        size.extend([heads + 2 * kv, d]);
+        let qkv = normed.linear(&self.qkv, self.qkv_bias.as_ref());
+        if has_elementwise(qkv.device(), qkv.kind(), d) {
+            let rows_rnd = qkv.view([-1, heads + 2 * kv, d]);
+            if let Some([cos, sin]) = rotation.of_rows(rows_rnd.size()[0]) {
+                let norm = self.qk_norm.as_ref().map(|weight| (weight, self.eps));
+                rotate(&rows_rnd, self.shape.query_heads, norm, &cos, &sin, None)?;
+                let qkv = qkv.view(size.as_slice());
+                return Ok(Projected {
+                    q: qkv.narrow(-2, 0, heads),
+                    k: qkv.narrow(-2, heads, kv),
+                    v: qkv.narrow(-2, heads + kv, kv),
+                });
+            }
+        }
+        let qkv = qkv.view(size.as_slice());
         let mut qk = qkv.narrow(-2, 0, heads + kv);
         if let Some(weight) = &self.qk_norm {
             qk = unit_rms(&qk, self.eps) * weight;
         }
         let qk = rotation.apply(qk);
-        Projected {
+        Ok(Projected {
             q: qk.narrow(-2, 0, heads),
             k: qk.narrow(-2, heads, kv),
             v: qkv.narrow(-2, heads + kv, kv),
-        }
+        })
     }
 
     /// The rest of the layer: output projection, residual, feed-forward, residual.
@@ -136,7 +156,10 @@ impl Layer {
     /// - `hidden`: `[.., s, hidden]`, the layer's input
     /// - `attended`: `[.., s, query_heads, head_dim]`
     /// - returns the next layer's input
-    pub fn finish_block(&self, hidden: &Tensor, attended: &Tensor) -> Tensor {
+    ///
+    /// # Errors
+    /// A kernel fails.
+    pub fn finish_block(&self, hidden: &Tensor, attended: &Tensor) -> Result<Tensor> {
         let size = hidden.size();
         let width = self.shape.hidden as i64;
         let rows = hidden.reshape([-1, width]);
@@ -148,16 +171,19 @@ impl Layer {
             mid += bias;
         }
         let gate_up = rms_norm(&mid, &self.post_norm, self.eps).linear::<&Tensor>(&self.gate_up, None);
-        mid.addmm_(&gated(&gate_up), &self.down.tr()).view(size.as_slice())
+        Ok(mid.addmm_(&gated(&gate_up)?, &self.down.tr()).view(size.as_slice()))
     }
 }
 
 /// silu(gate) * up of `[n, 2 * intermediate]`, gate first: `[n, intermediate]`.
-fn gated(gate_up: &Tensor) -> Tensor {
+fn gated(gate_up: &Tensor) -> Result<Tensor> {
     let wide = gate_up.size()[1] / 2;
+    if wide % 8 == 0 && has_elementwise(gate_up.device(), gate_up.kind(), 64) {
+        return gated_silu(gate_up);
+    }
     let mut gated = gate_up.narrow(1, 0, wide).silu();
     gated *= gate_up.narrow(1, wide, wide);
-    gated
+    Ok(gated)
 }
 
 /// x / sqrt(mean(x^2) + eps) * weight, statistics in f32, over the last axis.

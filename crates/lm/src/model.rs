@@ -275,7 +275,7 @@ impl LanguageModel {
         let wants_lse = tap.wants_lse();
         for (index, layer) in self.layers.iter().enumerate() {
             let normed_sm = layer.normed(&hidden_sm);
-            let new = layer.project(&normed_sm, &rotation);
+            let new = layer.project(&normed_sm, &rotation)?;
             cache.write(index, &new.k.transpose(0, 1), &new.v.transpose(0, 1));
             let (k_hkd, v_hkd) = cache.with_new(index, s);
             let q_sqd = attention::arranged(&new.q);
@@ -296,7 +296,7 @@ impl LanguageModel {
                 lse_qs: lse_qs.as_ref(),
             })?;
             if let Some(attended) = attended.filter(|_| goes_on) {
-                hidden_sm = layer.finish_block(&hidden_sm, &attended);
+                hidden_sm = layer.finish_block(&hidden_sm, &attended)?;
             }
         }
         cache.advance(s);

@@ -79,7 +79,7 @@ impl LanguageModel {
         for (index, layer) in self.layers.iter().enumerate() {
             let last = index + 1 == self.layers.len();
             let normed_rm = layer.normed(&hidden_rm);
-            let new = layer.project(&normed_rm, &rotation);
+            let new = layer.project(&normed_rm, &rotation)?;
             // The last layer's output is nobody's input.
             let mut own = match wants_lse || !last {
                 true => Some(attention::squares(&new.q, &new.k, &new.v, &segments)?),
@@ -104,7 +104,7 @@ impl LanguageModel {
             })?;
             if let Some(own) = own.as_mut().filter(|_| !last) {
                 attention::add_rectangle(own, &new.q, &k_cache_hkd, &v_cache_hkd, &self.attention)?;
-                hidden_rm = layer.finish_block(&hidden_rm, &own.out_rqd);
+                hidden_rm = layer.finish_block(&hidden_rm, &own.out_rqd)?;
             }
         }
         Ok(())

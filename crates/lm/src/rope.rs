@@ -179,9 +179,11 @@ impl Rope {
     /// - returns cosine and sine in the model's kind
     pub fn at(&self, positions: &Tensor) -> Rotation {
         let angles = positions.unsqueeze(-1) * &self.frequencies_d;
-        let part = |t: Tensor| (t * self.attention_factor).to_kind(self.kind);
-        let (cos, sin) = (part(angles.cos()), part(angles.sin()));
+        let exact = |t: Tensor| t * self.attention_factor;
+        let (exact_cos, exact_sin) = (exact(angles.cos()), exact(angles.sin()));
+        let (cos, sin) = (exact_cos.to_kind(self.kind), exact_sin.to_kind(self.kind));
         Rotation {
+            exact_sd: [exact_cos, exact_sin],
             cos_sd: Tensor::cat(&[&cos, &cos], -1).unsqueeze(-2),
             minus_sin_sd: sin.neg().unsqueeze(-2),
             sin_sd: sin.unsqueeze(-2),
@@ -197,6 +199,8 @@ impl Rope {
 
 /// Cosine and sine of one forward's positions, shared by all layers.
 pub(crate) struct Rotation {
+    /// Cosine and sine, f32 `[.., head_dim / 2]`.
+    exact_sd: [Tensor; 2],
     /// `[.., 1, head_dim]`: both halves are the same.
     cos_sd: Tensor,
     /// `[.., 1, head_dim / 2]`, and its negative.
@@ -205,6 +209,13 @@ pub(crate) struct Rotation {
 }
 
 impl Rotation {
+    /// Cosine and sine of as many rows as `rows`, f32 `[rows, head_dim / 2]`; `None` if positions are shared between rows.
+    pub fn of_rows(&self, rows: i64) -> Option<[Tensor; 2]> {
+        let half = self.exact_sd[0].size().last().copied()?;
+        let of_all = self.exact_sd[0].numel() as i64 == rows * half;
+        of_all.then(|| [0, 1].map(|i| self.exact_sd[i].reshape([rows, half])))
+    }
+
     /// Rotate heads `[.., heads, head_dim]`, positions in the leading dimensions as in [`Rope::at`].
     pub fn apply(&self, x: Tensor) -> Tensor {
         let half = x.size().last().copied().unwrap_or(0) / 2;

@@ -43,7 +43,10 @@ impl Requests {
         ))
     }
 
-    fn from_ids(first: Vec<u32>, later: Vec<u32>, switch: Vec<u32>, chunk_tokens: usize) -> Self {
+    /// Requests that are token ids already; without a tokenizer only how many there are matters.
+    ///
+    /// `switch` follows every request, and a later one quotes its eight tokens before that.
+    pub fn from_ids(first: Vec<u32>, later: Vec<u32>, switch: Vec<u32>, chunk_tokens: usize) -> Self {
         Self { first, later, switch, chunk_tokens: chunk_tokens.max(1) }
     }
 

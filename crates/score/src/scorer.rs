@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
+use pkv_gpu::{ScoreRows, fused_chunk_scores, has_fused_scores};
 use pkv_lm::{KvCache, LanguageModel, NoTap, RepeatTap, RepeatView, TextTokenizer};
 use pkv_recipe::{LabelPreset, LabelSection};
 use tch::{Kind, Tensor};
@@ -22,7 +23,8 @@ pub struct ContextScores {
     /// `[layers, kv_heads, positions]`, f32, on the model's device: the KVzip score; higher means keep.
     pub max_lht: Tensor,
     /// The same shape: the mean, over rows and query group, of the weights whose maximum is the score.
-    pub mean_lht: Tensor,
+    /// Absent if the scorer gives [maxima only](Scorer::maxima_only).
+    pub mean_lht: Option<Tensor>,
 }
 
 /// Scores contexts with one model and one definition of the label.
@@ -32,6 +34,7 @@ pub struct Scorer<'a> {
     prefix: Vec<u32>,
     sink: usize,
     plus: bool,
+    means: bool,
     prefill_chunk_tokens: usize,
     pack_tokens: usize,
 }
@@ -40,16 +43,33 @@ impl<'a> Scorer<'a> {
     /// # Errors
     /// The tokenizer fails on the texts of the requests.
     pub fn new(model: &'a LanguageModel, tokenizer: &TextTokenizer, label: &LabelSection) -> Result<Self> {
-        let prefix = tokenizer.prefix().to_vec();
-        Ok(Self {
+        let requests = Requests::new(tokenizer, label)?;
+        Ok(Self::with_requests(model, requests, tokenizer.prefix(), label))
+    }
+
+    /// A scorer without a tokenizer: requests and prefix are token ids.
+    pub fn with_requests(
+        model: &'a LanguageModel,
+        requests: Requests,
+        prefix: &[u32],
+        label: &LabelSection,
+    ) -> Self {
+        Self {
             model,
-            requests: Requests::new(tokenizer, label)?,
+            requests,
             sink: label.sink_tokens(prefix.len()),
-            prefix,
+            prefix: prefix.to_vec(),
             plus: label.preset == LabelPreset::Plus,
+            means: true,
             prefill_chunk_tokens: label.prefill_chunk_tokens,
             pack_tokens: label.pack(model.device().is_cuda()),
-        })
+        }
+    }
+
+    /// Leave means out, which labels do not need: the fused kernels do not compute them.
+    pub fn maxima_only(mut self) -> Self {
+        self.means = false;
+        self
     }
 
     /// The tokens that scoring feeds.
@@ -110,7 +130,7 @@ impl<'a> Scorer<'a> {
         let shape = self.model.shape();
         let size = [shape.layers as i64, shape.kv_heads as i64, context.len() as i64];
         let zeros = || Tensor::zeros(size, (Kind::Float, self.model.device()));
-        let scores = ContextScores { max_lht: zeros(), mean_lht: zeros() };
+        let scores = ContextScores { max_lht: zeros(), mean_lht: self.means.then(zeros) };
         let repeats: Vec<Repeat> = self
             .requests
             .chunks(context.len())
@@ -148,7 +168,14 @@ struct PackTap<'a> {
 }
 
 impl RepeatTap for PackTap<'_> {
+    fn wants_lse(&self) -> bool {
+        self.fused()
+    }
+
     fn layer(&mut self, view: &RepeatView) -> Result<()> {
+        if let Some(own_lse_qr) = view.own_lse_qr {
+            return self.score_fused(view, own_lse_qr);
+        }
         for (repeat, rows) in self.pack.iter().zip(view.segments) {
             self.score(view, &repeat.chunk, rows)?;
         }
@@ -157,6 +184,49 @@ impl RepeatTap for PackTap<'_> {
 }
 
 impl PackTap<'_> {
+    /// Do the fused kernels serve? They give maxima, on some GPUs, in 16-bit kinds.
+    fn fused(&self) -> bool {
+        let model = self.scorer.model;
+        !self.scorer.means && has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64)
+    }
+
+    /// Score all chunks of the pack in two kernels.
+    fn score_fused(&self, view: &RepeatView, own_lse_qr: &Tensor) -> Result<()> {
+        let prefix = self.scorer.prefix.len();
+        let chunks: Vec<ScoreRows> = self
+            .pack
+            .iter()
+            .zip(view.segments)
+            .map(|(repeat, rows)| ScoreRows {
+                first_row: rows.start,
+                rows: rows.len(),
+                first_key: prefix + repeat.chunk.start,
+                keys: repeat.chunk.len(),
+            })
+            .collect();
+        let weights = if self.scorer.plus { Some(self.weights(view)?) } else { None };
+        fused_chunk_scores(
+            view.q_rqd,
+            view.k_cache_hkd,
+            own_lse_qr,
+            weights.as_ref().map(|(rows_r, columns_qt)| (rows_r, columns_qt)),
+            &chunks,
+            self.scorer.sink,
+            prefix,
+            &self.scores.max_lht.get(view.layer as i64),
+        )
+    }
+
+    /// KVzip+'s factors of all rows `[rows]` and of the context's positions `[query_heads, t]`, f32.
+    fn weights(&self, view: &RepeatView) -> Result<(Tensor, Tensor)> {
+        let prefix = self.scorer.prefix.len() as i64;
+        let context = view.v_cache_hkd.size()[1] - prefix;
+        let v_htd = view.v_cache_hkd.narrow(1, prefix, context);
+        let projection = self.scorer.model.output_projection(view.layer);
+        let both = Weighting::kvzip_plus(view.normed_rm, &v_htd, projection)?;
+        Ok((both.rows_s.contiguous(), both.columns_qt.contiguous()))
+    }
+
     /// Score one chunk by the rows of its repeat.
     fn score(&self, view: &RepeatView, chunk: &Range<usize>, rows: &Range<usize>) -> Result<()> {
         let (first_row, rows) = (rows.start as i64, rows.len() as i64);
@@ -187,7 +257,9 @@ impl PackTap<'_> {
             into_lht.get(view.layer as i64).narrow(1, start, len).copy_(from_ht);
         };
         write(&self.scores.max_lht, &scores.max_ht);
-        write(&self.scores.mean_lht, &scores.mean_ht);
+        if let Some(mean_lht) = &self.scores.mean_lht {
+            write(mean_lht, &scores.mean_ht);
+        }
         Ok(())
     }
 }

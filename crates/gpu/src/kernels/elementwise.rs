@@ -156,7 +156,7 @@ pub fn rotate(
 ///
 /// # Shapes
 /// - `a_rqd`, `b_rqd`: `[rows, query_heads, head_dim]`, bf16 or f16, CUDA, head_dim innermost, any strides
-/// - `a_lse_qr`: f32 `[query_heads, rows]`, contiguous, natural log; becomes that of both
+/// - `a_lse_qr`: f32 `[query_heads, rows]`, rows contiguous, natural log; becomes that of both
 /// - `b_lse_qr`: the same shape, any strides
 ///
 /// # Errors
@@ -172,7 +172,7 @@ pub fn merge_attended(a_rqd: &Tensor, a_lse_qr: &Tensor, b_rqd: &Tensor, b_lse_q
             && b[2] == 1
             && a.iter().chain(&b).all(|n| *n == 1 || n % 2 == 0)
             && [a_lse_qr, b_lse_qr].iter().all(|t| t.size() == [size[1], size[0]] && t.kind() == Kind::Float)
-            && a_lse_qr.is_contiguous(),
+            && a_lse_qr.stride()[1] == 1,
         "attention outputs {size:?} and {:?} with log-sum-exps {:?} and {:?} do not fit",
         b_rqd.size(),
         a_lse_qr.size(),
@@ -198,6 +198,7 @@ pub fn merge_attended(a_rqd: &Tensor, a_lse_qr: &Tensor, b_rqd: &Tensor, b_lse_q
                 Arg::Long(a[1]),
                 Arg::Long(b[0]),
                 Arg::Long(b[1]),
+                Arg::Long(a_lse_qr.stride()[0]),
                 Arg::Long(lse[1]),
                 Arg::Long(lse[0]),
             ],

@@ -2,22 +2,23 @@
 
 use std::ops::Range;
 
+use anyhow::Result;
 use tch::Tensor;
 
 use super::Part;
 
 /// New tokens behind `start` cached ones; shapes as [`super::causal`].
-pub fn causal(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: i64) -> Part {
+pub fn causal(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: i64) -> Result<Part> {
     let s = q_sqd.size()[0];
     if s == 1 {
-        return rectangle(q_sqd, k_hkd, v_hkd);
+        return Ok(rectangle(q_sqd, k_hkd, v_hkd));
     }
     let part = |x: &Tensor, first, n| x.narrow(1, first, n);
     let mut all = square(q_sqd, &part(k_hkd, start, s), &part(v_hkd, start, s));
     if start > 0 {
-        all.add(0, &rectangle(q_sqd, &part(k_hkd, 0, start), &part(v_hkd, 0, start)));
+        all.add(0, &rectangle(q_sqd, &part(k_hkd, 0, start), &part(v_hkd, 0, start)))?;
     }
-    all
+    Ok(all)
 }
 
 /// Each segment over itself; shapes as [`super::squares`].
