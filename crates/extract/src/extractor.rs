@@ -53,7 +53,11 @@ impl<'a> Extractor<'a> {
         label: &LabelSection,
     ) -> Self {
         let repeats = extract.channels.iter().any(|c| c.is_reconstruction());
-        let scorer = repeats.then(|| Scorer::with_requests(model, requests.clone(), prefix, label));
+        let means = extract.channels.contains(&Channel::ReconMean);
+        let scorer = repeats.then(|| {
+            let scorer = Scorer::with_requests(model, requests.clone(), prefix, label);
+            if means { scorer } else { scorer.maxima_only() }
+        });
         Self { model, prefix: prefix.to_vec(), extract: extract.clone(), scorer }
     }
 
@@ -67,30 +71,20 @@ impl<'a> Extractor<'a> {
         Ok(stream.into_features())
     }
 
-    /// Room for the proxy's cache while it reads a context of `tokens`, prefix included.
-    pub(crate) fn cache_capacity(&self, tokens: usize) -> usize {
-        match &self.scorer {
-            Some(scorer) => scorer.cache_capacity(tokens),
-            None => self.prefix.len() + tokens,
-        }
-    }
-
     /// Fill in the reconstruction channels, if there are any.
-    pub(crate) fn reconstruction(
-        &self,
-        context: &[u32],
-        cache: &mut KvCache,
-        heads_pct: &Tensor,
-    ) -> Result<()> {
+    pub(crate) fn reconstruction(&self, context: &[u32], cache: &KvCache, heads_pct: &Tensor) -> Result<()> {
         let Some(scorer) = &self.scorer else { return Ok(()) };
         let scores = scorer.score_cached(context, cache)?;
         // [layers, kv_heads, positions] flattened layer-major is p.
-        let (max_pt, mean_pt) = (scores.max_lht.flatten(0, 1), scores.mean_lht.flatten(0, 1));
+        let max_pt = scores.max_lht.flatten(0, 1);
+        let mean_pt = scores.mean_lht.map(|mean_lht| mean_lht.flatten(0, 1));
         for (slot, channel) in self.extract.channels.iter().enumerate() {
             let values_pt = match channel {
                 Channel::ReconLog => max_pt.log().clamp(-LOG_LIMIT, 0.0),
                 Channel::ReconLogOdds => pkv_prune::log_odds(&max_pt),
-                Channel::ReconMean => (&mean_pt + MEAN_FLOOR).log(),
+                Channel::ReconMean => {
+                    (mean_pt.as_ref().context("the scorer left out the means")? + MEAN_FLOOR).log()
+                }
                 _ => continue,
             };
             heads_pct.select(1, slot as i64).copy_(&values_pt);

@@ -11,6 +11,7 @@
 
 use anyhow::{Result, ensure};
 use pkv_core::{GlobalChannel, hinted};
+use pkv_gpu::has_fused_scores;
 use pkv_lm::KvCache;
 use tch::Tensor;
 
@@ -27,9 +28,14 @@ pub struct FeatureStream<'e, 'm> {
     cache: KvCache,
     statistics: QueryStatistics,
     surprisal: Option<Surprisal>,
+    /// Maxima and sums so far. The fused kernel folds into every position, so features that others
+    /// read already must not lie here; where none is final before the end, it is `heads_pct` itself.
+    gathered_pct: Tensor,
     heads_pct: Tensor,
     globals_ct: Tensor,
     settled: usize,
+    /// Some features are final before the context's end.
+    early: bool,
 }
 
 impl<'m> Extractor<'m> {
@@ -50,9 +56,15 @@ impl<'m> Extractor<'m> {
         let statistics = QueryStatistics::new(&self.extract, self.prefix.len(), context.len());
         let wanted = self.extract.globals.contains(&GlobalChannel::Surprisal);
         let surprisal = wanted.then(|| Surprisal::new(self.model, &ids, self.prefix.len()));
+        let room = || statistics.zeros(self.model.shape().total_kv_heads(), self.model.device());
+        let heads_pct = room();
+        let repeats = self.extract.channels.iter().any(|c| c.is_reconstruction());
+        let in_pieces = ids.len() > self.extract.prefill_chunk_tokens;
+        let early = in_pieces && !repeats && statistics.settled(context.len() - 1) > 0;
         Ok(FeatureStream {
-            cache: self.model.new_cache(self.cache_capacity(context.len())),
-            heads_pct: statistics.zeros(self.model.shape().total_kv_heads(), self.model.device()),
+            cache: self.model.new_cache(ids.len()),
+            gathered_pct: if early { room() } else { heads_pct.shallow_clone() },
+            heads_pct,
             globals_ct: globals(
                 &self.extract.globals,
                 surprisal.as_ref(),
@@ -64,6 +76,7 @@ impl<'m> Extractor<'m> {
             statistics,
             surprisal,
             settled: 0,
+            early,
         })
     }
 }
@@ -82,11 +95,13 @@ impl FeatureStream<'_, '_> {
         let Extractor { model, prefix, extract, .. } = self.extractor;
         let end = self.ids.len().min(start + extract.prefill_chunk_tokens.max(1));
         let chunk = model.ids(&self.ids[start..end]);
+        let fused = has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64);
         let mut tap = FeatureTap {
             statistics: &self.statistics,
             channels: &extract.channels,
             prefix: prefix.len(),
-            heads_pct: &self.heads_pct,
+            fused,
+            heads_pct: &self.gathered_pct,
         };
         match &mut self.surprisal {
             Some(surprisal) => {
@@ -104,20 +119,22 @@ impl FeatureStream<'_, '_> {
     fn settle(&mut self, read: usize) -> Result<()> {
         let prefix = self.extractor.prefix.len();
         let at_end = read == self.ids.len();
-        let repeats = self.extractor.extract.channels.iter().any(|c| c.is_reconstruction());
-        let settled = match repeats && !at_end {
-            true => 0,
-            false => self.statistics.settled(read.saturating_sub(prefix)),
+        let settled = match at_end || self.early {
+            true => self.statistics.settled(read.saturating_sub(prefix)),
+            false => 0,
         };
         if settled <= self.settled {
             return Ok(());
         }
         let range = self.settled..settled;
+        let part = |all: &Tensor| all.narrow(-1, range.start as i64, range.len() as i64);
+        if self.early {
+            part(&self.heads_pct).copy_(&part(&self.gathered_pct));
+        }
         self.statistics.finish_range(&self.heads_pct, self.extractor.model.shape().group(), range.clone());
         if at_end {
-            self.extractor.reconstruction(&self.ids[prefix..], &mut self.cache, &self.heads_pct)?;
+            self.extractor.reconstruction(&self.ids[prefix..], &self.cache, &self.heads_pct)?;
         }
-        let part = |all: &Tensor| all.narrow(-1, range.start as i64, range.len() as i64);
         let _ = part(&self.heads_pct).clamp_(-LOG_LIMIT, LOG_LIMIT);
         let row = self.extractor.extract.globals.iter().position(|c| *c == GlobalChannel::Surprisal);
         if let (Some(row), Some(surprisal)) = (row, &self.surprisal) {

@@ -2,8 +2,8 @@
 //!
 //! Owns `config.json`, weights, the tokenizer and its chat template, the KV cache, the forward pass
 //! and greedy generation. Which KV pairs matter is `score`'s and `prune`'s question; this crate only
-//! lets them look ([`Tap`]), lets a cache be read with some of its pairs hidden ([`Branches`]), and
-//! shrinks it to those that are kept ([`RaggedCache`]).
+//! lets them look ([`Tap`], [`RepeatTap`]), lets a cache be read with some of its pairs hidden
+//! ([`Branches`]), and shrinks it to those that are kept ([`RaggedCache`]).
 //!
 //! Dimension key: l layer, h KV head, g query heads per KV head, q query head, s new token of a
 //! forward, t context position, k key attended to, d head_dim, m hidden.
@@ -17,17 +17,20 @@ mod kept;
 mod layer;
 mod model;
 mod ragged;
+mod repeats;
 mod rope;
 mod tap;
 mod template;
 mod tokenizer;
 mod weights;
 
+pub use attention::{AttentionPolicy, Rectangle};
 pub use branches::Branches;
 pub use cache::KvCache;
 pub use config::{Family, LmConfig};
 pub use model::LanguageModel;
 pub use ragged::RaggedCache;
+pub use repeats::{RepeatTap, RepeatView};
 pub use rope::{RopeConfig, RopeScaling};
 pub use tap::{LayerView, NoTap, Tap};
 pub use tokenizer::TextTokenizer;

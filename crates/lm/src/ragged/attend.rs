@@ -6,66 +6,75 @@
 //!
 //! Dimension key: as [`super`]; q query head, g query heads per KV head.
 
+use anyhow::Result;
 use pkv_gpu::{Mask, flash_used_segments, has_fused_attention};
 use tch::Tensor;
 
 use super::RaggedCache;
 use super::forward::Step;
-use crate::attention;
+use crate::attention::{self, AttentionPolicy};
 
 impl RaggedCache {
     /// Attention of new tokens, whose keys and values are written, over all that came before them and
     /// over themselves, causally.
     ///
     /// # Shapes
-    /// - `q_bqsd`: `[b, query_heads, s, d]`, rotary applied, contiguous
-    /// - returns `[b, query_heads, s, d]`, same kind
-    pub(super) fn attend(&self, layer: usize, step: &Step, q_bqsd: &Tensor) -> Tensor {
-        match has_fused_attention(q_bqsd) {
-            true => self.attend_at_once(layer, step, q_bqsd),
-            false => self.attend_one_by_one(layer, step, q_bqsd),
-        }
+    /// - `q_bsqd`: `[b, s, query_heads, d]`, rotary applied; any strides with head_dim innermost
+    /// - returns `[b, s, query_heads, d]`, same kind
+    ///
+    /// # Errors
+    /// A kernel fails.
+    pub(super) fn attend(
+        &self,
+        layer: usize,
+        step: &Step,
+        q_bsqd: &Tensor,
+        policy: &AttentionPolicy,
+    ) -> Result<Tensor> {
+        let (b, s, heads_q, d) = q_bsqd.size4()?;
+        let (heads, group) = (self.kv_heads as i64, heads_q / self.kv_heads as i64);
+        // A segment's rows are its new tokens, and its query heads the group: nothing moves for one token.
+        let q_xsgd = q_bsqd.reshape([b, s, heads, group, d]).transpose(1, 2).reshape([b * heads, s, group, d]);
+        let out_xsgd = match has_fused_attention(q_bsqd) {
+            true => self.attend_at_once(layer, step, &q_xsgd)?,
+            false => self.attend_one_by_one(layer, step, &q_xsgd, policy)?,
+        };
+        Ok(out_xsgd.view([b, heads, s, group, d]).transpose(1, 2).reshape([b, s, heads_q, d]))
     }
 
-    fn attend_at_once(&self, index: usize, step: &Step, q_bqsd: &Tensor) -> Tensor {
-        let layer = &self.layers[index];
-        let (b, heads_q, s, d) = q_bqsd.size4().expect("queries have four axes");
-        let (heads, at) = (self.kv_heads as i64, index as i64);
-        let group = heads_q / heads;
-        // A segment's rows are its new tokens, and its query heads the group: nothing moves for one token.
-        let q_rgd = q_bqsd.view([b * heads, group, s, d]).transpose(1, 2).reshape([-1, group, d]);
-        let longest = self.longest(index, step);
+    fn attend_at_once(&self, index: usize, step: &Step, q_xsgd: &Tensor) -> Result<Tensor> {
+        let (layer, at) = (&self.layers[index], index as i64);
+        let (_, s, group, d) = q_xsgd.size4()?;
         let attended = flash_used_segments(
-            &q_rgd,
+            &q_xsgd.view([-1, group, d]),
             &layer.keys.unsqueeze(1),
             &layer.values.unsqueeze(1),
             [&step.query_bounds_x, &self.bounds_lx.get(at)],
             &step.used_lx.get(at),
-            [s as usize, longest],
+            [s as usize, self.longest(index, step)],
             Mask::Causal,
-        );
-        // Shapes and kinds were made here: what is left is a kernel that does not start.
-        let out_rgd = attended.expect("the kernel takes these queries").out;
-        out_rgd.view([b * heads, s, group, d]).transpose(1, 2).reshape([b, heads_q, s, d])
+        )?;
+        Ok(attended.out.view(q_xsgd.size().as_slice()))
     }
 
-    fn attend_one_by_one(&self, index: usize, step: &Step, q_bqsd: &Tensor) -> Tensor {
+    fn attend_one_by_one(
+        &self,
+        index: usize,
+        step: &Step,
+        q_xsgd: &Tensor,
+        policy: &AttentionPolicy,
+    ) -> Result<Tensor> {
         let layer = &self.layers[index];
-        let (b, heads_q, s, d) = q_bqsd.size4().expect("queries have four axes");
-        let group = heads_q / self.kv_heads as i64;
-        let q_xgsd = q_bqsd.view([-1, group, s, d]);
         let bounds = layer.bounds(self.room);
-        let outs: Vec<Tensor> = layer
-            .kept
-            .iter()
-            .enumerate()
-            .map(|(x, kept)| {
-                let before = kept + step.appended[x / self.kv_heads];
-                let rows = |all: &Tensor| all.narrow(0, bounds[x] as i64, before as i64 + s).unsqueeze(0);
-                attention::causal(&q_xgsd.get(x as i64), &rows(&layer.keys), &rows(&layer.values), before)
-            })
-            .collect();
-        Tensor::stack(&outs, 0).view([b, heads_q, s, d])
+        let mut outs = Vec::with_capacity(layer.kept.len());
+        for (x, kept) in layer.kept.iter().enumerate() {
+            let before = kept + step.appended[x / self.kv_heads];
+            let rows = |all: &Tensor| all.narrow(0, bounds[x] as i64, before as i64 + step.s).unsqueeze(0);
+            let q_sgd = attention::arranged(&q_xsgd.get(x as i64));
+            let (k, v) = (rows(&layer.keys), rows(&layer.values));
+            outs.push(attention::causal(&q_sgd, &k, &v, before, false, policy)?.0);
+        }
+        Ok(Tensor::stack(&outs, 0))
     }
 
     /// Keys of a layer's longest segment, new ones included.

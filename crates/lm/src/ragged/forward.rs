@@ -58,10 +58,10 @@ impl LanguageModel {
         let mut hidden_bsm = self.embed_known(ids_bs);
         let rotation = self.rope.at(&cache.positions(size[1], self.device()));
         for (index, layer) in self.layers.iter().enumerate() {
-            let new = layer.project(&layer.normed(&hidden_bsm), &rotation);
+            let new = layer.project(&layer.normed(&hidden_bsm), &rotation)?;
             cache.write(index, &step, &new.k, &new.v);
-            let attended_bqsd = cache.attend(index, &step, &new.q);
-            hidden_bsm = layer.finish_block(&hidden_bsm, &attended_bqsd);
+            let attended_bsqd = cache.attend(index, &step, &new.q, &self.attention)?;
+            hidden_bsm = layer.finish_block(&hidden_bsm, &attended_bsqd)?;
         }
         cache.advance(size[1] as usize);
         Ok(self.finish(&hidden_bsm))
@@ -101,13 +101,13 @@ impl RaggedCache {
         Tensor::from_slice(&next).to_device(device).unsqueeze(1) + Tensor::arange(s, (Kind::Float, device))
     }
 
-    /// Write new keys and values `[b, kv_heads, s, d]` of a layer behind the present ones.
-    fn write(&mut self, layer: usize, step: &Step, k_bhsd: &Tensor, v_bhsd: &Tensor) {
+    /// Write new keys and values `[b, s, kv_heads, d]` of a layer behind the present ones.
+    fn write(&mut self, layer: usize, step: &Step, k_bshd: &Tensor, v_bshd: &Tensor) {
         let slot_n = step.slot_ln.get(layer as i64);
         let layer = &mut self.layers[layer];
-        for (rows, new) in [(&mut layer.keys, k_bhsd), (&mut layer.values, v_bhsd)] {
+        for (rows, new) in [(&mut layer.keys, k_bshd), (&mut layer.values, v_bshd)] {
             let d = rows.size()[1];
-            let _ = rows.index_copy_(0, &slot_n, &new.reshape([-1, d]));
+            let _ = rows.index_copy_(0, &slot_n, &new.transpose(1, 2).reshape([-1, d]));
         }
     }
 

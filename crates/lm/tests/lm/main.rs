@@ -10,6 +10,8 @@ mod goldens;
 mod loading;
 /// Compaction equals masking; nothing pruned equals the full cache; batches equal single sequences.
 mod ragged;
+/// Packed continuations of one cache, and the log-sum-exps that taps may ask for.
+mod repeats;
 /// Checkpoints, folders and comparisons that the other files share.
 mod support;
 /// Text to tokens, chat templates, vocabularies.
