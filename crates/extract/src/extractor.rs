@@ -6,7 +6,7 @@
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Channel, GlobalChannel, hinted};
 use pkv_gpu::has_fused_scores;
-use pkv_lm::{KvCache, LanguageModel, TextTokenizer};
+use pkv_lm::{KvCache, LanguageModel, TextTokenizer, prefill_chunk};
 use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::{Requests, Scorer};
 use tch::Tensor;
@@ -105,13 +105,13 @@ impl<'a> Extractor<'a> {
         let prefix = self.prefix.len();
         let (device, kind) = (self.model.device(), self.model.kind());
         let fused = has_fused_scores(device, kind, self.model.shape().head_dim as i64);
-        let mut tap =
-            FeatureTap { statistics, channels: &self.extract.channels, prefix, fused, heads_pct };
+        let mut tap = FeatureTap { statistics, channels: &self.extract.channels, prefix, fused, heads_pct };
         let wanted = self.extract.globals.contains(&GlobalChannel::Surprisal);
         let mut surprisal = wanted.then(|| Surprisal::new(self.model, &ids, prefix));
-        for chunk in ids.chunks(self.extract.prefill_chunk_tokens.max(1)) {
+        while cache.len() < ids.len() {
             let start = cache.len();
-            let chunk = self.model.ids(chunk);
+            let chunk = prefill_chunk(start, ids.len(), self.extract.prefill_chunk_tokens);
+            let chunk = self.model.ids(&ids[chunk]);
             match &mut surprisal {
                 Some(surprisal) => {
                     let hidden_sm = self.model.forward(&chunk, cache, &mut tap)?;
