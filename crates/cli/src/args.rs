@@ -80,6 +80,10 @@ pub enum Command {
         /// Evaluate this export in place of the run's best checkpoint.
         #[arg(long, value_name = "FOLDER")]
         mapper: Option<PathBuf>,
+        /// Write `kept.safetensors` beside the results: tokens, features, scores and what the mapper
+        /// keeps of the first N contexts with facts, which a port is held against.
+        #[arg(long, value_name = "N")]
+        kept: Option<usize>,
     },
     /// The frozen mapper: safetensors, config.json, model card, parity vectors.
     Export(StageArgs),

@@ -50,8 +50,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Label(a) => one(cli, a, Stage::Label, stop, &EvalOptions::default())?,
         Command::Extract(a) => one(cli, a, Stage::Extract, stop, &EvalOptions::default())?,
         Command::Train(a) => one(cli, a, Stage::Train, stop, &EvalOptions::default())?,
-        Command::Eval { stage, mapper } => {
-            one(cli, stage, Stage::Eval, stop, &EvalOptions { mapper: mapper.clone() })?;
+        Command::Eval { stage, mapper, kept } => {
+            let options = EvalOptions { mapper: mapper.clone(), kept: *kept };
+            one(cli, stage, Stage::Eval, stop, &options)?;
         }
         Command::Export(a) => one(cli, a, Stage::Export, stop, &EvalOptions::default())?,
         Command::Report(a) => one(cli, a, Stage::Report, stop, &EvalOptions::default())?,

@@ -17,6 +17,7 @@ mod context;
 mod evaluate;
 mod facts;
 mod forced;
+mod kept;
 mod labels;
 mod methods;
 mod perplexity;
@@ -26,6 +27,7 @@ pub mod table;
 mod worked;
 
 pub use evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE, evaluate, is_complete};
+pub use kept::kept_sets;
 pub use results::{
     FactSpan, FactsCell, FactsResults, HeadRecall, Interval, KeptCounts, LabelCell, LabelResults,
     MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults, RESULTS_VERSION, RankCell,

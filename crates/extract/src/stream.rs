@@ -12,7 +12,7 @@
 use anyhow::{Result, ensure};
 use pkv_core::{GlobalChannel, hinted};
 use pkv_gpu::has_fused_scores;
-use pkv_lm::KvCache;
+use pkv_lm::{KvCache, prefill_chunk};
 use tch::Tensor;
 
 use crate::extractor::{ContextFeatures, Extractor};
@@ -93,8 +93,9 @@ impl FeatureStream<'_, '_> {
         }
         let _no_grad = tch::no_grad_guard();
         let Extractor { model, prefix, extract, .. } = self.extractor;
-        let end = self.ids.len().min(start + extract.prefill_chunk_tokens.max(1));
-        let chunk = model.ids(&self.ids[start..end]);
+        let chunk = prefill_chunk(start, self.ids.len(), extract.prefill_chunk_tokens);
+        let end = chunk.end;
+        let chunk = model.ids(&self.ids[chunk]);
         let fused = has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64);
         let mut tap = FeatureTap {
             statistics: &self.statistics,

@@ -101,7 +101,6 @@ pub fn answer(
     let mut whole = String::new();
     let (mut first_token_secs, mut last_secs) = (0.0, 0.0);
     let mut next = target.ids(&question.tokens).unsqueeze(0);
-    let mut first = true;
     let finish = loop {
         if stopped() {
             break Finish::Interrupted;
@@ -112,10 +111,7 @@ pub fn answer(
         if cache.next_position(0) + next.size()[1] as usize > limit {
             break Finish::Positions;
         }
-        let hidden_bsm = match std::mem::take(&mut first) {
-            true => target.forward_ragged(&next, cache)?,
-            false => target.step_ragged(&next, cache)?,
-        };
+        let hidden_bsm = target.forward_ragged(&next, cache)?;
         let id_b1 = target.logits(&hidden_bsm.slice(1, -1, None, 1)).argmax(-1, false);
         let id = id_b1.to_kind(Kind::Int64).int64_value(&[0, 0]) as u32;
         last_secs = begun.elapsed().as_secs_f64();

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, ensure};
 use pkv_core::{Hinted, hinted};
-use pkv_lm::{KvCache, LanguageModel, NoTap, RaggedCache};
+use pkv_lm::{KvCache, LanguageModel, NoTap, RaggedCache, prefill_chunk};
 use tch::{Device, Tensor};
 
 pub use parallel::Parallel;
@@ -104,10 +104,11 @@ impl Context<'_> {
         let _no_grad = tch::no_grad_guard();
         let ids: Vec<u32> = [self.prefix, self.tokens].concat();
         let mut cache = self.target.new_cache(ids.len());
-        for chunk in ids.chunks(self.chunk_tokens.max(1)) {
+        while cache.len() < ids.len() {
             (self.check_stop)()?;
+            let chunk = prefill_chunk(cache.len(), ids.len(), self.chunk_tokens.max(1));
             // Questions come later: nobody reads the context's hidden states.
-            self.target.forward_for_tap(&self.target.ids(chunk), &mut cache, &mut NoTap)?;
+            self.target.forward_for_tap(&self.target.ids(&ids[chunk]), &mut cache, &mut NoTap)?;
         }
         Ok(cache)
     }

@@ -13,7 +13,10 @@ mod portable;
 use std::ops::Range;
 
 use anyhow::Result;
-use pkv_gpu::{Attended, Mask, cudnn, flash, flash_segments, has_elementwise, has_fused_attention, merge_attended, upload};
+use pkv_gpu::{
+    Attended, Mask, cudnn, flash, flash_segments, has_elementwise, has_fused_attention, merge_attended,
+    upload,
+};
 use tch::{Device, Kind, Tensor};
 
 pub use policy::{AttentionPolicy, Rectangle};

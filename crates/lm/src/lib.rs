@@ -28,7 +28,7 @@ pub use attention::{AttentionPolicy, Rectangle};
 pub use branches::Branches;
 pub use cache::KvCache;
 pub use config::{Family, LmConfig};
-pub use model::LanguageModel;
+pub use model::{LanguageModel, prefill_chunk};
 pub use ragged::RaggedCache;
 pub use repeats::{RepeatTap, RepeatView};
 pub use rope::{RopeConfig, RopeScaling};

@@ -5,6 +5,7 @@
 //!
 //! Dimension key: s new token, m hidden.
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
@@ -191,17 +192,17 @@ impl LanguageModel {
         tap: &mut dyn Tap,
     ) -> Result<Tensor> {
         check_prefill(ids, cache, chunk_tokens)?;
-        let chunks = ids.chunks(chunk_tokens);
-        let last = chunks.len() - 1;
-        for (i, chunk) in chunks.enumerate() {
-            let ids = self.ids(chunk);
-            if i == last {
-                return self.forward(&ids, cache, tap);
+        let mut done = 0;
+        loop {
+            let chunk = prefill_chunk(done, ids.len(), chunk_tokens);
+            done = chunk.end;
+            let chunk_ids = self.ids(&ids[chunk]);
+            if done == ids.len() {
+                return self.forward(&chunk_ids, cache, tap);
             }
             // Nobody reads these chunks' hidden states, so their last layer may end early.
-            self.forward_for_tap(&ids, cache, tap)?;
+            self.forward_for_tap(&chunk_ids, cache, tap)?;
         }
-        unreachable!("a non-empty context has a last chunk")
     }
 
     /// Like [`LanguageModel::prefill`], where only taps and the cache are of interest: the last layer
@@ -214,7 +215,13 @@ impl LanguageModel {
         tap: &mut dyn Tap,
     ) -> Result<()> {
         check_prefill(ids, cache, chunk_tokens)?;
-        ids.chunks(chunk_tokens).try_for_each(|chunk| self.forward_for_tap(&self.ids(chunk), cache, tap))
+        let mut done = 0;
+        while done < ids.len() {
+            let chunk = prefill_chunk(done, ids.len(), chunk_tokens);
+            done = chunk.end;
+            self.forward_for_tap(&self.ids(&ids[chunk]), cache, tap)?;
+        }
+        Ok(())
     }
 
     /// Next-token logits, f32 `[.., vocab]`, of hidden states after the final norm.
@@ -233,18 +240,6 @@ impl LanguageModel {
     /// # Errors
     /// An id outside the vocabulary, if the ids are on the host.
     pub(crate) fn embed(&self, ids: &Tensor) -> Result<Tensor> {
-        self.check_ids(ids)?;
-        Ok(self.embed_known(ids))
-    }
-
-    /// Rows of the embedding matrix of ids that were checked, or that the model has chosen.
-    pub(crate) fn embed_known(&self, ids: &Tensor) -> Tensor {
-        Tensor::embedding(&self.embedding, &ids.to_device(self.device), -1, false, false)
-    }
-
-    /// # Errors
-    /// No id, another kind than i64, or an id outside the vocabulary.
-    pub(crate) fn check_ids(&self, ids: &Tensor) -> Result<()> {
         ensure!(ids.kind() == Kind::Int64, "token ids must be i64, not {:?}", ids.kind());
         ensure!(ids.numel() > 0, "there is no token to read");
         if ids.device() == Device::Cpu {
@@ -314,6 +309,13 @@ impl LanguageModel {
         cache.advance(s);
         Ok(hidden_sm)
     }
+}
+
+/// The next prefill chunk of a context of `tokens` of which `done` are read: `size` tokens, or all that are left if those
+/// are at most a quarter more. A last chunk of a few tokens would read all weights for little.
+pub fn prefill_chunk(done: usize, tokens: usize, size: usize) -> Range<usize> {
+    let (left, size) = (tokens - done, size.max(1));
+    done..done + if left <= size + size / 4 { left } else { size }
 }
 
 fn check_prefill(ids: &[u32], cache: &KvCache, chunk_tokens: usize) -> Result<()> {

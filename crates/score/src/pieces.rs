@@ -7,6 +7,7 @@ use std::ops::Range;
 use anyhow::{Result, bail};
 use pkv_core::hinted;
 use pkv_gpu::unless_exhausted;
+use pkv_lm::prefill_chunk;
 
 /// Below so many tokens a prefill chunk saves no memory that matters.
 const LEAST_PREFILL_TOKENS: usize = 512;
@@ -23,9 +24,10 @@ pub(crate) fn prefill(
     size: usize,
     mut read: impl FnMut(Range<usize>) -> Result<()>,
 ) -> Result<()> {
-    let (mut done, mut size) = (0, size.max(1));
+    let (mut done, mut size, mut short) = (0, size.max(1), false);
     while done < tokens {
-        let chunk = done..tokens.min(done + size);
+        // Where memory is short, the last chunk is not stretched.
+        let chunk = if short { done..tokens.min(done + size) } else { prefill_chunk(done, tokens, size) };
         let tried = chunk.len();
         if unless_exhausted(|| read(chunk.clone()))?.is_some() {
             done = chunk.end;
@@ -34,7 +36,7 @@ pub(crate) fn prefill(
         if tried <= LEAST_PREFILL_TOKENS {
             bail!(no_room(format!("memory ran out in a prefill chunk of {tried} tokens")));
         }
-        size = (tried / 2).max(LEAST_PREFILL_TOKENS);
+        (size, short) = ((tried / 2).max(LEAST_PREFILL_TOKENS), true);
         tracing::warn!("memory ran out in a prefill chunk of {tried} tokens; going on with {size}");
     }
     Ok(())
@@ -102,7 +104,7 @@ mod tests {
             Ok(())
         })
         .unwrap();
-        assert_eq!(read, [0..2000, 2000..4000, 4000..6000, 6000..8000, 8000..10_000]);
+        assert_eq!(read, [0..2500, 2500..5000, 5000..7500, 7500..10_000]);
         let mut tried = Vec::new();
         let error = prefill(5000, 3000, |chunk| {
             tried.push(chunk.len());

@@ -25,24 +25,17 @@ pub(super) struct Step {
 impl LanguageModel {
     /// Read new tokens behind every sequence of the cache, as many of each, and append theirs to it.
     ///
+    /// Ids that are on the device already are taken as they are: the model itself has chosen them, and
+    /// nothing is read back.
+    ///
     /// # Shapes
-    /// - `ids_bs`: i64 `[sequences, s]`, any device
+    /// - `ids_bs`: i64 `[sequences, s]`
     /// - returns the hidden states after the final norm, `[sequences, s, hidden]`, in the model's kind
     ///
     /// # Errors
     /// An id outside the vocabulary, another number of sequences, or no memory for the new tokens; the
     /// cache is then as long as before.
     pub fn forward_ragged(&self, ids_bs: &Tensor, cache: &mut RaggedCache) -> Result<Tensor> {
-        self.check_ids(ids_bs)?;
-        self.step_ragged(ids_bs, cache)
-    }
-
-    /// As [`LanguageModel::forward_ragged`] with ids that the model itself has chosen: nothing is read
-    /// back from the device.
-    ///
-    /// # Errors
-    /// As there, but for the ids.
-    pub fn step_ragged(&self, ids_bs: &Tensor, cache: &mut RaggedCache) -> Result<Tensor> {
         let size = ids_bs.size();
         ensure!(
             size.len() == 2 && size[0] == cache.sequences() as i64 && size[1] > 0,
@@ -53,9 +46,9 @@ impl LanguageModel {
             cache.layers() == self.layers.len() && cache.kv_heads() == self.shape().kv_heads,
             "the KV cache is of another model"
         );
+        let mut hidden_bsm = self.embed(ids_bs)?;
         cache.reserve(size[1] as usize)?;
         let step = cache.step(size[1], self.device());
-        let mut hidden_bsm = self.embed_known(ids_bs);
         let rotation = self.rope.at(&cache.positions(size[1], self.device()));
         for (index, layer) in self.layers.iter().enumerate() {
             let new = layer.project(&layer.normed(&hidden_bsm), &rotation)?;

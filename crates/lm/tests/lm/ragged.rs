@@ -72,7 +72,7 @@ fn keeping_everything_equals_the_full_cache() {
                 &model.logits(&question),
                 1e-4,
             );
-            let hidden = model.step_ragged(&one(&model, &all[133..134]), &mut pruned).unwrap();
+            let hidden = model.forward_ragged(&one(&model, &all[133..134]), &mut pruned).unwrap();
             assert_close(
                 &format!("{name}, step"),
                 &model.logits(&hidden.squeeze_dim(0)),

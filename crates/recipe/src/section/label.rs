@@ -52,7 +52,7 @@ impl Default for LabelSection {
             preset: LabelPreset::Original,
             chunk_tokens: None,
             sink: None,
-            prefill_chunk_tokens: 16_000,
+            prefill_chunk_tokens: 32_768,
             pack_tokens: None,
             store: StoreDtype::F16,
         }

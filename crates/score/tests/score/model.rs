@@ -119,7 +119,8 @@ fn off(scores: &ContextScores, expected: &(Vec<f64>, Vec<f64>)) -> f64 {
         assert_eq!(a.len(), b.len());
         a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max)
     };
-    difference(&flat(&scores.max_lht), &expected.0).max(difference(&flat(scores.mean_lht.as_ref().unwrap()), &expected.1))
+    difference(&flat(&scores.max_lht), &expected.0)
+        .max(difference(&flat(scores.mean_lht.as_ref().unwrap()), &expected.1))
 }
 
 #[test]
