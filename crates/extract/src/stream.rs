@@ -59,7 +59,7 @@ impl<'m> Extractor<'m> {
         let room = || statistics.zeros(self.model.shape().total_kv_heads(), self.model.device());
         let heads_pct = room();
         let repeats = self.extract.channels.iter().any(|c| c.is_reconstruction());
-        let in_pieces = ids.len() > self.extract.prefill_chunk_tokens;
+        let in_pieces = prefill_chunk(0, ids.len(), self.extract.prefill_chunk_tokens).end < ids.len();
         let early = in_pieces && !repeats && statistics.settled(context.len() - 1) > 0;
         Ok(FeatureStream {
             cache: self.model.new_cache(ids.len()),

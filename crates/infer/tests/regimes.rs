@@ -44,7 +44,7 @@ fn every_regime_keeps_the_same_pairs() {
             for _ in 0..2 {
                 let mut prefilled = regime.prefill(&context).unwrap();
                 assert!(prefilled.fallback.is_none(), "{:?}", prefilled.fallback);
-                let kept = &prefilled.kept;
+                let kept = prefilled.kept.clone();
                 assert_eq!(kept.of_pairs, 12 * 300);
                 let expected = (ratio * 12.0 * 300.0).round() as usize;
                 assert_eq!(kept.pairs, expected, "{policy:?}");

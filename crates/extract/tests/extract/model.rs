@@ -306,8 +306,9 @@ fn a_stream_settles_what_no_later_token_changes() {
         let mut read = 0usize;
         loop {
             let more = stream.step().unwrap();
-            read += 23;
-            let context_read = read.saturating_sub(nano.tokenizer.prefix().len()).min(90);
+            let prefix = nano.tokenizer.prefix().len();
+            read = pkv_lm::prefill_chunk(read, prefix + 90, 23).end;
+            let context_read = read.saturating_sub(prefix);
             let settled = if context_read == 90 { 90 } else { context_read.saturating_sub(behind) };
             assert_eq!(stream.settled(), settled, "{channels:?} after {read}");
             let n = settled as i64;

@@ -34,7 +34,8 @@ impl RaggedCache {
         let (b, s, heads_q, d) = q_bsqd.size4()?;
         let (heads, group) = (self.kv_heads as i64, heads_q / self.kv_heads as i64);
         // A segment's rows are its new tokens, and its query heads the group: nothing moves for one token.
-        let q_xsgd = q_bsqd.reshape([b, s, heads, group, d]).transpose(1, 2).reshape([b * heads, s, group, d]);
+        let q_xsgd =
+            q_bsqd.reshape([b, s, heads, group, d]).transpose(1, 2).reshape([b * heads, s, group, d]);
         let out_xsgd = match has_fused_attention(q_bsqd) {
             true => self.attend_at_once(layer, step, &q_xsgd)?,
             false => self.attend_one_by_one(layer, step, &q_xsgd, policy)?,
