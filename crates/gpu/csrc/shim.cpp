@@ -54,6 +54,25 @@ std::vector<at::Tensor> tensors(at::Tensor** p, size_t n) {
   return v;
 }
 
+// The folder of libtorch's libraries, with a slash; empty if it cannot be told.
+std::string torch_libraries() {
+  Dl_info info;
+  if (!dladdr((void*)&at::globalContext, &info)) return "";
+  std::string lib(info.dli_fname);
+  lib.resize(lib.rfind('/') + 1);
+  return lib;
+}
+
+// NVRTC opens its builtins by bare name; loaded first by full path, they are found. Where the wheels lie elsewhere, the
+// loader's own path is tried.
+bool load_nvrtc(const std::string& lib) {
+  const std::string nv = lib + "../../nvidia/cu13/lib/";
+  bool loaded = false;
+  for (const char* so : {"libnvrtc-builtins.so.13.0", "libnvrtc.so.13"})
+    loaded = dlopen((nv + so).c_str(), RTLD_LAZY | RTLD_GLOBAL) || dlopen(so, RTLD_LAZY | RTLD_GLOBAL);
+  return loaded;
+}
+
 } // namespace
 
 // Before main(), because libtorch asks once whether CUDA is there and remembers the answer. The
@@ -69,14 +88,8 @@ __attribute__((constructor)) static void pkv_boot() {
     boot_error = "no NVIDIA driver: libcuda.so.1 is not found";
     return;
   }
-  Dl_info info;
-  if (!dladdr((void*)&at::globalContext, &info)) return;
-  std::string lib(info.dli_fname);
-  lib.resize(lib.rfind('/') + 1);
-  // NVRTC opens its builtins by bare name; loaded first by full path, they are found.
-  const std::string nv = lib + "../../nvidia/cu13/lib/";
-  for (const auto& so : {nv + "libnvrtc-builtins.so.13.0", nv + "libnvrtc.so.13"})
-    dlopen(so.c_str(), RTLD_LAZY | RTLD_GLOBAL);
+  const std::string lib = torch_libraries();
+  load_nvrtc(lib);
   if (!dlopen((lib + "libtorch_cuda.so").c_str(), RTLD_NOW | RTLD_GLOBAL)) boot_error = dlerror();
 }
 
@@ -84,8 +97,18 @@ extern "C" {
 
 const char* pkv_last_error() { return last_error.c_str(); }
 
+// For the project's other C++ files.
+void pkv_set_last_error(const char* text) { last_error = text; }
+
 // Why CUDA was not loaded; empty if it was.
 const char* pkv_boot_error() { return boot_error.c_str(); }
+
+// Make NVRTC's symbols findable by its bare name; needs no driver.
+int pkv_load_nvrtc() {
+  static const bool loaded = load_nvrtc(torch_libraries());
+  if (!loaded) last_error = "libnvrtc.so.13 is not found";
+  return loaded ? 0 : -1;
+}
 
 int pkv_cuda_count() { return c10::impl::hasDeviceGuardImpl(CUDA) ? (int)c10::impl::VirtualGuardImpl(CUDA).deviceCount() : 0; }
 

@@ -1,4 +1,4 @@
-//! The C interface of `csrc/shim.cpp`, and its errors.
+//! The C interface of `csrc/`, and its errors.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -14,6 +14,7 @@ pub struct RawEvent {
 unsafe extern "C" {
     fn pkv_last_error() -> *const c_char;
     fn pkv_boot_error() -> *const c_char;
+    pub fn pkv_load_nvrtc() -> c_int;
     pub fn pkv_cuda_count() -> c_int;
     pub fn pkv_cuda_sync(device: c_int) -> c_int;
     pub fn pkv_cuda_memory(device: c_int, out: *mut i64) -> c_int;
@@ -72,6 +73,28 @@ unsafe extern "C" {
     pub fn pkv_event_sync(e: *mut RawEvent) -> c_int;
     pub fn pkv_event_query(e: *mut RawEvent, done: *mut c_int) -> c_int;
     pub fn pkv_event_elapsed(from: *mut RawEvent, to: *mut RawEvent, ms: *mut f64) -> c_int;
+    pub fn pkv_time_conv(
+        x: *mut C_tensor,
+        weight: *mut C_tensor,
+        bias: *mut C_tensor,
+        dilation: i64,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn pkv_attend_heads(
+        tokens: *mut C_tensor,
+        logit: *mut C_tensor,
+        reading: *mut C_tensor,
+        heads: i64,
+        piece: i64,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn pkv_drop_grads(n: usize, t: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_lerp(n: usize, mean: *mut *mut C_tensor, x: *mut *mut C_tensor, weight: f64) -> c_int;
+    pub fn pkv_pinned(n: i64, out: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_upload_beside(host: *mut C_tensor, device: c_int, out: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_mark_record(device: c_int, out: *mut *mut c_void) -> c_int;
+    pub fn pkv_mark_wait(event: *mut c_void) -> c_int;
+    pub fn pkv_mark_free(event: *mut c_void);
 }
 
 /// Turn the shim's return code into a result; the text is the first line of libtorch's.

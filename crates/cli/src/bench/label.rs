@@ -25,7 +25,7 @@ pub fn rows(bench: &Bench, target: &Subject) -> Result<Vec<Row>> {
         return Ok(bench.contexts.iter().flat_map(of).collect());
     };
     let prefix = target.prefix()?;
-    let scorer = Scorer::with_requests(&model, target.requests(section)?, &prefix, section);
+    let scorer = Scorer::with_requests(&model, target.requests(section)?, &prefix, section).maxima_only();
     let mut rows = Vec::new();
     for &t in bench.contexts {
         let context = target.context(t)?;

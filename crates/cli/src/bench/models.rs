@@ -158,6 +158,7 @@ mod tests {
         assert!(context.len() == 500 && context.iter().all(|&id| id < 4096));
         assert_eq!(context, subject.context(500).unwrap());
         let requests = subject.requests(&recipe.label).unwrap();
-        assert_eq!(requests.most_tokens(500), LATER + 8 + SWITCH + 500);
+        let longer = Subject::new(&recipe, Role::Target, Device::Cpu, true).context(5000).unwrap();
+        assert_eq!(requests.ids(&longer, &(2000..4000)).len(), LATER + 8 + SWITCH + 2000);
     }
 }

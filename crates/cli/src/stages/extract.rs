@@ -71,7 +71,7 @@ pub fn fingerprint(s: &Session, proxy: &Found, examples: &Fingerprint) -> Finger
         .with("extract", &s.recipe.extract)
         .with("proxy", proxy.fingerprint(s));
     if s.recipe.extract.channels.iter().any(|c: &Channel| c.is_reconstruction()) {
-        fingerprint.with("label", &s.recipe.label)
+        fingerprint.with("label", s.recipe.label.material())
     } else {
         fingerprint
     }

@@ -19,7 +19,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
         return Ok(Outcome::Skipped(format!("labels of {} examples match the recipe", stage.rows())));
     }
     let model = target.load(s)?;
-    let scorer = Scorer::new(&model, &target.tokenizer, &s.recipe.label)?;
+    let scorer = Scorer::new(&model, &target.tokenizer, &s.recipe.label)?.maxima_only();
     let shape = model.shape();
 
     let (done, total) = (stage.rows(), examples.len());
@@ -59,6 +59,6 @@ pub fn run(s: &Session) -> Result<Outcome> {
 pub fn fingerprint(s: &Session, target: &Found, examples: &Fingerprint) -> Fingerprint {
     Fingerprint::new()
         .with("examples", examples)
-        .with("label", &s.recipe.label)
+        .with("label", s.recipe.label.material())
         .with("target", target.fingerprint(s))
 }
