@@ -44,6 +44,28 @@ fn random_weights_need_no_files_and_leave_none() {
 }
 
 #[test]
+fn steps_are_timed_through_the_loader_and_without_it() {
+    let s = without_models();
+    let line = |ms: f64, positions: u32| {
+        format!(
+            r#"{{"batch": 4, "proxy_heads": 3, "channels": 8, "target_heads": 12, "positions": {positions},
+                "dtype": "f32", "compiled": true, "step_ms": {ms}}}"#
+        )
+        .replace('\n', " ")
+    };
+    s.write("peer.jsonl", &[line(9e6, 64), line(8e6, 64), line(1e-6, 65)].join("\n"));
+    let args = ["bench", "train", "--context", "64", "--repeats", "1", "--peer", "peer.jsonl"];
+    let table = s.run(&args).ok().stdout;
+    assert!(table.contains("batch there") && table.contains("8000000.00 ms"), "{table}");
+    let json = s.run(&[&args[..], &["--json"]].concat()).ok().stdout;
+    let row = serde_json::from_str::<Value>(&json).unwrap()["rows"][0].clone();
+    assert_eq!((&row["batch"], &row["target_heads"]), (&4.into(), &12.into()), "{row}");
+    assert!(row["step_ms"].as_f64().unwrap() > 0.0 && row["ratio"].as_f64().unwrap() > 0.0, "{row}");
+    s.write("peer.jsonl", "{}");
+    s.run(&args).fails_with(&["cannot use the peer's figures", "mapper_compile.py"]);
+}
+
+#[test]
 fn loaded_weights_must_be_there() {
     let args = ["bench", "label", "--context", "40", "--repeats", "1"];
     without_models().run(&args).fails_with(&["cannot open the target", "no-such-target"]);

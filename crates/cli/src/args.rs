@@ -113,13 +113,14 @@ pub struct BenchArgs {
     /// Lengths of the contexts, tokens; the recipe's windows if absent.
     #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
     pub context: Vec<usize>,
-    /// Runs of each piece of work, after one to warm up.
+    /// Runs of each piece of work, after one to warm up; `train` takes as many steps, five times.
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub repeats: usize,
     /// No further run of a piece of work after this many seconds, but two at least.
     #[arg(long, default_value_t = 20.0, value_name = "SECONDS")]
     pub max_seconds: f64,
-    /// Figures of `scripts/peer/time_kvpress.py` for the same shape, to be printed beside ours.
+    /// Figures of `scripts/peer/time_kvpress.py` (`train`: `mapper_compile.py`, a line per run) for the same
+    /// shape, to be printed beside ours.
     #[arg(long, value_name = "FILE")]
     pub peer: Option<PathBuf>,
 }

@@ -11,6 +11,7 @@ mod models;
 mod peer;
 mod roofline;
 mod table;
+mod train;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -63,22 +64,37 @@ pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
     let contexts = if args.context.is_empty() { &recipe.data.window_tokens } else { &args.context };
     ensure!(!contexts.contains(&0), hinted("`--context` names a context of 0 tokens", "use 1 or more"));
     let device = choose_device(cli)?;
-    let role = match args.what {
-        BenchWhat::Label => Role::Target,
-        BenchWhat::Extract => Role::Proxy,
-        BenchWhat::Train => anyhow::bail!("not yet"),
-    };
-    let subject = Subject::new(&recipe, role, device, args.random_weights);
+    match args.what {
+        BenchWhat::Label | BenchWhat::Extract => models(cli, args, &recipe, contexts, device, &stop)?,
+        BenchWhat::Train => train::run(cli, args, &recipe, contexts, device, &stop)?,
+    }
+    if device == Device::Cpu {
+        tracing::warn!(
+            "figures of a CPU mean little: the work is made for a GPU, and threads share their cores"
+        );
+    }
+    Ok(())
+}
+
+/// `label` and `extract`: one of the two language models.
+fn models(
+    cli: &Cli,
+    args: &BenchArgs,
+    recipe: &Recipe,
+    contexts: &[usize],
+    device: Device,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let label = args.what == BenchWhat::Label;
+    let role = if label { Role::Target } else { Role::Proxy };
+    let subject = Subject::new(recipe, role, device, args.random_weights);
     let peer =
         args.peer.as_deref().map(|path| Peer::read(path, &subject, &args.recipe.recipe)).transpose()?;
 
     let roofline = roofline::measure(device, subject.kind)?;
-    let clock = Clock::new(device, args, &roofline, &stop);
-    let bench = Bench { recipe: &recipe, contexts, clock: &clock };
-    let mut rows = match args.what {
-        BenchWhat::Label => label::rows(&bench, &subject)?,
-        BenchWhat::Extract | BenchWhat::Train => extract::rows(&bench, &subject)?,
-    };
+    let clock = Clock::new(device, args, &roofline, stop);
+    let bench = Bench { recipe, contexts, clock: &clock };
+    let mut rows = if label { label::rows(&bench, &subject)? } else { extract::rows(&bench, &subject)? };
     if let Some(peer) = &peer {
         rows.iter_mut().for_each(|row| row.peer = peer.find(row));
     }
@@ -97,11 +113,6 @@ pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", table::text(&report));
-    }
-    if device == Device::Cpu {
-        tracing::warn!(
-            "figures of a CPU mean little: the work is made for a GPU, and threads share their cores"
-        );
     }
     Ok(())
 }

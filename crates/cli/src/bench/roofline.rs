@@ -28,12 +28,18 @@ pub fn measure(device: Device, kind: Kind) -> Result<Roofline> {
     let _no_grad = tch::no_grad_guard();
     let (n, bytes) = if device.is_cuda() { (8192, 2i64 << 30) } else { (1024, 64 << 20) };
     let matrix = || Tensor::f_randn([n, n], (kind, device));
-    let (a, b, mut out) = (matrix()?, matrix()?, matrix()?);
-    let secs = seconds(device, || Ok(drop(a.f_matmul_out(&mut out, &b)?)))?;
+    let (a, b, out) = (matrix()?, matrix()?, matrix()?);
+    let secs = seconds(device, || {
+        let _ = a.f_matmul_out(&out, &b)?;
+        Ok(())
+    })?;
     let flops_per_s = 2.0 * (n as f64).powi(3) / secs;
     let (source, mut copy) =
         (Tensor::f_zeros([bytes], (Kind::Uint8, device))?, Tensor::f_empty([bytes], (Kind::Uint8, device))?);
-    let secs = seconds(device, || Ok(copy.f_copy_(&source)?))?;
+    let secs = seconds(device, || {
+        copy.f_copy_(&source)?;
+        Ok(())
+    })?;
     let roofline = Roofline { flops_per_s, copy_bytes_per_s: 2.0 * bytes as f64 / secs, matrix: n };
     drop((a, b, out, source, copy));
     if device.is_cuda() {

@@ -6,6 +6,7 @@ use pkv_recipe::plan::{human_bytes, human_flops};
 
 use super::Report;
 use super::clock::Row;
+use super::roofline::Roofline;
 
 /// Title, ceilings and one line per row, ending in a line break.
 pub fn text(report: &Report) -> String {
@@ -16,24 +17,33 @@ pub fn text(report: &Report) -> String {
         "{} of `{}` on {}, {}, {weights}: {}",
         report.stage, report.recipe, report.device, report.dtype, report.shape
     );
-    let roofline = &report.roofline;
-    let _ = writeln!(
-        out,
-        "ceilings measured in this run: matrix product {}/s ({n} x {n} x {n}), copy {}/s",
-        human_flops(roofline.flops_per_s),
-        human_bytes(roofline.copy_bytes_per_s as u64),
-        n = roofline.matrix
-    );
+    let _ = writeln!(out, "{}", ceilings(&report.roofline));
     if let Some(peer) = &report.peer {
         let _ = writeln!(out, "peer: {peer}, its fastest attention");
     }
     let _ = writeln!(out);
     let mut lines = vec![header(report)];
     lines.extend(report.rows.iter().map(|row| cells(row, report.peer.is_some())));
-    let columns = lines[0].len();
+    out + &aligned(&lines)
+}
+
+/// What the machine can do, on a line.
+pub fn ceilings(roofline: &Roofline) -> String {
+    format!(
+        "ceilings measured in this run: matrix product {}/s ({n} x {n} x {n}), copy {}/s",
+        human_flops(roofline.flops_per_s),
+        human_bytes(roofline.copy_bytes_per_s as u64),
+        n = roofline.matrix
+    )
+}
+
+/// Lines of cells in columns: the first to the left, the others to the right.
+pub fn aligned(lines: &[Vec<String>]) -> String {
+    let mut out = String::new();
+    let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let width = |c: usize| lines.iter().filter_map(|l| l.get(c)).map(String::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(width).collect();
-    for line in &lines {
+    for line in lines {
         let mut text = format!("  {:<w$}", line[0], w = widths[0]);
         for (cell, &w) in line.iter().zip(&widths).skip(1) {
             let _ = write!(text, "  {cell:>w$}");

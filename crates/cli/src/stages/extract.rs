@@ -32,6 +32,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let mut tokens = 0;
     s.bar.start("extract", total, done);
     let times = pump(
+        s.device,
         done..total,
         |i| examples.get(i),
         |example| {

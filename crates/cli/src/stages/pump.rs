@@ -3,6 +3,7 @@
 //! The computing thread is the caller's, so what it holds need not move. Order is kept. An error on
 //! any thread ends all of them, after the results that were computed before it have been written.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -17,6 +18,9 @@ use tch::{Device, Kind, Tensor};
 /// Items that may wait to be computed; they are token ids, small beside everything else.
 const AHEAD: usize = 4;
 
+/// Results that the device may still be working on while the next one's work is queued.
+const QUEUED: usize = 2;
+
 /// Results that may wait to be written: with the one in the writer's hands, most of the host's memory.
 const BEHIND: usize = 2;
 
@@ -25,6 +29,7 @@ const BEHIND: usize = 2;
 pub struct Times {
     /// From the first read to the last write.
     pub wall: Duration,
+    /// Queuing work, and waiting for the device to do it.
     pub compute: Duration,
     /// Waiting for the next item.
     pub reader: Duration,
@@ -62,9 +67,13 @@ impl fmt::Display for Times {
 
 /// Take every item through `read` (a thread), `compute` (the caller's) and `write` (another thread), in order.
 ///
+/// `compute` may return when its work is queued on `device`: a few results ahead of the device it is made
+/// to wait, so that a wait for the writer is about writing.
+///
 /// # Errors
 /// The first error of the three; the writer's before the others', because it concerns an earlier item.
 pub fn pump<I: Send, O: Send>(
+    device: Device,
     items: Range<u64>,
     read: impl Fn(u64) -> Result<I> + Send,
     compute: impl FnMut(I) -> Result<O>,
@@ -90,7 +99,7 @@ pub fn pump<I: Send, O: Send>(
             results.into_iter().try_for_each(write)
         });
         // Both queues end with this call, so neither thread can wait for ever.
-        let computed = compute_all(read_items, to_write, compute, &mut times);
+        let computed = compute_all(device, read_items, to_write, compute, &mut times);
         let written = timed(&mut times.writer, || writer.join());
         written.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).and(computed)
     })?;
@@ -100,18 +109,31 @@ pub fn pump<I: Send, O: Send>(
 
 /// The computing thread's loop; ends early and without an error if the writer has gone, who knows why.
 fn compute_all<I, O>(
+    device: Device,
     items: Receiver<Result<I>>,
     to_write: SyncSender<O>,
     mut compute: impl FnMut(I) -> Result<O>,
     times: &mut Times,
 ) -> Result<()> {
+    let mut queued = VecDeque::new();
     while let Ok(item) = timed(&mut times.reader, || items.recv()) {
-        let result = timed(&mut times.compute, || compute(item?))?;
+        let result = timed(&mut times.compute, || {
+            let result = compute(item?)?;
+            let mut done = Event::new(false)?;
+            done.record(&Stream::current(device)?)?;
+            queued.push_back(done);
+            if queued.len() > QUEUED { settle(queued.drain(..1)) } else { Ok(()) }.map(|()| result)
+        })?;
         if timed(&mut times.writer, || to_write.send(result)).is_err() {
             break;
         }
     }
-    Ok(())
+    timed(&mut times.compute, || settle(queued.drain(..)))
+}
+
+/// Wait until the device has reached all of `events`.
+fn settle(mut events: impl Iterator<Item = Event>) -> Result<()> {
+    events.try_for_each(|event| event.synchronize())
 }
 
 fn timed<T>(total: &mut Duration, work: impl FnOnce() -> T) -> T {
@@ -164,6 +186,7 @@ mod tests {
         let (read, written) = (AtomicU64::new(0), AtomicU64::new(0));
         let mut out = Vec::new();
         let times = pump(
+            Device::Cpu,
             3..40,
             |i| {
                 let ahead = read.fetch_add(1, Ordering::SeqCst) - written.load(Ordering::SeqCst);
@@ -192,6 +215,7 @@ mod tests {
         };
         let mut out = Vec::new();
         let e = pump(
+            Device::Cpu,
             0..10,
             |i| at("read", i),
             |i| at("compute", i),
@@ -213,6 +237,6 @@ mod tests {
     #[test]
     fn nothing_to_do_is_done_at_once() {
         let never = |_| -> Result<u64> { unreachable!("there is no item") };
-        pump(7..7, never, Ok, |_: u64| Ok(())).unwrap();
+        pump(Device::Cpu, 7..7, never, Ok, |_: u64| Ok(())).unwrap();
     }
 }
