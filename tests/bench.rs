@@ -91,3 +91,65 @@ fn the_peer_stands_beside_ours_and_must_be_of_the_same_shape() {
     s.write("peer.json", &peer(7));
     s.run(&args).fails_with(&["cannot use the peer's figures", "7 layers", "time_kvpress.py"]);
 }
+
+/// Every regime with every feature set, the bare prefill and KVzip, all set beside each other; and a trace.
+#[test]
+fn prefill_is_measured_in_every_regime() {
+    let s = without_models();
+    let args = ["bench", "prefill", "--random-weights", "--context", "97,40", "--repeats", "2"];
+    let ran = s.run(&[&args[..], &["--json", "--trace", "trace.json"]].concat()).ok();
+    let report: Value = serde_json::from_str(&ran.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    let regimes = ["sequential", "streams", "streams, overlap", "dual, computed"];
+    for context in [40, 97] {
+        let of = |what: &str, features: Value| {
+            let found = rows
+                .iter()
+                .find(|r| r["what"] == what && r["features"] == features && r["context"] == context);
+            found.unwrap_or_else(|| panic!("no {what} with {features} at {context}")).clone()
+        };
+        let bare = of("prefill", Value::Null)["median_s"].as_f64().unwrap();
+        let kvzip = of("KVzip", Value::Null);
+        let ratio = kvzip["median_s"].as_f64().unwrap() / bare;
+        assert!((kvzip["over_prefill"].as_f64().unwrap() - ratio).abs() < 1e-9);
+        for features in ["recipe", "window", "reconstruction"] {
+            for regime in regimes {
+                let row = of(regime, features.into());
+                assert!(
+                    row["median_s"].as_f64().unwrap() > 0.0 && row["kvzip_over_this"].is_number(),
+                    "{row}"
+                );
+            }
+            let sequential = of("sequential", features.into());
+            let share = sequential["mapper_share"].as_f64().unwrap();
+            assert!(share > 0.0 && share < 1.0, "{sequential}");
+            assert_eq!(sequential["phases"].as_array().unwrap().len(), 4);
+        }
+    }
+    assert_eq!(rows.len(), 2 * (2 + 3 * regimes.len()));
+    let trace: Value = serde_json::from_str(&std::fs::read_to_string(s.path("trace.json")).unwrap()).unwrap();
+    let processes = trace["traceEvents"].as_array().unwrap().iter().filter(|e| e["name"] == "process_name");
+    assert_eq!(processes.count(), 2 * 3 * 3);
+    assert!(s.run(&args).ok().stdout.contains("dual, computed"));
+}
+
+#[test]
+fn decoding_is_measured_by_what_is_kept_and_by_batch() {
+    let s = without_models();
+    let args =
+        ["bench", "decode", "--random-weights", "--context", "700", "--repeats", "2", "--batch", "1,2"];
+    let report: Value = serde_json::from_str(&s.run(&[&args[..], &["--json"]].concat()).ok().stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 6 + 5);
+    for row in rows.iter().filter(|r| r["what"] == "kept") {
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("no `{key}` in {row}"));
+        // 6 layers of 2 KV heads of 32 in f32, keys and values, and room for a block of 256 tokens.
+        let pairs = number("batch") * 12.0 * ((700.0 * number("retain")) + 256.0);
+        assert!((number("cache_bytes") / (pairs * 256.0) - 1.0).abs() < 0.01, "{row}");
+        assert!(number("attention_s") > 0.0 && number("attention_s") < number("step_s"), "{row}");
+        let tokens = number("batch") / number("step_s");
+        assert!((number("tokens_per_s") / tokens - 1.0).abs() < 1e-9);
+        assert_eq!(number("retain") == 1.0, number("cache_share") == 1.0);
+    }
+    s.run(&["bench", "decode", "--random-weights", "--batch", "0"]).fails_with(&["`--batch` is 0"]);
+}

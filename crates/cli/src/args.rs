@@ -215,6 +215,12 @@ pub struct BenchArgs {
     /// shape, to be printed beside ours.
     #[arg(long, value_name = "FILE")]
     pub peer: Option<PathBuf>,
+    /// `decode`: sequences that decode together; several may be named.
+    #[arg(long, default_value = "1", value_name = "N", value_delimiter = ',')]
+    pub batch: Vec<usize>,
+    /// `prefill`: write the phases of each regime as a trace that ui.perfetto.dev shows.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -225,6 +231,10 @@ pub enum BenchWhat {
     Extract,
     /// Mapper: steps through the loader, and on a batch that is on the device already.
     Train,
+    /// Both models: a context to a pruned cache, by the target alone, by KVzip, and by ProxyKV in every regime.
+    Prefill,
+    /// Target: tokens per second from full and from pruned caches.
+    Decode,
 }
 
 impl BenchWhat {
@@ -233,6 +243,8 @@ impl BenchWhat {
             Self::Label => "label",
             Self::Extract => "extract",
             Self::Train => "train",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
         }
     }
 }

@@ -5,10 +5,12 @@
 //! is timed is what the stages call; shards are not written. Running out of memory is a row of the table.
 
 mod clock;
+mod decode;
 mod extract;
 mod label;
 mod models;
 mod peer;
+mod prefill;
 mod roofline;
 mod table;
 mod train;
@@ -62,11 +64,14 @@ pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
     let recipe = pkv_recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
     ensure!(args.repeats > 0, hinted("`--repeats` is 0", "measure at least once"));
     let contexts = if args.context.is_empty() { &recipe.data.window_tokens } else { &args.context };
+    ensure!(!args.batch.contains(&0), hinted("`--batch` is 0", "decode 1 sequence or more"));
     ensure!(!contexts.contains(&0), hinted("`--context` names a context of 0 tokens", "use 1 or more"));
     let device = choose_device(cli)?;
     match args.what {
         BenchWhat::Label | BenchWhat::Extract => models(cli, args, &recipe, contexts, device, &stop)?,
         BenchWhat::Train => train::run(cli, args, &recipe, contexts, device, &stop)?,
+        BenchWhat::Prefill => prefill::run(cli, args, &recipe, contexts, device, &stop)?,
+        BenchWhat::Decode => decode::run(cli, args, &recipe, contexts, device, &stop)?,
     }
     if device == Device::Cpu {
         tracing::warn!(

@@ -22,6 +22,8 @@ use pkv_recipe::DtypeName;
 use pkv_score::Requests;
 use tch::{Device, Kind};
 
+pub use self::output::{Trace, write_traces};
+
 use self::output::{Output, Summary};
 use crate::args::{Cli, DtypeArg, InferArgs, PolicyName, RegimeArg};
 use crate::render::{FELL_BACK, INTERRUPTED, Interrupted, REPAIRABLE, exit_code};
@@ -92,10 +94,14 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
             false => Ok(()),
         }),
     })?;
-    // Proxy and mapper have done their part; their memory is the answers'.
+    // Proxy and mapper have done their part; their memory is the answers', or another process's.
     drop(regime);
+    if device.is_cuda() || proxy_device.is_cuda() {
+        pkv_gpu::empty_cache()?;
+    }
     if let Some(path) = &args.trace {
-        output::write_trace(path, regime_name, &prefilled.timeline.phases())?;
+        let trace = Trace { name: regime_name.to_string(), phases: prefilled.timeline.phases() };
+        write_traces(path, &[trace])?;
     }
     let summary = Summary {
         regime: regime_name.to_string(),

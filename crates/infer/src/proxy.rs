@@ -79,9 +79,9 @@ pub struct ProxyMapper {
 
 enum MapperSide {
     /// After the proxy, on its lane.
-    After(Mapper),
+    After(Box<Mapper>),
     /// Beside it, with a lane of its own.
-    Beside(Worker<Mapper>),
+    Beside(Worker<Mapper>, Lane),
 }
 
 /// A news for the mapper's thread: features before this position are final once the event is reached.
@@ -91,17 +91,18 @@ impl ProxyMapper {
     /// The mapper works behind the proxy.
     pub fn new(parts: ProxyParts) -> Self {
         let ProxyParts { proxy, mapper, prefix, requests, extract, label, target, window_tokens } = parts;
-        let mapper = MapperSide::After(mapper);
+        let mapper = MapperSide::After(Box::new(mapper));
         Self { proxy, prefix, requests, extract, label, mapper, target, window_tokens }
     }
 
     /// Let the mapper work beside the proxy: it starts on the first window of features that is final.
     ///
     /// # Errors
-    /// The system has no thread left.
+    /// The system has no thread left, or the GPU no stream.
     pub fn overlapped(mut self) -> Result<Self> {
         if let MapperSide::After(mapper) = self.mapper {
-            self.mapper = MapperSide::Beside(Worker::new("mapper", mapper)?);
+            let lane = Lane::beside("mapper", mapper.device())?;
+            self.mapper = MapperSide::Beside(Worker::new("mapper", *mapper)?, lane);
         }
         Ok(self)
     }
@@ -118,7 +119,9 @@ impl ScoreSource for ProxyMapper {
         let extractor = Extractor::with_requests(proxy, requests, prefix, extract, label);
         let scores_bot = match &self.mapper {
             MapperSide::After(mapper) => after(&extractor, mapper, self.window_tokens, context, at),
-            MapperSide::Beside(mapper) => beside(&extractor, mapper, self.window_tokens, context, at),
+            MapperSide::Beside(mapper, lane) => {
+                beside(&extractor, mapper, *lane, self.window_tokens, context, at)
+            }
         }?;
         let ModelShape { layers, kv_heads, .. } = self.target;
         Ok(scores_bot.view([layers as i64, kv_heads as i64, context.len() as i64]))
@@ -152,6 +155,7 @@ fn after(
 fn beside(
     extractor: &Extractor,
     mapper: &Worker<Mapper>,
+    lane: Lane,
     window: usize,
     context: &[u32],
     at: &Situation,
@@ -159,9 +163,8 @@ fn beside(
     let mut stream = extractor.stream(context)?;
     let (news, incoming) = channel::<Settled>();
     let (heads, globals) = (stream.heads_pct().unsqueeze(0), stream.globals_ct().unsqueeze(0));
-    let (timeline, device, positions) = (Arc::clone(&at.timeline), at.lane.device(), context.len());
+    let (timeline, positions) = (Arc::clone(&at.timeline), context.len());
     let pending = mapper.start(move |mapper| {
-        let lane = Lane::beside("mapper", device)?;
         let _current = lane.enter()?;
         mapper.dims().check_features(&heads, &globals)?;
         let stitched = StitchedScores::new(mapper, &heads, &globals, window);

@@ -101,6 +101,15 @@ impl KvCache {
         })
     }
 
+    /// Hold `len` positions of normal noise, whatever was there.
+    pub(crate) fn fill_with_noise(&mut self, len: usize) {
+        let _no_grad = tch::no_grad_guard();
+        for part in self.keys.iter_mut().chain(&mut self.values) {
+            let _ = part.normal_(0.0, 1.0);
+        }
+        (self.len, self.next_position) = (len, len);
+    }
+
     /// Keys and values of all layers, `[kv_heads, capacity, head_dim]` each, and the capacity.
     pub(crate) fn into_layers(self) -> (Vec<Tensor>, Vec<Tensor>, usize) {
         (self.keys, self.values, self.capacity)

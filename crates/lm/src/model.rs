@@ -152,6 +152,13 @@ impl LanguageModel {
         KvCache::new(self.shape(), capacity, self.device, self.kind)
     }
 
+    /// A cache of `tokens` positions of noise and room for `spare` more: for benchmarks of what follows.
+    pub fn noise_cache(&self, tokens: usize, spare: usize) -> KvCache {
+        let mut cache = self.new_cache(tokens + spare);
+        cache.fill_with_noise(tokens);
+        cache
+    }
+
     /// W_O of a layer: `[hidden, query_heads * head_dim]`, input columns grouped by query head.
     pub fn output_projection(&self, layer: usize) -> &Tensor {
         &self.layers[layer].output

@@ -8,7 +8,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 
 use anyhow::{Context, Error, Result};
-use pkv_infer::{Answer, Kept, Phase, PhaseTotal, Prefilled, RegimeName};
+use pkv_infer::{Answer, Kept, Phase, PhaseTotal, Prefilled};
 use pkv_recipe::plan::human_bytes;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -188,25 +188,34 @@ fn table(s: &Summary) -> String {
     out
 }
 
-/// The phases in the Chrome trace format, which ui.perfetto.dev reads: microseconds, a row per lane.
+/// Phases of one prefill, for a trace.
+pub struct Trace {
+    pub name: String,
+    pub phases: Vec<Phase>,
+}
+
+/// Phases in the Chrome trace format, which ui.perfetto.dev reads: microseconds, a process per prefill,
+/// a row per lane.
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn write_trace(path: &Path, regime: RegimeName, phases: &[Phase]) -> Result<()> {
+pub fn write_traces(path: &Path, traces: &[Trace]) -> Result<()> {
     let lanes = ["target", "proxy", "mapper"];
     let row = |lane: &str| lanes.iter().position(|l| *l == lane).unwrap_or(lanes.len());
-    let mut events: Vec<Value> = lanes
-        .iter()
-        .map(|lane| json!({"ph": "M", "name": "thread_name", "pid": 1, "tid": row(lane), "args": {"name": lane}}))
-        .collect();
-    events.push(json!({"ph": "M", "name": "process_name", "pid": 1, "args": {"name": regime.to_string()}}));
-    events.extend(phases.iter().map(|p| {
-        json!({
-            "ph": "X", "name": p.name, "pid": 1, "tid": row(p.lane),
-            "ts": p.start_secs * 1e6, "dur": (p.end_secs - p.start_secs) * 1e6,
-            "args": {"peak_bytes": p.peak_bytes},
-        })
-    }));
+    let mut events: Vec<Value> = Vec::new();
+    for (pid, trace) in traces.iter().enumerate() {
+        events.push(json!({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": trace.name}}));
+        events.extend(lanes.iter().map(
+            |lane| json!({"ph": "M", "name": "thread_name", "pid": pid, "tid": row(lane), "args": {"name": lane}}),
+        ));
+        events.extend(trace.phases.iter().map(|p| {
+            json!({
+                "ph": "X", "name": p.name, "pid": pid, "tid": row(p.lane),
+                "ts": p.start_secs * 1e6, "dur": (p.end_secs - p.start_secs) * 1e6,
+                "args": {"peak_bytes": p.peak_bytes},
+            })
+        }));
+    }
     let text = serde_json::to_string(&json!({"traceEvents": events}))?;
     std::fs::write(path, text).with_context(|| format!("cannot write the trace `{}`", path.display()))
 }

@@ -17,14 +17,15 @@ use crate::worker::Worker;
 pub struct Parallel {
     name: RegimeName,
     source: Worker<Box<dyn ScoreSource>>,
-    device: tch::Device,
+    /// One stream for all contexts: libtorch's allocator keeps free memory by stream.
+    lane: Lane,
 }
 
 impl Parallel {
     /// One device for both.
     ///
     /// # Errors
-    /// The system has no thread left.
+    /// The system has no thread left, or the GPU no stream.
     pub fn streams(source: impl ScoreSource + 'static) -> Result<Self> {
         Self::new(RegimeName::Streams, source)
     }
@@ -32,14 +33,14 @@ impl Parallel {
     /// The source on a device of its own.
     ///
     /// # Errors
-    /// The system has no thread left.
+    /// The system has no thread left, or the GPU no stream.
     pub fn dual(source: impl ScoreSource + 'static) -> Result<Self> {
         Self::new(RegimeName::Dual, source)
     }
 
     fn new(name: RegimeName, source: impl ScoreSource + 'static) -> Result<Self> {
-        let device = source.device();
-        Ok(Self { name, source: Worker::new("proxy", Box::new(source) as Box<dyn ScoreSource>)?, device })
+        let lane = Lane::beside("proxy", source.device())?;
+        Ok(Self { name, source: Worker::new("proxy", Box::new(source) as Box<dyn ScoreSource>)?, lane })
     }
 }
 
@@ -57,12 +58,11 @@ impl Regime for Parallel {
         if let tch::Device::Cuda(gpu) = lane.device() {
             pkv_gpu::reset_peak(gpu)?;
         }
-        let (device, tokens) = (self.device, context.tokens.to_vec());
+        let (proxy_lane, tokens) = (self.lane, context.tokens.to_vec());
         let (shared, check_stop) = (Arc::clone(&timeline), Arc::clone(&context.check_stop));
         let pending = self.source.start(move |source| {
-            let lane = Lane::beside("proxy", device)?;
-            let _current = lane.enter()?;
-            source.score(&tokens, &Situation { timeline: shared, lane, check_stop })
+            let _current = proxy_lane.enter()?;
+            source.score(&tokens, &Situation { timeline: shared, lane: proxy_lane, check_stop })
         });
         let full = timeline.time(&lane, "prefill", || context.prefill_target());
         let done = timeline.secs();

@@ -59,6 +59,22 @@ impl LanguageModel {
         cache.advance(size[1] as usize);
         Ok(self.finish(&hidden_bsm))
     }
+
+    /// The attention of one forward alone, all layers with the same queries, outputs dropped: for
+    /// benchmarks. The new tokens' keys are whatever the rooms hold; the cache must have room for them.
+    ///
+    /// # Shapes
+    /// - `q_bsqd`: `[sequences, s, query_heads, head_dim]`, kind and device of the cache
+    ///
+    /// # Errors
+    /// A kernel fails.
+    pub fn attend_ragged(&self, q_bsqd: &Tensor, cache: &RaggedCache) -> Result<()> {
+        let step = cache.step(q_bsqd.size()[1], self.device());
+        for index in 0..self.layers.len() {
+            let _ = cache.attend(index, &step, q_bsqd, &self.attention)?;
+        }
+        Ok(())
+    }
 }
 
 impl RaggedCache {

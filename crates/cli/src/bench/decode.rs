@@ -1,0 +1,264 @@
+//! Decoding from full and from pruned caches: tokens per second, and the attention's part of it.
+//!
+//! Caches hold noise: how long a step takes does not depend on what it reads. Scores that choose what
+//! stays are noise too, with heads that differ, so that KV heads keep different numbers as they do in
+//! earnest.
+
+use std::fmt::Write;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+use pkv_core::{ModelShape, Policy, RetentionRatio};
+use pkv_gpu::unless_exhausted;
+use pkv_infer::{Budget, Keep};
+use pkv_lm::{KvCache, LanguageModel, NoTap, RaggedCache};
+use pkv_recipe::Recipe;
+use pkv_recipe::plan::human_bytes;
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
+
+use super::clock::{Clock, Row};
+use super::models::Subject;
+use super::roofline::{self, Roofline};
+use crate::args::{BenchArgs, Cli};
+use crate::pair::Role;
+use crate::session::device_name;
+
+/// Steps of one run.
+const STEPS: usize = 32;
+/// Shares that stay; 1 is the full cache, read as pruned ones are.
+const RATIOS: [f64; 5] = [1.0, 0.5, 0.2, 0.1, 0.05];
+
+#[derive(Debug, Serialize)]
+struct Report {
+    stage: &'static str,
+    recipe: String,
+    device: String,
+    dtype: &'static str,
+    random_weights: bool,
+    shape: ModelShape,
+    steps: usize,
+    roofline: Roofline,
+    rows: Vec<DecodeRow>,
+}
+
+/// One cache, one batch.
+#[derive(Clone, Debug, Serialize)]
+struct DecodeRow {
+    /// `full cache`: the cache of the prefill, as it is. `kept`: a ragged one.
+    what: &'static str,
+    context: usize,
+    batch: usize,
+    retain: f64,
+    /// Absent if it does not fit.
+    tokens_per_s: Option<f64>,
+    step_s: Option<f64>,
+    /// Of a step, the attention of all layers alone; of ragged caches.
+    attention_s: Option<f64>,
+    cache_bytes: Option<usize>,
+    /// Against the ragged cache that keeps all, same context and batch.
+    speed_up: Option<f64>,
+    attention_speed_up: Option<f64>,
+    cache_share: Option<f64>,
+}
+
+/// # Errors
+/// The target cannot be had, or fails for another reason than memory.
+pub fn run(
+    cli: &Cli,
+    args: &BenchArgs,
+    recipe: &Recipe,
+    contexts: &[usize],
+    device: Device,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let target = Subject::new(recipe, Role::Target, device, args.random_weights);
+    let roofline = roofline::measure(device, target.kind)?;
+    let clock = Clock::new(device, args, &roofline, stop);
+    let model = target.model()?.context("the target alone does not fit into the device's memory")?;
+    let bench = Bench { model: &model, clock: &clock };
+    let mut rows = Vec::new();
+    for &t in contexts {
+        for &batch in &args.batch {
+            if batch == 1 {
+                rows.push(bench.full(t)?);
+            }
+            for ratio in RATIOS {
+                rows.push(bench.kept(t, batch, ratio)?);
+            }
+        }
+    }
+    compare(&mut rows);
+    let report = Report {
+        stage: args.what.name(),
+        recipe: recipe.name.clone(),
+        device: device_name(device),
+        dtype: super::dtype_name(target.kind),
+        random_weights: args.random_weights,
+        shape: target.section.shape,
+        steps: STEPS,
+        roofline,
+        rows,
+    };
+    if cli.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", text(&report));
+    }
+    Ok(())
+}
+
+struct Bench<'a> {
+    model: &'a LanguageModel,
+    clock: &'a Clock<'a>,
+}
+
+impl Bench<'_> {
+    /// The prefill's own cache, batch 1.
+    fn full(&self, t: usize) -> Result<DecodeRow> {
+        let row = DecodeRow::new("full cache", t, 1, 1.0);
+        let Some(mut cache) = unless_exhausted(|| Ok(self.model.noise_cache(t, STEPS)))? else {
+            return Ok(row);
+        };
+        let bytes = full_bytes(&cache);
+        let timed = self.clock.time(Row::new("full cache", t, 0.0), || {
+            cache.truncate(t);
+            let mut id_s = self.first(1).squeeze_dim(0);
+            for _ in 0..STEPS {
+                let hidden_sm = self.model.forward(&id_s, &mut cache, &mut NoTap)?;
+                id_s = self.model.logits(&hidden_sm).argmax(-1, false);
+            }
+            Ok(id_s)
+        })?;
+        Ok(row.timed(&timed, None, bytes))
+    }
+
+    /// A ragged cache of `batch` contexts.
+    fn kept(&self, t: usize, batch: usize, ratio: f64) -> Result<DecodeRow> {
+        let row = DecodeRow::new("kept", t, batch, ratio);
+        let Some(mut cache) = unless_exhausted(|| self.ragged(t, batch, ratio))? else { return Ok(row) };
+        let timed = self.clock.time(Row::new("kept", t, 0.0), || {
+            cache.rewind();
+            let mut id_b1 = self.first(batch);
+            for _ in 0..STEPS {
+                let hidden_bsm = self.model.forward_ragged(&id_b1, &mut cache)?;
+                id_b1 = self.model.logits(&hidden_bsm.squeeze_dim(1)).argmax(-1, true);
+            }
+            Ok(id_b1)
+        })?;
+        cache.rewind();
+        let shape = self.model.shape();
+        let size = [batch as i64, 1, shape.query_heads as i64, shape.head_dim as i64];
+        let q_bsqd = Tensor::randn(size, (self.model.kind(), self.model.device()));
+        let attention = self.clock.time(Row::new("attention", t, 0.0), || {
+            for _ in 0..STEPS {
+                self.model.attend_ragged(&q_bsqd, &cache)?;
+            }
+            Ok(())
+        })?;
+        Ok(row.timed(&timed, Some(&attention), cache.bytes()))
+    }
+
+    fn ragged(&self, t: usize, batch: usize, ratio: f64) -> Result<RaggedCache> {
+        let keep = Keep { budget: Budget::Ratio(RetentionRatio::new(ratio)?), policy: Policy::Pair };
+        let shape = self.model.shape();
+        let options = (Kind::Float, self.model.device());
+        let one = |index: usize| -> Result<RaggedCache> {
+            tch::manual_seed(index as i64);
+            let size = [shape.layers as i64, shape.kv_heads as i64];
+            let heads = Tensor::randn([size[0], size[1], 1], options) * 0.5;
+            let scores_lht = Tensor::randn([size[0], size[1], t as i64], options) + heads;
+            RaggedCache::prune(self.model.noise_cache(t, 0), &keep.mask(&scores_lht, 0)?, STEPS)
+        };
+        RaggedCache::join((0..batch).map(one).collect::<Result<_>>()?)
+    }
+
+    /// A first token for every sequence: i64 `[batch, 1]`, on the device.
+    fn first(&self, batch: usize) -> Tensor {
+        Tensor::ones([batch as i64, 1], (Kind::Int64, self.model.device()))
+    }
+}
+
+impl DecodeRow {
+    fn new(what: &'static str, context: usize, batch: usize, retain: f64) -> Self {
+        Self {
+            what,
+            context,
+            batch,
+            retain,
+            tokens_per_s: None,
+            step_s: None,
+            attention_s: None,
+            cache_bytes: None,
+            speed_up: None,
+            attention_speed_up: None,
+            cache_share: None,
+        }
+    }
+
+    fn timed(mut self, steps: &Row, attention: Option<&Row>, bytes: usize) -> Self {
+        fn per_step(row: &Row) -> Option<f64> {
+            row.measured.as_ref().map(|m| m.median_s / STEPS as f64)
+        }
+        self.step_s = per_step(steps);
+        self.tokens_per_s = self.step_s.map(|s| self.batch as f64 / s);
+        self.attention_s = attention.and_then(per_step);
+        self.cache_bytes = Some(bytes);
+        self
+    }
+}
+
+/// Keys and values of the context.
+fn full_bytes(cache: &KvCache) -> usize {
+    let keys = cache.keys(0);
+    2 * cache.layers() * keys.numel() * keys.kind().elt_size_in_bytes()
+}
+
+/// Set every row beside the ragged cache that keeps all; where that does not fit, beside nothing.
+fn compare(rows: &mut [DecodeRow]) {
+    let all: Vec<DecodeRow> = rows.iter().filter(|r| r.what == "kept" && r.retain == 1.0).cloned().collect();
+    for row in rows {
+        let whole = all.iter().find(|a| a.context == row.context && a.batch == row.batch);
+        let Some(whole) = whole else { continue };
+        let ratio = |a: Option<f64>, b: Option<f64>| Some(a? / b?);
+        row.speed_up = ratio(whole.step_s, row.step_s);
+        row.attention_speed_up = ratio(whole.attention_s, row.attention_s);
+        row.cache_share = ratio(row.cache_bytes.map(|b| b as f64), whole.cache_bytes.map(|b| b as f64));
+    }
+}
+
+fn text(report: &Report) -> String {
+    let mut out = String::new();
+    let weights = if report.random_weights { "random weights" } else { "its own weights" };
+    let _ = writeln!(
+        out,
+        "decoding, `{}` on {}, {}, {weights}: {}\n",
+        report.recipe, report.device, report.dtype, report.shape
+    );
+    let _ = writeln!(
+        out,
+        "  {:<11} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6}",
+        "", "context", "batch", "kept", "tokens/s", "step", "faster", "attention", "faster", "cache", "share"
+    );
+    for r in &report.rows {
+        let dash = || "-".to_owned();
+        let ms = |x: Option<f64>| x.map_or_else(dash, |x| format!("{:.3} ms", 1e3 * x));
+        let times = |x: Option<f64>| x.map_or_else(dash, |x| format!("{x:.2}"));
+        let _ = writeln!(
+            out,
+            "  {:<11} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6}",
+            r.what,
+            r.context,
+            r.batch,
+            r.retain,
+            r.tokens_per_s.map_or_else(|| Row::OUT_OF_MEMORY.to_owned(), |x| format!("{x:.1}")),
+            ms(r.step_s),
+            times(r.speed_up),
+            ms(r.attention_s),
+            times(r.attention_speed_up),
+            r.cache_bytes.map_or_else(dash, |b| human_bytes(b as u64)),
+            times(r.cache_share),
+        );
+    }
+    out
+}

@@ -1,0 +1,427 @@
+//! A context to a pruned cache: the target alone, KVzip, and ProxyKV in each regime.
+//!
+//! The target is measured before the proxy is made, so that memory over the bare prefill is honest.
+//! `dual` is computed from the phases of `sequential`, which do not slow each other down, with the
+//! scores sent to the host and back in place of the way to another GPU.
+
+use std::cell::RefCell;
+use std::fmt::Write;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use pkv_core::{Channel, GlobalChannel, ModelShape, Policy, RetentionRatio, Seed};
+use pkv_infer::{
+    Budget, Context, Keep, Parallel, Phase, PhaseTotal, ProxyMapper, ProxyParts, Regime, Sequential,
+};
+use pkv_lm::{LanguageModel, NoTap, RaggedCache};
+use pkv_mapper::{Mapper, MapperDims, Standardization};
+use pkv_recipe::plan::{MapperCost, Repeat, features, human_bytes, prefill, repeat};
+use pkv_recipe::{ExtractSection, Recipe};
+use pkv_score::Scorer;
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
+
+use super::clock::{Clock, Measured, Row};
+use super::models::{PREFIX_TOKENS, Subject, TEMPLATE};
+use super::peer::Peer;
+use super::roofline::{self, Roofline};
+use crate::args::{BenchArgs, Cli};
+use crate::infer::{Trace, write_traces};
+use crate::pair::Role;
+use crate::session::device_name;
+
+/// Share of the KV pairs that stays; how long it takes hardly depends on it.
+const RETAIN: f64 = 0.2;
+/// Positions that the mapper scores in one forward.
+const WINDOW: usize = 16_384;
+
+/// What was measured.
+#[derive(Debug, Serialize)]
+struct Report {
+    stage: &'static str,
+    recipe: String,
+    device: String,
+    dtype: &'static str,
+    random_weights: bool,
+    target: ModelShape,
+    proxy: ModelShape,
+    retain: f64,
+    roofline: Roofline,
+    rows: Vec<PrefillRow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<String>,
+}
+
+/// One way to a cache, at one length.
+#[derive(Debug, Serialize)]
+struct PrefillRow {
+    #[serde(flatten)]
+    row: Row,
+    /// Channels of the proxy, for ProxyKV.
+    features: Option<&'static str>,
+    /// Our KVzip's time over this one.
+    kvzip_over_this: Option<f64>,
+    /// The peer's KVzip's time over this one.
+    peer_over_this: Option<f64>,
+    /// The mapper's share of the time.
+    mapper_share: Option<f64>,
+    /// Peak memory over that of the bare prefill.
+    memory_over_prefill: Option<f64>,
+    /// Phases of the last run.
+    phases: Vec<PhaseTotal>,
+}
+
+/// Feature sets by name.
+fn sets(recipe: &Recipe) -> [(&'static str, ExtractSection); 3] {
+    let with = |channels: Vec<Channel>| {
+        // Surprisal needs the LM head at every position; the recipe's own set tells what it costs.
+        let globals = recipe.extract.globals.iter().filter(|g| **g != GlobalChannel::Surprisal);
+        ExtractSection { channels, globals: globals.copied().collect(), ..recipe.extract.clone() }
+    };
+    let settling = [Channel::MaxWindow, Channel::MeanWindow, Channel::KeyNorm, Channel::ValueNorm];
+    [
+        ("recipe", recipe.extract.clone()),
+        ("window", with(settling.to_vec())),
+        ("reconstruction", with(Channel::RECONSTRUCTION.to_vec())),
+    ]
+}
+
+/// # Errors
+/// The models or the peer's file cannot be had, or the work fails for another reason than memory.
+pub fn run(
+    cli: &Cli,
+    args: &BenchArgs,
+    recipe: &Recipe,
+    contexts: &[usize],
+    device: Device,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let target = Subject::new(recipe, Role::Target, device, args.random_weights);
+    let proxy = Subject::new(recipe, Role::Proxy, device, args.random_weights);
+    let peer = args.peer.as_deref().map(|path| Peer::read(path, &target, &args.recipe.recipe)).transpose()?;
+    let roofline = roofline::measure(device, target.kind)?;
+    let clock = Clock::new(device, args, &roofline, stop);
+    let model = target.model()?.context("the target alone does not fit into the device's memory")?;
+    let bench = Bench { recipe, target: &target, proxy: &proxy, model: &model, clock: &clock, device };
+    let mut rows = Vec::new();
+    for &t in contexts {
+        rows.extend(bench.alone(t)?);
+    }
+    let mut traces = Vec::new();
+    for &t in contexts {
+        for (name, section) in sets(recipe) {
+            rows.extend(bench.with_proxy(t, name, &section, &mut traces)?);
+        }
+    }
+    // Beside each other by context, as they are compared.
+    rows.sort_by_key(|r| r.row.context);
+    compare(&mut rows, peer.as_ref());
+    if let Some(path) = &args.trace {
+        write_traces(path, &traces)?;
+    }
+    let report = Report {
+        stage: args.what.name(),
+        recipe: recipe.name.clone(),
+        device: device_name(device),
+        dtype: super::dtype_name(target.kind),
+        random_weights: args.random_weights,
+        target: target.section.shape,
+        proxy: proxy.section.shape,
+        retain: RETAIN,
+        roofline,
+        rows,
+        peer: peer.map(|p| p.title()),
+    };
+    if cli.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", text(&report));
+    }
+    Ok(())
+}
+
+/// What all rows share.
+struct Bench<'a> {
+    recipe: &'a Recipe,
+    target: &'a Subject<'a>,
+    proxy: &'a Subject<'a>,
+    model: &'a LanguageModel,
+    clock: &'a Clock<'a>,
+    device: Device,
+}
+
+impl Bench<'_> {
+    fn keep(&self) -> Result<Keep> {
+        Ok(Keep { budget: Budget::Ratio(RetentionRatio::new(RETAIN)?), policy: Policy::Pair })
+    }
+
+    /// The target without a proxy: `prefill`, and `KVzip` to the same kind of pruned cache.
+    fn alone(&self, t: usize) -> Result<Vec<PrefillRow>> {
+        let (section, shape) = (&self.recipe.label, &self.target.section.shape);
+        let bare_flops = prefill(shape, PREFIX_TOKENS + t);
+        let flops = bare_flops + repeat(shape, t, &Repeat::new(section, TEMPLATE));
+        let (prefix, context) = (self.target.prefix()?, self.target.context(t)?);
+        let ids = [prefix.as_slice(), &context].concat();
+        let read = || {
+            let mut cache = self.model.new_cache(ids.len());
+            self.model.prefill_for_tap(&ids, &mut cache, section.prefill_chunk_tokens, &mut NoTap)?;
+            Ok(cache)
+        };
+        let bare = self.clock.time(Row::new("prefill", t, bare_flops), read)?;
+        let requests = self.target.requests(section)?;
+        let scorer = Scorer::with_requests(self.model, requests, &prefix, section).maxima_only();
+        let keep = self.keep()?;
+        let whole = self.clock.time(Row::new("KVzip", t, flops), || {
+            let cache = read()?;
+            let scores_lht = scorer.score_cached(&context, &cache)?.max_lht;
+            RaggedCache::prune(cache, &keep.mask(&scores_lht, prefix.len())?, 1)
+        })?;
+        let whole = whole.compared_with(&bare);
+        Ok(vec![PrefillRow::new(bare, None), PrefillRow::new(whole, None)])
+    }
+
+    /// ProxyKV with one set of features, in every regime.
+    fn with_proxy(
+        &self,
+        t: usize,
+        set: &'static str,
+        section: &ExtractSection,
+        traces: &mut Vec<Trace>,
+    ) -> Result<Vec<PrefillRow>> {
+        let shapes = (&self.target.section.shape, &self.proxy.section.shape);
+        let repeats = section.channels.iter().any(|c| c.is_reconstruction());
+        let by = Repeat::new(&self.recipe.label, TEMPLATE);
+        let mut flops = prefill(shapes.0, PREFIX_TOKENS + t) + prefill(shapes.1, PREFIX_TOKENS + t);
+        let recipe = Recipe { extract: section.clone(), ..self.recipe.clone() };
+        flops += features(shapes.1, section, t) + MapperCost::new(&recipe).forward_flops(t);
+        flops += if repeats { repeat(shapes.1, t, &by) } else { 0.0 };
+        let mut rows = Vec::new();
+        for (what, overlap) in [("sequential", false), ("streams", false), ("streams, overlap", true)] {
+            // A thread and its plans belong to one regime, so each has a proxy of its own.
+            let Some(source) = self.source(section)? else {
+                rows.push(PrefillRow::new(Row::new(what, t, flops).out_of_memory(), Some(set)));
+                continue;
+            };
+            let mut regime: Box<dyn Regime> = match what {
+                "sequential" => Box::new(Sequential::new(source)),
+                _ if overlap => Box::new(Parallel::streams(source.overlapped()?)?),
+                _ => Box::new(Parallel::streams(source)?),
+            };
+            let timed = self.time(regime.as_mut(), Row::new(what, t, flops), set, t)?;
+            traces.push(Trace { name: format!("{what}, {set} features, {t} tokens"), phases: timed.all });
+            if what == "sequential" {
+                rows.extend(self.dual(&timed.row, t, flops, set)?);
+            }
+            rows.push(timed.row);
+        }
+        // Computed last, as it is told.
+        rows.sort_by_key(|r| r.row.what == DUAL);
+        Ok(rows)
+    }
+
+    fn time(&self, regime: &mut dyn Regime, row: Row, set: &'static str, t: usize) -> Result<Timed> {
+        let (prefix, tokens) = (self.target.prefix()?, self.target.context(t)?);
+        let last = RefCell::new(None);
+        let context = Context {
+            target: self.model,
+            prefix: &prefix,
+            tokens: &tokens,
+            keep: self.keep()?,
+            chunk_tokens: self.recipe.label.prefill_chunk_tokens,
+            room_tokens: 1,
+            check_stop: Arc::new(|| Ok(())),
+        };
+        let row = self.clock.time(row, || {
+            let prefilled = regime.prefill(&context)?;
+            if let Some(why) = prefilled.fallback {
+                bail!("the proxy's side failed: {why:#}");
+            }
+            last.replace(Some(Arc::clone(&prefilled.timeline)));
+            Ok(prefilled.cache)
+        })?;
+        let mut timed = PrefillRow::new(row, Some(set));
+        let mut all = Vec::new();
+        if let (Some(timeline), Some(m)) = (last.into_inner(), &mut timed.row.measured) {
+            timed.phases = timeline.totals();
+            all = timeline.phases();
+            timed.mapper_share = Some(timeline.busy_secs("mapper", None) / m.median_s);
+            if let Device::Cuda(_) = self.device {
+                // Phases of `sequential` reset the peak, each for its own.
+                m.peak_bytes = timed.phases.iter().filter_map(|p| p.peak_bytes).max();
+            }
+        }
+        Ok(Timed { row: timed, all })
+    }
+
+    /// What two GPUs would take, by the phases of one.
+    fn dual(
+        &self,
+        sequential: &PrefillRow,
+        t: usize,
+        flops: f64,
+        set: &'static str,
+    ) -> Result<Option<PrefillRow>> {
+        let Some(m) = &sequential.row.measured else { return Ok(None) };
+        let secs = |lane: &str, name: Option<&str>| -> f64 {
+            let of = |p: &&PhaseTotal| p.lane == lane && name.is_none_or(|n| n == p.name);
+            sequential.phases.iter().filter(of).map(|p| p.secs).sum()
+        };
+        let side = secs("proxy", None) + secs("mapper", None);
+        let copy = self.copy_secs(t)?;
+        let total = secs("target", Some("prefill")).max(side) + copy + secs("target", Some("prune"));
+        let measured = Measured {
+            median_s: total,
+            min_s: total,
+            tokens_per_s: t as f64 / total,
+            roofline_share: m.roofline_share * m.median_s / total,
+            peak_bytes: None,
+            ..*m
+        };
+        Ok(Some(PrefillRow::new(Row { measured: Some(measured), ..Row::new(DUAL, t, flops) }, Some(set))))
+    }
+
+    /// The scores to the host and back: longer than from one GPU to the other.
+    fn copy_secs(&self, t: usize) -> Result<f64> {
+        let heads = self.target.section.shape.total_kv_heads() as i64;
+        let scores = Tensor::zeros([heads, t as i64], (Kind::Float, self.device));
+        let mut best = f64::INFINITY;
+        for _ in 0..3 {
+            pkv_gpu::synchronize(self.device)?;
+            let begun = Instant::now();
+            let _there_and_back = scores.to_device(Device::Cpu).to_device(self.device);
+            pkv_gpu::synchronize(self.device)?;
+            best = best.min(begun.elapsed().as_secs_f64());
+        }
+        Ok(best)
+    }
+
+    /// Proxy and a random mapper; `None` if they do not fit.
+    fn source(&self, section: &ExtractSection) -> Result<Option<ProxyMapper>> {
+        let Some(proxy) = self.proxy.model()? else { return Ok(None) };
+        let target = self.target.section.shape;
+        let dims = MapperDims {
+            proxy_heads: proxy.shape().total_kv_heads(),
+            channels: section.channels.len(),
+            globals: section.globals.len(),
+            outputs: target.total_kv_heads(),
+        };
+        let (stats, device) = (Standardization::identity(&dims), self.device);
+        let r = self.recipe;
+        let mapper = Mapper::new(&r.mapper, &r.loss, dims, stats, Seed(0), device)?;
+        // Outputs start at zero; scores that are all alike would prune whole heads.
+        let _no_grad = tch::no_grad_guard();
+        for (_, parameter) in mapper.parameters() {
+            let _ = parameter.shallow_clone().g_add_(&(parameter.randn_like() * 0.05));
+        }
+        Ok(Some(ProxyMapper::new(ProxyParts {
+            proxy,
+            mapper,
+            prefix: self.proxy.prefix()?,
+            requests: self.proxy.requests(&r.label)?,
+            extract: section.clone(),
+            label: r.label.clone(),
+            target,
+            window_tokens: WINDOW,
+        })))
+    }
+}
+
+const DUAL: &str = "dual, computed";
+
+struct Timed {
+    row: PrefillRow,
+    all: Vec<Phase>,
+}
+
+impl PrefillRow {
+    fn new(row: Row, features: Option<&'static str>) -> Self {
+        Self {
+            row,
+            features,
+            kvzip_over_this: None,
+            peer_over_this: None,
+            mapper_share: None,
+            memory_over_prefill: None,
+            phases: Vec::new(),
+        }
+    }
+}
+
+/// Set every row beside the bare prefill, KVzip and the peer's KVzip at its length.
+fn compare(rows: &mut [PrefillRow], peer: Option<&Peer>) {
+    let of = |rows: &[PrefillRow], what: &str, t: usize| {
+        rows.iter().find(|r| r.row.what == what && r.row.context == t).map(|r| r.row.clone())
+    };
+    for i in 0..rows.len() {
+        let t = rows[i].row.context;
+        let (bare, kvzip) = (of(rows, "prefill", t), of(rows, "KVzip", t));
+        let row = &mut rows[i];
+        let Some(m) = row.row.measured else { continue };
+        if let Some(kvzip) = kvzip.and_then(|k| k.measured) {
+            row.kvzip_over_this = Some(kvzip.median_s / m.median_s);
+        }
+        if let Some(bare) = bare.filter(|_| row.row.what != "prefill") {
+            row.row = row.row.clone().compared_with(&bare);
+            let peaks = (m.peak_bytes, bare.measured.and_then(|b| b.peak_bytes));
+            if let (Some(own), Some(bare)) = peaks {
+                row.memory_over_prefill = Some(own as f64 / bare as f64);
+            }
+        }
+        // Prefill with KVzip scoring is what the peer calls `label`.
+        let as_label =
+            Row { what: if row.row.what == "prefill" { "prefill" } else { "label" }, ..row.row.clone() };
+        row.peer_over_this = peer.and_then(|p| p.find(&as_label)).map(|cell| cell.ratio);
+    }
+}
+
+fn text(report: &Report) -> String {
+    let mut out = String::new();
+    let weights = if report.random_weights { "random weights" } else { "their own weights" };
+    let _ = writeln!(
+        out,
+        "prefill to a pruned cache, `{}` on {}, {}, {weights}\ntarget {}, proxy {}, {} kept",
+        report.recipe, report.device, report.dtype, report.target, report.proxy, report.retain
+    );
+    if let Some(peer) = &report.peer {
+        let _ = writeln!(out, "peer: {peer}, its fastest attention");
+    }
+    let _ = writeln!(
+        out,
+        "\n  {:<17} {:<15} {:>8} {:>11} {:>10} {:>11} {:>11} {:>8} {:>12} {:>9}",
+        "",
+        "features",
+        "context",
+        "median",
+        "x prefill",
+        "KVzip/this",
+        "peer/this",
+        "mapper",
+        "peak memory",
+        "x memory"
+    );
+    for r in &report.rows {
+        let dash = || "-".to_owned();
+        let ratio = |x: Option<f64>| x.map_or_else(dash, |x| format!("{x:.2}"));
+        let m = r.row.measured.as_ref();
+        let _ = writeln!(
+            out,
+            "  {:<17} {:<15} {:>8} {:>11} {:>10} {:>11} {:>11} {:>8} {:>12} {:>9}",
+            r.row.what,
+            r.features.unwrap_or("-"),
+            r.row.context,
+            m.map_or_else(|| r.row.error.unwrap_or("-").to_owned(), |m| format!("{:.4} s", m.median_s)),
+            ratio(r.row.over_prefill),
+            ratio(r.kvzip_over_this),
+            ratio(r.peer_over_this),
+            r.mapper_share.map_or_else(dash, |x| format!("{:.1}%", 100.0 * x)),
+            m.and_then(|m| m.peak_bytes).map_or_else(dash, human_bytes),
+            ratio(r.memory_over_prefill),
+        );
+        for p in &r.phases {
+            let _ = writeln!(out, "      {:<7} {:<12} {:>9.4} s", p.lane, p.name, p.secs);
+        }
+    }
+    out
+}
