@@ -71,6 +71,7 @@ pub struct ScoreRows {
 ///
 /// # Errors
 /// Shapes or kinds disagree, [`has_fused_scores`] is false, or the driver refuses.
+#[expect(clippy::too_many_arguments, reason = "what the kernel reads and writes")]
 pub fn fused_chunk_scores(
     q_rqd: &Tensor,
     k_hkd: &Tensor,
@@ -358,7 +359,7 @@ impl Operands {
                 && k_stride[2] == 1
                 && (k_stride[1] == k[2] || k[1] == 1)
                 && q_stride.iter().chain(&k_stride).all(|n| n % 8 == 0 || *n == 1)
-                && [q_rqd, k_hkd].iter().all(|t| t.data_ptr() as usize % 16 == 0),
+                && [q_rqd, k_hkd].iter().all(|t| (t.data_ptr() as usize).is_multiple_of(16)),
             "queries of strides {q_stride:?} or keys of strides {k_stride:?} are not in 16-byte pieces"
         );
         let Device::Cuda(gpu) = q_rqd.device() else { unreachable!("checked above") };
