@@ -4,6 +4,7 @@
 //! lives in the crates below; this one wires them, and is the only one that prints.
 
 mod args;
+mod benchmarks;
 mod doctor;
 mod inspect;
 mod mapper_source;
@@ -48,8 +49,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Label(a) => one(cli, a, Stage::Label, stop, &EvalOptions::default())?,
         Command::Extract(a) => one(cli, a, Stage::Extract, stop, &EvalOptions::default())?,
         Command::Train(a) => one(cli, a, Stage::Train, stop, &EvalOptions::default())?,
-        Command::Eval { stage, mapper } => {
-            one(cli, stage, Stage::Eval, stop, &EvalOptions { mapper: mapper.clone() })?;
+        Command::Eval { stage, mapper, choices } => {
+            let mut stage = stage.clone();
+            stage.recipe.overrides.extend(choices.overrides());
+            one(cli, &stage, Stage::Eval, stop, &EvalOptions { mapper: mapper.clone() })?;
         }
         Command::Export(a) => one(cli, a, Stage::Export, stop, &EvalOptions::default())?,
         Command::Report(a) => one(cli, a, Stage::Report, stop, &EvalOptions::default())?,

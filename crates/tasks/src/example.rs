@@ -29,6 +29,8 @@ pub struct Turn {
     pub answer_prefix: String,
     /// Answers that count, in the form that the metric reads.
     pub wanted: Vec<String>,
+    /// The right answer as later turns of a conversation see it.
+    pub given: String,
     /// What else the metric compares with: LongBench's classes, a repository's other functions.
     pub others: Vec<String>,
     pub metric: Metric,

@@ -53,10 +53,12 @@ impl Task {
 
     fn example(&self, index: usize, row: &Value) -> Result<Example> {
         let texts = |column| rows::list(row, column).iter().map(rows::spell).collect::<Vec<_>>();
+        let wanted = texts("answers");
         let turn = Turn {
             question: self.after.replace("{input}", rows::text(row, "input")?),
             answer_prefix: String::new(),
-            wanted: texts("answers"),
+            given: wanted.first().cloned().unwrap_or_default(),
+            wanted,
             others: texts("all_classes"),
             metric: self.metric,
             max_new_tokens: self.max_new_tokens,

@@ -172,7 +172,7 @@ impl<'a> Generator<'a> {
         let short = || {
             hinted(
                 format!("`{}` does not fit {tokens} tokens", task.name()),
-                "raise `eval.ruler.tokens`, or leave the task out of `eval.ruler.tasks`",
+                "raise `eval.benchmark.ruler_tokens`, or leave the task out of `eval.benchmark.ruler_tasks`",
             )
         };
         let limit = tokens.checked_sub(task.max_new_tokens() + frame_tokens).with_context(short)?;
@@ -217,7 +217,7 @@ impl<'a> Generator<'a> {
                         "example {index} of `{name}` takes {length} tokens, {} are left for it",
                         self.limit
                     ),
-                    "raise `eval.ruler.tokens`"
+                    "raise `eval.benchmark.ruler_tokens`"
                 )
             );
             size = (size - (size / 64).max(1)).max(least);
@@ -225,6 +225,7 @@ impl<'a> Generator<'a> {
         let turn = Turn {
             question: draft.question,
             answer_prefix: draft.answer_prefix,
+            given: draft.answers.join(", "),
             wanted: draft.answers,
             others: Vec::new(),
             metric: self.task.metric(),
@@ -282,7 +283,7 @@ impl<'a> Kind<'a> {
             sources.essay.as_deref().with_context(|| {
                 hinted(
                     format!("`{}` hides its needles in essays, and there are none", task.name()),
-                    "name a text in `eval.ruler.essay`, or leave the task out of `eval.ruler.tasks`",
+                    "name a text `essays` in the manifest of `eval.benchmark.manifest`, or leave the task out of `eval.benchmark.ruler_tasks`",
                 )
             })
         };
@@ -290,7 +291,9 @@ impl<'a> Kind<'a> {
             Some(set) => Ok(Self::Qa(set)),
             None => bail!(hinted(
                 format!("`{}` needs a file of questions", task.name()),
-                format!("name one in `eval.ruler.{key}`, or leave the task out of `eval.ruler.tasks`")
+                format!(
+                    "name one `{key}` in the manifest of `eval.benchmark.manifest`, or leave the task out of `eval.benchmark.ruler_tasks`"
+                )
             )),
         };
         match task {

@@ -199,6 +199,13 @@ impl Task {
             Value::Array(all) => all.iter().map(rows::spell).collect(),
             one => vec![rows::spell(one)],
         };
+        // As Python spells a list: what the reference's conversations contain.
+        let given = match answer {
+            Value::Array(_) => {
+                format!("[{}]", wanted.iter().map(|w| format!("'{w}'")).collect::<Vec<_>>().join(", "))
+            }
+            _ => wanted[0].clone(),
+        };
         if part == Part::Choice {
             // `get_ground_truth`: the option's text and its letter.
             let options = rows::list(turn, "options");
@@ -209,6 +216,7 @@ impl Task {
         Ok(Turn {
             question: format!("{gap}{question}"),
             answer_prefix: String::new(),
+            given,
             wanted,
             others: if part == Part::Repoqa { others.to_vec() } else { Vec::new() },
             metric: part.metric(),

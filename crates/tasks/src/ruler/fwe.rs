@@ -46,7 +46,7 @@ impl Fwe {
                 format!(
                     "`fwe` asks for {ASKED} of a word per {TOKENS_PER_WORD} tokens; {limit} tokens are too few"
                 ),
-                "raise `eval.ruler.tokens`, or leave `fwe` out of `eval.ruler.tasks`"
+                "raise `eval.benchmark.ruler_tokens`, or leave `fwe` out of `eval.benchmark.ruler_tasks`"
             )
         );
         Ok(Self { vocabulary })

@@ -151,7 +151,7 @@ impl QaSet {
         let Some(q) = self.questions.get(index) else {
             bail!(hinted(
                 format!("the file holds {} questions, example {index} was asked for", self.questions.len()),
-                "lower `eval.ruler.examples`"
+                "lower `eval.benchmark.examples`"
             ));
         };
         let mut documents: Vec<usize> = Vec::with_capacity(size);

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
+use super::RulerTask;
+use super::niah::{Haystack, Parameters};
 use super::qa::QaSet;
 use crate::rows;
 
@@ -23,6 +25,15 @@ pub struct Sources {
 }
 
 impl Sources {
+    /// Whether `task` has what it draws from.
+    pub fn can_make(&self, task: RulerTask) -> bool {
+        match task {
+            RulerTask::Qa1 => self.squad.is_some(),
+            RulerTask::Qa2 => self.hotpotqa.is_some(),
+            _ => Parameters::of(task).is_none_or(|p| p.haystack != Haystack::Essay || self.essay.is_some()),
+        }
+    }
+
     /// Words of a text file, or of the key `text` of a JSON file, as the reference keeps its essays.
     ///
     /// # Errors
