@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Puts libtorch 2.11.0 into `libtorch/` and checks the tools that a build needs.
 #
-#   scripts/setup.sh          CPU set (1.2 GB on disk), or the CUDA set when an NVIDIA driver is present
+#   scripts/setup.sh          CPU set (1.4 GB on disk), or the CUDA set when an NVIDIA driver is present
 #   scripts/setup.sh --cuda   CUDA set (3.9 GB), driver or not
 #   scripts/setup.sh --cpu    CPU set, driver or not
 #
@@ -11,10 +11,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly TORCH=2.11.0
-# The libraries that libtorch_cpu.so itself needs.
-readonly CPU_SET=(torch==$TORCH nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85)
+# The libraries that libtorch_cpu.so itself needs, and NVRTC, by which the tests compile our kernels without a GPU.
+readonly CPU_SET=(torch==$TORCH nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85 nvidia-cuda-nvrtc==13.0.88)
 # What libtorch_cuda.so and cuDNN need besides, as torch's metadata and cuda-toolkit 13.0.2 pin them.
-readonly CUDA_SET=("${CPU_SET[@]}" nvidia-cublas==13.1.0.3 nvidia-cuda-nvrtc==13.0.88 nvidia-cufft==12.0.0.61
+readonly CUDA_SET=("${CPU_SET[@]}" nvidia-cublas==13.1.0.3 nvidia-cufft==12.0.0.61
   nvidia-cufile==1.15.1.6 nvidia-curand==10.4.0.35 nvidia-cusolver==12.0.4.66 nvidia-cusparse==12.6.3.3
   nvidia-nvjitlink==13.0.88 nvidia-nvtx==13.0.85 nvidia-cudnn-cu13==9.19.0.56 nvidia-cusparselt-cu13==0.8.0
   nvidia-nccl-cu13==2.28.9 nvidia-nvshmem-cu13==3.4.5)
@@ -45,9 +45,9 @@ done
 marker="libtorch/.complete"
 have=$(cat "$marker" 2>/dev/null || true)
 # The CUDA set holds the CPU set.
-if [ "$have" = "$TORCH cuda" ] || [ "$have" = "$TORCH $set_name" ]; then exit 0; fi
+if [ "$have" = "$TORCH cuda+nvrtc" ] || [ "$have" = "$TORCH $set_name+nvrtc" ]; then exit 0; fi
 
-if [ "$set_name" = cuda ]; then packages=("${CUDA_SET[@]}"); size="2.4 GB, 3.9 GB on disk"; else packages=("${CPU_SET[@]}"); size="0.5 GB, 1.2 GB on disk"; fi
+if [ "$set_name" = cuda ]; then packages=("${CUDA_SET[@]}"); size="2.4 GB, 3.9 GB on disk"; else packages=("${CPU_SET[@]}"); size="0.6 GB, 1.4 GB on disk"; fi
 printf 'setup: downloading libtorch %s (%s set: %s)\n' "$TORCH" "$set_name" "$size" >&2
 rm -rf libtorch.partial
 # libtorch's C++ libraries do not depend on the Python that installs them; the wheel is chosen for
@@ -65,7 +65,7 @@ case "$found" in
   *) fail "pip installed torch $found, expected $TORCH" "remove \`libtorch.partial\` and run this again" ;;
 esac
 [ -f libtorch.partial/torch/lib/libtorch_cpu.so ] || fail "the torch wheel has no lib/libtorch_cpu.so" "run this again"
-printf '%s %s' "$TORCH" "$set_name" >libtorch.partial/.complete
+printf '%s %s+nvrtc' "$TORCH" "$set_name" >libtorch.partial/.complete
 rm -rf libtorch
 mv libtorch.partial libtorch
 printf 'setup: libtorch %s is in libtorch/\n' "$found" >&2

@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
 # Everything that must be green: formatting, lints, and all tests, after the set-up they need.
+#
+#   scripts/test.sh            the Rust side
+#   scripts/test.sh --python   scripts/python, in a virtual environment of its own
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
+case "${1:-}" in
+  "") ;;
+  --python) exec scripts/python/tests/run.sh ;;
+  *) printf 'error: unknown argument `%s`\n\nhint: scripts/test.sh [--python]\n' "$1" >&2; exit 1 ;;
+esac
 [ -x "$HOME/.cargo/bin/cargo" ] && PATH="$HOME/.cargo/bin:$PATH"
 
 cargo fmt --all --check

@@ -1,4 +1,4 @@
-//! Compiles the shim against libtorch's headers and tells dependents where libtorch lies.
+//! Compiles the shim's C++ files against libtorch's headers and tells dependents where libtorch lies.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -15,8 +15,9 @@ fn main() {
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"))
         .file("csrc/shim.cpp")
+        .file("csrc/train.cpp")
         .compile("pkvshim");
-    println!("cargo::rerun-if-changed=csrc/shim.cpp");
+    println!("cargo::rerun-if-changed=csrc");
 
     // Dependents read DEP_PKV_GPU_LIBTORCH_LIB and set their own rpath: Cargo does not pass link arguments on.
     println!("cargo::metadata=libtorch_lib={}", lib.display());

@@ -80,6 +80,10 @@ pub enum Command {
         /// Evaluate this export in place of the run's best checkpoint.
         #[arg(long, value_name = "FOLDER")]
         mapper: Option<PathBuf>,
+        /// Write `kept.safetensors` beside the results: tokens, features, scores and what the mapper
+        /// keeps of the first N contexts with facts, which a port is held against.
+        #[arg(long, value_name = "N")]
+        kept: Option<usize>,
         #[command(flatten)]
         choices: EvalChoices,
     },
@@ -89,10 +93,58 @@ pub enum Command {
     Report(StageArgs),
     /// All stages in order; what is complete and matches the recipe is skipped.
     Run(StageArgs),
+    /// Time a stage's work per context, beside a matrix product and a copy measured in the same run.
+    Bench(BenchArgs),
     /// What a shard, a stage folder, a run folder, a checkpoint or an export holds.
     Inspect { path: PathBuf },
     /// Print a shell completion script.
     Completions { shell: clap_complete::Shell },
+}
+
+/// What `bench` times, on what, and how often.
+#[derive(Clone, Debug, Args)]
+pub struct BenchArgs {
+    /// The stage whose work is timed.
+    #[arg(value_enum)]
+    pub what: BenchWhat,
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// Models of the recipe's shapes with random weights, made on the device: no file is needed.
+    #[arg(long)]
+    pub random_weights: bool,
+    /// Lengths of the contexts, tokens; the recipe's windows if absent.
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
+    pub context: Vec<usize>,
+    /// Runs of each piece of work, after one to warm up; `train` takes as many steps, five times.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub repeats: usize,
+    /// No further run of a piece of work after this many seconds, but two at least.
+    #[arg(long, default_value_t = 20.0, value_name = "SECONDS")]
+    pub max_seconds: f64,
+    /// Figures of `scripts/peer/time_kvpress.py` (`train`: `mapper_compile.py`, a line per run) for the same
+    /// shape, to be printed beside ours.
+    #[arg(long, value_name = "FILE")]
+    pub peer: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchWhat {
+    /// Target: prefill, and prefill with KVzip scoring.
+    Label,
+    /// Proxy: prefill, and the features by what they cost.
+    Extract,
+    /// Mapper: steps through the loader, and on a batch that is on the device already.
+    Train,
+}
+
+impl BenchWhat {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Label => "label",
+            Self::Extract => "extract",
+            Self::Train => "train",
+        }
+    }
 }
 
 /// What `plan` plans for.

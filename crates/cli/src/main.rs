@@ -4,6 +4,7 @@
 //! lives in the crates below; this one wires them, and is the only one that prints.
 
 mod args;
+mod bench;
 mod benchmarks;
 mod doctor;
 mod inspect;
@@ -49,14 +50,16 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Label(a) => one(cli, a, Stage::Label, stop, &EvalOptions::default())?,
         Command::Extract(a) => one(cli, a, Stage::Extract, stop, &EvalOptions::default())?,
         Command::Train(a) => one(cli, a, Stage::Train, stop, &EvalOptions::default())?,
-        Command::Eval { stage, mapper, choices } => {
+        Command::Eval { stage, mapper, kept, choices } => {
             let mut stage = stage.clone();
             stage.recipe.overrides.extend(choices.overrides());
-            one(cli, &stage, Stage::Eval, stop, &EvalOptions { mapper: mapper.clone() })?;
+            let options = EvalOptions { mapper: mapper.clone(), kept: *kept };
+            one(cli, &stage, Stage::Eval, stop, &options)?;
         }
         Command::Export(a) => one(cli, a, Stage::Export, stop, &EvalOptions::default())?,
         Command::Report(a) => one(cli, a, Stage::Report, stop, &EvalOptions::default())?,
         Command::Run(a) => all(cli, a, stop)?,
+        Command::Bench(a) => bench::run(cli, a, stop)?,
         Command::Inspect { path } => print!("{}", inspect::inspect(path)?),
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "proxykv-train", &mut std::io::stdout());

@@ -62,10 +62,15 @@ impl Session {
 
     /// The dtype a model computes in on this device.
     pub fn kind(&self, dtype: DtypeName) -> Kind {
-        match (dtype, self.device) {
-            (DtypeName::F32, _) | (DtypeName::Auto, Device::Cpu) => Kind::Float,
-            _ => Kind::BFloat16,
-        }
+        kind_on(self.device, dtype)
+    }
+}
+
+/// The dtype a model computes in on `device`.
+pub fn kind_on(device: Device, dtype: DtypeName) -> Kind {
+    match (dtype, device) {
+        (DtypeName::F32, _) | (DtypeName::Auto, Device::Cpu) => Kind::Float,
+        _ => Kind::BFloat16,
     }
 }
 

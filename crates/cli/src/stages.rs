@@ -7,6 +7,7 @@ pub mod fetch;
 pub mod label;
 pub mod plan;
 pub mod prepare;
+mod pump;
 pub mod report;
 pub mod train;
 
@@ -17,7 +18,6 @@ use anyhow::{Context, Result, bail};
 use pkv_core::{Fingerprint, hinted};
 use pkv_shard::{StageDir, StageState};
 use serde_json::Value;
-use tch::{Device, Kind, Tensor};
 
 use crate::args::Stage;
 use crate::session::Session;
@@ -88,12 +88,6 @@ pub fn require(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<()>
         // Opening it as its own stage would says which choices differ, and how to go on.
         StageState::Stale(_) => StageDir::open(dir, stage, fingerprint).map(|_| ()),
     }
-}
-
-/// The numbers of a tensor, f32, row by row.
-pub fn to_vec(t: &Tensor) -> Result<Vec<f32>> {
-    let t = t.to_device(Device::Cpu).to_kind(Kind::Float).contiguous().view([-1]);
-    Vec::try_from(&t).context("cannot copy a tensor to the host")
 }
 
 /// Remove a stage's output.

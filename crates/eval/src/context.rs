@@ -41,12 +41,12 @@ impl Reader<'_> {
     pub fn read(&self, context: &[u32], draw: Draw, clock: &mut Clock) -> Result<PrunedContext> {
         let mut tail = QueryTail::default();
         let wants_tail = self.methods.includes(Method::Snapkv);
-        let mut cache = clock.time("target: prefill", || {
+        let cache = clock.time("target: prefill", || {
             let tap: &mut dyn Tap = if wants_tail { &mut tail } else { &mut NoTap };
             self.prefill(context, tap)
         })?;
-        let label_lht = clock
-            .time("target: KVzip scores", || Ok(self.scorer.score_cached(context, &mut cache)?.max_lht))?;
+        let label_lht =
+            clock.time("target: KVzip scores", || Ok(self.scorer.score_cached(context, &cache)?.max_lht))?;
         let features = clock.time("proxy: features", || self.extractor.features(context))?;
         let prefix = self.tokenizer.prefix().len();
         let material = Material {

@@ -148,7 +148,7 @@ impl<'a> Evaluation<'a> {
         let reader = Reader {
             target: i.target,
             tokenizer: i.tokenizer,
-            scorer: Scorer::new(i.target, i.tokenizer, i.label)?,
+            scorer: Scorer::new(i.target, i.tokenizer, i.label)?.maxima_only(),
             extractor: Extractor::new(i.proxy, i.tokenizer, i.extract, i.label)?,
             methods: &methods,
             prefill_chunk_tokens: i.label.prefill_chunk_tokens,

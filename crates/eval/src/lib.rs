@@ -19,6 +19,7 @@ mod context;
 mod evaluate;
 mod facts;
 mod forced;
+mod kept;
 mod labels;
 mod methods;
 mod perplexity;
@@ -30,6 +31,7 @@ mod worked;
 
 pub use bench::{Benchmark, MakeExample};
 pub use evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE, evaluate, is_complete};
+pub use kept::kept_sets;
 pub use results::{
     BenchmarkCell, BenchmarkResults, FactSpan, FactsCell, FactsResults, HeadRecall, Interval, KeptCounts,
     LabelCell, LabelResults, MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults,

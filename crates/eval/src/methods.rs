@@ -20,6 +20,7 @@ use pkv_recipe::{Method, TargetPool};
 use tch::Tensor;
 
 pub use fit::{Baselines, FitData, feature_tensors, label_tensor, read_pair};
+pub use linear::predict;
 pub use snapkv::QueryTail;
 
 use crate::clock::Clock;

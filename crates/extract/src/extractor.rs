@@ -5,9 +5,10 @@
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Channel, GlobalChannel, hinted};
-use pkv_lm::{KvCache, LanguageModel, TextTokenizer};
+use pkv_gpu::has_fused_scores;
+use pkv_lm::{KvCache, LanguageModel, TextTokenizer, prefill_chunk};
 use pkv_recipe::{ExtractSection, LabelSection};
-use pkv_score::Scorer;
+use pkv_score::{Requests, Scorer};
 use tch::Tensor;
 
 use crate::globals::{Surprisal, globals};
@@ -42,9 +43,25 @@ impl<'a> Extractor<'a> {
         extract: &ExtractSection,
         label: &LabelSection,
     ) -> Result<Self> {
+        let requests = Requests::new(tokenizer, label)?;
+        Ok(Self::with_requests(model, &requests, tokenizer.prefix(), extract, label))
+    }
+
+    /// An extractor without a tokenizer: requests and prefix are token ids.
+    pub fn with_requests(
+        model: &'a LanguageModel,
+        requests: &Requests,
+        prefix: &[u32],
+        extract: &ExtractSection,
+        label: &LabelSection,
+    ) -> Self {
         let repeats = extract.channels.iter().any(|c| c.is_reconstruction());
-        let scorer = repeats.then(|| Scorer::new(model, tokenizer, label)).transpose()?;
-        Ok(Self { model, prefix: tokenizer.prefix().to_vec(), extract: extract.clone(), scorer })
+        let means = extract.channels.contains(&Channel::ReconMean);
+        let scorer = repeats.then(|| {
+            let scorer = Scorer::with_requests(model, requests.clone(), prefix, label);
+            if means { scorer } else { scorer.maxima_only() }
+        });
+        Self { model, prefix: prefix.to_vec(), extract: extract.clone(), scorer }
     }
 
     /// Features of a context, given without the prefix.
@@ -60,11 +77,7 @@ impl<'a> Extractor<'a> {
             )
         );
         let _no_grad = tch::no_grad_guard();
-        let capacity = match &self.scorer {
-            Some(scorer) => scorer.cache_capacity(context.len()),
-            None => self.prefix.len() + context.len(),
-        };
-        let mut cache = self.model.new_cache(capacity);
+        let mut cache = self.model.new_cache(self.prefix.len() + context.len());
         let shape = self.model.shape();
         let statistics = QueryStatistics::new(&self.extract, self.prefix.len(), context.len());
         let heads_pct = statistics.zeros(shape.total_kv_heads(), self.model.device());
@@ -73,7 +86,7 @@ impl<'a> Extractor<'a> {
             .prefill(context, &mut cache, &statistics, &heads_pct)
             .with_context(|| format!("prefilling a context of {} tokens", context.len()))?;
         statistics.finish(&heads_pct, shape.group());
-        self.reconstruction(context, &mut cache, &heads_pct)?;
+        self.reconstruction(context, &cache, &heads_pct)?;
         let mut all = heads_pct.shallow_clone();
         let _ = all.clamp_(-LOG_LIMIT, LOG_LIMIT);
         let globals_ct =
@@ -90,12 +103,15 @@ impl<'a> Extractor<'a> {
     ) -> Result<Option<Surprisal>> {
         let ids = [&self.prefix, context].concat();
         let prefix = self.prefix.len();
-        let mut tap = FeatureTap { statistics, channels: &self.extract.channels, prefix, heads_pct };
+        let (device, kind) = (self.model.device(), self.model.kind());
+        let fused = has_fused_scores(device, kind, self.model.shape().head_dim as i64);
+        let mut tap = FeatureTap { statistics, channels: &self.extract.channels, prefix, fused, heads_pct };
         let wanted = self.extract.globals.contains(&GlobalChannel::Surprisal);
         let mut surprisal = wanted.then(|| Surprisal::new(self.model, &ids, prefix));
-        for chunk in ids.chunks(self.extract.prefill_chunk_tokens.max(1)) {
+        while cache.len() < ids.len() {
             let start = cache.len();
-            let chunk = self.model.ids(chunk);
+            let chunk = prefill_chunk(start, ids.len(), self.extract.prefill_chunk_tokens);
+            let chunk = self.model.ids(&ids[chunk]);
             match &mut surprisal {
                 Some(surprisal) => {
                     let hidden_sm = self.model.forward(&chunk, cache, &mut tap)?;
@@ -109,16 +125,19 @@ impl<'a> Extractor<'a> {
     }
 
     /// Fill in the reconstruction channels, if there are any.
-    fn reconstruction(&self, context: &[u32], cache: &mut KvCache, heads_pct: &Tensor) -> Result<()> {
+    fn reconstruction(&self, context: &[u32], cache: &KvCache, heads_pct: &Tensor) -> Result<()> {
         let Some(scorer) = &self.scorer else { return Ok(()) };
         let scores = scorer.score_cached(context, cache)?;
         // [layers, kv_heads, positions] flattened layer-major is p.
-        let (max_pt, mean_pt) = (scores.max_lht.flatten(0, 1), scores.mean_lht.flatten(0, 1));
+        let max_pt = scores.max_lht.flatten(0, 1);
+        let mean_pt = scores.mean_lht.map(|mean_lht| mean_lht.flatten(0, 1));
         for (slot, channel) in self.extract.channels.iter().enumerate() {
             let values_pt = match channel {
                 Channel::ReconLog => max_pt.log().clamp(-LOG_LIMIT, 0.0),
                 Channel::ReconLogOdds => pkv_prune::log_odds(&max_pt),
-                Channel::ReconMean => (&mean_pt + MEAN_FLOOR).log(),
+                Channel::ReconMean => {
+                    (mean_pt.as_ref().context("the scorer left out the means")? + MEAN_FLOOR).log()
+                }
                 _ => continue,
             };
             heads_pct.select(1, slot as i64).copy_(&values_pt);

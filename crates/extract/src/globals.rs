@@ -7,8 +7,10 @@ use pkv_core::GlobalChannel;
 use pkv_lm::LanguageModel;
 use tch::{Device, Kind, Reduction, Tensor};
 
-/// Most logits held at once: 64 MiB of f32, twice that at the peak.
-const LOGIT_ELEMENTS: usize = 1 << 24;
+/// Most logits held at once, twice that at the peak: 64 MiB of f32 on a CPU; 1 GiB on a GPU, whose matrix products want rows.
+fn logit_elements(device: Device) -> usize {
+    if device.is_cuda() { 1 << 28 } else { 1 << 24 }
+}
 
 /// Negative log-likelihood (nats) of each context token, gathered as hidden states come.
 pub(crate) struct Surprisal {
@@ -38,7 +40,7 @@ impl Surprisal {
         // The state at position i predicts token i + 1; tokens of the prefix have no feature.
         let end = (start + hidden_sm.size()[0] as usize).min(self.ids.numel() - 1);
         let mut at = start.max(self.prefix.saturating_sub(1));
-        let rows = (LOGIT_ELEMENTS / model.shape().vocab).max(1);
+        let rows = (logit_elements(model.device()) / model.shape().vocab).max(1);
         while at < end {
             let n = rows.min(end - at) as i64;
             let logits_sv = model.logits(&hidden_sm.narrow(0, (at - start) as i64, n));

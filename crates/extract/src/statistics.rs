@@ -12,6 +12,7 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 use pkv_core::Channel;
+use pkv_gpu::{StatisticChannels, fused_query_statistics};
 use pkv_recipe::ExtractSection;
 use pkv_score::block_elements;
 use tch::{Device, Kind, Tensor};
@@ -215,6 +216,50 @@ impl QueryStatistics {
         let _ = weights_hgrt
             .narrow(3, columns.start as i64, columns.len() as i64)
             .masked_fill_(&blank(&distance_rt), 0.0);
+    }
+
+    /// [`Self::add`] by the fused kernel, which needs the rows' log-sum-exps and no blocks.
+    ///
+    /// # Shapes
+    /// - `q_rqd`: `[s, query_heads, head_dim]`, see [`has_fused_scores`](pkv_gpu::has_fused_scores)
+    /// - `lse_qr`: f32 `[query_heads, s]`, natural log-sum-exp of each query over all keys it sees
+    /// - the others as in [`Self::add`]
+    ///
+    /// # Errors
+    /// Shapes disagree, or the driver refuses.
+    pub fn add_fused(
+        &self,
+        q_rqd: &Tensor,
+        k_hkd: &Tensor,
+        lse_qr: &Tensor,
+        start: usize,
+        gathered_hct: &Tensor,
+    ) -> Result<()> {
+        let slot = |reach, max: bool| {
+            let slots = self.slots.iter().find(|s| s.reach == reach)?;
+            if max { slots.max } else { slots.mean }.map(|slot| slot as usize)
+        };
+        let channels = StatisticChannels {
+            all_max: slot(Reach::All, true),
+            all_sum: slot(Reach::All, false),
+            window_max: slot(Reach::Window, true),
+            window_sum: slot(Reach::Window, false),
+            last_max: slot(Reach::Last, true),
+            last_sum: slot(Reach::Last, false),
+        };
+        let what = pkv_gpu::QueryStatistics {
+            channels,
+            prefix: self.prefix,
+            min_distance: self.min_distance,
+            window: self.window,
+            last: self.context.saturating_sub(self.last),
+        };
+        fused_query_statistics(q_rqd, k_hkd, lse_qr, start, &what, gathered_hct)
+    }
+
+    /// Is there any attention channel?
+    pub(crate) fn is_empty(&self) -> bool {
+        self.slots.is_empty()
     }
 
     /// Turn what was gathered into features, in place.

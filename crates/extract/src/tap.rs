@@ -18,15 +18,27 @@ pub(crate) struct FeatureTap<'a> {
     pub(crate) statistics: &'a QueryStatistics,
     pub(crate) channels: &'a [Channel],
     pub(crate) prefix: usize,
+    /// Do the fused kernels serve on this device, in this kind?
+    pub(crate) fused: bool,
     /// `[p, c, t]`, f32.
     pub(crate) heads_pct: &'a Tensor,
 }
 
 impl Tap for FeatureTap<'_> {
+    fn wants_lse(&self) -> bool {
+        self.fused && !self.statistics.is_empty()
+    }
+
     fn layer(&mut self, view: &LayerView) -> Result<()> {
         let heads = view.k_hkd.size()[0];
         let features_hct = self.heads_pct.narrow(0, view.layer as i64 * heads, heads);
-        self.statistics.add(view.q_qsd, view.k_hkd, view.start, &features_hct)?;
+        match view.lse_qs {
+            Some(lse_qs) if self.fused => {
+                let q_rqd = view.q_qsd.transpose(0, 1);
+                self.statistics.add_fused(&q_rqd, view.k_hkd, lse_qs, view.start, &features_hct)?;
+            }
+            _ => self.statistics.add(view.q_qsd, view.k_hkd, view.start, &features_hct)?,
+        }
         self.norms(view, Channel::KeyNorm, view.k_hkd, f64::MIN_POSITIVE, &features_hct);
         self.norms(view, Channel::ValueNorm, view.v_hkd, VALUE_NORM_FLOOR, &features_hct);
         Ok(())

@@ -1,16 +1,33 @@
-//! What tch cannot reach of libtorch: CUDA loading, memory figures, determinism, fused AdamW.
+//! What tch cannot reach of libtorch: CUDA loading, memory, streams, fused attention, determinism, fused AdamW.
 //!
-//! The one C++ file of the project, `csrc/shim.cpp`, and a safe interface to it. Models, losses
+//! The C++ files of the project, in `csrc/`, and a safe interface to them. Models, losses
 //! and training loops are left to the crates above; they never call the shim's functions directly.
+//!
+//! Our own kernels are in `kernels/`, compiled when first used.
 //!
 //! Every crate that makes a binary or a test links this one, and calls [`device`] to choose where
 //! to compute: that call is also what keeps the shim's constructor, which loads CUDA, in the binary.
 
+mod attention;
 mod device;
+mod exhausted;
+mod kernels;
+mod layer;
 mod memory;
 mod optim;
 mod shim;
+mod stream;
+mod transfer;
 
+pub use attention::{Attended, Mask, cudnn, flash, flash_segments, has_fused_attention};
 pub use device::{DeviceChoice, cuda_absence, cuda_count, device, set_deterministic, set_tf32, synchronize};
-pub use memory::{CudaMemory, cuda_memory, empty_cache, reset_peak};
-pub use optim::{AdamW, AdamWOptions, clip_global_norm};
+pub use exhausted::unless_exhausted;
+pub use kernels::{
+    CacheSlot, QueryStatistics, ScoreRows, StatisticChannels, fused_chunk_scores, fused_query_statistics,
+    gated_silu, has_elementwise, has_fused_scores, merge_attended, rotate,
+};
+pub use layer::{attend_heads, time_conv};
+pub use memory::{CudaMemory, cuda_memory, empty_cache, reset_peak, upload};
+pub use optim::{AdamW, AdamWOptions, clip_global_norm, drop_gradients, lerp};
+pub use stream::{Event, Stream, StreamGuard};
+pub use transfer::{HostBuffer, Mark, upload_beside};

@@ -1,6 +1,7 @@
-//! How much of a GPU's memory is in use, as libtorch's allocator counts it.
+//! GPU memory: how much is in use, as libtorch's allocator counts it, and small tensors on their way there.
 
 use anyhow::Result;
+use tch::{Device, Tensor};
 
 use crate::shim;
 
@@ -45,4 +46,38 @@ pub fn reset_peak(device: usize) -> Result<()> {
 pub fn empty_cache() -> Result<()> {
     // SAFETY: no arguments.
     shim::check(unsafe { shim::pkv_cuda_empty_cache() })
+}
+
+/// A host tensor on `device`, without the host waiting for the GPU: plain copies wait until all work
+/// queued before is done. For small ones: the data goes through pinned memory.
+///
+/// # Errors
+/// The GPU does not exist or has no room.
+pub fn upload(host: &Tensor, device: Device) -> Result<Tensor> {
+    let Device::Cuda(gpu) = device else { return Ok(host.to_device(device)) };
+    if host.device().is_cuda() {
+        return Ok(host.to_device(device));
+    }
+    let mut out = std::ptr::null_mut();
+    // SAFETY: a live tensor; `out` receives one that we own.
+    shim::check(unsafe { shim::pkv_upload(host.as_ptr().cast_mut(), gpu as i32, &mut out) })?;
+    // SAFETY: the shim returned 0, so `out` is a tensor on the heap that nobody else frees.
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_uploaded_arrives() {
+        let host = Tensor::from_slice(&[3i64, -1, 4]);
+        let device = if crate::cuda_count() > 0 { Device::Cuda(0) } else { Device::Cpu };
+        let there = upload(&host, device).unwrap();
+        assert_eq!(there.device(), device);
+        assert_eq!(Vec::<i64>::try_from(there.to_device(Device::Cpu)).unwrap(), [3, -1, 4]);
+        if device == Device::Cpu {
+            assert!(upload(&host, Device::Cuda(0)).is_err());
+        }
+    }
 }

@@ -4,7 +4,7 @@
 //! are plain tensors that a checkpoint can hold.
 
 use anyhow::{Context, Result, ensure};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use crate::shim;
@@ -25,8 +25,10 @@ pub struct AdamW {
     params: Vec<Tensor>,
     m: Vec<Tensor>,
     v: Vec<Tensor>,
-    /// Steps taken, f32 scalars on the parameters' device, as the fused kernel wants them.
-    steps: Vec<Tensor>,
+    /// Steps taken, one f32 per parameter on the parameters' device, as the fused kernel wants them.
+    steps: Tensor,
+    /// Views of `steps`, scalars.
+    step_views: Vec<Tensor>,
 }
 
 impl AdamW {
@@ -41,8 +43,11 @@ impl AdamW {
         let zeros = |p: &Tensor| p.detach().zeros_like();
         let m = params.iter().map(zeros).collect();
         let v = params.iter().map(zeros).collect();
-        let steps = params.iter().map(|p| Tensor::zeros([], (Kind::Float, p.device()))).collect();
-        Ok(Self { params, m, v, steps })
+        let device = params.first().map_or(Device::Cpu, Tensor::device);
+        // One tensor, so that counting on is one kernel and not one per parameter.
+        let steps = Tensor::zeros([params.len() as i64], (Kind::Float, device));
+        let step_views = steps.unbind(0);
+        Ok(Self { params, m, v, steps, step_views })
     }
 
     /// First and second moments, in the order of the parameters.
@@ -70,9 +75,7 @@ impl AdamW {
             );
             mine.copy_(saved);
         }
-        for s in &mut self.steps {
-            let _ = s.fill_(steps as f64);
-        }
+        let _ = self.steps.fill_(steps as f64);
         Ok(())
     }
 
@@ -86,11 +89,9 @@ impl AdamW {
         }
         let _guard = tch::no_grad_guard();
         let grads = gradients(&self.params)?;
-        for s in &mut self.steps {
-            let _ = s.g_add_scalar_(1);
-        }
+        let _ = self.steps.g_add_scalar_(1);
         let (mut p, mut g) = (pointers(&self.params), pointers(&grads));
-        let (mut m, mut v, mut s) = (pointers(&self.m), pointers(&self.v), pointers(&self.steps));
+        let (mut m, mut v, mut s) = (pointers(&self.m), pointers(&self.v), pointers(&self.step_views));
         // SAFETY: five arrays of `params.len()` tensors that live beyond the call.
         shim::check(unsafe {
             shim::pkv_fused_adamw(
@@ -134,6 +135,32 @@ pub fn clip_global_norm(params: &[Tensor], max: f64) -> Result<Tensor> {
     Ok(norm)
 }
 
+/// Forget the gradients of `params`: the next backward hands its own over instead of adding to zeros.
+///
+/// # Errors
+/// libtorch refuses.
+pub fn drop_gradients(params: &[Tensor]) -> Result<()> {
+    let mut p = pointers(params);
+    // SAFETY: an array of `params.len()` tensors.
+    shim::check(unsafe { shim::pkv_drop_grads(p.len(), p.as_mut_ptr()) }).context("dropping gradients")
+}
+
+/// `means[i] += weight (values[i] - means[i])`, in place, all tensors in a few kernels; no gradient.
+///
+/// # Errors
+/// Counts or shapes differ.
+pub fn lerp(means: &[Tensor], values: &[Tensor], weight: f64) -> Result<()> {
+    ensure!(means.len() == values.len(), "{} means of {} values", means.len(), values.len());
+    if means.is_empty() {
+        return Ok(());
+    }
+    let _guard = tch::no_grad_guard();
+    let (mut m, mut x) = (pointers(means), pointers(values));
+    // SAFETY: two arrays of `means.len()` tensors.
+    shim::check(unsafe { shim::pkv_lerp(m.len(), m.as_mut_ptr(), x.as_mut_ptr(), weight) })
+        .context("moving average")
+}
+
 fn gradients(params: &[Tensor]) -> Result<Vec<Tensor>> {
     params
         .iter()
@@ -153,7 +180,6 @@ fn pointers(tensors: &[Tensor]) -> Vec<*mut C_tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
 
     /// AdamW in f64, from the paper's algorithm 2.
     #[test]
@@ -179,6 +205,24 @@ mod tests {
         for (i, x) in x.iter().enumerate() {
             let got = w.double_value(&[i as i64]);
             assert!((got - x).abs() < 1e-5, "parameter {i}: {got}, expected {x}");
+        }
+    }
+
+    #[test]
+    fn averages_move_and_dropped_gradients_are_gone() {
+        let of = |x: f32| vec![Tensor::from_slice(&[x, -x]), Tensor::from_slice(&[2.0 * x])];
+        let means = of(1.0);
+        lerp(&means, &of(5.0), 0.25).unwrap();
+        assert_eq!(Vec::<f32>::try_from(&means[0]).unwrap(), [2.0, -2.0]);
+        assert_eq!(Vec::<f32>::try_from(&means[1]).unwrap(), [4.0]);
+        assert!(lerp(&means, &[], 0.5).is_err());
+
+        let w = Tensor::from_slice(&[3.0f32, 4.0]).set_requires_grad(true);
+        for _ in 0..2 {
+            drop_gradients(&[w.shallow_clone()]).unwrap();
+            assert!(!w.grad().defined());
+            w.square().sum(Kind::Float).backward();
+            assert_eq!(Vec::<f32>::try_from(w.grad()).unwrap(), [6.0, 8.0]);
         }
     }
 

@@ -1,18 +1,26 @@
-//! The C interface of `csrc/shim.cpp`, and its errors.
+//! The C interface of `csrc/`, and its errors.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 
 use anyhow::{Result, bail};
 use torch_sys::C_tensor;
 
+/// `c10::Event`, seen from outside.
+#[repr(C)]
+pub struct RawEvent {
+    _opaque: [u8; 0],
+}
+
 unsafe extern "C" {
     fn pkv_last_error() -> *const c_char;
     fn pkv_boot_error() -> *const c_char;
+    pub fn pkv_load_nvrtc() -> c_int;
     pub fn pkv_cuda_count() -> c_int;
     pub fn pkv_cuda_sync(device: c_int) -> c_int;
     pub fn pkv_cuda_memory(device: c_int, out: *mut i64) -> c_int;
     pub fn pkv_cuda_reset_peak(device: c_int) -> c_int;
     pub fn pkv_cuda_empty_cache() -> c_int;
+    pub fn pkv_upload(host: *mut C_tensor, device: c_int, out: *mut *mut C_tensor) -> c_int;
     pub fn pkv_deterministic(on: c_int) -> c_int;
     pub fn pkv_tf32(on: c_int) -> c_int;
     pub fn pkv_fused_adamw(
@@ -30,6 +38,63 @@ unsafe extern "C" {
     ) -> c_int;
     pub fn pkv_global_norm(n: usize, t: *mut *mut C_tensor, out: *mut *mut C_tensor) -> c_int;
     pub fn pkv_scale(n: usize, t: *mut *mut C_tensor, by: *mut C_tensor) -> c_int;
+    pub fn pkv_flash(
+        q: *mut C_tensor,
+        k: *mut C_tensor,
+        v: *mut C_tensor,
+        cu_q: *mut C_tensor,
+        cu_k: *mut C_tensor,
+        max_q: i64,
+        max_k: i64,
+        causal: c_int,
+        window_left: i64,
+        window_right: i64,
+        out: *mut *mut C_tensor,
+        lse: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn pkv_cudnn_attention(
+        q: *mut C_tensor,
+        k: *mut C_tensor,
+        v: *mut C_tensor,
+        causal: c_int,
+        out: *mut *mut C_tensor,
+        lse: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn pkv_stream_current(device: c_int, id: *mut i64) -> c_int;
+    pub fn pkv_stream_pool(device: c_int, high_priority: c_int, id: *mut i64) -> c_int;
+    pub fn pkv_stream_exchange(device: c_int, id: i64, previous: *mut i64) -> c_int;
+    pub fn pkv_stream_handle(device: c_int, id: i64, handle: *mut *mut c_void) -> c_int;
+    pub fn pkv_stream_sync(device: c_int, id: i64) -> c_int;
+    pub fn pkv_record_stream(t: *mut C_tensor, device: c_int, id: i64) -> c_int;
+    pub fn pkv_event_new(timed: c_int, out: *mut *mut RawEvent) -> c_int;
+    pub fn pkv_event_free(e: *mut RawEvent);
+    pub fn pkv_event_record(e: *mut RawEvent, device: c_int, id: i64) -> c_int;
+    pub fn pkv_event_block(e: *mut RawEvent, device: c_int, id: i64) -> c_int;
+    pub fn pkv_event_sync(e: *mut RawEvent) -> c_int;
+    pub fn pkv_event_query(e: *mut RawEvent, done: *mut c_int) -> c_int;
+    pub fn pkv_event_elapsed(from: *mut RawEvent, to: *mut RawEvent, ms: *mut f64) -> c_int;
+    pub fn pkv_time_conv(
+        x: *mut C_tensor,
+        weight: *mut C_tensor,
+        bias: *mut C_tensor,
+        dilation: i64,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn pkv_attend_heads(
+        tokens: *mut C_tensor,
+        logit: *mut C_tensor,
+        reading: *mut C_tensor,
+        heads: i64,
+        piece: i64,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn pkv_drop_grads(n: usize, t: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_lerp(n: usize, mean: *mut *mut C_tensor, x: *mut *mut C_tensor, weight: f64) -> c_int;
+    pub fn pkv_pinned(n: i64, out: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_upload_beside(host: *mut C_tensor, device: c_int, out: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_mark_record(device: c_int, out: *mut *mut c_void) -> c_int;
+    pub fn pkv_mark_wait(event: *mut c_void) -> c_int;
+    pub fn pkv_mark_free(event: *mut c_void);
 }
 
 /// Turn the shim's return code into a result; the text is the first line of libtorch's.

@@ -159,10 +159,11 @@ impl LanguageModel {
         let step = branches.step(s, self.device());
         let rotation = self.rope.at(&(&step.slot_rs + branches.first_position as i64).to_kind(Kind::Float));
         for (index, layer) in self.layers.iter().enumerate() {
-            let new = layer.project(&layer.normed(&hidden_rsm), &rotation);
-            branches.write(index, &step.slot_rs, &new.k, &new.v);
-            let attended = branches.attend(index, &new.q, &step);
-            hidden_rsm = layer.finish_block(&hidden_rsm, &attended);
+            let new = layer.project(&layer.normed(&hidden_rsm), &rotation)?;
+            let heads_first = |x: &Tensor| x.transpose(-3, -2);
+            branches.write(index, &step.slot_rs, &heads_first(&new.k), &heads_first(&new.v));
+            let attended = branches.attend(index, &heads_first(&new.q).contiguous(), &step);
+            hidden_rsm = layer.finish_block(&hidden_rsm, &heads_first(&attended))?;
         }
         branches.lengths.iter_mut().for_each(|n| *n += s as usize);
         Ok(self.finish(&hidden_rsm))

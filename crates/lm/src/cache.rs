@@ -20,7 +20,9 @@ pub struct KvCache {
 
 impl KvCache {
     pub(crate) fn new(shape: ModelShape, capacity: usize, device: Device, kind: Kind) -> Self {
-        let size = [shape.kv_heads as i64, capacity as i64, shape.head_dim as i64];
+        // cuDNN plans anew for other strides: contexts of like length shall have the same.
+        let room = if device.is_cuda() { capacity.next_multiple_of(1024) } else { capacity };
+        let size = [shape.kv_heads as i64, room as i64, shape.head_dim as i64];
         let layers = || (0..shape.layers).map(|_| Tensor::empty(size, (kind, device))).collect();
         Self { keys: layers(), values: layers(), len: 0, capacity, next_position: 0 }
     }

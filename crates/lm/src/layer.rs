@@ -2,7 +2,9 @@
 //!
 //! Dimension key: s token, m hidden, q query head, h KV head, d head_dim.
 
+use anyhow::Result;
 use pkv_core::ModelShape;
+use pkv_gpu::{gated_silu, has_elementwise, rotate};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::LmConfig;
@@ -29,11 +31,11 @@ pub(crate) struct Layer {
     down: Tensor,
 }
 
-/// Queries, keys and values of new tokens, rotary applied; heads first.
+/// Queries, keys and values of new tokens, rotary applied; views of what the projection gave.
 pub(crate) struct Projected {
-    /// `[.., query_heads, s, head_dim]`, contiguous.
+    /// `[.., s, query_heads, head_dim]`.
     pub q: Tensor,
-    /// `[.., kv_heads, s, head_dim]`.
+    /// `[.., s, kv_heads, head_dim]`.
     pub k: Tensor,
     pub v: Tensor,
 }
@@ -112,47 +114,76 @@ impl Layer {
     }
 
     /// Queries, keys and values of `normed` `[.., s, hidden]`.
-    pub fn project(&self, normed: &Tensor, rotation: &Rotation) -> Projected {
+    ///
+    /// # Errors
+    /// A kernel fails.
+    pub fn project(&self, normed: &Tensor, rotation: &Rotation) -> Result<Projected> {
         let (heads, kv) = (self.shape.query_heads as i64, self.shape.kv_heads as i64);
+        let d = self.shape.head_dim as i64;
         let mut size = normed.size();
         size.pop();
-        size.extend([heads + 2 * kv, self.shape.head_dim as i64]);
-        let qkv = normed.linear(&self.qkv, self.qkv_bias.as_ref()).view(size.as_slice());
+        size.extend([heads + 2 * kv, d]);
+        let qkv = normed.linear(&self.qkv, self.qkv_bias.as_ref());
+        if has_elementwise(qkv.device(), qkv.kind(), d) {
+            let rows_rnd = qkv.view([-1, heads + 2 * kv, d]);
+            if let Some([cos, sin]) = rotation.of_rows(rows_rnd.size()[0]) {
+                let norm = self.qk_norm.as_ref().map(|weight| (weight, self.eps));
+                rotate(&rows_rnd, self.shape.query_heads, norm, &cos, &sin, None)?;
+                let qkv = qkv.view(size.as_slice());
+                return Ok(Projected {
+                    q: qkv.narrow(-2, 0, heads),
+                    k: qkv.narrow(-2, heads, kv),
+                    v: qkv.narrow(-2, heads + kv, kv),
+                });
+            }
+        }
+        let qkv = qkv.view(size.as_slice());
         let mut qk = qkv.narrow(-2, 0, heads + kv);
         if let Some(weight) = &self.qk_norm {
             qk = unit_rms(&qk, self.eps) * weight;
         }
-        let qk = rotation.apply(&qk).transpose(-3, -2);
-        Projected {
-            q: qk.narrow(-3, 0, heads).contiguous(),
-            k: qk.narrow(-3, heads, kv),
-            v: qkv.narrow(-2, heads + kv, kv).transpose(-3, -2),
-        }
+        let qk = rotation.apply(qk);
+        Ok(Projected {
+            q: qk.narrow(-2, 0, heads),
+            k: qk.narrow(-2, heads, kv),
+            v: qkv.narrow(-2, heads + kv, kv),
+        })
     }
 
     /// The rest of the layer: output projection, residual, feed-forward, residual.
     ///
     /// # Shapes
     /// - `hidden`: `[.., s, hidden]`, the layer's input
-    /// - `attended`: `[.., query_heads, s, head_dim]`
+    /// - `attended`: `[.., s, query_heads, head_dim]`
     /// - returns the next layer's input
-    pub fn finish_block(&self, hidden: &Tensor, attended: &Tensor) -> Tensor {
+    ///
+    /// # Errors
+    /// A kernel fails.
+    pub fn finish_block(&self, hidden: &Tensor, attended: &Tensor) -> Result<Tensor> {
         let size = hidden.size();
         let width = self.shape.hidden as i64;
         let rows = hidden.reshape([-1, width]);
         let n = rows.size()[0];
-        let attended = attended.transpose(-3, -2).reshape([n, -1]);
+        let attended = attended.reshape([n, -1]);
         // addmm adds the residual while the product is written.
         let mut mid = rows.addmm(&attended, &self.output.tr());
         if let Some(bias) = &self.output_bias {
             mid += bias;
         }
         let gate_up = rms_norm(&mid, &self.post_norm, self.eps).linear::<&Tensor>(&self.gate_up, None);
-        let wide = self.shape.intermediate as i64;
-        let mut gated = gate_up.narrow(1, 0, wide).silu();
-        gated *= gate_up.narrow(1, wide, wide);
-        mid.addmm_(&gated, &self.down.tr()).view(size.as_slice())
+        Ok(mid.addmm_(&gated(&gate_up)?, &self.down.tr()).view(size.as_slice()))
     }
+}
+
+/// silu(gate) * up of `[n, 2 * intermediate]`, gate first: `[n, intermediate]`.
+fn gated(gate_up: &Tensor) -> Result<Tensor> {
+    let wide = gate_up.size()[1] / 2;
+    if wide % 8 == 0 && has_elementwise(gate_up.device(), gate_up.kind(), 64) {
+        return gated_silu(gate_up);
+    }
+    let mut gated = gate_up.narrow(1, 0, wide).silu();
+    gated *= gate_up.narrow(1, wide, wide);
+    Ok(gated)
 }
 
 /// x / sqrt(mean(x^2) + eps) * weight, statistics in f32, over the last axis.

@@ -2,7 +2,7 @@
 //!
 //! Owns `config.json`, weights, the tokenizer and its chat template, the KV cache, the forward pass
 //! and greedy generation. Which KV pairs matter is `score`'s and `prune`'s question; this crate only
-//! lets them look ([`Tap`]) and lets a cache be read with some of its pairs hidden ([`Branches`]).
+//! lets them look ([`Tap`], [`RepeatTap`]) and lets a cache be read with some of its pairs hidden ([`Branches`]).
 //!
 //! Dimension key: l layer, h KV head, g query heads per KV head, q query head, s new token of a
 //! forward, t context position, k key attended to, d head_dim, m hidden.
@@ -15,16 +15,19 @@ mod generate;
 mod kept;
 mod layer;
 mod model;
+mod repeats;
 mod rope;
 mod tap;
 mod template;
 mod tokenizer;
 mod weights;
 
+pub use attention::{AttentionPolicy, Rectangle};
 pub use branches::Branches;
 pub use cache::KvCache;
 pub use config::{Family, LmConfig};
-pub use model::LanguageModel;
+pub use model::{LanguageModel, prefill_chunk};
+pub use repeats::{RepeatTap, RepeatView};
 pub use rope::{RopeConfig, RopeScaling};
 pub use tap::{LayerView, NoTap, Tap};
 pub use tokenizer::TextTokenizer;

@@ -5,6 +5,7 @@
 //!
 //! Dimension key: s new token, m hidden.
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
@@ -12,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::{ModelShape, Seed, hinted};
 use tch::{Device, Kind, Tensor};
 
-use crate::attention;
+use crate::attention::{self, AttentionPolicy};
 use crate::cache::KvCache;
 use crate::config::LmConfig;
 use crate::layer::{Layer, rms_norm};
@@ -32,6 +33,7 @@ pub struct LanguageModel {
     /// `[vocab, hidden]`; the embedding itself where the two are tied.
     head: Tensor,
     pub(crate) rope: Rope,
+    pub(crate) attention: AttentionPolicy,
 }
 
 impl LanguageModel {
@@ -102,6 +104,7 @@ impl LanguageModel {
             layers: (0..shape.layers).map(|_| Layer::empty(&config, device, kind)).collect(),
             final_norm: Tensor::empty([shape.hidden as i64], (kind, device)),
             rope: Rope::new(&config.rope, shape.head_dim, device, kind),
+            attention: AttentionPolicy::default(),
             config,
             device,
             kind,
@@ -139,6 +142,11 @@ impl LanguageModel {
         self.kind
     }
 
+    /// Split attention between CUDA's kernels in another way; results differ by rounding only.
+    pub fn set_attention(&mut self, policy: AttentionPolicy) {
+        self.attention = policy;
+    }
+
     /// An empty cache with room for `capacity` positions.
     pub fn new_cache(&self, capacity: usize) -> KvCache {
         KvCache::new(self.shape(), capacity, self.device, self.kind)
@@ -152,7 +160,8 @@ impl LanguageModel {
     /// Read new tokens behind those in the cache, and append theirs to it.
     ///
     /// # Shapes
-    /// - `ids`: i64 `[s]`, any device
+    /// - `ids`: i64 `[s]`, best on the host; ids that are on a GPU already are not checked, because that
+    ///   would wait for it
     /// - returns the hidden states after the final norm, `[s, hidden]`, in the model's kind
     ///
     /// # Errors
@@ -182,23 +191,37 @@ impl LanguageModel {
         chunk_tokens: usize,
         tap: &mut dyn Tap,
     ) -> Result<Tensor> {
-        ensure!(
-            chunk_tokens > 0,
-            hinted("a prefill chunk of 0 tokens", "use 1 token or more per prefill chunk")
-        );
-        ensure!(!ids.is_empty(), "there is no token to prefill");
-        cache.check_room(ids.len())?;
-        let chunks = ids.chunks(chunk_tokens);
-        let last = chunks.len() - 1;
-        for (i, chunk) in chunks.enumerate() {
-            let ids = self.ids(chunk);
-            if i == last {
-                return self.forward(&ids, cache, tap);
+        check_prefill(ids, cache, chunk_tokens)?;
+        let mut done = 0;
+        loop {
+            let chunk = prefill_chunk(done, ids.len(), chunk_tokens);
+            done = chunk.end;
+            let chunk_ids = self.ids(&ids[chunk]);
+            if done == ids.len() {
+                return self.forward(&chunk_ids, cache, tap);
             }
             // Nobody reads these chunks' hidden states, so their last layer may end early.
-            self.forward_for_tap(&ids, cache, tap)?;
+            self.forward_for_tap(&chunk_ids, cache, tap)?;
         }
-        unreachable!("a non-empty context has a last chunk")
+    }
+
+    /// Like [`LanguageModel::prefill`], where only taps and the cache are of interest: the last layer
+    /// ends early in every chunk.
+    pub fn prefill_for_tap(
+        &self,
+        ids: &[u32],
+        cache: &mut KvCache,
+        chunk_tokens: usize,
+        tap: &mut dyn Tap,
+    ) -> Result<()> {
+        check_prefill(ids, cache, chunk_tokens)?;
+        let mut done = 0;
+        while done < ids.len() {
+            let chunk = prefill_chunk(done, ids.len(), chunk_tokens);
+            done = chunk.end;
+            self.forward_for_tap(&self.ids(&ids[chunk]), cache, tap)?;
+        }
+        Ok(())
     }
 
     /// Next-token logits, f32 `[.., vocab]`, of hidden states after the final norm.
@@ -206,19 +229,27 @@ impl LanguageModel {
         hidden.linear::<&Tensor>(&self.head, None).to_kind(Kind::Float)
     }
 
-    /// Token ids as a tensor on the model's device.
+    /// Token ids as a tensor that forwards take: on the host, where they are checked.
     pub fn ids(&self, ids: &[u32]) -> Tensor {
         let ids: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();
-        Tensor::from_slice(&ids).to_device(self.device)
+        Tensor::from_slice(&ids)
     }
 
     /// Rows of the embedding matrix: `[.., hidden]`.
     ///
     /// # Errors
-    /// An id outside the vocabulary.
+    /// An id outside the vocabulary, if the ids are on the host.
     pub(crate) fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         ensure!(ids.kind() == Kind::Int64, "token ids must be i64, not {:?}", ids.kind());
         ensure!(ids.numel() > 0, "there is no token to read");
+        if ids.device() == Device::Cpu {
+            self.check_ids(ids)?;
+        }
+        let ids = pkv_gpu::upload(ids, self.device)?;
+        Ok(Tensor::embedding(&self.embedding, &ids, -1, false, false))
+    }
+
+    fn check_ids(&self, ids: &Tensor) -> Result<()> {
         let (low, high) = (ids.min().int64_value(&[]), ids.max().int64_value(&[]));
         let vocab = self.shape().vocab as i64;
         ensure!(
@@ -231,7 +262,7 @@ impl LanguageModel {
                 "tokens and model must be of one family: check the tokenizer's folder"
             )
         );
-        Ok(Tensor::embedding(&self.embedding, &ids.to_device(self.device), -1, false, false))
+        Ok(())
     }
 
     /// The final norm.
@@ -248,26 +279,47 @@ impl LanguageModel {
         let mut hidden_sm = self.embed(ids)?;
         let rotation = self.rope.range(cache.next_position(), s);
         let start = cache.len();
+        let wants_lse = tap.wants_lse();
         for (index, layer) in self.layers.iter().enumerate() {
             let normed_sm = layer.normed(&hidden_sm);
-            let new = layer.project(&normed_sm, &rotation);
-            cache.write(index, &new.k, &new.v);
+            let new = layer.project(&normed_sm, &rotation)?;
+            cache.write(index, &new.k.transpose(0, 1), &new.v.transpose(0, 1));
             let (k_hkd, v_hkd) = cache.with_new(index, s);
+            let q_sqd = attention::arranged(&new.q);
+            let goes_on = complete || index + 1 < self.layers.len();
+            let attend = || attention::causal(&q_sqd, &k_hkd, &v_hkd, start, wants_lse, &self.attention);
+            let (attended, lse_qs) = match goes_on || wants_lse {
+                true => attend().map(|(out, lse)| (Some(out), lse))?,
+                false => (None, None),
+            };
             tap.layer(&LayerView {
                 layer: index,
-                q_qsd: &new.q,
+                q_qsd: &q_sqd.transpose(0, 1),
                 k_hkd: &k_hkd,
                 v_hkd: &v_hkd,
                 start,
                 hidden_sm: &hidden_sm,
                 normed_sm: &normed_sm,
+                lse_qs: lse_qs.as_ref(),
             })?;
-            if complete || index + 1 < self.layers.len() {
-                let attended = attention::causal(&new.q, &k_hkd, &v_hkd, start);
-                hidden_sm = layer.finish_block(&hidden_sm, &attended);
+            if let Some(attended) = attended.filter(|_| goes_on) {
+                hidden_sm = layer.finish_block(&hidden_sm, &attended)?;
             }
         }
         cache.advance(s);
         Ok(hidden_sm)
     }
+}
+
+/// The next prefill chunk of a context of `tokens` of which `done` are read: `size` tokens, or all that are left if those
+/// are at most a quarter more. A last chunk of a few tokens would read all weights for little.
+pub fn prefill_chunk(done: usize, tokens: usize, size: usize) -> Range<usize> {
+    let (left, size) = (tokens - done, size.max(1));
+    done..done + if left <= size + size / 4 { left } else { size }
+}
+
+fn check_prefill(ids: &[u32], cache: &KvCache, chunk_tokens: usize) -> Result<()> {
+    ensure!(chunk_tokens > 0, hinted("a prefill chunk of 0 tokens", "use 1 token or more per prefill chunk"));
+    ensure!(!ids.is_empty(), "there is no token to prefill");
+    cache.check_room(ids.len())
 }

@@ -176,15 +176,17 @@ impl Rope {
     ///
     /// # Shapes
     /// - `positions`: f32, any shape `[..]`; exact below 2^24
-    /// - returns cosine and sine, each `[.., 1, head_dim]`, in the model's kind
+    /// - returns cosine and sine in the model's kind
     pub fn at(&self, positions: &Tensor) -> Rotation {
         let angles = positions.unsqueeze(-1) * &self.frequencies_d;
-        let part = |t: Tensor| (t * self.attention_factor).to_kind(self.kind);
-        let (cos, sin) = (part(angles.cos()), part(angles.sin()));
+        let exact = |t: Tensor| t * self.attention_factor;
+        let (exact_cos, exact_sin) = (exact(angles.cos()), exact(angles.sin()));
+        let (cos, sin) = (exact_cos.to_kind(self.kind), exact_sin.to_kind(self.kind));
         Rotation {
+            exact_sd: [exact_cos, exact_sin],
             cos_sd: Tensor::cat(&[&cos, &cos], -1).unsqueeze(-2),
-            // The first half is rotated by -sin times the second half: the sign is put in here, once.
-            sin_sd: Tensor::cat(&[&sin.neg(), &sin], -1).unsqueeze(-2),
+            minus_sin_sd: sin.neg().unsqueeze(-2),
+            sin_sd: sin.unsqueeze(-2),
         }
     }
 
@@ -195,18 +197,33 @@ impl Rope {
     }
 }
 
-/// Cosine and signed sine of one forward's positions, shared by all layers.
+/// Cosine and sine of one forward's positions, shared by all layers.
 pub(crate) struct Rotation {
+    /// Cosine and sine, f32 `[.., head_dim / 2]`.
+    exact_sd: [Tensor; 2],
+    /// `[.., 1, head_dim]`: both halves are the same.
     cos_sd: Tensor,
+    /// `[.., 1, head_dim / 2]`, and its negative.
     sin_sd: Tensor,
+    minus_sin_sd: Tensor,
 }
 
 impl Rotation {
+    /// Cosine and sine of as many rows as `rows`, f32 `[rows, head_dim / 2]`; `None` if positions are shared between rows.
+    pub fn of_rows(&self, rows: i64) -> Option<[Tensor; 2]> {
+        let half = self.exact_sd[0].size().last().copied()?;
+        let of_all = self.exact_sd[0].numel() as i64 == rows * half;
+        of_all.then(|| [0, 1].map(|i| self.exact_sd[i].reshape([rows, half])))
+    }
+
     /// Rotate heads `[.., heads, head_dim]`, positions in the leading dimensions as in [`Rope::at`].
-    pub fn apply(&self, x: &Tensor) -> Tensor {
+    pub fn apply(&self, x: Tensor) -> Tensor {
         let half = x.size().last().copied().unwrap_or(0) / 2;
-        let mut out = x * &self.cos_sd;
-        out.addcmul_(&x.roll(half, -1), &self.sin_sd)
+        let out = &x * &self.cos_sd;
+        // Halves are written in place: x is read twice and its rotation written twice, no more.
+        let _ = out.narrow(-1, 0, half).addcmul_(&x.narrow(-1, half, half), &self.minus_sin_sd);
+        let _ = out.narrow(-1, half, half).addcmul_(&x.narrow(-1, 0, half), &self.sin_sd);
+        out
     }
 }
 
@@ -265,7 +282,7 @@ mod tests {
         let rope = RopeConfig { theta: 100.0, scaling: RopeScaling::None };
         let rotation = Rope::new(&rope, 4, Device::Cpu, Kind::Double).range(2, 2);
         let x = Tensor::from_slice(&[1.0f64, 2.0, 3.0, 4.0]).expand([2, 1, 4], false);
-        let turned = Vec::<f64>::try_from(rotation.apply(&x).view([-1])).unwrap();
+        let turned = Vec::<f64>::try_from(rotation.apply(x).reshape([-1])).unwrap();
         for (row, position) in [2.0f64, 3.0].iter().enumerate() {
             for (pair, frequency) in [1.0, 0.1].iter().enumerate() {
                 let (sin, cos) = (position * frequency).sin_cos();

@@ -5,15 +5,20 @@ use tch::Tensor;
 
 /// Called once per layer and forward, after rotary and after the new keys are in the cache.
 pub trait Tap {
+    /// Is [`LayerView::lse_qs`] needed? Then the last layer's attention is computed for it too.
+    fn wants_lse(&self) -> bool {
+        false
+    }
+
     /// # Errors
     /// Whatever stops the tap's work; the forward pass ends with it, the cache as it was before.
     fn layer(&mut self, view: &LayerView) -> Result<()>;
 }
 
-/// What a layer's attention is about to work on. Views: copy what must outlive the call.
+/// What a layer's attention works on. Views: copy what must outlive the call.
 pub struct LayerView<'a> {
     pub layer: usize,
-    /// Queries of the new tokens, rotary applied: `[query_heads, s, head_dim]`, contiguous. Query
+    /// Queries of the new tokens, rotary applied: `[query_heads, s, head_dim]`, any strides. Query
     /// heads of one KV head lie together.
     pub q_qsd: &'a Tensor,
     /// Keys, rotary applied: `[kv_heads, len, head_dim]`, the new ones last.
@@ -26,6 +31,9 @@ pub struct LayerView<'a> {
     pub hidden_sm: &'a Tensor,
     /// The same after the layer's input norm.
     pub normed_sm: &'a Tensor,
+    /// Natural log-sum-exp of each row's scaled logits over all keys it sees: f32 `[query_heads, s]`.
+    /// There if the tap wants it.
+    pub lse_qs: Option<&'a Tensor>,
 }
 
 /// Looks at nothing.

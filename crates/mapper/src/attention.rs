@@ -8,7 +8,7 @@ use pkv_recipe::MapperSection;
 use tch::{Device, Kind, Tensor};
 
 use crate::layers::Linear;
-use crate::params::ParamStore;
+use crate::params::{ParamStore, Pass};
 
 /// Base of the rotary frequencies, the usual one.
 const ROTARY_BASE: f64 = 10_000.0;
@@ -31,10 +31,10 @@ impl TimeAttention {
     }
 
     /// `[b, t, m]` to `[b, t, m]`; position i attends to j with |i - j| <= window.
-    pub fn forward(&self, x_btm: &Tensor) -> Tensor {
+    pub fn forward(&self, pass: &Pass, x_btm: &Tensor) -> Tensor {
         let (b, t, m) = x_btm.size3().expect("a batch of positions");
         let e = m / self.heads;
-        let qkv = self.qkv.forward(x_btm).reshape([b, t, 3, self.heads, e]).permute([2, 0, 3, 1, 4]);
+        let qkv = self.qkv.forward(pass, x_btm).reshape([b, t, 3, self.heads, e]).permute([2, 0, 3, 1, 4]);
         let (q_bnte, k_bnte, v_bnte) = (qkv.get(0), qkv.get(1), qkv.get(2));
         let y_bnte = if t <= self.window + 1 {
             // Every position sees every other: no block, no mask.
@@ -43,7 +43,7 @@ impl TimeAttention {
         } else {
             self.blockwise(&q_bnte, &k_bnte, &v_bnte)
         };
-        self.output.forward(&y_bnte.transpose(1, 2).reshape([b, t, m]))
+        self.output.forward(pass, &y_bnte.transpose(1, 2).reshape([b, t, m]))
     }
 
     fn blockwise(&self, q_bnte: &Tensor, k_bnte: &Tensor, v_bnte: &Tensor) -> Tensor {
@@ -99,6 +99,6 @@ impl Rotary {
     fn apply(&self, x: &Tensor) -> Tensor {
         let half = x.size().last().copied().unwrap_or(0) / 2;
         let turned = Tensor::cat(&[&x.narrow(-1, half, half).neg(), &x.narrow(-1, 0, half)], -1);
-        x * &self.cos_te + turned * &self.sin_te
+        x * self.cos_te.to_kind(x.kind()) + turned * self.sin_te.to_kind(x.kind())
     }
 }

@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use crate::attention::TimeAttention;
 use crate::layers::{Conv, Linear, Norm};
-use crate::params::ParamStore;
+use crate::params::{ParamStore, Pass};
 
 pub(crate) struct Context {
     input: Linear,
@@ -40,12 +40,12 @@ impl Context {
     }
 
     /// `[b, t, inputs]` to one normalized vector per position, `[b, t, m]`.
-    pub fn forward(&self, x_bti: &Tensor) -> Tensor {
-        let mut x_btm = self.input.forward(x_bti);
+    pub fn forward(&self, pass: &Pass, x_bti: &Tensor) -> Tensor {
+        let mut x_btm = self.input.forward(pass, x_bti);
         for block in &self.blocks {
-            x_btm = block.forward(&x_btm);
+            x_btm = block.forward(pass, &x_btm);
         }
-        self.norm.forward(&x_btm)
+        self.norm.forward(pass, &x_btm)
     }
 }
 
@@ -69,12 +69,13 @@ impl Block {
         }
     }
 
-    fn forward(&self, x_btm: &Tensor) -> Tensor {
-        let mut x_btm = x_btm + self.conv.forward(&self.conv_norm.forward(x_btm)).gelu("none");
+    fn forward(&self, pass: &Pass, x_btm: &Tensor) -> Tensor {
+        let near = self.conv.forward(pass, &self.conv_norm.forward(pass, x_btm)).gelu("none");
+        let mut x_btm = x_btm + pass.drop(near);
         if let Some((norm, attention)) = &self.attention {
-            x_btm = &x_btm + attention.forward(&norm.forward(&x_btm));
+            x_btm = &x_btm + attention.forward(pass, &norm.forward(pass, &x_btm));
         }
-        let up = self.up.forward(&self.feed_forward_norm.forward(&x_btm)).gelu("none");
-        x_btm + self.down.forward(&up)
+        let up = self.up.forward(pass, &self.feed_forward_norm.forward(pass, &x_btm)).gelu("none");
+        x_btm + self.down.forward(pass, &pass.drop(up))
     }
 }

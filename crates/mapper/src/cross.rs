@@ -8,29 +8,31 @@
 //! position: with 12 proxy and 36 target heads this takes a quarter of the time of attention
 //! followed by a layer per target head.
 //!
-//! Attention weights and readings of all tokens are what training keeps in memory, 2 x (proxy
-//! heads + 1) x `cross_heads` x outputs numbers per position: 15 kB on the tiny pair, 1.1 MB with
-//! 128 proxy and 256 target heads. Without gradients a piece at a time is held.
+//! Attention weights and readings of all tokens are 2 x (proxy heads + 1) x `cross_heads` x outputs
+//! numbers per position: 15 kB on the tiny pair, 1.1 MB with 128 proxy and 256 target heads. They are
+//! made a piece at a time, in the backward once more: training keeps the tokens, 16 kB there.
 
 use pkv_recipe::MapperSection;
 use tch::Tensor;
 
 use crate::layers::Linear;
-use crate::params::ParamStore;
+use crate::params::{Param, ParamStore, Pass};
 use crate::standardize::MapperDims;
 
-/// Elements of one logits tensor; longer contexts go piece by piece.
-const PIECE_ELEMENTS: i64 = 1 << 27;
+/// Elements of one logits tensor; longer contexts go piece by piece. Four tensors of this size live
+/// at once: 1 GB in f32, and each is work enough to fill a GPU.
+const PIECE_ELEMENTS: i64 = 1 << 26;
 
 pub(crate) struct Cross {
     /// The position's context as one more head token.
     context: Linear,
-    token_embedding_pd: Tensor,
-    query_noe: Tensor,
-    key_ned: Tensor,
-    value_ned: Tensor,
+    token_embedding_pd: Param,
+    query_noe: Param,
+    key_ned: Param,
+    value_ned: Param,
     /// What a target head takes of a value; zero at the start.
-    readout_noe: Tensor,
+    readout_noe: Param,
+    heads: i64,
     scale: f64,
 }
 
@@ -46,6 +48,7 @@ impl Cross {
             key_ned: params.weight(name("key.weight"), &[n, e, d], d),
             value_ned: params.weight(name("value.weight"), &[n, e, d], d),
             readout_noe: params.constant(name("readout"), &[n, dims.outputs, e], 0.0),
+            heads: n as i64,
             scale: (e as f64).sqrt().recip(),
         }
     }
@@ -53,31 +56,18 @@ impl Cross {
     /// # Shapes
     /// - `heads_bptd`: head tokens of stage 1
     /// - `context_btm`: stage 2
-    /// - returns `[b, t, o]`
-    pub fn forward(&self, heads_bptd: &Tensor, context_btm: &Tensor) -> Tensor {
+    /// - returns `[b, t, o]`, f32
+    pub fn forward(&self, pass: &Pass, heads_bptd: &Tensor, context_btm: &Tensor) -> Tensor {
         let (b, p, t, _) = heads_bptd.size4().expect("head tokens have four dimensions");
-        let context_b1td = self.context.forward(context_btm).unsqueeze(1);
-        let tokens_bptd = Tensor::cat(&[heads_bptd, &context_b1td], 1) + self.token_embedding_pd.unsqueeze(1);
+        let w = |at| &pass.weights[at];
+        let context_b1td = self.context.forward(pass, context_btm).unsqueeze(1);
+        let tokens_bptd =
+            Tensor::cat(&[heads_bptd, &context_b1td], 1) + w(self.token_embedding_pd).unsqueeze(1);
         // [n, o, d] as [n x o, d]: what turns a token into logits, and into readings.
-        let logit_rd = (self.query_noe.bmm(&self.key_ned) * self.scale).flatten(0, 1);
-        let reading_rd = self.readout_noe.bmm(&self.value_ned).flatten(0, 1);
+        let logit_rd = (w(self.query_noe).bmm(w(self.key_ned)) * self.scale).flatten(0, 1);
+        let reading_rd = w(self.readout_noe).bmm(w(self.value_ned)).flatten(0, 1);
         let per_position = b * (p + 1) * logit_rd.size()[0];
         let piece = (PIECE_ELEMENTS / per_position.max(1)).clamp(1, t.max(1));
-        let scores: Vec<Tensor> = tokens_bptd
-            .split(piece, 2)
-            .iter()
-            .map(|tokens_bptd| self.read(tokens_bptd, &logit_rd, &reading_rd))
-            .collect();
-        Tensor::cat(&scores, 1)
-    }
-
-    fn read(&self, tokens_bptd: &Tensor, logit_rd: &Tensor, reading_rd: &Tensor) -> Tensor {
-        let (b, _, t, _) = tokens_bptd.size4().expect("tokens have four dimensions");
-        let (n, o, _) = self.query_noe.size3().expect("queries have three dimensions");
-        let no_bias = None::<&Tensor>;
-        let weight_bptr = tokens_bptd.linear(logit_rd, no_bias).softmax(1, None);
-        let reading_bptr = tokens_bptd.linear(reading_rd, no_bias);
-        let sum_btr = (weight_bptr * reading_bptr).sum_dim_intlist(1, false, None);
-        sum_btr.reshape([b, t, n, o]).sum_dim_intlist(2, false, None)
+        pkv_gpu::attend_heads(&tokens_bptd, &logit_rd, &reading_rd, self.heads, piece)
     }
 }

@@ -24,7 +24,7 @@ mod ridge;
 mod standardize;
 mod temporal;
 
-pub use loss::{LossTerms, hybrid_loss};
-pub use mapper::Mapper;
+pub use loss::{LossTerms, draw_pairs, hybrid_loss, hybrid_loss_of_pairs};
+pub use mapper::{Mapper, Training};
 pub use ridge::RidgeAccumulator;
 pub use standardize::{FEATURE_LIMIT, MapperDims, Standardization, StandardizationAccumulator};

@@ -34,9 +34,7 @@ pub struct LossTerms {
 /// # Shapes
 /// - `scores_bot`: [`Mapper::forward`]'s predictions, `[b, o, t]`, f32
 /// - `y_bot`: labels as log-odds, raw or pooled, not standardized, the same shape, any float kind
-/// - `pairs_seed`: draws the `fine` term's pairs; another one in every step
-///
-/// No value is read back from the device.
+/// - `pairs_seed`: draws the `fine` term's pairs, by [`draw_pairs`]; another one in every step
 ///
 /// # Errors
 /// Shapes differ or are empty, or the mapper was built for other `binary_ratios` or without a term
@@ -52,6 +50,26 @@ pub fn hybrid_loss(
     loss: &LossSection,
     pairs_seed: u64,
 ) -> Result<LossTerms> {
+    let shape = y_bot.size();
+    let pairs = match shape[..] {
+        [b, o, t] if loss.fine > 0.0 => Some(draw_pairs(&loss.fine_pairs, pairs_seed, b, o * t)),
+        _ => None,
+    };
+    hybrid_loss_of_pairs(mapper, scores_bot, y_bot, loss, pairs.as_ref())
+}
+
+/// [`hybrid_loss`] with the `fine` term's pairs drawn before, `[2, b, pairs]`, Int or Int64: with
+/// labels and pairs on the mapper's device, nothing waits for it.
+///
+/// # Errors
+/// As [`hybrid_loss`], or the term is on and there are no pairs.
+pub fn hybrid_loss_of_pairs(
+    mapper: &Mapper,
+    scores_bot: &Tensor,
+    y_bot: &Tensor,
+    loss: &LossSection,
+    pairs_2bq: Option<&Tensor>,
+) -> Result<LossTerms> {
     ensure!(
         scores_bot.size() == y_bot.size() && scores_bot.dim() == 3 && scores_bot.numel() > 0,
         "predictions have shape {:?}, labels {:?}; expected the same [batch, target heads, positions]",
@@ -62,12 +80,19 @@ pub fn hybrid_loss(
     let s_bn = scores_bot.flatten(1, 2);
     let y_bn = y_bot.detach().to_device(s_bn.device()).to_kind(Kind::Float).flatten(1, 2);
     let value_bn = y_bn.sigmoid();
+    // Both terms that ask for the top want it from the largest label to the smallest. Stable, so that
+    // of equal labels the lower index comes first on every device.
+    let order_bn = (loss.binary > 0.0 || loss.fine > 0.0).then(|| y_bn.sort_stable(true, -1, true).1);
+    let order_bn = || order_bn.as_ref().context("labels are not in order");
     let mut sum = Weighted::default();
-    sum.add("binary", loss.binary, || binary(mapper, &s_bn, &y_bn, loss))?;
+    sum.add("binary", loss.binary, || binary(mapper, &s_bn, order_bn()?, loss))?;
     sum.add("value_mse", loss.value_mse, || {
         Ok(value_mse(&s_bn, &stats.standardize_labels(&y_bn), &value_bn))
     })?;
-    sum.add("fine", loss.fine, || Ok(fine(&s_bn, &y_bn, &loss.fine_pairs, pairs_seed)))?;
+    sum.add("fine", loss.fine, || {
+        let pairs_2bq = pairs_2bq.context("no pairs were drawn")?.to_device(s_bn.device());
+        Ok(fine(&s_bn, &y_bn, order_bn()?, &pairs_2bq, loss.fine_pairs.top))
+    })?;
     sum.add("global", loss.global, || global(mapper, &s_bn, &value_bn))?;
     sum.add("cosine", loss.cosine, || Ok(cosine(&stats.to_log_odds(&s_bn).sigmoid(), &value_bn)))?;
     let total = sum.total.context("every term of the loss is off")?;
@@ -97,28 +122,26 @@ impl Weighted {
 }
 
 /// Cross-entropy of "in the top rho of its context" at each rho, over the entropy of rho, so that
-/// knowing nothing costs 1 at every ratio; mean over ratios.
-fn binary(mapper: &Mapper, s_bn: &Tensor, y_bn: &Tensor, loss: &LossSection) -> Result<Tensor> {
-    let Some((ratios, log_scale_r, offset_r)) = &mapper.loss_parameters().binary else {
+/// knowing nothing costs 1 at every ratio; mean over ratios, all of them in one operation each.
+fn binary(mapper: &Mapper, s_bn: &Tensor, order_bn: &Tensor, loss: &LossSection) -> Result<Tensor> {
+    let Some(binary) = &mapper.loss_parameters().binary else {
         anyhow::bail!("the mapper was built with `loss.binary = 0`");
     };
     ensure!(
-        ratios.iter().map(|r| r.get()).eq(loss.binary_ratios.iter().copied()),
-        "the mapper was built for `loss.binary_ratios` = {ratios:?}, found {:?}",
+        binary.ratios.iter().map(|r| r.get()).eq(loss.binary_ratios.iter().copied()),
+        "the mapper was built for `loss.binary_ratios` = {:?}, found {:?}",
+        binary.ratios,
         loss.binary_ratios
     );
-    let n = y_bn.size()[1] as usize;
-    let scale_r = log_scale_r.exp();
-    let mut sum = Tensor::from(0.0f32).to_device(s_bn.device());
-    for (i, ratio) in ratios.iter().enumerate() {
-        let kept_bn = pkv_prune::top_mask(y_bn, ratio.count(n)).to_kind(Kind::Float);
-        let logit_bn = s_bn * scale_r.get(i as i64) + offset_r.get(i as i64);
-        let rho = ratio.get();
-        let entropy = -(rho * rho.ln() + (1.0 - rho) * (1.0 - rho).ln());
-        sum += logit_bn.binary_cross_entropy_with_logits::<Tensor>(&kept_bn, None, None, Reduction::Mean)
-            / entropy;
-    }
-    Ok(sum / ratios.len() as f64)
+    let n = order_bn.size()[1];
+    let place_bn = Tensor::arange(n, (Kind::Int64, order_bn.device())).expand_as(order_bn);
+    let rank_b1n = order_bn.empty_like().scatter(1, order_bn, &place_bn).unsqueeze(1);
+    let kept_brn = rank_b1n.lt_tensor(&binary.counts(n)).to_kind(Kind::Float);
+    let column = |x: &Tensor| x.unsqueeze(-1);
+    let logit_brn = column(&binary.offset_r) + s_bn.unsqueeze(1) * column(&binary.log_scale_r.exp());
+    let weight_r1 = column(&binary.inverse_entropy_r);
+    let none = None::<&Tensor>;
+    Ok(logit_brn.binary_cross_entropy_with_logits(&kept_brn, Some(&weight_r1), none, Reduction::Mean))
 }
 
 /// Squared error of standardized log-odds, as a mean weighted by the score.
@@ -128,25 +151,31 @@ fn value_mse(s_bn: &Tensor, y_std_bn: &Tensor, value_bn: &Tensor) -> Tensor {
     (error_b / weight_bn.sum_dim_intlist(1, false, None)).mean(None)
 }
 
-/// Logistic loss of the order of random pairs from each context's top, weighted by their gap.
-fn fine(s_bn: &Tensor, y_bn: &Tensor, fine: &FineLoss, seed: u64) -> Tensor {
-    let (b, n) = y_bn.size2().expect("flattened labels have two dimensions");
-    let top = ((n as f64 * fine.top) as i64).clamp(1, n);
-    // Stable, so that equal labels lie in the same order on every device.
-    let top_bk = y_bn.sort_stable(true, -1, true).1.narrow(1, 0, top);
-    let pick = |name: &str| {
-        let mut draws = Vec::with_capacity(b as usize * fine.pairs);
-        for context in 0..b {
+/// Pairs of places among the first `top` of `n` values in order, uniform: `[2, contexts, pairs]`, Int64
+/// on the CPU. Every context has a stream of its own.
+pub fn draw_pairs(fine: &FineLoss, seed: u64, contexts: i64, n: i64) -> Tensor {
+    let top = top_count(fine.top, n) as u64;
+    let mut draws = Vec::with_capacity(2 * contexts.max(0) as usize * fine.pairs);
+    for name in ["fine-left", "fine-right"] {
+        for context in 0..contexts {
             let mut rng = Seed(seed).stream(name, context as u64);
             // 32 random bits times the count, high half: no division, and the same on every machine.
-            draws.extend(
-                (0..fine.pairs).map(|_| ((u64::from(rng.random::<u32>()) * top as u64) >> 32) as i64),
-            );
+            draws.extend((0..fine.pairs).map(|_| ((u64::from(rng.random::<u32>()) * top) >> 32) as i64));
         }
-        let place_bq = Tensor::from_slice(&draws).reshape([b, -1]).to_device(y_bn.device());
-        top_bk.gather(1, &place_bq, false)
-    };
-    let (left_bq, right_bq) = (pick("fine-left"), pick("fine-right"));
+    }
+    Tensor::from_slice(&draws).reshape([2, contexts, fine.pairs as i64])
+}
+
+fn top_count(share: f64, n: i64) -> i64 {
+    ((n as f64 * share) as i64).clamp(1, n.max(1))
+}
+
+/// Logistic loss of the order of random pairs from each context's top, weighted by their gap.
+fn fine(s_bn: &Tensor, y_bn: &Tensor, order_bn: &Tensor, pairs_2bq: &Tensor, share: f64) -> Tensor {
+    let top_bk = order_bn.narrow(1, 0, top_count(share, y_bn.size()[1]));
+    let pairs_2bq = pairs_2bq.to_kind(Kind::Int64);
+    let pick = |side: i64| top_bk.gather(1, &pairs_2bq.get(side), false);
+    let (left_bq, right_bq) = (pick(0), pick(1));
     let gap = |x: &Tensor| x.gather(1, &left_bq, false) - x.gather(1, &right_bq, false);
     let y_gap = gap(y_bn);
     let wrong = (gap(s_bn) * y_gap.sign() * -FINE_SLOPE).softplus();

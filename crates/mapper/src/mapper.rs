@@ -3,12 +3,12 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use pkv_core::{RetentionRatio, Seed, hinted};
 use pkv_recipe::{LossSection, MapperSection, Variant};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::context::Context;
 use crate::cross::Cross;
 use crate::layers::Linear;
-use crate::params::ParamStore;
+use crate::params::{ParamStore, Pass, Weights};
 use crate::standardize::{MapperDims, Standardization, flat};
 use crate::temporal::Temporal;
 
@@ -42,10 +42,92 @@ enum Body {
 
 /// Learned numbers of the loss; those of a term that is off are absent.
 pub(crate) struct LossParameters {
-    /// Retention ratios of the binary term, with the logarithm of its scales and its offsets, `[ratios]`.
-    pub binary: Option<(Vec<RetentionRatio>, Tensor, Tensor)>,
+    pub binary: Option<Binary>,
     /// Logarithm of the global term's scale, no dimension.
     pub global_log_scale: Option<Tensor>,
+}
+
+/// What the binary term knows of its retention ratios; tensors `[ratios]` on the mapper's device.
+pub(crate) struct Binary {
+    pub ratios: Vec<RetentionRatio>,
+    /// The ratios, f64.
+    ratio_r: Tensor,
+    /// 1 / entropy of the ratio, f32.
+    pub inverse_entropy_r: Tensor,
+    /// Learned.
+    pub log_scale_r: Tensor,
+    /// Learned.
+    pub offset_r: Tensor,
+}
+
+impl Binary {
+    fn new(params: &mut ParamStore, ratios: &[f64]) -> Result<Self> {
+        let ratios: Vec<RetentionRatio> =
+            ratios.iter().map(|&r| RetentionRatio::new(r)).collect::<Result<_, _>>()?;
+        let log_scale = params.constant("loss.binary_log_scale".into(), &[ratios.len()], BINARY_LOG_SCALE);
+        let offset = params.constant("loss.binary_offset".into(), &[ratios.len()], 0.0);
+        let (log_scale_r, offset_r) = (params.get(log_scale), params.get(offset));
+        let plain: Vec<f64> = ratios.iter().map(|r| r.get()).collect();
+        let entropy = |r: &f64| -(r * r.ln() + (1.0 - r) * (1.0 - r).ln());
+        let inverse: Vec<f32> = plain.iter().map(|r| entropy(r).recip() as f32).collect();
+        let on_device = |x: Tensor| x.to_device(offset_r.device());
+        Ok(Self {
+            ratio_r: on_device(Tensor::from_slice(&plain)),
+            inverse_entropy_r: on_device(Tensor::from_slice(&inverse)),
+            ratios,
+            log_scale_r,
+            offset_r,
+        })
+    }
+
+    /// [`RetentionRatio::count`] of `n` for every ratio, f64 `[ratios, 1]`, without asking the host.
+    pub fn counts(&self, n: i64) -> Tensor {
+        (&self.ratio_r * n as f64 + 0.5).floor().clamp(1.0, n as f64).unsqueeze(-1)
+    }
+}
+
+/// How a forward computes when it is a step of training. The default is what [`Mapper::forward`] does.
+///
+/// What is random is drawn from libtorch's generator of the device, by whatever seed it has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Training {
+    /// Kind of all stages, f32 or bf16. Parameters, standardization, skip and sums over attention
+    /// heads are f32 in either.
+    pub kind: Kind,
+    /// Deviation of noise added to the stages' standardized features.
+    pub noise: f64,
+    /// Share of the (proxy head, channel) rows of a context that the stages do not see, in [0, 1).
+    pub drop_rows: f64,
+    /// Dropout inside the context encoder, in [0, 1).
+    pub dropout: f64,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Self { kind: Kind::Float, noise: 0.0, drop_rows: 0.0, dropout: 0.0 }
+    }
+}
+
+impl Training {
+    /// Whether a forward draws random numbers.
+    pub fn is_random(&self) -> bool {
+        self.noise > 0.0 || self.drop_rows > 0.0 || self.dropout > 0.0
+    }
+
+    /// Standardized features as the stages get them: a context's rows dropped, the others scaled so
+    /// that their sum is expected to stay; then noise.
+    fn disturb(&self, heads_bpct: Tensor, globals_bct: Tensor) -> (Tensor, Tensor) {
+        let noisy = |x: Tensor| if self.noise > 0.0 { &x + x.randn_like() * self.noise } else { x };
+        let heads_bpct = if self.drop_rows > 0.0 {
+            let seen = 1.0 - self.drop_rows;
+            let (b, p, c, _) = heads_bpct.size4().expect("features have four dimensions");
+            let seen_bpc1 = heads_bpct.new_empty([b, p, c, 1], (Kind::Float, heads_bpct.device()));
+            heads_bpct * (seen_bpc1.bernoulli_p(seen) / seen)
+        } else {
+            heads_bpct
+        };
+        (noisy(heads_bpct), noisy(globals_bct))
+    }
 }
 
 impl Mapper {
@@ -96,13 +178,30 @@ impl Mapper {
     /// # Panics
     /// Other shapes; [`MapperDims::check_features`] tells beforehand.
     pub fn forward(&self, heads_bpct: &Tensor, globals_bct: &Tensor) -> Tensor {
+        self.forward_training(heads_bpct, globals_bct, &Training::default())
+    }
+
+    /// [`Self::forward`] as a step of training computes it.
+    ///
+    /// The skip sees the features as they are: what disturbs them is for the parts that memorize.
+    ///
+    /// # Panics
+    /// As [`Self::forward`].
+    pub fn forward_training(&self, heads_bpct: &Tensor, globals_bct: &Tensor, how: &Training) -> Tensor {
         if let Err(wrong) = self.dims.check_features(heads_bpct, globals_bct) {
             panic!("{wrong}");
         }
+        let pass = Pass { weights: Weights::new(&self.parameters, how.kind), dropout: how.dropout };
         let (heads_bpct, globals_bct) = self.stats.features(heads_bpct, globals_bct);
         let flat_btf = flat(&heads_bpct, &globals_bct);
-        let skip_bto = self.skip.as_ref().map(|skip| skip.forward(&flat_btf));
-        let body_bto = self.body.forward(&heads_bpct, &globals_bct, &flat_btf);
+        let skip_bto = self.skip.as_ref().map(|skip| skip.forward(&pass, &flat_btf));
+        let body_bto = if how.noise > 0.0 || how.drop_rows > 0.0 {
+            let (heads_bpct, globals_bct) = how.disturb(heads_bpct, globals_bct);
+            let flat_btf = flat(&heads_bpct, &globals_bct);
+            self.body.forward(&pass, how.kind, &heads_bpct, &globals_bct, &flat_btf)
+        } else {
+            self.body.forward(&pass, how.kind, &heads_bpct, &globals_bct, &flat_btf)
+        };
         let scores_bto = match (skip_bto, body_bto) {
             (Some(skip), Some(body)) => skip + body,
             (Some(one), None) | (None, Some(one)) => one,
@@ -199,20 +298,22 @@ impl Mapper {
     /// # Errors
     /// Other shapes, or a mapper without a skip.
     pub fn set_linear(&mut self, weight_of: &Tensor, bias_o: &Tensor) -> Result<()> {
-        let Some(skip) = &mut self.skip else {
+        let named =
+            |name: &str| self.parameters.iter().find(|(n, _)| n == name).map(|(_, x)| x.shallow_clone());
+        let (Some(mut weight), Some(mut bias)) = (named("skip.weight"), named("skip.bias")) else {
             bail!(hinted("the mapper has no linear skip", "set `mapper.linear_skip = true`"));
         };
         ensure!(
-            weight_of.size() == skip.weight.size() && bias_o.size() == skip.bias.size(),
+            weight_of.size() == weight.size() && bias_o.size() == bias.size(),
             "a linear map of shape {:?} and {:?} for a skip of {:?} and {:?}",
             weight_of.size(),
             bias_o.size(),
-            skip.weight.size(),
-            skip.bias.size()
+            weight.size(),
+            bias.size()
         );
         let _guard = tch::no_grad_guard();
-        skip.weight.copy_(weight_of);
-        skip.bias.copy_(bias_o);
+        weight.copy_(weight_of);
+        bias.copy_(bias_o);
         Ok(())
     }
 
@@ -223,7 +324,7 @@ impl Mapper {
     /// # Errors
     /// A shape that is not `[b, o, t]`, or no label at all.
     pub fn calibrate(&mut self, labels: &[Tensor]) -> Result<()> {
-        let Some((ratios, log_scale, offset)) = &mut self.loss.binary else { return Ok(()) };
+        let Some(Binary { ratios, log_scale_r, offset_r, .. }) = &mut self.loss.binary else { return Ok(()) };
         let _guard = tch::no_grad_guard();
         let (mut sums, mut contexts) = (vec![0.0; ratios.len()], 0i64);
         for y_bot in labels {
@@ -243,8 +344,8 @@ impl Mapper {
         }
         ensure!(contexts > 0, "no labels to take thresholds of");
         let mean: Vec<f32> = sums.iter().map(|sum| (sum / contexts as f64) as f32).collect();
-        let threshold_r = Tensor::from_slice(&mean).to_device(offset.device());
-        offset.copy_(&(log_scale.exp() * threshold_r).neg());
+        let threshold_r = Tensor::from_slice(&mean).to_device(offset_r.device());
+        offset_r.copy_(&(log_scale_r.exp() * threshold_r).neg());
         Ok(())
     }
 }
@@ -280,44 +381,65 @@ impl Body {
         }
     }
 
-    /// `[b, t, o]`, or nothing of a linear mapper.
-    fn forward(&self, heads_bpct: &Tensor, globals_bct: &Tensor, flat_btf: &Tensor) -> Option<Tensor> {
-        match self {
-            Self::Linear => None,
+    /// `[b, t, o]`, f32, or nothing of a linear mapper.
+    fn forward(
+        &self,
+        pass: &Pass,
+        kind: Kind,
+        heads_bpct: &Tensor,
+        globals_bct: &Tensor,
+        flat_btf: &Tensor,
+    ) -> Option<Tensor> {
+        let scores_bto = match self {
+            Self::Linear => return None,
             Self::Mlp { hidden, output } => {
-                let h =
-                    hidden.iter().fold(flat_btf.shallow_clone(), |h, layer| layer.forward(&h).gelu("none"));
-                Some(output.forward(&h))
+                let step = |h: Tensor, layer: &Linear| layer.forward(pass, &h).gelu("none");
+                output.forward(pass, &hidden.iter().fold(flat_btf.to_kind(kind), step))
             }
-            Self::Conv { context, output } => Some(output.forward(&context.forward(flat_btf))),
+            Self::Conv { context, output } => {
+                output.forward(pass, &context.forward(pass, &flat_btf.to_kind(kind)))
+            }
             Self::HybridAxial { temporal, context, cross, output } => {
-                let heads_bptd = temporal.forward(heads_bpct);
+                let heads_bptd = temporal.forward(pass, &heads_bpct.to_kind(kind));
                 let tokens_btf = heads_bptd.transpose(1, 2).flatten(2, 3);
-                let inputs = Tensor::cat(&[tokens_btf, globals_bct.transpose(1, 2)], 2);
-                let context_btm = context.forward(&inputs);
-                Some(output.forward(&context_btm) + cross.forward(&heads_bptd, &context_btm))
+                let inputs = Tensor::cat(&[tokens_btf, globals_bct.to_kind(kind).transpose(1, 2)], 2);
+                let context_btm = context.forward(pass, &inputs);
+                // f32 plus the stages' kind is f32.
+                cross.forward(pass, &heads_bptd, &context_btm) + output.forward(pass, &context_btm)
             }
-        }
+        };
+        Some(scores_bto.to_kind(Kind::Float))
     }
 }
 
 impl LossParameters {
     fn new(params: &mut ParamStore, loss: &LossSection, stats: &Standardization) -> Result<Self> {
-        let binary = if loss.binary > 0.0 {
-            let ratios: Vec<RetentionRatio> =
-                loss.binary_ratios.iter().map(|&r| RetentionRatio::new(r)).collect::<Result<_, _>>()?;
-            let log_scale =
-                params.constant("loss.binary_log_scale".into(), &[ratios.len()], BINARY_LOG_SCALE);
-            let offset = params.constant("loss.binary_offset".into(), &[ratios.len()], 0.0);
-            Some((ratios, log_scale, offset))
-        } else {
-            None
-        };
+        let binary = (loss.binary > 0.0).then(|| Binary::new(params, &loss.binary_ratios)).transpose()?;
         // A small score is about the exponential of its log-odds, so the labels' deviation is the
         // scale at which a softmax of perfect predictions is the share of the scores.
         let start = f64::from(stats.label_std).ln();
-        let global_log_scale =
-            (loss.global > 0.0).then(|| params.constant("loss.global_log_scale".into(), &[], start));
+        let global_log_scale = (loss.global > 0.0).then(|| {
+            let at = params.constant("loss.global_log_scale".into(), &[], start);
+            params.get(at)
+        });
         Ok(Self { binary, global_log_scale })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the loss counts on the device is what keep masks count.
+    #[test]
+    fn counts_are_those_of_the_ratios() {
+        pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+        let mut params = ParamStore::new(Seed(1), Device::Cpu);
+        let ratios = [0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.5, 0.25];
+        let binary = Binary::new(&mut params, &ratios).unwrap();
+        for n in (1..3000).chain([36_000, 50_400, 1_048_575, 16_777_217]) {
+            let expected: Vec<f64> = binary.ratios.iter().map(|r| r.count(n as usize) as f64).collect();
+            assert_eq!(Vec::<f64>::try_from(binary.counts(n).flatten(0, -1)).unwrap(), expected, "{n}");
+        }
     }
 }

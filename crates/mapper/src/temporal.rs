@@ -4,7 +4,7 @@ use pkv_recipe::MapperSection;
 use tch::Tensor;
 
 use crate::layers::{Conv, Linear, Norm};
-use crate::params::ParamStore;
+use crate::params::{Param, ParamStore, Pass};
 use crate::standardize::MapperDims;
 
 /// Dilations of the two convolutions.
@@ -12,7 +12,7 @@ const DILATIONS: [usize; 2] = [1, 2];
 
 pub(crate) struct Temporal {
     input: Linear,
-    head_embedding_pd: Tensor,
+    head_embedding_pd: Param,
     convs: Vec<Conv>,
     norm: Norm,
 }
@@ -43,14 +43,15 @@ impl Temporal {
         DILATIONS.iter().map(|&dilation| Conv::reach(section.kernel, dilation)).sum()
     }
 
-    /// Standardized features `[b, p, c, t]` to head tokens `[b, p, t, d]`, f32.
-    pub fn forward(&self, heads_bpct: &Tensor) -> Tensor {
+    /// Standardized features `[b, p, c, t]` to head tokens `[b, p, t, d]`, in the kind of the features.
+    pub fn forward(&self, pass: &Pass, heads_bpct: &Tensor) -> Tensor {
         let (b, p, _, t) = heads_bpct.size4().expect("features have four dimensions");
-        let x_bptd = self.input.forward(&heads_bpct.transpose(2, 3)) + self.head_embedding_pd.unsqueeze(1);
+        let embedding_p1d = pass.weights[self.head_embedding_pd].unsqueeze(1);
+        let x_bptd = self.input.forward(pass, &heads_bpct.transpose(2, 3)) + embedding_p1d;
         let mut h_rtd = x_bptd.gelu("none").reshape([b * p, t, -1]);
         for conv in &self.convs {
-            h_rtd = &h_rtd + conv.forward(&h_rtd).gelu("none");
+            h_rtd = &h_rtd + conv.forward(pass, &h_rtd).gelu("none");
         }
-        self.norm.forward(&h_rtd).reshape([b, p, t, -1])
+        self.norm.forward(pass, &h_rtd).reshape([b, p, t, -1])
     }
 }

@@ -1,7 +1,7 @@
 //! What must hold for any mapper: batches, lengths, windows, starts, seeds.
 
 use pkv_core::Seed;
-use pkv_mapper::{Mapper, MapperDims, Standardization, StandardizationAccumulator, hybrid_loss};
+use pkv_mapper::{Mapper, MapperDims, Standardization, StandardizationAccumulator, Training, hybrid_loss};
 use pkv_recipe::{LossSection, MapperSection, Variant};
 use tch::{Device, Kind, Tensor};
 
@@ -215,4 +215,73 @@ fn statistics_are_those_of_all_positions_together() {
     );
     all.add(&(&parts[0].0 * f64::INFINITY), &parts[0].1, &parts[0].2).unwrap();
     assert!(all.finish().unwrap_err().to_string().contains("not finite"));
+}
+
+/// bf16 has 8 bits: scores of order 1 to 10 through a dozen layers agree to some percent, and so do gradients.
+#[test]
+fn bf16_stages_are_close_to_f32_and_hand_their_gradients_to_f32_parameters() {
+    for (variant, attention) in VARIANTS {
+        let mapper = small(variant, attention, device());
+        let (heads, globals) = features(11, 2, 40);
+        let gradients = |how: &Training| {
+            mapper.parameters().iter().for_each(|(_, x)| x.shallow_clone().zero_grad());
+            let scores = mapper.forward_training(&heads, &globals, how);
+            assert_eq!(scores.kind(), Kind::Float);
+            (&scores * random(12, &scores.size()).to_device(scores.device())).sum(Kind::Float).backward();
+            let named = mapper.parameters().iter().filter(|(name, _)| !name.starts_with("loss."));
+            let of: Vec<(String, Tensor)> = named.map(|(n, x)| (n.clone(), x.grad().copy())).collect();
+            (scores.detach(), of)
+        };
+        let (exact, exact_of) = gradients(&Training::default());
+        let (narrow, narrow_of) = gradients(&Training { kind: Kind::BFloat16, ..Training::default() });
+        let relative = |a: &Tensor, b: &Tensor| ((a - b).norm() / b.norm().clamp_min(1e-3)).double_value(&[]);
+        assert!(relative(&narrow, &exact) < 0.03, "{variant} {attention:?}: {}", relative(&narrow, &exact));
+        assert_eq!(variant == "linear", max_difference(&narrow, &exact) == 0.0, "{variant}: bf16 was used");
+        for ((name, a), (_, b)) in narrow_of.iter().zip(&exact_of) {
+            assert_eq!(a.kind(), Kind::Float);
+            assert!(relative(a, b) < 0.15, "{variant} {attention:?} `{name}`: {}", relative(a, b));
+        }
+    }
+}
+
+#[test]
+fn what_is_random_repeats_with_its_seed_and_spares_the_skip() {
+    let (heads, globals) = features(13, 3, 30);
+    let off = Training::default();
+    for how in [
+        Training { noise: 0.3, ..off },
+        Training { drop_rows: 0.4, ..off },
+        Training { dropout: 0.4, ..off },
+        Training { noise: 0.1, drop_rows: 0.1, dropout: 0.1, kind: Kind::BFloat16 },
+    ] {
+        assert!(how.is_random());
+        let run = |variant: &str, seed| {
+            let mapper = small(variant, &[], device());
+            tch::manual_seed(seed);
+            let exact = mapper.forward(&heads, &globals);
+            (mapper.forward_training(&heads, &globals, &how), exact)
+        };
+        let ((a, exact), (again, _), (b, _)) =
+            (run("hybrid-axial", 1), run("hybrid-axial", 1), run("hybrid-axial", 2));
+        assert_eq!(a, again, "{how:?}");
+        assert!(max_difference(&a, &b) > 0.01 && max_difference(&a, &exact) > 0.01, "{how:?}");
+        let (linear, exact) = run("linear", 1);
+        assert_eq!(max_difference(&linear, &exact), 0.0);
+    }
+}
+
+/// A dropped row is dropped for the whole context, and the others make up for it.
+#[test]
+fn rows_are_dropped_whole() {
+    let mapper = small("mlp", &[], device());
+    let (heads, globals) = (Tensor::ones([64, 3, 2, 9], (Kind::Float, device())), random(1, &[64, 2, 9]));
+    tch::manual_seed(3);
+    let how = Training { drop_rows: 0.25, ..Training::default() };
+    let scores = mapper.forward_training(&heads, &(globals * 0.0), &how);
+    // Constant features of a network without time: constant scores, of at most 2^6 kinds.
+    let per_context = scores.flatten(0, 0).std_dim(-1, false, false).max().double_value(&[]);
+    assert!(per_context < 1e-5, "{per_context}");
+    let firsts: Vec<f32> = Vec::try_from(scores.select(1, 0).select(1, 0)).unwrap();
+    let kinds: std::collections::BTreeSet<i64> = firsts.iter().map(|x| (x * 1e4).round() as i64).collect();
+    assert!((8..=64).contains(&kinds.len()), "{}", kinds.len());
 }

@@ -20,4 +20,4 @@ pub use section::label::{LabelPreset, LabelSection, Sink};
 pub use section::loss::{FineLoss, LossSection};
 pub use section::mapper::{MapperSection, Variant};
 pub use section::model::{DtypeName, ModelSection};
-pub use section::train::{TargetPool, TrainSection};
+pub use section::train::{TargetPool, TrainDtype, TrainSection};

@@ -14,9 +14,9 @@ mod table;
 use serde::{Deserialize, Serialize};
 
 use crate::{DtypeName, ModelSection, Recipe};
-use cost::{MapperCost, prefill};
 use stages::{Lengths, eval, extract, fetch, label, prepare, train};
 
+pub use cost::{MapperCost, Repeat, features, prefill, repeat};
 pub use human::{human_bytes, human_count, human_flops, human_secs};
 pub use machine::{Efficiency, Machine};
 

@@ -78,6 +78,26 @@ fn a_ratio_of_15_is_met_with_what_was_meant() {
 }
 
 #[test]
+fn training_keys_have_ranges() {
+    for (key, value) in [
+        ("crop", "0.0"),
+        ("crop", "1.5"),
+        ("feature_noise", "-0.1"),
+        ("feature_dropout", "1.0"),
+        ("dropout", "-0.2"),
+        ("cache_gb", "-1.0"),
+        ("loader_threads", "0"),
+    ] {
+        let (text, _) = texts(overridden(&[&format!("train.{key}={value}")]));
+        assert!(text.contains(&format!("`train.{key}` is ")), "{key} = {value}: {text}");
+    }
+    assert!(texts(overridden(&["train.dtype=f16"])).0.contains("tf32"));
+    let loading = overridden(&["train.cache_gb=0", "train.loader_threads=3"]).unwrap().train;
+    assert_eq!(loading.choices(), overridden(&[]).unwrap().train);
+    assert_ne!(overridden(&["train.dropout=0.1"]).unwrap().train.choices(), loading.choices());
+}
+
+#[test]
 fn overrides_reach_every_section_and_need_no_quotes() {
     let recipe = overridden(&[
         "train.steps=7",

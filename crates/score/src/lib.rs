@@ -8,6 +8,7 @@
 //! Log-odds, span pooling and keep masks belong to `prune`; storing labels belongs to `shard`.
 
 mod chunk;
+mod pieces;
 mod request;
 mod scorer;
 mod weighting;

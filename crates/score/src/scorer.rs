@@ -1,7 +1,8 @@
 //! Runs a model through prefill and repeat, and collects the scores of a whole context.
 //!
-//! The tokens fed come from `request`, the maths from `chunk` and `weighting`. The repeat's KV
-//! pairs are dropped after every scoring chunk, so memory grows with the cache only.
+//! The tokens fed come from `request`, the maths from `chunk` and `weighting`, what happens when
+//! memory runs out from `pieces`. The repeats of all scoring chunks are independent once the cache
+//! stands, so several are read in one forward; they leave no KV pairs behind.
 //!
 //! Dimension key: l layer, h KV head, t context position.
 
@@ -9,10 +10,12 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
-use pkv_lm::{KvCache, LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
+use pkv_gpu::{ScoreRows, fused_chunk_scores, has_fused_scores};
+use pkv_lm::{KvCache, LanguageModel, NoTap, RepeatTap, RepeatView, TextTokenizer};
 use pkv_recipe::{LabelPreset, LabelSection};
 use tch::{Kind, Tensor};
 
+use crate::pieces;
 use crate::{ChunkAttention, Requests, Weighting, block_elements, chunk_scores};
 
 /// Scores of a context's KV pairs; the chat template's prefix has none.
@@ -20,7 +23,8 @@ pub struct ContextScores {
     /// `[layers, kv_heads, positions]`, f32, on the model's device: the KVzip score; higher means keep.
     pub max_lht: Tensor,
     /// The same shape: the mean, over rows and query group, of the weights whose maximum is the score.
-    pub mean_lht: Tensor,
+    /// Absent if the scorer gives [maxima only](Scorer::maxima_only).
+    pub mean_lht: Option<Tensor>,
 }
 
 /// Scores contexts with one model and one definition of the label.
@@ -30,22 +34,42 @@ pub struct Scorer<'a> {
     prefix: Vec<u32>,
     sink: usize,
     plus: bool,
+    means: bool,
     prefill_chunk_tokens: usize,
+    pack_tokens: usize,
 }
 
 impl<'a> Scorer<'a> {
     /// # Errors
     /// The tokenizer fails on the texts of the requests.
     pub fn new(model: &'a LanguageModel, tokenizer: &TextTokenizer, label: &LabelSection) -> Result<Self> {
-        let prefix = tokenizer.prefix().to_vec();
-        Ok(Self {
+        let requests = Requests::new(tokenizer, label)?;
+        Ok(Self::with_requests(model, requests, tokenizer.prefix(), label))
+    }
+
+    /// A scorer without a tokenizer: requests and prefix are token ids.
+    pub fn with_requests(
+        model: &'a LanguageModel,
+        requests: Requests,
+        prefix: &[u32],
+        label: &LabelSection,
+    ) -> Self {
+        Self {
             model,
-            requests: Requests::new(tokenizer, label)?,
+            requests,
             sink: label.sink_tokens(prefix.len()),
-            prefix,
+            prefix: prefix.to_vec(),
             plus: label.preset == LabelPreset::Plus,
+            means: true,
             prefill_chunk_tokens: label.prefill_chunk_tokens,
-        })
+            pack_tokens: label.pack(model.device().is_cuda()),
+        }
+    }
+
+    /// Leave means out, which labels do not need: the fused kernels do not compute them.
+    pub fn maxima_only(mut self) -> Self {
+        self.means = false;
+        self
     }
 
     /// The tokens that scoring feeds.
@@ -53,32 +77,48 @@ impl<'a> Scorer<'a> {
         &self.requests
     }
 
-    /// Positions that a cache needs to hold prefix, context and one repeat.
+    /// Positions that a cache needs to hold prefix and context; repeats need no room in it.
     pub fn cache_capacity(&self, context_tokens: usize) -> usize {
-        self.prefix.len() + context_tokens + self.requests.most_tokens(context_tokens)
+        self.prefix.len() + context_tokens
     }
 
-    /// Score a context, given without the prefix: prefill, then repeat it chunk by chunk.
+    /// Score a context, given without the prefix: prefill, then repeat it in packs of scoring chunks.
     ///
     /// # Errors
     /// The context is empty, or the model fails on it.
     pub fn score(&self, context: &[u32]) -> Result<ContextScores> {
-        check_not_empty(context)?;
-        let ids = [&self.prefix, context].concat();
-        let mut cache = self.model.new_cache(self.cache_capacity(context.len()));
-        let _ = self
-            .model
-            .prefill(&ids, &mut cache, self.prefill_chunk_tokens, &mut NoTap)
-            .with_context(|| format!("prefilling a context of {} tokens", context.len()))?;
-        self.score_cached(context, &mut cache)
+        let cache = self.prefill(context)?;
+        self.score_cached(context, &cache)
     }
 
-    /// Score a context whose prefix and tokens `cache` already holds. The cache is left as it was.
+    /// A cache that holds the prefix and a context.
+    ///
+    /// Where memory runs out, prefill chunks get smaller.
     ///
     /// # Errors
-    /// The context is empty; the cache holds something else or has too little room; the model fails.
-    pub fn score_cached(&self, context: &[u32], cache: &mut KvCache) -> Result<ContextScores> {
+    /// The context is empty, or the model fails on it.
+    pub fn prefill(&self, context: &[u32]) -> Result<KvCache> {
         check_not_empty(context)?;
+        let _no_grad = tch::no_grad_guard();
+        let ids = [&self.prefix, context].concat();
+        let mut cache = self.model.new_cache(self.cache_capacity(context.len()));
+        pieces::prefill(ids.len(), self.prefill_chunk_tokens, |chunk| {
+            let ids = self.model.ids(&ids[chunk]);
+            self.model.forward_for_tap(&ids, &mut cache, &mut NoTap)
+        })
+        .with_context(|| format!("prefilling a context of {} tokens", context.len()))?;
+        Ok(cache)
+    }
+
+    /// Score a context whose prefix and tokens `cache` already holds.
+    ///
+    /// Where memory runs out, packs get smaller.
+    ///
+    /// # Errors
+    /// The context is empty; the cache holds something else; the model fails.
+    pub fn score_cached(&self, context: &[u32], cache: &KvCache) -> Result<ContextScores> {
+        check_not_empty(context)?;
+        let _no_grad = tch::no_grad_guard();
         let held = self.prefix.len() + context.len();
         ensure!(
             cache.len() == held,
@@ -87,64 +127,139 @@ impl<'a> Scorer<'a> {
             self.prefix.len(),
             context.len()
         );
-        let needed = self.cache_capacity(context.len());
-        ensure!(
-            cache.capacity() >= needed,
-            "the cache has room for {} positions, scoring needs {needed}",
-            cache.capacity()
-        );
-        let scores = self.repeat(context, cache);
-        cache.truncate(held);
-        scores
-    }
-
-    fn repeat(&self, context: &[u32], cache: &mut KvCache) -> Result<ContextScores> {
-        let held = cache.len();
         let shape = self.model.shape();
         let size = [shape.layers as i64, shape.kv_heads as i64, context.len() as i64];
         let zeros = || Tensor::zeros(size, (Kind::Float, self.model.device()));
-        let mut scores = ContextScores { max_lht: zeros(), mean_lht: zeros() };
-        for chunk in self.requests.chunks(context.len()) {
-            let ids: Vec<i64> = self.requests.ids(context, &chunk).into_iter().map(i64::from).collect();
-            let ids = Tensor::from_slice(&ids).to_device(self.model.device());
-            let mut tap = ChunkTap { scorer: self, chunk: &chunk, scores: &mut scores };
-            self.model
-                .forward_for_tap(&ids, cache, &mut tap)
-                .with_context(|| format!("repeating tokens {chunk:?} of a context of {}", context.len()))?;
-            cache.truncate(held);
-        }
+        let scores = ContextScores { max_lht: zeros(), mean_lht: self.means.then(zeros) };
+        let repeats: Vec<Repeat> = self
+            .requests
+            .chunks(context.len())
+            .map(|chunk| Repeat { ids: self.requests.ids(context, &chunk), chunk })
+            .collect();
+        pieces::packs(
+            &repeats,
+            |repeat| repeat.ids.len(),
+            self.pack_tokens,
+            |pack| {
+                let segments: Vec<&[u32]> = pack.iter().map(|repeat| repeat.ids.as_slice()).collect();
+                let mut tap = PackTap { scorer: self, pack, scores: &scores };
+                self.model.forward_repeats(&segments, cache, &mut tap).with_context(|| {
+                    let positions = pack[0].chunk.start..pack[pack.len() - 1].chunk.end;
+                    format!("repeating tokens {positions:?} of a context of {}", context.len())
+                })
+            },
+        )?;
         Ok(scores)
     }
 }
 
-/// Writes the scores of one scoring chunk, layer by layer.
-struct ChunkTap<'a> {
-    scorer: &'a Scorer<'a>,
+/// One scoring chunk and what is fed to make the model repeat it.
+struct Repeat {
+    ids: Vec<u32>,
     /// Context positions.
-    chunk: &'a Range<usize>,
-    scores: &'a mut ContextScores,
+    chunk: Range<usize>,
 }
 
-impl Tap for ChunkTap<'_> {
-    fn layer(&mut self, view: &LayerView) -> Result<()> {
+/// Writes the scores of some scoring chunks, layer by layer.
+struct PackTap<'a> {
+    scorer: &'a Scorer<'a>,
+    pack: &'a [Repeat],
+    scores: &'a ContextScores,
+}
+
+impl RepeatTap for PackTap<'_> {
+    fn wants_lse(&self) -> bool {
+        self.fused()
+    }
+
+    fn layer(&mut self, view: &RepeatView) -> Result<()> {
+        if let Some(own_lse_qr) = view.own_lse_qr {
+            return self.score_fused(view, own_lse_qr);
+        }
+        for (repeat, rows) in self.pack.iter().zip(view.segments) {
+            self.score(view, &repeat.chunk, rows)?;
+        }
+        Ok(())
+    }
+}
+
+impl PackTap<'_> {
+    /// Do the fused kernels serve? They give maxima, on some GPUs, in 16-bit kinds.
+    fn fused(&self) -> bool {
+        let model = self.scorer.model;
+        !self.scorer.means && has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64)
+    }
+
+    /// Score all chunks of the pack in two kernels.
+    fn score_fused(&self, view: &RepeatView, own_lse_qr: &Tensor) -> Result<()> {
         let prefix = self.scorer.prefix.len();
-        let chunk = prefix + self.chunk.start..prefix + self.chunk.end;
-        let (start, len) = (self.chunk.start as i64, self.chunk.len() as i64);
+        let chunks: Vec<ScoreRows> = self
+            .pack
+            .iter()
+            .zip(view.segments)
+            .map(|(repeat, rows)| ScoreRows {
+                first_row: rows.start,
+                rows: rows.len(),
+                first_key: prefix + repeat.chunk.start,
+                keys: repeat.chunk.len(),
+            })
+            .collect();
+        let weights = if self.scorer.plus { Some(self.weights(view)?) } else { None };
+        fused_chunk_scores(
+            view.q_rqd,
+            view.k_cache_hkd,
+            own_lse_qr,
+            weights.as_ref().map(|(rows_r, columns_qt)| (rows_r, columns_qt)),
+            &chunks,
+            self.scorer.sink,
+            prefix,
+            &self.scores.max_lht.get(view.layer as i64),
+        )
+    }
+
+    /// KVzip+'s factors of all rows `[rows]` and of the context's positions `[query_heads, t]`, f32.
+    fn weights(&self, view: &RepeatView) -> Result<(Tensor, Tensor)> {
+        let prefix = self.scorer.prefix.len() as i64;
+        let context = view.v_cache_hkd.size()[1] - prefix;
+        let v_htd = view.v_cache_hkd.narrow(1, prefix, context);
+        let projection = self.scorer.model.output_projection(view.layer);
+        let both = Weighting::kvzip_plus(view.normed_rm, &v_htd, projection)?;
+        Ok((both.rows_s.contiguous(), both.columns_qt.contiguous()))
+    }
+
+    /// Score one chunk by the rows of its repeat.
+    fn score(&self, view: &RepeatView, chunk: &Range<usize>, rows: &Range<usize>) -> Result<()> {
+        let (first_row, rows) = (rows.start as i64, rows.len() as i64);
+        let (start, len) = (chunk.start as i64, chunk.len() as i64);
+        let sink = self.scorer.sink;
+        let cached = self.scorer.prefix.len() as i64 + start;
         let weighting = if self.scorer.plus {
-            let v_htd = view.v_hkd.narrow(1, chunk.start as i64, len);
+            let v_htd = view.v_cache_hkd.narrow(1, cached, len);
             let projection = self.scorer.model.output_projection(view.layer);
-            Some(Weighting::kvzip_plus(view.normed_sm, &v_htd, projection)?)
+            Some(Weighting::kvzip_plus(&view.normed_rm.narrow(0, first_row, rows), &v_htd, projection)?)
         } else {
             None
         };
+        let own = |x_rhd: &Tensor| x_rhd.narrow(0, first_row, rows).transpose(0, 1);
+        // What the rows may see and nothing else, so that the chunk lies right behind the sink.
+        let k_hkd = Tensor::cat(
+            &[
+                view.k_cache_hkd.narrow(1, 0, sink as i64),
+                view.k_cache_hkd.narrow(1, cached, len),
+                own(view.k_rhd),
+            ],
+            1,
+        );
         let attention =
-            ChunkAttention { q_qsd: view.q_qsd, k_hkd: view.k_hkd, sink: self.scorer.sink, chunk };
-        let scores = chunk_scores(&attention, weighting.as_ref(), block_elements(view.q_qsd.device()))?;
+            ChunkAttention { q_qsd: &own(view.q_rqd), k_hkd: &k_hkd, sink, chunk: sink..sink + chunk.len() };
+        let scores = chunk_scores(&attention, weighting.as_ref(), block_elements(view.q_rqd.device()))?;
         let write = |into_lht: &Tensor, from_ht: &Tensor| {
             into_lht.get(view.layer as i64).narrow(1, start, len).copy_(from_ht);
         };
         write(&self.scores.max_lht, &scores.max_ht);
-        write(&self.scores.mean_lht, &scores.mean_ht);
+        if let Some(mean_lht) = &self.scores.mean_lht {
+            write(mean_lht, &scores.mean_ht);
+        }
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::marker::PhantomData;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
 use arrow::array::RecordBatch;
@@ -29,7 +29,7 @@ pub struct StageReader<R: Row> {
 }
 
 struct State {
-    shards: Vec<Option<OpenShard>>,
+    shards: Vec<Option<Arc<OpenShard>>>,
     /// Shard, row group, and its rows.
     last: Option<(usize, usize, RecordBatch)>,
 }
@@ -85,22 +85,28 @@ impl<R: Row> StageReader<R> {
         let (shard, in_shard) = locate(&self.starts, i);
         let entry = &self.stage.index().shards[shard];
         // A panic while the lock was held leaves at worst an empty cache.
-        let mut state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let state = &mut *state;
-        if state.shards[shard].is_none() {
-            state.shards[shard] = Some(self.open_shard(entry)?);
-        }
-        let open = state.shards[shard].as_ref().expect("opened above");
-        let (group, in_group) = locate(&open.starts, in_shard);
-        let read = match &state.last {
-            Some((s, g, _)) if (*s, *g) == (shard, group) => None,
-            _ => Some(self.read_group(entry, open, group)?),
+        let lock = || self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut state = lock();
+        let open = match &state.shards[shard] {
+            Some(open) => open.clone(),
+            None => state.shards[shard].insert(Arc::new(self.open_shard(entry)?)).clone(),
         };
-        if let Some(batch) = read {
-            state.last = Some((shard, group, batch));
-        }
-        let (_, _, batch) = state.last.as_ref().expect("read above");
-        R::decode(batch, in_group as usize).with_context(|| {
+        let (group, in_group) = locate(&open.starts, in_shard);
+        let last = match &state.last {
+            Some((s, g, batch)) if (*s, *g) == (shard, group) => Some(batch.clone()),
+            _ => None,
+        };
+        // Threads that read rows of different groups decode them side by side.
+        drop(state);
+        let batch = match last {
+            Some(batch) => batch,
+            None => {
+                let batch = self.read_group(entry, &open, group)?;
+                lock().last = Some((shard, group, batch.clone()));
+                batch
+            }
+        };
+        R::decode(&batch, in_group as usize).with_context(|| {
             redo(
                 format!(
                     "cannot read row {in_shard} of shard `{}`",

@@ -19,6 +19,8 @@ const ALIKE: f64 = 1.05;
 pub struct Batches {
     items: Vec<Item>,
     batch: usize,
+    /// Shortest crop of a batch, as a share.
+    crop: f64,
     seed: Seed,
 }
 
@@ -43,20 +45,33 @@ pub struct Batch {
 
 impl Batches {
     /// `lengths` are the positions of `rows`; empty examples are left out. `limit` is the most
-    /// positions that a window may have.
-    pub fn new(rows: &[u64], lengths: &[usize], batch: usize, limit: Option<usize>, seed: Seed) -> Self {
+    /// positions that a window may have. Each batch is cropped to a share of its length drawn from
+    /// `crop` (in (0, 1]; 1 is off) to 1.
+    pub fn new(
+        rows: &[u64],
+        lengths: &[usize],
+        batch: usize,
+        limit: Option<usize>,
+        crop: f64,
+        seed: Seed,
+    ) -> Self {
         let mut items = Vec::new();
         for (&row, &positions) in rows.iter().zip(lengths).filter(|(_, n)| **n > 0) {
             let window = positions.min(limit.unwrap_or(positions)).max(1);
             items.extend(std::iter::repeat_n(Item { row, positions, window }, positions / window));
         }
         let batch = batch.clamp(1, items.len().max(1));
-        Self { items, batch, seed }
+        Self { items, batch, crop, seed }
     }
 
     /// Windows of one pass over the examples.
     pub fn windows(&self) -> usize {
         self.items.len()
+    }
+
+    /// Most positions of a batch, all windows together.
+    pub fn largest(&self) -> usize {
+        self.items.iter().map(|i| i.window).max().unwrap_or(0) * self.batch
     }
 
     /// Whole batches of one pass over the examples. What is left over, another part each time, waits for the next.
@@ -67,6 +82,8 @@ impl Batches {
     /// The batches of epoch `epoch`, in the order of training.
     pub fn epoch(&self, epoch: u64) -> Vec<Batch> {
         let mut rng = self.seed.stream("train.order", epoch);
+        // Its own stream: without crops, everything else is drawn as with them.
+        let mut crops = self.seed.stream("train.crop", epoch);
         let mut order: Vec<usize> = (0..self.items.len()).collect();
         shuffle(&mut order, &mut rng);
         order.truncate(self.per_epoch() as usize * self.batch);
@@ -77,6 +94,7 @@ impl Batches {
             .chunks(self.batch)
             .map(|chunk| {
                 let length = chunk.iter().map(|&i| self.items[i].window).min().unwrap_or(0);
+                let length = self.cropped(length, &mut crops);
                 let window = |&i: &usize| {
                     let item = self.items[i];
                     (item.row, below(&mut rng, item.positions - length + 1))
@@ -86,6 +104,14 @@ impl Batches {
             .collect();
         shuffle(&mut batches, &mut rng);
         batches
+    }
+
+    fn cropped(&self, length: usize, rng: &mut impl Rng) -> usize {
+        if self.crop >= 1.0 {
+            return length;
+        }
+        let shortest = ((length as f64 * self.crop).ceil() as usize).clamp(length.min(1), length);
+        shortest + below(rng, length - shortest + 1)
     }
 
     /// The batches from step `step` on, without end; nothing if there are no examples.
@@ -118,7 +144,7 @@ mod tests {
 
     fn batches(lengths: &[usize], batch: usize) -> Batches {
         let rows: Vec<u64> = (100..100 + lengths.len() as u64).collect();
-        Batches::new(&rows, lengths, batch, None, Seed(3))
+        Batches::new(&rows, lengths, batch, None, 1.0, Seed(3))
     }
 
     #[test]
@@ -144,7 +170,7 @@ mod tests {
 
     #[test]
     fn long_contexts_give_several_windows() {
-        let b = Batches::new(&[7, 8, 9], &[1000, 250, 90], 1, Some(100), Seed(3));
+        let b = Batches::new(&[7, 8, 9], &[1000, 250, 90], 1, Some(100), 1.0, Seed(3));
         assert_eq!(b.windows(), 10 + 2 + 1);
         let mut starts = BTreeSet::new();
         for batch in b.epoch(0) {
@@ -155,6 +181,25 @@ mod tests {
             starts.insert((row, start));
         }
         assert!(starts.len() > 10, "windows lie in different places: {starts:?}");
+    }
+
+    #[test]
+    fn crops_are_of_any_length_and_change_nothing_else() {
+        let (rows, lengths): (Vec<u64>, Vec<usize>) = ((0..40).collect(), vec![200; 40]);
+        let new = |crop| Batches::new(&rows, &lengths, 4, None, crop, Seed(3));
+        let (whole, cropped) = (new(1.0), new(0.4));
+        let (mut shortest, mut longest) = (usize::MAX, 0);
+        for epoch in 0..20 {
+            for (a, b) in whole.epoch(epoch).iter().zip(cropped.epoch(epoch)) {
+                assert!(a.windows.iter().map(|w| w.0).eq(b.windows.iter().map(|w| w.0)));
+                assert!(b.windows.iter().all(|w| w.1 + b.length <= 200));
+                (shortest, longest) = (shortest.min(b.length), longest.max(b.length));
+            }
+        }
+        assert!((80..90).contains(&shortest) && (190..=200).contains(&longest), "{shortest} to {longest}");
+        assert_eq!((whole.largest(), cropped.largest()), (800, 800));
+        let tiny = Batches::new(&[1], &[1], 1, None, 0.1, Seed(3));
+        assert_eq!(tiny.epoch(0)[0], Batch { length: 1, windows: vec![(1, 0)] });
     }
 
     #[test]

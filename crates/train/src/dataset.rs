@@ -1,6 +1,7 @@
 //! The examples of a run with their labels and features, row by row.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use pkv_core::{Split, hinted};
@@ -9,6 +10,9 @@ use pkv_prune::{log_odds, pool_targets};
 use pkv_recipe::TargetPool;
 use pkv_shard::{Example, FeatureRow, LabelRow, StageReader};
 use tch::Tensor;
+
+use crate::cache::{Cache, Sample};
+use crate::loader::Source;
 
 /// Labels and features of all examples, and which split each is in.
 pub struct Dataset {
@@ -91,6 +95,35 @@ impl Dataset {
     /// # Errors
     /// A shard is damaged, or label and feature are not of the same example or of other models.
     pub fn context(&self, row: u64) -> Result<Context> {
+        let (label, feature) = self.row(row)?;
+        let MapperDims { proxy_heads: p, channels: c, globals: g, outputs: o } = self.dims;
+        let t = self.positions(row);
+        let shape = |n: &[usize]| n.iter().map(|&n| n as i64).collect::<Vec<_>>();
+        Ok(Context {
+            heads_pct: Tensor::from_slice(&feature.heads).reshape(shape(&[p, c, t])),
+            globals_ct: Tensor::from_slice(&feature.globals).reshape(shape(&[g, t])),
+            scores_ot: Tensor::from_slice(&label.scores).reshape(shape(&[o, t])),
+        })
+    }
+
+    /// Row `i` as the loader copies it, its labels pooled: before any crop, a window's neighbours count.
+    ///
+    /// # Errors
+    /// As [`Self::context`].
+    pub fn sample(&self, row: u64, pool: &TargetPool) -> Result<Sample> {
+        let (label, feature) = self.row(row)?;
+        let scores = Tensor::from_slice(&label.scores).reshape([self.dims.outputs as i64, -1]);
+        let targets = pool_targets(&log_odds(&scores), pool).flatten(0, -1);
+        Ok(Sample {
+            positions: self.positions(row),
+            heads: feature.heads,
+            globals: feature.globals,
+            targets: Vec::try_from(targets).context("cannot read the pooled labels")?,
+        })
+    }
+
+    /// Label and features of row `i`, which belong together.
+    fn row(&self, row: u64) -> Result<(LabelRow, FeatureRow)> {
         let (label, feature) = (self.labels.get(row)?, self.features.get(row)?);
         let (id, t) = (&self.ids[row as usize], self.positions(row));
         let disagree = |what: &str, dir: &Path, found: String, expected: String| {
@@ -117,13 +150,30 @@ impl Dataset {
                 format!("{}, channels {:?}", describe(expected), (self.dims.channels, self.dims.globals))
             )
         );
-        let MapperDims { proxy_heads: p, channels: c, globals: g, outputs: o } = self.dims;
-        let shape = |n: &[usize]| n.iter().map(|&n| n as i64).collect::<Vec<_>>();
-        Ok(Context {
-            heads_pct: Tensor::from_slice(&feature.heads).reshape(shape(&[p, c, t])),
-            globals_ct: Tensor::from_slice(&feature.globals).reshape(shape(&[g, t])),
-            scores_ot: Tensor::from_slice(&label.scores).reshape(shape(&[o, t])),
-        })
+        Ok((label, feature))
+    }
+}
+
+/// The training examples, those decoded before from memory.
+pub struct Samples<'a> {
+    dataset: &'a Dataset,
+    pool: TargetPool,
+    cache: Cache,
+}
+
+impl<'a> Samples<'a> {
+    pub fn new(dataset: &'a Dataset, pool: TargetPool, cache_gb: Option<f64>) -> Self {
+        Self { dataset, pool, cache: Cache::new(cache_gb) }
+    }
+}
+
+impl Source for Samples<'_> {
+    fn dims(&self) -> MapperDims {
+        self.dataset.dims()
+    }
+
+    fn sample(&self, row: u64) -> Result<Arc<Sample>> {
+        self.cache.get(row, || self.dataset.sample(row, &self.pool))
     }
 }
 

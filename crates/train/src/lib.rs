@@ -11,6 +11,8 @@
 //! o target KV head (layers x heads, layer-major).
 
 mod batches;
+mod bench;
+mod cache;
 mod clock;
 mod curve;
 mod dataset;
@@ -20,10 +22,12 @@ mod optimizer;
 mod run;
 mod schedule;
 mod start;
+mod step;
 mod tensorboard;
 mod validate;
 
 pub use batches::{Batch, Batches};
+pub use bench::{BenchOptions, BenchReport, bench};
 pub use dataset::{Context, Dataset};
 pub use journal::METRICS_FILE;
 pub use run::{TrainInputs, TrainSummary, is_complete, train};

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use pkv_gpu::{AdamW, AdamWOptions, clip_global_norm};
 use pkv_mapper::Mapper;
 use pkv_recipe::TrainSection;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Two groups of parameters, one of them decayed, and the moving average of all.
 pub struct Optimizer {
@@ -35,13 +35,15 @@ impl Optimizer {
         };
         let groups = [group(true)?, group(false)?];
         let ema = if section.ema > 0.0 { copies(&parameters) } else { Vec::new() };
-        touch(&parameters);
         Ok(Self { parameters, groups, ema, section: section.clone() })
     }
 
     /// Forget the gradients of the last step.
-    pub fn zero_grad(&mut self) {
-        self.parameters.iter_mut().for_each(Tensor::zero_grad);
+    ///
+    /// # Errors
+    /// libtorch refuses.
+    pub fn drop_gradients(&self) -> Result<()> {
+        pkv_gpu::drop_gradients(&self.parameters)
     }
 
     /// Clip, step and average. Returns the gradient's norm before clipping, a scalar on the device.
@@ -57,12 +59,9 @@ impl Optimizer {
             adamw.step(AdamWOptions { lr, beta1: s.beta1, beta2: s.beta2, eps: s.eps, weight_decay })?;
         }
         if !self.ema.is_empty() {
-            let _no_grad = tch::no_grad_guard();
             // A long memory would hold on to the start: it grows with what there is to remember.
             let decay = self.section.ema.min((step + 1) as f64 / (step + 10) as f64);
-            for (mean, p) in self.ema.iter_mut().zip(&self.parameters) {
-                let _ = mean.lerp_(p, 1.0 - decay);
-            }
+            pkv_gpu::lerp(&self.ema, &self.parameters, 1.0 - decay)?;
         }
         Ok(norm)
     }
@@ -113,13 +112,4 @@ impl Optimizer {
 
 fn copies(tensors: &[Tensor]) -> Vec<Tensor> {
     tensors.iter().map(|t| t.detach().copy()).collect()
-}
-
-/// Give every parameter a gradient of zero: one that a loss does not reach has none, and AdamW
-/// takes that for an error.
-fn touch(parameters: &[Tensor]) {
-    let zero = parameters
-        .iter()
-        .fold(Tensor::from(0.0f32), |sum, p| sum.to_device(p.device()) + (p * 0.0).sum(Kind::Float));
-    zero.backward();
 }

@@ -2,27 +2,27 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use pkv_checkpoint::{CheckpointStore, TrainingState};
 use pkv_core::{Fingerprint, Progress, Seed, Split, hinted};
-use pkv_mapper::{Mapper, hybrid_loss};
+use pkv_mapper::{LossTerms, Mapper};
 use pkv_recipe::{LossSection, MapperSection, TrainSection};
 use serde::Serialize;
 use serde_json::{Value, json};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::batches::Batches;
 use crate::clock::{Clock, clock_text};
 use crate::curve::{Means, Window};
-use crate::dataset::Dataset;
+use crate::dataset::{Dataset, Samples};
 use crate::journal::Journal;
-use crate::loader::{Loaded, WAITING, load};
+use crate::loader::{Loaded, Loader};
 use crate::optimizer::Optimizer;
 use crate::schedule::learning_rate;
 use crate::start::{resume, start};
+use crate::step::{Stepper, Tf32, number_format};
 use crate::tensorboard::EventFile;
 use crate::validate::{Validation, validate};
 
@@ -102,10 +102,18 @@ pub fn train(
     let dataset = Dataset::open(inputs.examples, inputs.labels, inputs.features)?;
     let mut run = Run::open(inputs, &store, &dataset, device, progress)?;
     let (first, steps) = (run.step, inputs.train.steps);
+    let _tf32 = Tf32::set(number_format(inputs.train.dtype, dataset.dims(), device))?;
 
     let rows = dataset.rows(Split::Train);
     let lengths: Vec<usize> = rows.iter().map(|&r| dataset.positions(r)).collect();
-    let batches = Batches::new(&rows, &lengths, inputs.train.batch, inputs.train.window_tokens, inputs.seed);
+    let batches = Batches::new(
+        &rows,
+        &lengths,
+        inputs.train.batch,
+        inputs.train.window_tokens,
+        inputs.train.crop,
+        inputs.seed,
+    );
     ensure!(
         batches.per_epoch() > 0,
         hinted("every training example is empty", "lower `data.min_tokens` and prepare again")
@@ -119,23 +127,30 @@ pub fn train(
         inputs.train.batch.min(batches.windows()),
         batches.per_epoch()
     );
+    let samples = Samples::new(&dataset, inputs.train.target_pool, inputs.train.cache_gb);
+    let loader = Loader::new(&samples, &batches, inputs.loss, inputs.seed, device);
     progress.start("train", steps, first);
     std::thread::scope(|threads| -> Result<()> {
-        let (to, from) = sync_channel(WAITING);
-        let remaining = steps.saturating_sub(first) as usize;
-        let (dataset, batches, pool) = (&dataset, &batches, &inputs.train.target_pool);
-        threads.spawn(move || load(dataset, batches.from_step(first).take(remaining), pool, device, &to));
-        while run.step < steps {
+        let mut feed = loader.start(
+            threads,
+            loader.threads(inputs.train.loader_threads, batches.largest()),
+            first,
+            steps,
+        );
+        let mut batch = if first < steps { Some(feed.take()?) } else { None };
+        while let Some(now) = batch.take() {
             if stop.load(Ordering::Relaxed) {
                 tracing::info!("stopping at step {} of {steps}", run.step);
                 return run.save_once();
             }
-            let batch = from.recv().context("the loader ended early")??;
-            run.learn(&batch)?;
+            let queued = run.queue(&now)?;
+            // On its way while the device is busy with this one.
+            batch = if run.step + 1 < steps { Some(feed.take()?) } else { None };
+            run.settle(queued, now.tokens())?;
             progress.advance(1);
         }
         Ok(())
-        // The receiver is dropped here, and the loader ends with it.
+        // The feed is dropped here, and the loader's threads end with it.
     })?;
     progress.finish();
     let steps_done = run.step - first;
@@ -159,6 +174,7 @@ struct Run<'a> {
     validation_rows: Vec<u64>,
     mapper: Mapper,
     optimizer: Optimizer,
+    stepper: Stepper<'a>,
     /// Steps taken.
     step: u64,
     /// Step and score of the best validation.
@@ -213,6 +229,7 @@ impl<'a> Run<'a> {
             dataset,
             progress,
             validation_rows,
+            stepper: Stepper::new(inputs.loss, inputs.train, dataset.dims(), inputs.seed, device),
             mapper,
             optimizer,
             step,
@@ -226,24 +243,25 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// One step, and what falls due after it.
-    fn learn(&mut self, batch: &Loaded) -> Result<()> {
-        let (train, seed) = (self.inputs.train, self.inputs.seed);
-        self.optimizer.zero_grad();
-        let scores_bot = self.mapper.forward(&batch.heads_bpct, &batch.globals_bct);
-        let pairs = seed.derive("train.pairs", self.step);
-        let loss = hybrid_loss(&self.mapper, &scores_bot, &batch.y_bot, self.inputs.loss, pairs)?;
-        loss.total.backward();
-        let norm = self.optimizer.step(self.step, learning_rate(train, self.step))?;
+    /// Queue the next step on the device.
+    fn queue(&mut self, batch: &Loaded) -> Result<(LossTerms, Tensor)> {
+        self.stepper.step(&self.mapper, &mut self.optimizer, batch, self.step)
+    }
+
+    /// Count a step of `tokens` positions, and do what falls due after it.
+    fn settle(&mut self, (loss, norm): (LossTerms, Tensor), tokens: u64) -> Result<()> {
+        let train = self.inputs.train;
         self.window.add(&loss, &norm);
         self.step += 1;
-        self.clock.step(batch.tokens());
 
         let due = |every: u64| self.step.is_multiple_of(every) || self.step == train.steps;
         let (log, check, save) =
             (due(train.log_every), due(train.validate_every), due(train.checkpoint_every));
-        if log {
-            self.log()?;
+        // Reading the means waits for the device: its work is part of the step.
+        let means = if log { Some(self.window.take()?) } else { None };
+        self.clock.step(tokens);
+        if let Some(means) = means {
+            self.log(means)?;
         }
         let validation = if check { self.validate()? } else { None };
         self.score = validation.as_ref().map(|v| v.score);
@@ -259,8 +277,8 @@ impl<'a> Run<'a> {
     }
 
     /// Write the means since the last log line.
-    fn log(&mut self) -> Result<()> {
-        let Means { loss, terms, gradient_norm } = self.window.take()?;
+    fn log(&mut self, means: Means) -> Result<()> {
+        let Means { loss, terms, gradient_norm } = means;
         let (steps, lr) = (self.inputs.train.steps, learning_rate(self.inputs.train, self.step - 1));
         ensure!(
             loss.is_finite() && gradient_norm.is_finite(),

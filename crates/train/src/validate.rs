@@ -8,12 +8,15 @@ use pkv_mapper::{Mapper, hybrid_loss};
 use pkv_prune::metrics::{KeptAgreement, kendall_per_head, spearman_per_head};
 use pkv_recipe::{LossSection, TrainSection};
 use serde_json::{Map, Value, json};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::dataset::Dataset;
 
 /// Retention ratios that every validation reports.
 pub const VALIDATION_RATIOS: [f64; 8] = [0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01];
+
+/// Contexts that are read and compared side by side: what they hold together stays small.
+const THREADS: usize = 16;
 
 /// Means over the validation contexts.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,25 +50,30 @@ pub fn validate(
     // Per policy and ratio: recall, mass, relative mass, realised ratio.
     let mut sums = vec![[0.0; 4]; Policy::ALL.len() * ratios.len()];
     let (mut loss_sum, mut spearman, mut kendall) = (0.0, 0.0, 0.0);
-    for (i, &row) in rows.iter().enumerate() {
-        let context = dataset.context(row)?;
-        let scores_bot = mapper.forward(&context.heads_pct.unsqueeze(0), &context.globals_ct.unsqueeze(0));
-        let y_bot = context.targets(&train.target_pool).unsqueeze(0);
-        let terms = hybrid_loss(mapper, &scores_bot, &y_bot, loss, seed.derive("validate.pairs", i as u64))?;
-        loss_sum += terms.total.double_value(&[]);
-
-        let (predicted_ot, oracle_ot) =
-            (scores_bot.squeeze_dim(0).to_device(Device::Cpu), &context.scores_ot);
-        for (k, (policy, ratio)) in cells(&ratios).enumerate() {
-            let ratio =
-                RetentionRatio::new(ratio).ok().with_context(|| format!("{ratio} is no retention ratio"))?;
-            let a = KeptAgreement::new(&predicted_ot, oracle_ot, oracle_ot, policy, ratio)?;
-            for (sum, x) in sums[k].iter_mut().zip([a.recall, a.mass, a.mass_of_oracle, a.realised_ratio]) {
-                *sum += x;
-            }
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(THREADS);
+    for (group, rows) in rows.chunks(threads).enumerate() {
+        let contexts = side_by_side(rows.to_vec(), |row| dataset.context(row))?;
+        let mut pairs = Vec::with_capacity(contexts.len());
+        for (i, context) in contexts.into_iter().enumerate() {
+            let scores_bot =
+                mapper.forward(&context.heads_pct.unsqueeze(0), &context.globals_ct.unsqueeze(0));
+            let y_bot = context.targets(&train.target_pool).unsqueeze(0);
+            let seed = seed.derive("validate.pairs", (group * threads + i) as u64);
+            loss_sum += hybrid_loss(mapper, &scores_bot, &y_bot, loss, seed)?.total.double_value(&[]);
+            pairs.push((scores_bot.squeeze_dim(0).to_device(Device::Cpu), context.scores_ot));
         }
-        spearman += mean(&spearman_per_head(&predicted_ot, oracle_ot)?);
-        kendall += mean(&kendall_per_head(&predicted_ot, oracle_ot)?);
+        // In the contexts' order, so that sums are the same for any number of threads.
+        for of in
+            side_by_side(pairs, |(predicted_ot, oracle_ot)| compare(&predicted_ot, &oracle_ot, &ratios))?
+        {
+            for (sum, a) in sums.iter_mut().zip(&of.kept) {
+                for (sum, x) in sum.iter_mut().zip([a.recall, a.mass, a.mass_of_oracle, a.realised_ratio]) {
+                    *sum += x;
+                }
+            }
+            spearman += of.spearman;
+            kendall += of.kendall;
+        }
     }
     let n = rows.len() as f64;
     let kept: Vec<_> = cells(&ratios)
@@ -87,6 +95,39 @@ pub fn validate(
         spearman: spearman / n,
         kendall: kendall / n,
         score: mean(&best),
+    })
+}
+
+/// One context's agreement with KVzip.
+struct Comparison {
+    /// Per policy and ratio.
+    kept: Vec<KeptAgreement>,
+    spearman: f64,
+    kendall: f64,
+}
+
+fn compare(predicted_ot: &Tensor, oracle_ot: &Tensor, ratios: &[f64]) -> Result<Comparison> {
+    let kept = cells(ratios).map(|(policy, ratio)| {
+        let ratio =
+            RetentionRatio::new(ratio).ok().with_context(|| format!("{ratio} is no retention ratio"))?;
+        KeptAgreement::new(predicted_ot, oracle_ot, oracle_ot, policy, ratio)
+    });
+    Ok(Comparison {
+        kept: kept.collect::<Result<_>>()?,
+        spearman: mean(&spearman_per_head(predicted_ot, oracle_ot)?),
+        kendall: mean(&kendall_per_head(predicted_ot, oracle_ot)?),
+    })
+}
+
+/// `f` of every item on a thread of its own; results in the items' order.
+fn side_by_side<T: Send, U: Send>(items: Vec<T>, f: impl Fn(T) -> Result<U> + Sync) -> Result<Vec<U>> {
+    let f = &f;
+    std::thread::scope(|scope| {
+        let running: Vec<_> = items.into_iter().map(|item| scope.spawn(move || f(item))).collect();
+        running
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
     })
 }
 

@@ -1,5 +1,5 @@
 use pkv_checkpoint::CheckpointStore;
-use pkv_recipe::{TargetPool, Variant};
+use pkv_recipe::{TargetPool, TrainDtype, Variant};
 use serde_json::Value;
 
 use crate::common::*;
@@ -51,6 +51,26 @@ fn every_variant_and_loss_trains() {
             assert_eq!((state.step, state.ema.is_empty()), (3, lean));
         }
     }
+}
+
+/// bf16 stages learn the same: parameters, loss and optimizer are f32.
+#[test]
+fn bf16_stages_learn_as_f32_ones_do() {
+    let mut setup = Setup::new(48, 8);
+    setup.train.steps = 60;
+    (setup.train.validate_every, setup.train.log_every, setup.train.checkpoint_every) = (60, 10, 60);
+    let mut of_dtype = |dtype: TrainDtype| {
+        setup.train.dtype = dtype;
+        let run = format!("{dtype:?}");
+        let score = setup.finish(&run).unwrap().best_score.unwrap();
+        let metrics = setup.metrics(&run);
+        (score, of(&metrics, "train").last().unwrap()["loss"].as_f64().unwrap())
+    };
+    let ((exact, exact_loss), (narrow, narrow_loss)) =
+        (of_dtype(TrainDtype::F32), of_dtype(TrainDtype::Bf16));
+    assert!((exact - narrow).abs() < 0.03, "recall {exact} in f32, {narrow} in bf16");
+    assert!((exact_loss - narrow_loss).abs() < 0.03 * exact_loss, "{exact_loss} and {narrow_loss}");
+    assert_ne!(exact_loss, narrow_loss);
 }
 
 #[test]

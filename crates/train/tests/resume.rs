@@ -47,6 +47,25 @@ fn a_stopped_run_ends_with_the_same_bits() {
     assert_eq!(setup.is_complete("whole").unwrap(), Some(24));
 }
 
+/// What is random in a step is the step's own, and how batches are loaded changes nothing.
+#[test]
+fn disturbed_features_and_crops_end_with_the_same_bits() {
+    let mut setup = Setup::new(26, 5);
+    setup.finish("exact").unwrap();
+    let train = &mut setup.train;
+    (train.feature_noise, train.feature_dropout, train.dropout, train.crop) = (0.2, 0.2, 0.2, 0.5);
+    train.loader_threads = Some(1);
+    setup.finish("whole").unwrap();
+    assert_ne!(setup.metrics("whole")[0], setup.metrics("exact")[0]);
+    (setup.train.loader_threads, setup.train.cache_gb) = (Some(3), Some(0.0));
+    for &step in &[5, 16] {
+        let stop = AtomicBool::new(false);
+        setup.run("broken", &At::new(step, || stop.store(true, Ordering::Relaxed)), &stop).unwrap();
+    }
+    setup.finish("broken").unwrap();
+    same(&setup, "broken", "whole");
+}
+
 /// A panic takes the process out of a step without saving, as a kill does.
 #[test]
 fn a_run_killed_at_any_step_ends_with_the_same_bits() {

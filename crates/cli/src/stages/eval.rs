@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use pkv_checkpoint::write_tensors;
 use pkv_core::{Fingerprint, Split};
 use pkv_data::{FactContext, fact_contexts};
 use pkv_eval::{EvalInputs, RESULTS_FILE, Results};
 use pkv_recipe::{EvalSection, Task};
+use pkv_shard::durable::WriteBudget;
 use pkv_shard::{Example, StageReader};
 use serde_json::json;
 
@@ -15,11 +17,16 @@ use crate::benchmarks::Material;
 use crate::mapper_source::{Trained, from_checkpoint, from_export};
 use crate::session::Session;
 
+/// File of the kept sets, in the results' folder.
+const KEPT_FILE: &str = "kept.safetensors";
+
 /// What `eval` takes beside the recipe.
 #[derive(Clone, Debug, Default)]
 pub struct EvalOptions {
     /// An export in place of the run's best checkpoint.
     pub mapper: Option<PathBuf>,
+    /// Write down what the mapper keeps of so many contexts.
+    pub kept: Option<usize>,
 }
 
 /// Where the results go: an export's beside the checkpoint's.
@@ -40,38 +47,44 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     let benchmarks = material.benchmarks(s, tokenizer, &count)?;
     let identities: Vec<&str> = benchmarks.iter().map(|b| b.identity.as_str()).collect();
     let fingerprint = fingerprint(s, &trained, &s.recipe.eval).with("benchmarks", identities);
-    if pkv_eval::is_complete(&out, &fingerprint) {
-        return Ok(Outcome::Skipped(format!("results of the {} match the recipe", trained.source)));
+    let complete = pkv_eval::is_complete(&out, &fingerprint);
+    let skipped = format!("results of the {} match the recipe", trained.source);
+    if complete && options.kept.is_none() {
+        return Ok(Outcome::Skipped(skipped));
     }
     let contexts = contexts(s, &upstream)?;
     let (target, proxy) = (upstream.target.load(s)?, upstream.proxy.load(s)?);
     s.check_stop()?;
-    let results = pkv_eval::evaluate(
-        &EvalInputs {
-            target: &target,
-            proxy: &proxy,
-            tokenizer: &upstream.target.tokenizer,
-            mapper: &trained.mapper,
-            mapper_source: trained.source.clone(),
-            target_name: s.recipe.target.model.clone(),
-            proxy_name: s.recipe.proxy.model.clone(),
-            examples: &s.run.examples(),
-            labels: &s.run.labels(),
-            features: &s.run.features(),
-            fact_contexts: &contexts,
-            benchmarks: &benchmarks,
-            section: &s.recipe.eval,
-            label: &s.recipe.label,
-            extract: &s.recipe.extract,
-            pool: trained.pool,
-            seed: s.recipe.seed,
-            fingerprint,
-            context_fingerprint: context_fingerprint(s, &trained),
-            out: &out,
-            check_stop: &|| s.check_stop(),
-        },
-        &s.bar,
-    )?;
+    let inputs = EvalInputs {
+        target: &target,
+        proxy: &proxy,
+        tokenizer: &upstream.target.tokenizer,
+        mapper: &trained.mapper,
+        mapper_source: trained.source.clone(),
+        target_name: s.recipe.target.model.clone(),
+        proxy_name: s.recipe.proxy.model.clone(),
+        examples: &s.run.examples(),
+        labels: &s.run.labels(),
+        features: &s.run.features(),
+        fact_contexts: &contexts,
+        benchmarks: &benchmarks,
+        section: &s.recipe.eval,
+        label: &s.recipe.label,
+        extract: &s.recipe.extract,
+        pool: trained.pool,
+        seed: s.recipe.seed,
+        fingerprint,
+        context_fingerprint: context_fingerprint(s, &trained),
+        out: &out,
+        check_stop: &|| s.check_stop(),
+    };
+    let results = if complete { None } else { Some(pkv_eval::evaluate(&inputs, &s.bar)?) };
+    if let Some(n) = options.kept {
+        write_tensors(&out.join(KEPT_FILE), &pkv_eval::kept_sets(&inputs, n)?, &WriteBudget::from_env())?;
+    }
+    let Some(results) = results else {
+        return Ok(Outcome::Skipped(skipped));
+    };
     Ok(Outcome::Done(json!({
         "mapper": trained.source,
         "test_contexts": results.labels.contexts,

@@ -6,7 +6,8 @@ use pkv_extract::Extractor;
 use pkv_shard::{FeatureRow, StageDir, StageWriter};
 use serde_json::json;
 
-use super::{Outcome, prepare, to_vec};
+use super::pump::{ToHost, pump};
+use super::{Outcome, prepare};
 use crate::pair::{self, Found};
 use crate::session::Session;
 
@@ -30,25 +31,36 @@ pub fn run(s: &Session) -> Result<Outcome> {
     )?;
     let mut tokens = 0;
     s.bar.start("extract", total, done);
-    for i in done..total {
-        s.check_stop()?;
-        let example = examples.get(i)?;
-        let features = extractor.features(&example.tokens)?;
-        tokens += example.tokens.len();
-        writer.push(FeatureRow {
-            id: example.id,
-            layers: shape.layers as u32,
-            kv_heads: shape.kv_heads as u32,
-            channels: s.recipe.extract.channels.len() as u32,
-            positions: example.tokens.len() as u32,
-            heads: to_vec(&features.heads_pct)?,
-            globals: to_vec(&features.globals_ct)?,
-        })?;
-        s.bar.advance(1);
-    }
+    let times = pump(
+        s.device,
+        done..total,
+        |i| examples.get(i),
+        |example| {
+            s.check_stop()?;
+            let features = extractor.features(&example.tokens)?;
+            tokens += example.tokens.len();
+            let (heads, globals) =
+                (ToHost::begin(&features.heads_pct)?, ToHost::begin(&features.globals_ct)?);
+            Ok((example.id, example.tokens.len(), heads, globals))
+        },
+        |(id, positions, heads, globals)| {
+            writer.push(FeatureRow {
+                id,
+                layers: shape.layers as u32,
+                kv_heads: shape.kv_heads as u32,
+                channels: s.recipe.extract.channels.len() as u32,
+                positions: positions as u32,
+                heads: heads.wait()?,
+                globals: globals.wait()?,
+            })?;
+            s.bar.advance(1);
+            Ok(())
+        },
+    )?;
     s.bar.finish();
+    tracing::info!("extract: {times}");
     writer.finish()?;
-    Ok(Outcome::Done(json!({"examples": total, "tokens": tokens})))
+    Ok(Outcome::Done(times.add_to(json!({"examples": total, "tokens": tokens}))))
 }
 
 /// The features' choices: the examples, the recipe's `extract`, the proxy; and `label` if the proxy
@@ -59,7 +71,7 @@ pub fn fingerprint(s: &Session, proxy: &Found, examples: &Fingerprint) -> Finger
         .with("extract", &s.recipe.extract)
         .with("proxy", proxy.fingerprint(s));
     if s.recipe.extract.channels.iter().any(|c: &Channel| c.is_reconstruction()) {
-        fingerprint.with("label", &s.recipe.label)
+        fingerprint.with("label", s.recipe.label.material())
     } else {
         fingerprint
     }

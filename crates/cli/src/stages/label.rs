@@ -5,9 +5,9 @@ use pkv_core::{Fingerprint, Progress};
 use pkv_score::Scorer;
 use pkv_shard::{LabelRow, StageDir, StageWriter};
 use serde_json::json;
-use tch::Kind;
 
-use super::{Outcome, prepare, to_vec};
+use super::pump::{ToHost, pump};
+use super::{Outcome, prepare};
 use crate::pair::{self, Found};
 use crate::session::Session;
 
@@ -19,7 +19,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
         return Ok(Outcome::Skipped(format!("labels of {} examples match the recipe", stage.rows())));
     }
     let model = target.load(s)?;
-    let scorer = Scorer::new(&model, &target.tokenizer, &s.recipe.label)?;
+    let scorer = Scorer::new(&model, &target.tokenizer, &s.recipe.label)?.maxima_only();
     let shape = model.shape();
 
     let (done, total) = (stage.rows(), examples.len());
@@ -27,29 +27,38 @@ pub fn run(s: &Session) -> Result<Outcome> {
         StageWriter::<LabelRow>::new(stage, s.recipe.data.shard_examples, s.recipe.label.store, Some(total))?;
     let mut tokens = 0;
     s.bar.start("label", total, done);
-    for i in done..total {
-        s.check_stop()?;
-        let example = examples.get(i)?;
-        let scores = scorer.score(&example.tokens)?;
-        tokens += example.tokens.len();
-        writer.push(LabelRow {
-            id: example.id,
-            layers: shape.layers as u32,
-            kv_heads: shape.kv_heads as u32,
-            positions: example.tokens.len() as u32,
-            scores: to_vec(&scores.max_lht.to_kind(Kind::Float))?,
-        })?;
-        s.bar.advance(1);
-    }
+    let times = pump(
+        s.device,
+        done..total,
+        |i| examples.get(i),
+        |example| {
+            s.check_stop()?;
+            let scores = scorer.score(&example.tokens)?;
+            tokens += example.tokens.len();
+            Ok((example.id, example.tokens.len(), ToHost::begin(&scores.max_lht)?))
+        },
+        |(id, positions, scores)| {
+            writer.push(LabelRow {
+                id,
+                layers: shape.layers as u32,
+                kv_heads: shape.kv_heads as u32,
+                positions: positions as u32,
+                scores: scores.wait()?,
+            })?;
+            s.bar.advance(1);
+            Ok(())
+        },
+    )?;
     s.bar.finish();
+    tracing::info!("label: {times}");
     writer.finish()?;
-    Ok(Outcome::Done(json!({"examples": total, "tokens": tokens})))
+    Ok(Outcome::Done(times.add_to(json!({"examples": total, "tokens": tokens}))))
 }
 
 /// The labels' choices: the examples, the recipe's `label`, the target.
 pub fn fingerprint(s: &Session, target: &Found, examples: &Fingerprint) -> Fingerprint {
     Fingerprint::new()
         .with("examples", examples)
-        .with("label", &s.recipe.label)
+        .with("label", s.recipe.label.material())
         .with("target", target.fingerprint(s))
 }

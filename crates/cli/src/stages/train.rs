@@ -54,7 +54,7 @@ pub fn upstream(s: &Session) -> Result<Upstream> {
         .with("features", &features)
         .with("mapper", &r.mapper)
         .with("loss", &r.loss)
-        .with("train", &r.train)
+        .with("train", r.train.choices())
         .with("seed", r.seed);
     Ok(Upstream { target, proxy, fingerprint })
 }

@@ -191,6 +191,7 @@ mod tests {
                     start: start as usize,
                     hidden_sm: &nothing,
                     normed_sm: &nothing,
+                    lse_qs: None,
                 };
                 tap.layer(&view).unwrap();
                 start += s;

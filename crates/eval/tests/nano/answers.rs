@@ -90,7 +90,7 @@ fn greedy(nano: &Nano, context: &FactContext, ratio: Option<f64>) -> Vec<String>
     let scorer = Scorer::new(model, tokenizer, &nano.label).unwrap();
     let mut cache = model.new_cache(scorer.cache_capacity(context.tokens.len()));
     let _ = model.prefill(&ids, &mut cache, 16_000, &mut NoTap).unwrap();
-    let scores_lht = scorer.score_cached(&context.tokens, &mut cache).unwrap().max_lht;
+    let scores_lht = scorer.score_cached(&context.tokens, &cache).unwrap().max_lht;
     let keep = ratio.map(|r| {
         let keep_lht = keep_mask(&scores_lht, Policy::Pair, RetentionRatio::new(r).unwrap());
         let size = keep_lht.size();

@@ -1,5 +1,7 @@
 //! Tests of the crate's public face, in one binary.
 
+/// The fused kernel against the blocks, where there is a GPU for it.
+mod fused;
 /// Features of a model: every channel, block and chunk sizes, windows, what has no features.
 mod model;
 /// The attention channels on random tensors of odd sizes.

@@ -103,7 +103,7 @@ fn naive(nano: &Nano, context: &[u32], extract: &ExtractSection) -> (Vec<f64>, V
     let hidden = nano.model.forward(&nano.model.ids(&ids), &mut cache, &mut recorder).unwrap();
 
     let repeated = Scorer::new(&nano.model, &nano.tokenizer, &label()).unwrap().score(context).unwrap();
-    let (max, mean) = (flat(&repeated.max_lht), flat(&repeated.mean_lht));
+    let (max, mean) = (flat(&repeated.max_lht), flat(repeated.mean_lht.as_ref().unwrap()));
     let mut heads = Vec::new();
     for (l, [q, k, v]) in recorder.layers.iter().enumerate() {
         let mut layer = sizes.channels(&extract.channels, q, k);

@@ -8,6 +8,8 @@ mod forward;
 mod goldens;
 /// Whole, sharded, damaged and unsupported checkpoint folders.
 mod loading;
+/// Packed continuations of one cache, and the log-sum-exps that taps may ask for.
+mod repeats;
 /// Checkpoints, folders and comparisons that the other files share.
 mod support;
 /// Text to tokens, chat templates, vocabularies.

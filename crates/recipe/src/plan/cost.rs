@@ -199,9 +199,19 @@ impl MapperCost {
         2.0 * t as f64 * (self.position + self.attention * attended)
     }
 
+    /// Stage 3's weights and readings per position, of every (token, cross head, target head). They
+    /// pass through memory in the forward and again in the backward, and are not kept.
+    pub fn attended_per_token(&self, recipe: &Recipe) -> f64 {
+        match recipe.mapper.variant {
+            Variant::HybridAxial => {
+                (2 * (self.proxy_heads + 1) * recipe.mapper.cross_heads * self.outputs) as f64
+            }
+            _ => 0.0,
+        }
+    }
+
     /// f32 elements per position that the backward pass needs: inputs of every matrix, norm and
-    /// nonlinearity, stage 3's weights and readings of every (token, cross head, target head), and
-    /// logits and targets of each ratio of the loss.
+    /// nonlinearity, and logits and targets of each ratio of the loss.
     pub fn saved_per_token(&self, recipe: &Recipe) -> f64 {
         let (m, p, o) = (&recipe.mapper, self.proxy_heads, self.outputs);
         let blocks = m.dilations.len() * m.width * (5 + 2 * m.feed_forward);
@@ -209,7 +219,7 @@ impl MapperCost {
         let network = match m.variant {
             Variant::HybridAxial => {
                 let tokens = (p + 1) * m.head_width;
-                9 * tokens + blocks + 2 * (p + 1) * m.cross_heads * o
+                10 * tokens + blocks
             }
             Variant::Conv => blocks,
             Variant::Mlp => 4 * m.width * m.feed_forward,

@@ -128,6 +128,9 @@ pub fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePl
     stage.timed(machine, machine.efficiency.extract)
 }
 
+/// Most elements of one piece's tensor in stage 3 of the mapper.
+const PIECE_ELEMENTS: f64 = (1u64 << 26) as f64;
+
 /// Forward and backward are three forwards; parameters, gradients and both moments are f32.
 pub fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &MapperCost) -> StagePlan {
     let (data, section) = (&recipe.data, &recipe.train);
@@ -141,8 +144,11 @@ pub fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &Map
     let values_per_token = (mapper.inputs_per_token() + mapper.outputs_per_token()) as f64;
     let kept = (section.keep_checkpoints + 2) as u64;
     let longest = lengths.longest();
-    let batch_elements =
-        section.batch as f64 * longest as f64 * (values_per_token + mapper.saved_per_token(recipe));
+    let positions = section.batch as f64 * longest as f64;
+    let attended = mapper.attended_per_token(recipe);
+    // Stage 3 goes piece by piece: four tensors, each weights or readings of a piece.
+    let piece = (positions * attended / 2.0).min(PIECE_ELEMENTS);
+    let batch_elements = positions * (values_per_token + mapper.saved_per_token(recipe)) + 4.0 * piece;
     let stage = StagePlan {
         examples: contexts.round() as u64,
         tokens: (passes * of_train.sum(|t| t as f64)).round() as u64,
@@ -151,7 +157,7 @@ pub fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &Map
         // Activations are written and read once each way, which bounds small mappers.
         moved_bytes: contexts * of_train.sum(|t| t as f64) / data.train as f64
             * 4.0
-            * (3.0 * values_per_token + 4.0 * mapper.saved_per_token(recipe)),
+            * (3.0 * values_per_token + 4.0 * (mapper.saved_per_token(recipe) + attended)),
         peak_bytes: 16 * mapper.parameters() + (4.0 * batch_elements) as u64,
         ..StagePlan::nothing("train")
     };

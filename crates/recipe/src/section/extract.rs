@@ -36,7 +36,7 @@ impl Default for ExtractSection {
             min_distance: 4,
             last_queries: 64,
             block_tokens: 512,
-            prefill_chunk_tokens: 16_000,
+            prefill_chunk_tokens: 32_768,
             store: StoreDtype::F16,
         }
     }

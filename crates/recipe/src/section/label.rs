@@ -13,8 +13,12 @@ pub struct LabelSection {
     pub chunk_tokens: Option<usize>,
     /// Cache positions that every row may attend to beside its chunk; the preset's own if absent.
     pub sink: Option<Sink>,
-    /// Tokens per forward while prefilling (KVzip: 16,000).
+    /// Tokens per forward while prefilling (KVzip: 16,000). Memory and speed only.
     pub prefill_chunk_tokens: usize,
+    /// Tokens per forward while repeating: so many that whole scoring chunks fit, but at least one of
+    /// them. 16,384 on a GPU, one chunk on a CPU, where matrix products gain nothing. Memory and speed only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pack_tokens: Option<usize>,
     /// Dtype of the stored scores. f16 keeps 99.4% of the f32 kept set at 1% kept, measured on the tiny pair.
     pub store: StoreDtype,
 }
@@ -48,7 +52,8 @@ impl Default for LabelSection {
             preset: LabelPreset::Original,
             chunk_tokens: None,
             sink: None,
-            prefill_chunk_tokens: 16_000,
+            prefill_chunk_tokens: 32_768,
+            pack_tokens: None,
             store: StoreDtype::F16,
         }
     }
@@ -61,6 +66,21 @@ impl LabelSection {
             LabelPreset::Original => 2000,
             LabelPreset::Kvpress | LabelPreset::Plus => 2048,
         })
+    }
+
+    /// Tokens per forward while repeating, on a GPU or not; a scoring chunk is never cut.
+    pub fn pack(&self, on_gpu: bool) -> usize {
+        self.pack_tokens.unwrap_or(if on_gpu { 16_384 } else { 1 })
+    }
+
+    /// The choices that change a label, for fingerprints: what is about memory and speed is set back.
+    pub fn material(&self) -> Self {
+        let default = Self::default();
+        Self {
+            prefill_chunk_tokens: default.prefill_chunk_tokens,
+            pack_tokens: default.pack_tokens,
+            ..self.clone()
+        }
     }
 
     /// Sink positions for a prefix of `prefix` tokens.
@@ -78,6 +98,26 @@ impl LabelSection {
     pub(crate) fn check(&self) -> Result<()> {
         ensure!(self.chunk() > 0, "`label.chunk_tokens` is 0");
         ensure!(self.prefill_chunk_tokens > 0, "`label.prefill_chunk_tokens` is 0");
+        ensure!(self.pack_tokens != Some(0), "`label.pack_tokens` is 0");
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_and_speed_are_no_part_of_a_label() {
+        let default = LabelSection::default();
+        let fast =
+            LabelSection { prefill_chunk_tokens: 4096, pack_tokens: Some(30_000), ..LabelSection::default() };
+        assert_eq!(fast.material(), default);
+        let other = LabelSection { chunk_tokens: Some(7), ..fast.clone() };
+        assert_ne!(other.material(), default);
+        assert_eq!((fast.pack(false), default.pack(true), default.pack(false)), (30_000, 16_384, 1));
+        let text = serde_json::to_string(&default).unwrap();
+        assert!(!text.contains("pack_tokens"), "fingerprints of older runs stay: {text}");
+        assert!(LabelSection { pack_tokens: Some(0), ..default }.check().is_err());
     }
 }

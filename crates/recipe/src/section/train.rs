@@ -14,6 +14,17 @@ pub struct TrainSection {
     /// Most tokens of a context that a step reads; longer contexts give several windows per epoch, slices
     /// of one long labelled context. Absent: contexts are read whole, which is what short ones want.
     pub window_tokens: Option<usize>,
+    /// Shortest crop of a batch's windows, as a share of them: each batch draws its own between this and
+    /// 1, at random places. 1 is off. Features and labels belong to their position, so a crop is valid.
+    pub crop: f64,
+    /// Number format of the mapper's stages in a training step; parameters and loss are f32 in any.
+    pub dtype: TrainDtype,
+    /// Deviation of noise added to the standardized features that the stages see; 0 is off.
+    pub feature_noise: f64,
+    /// Share of a context's (proxy head, channel) feature rows that the stages do not see in a step; 0 is off.
+    pub feature_dropout: f64,
+    /// Dropout inside the context encoder; 0 is off.
+    pub dropout: f64,
     /// Peak learning rate; cosine to 1% of it.
     pub lr: f64,
     /// Linear warm-up, steps.
@@ -39,6 +50,24 @@ pub struct TrainSection {
     pub log_every: u64,
     /// Span pooling of the labels.
     pub target_pool: TargetPool,
+    /// Decoded examples kept in memory, GB; those that fit are decoded once. Absent: a quarter of the free memory.
+    pub cache_gb: Option<f64>,
+    /// Threads that assemble batches. Absent: up to 8, fewer on fewer cores and for large batches.
+    pub loader_threads: Option<usize>,
+}
+
+/// Number format of a training step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TrainDtype {
+    /// f32 on a CPU. On a GPU bf16 for mappers of hundreds of heads, which are bound by memory, and TF32
+    /// for small ones, which are bound by kernel launches.
+    #[default]
+    Auto,
+    F32,
+    /// f32 with 10-bit mantissas inside matrix products, on a GPU; plain f32 on a CPU.
+    Tf32,
+    Bf16,
 }
 
 /// y' = (1 - blend) y + blend maxpool_width(y) along positions, on the log-odds scale.
@@ -69,6 +98,11 @@ impl Default for TrainSection {
             steps: 1500,
             batch: 16,
             window_tokens: None,
+            crop: 1.0,
+            dtype: TrainDtype::Auto,
+            feature_noise: 0.0,
+            feature_dropout: 0.0,
+            dropout: 0.0,
             lr: 2e-3,
             warmup_steps: 50,
             beta1: 0.9,
@@ -83,11 +117,19 @@ impl Default for TrainSection {
             best_by: vec![0.05, 0.02, 0.01],
             log_every: 10,
             target_pool: TargetPool::default(),
+            cache_gb: None,
+            loader_threads: None,
         }
     }
 }
 
 impl TrainSection {
+    /// The choices that a trained mapper depends on: how batches are loaded is none of them.
+    #[must_use]
+    pub fn choices(&self) -> Self {
+        Self { cache_gb: None, loader_threads: None, ..self.clone() }
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         ensure!(self.steps > 0, "`train.steps` is 0");
         ensure!(self.batch > 0, "`train.batch` is 0");
@@ -99,6 +141,23 @@ impl TrainSection {
         for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2), ("ema", self.ema)] {
             ensure!((0.0..1.0).contains(&beta), "`train.{name}` is {beta}; it must be in [0, 1)");
         }
+        let crop = self.crop;
+        ensure!(crop > 0.0 && crop <= 1.0, "`train.crop` is {crop}; it is a share, 0 < crop <= 1");
+        let noise = self.feature_noise;
+        ensure!(
+            noise >= 0.0 && noise.is_finite(),
+            "`train.feature_noise` is {noise}; a deviation is 0 or more"
+        );
+        for (name, share) in [("feature_dropout", self.feature_dropout), ("dropout", self.dropout)] {
+            ensure!((0.0..1.0).contains(&share), "`train.{name}` is {share}; it must be in [0, 1)");
+        }
+        if let Some(gb) = self.cache_gb {
+            ensure!(gb >= 0.0 && gb.is_finite(), "`train.cache_gb` is {gb}; it must be 0 (no cache) or more");
+        }
+        ensure!(
+            self.loader_threads != Some(0),
+            "`train.loader_threads` is 0; leave it out to have them chosen"
+        );
         ensure!(self.clip_norm > 0.0, "`train.clip_norm` is {}; it must be positive", self.clip_norm);
         for (name, n) in [
             ("validate_every", self.validate_every),

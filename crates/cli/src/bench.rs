@@ -1,0 +1,123 @@
+//! `bench`: how long a stage's work takes per context, and what the machine could do.
+//!
+//! Works on models of a recipe's shapes with random weights (how long it takes does not depend on
+//! their values) and on random tokens, so that nothing is downloaded and no run folder is made. What
+//! is timed is what the stages call; shards are not written. Running out of memory is a row of the table.
+
+mod clock;
+mod extract;
+mod label;
+mod models;
+mod peer;
+mod roofline;
+mod table;
+mod train;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Result, ensure};
+use pkv_core::{ModelShape, hinted};
+use pkv_recipe::Recipe;
+use serde::Serialize;
+use tch::{Device, Kind};
+
+use crate::args::{BenchArgs, BenchWhat, Cli};
+use crate::pair::Role;
+use crate::session::{choose_device, device_name};
+
+use clock::{Clock, Row};
+use models::Subject;
+use peer::Peer;
+use roofline::Roofline;
+
+/// What was measured, for the table and `--json`.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub stage: &'static str,
+    pub recipe: String,
+    pub device: String,
+    pub dtype: &'static str,
+    pub random_weights: bool,
+    pub shape: ModelShape,
+    pub roofline: Roofline,
+    pub rows: Vec<Row>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+}
+
+/// What every benchmark needs.
+pub struct Bench<'a> {
+    pub recipe: &'a Recipe,
+    pub contexts: &'a [usize],
+    pub clock: &'a Clock<'a>,
+}
+
+/// Time what `args` name and print it.
+///
+/// # Errors
+/// The recipe or the peer's file is invalid, a model cannot be had, or the work fails for another
+/// reason than memory.
+pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
+    let recipe = pkv_recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
+    ensure!(args.repeats > 0, hinted("`--repeats` is 0", "measure at least once"));
+    let contexts = if args.context.is_empty() { &recipe.data.window_tokens } else { &args.context };
+    ensure!(!contexts.contains(&0), hinted("`--context` names a context of 0 tokens", "use 1 or more"));
+    let device = choose_device(cli)?;
+    match args.what {
+        BenchWhat::Label | BenchWhat::Extract => models(cli, args, &recipe, contexts, device, &stop)?,
+        BenchWhat::Train => train::run(cli, args, &recipe, contexts, device, &stop)?,
+    }
+    if device == Device::Cpu {
+        tracing::warn!(
+            "figures of a CPU mean little: the work is made for a GPU, and threads share their cores"
+        );
+    }
+    Ok(())
+}
+
+/// `label` and `extract`: one of the two language models.
+fn models(
+    cli: &Cli,
+    args: &BenchArgs,
+    recipe: &Recipe,
+    contexts: &[usize],
+    device: Device,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let label = args.what == BenchWhat::Label;
+    let role = if label { Role::Target } else { Role::Proxy };
+    let subject = Subject::new(recipe, role, device, args.random_weights);
+    let peer =
+        args.peer.as_deref().map(|path| Peer::read(path, &subject, &args.recipe.recipe)).transpose()?;
+
+    let roofline = roofline::measure(device, subject.kind)?;
+    let clock = Clock::new(device, args, &roofline, stop);
+    let bench = Bench { recipe, contexts, clock: &clock };
+    let mut rows = if label { label::rows(&bench, &subject)? } else { extract::rows(&bench, &subject)? };
+    if let Some(peer) = &peer {
+        rows.iter_mut().for_each(|row| row.peer = peer.find(row));
+    }
+    let report = Report {
+        stage: args.what.name(),
+        recipe: recipe.name.clone(),
+        device: device_name(device),
+        dtype: dtype_name(subject.kind),
+        random_weights: args.random_weights,
+        shape: subject.section.shape,
+        roofline,
+        rows,
+        peer: peer.map(|p| p.title()),
+    };
+    if cli.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", table::text(&report));
+    }
+    Ok(())
+}
+
+/// As PyTorch spells it, and the peer's script.
+fn dtype_name(kind: Kind) -> &'static str {
+    if kind == Kind::BFloat16 { "bfloat16" } else { "float32" }
+}

@@ -1,0 +1,76 @@
+//! The proxy: a bare prefill, and what `extract` does per context, by groups of channels.
+
+use anyhow::Result;
+use pkv_core::{Channel, GlobalChannel};
+use pkv_extract::Extractor;
+use pkv_lm::NoTap;
+use pkv_recipe::ExtractSection;
+use pkv_recipe::plan::{Repeat, features, prefill, repeat};
+
+use super::Bench;
+use super::clock::Row;
+use super::models::{PREFIX_TOKENS, Subject, TEMPLATE};
+
+/// Rows per context: `prefill`, without logits; then, each beside it, features with the windowed
+/// channels alone, with all prefill channels, with the channels and globals of the recipe (surprisal
+/// needs the LM head at every position), and with the reconstruction channels. Globals other than
+/// surprisal cost nothing and are in all of them.
+///
+/// # Errors
+/// The model cannot be had, or fails for another reason than memory.
+pub fn rows(bench: &Bench, proxy: &Subject) -> Result<Vec<Row>> {
+    let (section, shape) = (&bench.recipe.extract, &proxy.section.shape);
+    let by = Repeat::new(&bench.recipe.label, TEMPLATE);
+    let variants = variants(section);
+    let row = |what, t, section: Option<&ExtractSection>| {
+        let mut flops = prefill(shape, PREFIX_TOKENS + t);
+        if let Some(section) = section {
+            let repeats = section.channels.iter().any(|c| c.is_reconstruction());
+            flops += features(shape, section, t) + if repeats { repeat(shape, t, &by) } else { 0.0 };
+        }
+        Row::new(what, t, flops)
+    };
+    let Some(model) = proxy.model()? else {
+        let of = |&t: &usize| {
+            let all = variants.iter().map(move |(what, section)| (*what, Some(section)));
+            [("prefill", None)].into_iter().chain(all).map(move |(what, s)| row(what, t, s).out_of_memory())
+        };
+        return Ok(bench.contexts.iter().flat_map(of).collect());
+    };
+    let (prefix, requests) = (proxy.prefix()?, proxy.requests(&bench.recipe.label)?);
+    let mut rows = Vec::new();
+    for &t in bench.contexts {
+        let context = proxy.context(t)?;
+        let ids = [prefix.as_slice(), &context].concat();
+        let bare = bench.clock.time(row("prefill", t, None), || {
+            let mut cache = model.new_cache(ids.len());
+            model.prefill(&ids, &mut cache, section.prefill_chunk_tokens, &mut NoTap)
+        })?;
+        rows.push(bare.clone());
+        for (what, section) in &variants {
+            let label = &bench.recipe.label;
+            let extractor = Extractor::with_requests(&model, &requests, &prefix, section, label);
+            let features = bench.clock.time(row(what, t, Some(section)), || extractor.features(&context))?;
+            rows.push(features.compared_with(&bare));
+        }
+    }
+    Ok(rows)
+}
+
+/// What is timed beside the prefill, by name.
+fn variants(section: &ExtractSection) -> Vec<(&'static str, ExtractSection)> {
+    let free = |g: &&GlobalChannel| **g != GlobalChannel::Surprisal;
+    let globals: Vec<GlobalChannel> = section.globals.iter().filter(free).copied().collect();
+    let with = |channels: &[Channel]| ExtractSection {
+        channels: channels.to_vec(),
+        globals: globals.clone(),
+        ..section.clone()
+    };
+    let windowed: Vec<Channel> = Channel::PREFILL.into_iter().filter(|c| !c.is_whole_range()).collect();
+    vec![
+        ("windowed", with(&windowed)),
+        ("all prefill", with(&Channel::PREFILL)),
+        ("recipe", section.clone()),
+        ("reconstruction", with(&Channel::RECONSTRUCTION)),
+    ]
+}

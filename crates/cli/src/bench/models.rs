@@ -1,0 +1,164 @@
+//! The model that is timed, and the tokens that it reads.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use pkv_gpu::unless_exhausted;
+use pkv_hub::{Hub, Lock};
+use pkv_lm::{LanguageModel, LmConfig};
+use pkv_recipe::{LabelSection, ModelSection, Recipe};
+use pkv_score::Requests;
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+use crate::pair::Role;
+use crate::session::{kind_on, recipe_root};
+
+/// Tokens of Llama 3's chat template before and after the user's text, and of KVzip's two requests.
+/// The same numbers are in `scripts/peer/time_kvpress.py`.
+const PREFIX: usize = 30;
+const SWITCH: usize = 5;
+const FIRST: usize = 8;
+const LATER: usize = 13;
+
+/// Models below this many parameters share their embedding with the output: so do Llama 3.2, Qwen2.5
+/// to 3B and Qwen3 to 4B. It decides about memory only.
+const TIED_BELOW: usize = 4_000_000_000;
+
+/// One of the recipe's two models, not yet made.
+pub struct Subject<'a> {
+    pub section: &'a ModelSection,
+    pub role: Role,
+    pub kind: Kind,
+    recipe: &'a Recipe,
+    device: Device,
+    random: bool,
+}
+
+impl<'a> Subject<'a> {
+    pub fn new(recipe: &'a Recipe, role: Role, device: Device, random: bool) -> Self {
+        let section = match role {
+            Role::Target => &recipe.target,
+            Role::Proxy => &recipe.proxy,
+        };
+        Self { section, role, kind: kind_on(device, section.dtype), recipe, device, random }
+    }
+
+    /// The model, random or from its files; `None` if it does not fit.
+    ///
+    /// # Errors
+    /// The files are absent or do not fit the recipe.
+    pub fn model(&self) -> Result<Option<LanguageModel>> {
+        unless_exhausted(|| {
+            if self.random {
+                let config = random_config(self.section)?;
+                return Ok(LanguageModel::random(config, self.device, self.kind, 0));
+            }
+            let (model, root) = (&self.section.model, recipe_root(self.recipe));
+            let context = || format!("cannot open the {} `{model}`", self.role.name());
+            let hub = Hub::from_env().with_lock(Lock::beside(&self.recipe.path)?);
+            let bases = [Path::new(""), &root];
+            let folder = hub.model(model, &self.section.revision, &bases).with_context(context)?.folder;
+            LmConfig::from_folder(&folder)?
+                .check_shape(&self.section.shape, self.role.name())
+                .with_context(context)?;
+            LanguageModel::load(&folder, self.device, self.kind).with_context(context)
+        })
+    }
+
+    /// `n` tokens of the vocabulary, the same ones every time.
+    fn tokens(&self, n: usize) -> Result<Vec<u32>> {
+        tch::manual_seed(n as i64);
+        let ids = Tensor::randint(self.section.shape.vocab as i64, [n as i64], (Kind::Int64, Device::Cpu));
+        let ids: Vec<i64> = Vec::try_from(&ids).context("cannot draw tokens")?;
+        Ok(ids.into_iter().map(|id| id as u32).collect())
+    }
+
+    /// # Errors
+    /// libtorch cannot draw tokens.
+    pub fn prefix(&self) -> Result<Vec<u32>> {
+        self.tokens(PREFIX)
+    }
+
+    /// A context of `n` tokens, without the prefix.
+    ///
+    /// # Errors
+    /// As [`Subject::prefix`].
+    pub fn context(&self, n: usize) -> Result<Vec<u32>> {
+        self.tokens(n)
+    }
+
+    /// Requests as long as KVzip's.
+    ///
+    /// # Errors
+    /// As [`Subject::prefix`].
+    pub fn requests(&self, label: &LabelSection) -> Result<Requests> {
+        let [first, later, switch] = [FIRST, LATER, SWITCH].map(|n| self.tokens(n));
+        Ok(Requests::from_ids(first?, later?, switch?, label.chunk()))
+    }
+}
+
+/// Tokens of the template around a context: what plan's formulas ask for.
+pub const TEMPLATE: usize = PREFIX + SWITCH;
+/// Positions that prefill reads before the context.
+pub const PREFIX_TOKENS: usize = PREFIX;
+
+/// A configuration of the recipe's shape in the family that the model's name tells.
+fn random_config(section: &ModelSection) -> Result<LmConfig> {
+    let name = section.model.to_lowercase();
+    let family = ["qwen3", "qwen2"].into_iter().find(|f| name.contains(f)).unwrap_or("llama");
+    let s = &section.shape;
+    LmConfig::from_json(&json!({
+        "model_type": family,
+        "num_hidden_layers": s.layers,
+        "num_key_value_heads": s.kv_heads,
+        "num_attention_heads": s.query_heads,
+        "head_dim": s.head_dim,
+        "hidden_size": s.hidden,
+        "intermediate_size": s.intermediate,
+        "vocab_size": s.vocab,
+        "rope_theta": if family == "llama" { 500_000.0 } else { 1_000_000.0 },
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 1 << 18,
+        "tie_word_embeddings": s.matrix_parameters() < TIED_BELOW,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pkv_lm::Family;
+
+    #[test]
+    fn a_shape_and_a_name_make_a_configuration() {
+        let recipe = |path: &str| {
+            let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes");
+            pkv_recipe::load(&root.join(path), &[]).unwrap()
+        };
+        for (path, family) in [
+            ("llama-3.1-8b--llama-3.2-1b.toml", Family::Llama),
+            ("qwen2.5-7b--qwen2.5-0.5b.toml", Family::Qwen2),
+            ("qwen3-8b--qwen3-0.6b.toml", Family::Qwen3),
+        ] {
+            let recipe = recipe(path);
+            let (target, proxy) =
+                (random_config(&recipe.target).unwrap(), random_config(&recipe.proxy).unwrap());
+            assert_eq!((target.family, target.shape), (family, recipe.target.shape));
+            assert_eq!((proxy.family, proxy.shape), (family, recipe.proxy.shape));
+            assert!(!target.tied_head && proxy.tied_head);
+        }
+    }
+
+    #[test]
+    fn tokens_are_of_the_vocabulary_and_always_the_same() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/demo-nano.toml");
+        let recipe = pkv_recipe::load(&root, &[]).unwrap();
+        let subject = Subject::new(&recipe, Role::Target, Device::Cpu, true);
+        let context = subject.context(500).unwrap();
+        assert!(context.len() == 500 && context.iter().all(|&id| id < 4096));
+        assert_eq!(context, subject.context(500).unwrap());
+        let requests = subject.requests(&recipe.label).unwrap();
+        let longer = Subject::new(&recipe, Role::Target, Device::Cpu, true).context(5000).unwrap();
+        assert_eq!(requests.ids(&longer, &(2000..4000)).len(), LATER + 8 + SWITCH + 2000);
+    }
+}

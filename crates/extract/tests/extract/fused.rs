@@ -1,0 +1,60 @@
+//! The fused kernel against the blocks, on the GPU, from the same 16-bit queries and keys.
+
+use std::io::Write as _;
+
+use pkv_core::Channel;
+use pkv_extract::QueryStatistics;
+use pkv_gpu::has_fused_scores;
+use pkv_recipe::ExtractSection;
+use tch::{Device, Kind, Tensor};
+
+#[test]
+fn fused_statistics_equal_those_of_blocks() {
+    let device = if pkv_gpu::cuda_count() > 0 { Device::Cuda(0) } else { Device::Cpu };
+    if !has_fused_scores(device, Kind::BFloat16, 64) {
+        writeln!(std::io::stderr(), "SKIPPED: fused statistics need a Hopper GPU").unwrap();
+        return;
+    }
+    let all = Channel::PREFILL.to_vec();
+    let windowed = vec![Channel::MaxWindow, Channel::MeanWindow, Channel::MaxLast, Channel::MeanLast];
+    let odd = vec![Channel::MaxAll, Channel::KeyNorm, Channel::MeanLast];
+    for (number, (kind, heads, group, d, prefix, pieces, channels)) in [
+        (Kind::BFloat16, 2, 2, 64, 7, vec![1007], &all),
+        (Kind::BFloat16, 2, 3, 64, 3, vec![300, 200, 280], &all),
+        (Kind::BFloat16, 2, 2, 128, 3, vec![2, 500, 278], &windowed),
+        (Kind::BFloat16, 8, 4, 64, 30, vec![3030], &all),
+        (Kind::Half, 1, 5, 80, 9, vec![800, 709], &odd),
+        (Kind::BFloat16, 1, 1, 256, 0, vec![70], &all),
+        (Kind::BFloat16, 2, 1, 64, 3, vec![6], &all),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        tch::manual_seed(number as i64);
+        let section = ExtractSection { channels: channels.clone(), ..ExtractSection::default() };
+        let total: i64 = pieces.iter().sum();
+        let statistics = QueryStatistics::new(&section, prefix, total as usize - prefix);
+        let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, device)).to_kind(kind);
+        let q_rqd = random(&[total, heads * group + 2, d]).narrow(1, 0, heads * group);
+        let k_hkd = random(&[heads, total + 5, d]).narrow(1, 0, total);
+        let (plain, fused) =
+            (statistics.zeros(heads as usize, device), statistics.zeros(heads as usize, device));
+        let mut start = 0;
+        for n in pieces {
+            let q_sqd = q_rqd.narrow(0, start, n);
+            let k_hkd = k_hkd.narrow(1, 0, start + n);
+            let q_qsd = q_sqd.transpose(0, 1);
+            statistics.add(&q_qsd, &k_hkd, start as usize, &plain).unwrap();
+            let spread = k_hkd.repeat_interleave_self_int(group, 0, None).to_kind(Kind::Float);
+            let logits = q_qsd.to_kind(Kind::Float).matmul(&spread.transpose(1, 2)) / (d as f64).sqrt();
+            let later = Tensor::ones([n, start + n], (Kind::Bool, device)).triu(start + 1);
+            let lse = logits.masked_fill(&later, f64::NEG_INFINITY).logsumexp([-1i64], false);
+            statistics.add_fused(&q_sqd, &k_hkd, &lse, start as usize, &fused).unwrap();
+            start += n;
+        }
+        statistics.finish(&plain, group as usize);
+        statistics.finish(&fused, group as usize);
+        let off = (&plain - &fused).abs().max().double_value(&[]);
+        assert!(off < 1e-3, "case {number}: features differ by {off:e}");
+    }
+}

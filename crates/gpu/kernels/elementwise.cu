@@ -1,0 +1,122 @@
+// What lies between a decoder layer's matrix products, each in one pass over its bytes.
+//
+// Compiled with HEAD_DIM (a multiple of 4) and BF16 (1 for bf16, 0 for f16). Arithmetic is f32, rounded once.
+
+typedef unsigned short half_t; // 16 raw bits, bf16 or f16
+typedef unsigned int u32;
+
+__device__ __forceinline__ float2 unpack(u32 x) {
+  float2 y;
+#if BF16
+  y.x = __uint_as_float(x << 16);
+  y.y = __uint_as_float(x & 0xffff0000u);
+#else
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(y.x), "=f"(y.y) : "r"(x));
+#endif
+  return y;
+}
+
+__device__ __forceinline__ u32 pack(float x, float y) {
+  u32 z;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
+#endif
+  return z;
+}
+
+// out[row][i] = silu(gate_up[row][i]) * gate_up[row][width + i]; width is a multiple of 8. One thread per 8 numbers.
+extern "C" __global__ void gated_silu(const uint4* gate_up, uint4* out, long long pieces, int row_pieces) {
+  const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at >= pieces) return;
+  const long long row = at / row_pieces;
+  const uint4 gate = gate_up[at + row * row_pieces], up = gate_up[at + (row + 1) * row_pieces];
+  auto gated = [](u32 g, u32 u) {
+    const float2 x = unpack(g), y = unpack(u);
+    return pack(x.x / (1.f + __expf(-x.x)) * y.x, x.y / (1.f + __expf(-x.y)) * y.y);
+  };
+  out[at] = make_uint4(gated(gate.x, up.x), gated(gate.y, up.y), gated(gate.z, up.z), gated(gate.w, up.w));
+}
+
+// Rotary embedding of new queries and keys, after their RMS norm if the model has one, and the new keys' and values' way
+// into the cache.
+//
+// qkv[row][query heads, kv heads, kv heads][HEAD_DIM]: queries, and keys if there is no cache, are changed in place. cos and
+// sin: f32 [row][HEAD_DIM / 2]. norm: [query heads + kv heads][HEAD_DIM] or null. keys, values: position 0 of the new rows in
+// [kv heads, capacity, HEAD_DIM], heads `cache_head` apart, or null.
+// One warp per row and head: grid ceil(rows * heads / 8), 256 threads.
+extern "C" __global__ void rotate(half_t* qkv, const half_t* norm, const float* cos, const float* sin, half_t* keys,
+                                  half_t* values, int rows, int query_heads, int kv_heads, long long cache_head, float eps) {
+  constexpr int HALF = HEAD_DIM / 2, PAIRS = HALF / 2, TURNS = (PAIRS + 31) / 32;
+  const int heads = query_heads + 2 * kv_heads, lane = threadIdx.x % 32;
+  const long long warp = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (warp >= (long long)rows * heads) return;
+  const int row = warp / heads, head = warp % heads;
+  half_t* from = qkv + warp * HEAD_DIM;
+  if (head >= query_heads + kv_heads) {
+    if (!values) return;
+    half_t* to = values + (head - query_heads - kv_heads) * cache_head + (long long)row * HEAD_DIM;
+    for (int i = lane; i < HALF; i += 32) ((u32*)to)[i] = ((const u32*)from)[i];
+    return;
+  }
+  float2 low[TURNS], high[TURNS];
+  float squares = 0.f;
+#pragma unroll
+  for (int turn = 0; turn < TURNS; turn++) {
+    const int pair = lane + 32 * turn;
+    low[turn] = high[turn] = make_float2(0.f, 0.f);
+    if (pair < PAIRS) {
+      low[turn] = unpack(((const u32*)from)[pair]);
+      high[turn] = unpack(((const u32*)(from + HALF))[pair]);
+    }
+    squares += low[turn].x * low[turn].x + low[turn].y * low[turn].y + high[turn].x * high[turn].x + high[turn].y * high[turn].y;
+  }
+  if (norm) {
+    for (int apart = 16; apart; apart /= 2) squares += __shfl_xor_sync(~0u, squares, apart);
+    const float scale = rsqrtf(squares / HEAD_DIM + eps);
+    const half_t* weight = norm + head * HEAD_DIM;
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      const int pair = lane + 32 * turn;
+      if (pair >= PAIRS) continue;
+      const float2 a = unpack(((const u32*)weight)[pair]), b = unpack(((const u32*)(weight + HALF))[pair]);
+      low[turn] = make_float2(low[turn].x * scale * a.x, low[turn].y * scale * a.y);
+      high[turn] = make_float2(high[turn].x * scale * b.x, high[turn].y * scale * b.y);
+    }
+  }
+  half_t* to = head >= query_heads && keys ? keys + (head - query_heads) * cache_head + (long long)row * HEAD_DIM : from;
+#pragma unroll
+  for (int turn = 0; turn < TURNS; turn++) {
+    const int pair = lane + 32 * turn;
+    if (pair >= PAIRS) continue;
+    const float2 c = ((const float2*)(cos + (long long)row * HALF))[pair], s = ((const float2*)(sin + (long long)row * HALF))[pair];
+    const float2 l = low[turn], h = high[turn];
+    ((u32*)to)[pair] = pack(l.x * c.x - h.x * s.x, l.y * c.y - h.y * s.y);
+    ((u32*)(to + HALF))[pair] = pack(h.x * c.x + l.x * s.x, h.y * c.y + l.y * s.y);
+  }
+}
+
+// The attention output of rows whose keys were seen in two parts, by the parts' outputs and log-sum-exps: into `a`.
+//
+// a, b: [row][head][HEAD_DIM], rows and heads of b b_row and b_head apart; a_lse, b_lse: natural logs, [head][row], heads
+// of a_lse a_lse_head apart; b_lse may be laid out [row][head] by its strides. One warp per row and head.
+extern "C" __global__ void merge(half_t* a, const half_t* b, float* a_lse, const float* b_lse, int rows, int heads,
+                                 long long a_row, long long a_head, long long b_row, long long b_head, long long a_lse_head,
+                                 long long b_lse_row, long long b_lse_head) {
+  const int lane = threadIdx.x % 32;
+  const long long warp = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (warp >= (long long)rows * heads) return;
+  const int row = warp / heads, head = warp % heads;
+  const long long lse_at = head * a_lse_head + row;
+  const float x = a_lse[lse_at], y = b_lse[row * b_lse_row + head * b_lse_head];
+  const float peak = fmaxf(x, y), ex = __expf(x - peak), ey = __expf(y - peak);
+  const float of_b = ey / (ex + ey);
+  u32* to = (u32*)(a + row * a_row + head * a_head);
+  const u32* from = (const u32*)(b + row * b_row + head * b_head);
+  for (int i = lane; i < HEAD_DIM / 2; i += 32) {
+    const float2 p = unpack(to[i]), q = unpack(from[i]);
+    to[i] = pack(p.x + (q.x - p.x) * of_b, p.y + (q.y - p.y) * of_b);
+  }
+  if (lane == 0) a_lse[lse_at] = peak + __logf(ex + ey);
+}

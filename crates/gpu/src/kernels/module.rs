@@ -1,0 +1,199 @@
+//! Loaded kernels: found in memory, on disk, or compiled; and their launch on libtorch's current stream.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use anyhow::{Context, Result, anyhow};
+use cudarc::driver::{result, sys};
+use sha2::{Digest, Sha256};
+use tch::{Device, Tensor};
+
+use super::source::{Variant, compile, version};
+use crate::Stream;
+
+/// A kernel, ready to launch on one GPU.
+#[derive(Clone, Copy)]
+pub struct Kernel {
+    function: sys::CUfunction,
+    gpu: usize,
+}
+
+// SAFETY: a handle of the driver's, valid in every thread that has the GPU's primary context.
+unsafe impl Send for Kernel {}
+
+/// One argument of a kernel.
+pub enum Arg<'a> {
+    Tensor(&'a Tensor),
+    /// A null pointer.
+    Absent,
+    Int(i32),
+    Long(i64),
+    Float(f32),
+    /// Of a struct of ints, by value.
+    Ints(&'a [i32]),
+}
+
+/// Blocks, threads per block and bytes of shared memory.
+pub struct Launch {
+    pub grid: [usize; 3],
+    pub threads: usize,
+    pub shared: usize,
+}
+
+type Key = (usize, Variant, &'static str, usize);
+
+/// The kernel `name` of a compilation, allowed `shared` bytes of shared memory.
+///
+/// # Errors
+/// NVRTC or the driver refuses.
+pub fn kernel(device: Device, variant: Variant, name: &'static str, shared: usize) -> Result<Kernel> {
+    static LOADED: OnceLock<Mutex<HashMap<Key, Kernel>>> = OnceLock::new();
+    let Device::Cuda(gpu) = device else { return Err(anyhow!("kernels are for CUDA, not {device:?}")) };
+    enter(gpu)?;
+    let mut loaded = LOADED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(kernel) = loaded.get(&(gpu, variant, name, shared)) {
+        return Ok(*kernel);
+    }
+    let cubin = cubin(&variant)?;
+    // SAFETY: a whole cubin; the module lives as long as the process.
+    let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
+        .with_context(|| format!("loading the kernels for {variant:?}"))?;
+    let symbol = CString::new(name)?;
+    // SAFETY: a live module.
+    let function = unsafe { result::module::get_function(module, symbol) }
+        .with_context(|| format!("finding the kernel `{name}`"))?;
+    let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    // SAFETY: a live function.
+    unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }
+        .with_context(|| format!("giving the kernel `{name}` {shared} bytes of shared memory"))?;
+    let kernel = Kernel { function, gpu };
+    loaded.insert((gpu, variant, name, shared), kernel);
+    Ok(kernel)
+}
+
+/// Compute capability of a GPU: (9, 0) is Hopper.
+///
+/// # Errors
+/// The driver fails.
+pub fn capability(gpu: usize) -> Result<(u32, u32)> {
+    use sys::CUdevice_attribute_enum::{
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+    };
+    static KNOWN: OnceLock<Mutex<HashMap<usize, (u32, u32)>>> = OnceLock::new();
+    let mut known = KNOWN.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(capability) = known.get(&gpu) {
+        return Ok(*capability);
+    }
+    result::init().context("the CUDA driver")?;
+    let device = result::device::get(gpu as i32).with_context(|| format!("GPU {gpu}"))?;
+    // SAFETY: a device that exists.
+    let read = |attribute| {
+        unsafe { result::device::get_attribute(device, attribute) }.context("its compute capability")
+    };
+    let capability = (read(MAJOR)? as u32, read(MINOR)? as u32);
+    known.insert(gpu, capability);
+    Ok(capability)
+}
+
+impl Kernel {
+    /// Queue the kernel on libtorch's current stream.
+    ///
+    /// # Errors
+    /// The driver refuses the launch; what fails while the kernel runs is reported by a later call.
+    ///
+    /// # Safety
+    /// `args` must be what the kernel takes, tensors large enough for what it reads and writes.
+    pub unsafe fn launch(&self, launch: &Launch, args: &[Arg]) -> Result<()> {
+        enter(self.gpu)?;
+        let stream = Stream::current(Device::Cuda(self.gpu))?.handle()?;
+        // Values by which the driver copies the arguments: eight bytes hold any but a struct.
+        let mut values: Vec<u64> = args
+            .iter()
+            .map(|arg| match arg {
+                Arg::Tensor(t) => t.data_ptr() as u64,
+                Arg::Absent | Arg::Ints(_) => 0,
+                Arg::Int(n) => u64::from(*n as u32),
+                Arg::Long(n) => *n as u64,
+                Arg::Float(x) => u64::from(x.to_bits()),
+            })
+            .collect();
+        let mut pointers: Vec<*mut c_void> = values
+            .iter_mut()
+            .zip(args)
+            .map(|(value, arg)| match arg {
+                Arg::Ints(ints) => ints.as_ptr().cast_mut().cast(),
+                _ => std::ptr::from_mut(value).cast(),
+            })
+            .collect();
+        let [x, y, z] = launch.grid.map(|n| n as u32);
+        // SAFETY: the caller's arguments; the stream is libtorch's, of this GPU.
+        unsafe {
+            result::launch_kernel(
+                self.function,
+                (x, y, z),
+                (launch.threads as u32, 1, 1),
+                launch.shared as u32,
+                stream.cast(),
+                &mut pointers,
+            )
+        }
+        .context("launching a kernel")
+    }
+}
+
+/// Make the GPU's primary context, which is libtorch's too, this thread's.
+fn enter(gpu: usize) -> Result<()> {
+    thread_local! { static ENTERED: Cell<Option<usize>> = const { Cell::new(None) } }
+    if ENTERED.get() == Some(gpu) {
+        return Ok(());
+    }
+    result::init().context("the CUDA driver")?;
+    let device = result::device::get(gpu as i32).with_context(|| format!("GPU {gpu}"))?;
+    // SAFETY: the primary context is kept for good; setting it current is what CUDA's runtime does too.
+    unsafe {
+        let context = result::primary_ctx::retain(device).context("the GPU's context")?;
+        result::ctx::set_current(context).context("the GPU's context")?;
+    }
+    ENTERED.set(Some(gpu));
+    Ok(())
+}
+
+/// The compiled code, from disk if it was compiled before.
+fn cubin(variant: &Variant) -> Result<Vec<u8>> {
+    let (source, options) = (variant.source(), variant.options());
+    let Some(folder) = folder() else { return compile(&source, &options) };
+    crate::shim::check(unsafe { crate::shim::pkv_load_nvrtc() })?;
+    let mut hash = Sha256::new();
+    hash.update(format!("{:?}\n{options:?}\n{source}", version()));
+    let path = folder.join(format!("{:x}.cubin", hash.finalize()));
+    if let Ok(bytes) = std::fs::read(&path)
+        && bytes.starts_with(b"\x7fELF")
+    {
+        return Ok(bytes);
+    }
+    let bytes = compile(&source, &options)?;
+    // Only a convenience: where it cannot be written, the next process compiles again.
+    if let Err(error) = keep(&path, &bytes) {
+        tracing::debug!("not keeping `{}`: {error}", path.display());
+    }
+    Ok(bytes)
+}
+
+fn keep(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder)?;
+    // A name of its own: two processes may compile at once.
+    let partial = path.with_extension(format!("{}.tmp", std::process::id()));
+    std::fs::write(&partial, bytes)?;
+    std::fs::rename(&partial, path)
+}
+
+fn folder() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let cache = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")))?;
+    Some(cache.join("proxykv-train/cubins"))
+}

@@ -1,0 +1,112 @@
+//! Several independent continuations of one cache in one forward, for a tap alone.
+//!
+//! Their rows lie behind each other, so that matrix products are large; each continuation sees the
+//! whole cache and itself. Nothing is written to the cache and there is no hidden state to return:
+//! this is how a context is repeated to score its KV pairs. [`crate::Branches`] is for continuations
+//! that go on, and that hide pairs.
+//!
+//! Dimension key: r row (all segments behind each other), q query head, h KV head, k cache position,
+//! m hidden, d head_dim.
+
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+use tch::{Kind, Tensor};
+
+use crate::attention::{self, Segments};
+use crate::cache::KvCache;
+use crate::model::LanguageModel;
+
+/// Called once per layer of [`LanguageModel::forward_repeats`], after rotary.
+pub trait RepeatTap {
+    /// Is [`RepeatView::own_lse_qr`] needed?
+    fn wants_lse(&self) -> bool {
+        false
+    }
+
+    /// # Errors
+    /// Whatever stops the tap's work; the forward pass ends with it.
+    fn layer(&mut self, view: &RepeatView) -> Result<()>;
+}
+
+/// What a layer's attention works on. Views: copy what must outlive the call.
+pub struct RepeatView<'a> {
+    pub layer: usize,
+    /// Queries, rotary applied: `[rows, query_heads, head_dim]`, rows apart by a fixed stride that may
+    /// exceed a row. Query heads of one KV head lie together.
+    pub q_rqd: &'a Tensor,
+    /// The rows' own keys, rotary applied: `[rows, kv_heads, head_dim]`, strided likewise.
+    pub k_rhd: &'a Tensor,
+    /// The rows' own values: `[rows, kv_heads, head_dim]`, strided likewise.
+    pub v_rhd: &'a Tensor,
+    /// The cache's keys and values: `[kv_heads, len, head_dim]`, heads apart by the cache's capacity.
+    pub k_cache_hkd: &'a Tensor,
+    pub v_cache_hkd: &'a Tensor,
+    /// Natural log-sum-exp of each row's scaled logits over its own segment up to itself, the cache
+    /// left out: f32 `[query_heads, rows]`, contiguous. There if the tap wants it.
+    pub own_lse_qr: Option<&'a Tensor>,
+    /// Rows of each segment.
+    pub segments: &'a [Range<usize>],
+    /// The layer's input after its norm: `[rows, hidden]`.
+    pub normed_rm: &'a Tensor,
+}
+
+impl LanguageModel {
+    /// Read each of `segments` as if it alone followed the cache, and show it to the tap. The cache
+    /// stays as it is; the last layer ends after its tap.
+    ///
+    /// # Errors
+    /// An empty segment, an id outside the vocabulary, or the tap's own.
+    pub fn forward_repeats(
+        &self,
+        segments: &[&[u32]],
+        cache: &KvCache,
+        tap: &mut dyn RepeatTap,
+    ) -> Result<()> {
+        ensure!(
+            !segments.is_empty() && segments.iter().all(|ids| !ids.is_empty()),
+            "there is no token to read"
+        );
+        ensure!(cache.layers() == self.layers.len(), "the KV cache is of another model");
+        let ids = segments.concat();
+        let first = cache.next_position();
+        let positions: Vec<f32> =
+            segments.iter().flat_map(|ids| (first..first + ids.len()).map(|p| p as f32)).collect();
+        let rotation = self.rope.at(&pkv_gpu::upload(&Tensor::from_slice(&positions), self.device())?);
+        let segments = Segments::new(segments.iter().map(|ids| ids.len()), self.device())?;
+        let wants_lse = tap.wants_lse();
+        let mut hidden_rm = self.embed(&self.ids(&ids))?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let last = index + 1 == self.layers.len();
+            let normed_rm = layer.normed(&hidden_rm);
+            let new = layer.project(&normed_rm, &rotation)?;
+            // The last layer's output is nobody's input.
+            let mut own = match wants_lse || !last {
+                true => Some(attention::squares(&new.q, &new.k, &new.v, &segments)?),
+                false => None,
+            };
+            // A copy, because the rectangle is added in place.
+            let own_lse_qr = own.as_ref().filter(|_| wants_lse).map(|own| {
+                let lse = own.lse_qr.to_kind(Kind::Float);
+                if last { lse.contiguous() } else { lse.copy() }
+            });
+            let (k_cache_hkd, v_cache_hkd) = (cache.keys(index), cache.values(index));
+            tap.layer(&RepeatView {
+                layer: index,
+                q_rqd: &new.q,
+                k_rhd: &new.k,
+                v_rhd: &new.v,
+                k_cache_hkd: &k_cache_hkd,
+                v_cache_hkd: &v_cache_hkd,
+                own_lse_qr: own_lse_qr.as_ref(),
+                segments: &segments.ranges,
+                normed_rm: &normed_rm,
+            })?;
+            if let Some(own) = own.as_mut().filter(|_| !last) {
+                attention::add_rectangle(own, &new.q, &k_cache_hkd, &v_cache_hkd, &self.attention)?;
+                hidden_rm = layer.finish_block(&hidden_rm, &own.out_rqd)?;
+            }
+        }
+        Ok(())
+    }
+}

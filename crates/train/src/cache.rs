@@ -1,0 +1,107 @@
+//! Decoded examples kept in memory, up to a budget.
+//!
+//! Every epoch reads every example once, in another order: what is in stays in, since whatever was
+//! thrown out would be asked for again. Data beyond the budget is decoded each time.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Result;
+
+/// What the loader copies windows from: one example, f32, row-major.
+#[derive(Debug, PartialEq)]
+pub struct Sample {
+    pub positions: usize,
+    /// `[proxy heads x channels, positions]`, raw.
+    pub heads: Vec<f32>,
+    /// `[global channels, positions]`, raw.
+    pub globals: Vec<f32>,
+    /// `[target heads, positions]`, pooled log-odds.
+    pub targets: Vec<f32>,
+}
+
+impl Sample {
+    /// Of its numbers, in memory.
+    pub fn bytes(&self) -> u64 {
+        4 * (self.heads.len() + self.globals.len() + self.targets.len()) as u64
+    }
+}
+
+/// Samples by row.
+pub struct Cache {
+    budget: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    samples: HashMap<u64, Arc<Sample>>,
+    bytes: u64,
+}
+
+impl Cache {
+    /// At most `gb` of samples; a quarter of the machine's free memory if that is left open.
+    pub fn new(gb: Option<f64>) -> Self {
+        let budget = gb.map_or_else(|| free_memory() / 4, |gb| (gb * 1e9) as u64);
+        Self { budget, state: Mutex::default() }
+    }
+
+    /// The sample of `row`, made by `make` if it is not here.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn get(&self, row: u64, make: impl FnOnce() -> Result<Sample>) -> Result<Arc<Sample>> {
+        // A panic while the lock was held leaves whole samples.
+        let lock = || self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(sample) = lock().samples.get(&row) {
+            return Ok(sample.clone());
+        }
+        // Not under the lock: threads decode side by side. Two that want the same row both do.
+        let sample = Arc::new(make()?);
+        let mut state = lock();
+        if state.bytes + sample.bytes() <= self.budget && !state.samples.contains_key(&row) {
+            state.bytes += sample.bytes();
+            state.samples.insert(row, sample.clone());
+        }
+        Ok(sample)
+    }
+}
+
+/// Memory that a process may still take, bytes; 8 GB where the system does not say.
+fn free_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kb = line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kb.map_or(8 << 30, |kb| kb << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    fn sample(n: usize) -> Sample {
+        Sample { positions: n, heads: vec![n as f32; n], globals: Vec::new(), targets: vec![0.5; n] }
+    }
+
+    #[test]
+    fn what_fits_is_made_once_and_the_rest_each_time() {
+        // Two samples of 100 positions, 800 bytes each, and no third.
+        let cache = Cache::new(Some(2000.0 / 1e9));
+        let made = Cell::new(0);
+        let get = |row: u64| {
+            let make = || {
+                made.set(made.get() + 1);
+                Ok(sample(100))
+            };
+            assert_eq!(*cache.get(row, make).unwrap(), sample(100));
+        };
+        (0..3).for_each(|_| (0..4).for_each(&get));
+        assert_eq!(made.get(), 2 + 3 * 2);
+        assert!(cache.get(9, || anyhow::bail!("damaged")).is_err());
+        let none = Cache::new(Some(0.0));
+        none.get(1, || Ok(sample(1))).unwrap();
+        assert!(none.state.lock().unwrap().samples.is_empty());
+        assert!(Cache::new(None).budget > 0);
+    }
+}

@@ -1,0 +1,129 @@
+//! One step: what is queued on the device, and nothing that waits for it.
+
+use std::collections::VecDeque;
+
+use anyhow::Result;
+use pkv_core::Seed;
+use pkv_gpu::Mark;
+use pkv_mapper::{LossTerms, Mapper, MapperDims, Training, hybrid_loss_of_pairs};
+use pkv_recipe::{LossSection, TrainDtype, TrainSection};
+use tch::{Device, Kind, Tensor};
+
+use crate::loader::Loaded;
+use crate::optimizer::Optimizer;
+use crate::schedule::learning_rate;
+
+/// Steps that the host may be ahead of the device: enough that the device never waits, few enough
+/// that the batches it still needs stay few, and that a step's time is the device's.
+const AHEAD: usize = 2;
+/// Proxy heads times target heads from which a step is bound by memory: the tiny pair has 432, an 8B
+/// target with a 1B proxy 32,768.
+const LARGE: usize = 4096;
+
+/// How the steps of a run compute.
+pub struct Stepper<'a> {
+    loss: &'a LossSection,
+    train: &'a TrainSection,
+    seed: Seed,
+    device: Device,
+    how: Training,
+    queued: VecDeque<Mark>,
+}
+
+impl<'a> Stepper<'a> {
+    pub fn new(
+        loss: &'a LossSection,
+        train: &'a TrainSection,
+        dims: MapperDims,
+        seed: Seed,
+        device: Device,
+    ) -> Self {
+        let kind = match number_format(train.dtype, dims, device) {
+            TrainDtype::Bf16 => Kind::BFloat16,
+            _ => Kind::Float,
+        };
+        let how = Training {
+            kind,
+            noise: train.feature_noise,
+            drop_rows: train.feature_dropout,
+            dropout: train.dropout,
+        };
+        Self { loss, train, seed, device, how, queued: VecDeque::new() }
+    }
+
+    /// Queue step `step` (from 0). Returns the loss and the gradient's norm, scalars on the device.
+    ///
+    /// # Errors
+    /// libtorch refuses, or a kernel queued before failed.
+    pub fn step(
+        &mut self,
+        mapper: &Mapper,
+        optimizer: &mut Optimizer,
+        batch: &Loaded,
+        step: u64,
+    ) -> Result<(LossTerms, Tensor)> {
+        if self.how.is_random() {
+            // A step's randomness is its own, so that a run continues anywhere.
+            tch::manual_seed(self.seed.derive("train.noise", step) as i64);
+        }
+        optimizer.drop_gradients()?;
+        let scores_bot = mapper.forward_training(&batch.heads_bpct, &batch.globals_bct, &self.how);
+        let pairs = batch.pairs_2bq.as_ref();
+        let loss = hybrid_loss_of_pairs(mapper, &scores_bot, &batch.y_bot, self.loss, pairs)?;
+        loss.total.backward();
+        let norm = optimizer.step(step, learning_rate(self.train, step))?;
+        if self.device.is_cuda() {
+            self.queued.push_back(Mark::now(self.device)?);
+            if self.queued.len() > AHEAD {
+                self.queued.pop_front().map_or(Ok(()), Mark::wait)?;
+            }
+        }
+        Ok((loss, norm))
+    }
+}
+
+/// What `auto` comes to.
+pub fn number_format(asked: TrainDtype, dims: MapperDims, device: Device) -> TrainDtype {
+    match asked {
+        TrainDtype::Auto if !device.is_cuda() => TrainDtype::F32,
+        TrainDtype::Auto if dims.proxy_heads * dims.outputs >= LARGE => TrainDtype::Bf16,
+        TrainDtype::Auto => TrainDtype::Tf32,
+        asked => asked,
+    }
+}
+
+/// TF32 in matrix products for as long as it lives; without effect on a CPU. Process-wide: training
+/// has the device for itself.
+pub struct Tf32;
+
+impl Tf32 {
+    /// # Errors
+    /// libtorch refuses.
+    pub fn set(format: TrainDtype) -> Result<Self> {
+        // Where the stages are bf16, the little that is left in f32 must not be what takes the time.
+        pkv_gpu::set_tf32(matches!(format, TrainDtype::Tf32 | TrainDtype::Bf16))?;
+        Ok(Self)
+    }
+}
+
+impl Drop for Tf32 {
+    fn drop(&mut self) {
+        // It cannot fail: it sets two flags.
+        let _ = pkv_gpu::set_tf32(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_mappers_are_bf16_on_a_gpu_alone() {
+        let dims = |proxy_heads, outputs| MapperDims { proxy_heads, channels: 8, globals: 4, outputs };
+        let auto = |dims, device| number_format(TrainDtype::Auto, dims, device);
+        assert_eq!(auto(dims(128, 256), Device::Cpu), TrainDtype::F32);
+        assert_eq!(auto(dims(128, 256), Device::Cuda(0)), TrainDtype::Bf16);
+        assert_eq!(auto(dims(12, 36), Device::Cuda(0)), TrainDtype::Tf32);
+        assert_eq!(number_format(TrainDtype::F32, dims(128, 256), Device::Cuda(0)), TrainDtype::F32);
+    }
+}

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The tests of scripts/python: small runs of the binary, and what Python makes of their exports.
+#
+# PROXYKV_TRAIN names a binary to use in place of a build of the dev profile.
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+target=${CARGO_TARGET_DIR:-target}
+venv=$(scripts/python/venv.sh)
+[ -x "$HOME/.cargo/bin/cargo" ] && PATH="$HOME/.cargo/bin:$PATH"
+[ -n "${PROXYKV_TRAIN:-}" ] || cargo build --quiet --package pkv-cli
+runs=$(mktemp -d)
+trap 'rm -rf "$runs"' EXIT
+# Another build may replace the binary while this runs.
+cp "${PROXYKV_TRAIN:-$target/debug/proxykv-train}" "$runs/proxykv-train"
+
+# One thread on both sides: the order of a sum's terms depends on their number.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1
+train() { # COMMAND, then what differs from the demo
+  "$runs/proxykv-train" "$1" --recipe recipes/demo-nano.toml --runs "$runs" --device cpu --threads 1 \
+    --set data.train=40 --set data.validation=4 --set data.test=4 --set train.batch=8 --set train.validate_every=10 \
+    --set 'eval.methods=["mapper"]' --set 'eval.tasks=["facts"]' "${@:2}" >"$runs/log" 2>&1 || { cat "$runs/log" >&2; exit 1; }
+}
+all() { for stage in prepare label extract train export; do train "$stage" "$@"; done; }
+
+# The demo, shorter; all policies are asked for answers.
+demo=(--set train.steps=30 --set eval.contexts=4 --set 'eval.answer_policies=["pair","pair-uniform","token"]')
+all "${demo[@]}"
+train eval "${demo[@]}" --kept 4
+# All channels, short chunks of every kind, KVzip+ labels; the `conv` variant with attention over time.
+other=(--set name=other --set train.steps=2 --set eval.contexts=2 --set mapper.variant=conv --set 'mapper.attention_blocks=[1]'
+  --set mapper.attention_window=64 --set label.preset=plus --set label.chunk_tokens=150 --set extract.prefill_chunk_tokens=200
+  --set 'extract.channels=["recon_log","max_all","mean_all","max_window","mean_window","max_last","mean_last","key_norm","value_norm","recon_log_odds","recon_mean"]')
+all "${other[@]}"
+train eval "${other[@]}" --kept 2
+# The other variants need no stage before training of their own.
+for variant in mlp linear; do
+  mkdir "$runs/$variant"
+  cp -r "$runs/demo-nano/"{examples,labels,features,run.json} "$runs/$variant/"
+  for stage in train export; do train "$stage" --set name=$variant --set train.steps=2 --set mapper.variant=$variant; done
+done
+
+PKV_RUNS="$runs" "$venv/bin/python" -W ignore -m unittest discover --start-directory scripts/python/tests --verbose

@@ -1,0 +1,64 @@
+"""The mapper against the parity vectors of every variant, and exports that must be refused."""
+
+import json
+import shutil
+import tempfile
+import unittest
+from pathlib import Path
+
+import torch
+from common import export, proxykv
+
+
+class Parity(unittest.TestCase):
+    def test_every_variant_equals_the_rust_mapper(self):
+        for run in ("demo-nano", "other", "mlp", "linear"):
+            with self.subTest(run):
+                difference = proxykv.check_parity(export(run))
+                print(f"\n  {run}: largest difference {difference:.1e}", end="")
+                self.assertLessEqual(difference, 1e-5)
+
+    def test_windows_of_a_long_context_equal_one_forward(self):
+        for run in ("demo-nano", "other"):
+            mapper = proxykv.HybridAxialMapper.from_export(export(run))
+            parity = proxykv.read_tensors(export(run) / "parity.safetensors")
+            features = parity["heads_pct"], parity["globals_ct"]
+            for window in (100, 511):
+                torch.testing.assert_close(mapper.scores(*features, window=window), mapper.scores(*features), atol=2e-5, rtol=0)
+
+    def test_wrong_shapes_are_refused(self):
+        mapper = proxykv.HybridAxialMapper.from_export(export("demo-nano"))
+        with self.assertRaisesRegex(ValueError, "head features have shape"):
+            mapper(torch.zeros(1, 3, 7, 10), torch.zeros(1, 4, 10))
+        with self.assertRaisesRegex(ValueError, "global features have shape"):
+            mapper(torch.zeros(1, 3, 8, 10), torch.zeros(1, 4, 11))
+
+
+class Files(unittest.TestCase):
+    def setUp(self):
+        self.dir = tempfile.TemporaryDirectory()
+        self.addCleanup(self.dir.cleanup)
+        self.copy = Path(self.dir.name) / "export"
+        shutil.copytree(export("linear"), self.copy)
+
+    def test_damage_is_found(self):
+        path = self.copy / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        with self.assertRaisesRegex(ValueError, "damaged"):
+            proxykv.HybridAxialMapper.from_export(self.copy)
+
+    def test_another_version_is_refused(self):
+        path = self.copy / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 2}))
+        with self.assertRaisesRegex(ValueError, "expected export version 1, found 2"):
+            proxykv.HybridAxialMapper.from_export(self.copy)
+
+    def test_an_absent_folder_is_not_asked_of_the_hub(self):
+        with self.assertRaisesRegex(FileNotFoundError, "there is no export"):
+            proxykv.HybridAxialMapper.from_export(self.copy / "absent")
+
+
+if __name__ == "__main__":
+    unittest.main()
