@@ -128,13 +128,9 @@ fn lengths_lie_just_below_the_wanted_one() {
                 lengths.collect::<Vec<_>>()
             });
             let (least, most) = (*total.iter().min().unwrap(), *total.iter().max().unwrap());
-            // Documents, and the frequent words' steps, are the coarsest; `cwe` ends with its 8,166 words.
-            let step = match task {
-                RulerTask::Qa1 | RulerTask::Qa2 => 80 + tokens / 32,
-                _ => 60 + tokens / 16,
-            };
             assert!(most <= tokens, "{} at {tokens}: {most}", task.name());
-            assert!(least + step >= tokens, "{} at {tokens}: {least} to {most}", task.name());
+            // Measured: 97.8% at the least, `niah_single_1` at 1,000 tokens, where a piece of noise is the step.
+            assert!(100 * least >= 97 * tokens, "{} at {tokens}: {least} to {most}", task.name());
         }
     }
 }
@@ -145,7 +141,7 @@ fn needles_lie_anywhere() {
     for task in
         [RulerTask::NiahSingle1, RulerTask::NiahSingle2, RulerTask::NiahMultikey1, RulerTask::NiahMultikey2]
     {
-        let mut tenths = [0; 10];
+        let mut tenths = [0i32; 10];
         with(task, 2000, |g| {
             for i in 0..400 {
                 let e = g.example(i).unwrap();
@@ -153,8 +149,9 @@ fn needles_lie_anywhere() {
                 tenths[(10 * at / e.context.len()).min(9)] += 1;
             }
         });
-        // 40 expected in each; the introduction takes a part of the first, the last depth is 100%.
-        assert!(tenths.iter().all(|&n| (12..=75).contains(&n)), "{task:?}: {tenths:?}");
+        // Chi-square of ten equally likely tenths: above 27.9 once in a thousand times.
+        let chi_square: f64 = tenths.iter().map(|&n| (f64::from(n) - 40.0).powi(2) / 40.0).sum();
+        assert!(chi_square < 27.9, "{task:?}: {chi_square} {tenths:?}");
     }
 }
 
