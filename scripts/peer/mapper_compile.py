@@ -110,7 +110,7 @@ def hybrid_loss(mapper, scores, y, mean=-4.0, std=2.0):
     s, y = scores.flatten(1), y.flatten(1)
     n = s.shape[1]
     rank = torch.empty_like(y, dtype=torch.int64)
-    order = y.sort(1, descending=True, stable=True).indices
+    order = torch.sort(y, dim=1, descending=True, stable=True).indices
     rank.scatter_(1, order, torch.arange(n, device=y.device).expand_as(order))
     binary = 0.0
     for i, rho in enumerate(RATIOS):

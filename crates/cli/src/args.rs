@@ -84,6 +84,8 @@ pub enum Command {
         /// keeps of the first N contexts with facts, which a port is held against.
         #[arg(long, value_name = "N")]
         kept: Option<usize>,
+        #[command(flatten)]
+        choices: EvalChoices,
     },
     /// The frozen mapper: safetensors, config.json, model card, parity vectors.
     Export(StageArgs),
@@ -279,6 +281,60 @@ pub struct StageArgs {
     pub redo: Vec<Stage>,
 }
 
+/// What is evaluated: shorthands for keys of `[eval]`.
+#[derive(Clone, Debug, Default, Args)]
+pub struct EvalChoices {
+    /// Tasks in place of the recipe's: facts, perplexity, ruler, longbench, scbench; or single tasks of a benchmark, such as ruler/vt.
+    #[arg(long, value_delimiter = ',', value_name = "TASK,...")]
+    pub tasks: Vec<String>,
+    /// Methods in place of the recipe's, such as mapper,kvzip,snapkv.
+    #[arg(long, value_delimiter = ',', value_name = "METHOD,...")]
+    pub methods: Vec<String>,
+    /// At most this many contexts of each task.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+}
+
+impl EvalChoices {
+    /// The same as `--set` would say it.
+    pub fn overrides(&self) -> Vec<String> {
+        let list = |items: &[&str]| {
+            let quoted: Vec<String> = items.iter().map(|i| format!("{i:?}")).collect();
+            format!("[{}]", quoted.join(", "))
+        };
+        let mut out = Vec::new();
+        let mut tasks: Vec<&str> = Vec::new();
+        let mut of_suite: Vec<(&str, Vec<&str>)> = Vec::new();
+        for task in &self.tasks {
+            let (suite, single) = task.split_once('/').map_or((task.as_str(), None), |(s, t)| (s, Some(t)));
+            if !tasks.contains(&suite) {
+                tasks.push(suite);
+            }
+            if let Some(single) = single {
+                match of_suite.iter_mut().find(|(s, _)| *s == suite) {
+                    Some((_, singles)) => singles.push(single),
+                    None => of_suite.push((suite, vec![single])),
+                }
+            }
+        }
+        if !tasks.is_empty() {
+            out.push(format!("eval.tasks={}", list(&tasks)));
+        }
+        for (suite, singles) in of_suite {
+            out.push(format!("eval.benchmark.{suite}_tasks={}", list(&singles)));
+        }
+        if !self.methods.is_empty() {
+            let methods: Vec<&str> = self.methods.iter().map(String::as_str).collect();
+            out.push(format!("eval.methods={}", list(&methods)));
+        }
+        if let Some(n) = self.limit {
+            out.push(format!("eval.contexts={n}"));
+            out.push(format!("eval.benchmark.examples={n}"));
+        }
+        out
+    }
+}
+
 /// The stages of `run`, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Stage {
@@ -302,5 +358,38 @@ impl Stage {
             Self::Export => "export",
             Self::Report => "report",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn choices_are_overrides() {
+        let args = [
+            "proxykv-train",
+            "eval",
+            "--recipe",
+            "r.toml",
+            "--tasks",
+            "facts,ruler/vt,ruler/cwe",
+            "--methods",
+            "mapper",
+            "--limit",
+            "7",
+        ];
+        let Command::Eval { choices, .. } = Cli::try_parse_from(args).unwrap().command else { panic!() };
+        assert_eq!(
+            choices.overrides(),
+            [
+                r#"eval.tasks=["facts", "ruler"]"#,
+                r#"eval.benchmark.ruler_tasks=["vt", "cwe"]"#,
+                r#"eval.methods=["mapper"]"#,
+                "eval.contexts=7",
+                "eval.benchmark.examples=7",
+            ]
+        );
+        assert!(EvalChoices::default().overrides().is_empty());
     }
 }

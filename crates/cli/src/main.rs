@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod benchmarks;
 mod doctor;
 mod infer;
 mod inspect;
@@ -50,9 +51,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Label(a) => one(cli, a, Stage::Label, stop, &EvalOptions::default())?,
         Command::Extract(a) => one(cli, a, Stage::Extract, stop, &EvalOptions::default())?,
         Command::Train(a) => one(cli, a, Stage::Train, stop, &EvalOptions::default())?,
-        Command::Eval { stage, mapper, kept } => {
+        Command::Eval { stage, mapper, kept, choices } => {
+            let mut stage = stage.clone();
+            stage.recipe.overrides.extend(choices.overrides());
             let options = EvalOptions { mapper: mapper.clone(), kept: *kept };
-            one(cli, stage, Stage::Eval, stop, &options)?;
+            one(cli, &stage, Stage::Eval, stop, &options)?;
         }
         Command::Export(a) => one(cli, a, Stage::Export, stop, &EvalOptions::default())?,
         Command::Report(a) => one(cli, a, Stage::Report, stop, &EvalOptions::default())?,

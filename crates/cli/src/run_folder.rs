@@ -138,7 +138,8 @@ impl RunFolder {
         let mut run = self.read()?;
         change(&mut run);
         let path = self.root.join("run.json");
-        let temporary = self.root.join("run.json.tmp");
+        // Several processes may evaluate into one folder.
+        let temporary = self.root.join(format!("run.json.{}.tmp", std::process::id()));
         let write = || -> Result<()> {
             let mut file = File::create(&temporary)?;
             serde_json::to_writer_pretty(&mut file, &run)?;

@@ -39,7 +39,10 @@ impl Session {
         let manifest_path = manifest_path(&recipe);
         let manifest = pkv_recipe::load_manifest(&manifest_path)?;
         let device = choose_device(cli)?;
-        let lock = Lock::beside(&recipe.path)?.merge(Lock::beside(&manifest_path)?)?;
+        let mut lock = Lock::beside(&recipe.path)?.merge(Lock::beside(&manifest_path)?)?;
+        if let Some(path) = benchmark_manifest_path(&recipe) {
+            lock = lock.merge(Lock::beside(&path)?)?;
+        }
         let hub = Hub::from_env().with_lock(lock);
         let run = RunFolder::open(&cli.runs.join(&recipe.name))?;
         terminal::log_to(&run.log())?;
@@ -73,11 +76,21 @@ pub fn kind_on(device: Device, dtype: DtypeName) -> Kind {
 
 /// The manifest as the recipe names it: from the working directory, or from the folder above the recipe's.
 pub fn manifest_path(recipe: &Recipe) -> PathBuf {
-    let direct = PathBuf::from(&recipe.data.manifest);
+    project_path(recipe, &recipe.data.manifest)
+}
+
+/// The manifest of the benchmarks' files, found as [`manifest_path`] is; `None` if the recipe names none.
+pub fn benchmark_manifest_path(recipe: &Recipe) -> Option<PathBuf> {
+    let manifest = &recipe.eval.benchmark.manifest;
+    (!manifest.is_empty()).then(|| project_path(recipe, manifest))
+}
+
+fn project_path(recipe: &Recipe, path: &str) -> PathBuf {
+    let direct = PathBuf::from(path);
     if direct.exists() {
         return direct;
     }
-    let beside = recipe_root(recipe).join(&recipe.data.manifest);
+    let beside = recipe_root(recipe).join(path);
     if beside.exists() { beside } else { direct }
 }
 

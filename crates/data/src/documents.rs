@@ -9,7 +9,7 @@ mod txt;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use pkv_core::hinted;
 use pkv_recipe::{Source, SourceFormat};
 
@@ -106,6 +106,10 @@ fn open(source: &Source, path: &Path) -> Result<Texts> {
         SourceFormat::Txt => txt::texts(path, source.separator.as_deref()),
         SourceFormat::Jsonl => jsonl::texts(path, &source.text),
         SourceFormat::Parquet => parquet::texts(path, &source.text),
+        SourceFormat::Json => bail!(hinted(
+            format!("source `{}` is of format `json`, which holds no documents", source.name),
+            "such a source belongs into the manifest of `eval.benchmark.manifest`"
+        )),
     }
 }
 

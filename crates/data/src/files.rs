@@ -13,7 +13,7 @@ use serde_json::json;
 ///
 /// # Errors
 /// A pattern matches no file, or the data set is not in the cache.
-pub(crate) fn files(manifest: &Manifest, source: &Source, hub: &Hub) -> Result<Vec<PathBuf>> {
+pub fn files(manifest: &Manifest, source: &Source, hub: &Hub) -> Result<Vec<PathBuf>> {
     let found = match &source.hub {
         Some(name) => hub.dataset_files(name, &source.revision, &source.hub_files).map(|d| d.files),
         None => local(&manifest.folder, &source.files),

@@ -18,6 +18,6 @@ mod tokens;
 mod window;
 
 pub use contexts::{FactContext, FactQuestion, fact_contexts};
-pub use files::inputs;
+pub use files::{files, inputs};
 pub use prepare::{prepare, word_lists};
 pub use summary::{PrepareSummary, SourceSummary, SplitSummary};

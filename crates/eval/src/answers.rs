@@ -1,4 +1,4 @@
-//! Every answer of the `facts` task, one row each: `eval/answers.parquet`.
+//! Every answer to a question, one row each: `eval/answers.parquet`.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use parquet::file::properties::WriterProperties;
 use pkv_shard::durable::{WriteBudget, write_file};
 use serde::{Deserialize, Serialize};
 
+use crate::bench::{BenchAnswer, BenchAsked};
 use crate::cell::Cell;
 
 /// One answer to one question.
@@ -38,6 +39,7 @@ pub struct Asked {
 /// Rows of the file, in order.
 #[derive(Default)]
 pub struct AnswerTable {
+    task: Vec<String>,
     context: Vec<u32>,
     question: Vec<u32>,
     question_text: Vec<String>,
@@ -47,23 +49,72 @@ pub struct AnswerTable {
     gold: Vec<String>,
     answer: Vec<String>,
     correct: Vec<bool>,
+    score: Vec<f64>,
     kl: Vec<f64>,
     flipped: Vec<u32>,
     tokens: Vec<u32>,
 }
 
 impl AnswerTable {
-    /// Add an answer; no cell is the full cache.
-    pub fn push(&mut self, context: usize, question: usize, asked: &Asked, cell: Option<&Cell>, a: &Answer) {
+    /// Add an answer to a planted fact; `place` is context and question, no cell is the full cache.
+    pub fn push(
+        &mut self,
+        task: &str,
+        place: (usize, usize),
+        asked: &Asked,
+        cell: Option<&Cell>,
+        a: &Answer,
+    ) {
+        let answer = BenchAnswer {
+            text: a.text.clone(),
+            score: f64::from(a.correct),
+            kl: a.kl,
+            flipped: a.flipped,
+            tokens: a.tokens,
+        };
+        self.row(task, place, &asked.question, asked.wanted.clone(), cell, &answer);
+    }
+
+    /// Add an answer to a benchmark's turn; several wanted answers are written as a JSON list.
+    pub fn push_benchmark(
+        &mut self,
+        task: &str,
+        place: (usize, usize),
+        asked: &BenchAsked,
+        cell: Option<&Cell>,
+        a: &BenchAnswer,
+    ) {
+        let gold = match asked.wanted.as_slice() {
+            [one] => one.clone(),
+            several => serde_json::json!(several).to_string(),
+        };
+        self.row(task, place, &asked.question, gold, cell, a);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.task.is_empty()
+    }
+
+    fn row(
+        &mut self,
+        task: &str,
+        (context, question): (usize, usize),
+        question_text: &str,
+        gold: String,
+        cell: Option<&Cell>,
+        a: &BenchAnswer,
+    ) {
+        self.task.push(task.to_owned());
         self.context.push(context as u32);
         self.question.push(question as u32);
-        self.question_text.push(asked.question.clone());
+        self.question_text.push(question_text.to_owned());
         self.method.push(cell.map_or("full", |c| c.method.name()));
         self.policy.push(cell.map(|c| c.policy.name()));
         self.ratio.push(cell.map_or(1.0, |c| c.ratio.get()));
-        self.gold.push(asked.wanted.clone());
+        self.gold.push(gold);
         self.answer.push(a.text.clone());
-        self.correct.push(a.correct);
+        self.correct.push(a.score == 1.0);
+        self.score.push(a.score);
         self.kl.push(a.kl);
         self.flipped.push(a.flipped);
         self.tokens.push(a.tokens);
@@ -75,6 +126,7 @@ impl AnswerTable {
     /// The folder cannot be written to.
     pub fn write(self, path: &Path) -> Result<()> {
         let columns: Vec<(&str, DataType, ArrayRef)> = vec![
+            ("task", DataType::Utf8, Arc::new(StringArray::from(self.task))),
             ("context", DataType::UInt32, Arc::new(UInt32Array::from(self.context))),
             ("question", DataType::UInt32, Arc::new(UInt32Array::from(self.question))),
             ("question_text", DataType::Utf8, Arc::new(StringArray::from(self.question_text))),
@@ -84,6 +136,7 @@ impl AnswerTable {
             ("gold", DataType::Utf8, Arc::new(StringArray::from(self.gold))),
             ("answer", DataType::Utf8, Arc::new(StringArray::from(self.answer))),
             ("correct", DataType::Boolean, Arc::new(BooleanArray::from(self.correct))),
+            ("score", DataType::Float64, Arc::new(Float64Array::from(self.score))),
             ("kl", DataType::Float64, Arc::new(Float64Array::from(self.kl))),
             ("flipped", DataType::UInt32, Arc::new(UInt32Array::from(self.flipped))),
             ("answer_tokens", DataType::UInt32, Arc::new(UInt32Array::from(self.tokens))),
@@ -130,8 +183,8 @@ mod tests {
             ratio: RetentionRatio::new(0.05).unwrap(),
         };
         let mut table = AnswerTable::default();
-        table.push(2, 1, &asked, None, &answer("Ann", true));
-        table.push(2, 1, &asked, Some(&cell), &answer("Bob", false));
+        table.push("facts", (2, 1), &asked, None, &answer("Ann", true));
+        table.push("facts", (2, 1), &asked, Some(&cell), &answer("Bob", false));
         table.write(&path).unwrap();
         let file = std::fs::File::open(&path).unwrap();
         let mut batches = ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap();

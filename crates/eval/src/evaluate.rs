@@ -13,17 +13,20 @@ use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureRow, LabelRow, PlantedFact, StageReader};
 
 use crate::answers::AnswerTable;
+use crate::asking::Asking;
+use crate::bench::{self, BenchOutcome, Benchmark};
 use crate::bootstrap::Bootstrap;
 use crate::clock::Clock;
 use crate::context::Reader;
-use crate::facts::{Asking, FactsOutcome};
+use crate::facts::FactsOutcome;
 use crate::labels::{LabelOutcome, Plan};
 use crate::methods::{Baselines, Draw, FitData, Material, Methods, feature_tensors, label_tensor, read_pair};
 use crate::perplexity::PerplexityOutcome;
 use crate::results::{
-    FactSpan, FactsResults, LabelResults, ModelName, PerplexityResults, RESULTS_VERSION, Results,
-    WorkedExample,
+    BenchmarkResults, FactSpan, FactsResults, LabelResults, ModelName, PerplexityResults, RESULTS_VERSION,
+    Results, WorkedExample,
 };
+use crate::share::share;
 use crate::store::ContextStore;
 use crate::worked::work_example;
 use crate::{facts, perplexity};
@@ -51,6 +54,8 @@ pub struct EvalInputs<'a> {
     pub features: &'a Path,
     /// Contexts of the `facts` task; none are needed without it.
     pub fact_contexts: &'a [FactContext],
+    /// Tasks of standard benchmarks.
+    pub benchmarks: &'a [Benchmark<'a>],
     pub section: &'a EvalSection,
     pub label: &'a LabelSection,
     pub extract: &'a ExtractSection,
@@ -59,6 +64,9 @@ pub struct EvalInputs<'a> {
     pub seed: Seed,
     /// Every choice that the results depend on, the stages read included.
     pub fingerprint: Fingerprint,
+    /// The choices that a single context's outcome depends on: neither which tasks there are nor how many contexts, so
+    /// that more of either continue what is there.
+    pub context_fingerprint: Fingerprint,
     /// Folder of the results; made if absent.
     pub out: &'a Path,
     /// Asked after every context; its error ends the evaluation, which the next one continues.
@@ -73,7 +81,8 @@ pub fn is_complete(out: &Path, fingerprint: &Fingerprint) -> bool {
 /// Measure, write `results.json` and `answers.parquet`, and return the results.
 ///
 /// An interrupted evaluation continues after its last whole context and ends with the same numbers;
-/// only times differ.
+/// only times differ. Several processes may evaluate into one folder: they share the contexts, and each returns all
+/// results.
 ///
 /// # Errors
 /// Shards are absent, damaged or of other models; a model fails; the folder cannot be written to.
@@ -114,7 +123,7 @@ impl<'a> Evaluation<'a> {
         let splits = examples.iter().map(|e| Ok(e?.split)).collect::<Result<Vec<_>>>()?;
         let range = |split| rows_of(&splits, split);
         let (train, test) = (range(Split::Train)?, range(Split::Test)?);
-        let store = ContextStore::open(inputs.out.join("contexts"), inputs.fingerprint.hash())?;
+        let store = ContextStore::open(inputs.out.join("contexts"), inputs.context_fingerprint.hash())?;
         Ok(Self { inputs, examples, labels, features, train, test, store })
     }
 
@@ -145,14 +154,19 @@ impl<'a> Evaluation<'a> {
             prefill_chunk_tokens: i.label.prefill_chunk_tokens,
         };
         let labels = self.labels(&reader, &mut clock, progress)?;
+        let mut answers = AnswerTable::default();
         let facts = match i.section.tasks.contains(&Task::Facts) {
-            true => Some(self.facts(&reader, &mut clock, progress)?),
+            true => Some(self.facts(&reader, &mut answers, &mut clock, progress)?),
             false => None,
         };
         let perplexity = match i.section.tasks.contains(&Task::Perplexity) {
             true => Some(self.perplexity(&reader, &mut clock, progress)?),
             false => None,
         };
+        let mut benchmarks = Vec::new();
+        for benchmark in i.benchmarks {
+            benchmarks.extend(self.benchmark(benchmark, &reader, &mut answers, &mut clock, progress)?);
+        }
         let worked_example = self.worked_example(&reader)?;
         let name = |model: &LanguageModel, name: &str| ModelName {
             name: name.to_owned(),
@@ -170,53 +184,49 @@ impl<'a> Evaluation<'a> {
             labels,
             facts,
             perplexity,
+            benchmarks,
             worked_example,
             timings: clock.into_timings(),
         };
-        results.write(&self.path(RESULTS_FILE))?;
-        self.store.clear()?;
-        Ok(results)
+        self.publish(results, answers)
     }
 
     /// Predictions against labels, over the test split.
     fn labels(&self, reader: &Reader, clock: &mut Clock, progress: &dyn Progress) -> Result<LabelResults> {
         let i = self.inputs;
         let plan = Plan::new(i.section)?;
-        let mut outcomes = Vec::new();
-        let total = self.test.end - self.test.start;
-        progress.start("test examples against their labels", total, 0);
-        for (index, row) in self.test.clone().enumerate() {
-            let outcome: LabelOutcome = match self.store.get("labels", index) {
-                Some(outcome) => outcome,
-                None => {
-                    let (label, features) = read_pair(&self.labels, &self.features, row)?;
-                    let label_lht = label_tensor(&label, i.target.device());
-                    let (heads_pct, globals_ct) = feature_tensors(&features, i.target.device());
-                    let snapkv_lht = match reader.methods.includes(Method::Snapkv) {
-                        true => Some(reader.snapkv(&self.examples.get(row)?.tokens)?),
-                        false => None,
-                    };
-                    let material = Material { label_lht, heads_pct, globals_ct, snapkv_lht };
-                    let draw = Draw { task: "labels", index: row };
-                    // The tasks time the methods; here contexts differ in length.
-                    let scored = reader.methods.score(&material, draw, &mut Clock::new(i.target.device()))?;
-                    let outcome =
-                        clock.time("labels: metrics", || plan.compare(&scored, &material.label_lht))?;
-                    self.store.put("labels", index, outcome)?
-                }
-            };
-            outcomes.push(outcome);
-            progress.advance(1);
-            (self.inputs.check_stop)()?;
-        }
+        let total = (self.test.end - self.test.start) as usize;
+        progress.start("test examples against their labels", total as u64, 0);
+        let outcomes: Vec<LabelOutcome> =
+            share(&self.store, "labels", total, progress, i.check_stop, |index| {
+                let row = self.test.start + index as u64;
+                let (label, features) = read_pair(&self.labels, &self.features, row)?;
+                let label_lht = label_tensor(&label, i.target.device());
+                let (heads_pct, globals_ct) = feature_tensors(&features, i.target.device());
+                let snapkv_lht = match reader.methods.includes(Method::Snapkv) {
+                    true => Some(reader.snapkv(&self.examples.get(row)?.tokens)?),
+                    false => None,
+                };
+                let material = Material { label_lht, heads_pct, globals_ct, snapkv_lht };
+                let draw = Draw { task: "labels", index: row };
+                // The tasks time the methods; here contexts differ in length.
+                let scored = reader.methods.score(&material, draw, &mut Clock::new(i.target.device()))?;
+                clock.time("labels: metrics", || plan.compare(&scored, &material.label_lht))
+            })?;
         progress.finish();
         let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
         let shape = i.target.shape();
         Ok(plan.summarize(&outcomes, shape.layers, shape.kv_heads, &bootstrap))
     }
 
-    /// Planted facts; writes every answer beside the results.
-    fn facts(&self, reader: &Reader, clock: &mut Clock, progress: &dyn Progress) -> Result<FactsResults> {
+    /// Planted facts; every answer goes into `table`.
+    fn facts(
+        &self,
+        reader: &Reader,
+        table: &mut AnswerTable,
+        clock: &mut Clock,
+        progress: &dyn Progress,
+    ) -> Result<FactsResults> {
         let i = self.inputs;
         ensure!(
             !i.fact_contexts.is_empty(),
@@ -225,40 +235,102 @@ impl<'a> Evaluation<'a> {
                 "raise `eval.contexts`, or leave `facts` out of `eval.tasks`"
             )
         );
-        let asking = Asking { target: i.target, tokenizer: i.tokenizer, section: i.section };
+        let asking = Asking { target: i.target, tokenizer: i.tokenizer };
         let cells = facts::cells(i.section)?;
-        let mut outcomes = Vec::new();
-        let mut table = AnswerTable::default();
-        progress.start("contexts asked for planted facts", i.fact_contexts.len() as u64, 0);
-        for (index, context) in i.fact_contexts.iter().enumerate() {
-            let outcome: FactsOutcome = match self.store.get("facts", index) {
-                Some(outcome) => outcome,
-                None => {
-                    let mut clock = Clock::new(i.target.device());
-                    let draw = Draw { task: "facts", index: index as u64 };
-                    let pruned = reader.read(&context.tokens, draw, &mut clock)?;
-                    let mut outcome = clock
-                        .time("facts: questions", || asking.ask(context, &pruned))
-                        .with_context(|| format!("asking context {index} for its facts"))?;
-                    outcome.timings = clock.into_timings();
-                    self.store.put("facts", index, outcome)?
-                }
-            };
+        let contexts = i.fact_contexts;
+        progress.start("contexts asked for planted facts", contexts.len() as u64, 0);
+        let outcomes: Vec<FactsOutcome> =
+            share(&self.store, "facts", contexts.len(), progress, i.check_stop, |index| {
+                let mut clock = Clock::new(i.target.device());
+                let draw = Draw { task: "facts", index: index as u64 };
+                let pruned = reader.read(&contexts[index].tokens, draw, &mut clock)?;
+                let mut outcome = clock
+                    .time("facts: questions", || asking.facts(&contexts[index], i.section, &pruned))
+                    .with_context(|| format!("asking context {index} for its facts"))?;
+                outcome.timings = clock.into_timings();
+                Ok(outcome)
+            })?;
+        progress.finish();
+        for (index, outcome) in outcomes.iter().enumerate() {
             outcome.timings.iter().for_each(|t| clock.add(t));
             for (q, asked) in outcome.asked.iter().enumerate() {
-                table.push(index, q, asked, None, &outcome.full[q]);
+                table.push("facts", (index, q), asked, None, &outcome.full[q]);
                 for (cell, answers) in cells.iter().zip(&outcome.cells) {
-                    table.push(index, q, asked, Some(cell), &answers[q]);
+                    table.push("facts", (index, q), asked, Some(cell), &answers[q]);
                 }
             }
-            outcomes.push(outcome);
-            progress.advance(1);
-            (self.inputs.check_stop)()?;
         }
-        progress.finish();
-        table.write(&self.path(ANSWERS_FILE))?;
         let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
         facts::summarize(i.section, &outcomes, &bootstrap)
+    }
+
+    /// One task of a benchmark; every answer goes into `table`.
+    fn benchmark(
+        &self,
+        benchmark: &Benchmark,
+        reader: &Reader,
+        table: &mut AnswerTable,
+        clock: &mut Clock,
+        progress: &dyn Progress,
+    ) -> Result<Vec<BenchmarkResults>> {
+        let i = self.inputs;
+        let asking = Asking { target: i.target, tokenizer: i.tokenizer };
+        let cells = facts::cells(i.section)?;
+        let name = format!("{}.{}", benchmark.suite, benchmark.task);
+        // Outcomes of other settings lie beside each other.
+        let identity = Fingerprint::new()
+            .with("context", i.context_fingerprint.hash())
+            .with("task", &benchmark.identity);
+        let stored = format!("{name}-{}", &identity.hash()[..8]);
+        progress.start(&format!("contexts of {name}"), benchmark.examples as u64, 0);
+        let outcomes: Vec<BenchOutcome> =
+            share(&self.store, &stored, benchmark.examples, progress, i.check_stop, |index| {
+                let one = || -> Result<BenchOutcome> {
+                    let example = (benchmark.example)(index)?;
+                    let tokenized = bench::tokenize(&example, benchmark.prompt_tokens, i.tokenizer)?;
+                    let mut clock = Clock::new(i.target.device());
+                    let draw = Draw { task: &name, index: index as u64 };
+                    let pruned = reader.read(&tokenized.context, draw, &mut clock)?;
+                    let what = format!("{}: questions", benchmark.suite);
+                    let mut outcome =
+                        clock.time(&what, || asking.bench(&example, &tokenized, &cells, &pruned))?;
+                    outcome.timings = clock.into_timings();
+                    Ok(outcome)
+                };
+                one().with_context(|| format!("asking example {index} of `{name}`"))
+            })?;
+        progress.finish();
+        for (index, outcome) in outcomes.iter().enumerate() {
+            outcome.timings.iter().for_each(|t| clock.add(t));
+            for (q, asked) in outcome.asked.iter().enumerate() {
+                table.push_benchmark(&name, (index, q), asked, None, &outcome.full[q]);
+                for (cell, answers) in cells.iter().zip(&outcome.cells) {
+                    table.push_benchmark(&name, (index, q), asked, Some(cell), &answers[q]);
+                }
+            }
+        }
+        let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
+        Ok(bench::summarize(benchmark, &cells, &outcomes, &bootstrap))
+    }
+
+    /// Write results and answers, by one process at a time.
+    fn publish(self, results: Results, answers: AnswerTable) -> Result<Results> {
+        let claim = loop {
+            match self.store.claim("publish", 0)? {
+                Some(claim) => break claim,
+                None => std::thread::sleep(std::time::Duration::from_millis(100)),
+            }
+        };
+        if !answers.is_empty() {
+            answers.write(&self.path(ANSWERS_FILE))?;
+        }
+        results.write(&self.path(RESULTS_FILE))?;
+        drop(claim);
+        // Benchmarks are widened (more examples, other methods back again); the other tasks' contexts have served.
+        if self.inputs.benchmarks.is_empty() {
+            self.store.clear()?;
+        }
+        Ok(results)
     }
 
     /// Continuations of test examples, as many as `facts` has contexts.
@@ -271,42 +343,25 @@ impl<'a> Evaluation<'a> {
         let i = self.inputs;
         let cells = facts::cells(i.section)?;
         let rows: Vec<u64> = self.test.clone().take(i.section.contexts).collect();
-        let mut outcomes = Vec::new();
         progress.start("continuations of test examples", rows.len() as u64, 0);
-        for (index, &row) in rows.iter().enumerate() {
-            let stored: Option<PerplexityOutcome> = self.store.get("perplexity", index);
-            let outcome = match stored {
-                Some(outcome) => Some(outcome),
-                None => {
-                    let example = self.examples.get(row)?;
-                    match perplexity::split(&example.tokens, i.section.continuation_tokens) {
-                        None => None,
-                        Some((context, continuation)) => {
-                            let mut clock = Clock::new(i.target.device());
-                            let draw = Draw { task: "perplexity", index: row };
-                            let pruned = reader.read(context, draw, &mut clock)?;
-                            let (full, cells) = clock
-                                .time("perplexity: continuations", || {
-                                    perplexity::read(i.target, continuation, &pruned, &cells)
-                                })
-                                .with_context(|| format!("reading the continuation of `{}`", example.id))?;
-                            let timings = clock.into_timings();
-                            Some(self.store.put(
-                                "perplexity",
-                                index,
-                                PerplexityOutcome { full, cells, timings },
-                            )?)
-                        }
-                    }
-                }
-            };
-            if let Some(outcome) = outcome {
-                outcome.timings.iter().for_each(|t| clock.add(t));
-                outcomes.push(outcome);
-            }
-            progress.advance(1);
-            (self.inputs.check_stop)()?;
-        }
+        let outcomes: Vec<Option<PerplexityOutcome>> =
+            share(&self.store, "perplexity", rows.len(), progress, i.check_stop, |index| {
+                let row = rows[index];
+                let example = self.examples.get(row)?;
+                let split = perplexity::split(&example.tokens, i.section.continuation_tokens);
+                let Some((context, continuation)) = split else { return Ok(None) };
+                let mut clock = Clock::new(i.target.device());
+                let draw = Draw { task: "perplexity", index: row };
+                let pruned = reader.read(context, draw, &mut clock)?;
+                let (full, cells) = clock
+                    .time("perplexity: continuations", || {
+                        perplexity::read(i.target, continuation, &pruned, &cells)
+                    })
+                    .with_context(|| format!("reading the continuation of `{}`", example.id))?;
+                Ok(Some(PerplexityOutcome { full, cells, timings: clock.into_timings() }))
+            })?;
+        let outcomes: Vec<PerplexityOutcome> = outcomes.into_iter().flatten().collect();
+        outcomes.iter().flat_map(|o| &o.timings).for_each(|t| clock.add(t));
         progress.finish();
         let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
         Ok(perplexity::summarize(i.section, &cells, &outcomes, &bootstrap))

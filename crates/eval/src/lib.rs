@@ -1,8 +1,8 @@
 //! What a mapper is worth: agreement with KVzip's labels, and answers with a pruned cache.
 //!
 //! [`evaluate`] measures the mapper beside its oracle and the baselines, with the same cache and the
-//! same budgets: recall of KVzip's kept set over the test split, planted facts asked of pruned caches,
-//! and the document's own continuation. It reads shards, never documents: contexts with facts come as
+//! same budgets: recall of KVzip's kept set over the test split, planted facts and standard benchmarks
+//! asked of pruned caches, and the document's own continuation. It reads shards, never documents: contexts with facts come as
 //! values. Nothing is printed; [`table`] gives strings, and [`Results`] is what the report reads.
 //!
 //! Dimension key: l layer, h KV head, o target KV head (layers x heads), p proxy KV head, c channel,
@@ -10,6 +10,8 @@
 //! v vocabulary.
 
 mod answers;
+mod asking;
+mod bench;
 mod bootstrap;
 mod cell;
 mod clock;
@@ -22,14 +24,16 @@ mod labels;
 mod methods;
 mod perplexity;
 mod results;
+mod share;
 mod store;
 pub mod table;
 mod worked;
 
+pub use bench::{Benchmark, MakeExample};
 pub use evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE, evaluate, is_complete};
 pub use kept::kept_sets;
 pub use results::{
-    FactSpan, FactsCell, FactsResults, HeadRecall, Interval, KeptCounts, LabelCell, LabelResults,
-    MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults, RESULTS_VERSION, RankCell,
-    Results, Timing, WorkedExample,
+    BenchmarkCell, BenchmarkResults, FactSpan, FactsCell, FactsResults, HeadRecall, Interval, KeptCounts,
+    LabelCell, LabelResults, MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults,
+    RESULTS_VERSION, RankCell, Results, Timing, WorkedExample,
 };

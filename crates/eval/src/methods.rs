@@ -38,8 +38,8 @@ pub struct Material {
 
 /// Which random numbers a context draws: a task's name and the context's index in it.
 #[derive(Clone, Copy, Debug)]
-pub struct Draw {
-    pub task: &'static str,
+pub struct Draw<'a> {
+    pub task: &'a str,
     pub index: u64,
 }
 

@@ -35,6 +35,9 @@ pub struct Results {
     pub facts: Option<FactsResults>,
     /// Likelihood of the continuation after a pruned context; absent if the recipe does not ask for it.
     pub perplexity: Option<PerplexityResults>,
+    /// Standard benchmarks, one entry per task; empty if the recipe asks for none.
+    #[serde(default)]
+    pub benchmarks: Vec<BenchmarkResults>,
     /// One context, shown position by position; absent if there was no test example to show.
     pub worked_example: Option<WorkedExample>,
     /// Wall-clock times, in the order of the work.
@@ -145,6 +148,41 @@ pub struct FactsCell {
     /// Accuracy over KVzip's at the same policy and ratio; absent without KVzip or where it answers nothing.
     pub of_kvzip: Option<Interval>,
     /// Accuracy over the full cache's; absent where that answers nothing.
+    pub of_full: Option<Interval>,
+}
+
+/// One task of a standard benchmark, asked of a pruned cache.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BenchmarkResults {
+    /// `ruler`, `longbench` or `scbench`.
+    pub suite: String,
+    /// The task; where one mixes several kinds of question, `task/kind`.
+    pub task: String,
+    pub contexts: usize,
+    pub questions: usize,
+    pub mean_context_tokens: f64,
+    /// Contexts whose middle was cut out because they were too long.
+    pub cut: usize,
+    /// Score of the full cache by the task's own metric, in [0, 1].
+    pub full: Interval,
+    /// Per method, policy and retention ratio, in the recipe's order.
+    pub cells: Vec<BenchmarkCell>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BenchmarkCell {
+    pub method: Method,
+    pub policy: Policy,
+    pub ratio: f64,
+    /// By the task's own metric, in [0, 1].
+    pub score: Interval,
+    /// KL(full || pruned) along the full cache's answer, nats per token.
+    pub kl: Interval,
+    /// Share of that answer's tokens whose most likely token differs from the full cache's.
+    pub flips: Interval,
+    /// Score over KVzip's at the same policy and ratio; absent without KVzip or where that scores 0.
+    pub of_kvzip: Option<Interval>,
+    /// Score over the full cache's; absent where that is 0.
     pub of_full: Option<Interval>,
 }
 
@@ -265,6 +303,12 @@ impl FactsResults {
     }
 }
 
+impl BenchmarkResults {
+    pub fn cell(&self, method: Method, policy: Policy, ratio: f64) -> Option<&BenchmarkCell> {
+        self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
+    }
+}
+
 impl PerplexityResults {
     pub fn cell(&self, method: Method, policy: Policy, ratio: f64) -> Option<&PerplexityCell> {
         self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
@@ -315,6 +359,7 @@ mod tests {
             },
             facts: None,
             perplexity: None,
+            benchmarks: Vec::new(),
             worked_example: None,
             timings: vec![Timing { what: "labels".to_owned(), secs: 0.5, times: 1 }],
         }

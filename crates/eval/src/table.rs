@@ -6,7 +6,7 @@
 use pkv_core::Policy;
 use pkv_recipe::Method;
 
-use crate::results::{Interval, Results};
+use crate::results::{BenchmarkResults, Interval, Results};
 
 /// Every table that `results` has numbers for, each under a heading.
 pub fn all_tables(results: &Results) -> String {
@@ -31,6 +31,17 @@ pub fn all_tables(results: &Results) -> String {
             perplexity_table(results, policy),
         );
     }
+    for policy in Policy::ALL {
+        for suite in suites(results) {
+            add(
+                format!("{suite}, mean score of its tasks, {} (%)", policy.name()),
+                suite_table(results, suite, policy),
+            );
+        }
+        for benchmark in &results.benchmarks {
+            add(benchmark_title(benchmark, policy), benchmark_table(benchmark, policy));
+        }
+    }
     let notes: Vec<String> =
         results.notes.iter().map(|n| format!("- `{}`: {}\n", n.method.name(), n.note)).collect();
     if !notes.is_empty() {
@@ -53,6 +64,47 @@ pub fn answers_table(results: &Results, policy: Policy) -> Option<String> {
     let cells = facts.cells.iter().filter(|c| c.policy == policy);
     let grid = Grid::new(cells.map(|c| (c.method, c.ratio, percent(c.accuracy))));
     grid.render(Some(("full cache", percent(facts.full))))
+}
+
+/// The benchmarks that were asked, each once.
+fn suites(results: &Results) -> Vec<&str> {
+    let mut suites: Vec<&str> = results.benchmarks.iter().map(|b| b.suite.as_str()).collect();
+    suites.dedup();
+    suites
+}
+
+fn benchmark_title(b: &BenchmarkResults, policy: Policy) -> String {
+    let cut = if b.cut > 0 { format!(", {} of them cut in the middle", b.cut) } else { String::new() };
+    format!(
+        "{} {}, {} (score in %, {} questions in {} contexts of {:.0} tokens{cut}, 95% interval)",
+        b.suite,
+        b.task,
+        policy.name(),
+        b.questions,
+        b.contexts,
+        b.mean_context_tokens
+    )
+}
+
+/// Scores of one task in percent with their intervals; the full cache in the first row. `None` without the policy.
+pub fn benchmark_table(benchmark: &BenchmarkResults, policy: Policy) -> Option<String> {
+    let cells = benchmark.cells.iter().filter(|c| c.policy == policy);
+    let grid = Grid::new(cells.map(|c| (c.method, c.ratio, percent(c.score))));
+    grid.render(Some(("full cache", percent(benchmark.full))))
+}
+
+/// Scores in percent, every task of a suite counting alike. `None` if it has one task only, or without the policy.
+pub fn suite_table(results: &Results, suite: &str, policy: Policy) -> Option<String> {
+    let tasks: Vec<&BenchmarkResults> = results.benchmarks.iter().filter(|b| b.suite == suite).collect();
+    let [first, _, ..] = tasks.as_slice() else { return None };
+    let mean = |of: &dyn Fn(&BenchmarkResults) -> f64| {
+        format!("{:.1}", 100.0 * tasks.iter().map(|b| of(b)).sum::<f64>() / tasks.len() as f64)
+    };
+    let cells = first.cells.iter().filter(|c| c.policy == policy).map(|c| {
+        let score = |b: &BenchmarkResults| b.cell(c.method, policy, c.ratio).map_or(0.0, |c| c.score.mean);
+        (c.method, c.ratio, mean(&score))
+    });
+    Grid::new(cells).render(Some(("full cache", mean(&|b| b.full.mean))))
 }
 
 /// Recall of KVzip's kept set in percent. `None` if the policy was not measured.

@@ -3,11 +3,14 @@
 //! - `fixture`: shards, mapper and contexts of the nano pair
 //! - `whole`: every method and both tasks; what must hold at full and at small budgets
 //! - `answers`: what is written as an answer is what greedy decoding says
+//! - `benchmarks`: tasks of standard benchmarks, conversations, more examples later
 //! - `continued`: an interrupted evaluation ends with the same numbers
 //! - `refused`: shards that do not belong together
 
 #[path = "nano/answers.rs"]
 mod answers;
+#[path = "nano/benchmarks.rs"]
+mod benchmarks;
 #[path = "nano/continued.rs"]
 mod continued;
 #[path = "nano/fixture.rs"]

@@ -28,6 +28,8 @@ pub(crate) struct Frame {
     pub prefix: String,
     /// After it, up to where the model's answer begins.
     pub switch: String,
+    /// Between the model's answer and the user's next text; none if the template cannot render a conversation.
+    pub turn: Option<String>,
 }
 
 impl Frame {
@@ -37,9 +39,10 @@ impl Frame {
     /// The template cannot be parsed or rendered, or drops the user's text.
     pub fn of_folder(folder: &Path, tokenizer_config: &Value) -> Result<Self> {
         let Some(template) = source(folder, tokenizer_config)? else {
-            return Ok(Self { prefix: String::new(), switch: "\n".to_owned() });
+            let turn = Some("\n\n".to_owned());
+            return Ok(Self { prefix: String::new(), switch: "\n".to_owned(), turn });
         };
-        let text = render(&template, tokenizer_config).with_context(|| {
+        let text = render(&template, tokenizer_config, &["user"]).with_context(|| {
             hinted(
                 format!("rendering the chat template of `{}`", folder.display()),
                 "put a corrected template into `chat_template.jinja` in the model's folder; it takes precedence",
@@ -51,7 +54,12 @@ impl Frame {
                 "the template must render a conversation of one user message",
             )
         })?;
-        Ok(Self { prefix: prefix.to_owned(), switch: switch.to_owned() })
+        // Some templates take no answers, or drop them; then there are no conversations.
+        let conversation =
+            render(&template, tokenizer_config, &["user", "assistant", "user"]).unwrap_or_default();
+        let pieces: Vec<&str> = conversation.split(MARK).collect();
+        let turn = if pieces.len() == 4 { Some(pieces[2].to_owned()) } else { None };
+        Ok(Self { prefix: prefix.to_owned(), switch: switch.to_owned(), turn })
     }
 }
 
@@ -92,8 +100,8 @@ pub(crate) fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
 
-/// One user message, ready for the answer, without a reasoning section where a model has one.
-fn render(template: &str, tokenizer_config: &Value) -> Result<String> {
+/// Messages of `roles`, ready for the answer, without a reasoning section where a model has one.
+fn render(template: &str, tokenizer_config: &Value, roles: &[&str]) -> Result<String> {
     let mut env = Environment::new();
     // As transformers sets up Jinja.
     env.set_trim_blocks(true);
@@ -108,14 +116,15 @@ fn render(template: &str, tokenizer_config: &Value) -> Result<String> {
         }
     }
     env.add_template("chat", template)?;
+    let messages: Vec<Jinja> = roles.iter().map(|role| context! { role => role, content => MARK }).collect();
     let text = env.get_template("chat")?.render(context! {
-        messages => [context! { role => "user", content => MARK }],
+        messages => messages,
         add_generation_prompt => true,
         enable_thinking => false,
         tools => (),
         documents => (),
     })?;
-    ensure!(text.matches(MARK).count() <= 1, "it repeats the user's message");
+    ensure!(text.matches(MARK).count() <= roles.len(), "it repeats the user's message");
     Ok(text)
 }
 
@@ -212,8 +221,24 @@ mod tests {
     use serde_json::json;
 
     fn rendered(template: &str) -> String {
-        render(template, &json!({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": null}))
-            .unwrap()
+        let config = json!({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": null});
+        render(template, &config, &["user"]).unwrap()
+    }
+
+    #[test]
+    fn a_conversation_shows_what_stands_between_answer_and_question() {
+        let dir = tempfile::tempdir().unwrap();
+        let frame = |template: &str| {
+            fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+            Frame::of_folder(dir.path(), &Value::Null).unwrap()
+        };
+        let body = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</t>{% endfor %}[assistant]";
+        let f = frame(body);
+        assert_eq!((f.prefix.as_str(), f.switch.as_str()), ("[user]", "</t>[assistant]"));
+        assert_eq!(f.turn.as_deref(), Some("</t>[user]"));
+        let single =
+            format!("{{% if messages|length > 1 %}}{{{{ raise_exception('one only') }}}}{{% endif %}}{body}");
+        assert_eq!(frame(&single).turn, None);
     }
 
     #[test]
@@ -269,7 +294,8 @@ mod tests {
 
     #[test]
     fn a_template_may_refuse() {
-        let error = render("{{ raise_exception('only system messages') }}", &json!({})).unwrap_err();
+        let error =
+            render("{{ raise_exception('only system messages') }}", &json!({}), &["user"]).unwrap_err();
         assert!(format!("{error:#}").contains("only system messages"), "{error:#}");
     }
 }

@@ -21,6 +21,7 @@ pub struct TextTokenizer {
     tokenizer: Tokenizer,
     prefix: Vec<u32>,
     switch: Vec<u32>,
+    turn: Option<Vec<u32>>,
     stop: Vec<u32>,
     template_hash: String,
     vocab_hash: String,
@@ -54,10 +55,12 @@ impl TextTokenizer {
             tokenizer,
             prefix: Vec::new(),
             switch: Vec::new(),
+            turn: None,
             stop: Vec::new(),
         };
         opened.prefix = opened.encode(&frame.prefix)?;
         opened.switch = opened.encode(&frame.switch)?;
+        opened.turn = frame.turn.map(|turn| opened.encode(&turn)).transpose()?;
         opened.stop = opened.find_stop_tokens(folder, &config)?;
         Ok(opened)
     }
@@ -82,6 +85,11 @@ impl TextTokenizer {
     /// Tokens between the user's text and the model's answer.
     pub fn switch(&self) -> &[u32] {
         &self.switch
+    }
+
+    /// Tokens between the model's answer and the user's next text; `None` if the chat template takes no conversation.
+    pub fn turn(&self) -> Option<&[u32]> {
+        self.turn.as_deref()
     }
 
     /// SHA-256 of the rendered template: texts of prefix and switch.

@@ -12,6 +12,7 @@ mod section;
 pub use load::{Recipe, load};
 pub use manifest::{Facts, Manifest, Source, SourceFormat, load_manifest};
 pub use pkv_core::StoreDtype;
+pub use section::benchmark::{BenchmarkSection, SharedContext};
 pub use section::data::DataSection;
 pub use section::eval::{AnswerMatch, EvalSection, Method, Task};
 pub use section::extract::ExtractSection;

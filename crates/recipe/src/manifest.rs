@@ -64,6 +64,8 @@ pub enum SourceFormat {
     Txt,
     Jsonl,
     Parquet,
+    /// One JSON file, as some benchmarks come; no documents.
+    Json,
 }
 
 /// Planted-fact augmentation: sentences such as "The owner of the silver lantern is Alice Tall." at

@@ -1,5 +1,6 @@
 //! The sections of a recipe, one file each.
 
+pub mod benchmark;
 pub mod data;
 pub mod eval;
 pub mod extract;

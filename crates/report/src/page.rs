@@ -35,6 +35,7 @@ struct Page {
     ranks: Option<Table>,
     answers: Vec<Figure>,
     perplexity: Vec<Figure>,
+    benchmarks: Vec<Table>,
     methods: Vec<Meaning>,
     heads: Option<Heads>,
     example: Option<ExampleView>,
@@ -89,6 +90,7 @@ pub fn render(data: &RunData) -> Result<String> {
         ranks: results.and_then(|r| tables::ranks(&r.labels)),
         answers: results.map(answers).unwrap_or_default(),
         perplexity: results.map(perplexity).unwrap_or_default(),
+        benchmarks: results.map(benchmarks).unwrap_or_default(),
         methods: results.map(meanings).unwrap_or_default(),
         heads: results.and_then(heads),
         example: results.and_then(|r| r.worked_example.as_ref()).and_then(example::view),
@@ -173,12 +175,23 @@ fn perplexity(results: &Results) -> Vec<Figure> {
     policies(found.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
 
+/// Tasks of standard benchmarks, each under every policy.
+fn benchmarks(results: &Results) -> Vec<Table> {
+    let of = |b| policies_of(b).into_iter().filter_map(move |policy| tables::benchmark(b, policy));
+    results.benchmarks.iter().flat_map(of).collect()
+}
+
+fn policies_of(b: &pkv_eval::BenchmarkResults) -> Vec<Policy> {
+    policies(b.cells.iter().map(|c| c.policy))
+}
+
 /// The methods that were measured, each in a sentence.
 fn meanings(results: &Results) -> Vec<Meaning> {
     let measured = |m: &pkv_recipe::Method| {
         results.labels.cells.iter().any(|c| c.method == *m)
             || results.facts.iter().flat_map(|f| &f.cells).any(|c| c.method == *m)
             || results.perplexity.iter().flat_map(|p| &p.cells).any(|c| c.method == *m)
+            || results.benchmarks.iter().flat_map(|b| &b.cells).any(|c| c.method == *m)
     };
     pkv_recipe::Method::ALL
         .into_iter()

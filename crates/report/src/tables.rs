@@ -1,7 +1,7 @@
 //! Tables of an evaluation: methods down, retention ratios across, the best in bold.
 
 use pkv_core::Policy;
-use pkv_eval::{FactsResults, Interval, LabelResults, PerplexityResults};
+use pkv_eval::{BenchmarkResults, FactsResults, Interval, LabelResults, PerplexityResults};
 use pkv_recipe::Method;
 use serde::Serialize;
 
@@ -95,6 +95,32 @@ pub fn facts(facts: &FactsResults, policy: Policy) -> Vec<Table> {
         points,
     );
     [answers, relative, of_full, kl, flips].into_iter().filter(|t| !t.rows.is_empty()).collect()
+}
+
+/// Scores of one task of a benchmark, for one policy.
+pub fn benchmark(b: &BenchmarkResults, policy: Policy) -> Option<Table> {
+    let cells = b.cells.iter().filter(|c| c.policy == policy);
+    let cut = if b.cut > 0 { format!(" Of {} the middle was cut out.", b.cut) } else { String::new() };
+    let mut table = build(
+        &format!("{} {}, score in percent", b.suite, b.task),
+        &format!(
+            "{} questions about {} contexts of {:.0} tokens; policy {}. Small type: 95% interval over contexts.{cut}",
+            b.questions,
+            b.contexts,
+            b.mean_context_tokens,
+            policy.name()
+        ),
+        cells.map(|c| (c.method, c.ratio, c.score)),
+        Best::Highest,
+        points,
+    );
+    let full = Cell { value: points(b.full.mean), interval: interval(b.full, points), best: false };
+    let cells = table.columns.iter().map(|_| Some(full.clone())).collect();
+    let row = Row { name: "full cache".to_owned(), class: "m-full".to_owned(), reference: true, cells };
+    (!table.rows.is_empty()).then(|| {
+        table.rows.insert(0, row);
+        table
+    })
 }
 
 /// Recall of KVzip's kept set and the share of its score mass, for one policy.

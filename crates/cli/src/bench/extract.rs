@@ -13,7 +13,7 @@ use super::models::{PREFIX_TOKENS, Subject, TEMPLATE};
 
 /// Rows per context: `prefill`, without logits; then, each beside it, features with the windowed
 /// channels alone, with all prefill channels, with the channels and globals of the recipe (surprisal
-/// needs the LM head at every position), and with the reconstruction channels. Globals other than
+/// needs the LM head at every position), and with the reconstruction channels, without and with their mean. Globals other than
 /// surprisal cost nothing and are in all of them.
 ///
 /// # Errors
@@ -71,6 +71,8 @@ fn variants(section: &ExtractSection) -> Vec<(&'static str, ExtractSection)> {
         ("windowed", with(&windowed)),
         ("all prefill", with(&Channel::PREFILL)),
         ("recipe", section.clone()),
-        ("reconstruction", with(&Channel::RECONSTRUCTION)),
+        // The scores, which is what the peer computes; the mean over rows comes on top and has no fused kernel.
+        ("reconstruction", with(&[Channel::ReconLog, Channel::ReconLogOdds])),
+        ("recon + mean", with(&Channel::RECONSTRUCTION)),
     ]
 }

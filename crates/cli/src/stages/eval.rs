@@ -7,12 +7,13 @@ use pkv_checkpoint::write_tensors;
 use pkv_core::{Fingerprint, Split};
 use pkv_data::{FactContext, fact_contexts};
 use pkv_eval::{EvalInputs, RESULTS_FILE, Results};
-use pkv_recipe::Task;
+use pkv_recipe::{EvalSection, Task};
 use pkv_shard::durable::WriteBudget;
 use pkv_shard::{Example, StageReader};
 use serde_json::json;
 
 use super::{Outcome, train};
+use crate::benchmarks::Material;
 use crate::mapper_source::{Trained, from_checkpoint, from_export};
 use crate::session::Session;
 
@@ -40,7 +41,12 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         None => from_checkpoint(s, &upstream)?,
     };
     let out = folder(s, options);
-    let fingerprint = fingerprint(s, &trained);
+    let material = Material::open(s)?;
+    let tokenizer = &upstream.target.tokenizer;
+    let count = |text: &str| Ok(tokenizer.encode(text)?.len());
+    let benchmarks = material.benchmarks(s, tokenizer, &count)?;
+    let identities: Vec<&str> = benchmarks.iter().map(|b| b.identity.as_str()).collect();
+    let fingerprint = fingerprint(s, &trained, &s.recipe.eval).with("benchmarks", identities);
     let complete = pkv_eval::is_complete(&out, &fingerprint);
     let skipped = format!("results of the {} match the recipe", trained.source);
     if complete && options.kept.is_none() {
@@ -61,12 +67,14 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         labels: &s.run.labels(),
         features: &s.run.features(),
         fact_contexts: &contexts,
+        benchmarks: &benchmarks,
         section: &s.recipe.eval,
         label: &s.recipe.label,
         extract: &s.recipe.extract,
         pool: trained.pool,
         seed: s.recipe.seed,
         fingerprint,
+        context_fingerprint: context_fingerprint(s, &trained),
         out: &out,
         check_stop: &|| s.check_stop(),
     };
@@ -80,18 +88,32 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     Ok(Outcome::Done(json!({
         "mapper": trained.source,
         "test_contexts": results.labels.contexts,
-        "questions": results.facts.as_ref().map_or(0, |f| f.questions),
+        "questions": results.facts.as_ref().map_or(0, |f| f.questions)
+            + results.benchmarks.iter().map(|b| b.questions).sum::<usize>(),
     })))
 }
 
 /// The results' choices: the mapper, the recipe's `eval`, the step it was taken at.
-fn fingerprint(s: &Session, trained: &Trained) -> Fingerprint {
+fn fingerprint(s: &Session, trained: &Trained, eval: &EvalSection) -> Fingerprint {
     Fingerprint::new()
         .with("mapper", &trained.fingerprint)
         .with("step", trained.step)
-        .with("eval", &s.recipe.eval)
+        .with("eval", eval)
         .with("seed", s.recipe.seed)
         .with("source", &trained.source)
+}
+
+/// The choices of a single context: not which tasks there are, how many contexts, how they are summed up.
+fn context_fingerprint(s: &Session, trained: &Trained) -> Fingerprint {
+    let defaults = EvalSection::default();
+    let eval = EvalSection {
+        tasks: Vec::new(),
+        contexts: 0,
+        bootstrap: 0,
+        benchmark: defaults.benchmark,
+        ..s.recipe.eval.clone()
+    };
+    fingerprint(s, trained, &eval)
 }
 
 /// Contexts with planted facts, from the documents of the test split.

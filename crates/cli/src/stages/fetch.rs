@@ -6,7 +6,7 @@ use anyhow::Result;
 use pkv_hub::Hub;
 
 use crate::args::{Cli, RecipeArgs};
-use crate::session::{manifest_path, recipe_root};
+use crate::session::{benchmark_manifest_path, manifest_path, recipe_root};
 use crate::terminal::Bar;
 
 pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool) -> Result<()> {
@@ -19,6 +19,9 @@ pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool) -> Result<()> {
         let path = manifest_path(&recipe);
         let manifest = pkv_recipe::load_manifest(&path)?;
         pkv_hub::fetch_manifest(&hub, &manifest, &path, &bar)?;
+        if let Some(path) = benchmark_manifest_path(&recipe) {
+            pkv_hub::fetch_manifest(&hub, &pkv_recipe::load_manifest(&path)?, &path, &bar)?;
+        }
     }
     if cli.json {
         let folder = |r: &pkv_hub::Resolved| serde_json::json!({"folder": r.folder, "revision": r.revision});

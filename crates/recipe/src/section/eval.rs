@@ -4,6 +4,8 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::{Policy, RetentionRatio, hinted};
 use serde::{Deserialize, Serialize};
 
+use super::benchmark::BenchmarkSection;
+
 /// Metrics, tasks, methods, ratios and policies of the evaluation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -31,6 +33,8 @@ pub struct EvalSection {
     pub continuation_tokens: usize,
     /// Resamples of the bootstrap over contexts.
     pub bootstrap: usize,
+    /// What the benchmark tasks ask.
+    pub benchmark: BenchmarkSection,
 }
 
 /// A way to score KV pairs.
@@ -67,6 +71,12 @@ pub enum Task {
     Facts,
     /// The document's continuation after the pruned context.
     Perplexity,
+    /// RULER's 13 tasks, generated at any length.
+    Ruler,
+    /// LongBench's 21 tasks, from its own files.
+    Longbench,
+    /// SCBench's 12 tasks, from its own files.
+    Scbench,
 }
 
 /// When an answer to a planted fact counts as right.
@@ -128,6 +138,7 @@ impl Default for EvalSection {
             max_answer_tokens: 24,
             continuation_tokens: 64,
             bootstrap: 2000,
+            benchmark: BenchmarkSection::default(),
         }
     }
 }
@@ -136,6 +147,7 @@ impl EvalSection {
     pub(crate) fn check(&self) -> Result<()> {
         check_ratios("eval.ratios", &self.ratios)?;
         check_ratios("eval.answer_ratios", &self.answer_ratios)?;
+        self.benchmark.check()?;
         ensure!(!self.policies.is_empty(), "`eval.policies` is empty");
         ensure!(!self.methods.is_empty(), "`eval.methods` is empty");
         for (name, n) in [

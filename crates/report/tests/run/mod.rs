@@ -153,6 +153,7 @@ pub fn results() -> Results {
             full: Interval { mean: 1.5, low: 1.4, high: 1.6 },
             cells: perplexity,
         }),
+        benchmarks: Vec::new(),
         worked_example: Some(example()),
         timings: vec![
             Timing { what: "prefill of the target".to_owned(), secs: 14.1, times: 160 },

@@ -1,0 +1,263 @@
+//! Standard benchmarks asked of a pruned cache: RULER, LongBench, SCBench.
+//!
+//! A context is prefilled and scored once; every method, policy and retention ratio answers all its questions
+//! from the same scores. Drift is measured along the full cache's own answer, which needs no right one to be
+//! unique, and answers that do not leave it are not decoded again. What an answer is worth is `pkv-tasks`'.
+
+use anyhow::{Context, Result, ensure};
+use pkv_core::hinted;
+use pkv_lm::TextTokenizer;
+use pkv_recipe::Method;
+use pkv_tasks::{Example, cut_middle};
+use serde::{Deserialize, Serialize};
+
+use crate::asking::{Asking, Question, Said};
+use crate::bootstrap::Bootstrap;
+use crate::cell::Cell;
+use crate::context::{PrunedContext, forward_bytes};
+use crate::forced::Continuation;
+use crate::results::{BenchmarkCell, BenchmarkResults, Interval, Timing};
+
+/// Makes example number `index` of a task; the same one whenever it is asked for.
+pub type MakeExample<'a> = Box<dyn Fn(usize) -> Result<Example> + 'a>;
+
+/// One task of a benchmark, its examples made when they are needed.
+pub struct Benchmark<'a> {
+    /// `ruler`, `longbench` or `scbench`.
+    pub suite: &'static str,
+    /// The task's name in its suite.
+    pub task: String,
+    pub examples: usize,
+    pub example: MakeExample<'a>,
+    /// Longest prompt in tokens; of longer ones the middle is cut out. `None` where examples have their length.
+    pub prompt_tokens: Option<usize>,
+    /// What the examples depend on beside their number: settings, files, versions. Outcomes are kept by it.
+    pub identity: String,
+}
+
+/// What one context says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BenchOutcome {
+    pub context_tokens: usize,
+    /// Whether its middle was cut out.
+    pub cut: bool,
+    pub asked: Vec<BenchAsked>,
+    /// The full cache's answers, one per turn.
+    pub full: Vec<BenchAnswer>,
+    /// Answers of each cell.
+    pub cells: Vec<Vec<BenchAnswer>>,
+    pub timings: Vec<Timing>,
+}
+
+/// A turn as it was asked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BenchAsked {
+    pub question: String,
+    pub wanted: Vec<String>,
+    pub part: String,
+}
+
+/// One answer to one turn.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BenchAnswer {
+    pub text: String,
+    /// In [0, 1].
+    pub score: f64,
+    /// KL(full || pruned), summed over the tokens of the full cache's answer, nats.
+    pub kl: f64,
+    /// Of these tokens, those whose most likely token differs from the full cache's.
+    pub flipped: u32,
+    pub tokens: u32,
+}
+
+/// An example in tokens, ready to be read.
+pub struct Tokenized {
+    pub context: Vec<u32>,
+    pub cut: bool,
+    /// Per turn: what is read behind the context.
+    prompts: Vec<Vec<u32>>,
+}
+
+/// Tokenize an example; of a prompt above `prompt_tokens` the middle is cut out of the context.
+///
+/// # Errors
+/// A text cannot be encoded, nothing of the context is left, or it is a conversation and the chat template takes none.
+pub fn tokenize(e: &Example, prompt_tokens: Option<usize>, tokenizer: &TextTokenizer) -> Result<Tokenized> {
+    let mut context = tokenizer.encode(&e.context)?;
+    let mut prompts: Vec<Vec<u32>> = Vec::with_capacity(e.turns.len());
+    for (i, turn) in e.turns.iter().enumerate() {
+        let mut prompt = Vec::new();
+        if e.conversation && i > 0 {
+            prompt.extend(&prompts[i - 1]);
+            prompt.extend(tokenizer.encode(&e.turns[i - 1].given)?);
+            prompt.extend(tokenizer.turn().with_context(|| {
+                hinted(
+                    format!(
+                        "example `{}` is a conversation, which the model's chat template does not take",
+                        e.id
+                    ),
+                    "set `eval.benchmark.scbench_mode` to `multi-request`",
+                )
+            })?);
+        }
+        prompt.extend(tokenizer.encode(&turn.question)?);
+        if e.chat {
+            prompt.extend(tokenizer.switch());
+        }
+        prompt.extend(tokenizer.encode(&turn.answer_prefix)?);
+        ensure!(!prompt.is_empty(), "turn {} of example `{}` asks nothing", i + 1, e.id);
+        prompts.push(prompt);
+    }
+    let mut cut = false;
+    if let Some(most) = prompt_tokens {
+        let after = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        cut = cut_middle(&mut context, after, most);
+    }
+    ensure!(
+        !context.is_empty(),
+        hinted(
+            format!("the questions of example `{}` leave no room for its context", e.id),
+            "raise `eval.benchmark.prompt_tokens`"
+        )
+    );
+    Ok(Tokenized { context, cut, prompts })
+}
+
+impl Asking<'_> {
+    /// Ask every turn of the full cache and of every cell's pruned one; times are left to the caller.
+    ///
+    /// # Errors
+    /// A forward pass fails.
+    pub fn bench(
+        &self,
+        e: &Example,
+        tokenized: &Tokenized,
+        cells: &[Cell],
+        pruned: &PrunedContext,
+    ) -> Result<BenchOutcome> {
+        let prompts: Vec<(Vec<u32>, usize)> =
+            tokenized.prompts.iter().cloned().zip(e.turns.iter().map(|t| t.max_new_tokens)).collect();
+        let full = self.answer_full(&prompts, &pruned.cache)?;
+        let mut own_texts = Vec::with_capacity(full.len());
+        let mut questions = Vec::with_capacity(full.len());
+        for ((prompt, max_tokens), (answer, ended)) in prompts.into_iter().zip(full) {
+            own_texts.push(self.tokenizer.decode(&answer)?);
+            let stop = self.tokenizer.stop_tokens().first().filter(|_| ended);
+            let wanted: Vec<u32> = answer.into_iter().chain(stop.copied()).collect();
+            questions.push(Question { continuation: Continuation { prompt, wanted }, max_tokens });
+        }
+        let mut rows: Vec<Vec<Said>> = vec![Vec::new(); cells.len() + 1];
+        for group in self.groups(&questions) {
+            for (row, said) in rows.iter_mut().zip(self.ask(group, cells, pruned)?) {
+                row.extend(said);
+            }
+        }
+        let answer = |(i, said): (usize, Said)| {
+            let text = said.text.unwrap_or_else(|| own_texts[i].clone());
+            let score = e.turns[i].score(&text);
+            BenchAnswer { text, score, kl: said.kl, flipped: said.flipped, tokens: said.tokens }
+        };
+        let mut rows = rows.into_iter().map(|row| row.into_iter().enumerate().map(answer).collect());
+        let full = rows.next().unwrap_or_default();
+        let asked = e.turns.iter().map(|t| BenchAsked {
+            question: t.question.clone(),
+            wanted: t.wanted.clone(),
+            part: t.part.clone(),
+        });
+        Ok(BenchOutcome {
+            context_tokens: tokenized.context.len(),
+            cut: tokenized.cut,
+            asked: asked.collect(),
+            full,
+            cells: rows.collect(),
+            timings: Vec::new(),
+        })
+    }
+
+    /// Turns that are asked together: the log-probabilities of one mask stay within half of a forward's memory.
+    fn groups<'q>(&self, questions: &'q [Question]) -> Vec<&'q [Question]> {
+        let vocab = self.target.shape().vocab;
+        let most = (forward_bytes(self.target.device()) / 2 / (8 * vocab)).max(1);
+        let mut groups = Vec::new();
+        let mut rest = questions;
+        while !rest.is_empty() {
+            let mut tokens = 0;
+            let fits = rest.iter().take_while(|q| {
+                tokens += q.continuation.wanted.len();
+                tokens <= most
+            });
+            let (group, after) = rest.split_at(fits.count().max(1));
+            groups.push(group);
+            rest = after;
+        }
+        groups
+    }
+}
+
+/// All contexts of a task together; tasks that mix parts give one result for each.
+pub fn summarize(
+    benchmark: &Benchmark,
+    cells: &[Cell],
+    outcomes: &[BenchOutcome],
+    bootstrap: &Bootstrap,
+) -> Vec<BenchmarkResults> {
+    let mut parts: Vec<&str> = Vec::new();
+    for asked in outcomes.iter().flat_map(|o| &o.asked) {
+        if !parts.contains(&asked.part.as_str()) {
+            parts.push(&asked.part);
+        }
+    }
+    let one = |part: &str| {
+        let turns = |o: &BenchOutcome| -> Vec<usize> {
+            (0..o.asked.len()).filter(|&i| o.asked[i].part == part).collect()
+        };
+        let total =
+            |row: &dyn Fn(&BenchOutcome) -> Vec<BenchAnswer>, of: &dyn Fn(&BenchAnswer) -> f64| -> Vec<f64> {
+                outcomes
+                    .iter()
+                    .map(|o| {
+                        let row = row(o);
+                        turns(o).into_iter().map(|i| of(&row[i])).sum()
+                    })
+                    .collect()
+            };
+        let full_row = |o: &BenchOutcome| o.full.clone();
+        let n = total(&full_row, &|_| 1.0);
+        let tokens = total(&full_row, &|a| f64::from(a.tokens));
+        let full = total(&full_row, &|a| a.score);
+        let share =
+            |above: &[f64], below: &[f64]| bootstrap.ratio(above, below).unwrap_or(Interval::exact(0.0));
+        let of_cell = |i: usize| total(&|o| o.cells[i].clone(), &|a| a.score);
+        let cell = |(i, c): (usize, &Cell)| {
+            let row = |o: &BenchOutcome| o.cells[i].clone();
+            let mine = of_cell(i);
+            let kvzip = cells
+                .iter()
+                .position(|k| (k.method, k.policy, k.ratio) == (Method::Kvzip, c.policy, c.ratio));
+            BenchmarkCell {
+                method: c.method,
+                policy: c.policy,
+                ratio: c.ratio.get(),
+                score: share(&mine, &n),
+                kl: share(&total(&row, &|a| a.kl), &tokens),
+                flips: share(&total(&row, &|a| f64::from(a.flipped)), &tokens),
+                of_kvzip: kvzip.and_then(|k| bootstrap.ratio(&mine, &of_cell(k))),
+                of_full: bootstrap.ratio(&mine, &full),
+            }
+        };
+        let task =
+            if part == benchmark.task { part.to_owned() } else { format!("{}/{part}", benchmark.task) };
+        BenchmarkResults {
+            suite: benchmark.suite.to_owned(),
+            task,
+            contexts: outcomes.len(),
+            questions: n.iter().sum::<f64>() as usize,
+            mean_context_tokens: outcomes.iter().map(|o| o.context_tokens as f64).sum::<f64>()
+                / outcomes.len().max(1) as f64,
+            cut: outcomes.iter().filter(|o| o.cut).count(),
+            full: share(&full, &n),
+            cells: cells.iter().enumerate().map(cell).collect(),
+        }
+    };
+    parts.into_iter().map(one).collect()
+}

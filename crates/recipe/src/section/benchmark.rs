@@ -1,0 +1,70 @@
+//! `[eval.benchmark]`: standard benchmarks that the `ruler`, `longbench` and `scbench` tasks ask.
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// Which tasks of each benchmark, how many examples, how long.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BenchmarkSection {
+    /// Data manifest of the benchmarks' files; its sources are named `essays`, `squad`, `hotpotqa`, `words` (RULER),
+    /// `longbench` and `scbench`. Empty: none, which leaves RULER's tasks that need no file.
+    pub manifest: String,
+    /// Examples of each task, at most.
+    pub examples: usize,
+    /// Tokens of a RULER example, chat template and room for the answer included.
+    pub ruler_tokens: usize,
+    /// RULER's tasks; empty: all whose sources the manifest has.
+    pub ruler_tasks: Vec<String>,
+    /// LongBench's tasks; empty: all whose files there are.
+    pub longbench_tasks: Vec<String>,
+    /// SCBench's tasks; empty: all whose files there are.
+    pub scbench_tasks: Vec<String>,
+    pub scbench_mode: SharedContext,
+    /// Longest prompt of LongBench and SCBench in tokens; of longer ones the middle is cut out. 31,500 is LongBench's
+    /// own limit for models of 32k.
+    pub prompt_tokens: usize,
+    /// Most tokens of an answer; 0: as many as each benchmark says. Fewer save time on models that do not stop, such as
+    /// small ones that were never taught to, and lose what comes later.
+    pub answer_tokens: usize,
+}
+
+/// How the questions of one SCBench context hang together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SharedContext {
+    /// A conversation: each turn sees those before it, with their right answers.
+    #[default]
+    MultiTurn,
+    /// Each is asked of the context alone.
+    MultiRequest,
+}
+
+impl Default for BenchmarkSection {
+    fn default() -> Self {
+        Self {
+            manifest: String::new(),
+            examples: 100,
+            ruler_tokens: 4096,
+            ruler_tasks: Vec::new(),
+            longbench_tasks: Vec::new(),
+            scbench_tasks: Vec::new(),
+            scbench_mode: SharedContext::MultiTurn,
+            prompt_tokens: 31_500,
+            answer_tokens: 0,
+        }
+    }
+}
+
+impl BenchmarkSection {
+    pub(crate) fn check(&self) -> Result<()> {
+        for (name, n) in [
+            ("examples", self.examples),
+            ("ruler_tokens", self.ruler_tokens),
+            ("prompt_tokens", self.prompt_tokens),
+        ] {
+            ensure!(n > 0, "`eval.benchmark.{name}` is 0");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,53 @@
+//! One example of a benchmark: a context and what is asked of it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::metric::Metric;
+
+/// A context and its questions. The context is prefilled and pruned before any question is known.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Example {
+    /// Name within its task, the same in every run.
+    pub id: String,
+    /// All text before the first question, instructions included.
+    pub context: String,
+    /// At least one.
+    pub turns: Vec<Turn>,
+    /// Whether a turn sees the turns before it, with their wanted answers; else each is asked of the context alone.
+    pub conversation: bool,
+    /// Whether the model's chat template closes the question. Some tasks are continuations (code, few-shot lists),
+    /// which the references give to chat models without a template.
+    pub chat: bool,
+}
+
+/// One question of a context.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Turn {
+    /// Text between the context (or the turn before) and the model's answer.
+    pub question: String,
+    /// How the answer begins: given, not generated. Empty for most tasks.
+    pub answer_prefix: String,
+    /// Answers that count, in the form that the metric reads.
+    pub wanted: Vec<String>,
+    /// The right answer as later turns of a conversation see it.
+    pub given: String,
+    /// What else the metric compares with: LongBench's classes, a repository's other functions.
+    pub others: Vec<String>,
+    pub metric: Metric,
+    pub max_new_tokens: usize,
+    /// Whether only the answer's first line counts (LongBench's few-shot tasks).
+    pub first_line: bool,
+    /// What this turn counts for, where a task mixes several; else the task's name.
+    pub part: String,
+}
+
+impl Turn {
+    /// What `answer` is worth, in [0, 1].
+    pub fn score(&self, answer: &str) -> f64 {
+        let answer = match self.first_line {
+            true => answer.trim_start_matches('\n').split('\n').next().unwrap_or_default(),
+            false => answer,
+        };
+        self.metric.score(answer, &self.wanted, &self.others)
+    }
+}

@@ -1,0 +1,315 @@
+//! RULER (arXiv 2404.06654): 13 tasks whose examples are made up, at any length.
+//!
+//! Parameters, prompts and scoring are those of NVIDIA/RULER at commit c3f5e3b, the version behind the
+//! published tables: `scripts/synthetic.yaml`, `scripts/data/synthetic/constants.py` and the generators
+//! beside it, `scripts/eval/synthetic/constants.py`. Each constant names its file. Random numbers are ours,
+//! so examples differ from the reference's in what is drawn, not in what it is drawn from.
+//!
+//! Differs everywhere: the reference looks for one size per task and shortens single examples by large
+//! steps; here an example is shortened in steps of 1/64, so lengths lie closer to the wanted one. The
+//! reference shuffles with one fixed seed per run; here every example shuffles on its own.
+
+mod cwe;
+mod fwe;
+mod niah;
+mod qa;
+mod sources;
+mod vt;
+
+use anyhow::{Context, Result, bail, ensure};
+use pkv_core::{Rng, Seed, hinted};
+use serde::{Deserialize, Serialize};
+
+pub use qa::{QaSet, Question};
+pub use sources::Sources;
+
+use crate::example::{Example, Turn};
+use crate::fit::largest;
+use crate::metric::Metric;
+use crate::words::Words;
+
+/// A task of RULER.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RulerTask {
+    /// One needle (word to number) in repeated noise.
+    #[serde(rename = "niah_single_1")]
+    NiahSingle1,
+    /// One needle in essays.
+    #[serde(rename = "niah_single_2")]
+    NiahSingle2,
+    /// One needle in essays, its value a UUID.
+    #[serde(rename = "niah_single_3")]
+    NiahSingle3,
+    /// Four needles in essays, one asked for.
+    #[serde(rename = "niah_multikey_1")]
+    NiahMultikey1,
+    /// A needle among needles.
+    #[serde(rename = "niah_multikey_2")]
+    NiahMultikey2,
+    /// A needle among needles, keys and values UUIDs.
+    #[serde(rename = "niah_multikey_3")]
+    NiahMultikey3,
+    /// Four values of one key in essays.
+    NiahMultivalue,
+    /// Four keys asked for at once, in essays.
+    NiahMultiquery,
+    /// Variable tracking: a chain of assignments in noise.
+    Vt,
+    /// Common words extraction.
+    Cwe,
+    /// Frequent words extraction.
+    Fwe,
+    /// Questions of SQuAD among its paragraphs.
+    #[serde(rename = "qa_1")]
+    Qa1,
+    /// Questions of HotpotQA among its paragraphs.
+    #[serde(rename = "qa_2")]
+    Qa2,
+}
+
+impl RulerTask {
+    pub const ALL: [Self; 13] = [
+        Self::NiahSingle1,
+        Self::NiahSingle2,
+        Self::NiahSingle3,
+        Self::NiahMultikey1,
+        Self::NiahMultikey2,
+        Self::NiahMultikey3,
+        Self::NiahMultivalue,
+        Self::NiahMultiquery,
+        Self::Vt,
+        Self::Cwe,
+        Self::Fwe,
+        Self::Qa1,
+        Self::Qa2,
+    ];
+
+    /// The name in RULER's tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NiahSingle1 => "niah_single_1",
+            Self::NiahSingle2 => "niah_single_2",
+            Self::NiahSingle3 => "niah_single_3",
+            Self::NiahMultikey1 => "niah_multikey_1",
+            Self::NiahMultikey2 => "niah_multikey_2",
+            Self::NiahMultikey3 => "niah_multikey_3",
+            Self::NiahMultivalue => "niah_multivalue",
+            Self::NiahMultiquery => "niah_multiquery",
+            Self::Vt => "vt",
+            Self::Cwe => "cwe",
+            Self::Fwe => "fwe",
+            Self::Qa1 => "qa_1",
+            Self::Qa2 => "qa_2",
+        }
+    }
+
+    /// Tokens that an answer may have (`tokens_to_generate` in `constants.py`); they count towards the length.
+    pub const fn max_new_tokens(self) -> usize {
+        match self {
+            Self::Vt => 30,
+            Self::Cwe => 120,
+            Self::Fwe => 50,
+            Self::Qa1 | Self::Qa2 => 32,
+            _ => 128,
+        }
+    }
+
+    /// How answers are scored (`eval/synthetic/constants.py`).
+    pub const fn metric(self) -> Metric {
+        match self {
+            Self::Qa1 | Self::Qa2 => Metric::StringMatchPart,
+            _ => Metric::StringMatchAll,
+        }
+    }
+}
+
+/// How long a text is in the model's tokens.
+pub type CountTokens<'a> = dyn Fn(&str) -> Result<usize> + 'a;
+
+/// Makes the examples of one task at one length.
+pub struct Generator<'a> {
+    task: RulerTask,
+    kind: Kind<'a>,
+    /// Most tokens of context, question and answer prefix together.
+    limit: usize,
+    count: &'a CountTokens<'a>,
+    seed: Seed,
+    /// Size that fits an example drawn for the purpose.
+    size: usize,
+}
+
+/// The generators; each turns a size (sentences, words, documents) into text.
+enum Kind<'a> {
+    Niah(niah::Niah<'a>),
+    Vt(vt::Vt),
+    Cwe(cwe::Cwe),
+    Fwe(fwe::Fwe),
+    Qa(&'a QaSet),
+}
+
+/// An example's parts; `context + question + answer_prefix` is the reference's prompt.
+pub(crate) struct Draft {
+    pub context: String,
+    pub question: String,
+    pub answer_prefix: String,
+    pub answers: Vec<String>,
+}
+
+impl<'a> Generator<'a> {
+    /// Prepare `task` for examples of `tokens` tokens, the answer's room and `frame_tokens` of chat template included.
+    ///
+    /// # Errors
+    /// The task's sources are absent, a text cannot be counted, or the length has no room for the smallest example.
+    pub fn new(
+        task: RulerTask,
+        tokens: usize,
+        frame_tokens: usize,
+        sources: &'a Sources,
+        count: &'a CountTokens<'a>,
+        seed: Seed,
+    ) -> Result<Self> {
+        let short = || {
+            hinted(
+                format!("`{}` does not fit {tokens} tokens", task.name()),
+                "raise `eval.benchmark.ruler_tokens`, or leave the task out of `eval.benchmark.ruler_tasks`",
+            )
+        };
+        let limit = tokens.checked_sub(task.max_new_tokens() + frame_tokens).with_context(short)?;
+        let mut g = Self { task, kind: Kind::of(task, tokens, limit, sources)?, limit, count, seed, size: 0 };
+        if let Kind::Vt(vt) = &mut g.kind {
+            vt.make_example(count, &mut seed.stream("ruler vt example", 0))?;
+        }
+        // A failing count is reported by the example that is drawn next.
+        let draw = |size| {
+            let mut rng = seed.stream(&format!("ruler {} size", task.name()), 0);
+            g.draft(size, 0, &mut rng).and_then(|d| g.length(&d)).unwrap_or(usize::MAX)
+        };
+        let (least, most) = g.sizes();
+        let size = largest(least, most, limit, draw);
+        if size.is_none() {
+            let mut rng = seed.stream(&format!("ruler {} size", task.name()), 0);
+            g.length(&g.draft(least, 0, &mut rng)?)?;
+        }
+        g.size = size.with_context(short)?;
+        Ok(g)
+    }
+
+    /// Example number `index`; the same one whatever was made before.
+    ///
+    /// # Errors
+    /// No size fits, or a QA set has no such question.
+    pub fn example(&self, index: u64) -> Result<Example> {
+        let name = self.task.name();
+        let (least, _) = self.sizes();
+        let mut size = self.size;
+        let draft = loop {
+            let mut rng = self.seed.stream(&format!("ruler {name}"), index);
+            let draft = self.draft(size, index, &mut rng)?;
+            let length = self.length(&draft)?;
+            if length <= self.limit {
+                break draft;
+            }
+            ensure!(
+                size > least,
+                hinted(
+                    format!(
+                        "example {index} of `{name}` takes {length} tokens, {} are left for it",
+                        self.limit
+                    ),
+                    "raise `eval.benchmark.ruler_tokens`"
+                )
+            );
+            size = (size - (size / 64).max(1)).max(least);
+        };
+        let turn = Turn {
+            question: draft.question,
+            answer_prefix: draft.answer_prefix,
+            given: draft.answers.join(", "),
+            wanted: draft.answers,
+            others: Vec::new(),
+            metric: self.task.metric(),
+            max_new_tokens: self.task.max_new_tokens(),
+            first_line: false,
+            part: name.to_owned(),
+        };
+        let id = format!("{name}-{index}");
+        Ok(Example { id, context: draft.context, turns: vec![turn], conversation: false, chat: true })
+    }
+
+    /// How many examples there are: QA sets end.
+    pub fn len(&self) -> Option<usize> {
+        match self.kind {
+            Kind::Qa(set) => Some(set.questions.len()),
+            _ => None,
+        }
+    }
+
+    /// Whether there is no example.
+    pub fn is_empty(&self) -> bool {
+        self.len() == Some(0)
+    }
+
+    fn draft(&self, size: usize, index: u64, rng: &mut Rng) -> Result<Draft> {
+        Ok(match &self.kind {
+            Kind::Niah(niah) => niah.draft(size, rng),
+            Kind::Vt(vt) => vt.draft(size, rng),
+            Kind::Cwe(cwe) => cwe.draft(size, rng),
+            Kind::Fwe(fwe) => fwe.draft(size, rng),
+            Kind::Qa(set) => set.draft(size, index as usize, rng)?,
+        })
+    }
+
+    fn length(&self, draft: &Draft) -> Result<usize> {
+        let parts = [&draft.context, &draft.question, &draft.answer_prefix];
+        parts.into_iter().map(|text| (self.count)(text)).sum()
+    }
+
+    /// The smallest and the largest size there can be.
+    fn sizes(&self) -> (usize, usize) {
+        match &self.kind {
+            Kind::Niah(niah) => (niah.least(), usize::MAX / 4),
+            Kind::Vt(vt) => (vt.least(), usize::MAX / 4),
+            Kind::Cwe(cwe) => (cwe.least(), cwe.most()),
+            Kind::Fwe(_) => (1, usize::MAX / 4),
+            Kind::Qa(set) => (set.least(), set.most()),
+        }
+    }
+}
+
+impl<'a> Kind<'a> {
+    fn of(task: RulerTask, tokens: usize, limit: usize, sources: &'a Sources) -> Result<Self> {
+        let essay = || {
+            sources.essay.as_deref().with_context(|| {
+                hinted(
+                    format!("`{}` hides its needles in essays, and there are none", task.name()),
+                    "name a text `essays` in the manifest of `eval.benchmark.manifest`, or leave the task out of `eval.benchmark.ruler_tasks`",
+                )
+            })
+        };
+        let set = |set: &'a Option<QaSet>, key: &str| match set {
+            Some(set) => Ok(Self::Qa(set)),
+            None => bail!(hinted(
+                format!("`{}` needs a file of questions", task.name()),
+                format!(
+                    "name one `{key}` in the manifest of `eval.benchmark.manifest`, or leave the task out of `eval.benchmark.ruler_tasks`"
+                )
+            )),
+        };
+        match task {
+            RulerTask::Vt => Ok(Self::Vt(vt::Vt::default())),
+            RulerTask::Cwe => Ok(Self::Cwe(cwe::Cwe::new(tokens, sources.extra_words.as_deref()))),
+            RulerTask::Fwe => Ok(Self::Fwe(fwe::Fwe::new(limit)?)),
+            RulerTask::Qa1 => set(&sources.squad, "squad"),
+            RulerTask::Qa2 => set(&sources.hotpotqa, "hotpotqa"),
+            _ => {
+                let p = niah::Parameters::of(task).expect("every other task hides needles");
+                let essay = if p.haystack == niah::Haystack::Essay { essay()? } else { &[] };
+                Ok(Self::Niah(niah::Niah::new(p, essay, Words::built_in())))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,64 @@
+//! Text that RULER takes from elsewhere: essays, questions, more words.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use super::RulerTask;
+use super::niah::{Haystack, Parameters};
+use super::qa::QaSet;
+use crate::rows;
+
+/// What the tasks draw from beside their own constants; a task whose source is absent cannot be made.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// Words of the essays that needles are hidden in; the reference has Paul Graham's.
+    pub essay: Option<Vec<String>>,
+    /// Paragraphs and questions of `qa_1`.
+    pub squad: Option<QaSet>,
+    /// Paragraphs and questions of `qa_2`.
+    pub hotpotqa: Option<QaSet>,
+    /// Words of `cwe` beyond the built-in 8,000: lists of that many words are longer than about 128,000 tokens. The
+    /// reference has `scripts/data/synthetic/json/english_words.json`.
+    pub extra_words: Option<Vec<String>>,
+}
+
+impl Sources {
+    /// Whether `task` has what it draws from.
+    pub fn can_make(&self, task: RulerTask) -> bool {
+        match task {
+            RulerTask::Qa1 => self.squad.is_some(),
+            RulerTask::Qa2 => self.hotpotqa.is_some(),
+            _ => Parameters::of(task).is_none_or(|p| p.haystack != Haystack::Essay || self.essay.is_some()),
+        }
+    }
+
+    /// Words of a text file, or of the key `text` of a JSON file, as the reference keeps its essays.
+    ///
+    /// # Errors
+    /// The file is absent or holds no word.
+    pub fn read_essay(path: &Path) -> Result<Vec<String>> {
+        let text = match path.extension().and_then(|e| e.to_str()) {
+            Some("json") => rows::text(&rows::json(path)?, "text")?.to_owned(),
+            _ => fs::read_to_string(path)
+                .with_context(|| format!("cannot read essays `{}`", path.display()))?,
+        };
+        let words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+        ensure!(!words.is_empty(), "`{}` holds no word of an essay", path.display());
+        Ok(words)
+    }
+
+    /// The values of a JSON object, or the words of a text file.
+    ///
+    /// # Errors
+    /// The file is absent or of another form.
+    pub fn read_words(path: &Path) -> Result<Vec<String>> {
+        if path.extension().is_none_or(|e| e != "json") {
+            return Self::read_essay(path);
+        }
+        let json = rows::json(path)?;
+        let object = json.as_object().with_context(|| format!("`{}` is no JSON object", path.display()))?;
+        Ok(object.values().map(rows::spell).collect())
+    }
+}

@@ -1,0 +1,304 @@
+//! SCBench (arXiv 2412.10319): 12 tasks with several turns per context, read from the data set's own files.
+//!
+//! Facts of microsoft/MInference at commit fb56c91: prompts and answer lengths of `scbench/eval_utils.py`, metrics of
+//! `scbench/compute_scores.py`. The hub keeps the rows in `microsoft/SCBench`: `id`, `context` and `multi_turns`, a list
+//! of `input`, `answer` and, by task, `options`, `task`, `name`.
+//!
+//! Both modes cut the prompt at the context's end (the reference's multi-request mode does so too), and the turns of a
+//! conversation see the wanted answers of the turns before them (its default, golden context).
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use pkv_core::hinted;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::example::{Example, Turn};
+use crate::metric::Metric;
+use crate::rows;
+
+/// How the turns of a context hang together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// A conversation: each turn sees those before it.
+    #[default]
+    MultiTurn,
+    /// Each turn is asked of the context alone.
+    MultiRequest,
+}
+
+/// A task of SCBench.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Task {
+    Kv,
+    PrefixSuffix,
+    Vt,
+    Repoqa,
+    QaEng,
+    QaChn,
+    ChoiceEng,
+    ManyShot,
+    Summary,
+    Mf,
+    SummaryWithNeedles,
+    RepoqaAndKv,
+}
+
+impl Task {
+    /// In the order of the reference's readme.
+    pub const ALL: [Self; 12] = [
+        Self::Kv,
+        Self::PrefixSuffix,
+        Self::Vt,
+        Self::Repoqa,
+        Self::QaEng,
+        Self::QaChn,
+        Self::ChoiceEng,
+        Self::ManyShot,
+        Self::Summary,
+        Self::Mf,
+        Self::SummaryWithNeedles,
+        Self::RepoqaAndKv,
+    ];
+
+    /// The name of its files and in tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kv => "scbench_kv",
+            Self::PrefixSuffix => "scbench_prefix_suffix",
+            Self::Vt => "scbench_vt",
+            Self::Repoqa => "scbench_repoqa",
+            Self::QaEng => "scbench_qa_eng",
+            Self::QaChn => "scbench_qa_chn",
+            Self::ChoiceEng => "scbench_choice_eng",
+            Self::ManyShot => "scbench_many_shot",
+            Self::Summary => "scbench_summary",
+            Self::Mf => "scbench_mf",
+            Self::SummaryWithNeedles => "scbench_summary_with_needles",
+            Self::RepoqaAndKv => "scbench_repoqa_and_kv",
+        }
+    }
+
+    pub fn of_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|t| t.name() == name)
+    }
+
+    /// What a turn of `part` may take (`DATA_NAME_TO_MAX_NEW_TOKENS`).
+    fn max_new_tokens(self, part: Part) -> usize {
+        match (self, part) {
+            (Self::SummaryWithNeedles, Part::Summary) => 800,
+            (Self::RepoqaAndKv, Part::Kv) => 80,
+            (Self::Kv | Self::PrefixSuffix, _) => 150,
+            (Self::Vt, _) => 30,
+            (Self::QaEng | Self::QaChn | Self::ChoiceEng, _) => 40,
+            (Self::ManyShot, _) => 10,
+            (Self::Mf, _) => 5,
+            (_, Part::Repoqa) => 1024,
+            (_, Part::Passkey) => 15,
+            (Self::Summary, _) => 200,
+            (_, part) => unreachable!("{} has no turns of {part:?}", self.name()),
+        }
+    }
+
+    /// `multiturn_templates` before `{context}`.
+    const fn before(self) -> &'static str {
+        match self {
+            Self::Kv => "Extract the value corresponding to the specified key in the JSON object below.\n\n",
+            Self::Repoqa => {
+                "Based on the function description and code context, please retrieve and repeat the exact described \
+                 function from the code context in a code block wrapped by ```:\n\n"
+            }
+            Self::ChoiceEng => "Read the book and answer the question.\n\n",
+            Self::QaEng => "Read the book and answer the question. Be very concise in your answer.\n\n",
+            Self::QaChn => "阅读以下书籍然后回答问题。\n\n",
+            _ => "",
+        }
+    }
+
+    /// The examples of a task's file, at most `limit`.
+    ///
+    /// # Errors
+    /// The file is absent, damaged, or its rows are of another task.
+    pub fn read(self, path: &Path, mode: Mode, limit: usize) -> Result<Vec<Example>> {
+        let rows = rows::read(path)?;
+        // Functions of one repository compete, those asked in other rows too.
+        let mut functions: HashMap<&str, Vec<String>> = HashMap::new();
+        if matches!(self, Self::Repoqa | Self::RepoqaAndKv) {
+            for row in &rows {
+                let of_repo = functions.entry(rows::text(row, "repo")?).or_default();
+                for turn in rows::list(row, "multi_turns") {
+                    if self.part(turn)? == Part::Repoqa {
+                        of_repo.push(rows::text(turn, "answer")?.to_owned());
+                    }
+                }
+            }
+        }
+        let example = |(i, row): (usize, &Value)| {
+            self.example(i, row, mode, &functions)
+                .with_context(|| format!("row {} of `{}`", i + 1, path.display()))
+        };
+        rows.iter().take(limit).enumerate().map(example).collect()
+    }
+
+    fn example(
+        self,
+        index: usize,
+        row: &Value,
+        mode: Mode,
+        functions: &HashMap<&str, Vec<String>>,
+    ) -> Result<Example> {
+        let context = rows::text(row, "context").or_else(|_| rows::text(row, "input"))?;
+        let asked = rows::list(row, "multi_turns");
+        ensure!(!asked.is_empty(), "column `multi_turns` is absent or empty");
+        let others = match row.get("repo").and_then(Value::as_str) {
+            Some(repo) => functions.get(repo).cloned().unwrap_or_default(),
+            None => Vec::new(),
+        };
+        let mut before = self.before().to_owned();
+        if self == Self::Mf {
+            // The first question stands before the numbers too: by itself in requests, in its own words in conversations.
+            let input = rows::text(&asked[0], "input")?;
+            let first = if mode == Mode::MultiRequest { input.to_owned() } else { mf_question(input)? };
+            before = format!("{first}\n\n");
+        }
+        let turn = |(i, turn): (usize, &Value)| {
+            self.turn(turn, i == 0 || mode == Mode::MultiRequest, &others)
+                .with_context(|| format!("turn {}", i + 1))
+        };
+        Ok(Example {
+            id: row.get("id").map_or_else(|| format!("{}-{index}", self.name()), rows::spell),
+            context: format!("{before}{context}"),
+            turns: asked.iter().enumerate().map(turn).collect::<Result<_>>()?,
+            conversation: mode == Mode::MultiTurn,
+            chat: true,
+        })
+    }
+
+    /// `first`: whether the turn follows the context and not another turn.
+    fn turn(self, turn: &Value, first: bool, others: &[String]) -> Result<Turn> {
+        let part = self.part(turn)?;
+        let input = rows::text(turn, "input")?;
+        let gap = if first { "\n\n" } else { "" };
+        let question = match self {
+            Self::ChoiceEng => {
+                let options: Vec<String> = rows::list(turn, "options").iter().map(rows::spell).collect();
+                ensure!(options.len() == 4, "expected 4 options, found {}", options.len());
+                let [a, b, c, d] = [0, 1, 2, 3].map(|i| &options[i]);
+                format!("Question: {input}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\n\nThe the correct answer is")
+            }
+            Self::QaEng => format!("Question: {input}\nAnswer:"),
+            Self::QaChn => format!("问题：{input}\n答案："),
+            Self::Mf => format!("{}\n\n{input}", mf_question(input)?),
+            _ => input.to_owned(),
+        };
+        let answer = turn.get("answer").context("column `answer` is absent")?;
+        let mut wanted: Vec<String> = match answer {
+            Value::Array(all) => all.iter().map(rows::spell).collect(),
+            one => vec![rows::spell(one)],
+        };
+        // As Python spells a list: what the reference's conversations contain.
+        let given = match answer {
+            Value::Array(_) => {
+                format!("[{}]", wanted.iter().map(|w| format!("'{w}'")).collect::<Vec<_>>().join(", "))
+            }
+            _ => wanted[0].clone(),
+        };
+        if part == Part::Choice {
+            // `get_ground_truth`: the option's text and its letter.
+            let options = rows::list(turn, "options");
+            let at = options.iter().position(|o| rows::spell(o) == wanted[0]);
+            let at = at.with_context(|| format!("the answer {:?} is none of the options", wanted[0]))?;
+            wanted.push(char::from(b"ABCD"[at.min(3)]).to_string());
+        }
+        Ok(Turn {
+            question: format!("{gap}{question}"),
+            answer_prefix: String::new(),
+            given,
+            wanted,
+            others: if part == Part::Repoqa { others.to_vec() } else { Vec::new() },
+            metric: part.metric(),
+            max_new_tokens: self.max_new_tokens(part),
+            first_line: false,
+            part: match self {
+                Self::SummaryWithNeedles | Self::RepoqaAndKv => rows::text(turn, "task")?.to_owned(),
+                _ => self.name().to_owned(),
+            },
+        })
+    }
+
+    fn part(self, turn: &Value) -> Result<Part> {
+        Ok(match self {
+            Self::Kv | Self::PrefixSuffix => Part::Kv,
+            Self::Vt => Part::Vt,
+            Self::Repoqa => Part::Repoqa,
+            Self::QaEng => Part::QaEng,
+            Self::QaChn => Part::QaChn,
+            Self::ChoiceEng => Part::Choice,
+            Self::ManyShot => Part::ManyShot,
+            Self::Summary => Part::Summary,
+            Self::Mf => Part::Mf,
+            Self::SummaryWithNeedles | Self::RepoqaAndKv => match (self, rows::text(turn, "task")?) {
+                (Self::SummaryWithNeedles, "scbench_summary") => Part::Summary,
+                (Self::SummaryWithNeedles, "scbench_passkey") => Part::Passkey,
+                (Self::RepoqaAndKv, "scbench_repoqa") => Part::Repoqa,
+                (Self::RepoqaAndKv, "scbench_kv") => Part::Kv,
+                (_, other) => bail!(hinted(
+                    format!("a turn of `{}` is of task `{other}`, which it does not mix", self.name()),
+                    "check that the file is this task's"
+                )),
+            },
+        })
+    }
+}
+
+/// What a turn asks for; mixed tasks have two kinds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Kv,
+    Vt,
+    Repoqa,
+    QaEng,
+    QaChn,
+    Choice,
+    ManyShot,
+    Summary,
+    Mf,
+    Passkey,
+}
+
+impl Part {
+    /// `NAME_TO_SCORE_GETTER` through `Multiturnbench_to_Infinitebench`.
+    const fn metric(self) -> Metric {
+        match self {
+            Self::Kv => Metric::Contains,
+            Self::Vt => Metric::StringMatchAllRounded,
+            Self::Repoqa => Metric::Function,
+            // Differs for `ManyShot`: the reference walks through the letters of an answer that is no list, so that any
+            // answer with a bracket in it counts; here the whole answer must be found.
+            Self::QaEng | Self::ManyShot => Metric::ContainsAnyCase,
+            Self::QaChn => Metric::QaF1ZhCharacters,
+            Self::Choice => Metric::Choice,
+            Self::Summary => Metric::RougeLsum,
+            Self::Mf => Metric::MathFind,
+            Self::Passkey => Metric::FirstNumber,
+        }
+    }
+}
+
+/// `The largest number is` becomes `What is the largest number?`.
+fn mf_question(input: &str) -> Result<String> {
+    let line = input.lines().find_map(|line| {
+        let start = line.find("The ")?;
+        // `The .+ is`: greedy, up to the last ` is`, with at least one character between.
+        let end = line.rfind(" is").filter(|end| *end > start + 4)?;
+        Some(&line[start..end])
+    });
+    let line = line.with_context(|| format!("expected `The ... is` in {input:?}"))?;
+    Ok(format!("What is {}?", line.to_lowercase()))
+}
+
+#[cfg(test)]
+mod tests;
