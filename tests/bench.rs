@@ -39,7 +39,10 @@ fn random_weights_need_no_files_and_leave_none() {
         [40, 97].iter().flat_map(|&t| names.iter().map(move |&n| (n.to_owned(), t))).collect()
     };
     assert_eq!(bench("label"), each(&["prefill", "label"]));
-    assert_eq!(bench("extract"), each(&["prefill", "windowed", "all prefill", "recipe", "reconstruction"]));
+    assert_eq!(
+        bench("extract"),
+        each(&["prefill", "windowed", "all prefill", "recipe", "reconstruction", "recon + mean"])
+    );
     assert!(!s.path("runs").exists(), "a benchmark makes no run folder");
 }
 

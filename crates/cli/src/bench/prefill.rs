@@ -84,7 +84,7 @@ fn sets(recipe: &Recipe) -> [(&'static str, ExtractSection); 3] {
     [
         ("recipe", recipe.extract.clone()),
         ("window", with(settling.to_vec())),
-        ("reconstruction", with(Channel::RECONSTRUCTION.to_vec())),
+        ("reconstruction", with(vec![Channel::ReconLog, Channel::ReconLogOdds])),
     ]
 }
 
