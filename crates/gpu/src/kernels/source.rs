@@ -148,14 +148,16 @@ mod tests {
     #[test]
     fn kernels_compile() {
         for bf16 in [true, false] {
-            for head_dim in [64, 96, 128, 256] {
+            // The kind changes the names of two instructions: one head is enough for the second.
+            let heads: &[u32] = if bf16 { &[64, 96, 128, 256] } else { &[128] };
+            for &head_dim in heads {
                 for wanted in [WIDE, NARROW] {
                     let unit = Unit::Scores(tiles_for(wanted, head_dim));
                     let v = Variant { unit, head_dim, bf16, capability: (9, 0) };
                     let cubin = compile(&v.source(), &v.options()).unwrap();
                     assert_eq!(&cubin[..4], b"\x7fELF", "{v:?}");
                 }
-                for capability in [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)] {
+                for capability in [(8, 0), (9, 0), (12, 0)] {
                     let v = Variant { unit: Unit::Elementwise, head_dim, bf16, capability };
                     compile(&v.source(), &v.options()).unwrap_or_else(|e| panic!("{v:?}: {e:#}"));
                 }
