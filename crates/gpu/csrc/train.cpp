@@ -180,21 +180,4 @@ int pkv_upload_beside(at::Tensor* host, int device, at::Tensor** out) {
     *out = new at::Tensor(copy);
   });
 }
-
-// Marks where the device's current stream is now.
-int pkv_mark_record(int device, void** out) {
-  return guard([&] {
-    const c10::Device on(CUDA, (c10::DeviceIndex)device);
-    auto event = std::make_unique<c10::Event>(CUDA);
-    event->record(c10::impl::VirtualGuardImpl(CUDA).getStream(on));
-    *out = event.release();
-  });
-}
-
-// Waits until the device has come to the mark.
-int pkv_mark_wait(void* event) {
-  return guard([&] { ((c10::Event*)event)->synchronize(); });
-}
-
-void pkv_mark_free(void* event) { delete (c10::Event*)event; }
 }

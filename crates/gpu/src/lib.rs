@@ -30,4 +30,4 @@ pub use layer::{attend_heads, time_conv};
 pub use memory::{CudaMemory, cuda_memory, empty_cache, reset_peak, upload};
 pub use optim::{AdamW, AdamWOptions, clip_global_norm, drop_gradients, lerp};
 pub use stream::{Event, Stream, StreamGuard};
-pub use transfer::{HostBuffer, Mark, upload_beside};
+pub use transfer::{HostBuffer, upload_beside};

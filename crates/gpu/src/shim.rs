@@ -93,9 +93,6 @@ unsafe extern "C" {
     pub fn pkv_lerp(n: usize, mean: *mut *mut C_tensor, x: *mut *mut C_tensor, weight: f64) -> c_int;
     pub fn pkv_pinned(n: i64, out: *mut *mut C_tensor) -> c_int;
     pub fn pkv_upload_beside(host: *mut C_tensor, device: c_int, out: *mut *mut C_tensor) -> c_int;
-    pub fn pkv_mark_record(device: c_int, out: *mut *mut c_void) -> c_int;
-    pub fn pkv_mark_wait(event: *mut c_void) -> c_int;
-    pub fn pkv_mark_free(event: *mut c_void);
 }
 
 /// Turn the shim's return code into a result; the text is the first line of libtorch's.

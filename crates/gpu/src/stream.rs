@@ -161,6 +161,16 @@ impl Event {
         Ok(Self { raw: Some(raw) })
     }
 
+    /// A mark after everything that this thread has queued on `device` so far.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn now(device: Device) -> Result<Self> {
+        let mut event = Self::new(false)?;
+        event.record(&Stream::current(device)?)?;
+        Ok(event)
+    }
+
     /// Mark what is queued on `stream` so far; an earlier mark is forgotten.
     ///
     /// # Errors

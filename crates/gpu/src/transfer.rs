@@ -1,6 +1,4 @@
-//! Batches to the device while it computes, and how far the host runs ahead of it.
-
-use std::ffi::c_void;
+//! Batches to the device while it computes.
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
@@ -61,46 +59,10 @@ pub fn upload_beside(host: Tensor, device: Device) -> Result<Tensor> {
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 
-/// A place in the work queued on a device; nothing on a CPU, which has no queue.
-pub struct Mark(*mut c_void);
-
-impl Mark {
-    /// After everything queued on `device` so far.
-    ///
-    /// # Errors
-    /// A kernel queued before failed.
-    pub fn now(device: Device) -> Result<Self> {
-        let mut event = std::ptr::null_mut();
-        if let Device::Cuda(i) = device {
-            // SAFETY: an index; `event` receives what we own.
-            shim::check(unsafe { shim::pkv_mark_record(i as i32, &mut event) })?;
-        }
-        Ok(Self(event))
-    }
-
-    /// Wait until the device has come to it.
-    ///
-    /// # Errors
-    /// A kernel queued before failed.
-    pub fn wait(self) -> Result<()> {
-        // SAFETY: an event that is ours until it is dropped.
-        if self.0.is_null() { Ok(()) } else { shim::check(unsafe { shim::pkv_mark_wait(self.0) }) }
-    }
-}
-
-impl Drop for Mark {
-    fn drop(&mut self) {
-        if !self.0.is_null() {
-            // SAFETY: an event that is ours, freed once.
-            unsafe { shim::pkv_mark_free(self.0) }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DeviceChoice, device, synchronize};
+    use crate::{DeviceChoice, Event, device, synchronize};
 
     /// Uploads beside queued work arrive whole, and the work queued after them sees them.
     #[test]
@@ -115,7 +77,7 @@ mod tests {
             let there = upload_beside(buffer.into_tensor(), on).unwrap();
             assert_eq!((there.device(), there.size()), (on, vec![100_000]));
             sums.push(there.sum(Kind::Double));
-            Mark::now(on).unwrap().wait().unwrap();
+            Event::now(on).unwrap().synchronize().unwrap();
         }
         synchronize(on).unwrap();
         for (round, sum) in sums.iter().enumerate() {

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use anyhow::Result;
 use pkv_core::Seed;
-use pkv_gpu::Mark;
+use pkv_gpu::Event;
 use pkv_mapper::{LossTerms, Mapper, MapperDims, Training, hybrid_loss_of_pairs};
 use pkv_recipe::{LossSection, TrainDtype, TrainSection};
 use tch::{Device, Kind, Tensor};
@@ -27,7 +27,7 @@ pub struct Stepper<'a> {
     seed: Seed,
     device: Device,
     how: Training,
-    queued: VecDeque<Mark>,
+    queued: VecDeque<Event>,
 }
 
 impl<'a> Stepper<'a> {
@@ -73,9 +73,9 @@ impl<'a> Stepper<'a> {
         loss.total.backward();
         let norm = optimizer.step(step, learning_rate(self.train, step))?;
         if self.device.is_cuda() {
-            self.queued.push_back(Mark::now(self.device)?);
+            self.queued.push_back(Event::now(self.device)?);
             if self.queued.len() > AHEAD {
-                self.queued.pop_front().map_or(Ok(()), Mark::wait)?;
+                self.queued.pop_front().map_or(Ok(()), |event| event.synchronize())?;
             }
         }
         Ok((loss, norm))
