@@ -48,7 +48,29 @@ pub struct Report {
     pub peer: Option<String>,
 }
 
-/// What every benchmark needs.
+/// What was asked for.
+struct Job<'a> {
+    json: bool,
+    args: &'a BenchArgs,
+    recipe: &'a Recipe,
+    contexts: &'a [usize],
+    device: Device,
+    stop: &'a AtomicBool,
+}
+
+impl Job<'_> {
+    /// Print a report: as JSON if that was asked for, else as `text` puts it.
+    fn print<R: Serialize>(&self, report: &R, text: impl FnOnce(&R) -> String) -> Result<()> {
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(report)?);
+        } else {
+            print!("{}", text(report));
+        }
+        Ok(())
+    }
+}
+
+/// What the rows of a language model need.
 pub struct Bench<'a> {
     pub recipe: &'a Recipe,
     pub contexts: &'a [usize],
@@ -67,11 +89,12 @@ pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
     ensure!(!args.batch.contains(&0), hinted("`--batch` is 0", "decode 1 sequence or more"));
     ensure!(!contexts.contains(&0), hinted("`--context` names a context of 0 tokens", "use 1 or more"));
     let device = choose_device(cli)?;
+    let job = Job { json: cli.json, args, recipe: &recipe, contexts, device, stop: &stop };
     match args.what {
-        BenchWhat::Label | BenchWhat::Extract => models(cli, args, &recipe, contexts, device, &stop)?,
-        BenchWhat::Train => train::run(cli, args, &recipe, contexts, device, &stop)?,
-        BenchWhat::Prefill => prefill::run(cli, args, &recipe, contexts, device, &stop)?,
-        BenchWhat::Decode => decode::run(cli, args, &recipe, contexts, device, &stop)?,
+        BenchWhat::Label | BenchWhat::Extract => models(&job)?,
+        BenchWhat::Train => train::run(&job)?,
+        BenchWhat::Prefill => prefill::run(&job)?,
+        BenchWhat::Decode => decode::run(&job)?,
     }
     if device == Device::Cpu {
         tracing::warn!(
@@ -82,14 +105,8 @@ pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
 }
 
 /// `label` and `extract`: one of the two language models.
-fn models(
-    cli: &Cli,
-    args: &BenchArgs,
-    recipe: &Recipe,
-    contexts: &[usize],
-    device: Device,
-    stop: &AtomicBool,
-) -> Result<()> {
+fn models(job: &Job) -> Result<()> {
+    let Job { args, recipe, contexts, device, stop, .. } = *job;
     let label = args.what == BenchWhat::Label;
     let role = if label { Role::Target } else { Role::Proxy };
     let subject = Subject::new(recipe, role, device, args.random_weights);
@@ -114,12 +131,7 @@ fn models(
         rows,
         peer: peer.map(|p| p.title()),
     };
-    if cli.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", table::text(&report));
-    }
-    Ok(())
+    job.print(&report, table::text)
 }
 
 /// As PyTorch spells it, and the peer's script.

@@ -5,22 +5,20 @@
 //! earnest.
 
 use std::fmt::Write;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use pkv_core::{ModelShape, Policy, RetentionRatio};
 use pkv_gpu::unless_exhausted;
 use pkv_infer::{Budget, Keep};
 use pkv_lm::{KvCache, LanguageModel, NoTap, RaggedCache};
-use pkv_recipe::Recipe;
 use pkv_recipe::plan::human_bytes;
 use serde::Serialize;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use super::Job;
 use super::clock::{Clock, Row};
 use super::models::Subject;
 use super::roofline::{self, Roofline};
-use crate::args::{BenchArgs, Cli};
 use crate::pair::Role;
 use crate::session::device_name;
 
@@ -64,14 +62,8 @@ struct DecodeRow {
 
 /// # Errors
 /// The target cannot be had, or fails for another reason than memory.
-pub fn run(
-    cli: &Cli,
-    args: &BenchArgs,
-    recipe: &Recipe,
-    contexts: &[usize],
-    device: Device,
-    stop: &AtomicBool,
-) -> Result<()> {
+pub(super) fn run(job: &Job) -> Result<()> {
+    let Job { args, recipe, contexts, device, stop, .. } = *job;
     let target = Subject::new(recipe, Role::Target, device, args.random_weights);
     let roofline = roofline::measure(device, target.kind)?;
     let clock = Clock::new(device, args, &roofline, stop);
@@ -100,12 +92,7 @@ pub fn run(
         roofline,
         rows,
     };
-    if cli.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", text(&report));
-    }
-    Ok(())
+    job.print(&report, text)
 }
 
 struct Bench<'a> {

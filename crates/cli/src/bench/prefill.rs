@@ -7,7 +7,6 @@
 use std::cell::RefCell;
 use std::fmt::Write;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
@@ -23,11 +22,11 @@ use pkv_score::Scorer;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
+use super::Job;
 use super::clock::{Clock, Measured, Row};
 use super::models::{PREFIX_TOKENS, Subject, TEMPLATE};
 use super::peer::Peer;
 use super::roofline::{self, Roofline};
-use crate::args::{BenchArgs, Cli};
 use crate::infer::{Trace, write_traces};
 use crate::pair::Role;
 use crate::session::device_name;
@@ -90,14 +89,8 @@ fn sets(recipe: &Recipe) -> [(&'static str, ExtractSection); 3] {
 
 /// # Errors
 /// The models or the peer's file cannot be had, or the work fails for another reason than memory.
-pub fn run(
-    cli: &Cli,
-    args: &BenchArgs,
-    recipe: &Recipe,
-    contexts: &[usize],
-    device: Device,
-    stop: &AtomicBool,
-) -> Result<()> {
+pub(super) fn run(job: &Job) -> Result<()> {
+    let Job { args, recipe, contexts, device, stop, .. } = *job;
     let target = Subject::new(recipe, Role::Target, device, args.random_weights);
     let proxy = Subject::new(recipe, Role::Proxy, device, args.random_weights);
     let peer = args.peer.as_deref().map(|path| Peer::read(path, &target, &args.recipe.recipe)).transpose()?;
@@ -134,12 +127,7 @@ pub fn run(
         rows,
         peer: peer.map(|p| p.title()),
     };
-    if cli.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", text(&report));
-    }
-    Ok(())
+    job.print(&report, text)
 }
 
 /// What all rows share.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, bail};
 use pkv_core::hinted;
@@ -14,10 +14,10 @@ use pkv_train::{BenchOptions, BenchReport, bench};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
+use super::Job;
 use super::clock::Row;
 use super::roofline::{self, Roofline};
 use super::table::{aligned, ceilings};
-use crate::args::{BenchArgs, Cli};
 use crate::render::Interrupted;
 use crate::session::device_name;
 
@@ -60,14 +60,8 @@ struct PeerStep {
 
 /// # Errors
 /// The peer's file is not the script's, or a step fails for another reason than memory.
-pub fn run(
-    cli: &Cli,
-    args: &BenchArgs,
-    recipe: &Recipe,
-    contexts: &[usize],
-    device: Device,
-    stop: &AtomicBool,
-) -> Result<()> {
+pub(super) fn run(job: &Job) -> Result<()> {
+    let Job { args, recipe, contexts, device, stop, .. } = *job;
     let peer = args.peer.as_deref().map_or(Ok(Vec::new()), read_peer)?;
     let cost = MapperCost::new(recipe);
     let mut rows = Vec::new();
@@ -88,12 +82,7 @@ pub fn run(
     let roofline = roofline::measure(device, if bf16 { Kind::BFloat16 } else { Kind::Float })?;
     let report =
         Report { stage: "train", recipe: recipe.name.clone(), device: device_name(device), roofline, rows };
-    if cli.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", text(&report, !peer.is_empty()));
-    }
-    Ok(())
+    job.print(&report, |report| text(report, !peer.is_empty()))
 }
 
 fn measure(recipe: &Recipe, positions: usize, steps: usize, device: Device) -> Result<BenchReport> {

@@ -1,3 +1,5 @@
+//! Metrics against recorded outputs of the references' own code.
+
 use super::*;
 use serde_json::Value;
 

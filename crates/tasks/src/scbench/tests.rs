@@ -1,3 +1,5 @@
+//! Rows in the data set's form to examples with their turns.
+
 use super::*;
 use serde_json::json;
 
