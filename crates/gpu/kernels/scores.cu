@@ -74,14 +74,16 @@ row_lse(const half_t* q, const half_t* k, const float* own, const float* row_wei
   }
 }
 
-// The KVzip score of each key of each segment's chunk: the largest softmax weight over the repeat's rows and the query group.
+// The KVzip score of each key of each segment's chunk: the largest softmax weight over the repeat's rows and the query group;
+// with MEANS also the mean over both.
 //
 // score[kv head][out position] = max over group, rows of exp2(logit2 - lse2) * column_weight[head][out position]
 // grid: key tiles, KV heads, segments
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-column_max(const half_t* q, const half_t* k, const float* lse2, const float* column_weight, float* score,
-           const Segment* segments, int q_row, long long q_head, long long k_head, int group, int all_rows,
-           int first_out, long long score_head, float scale2) {
+template <bool MEANS>
+__device__ __forceinline__ void column_scores(const half_t* q, const half_t* k, const float* lse2, const float* column_weight,
+                                              float* score, float* mean, const Segment* segments, int q_row,
+                                              long long q_head, long long k_head, int group, int all_rows, int first_out,
+                                              long long score_head, float scale2) {
   const Segment s = segments[blockIdx.z];
   const int key0 = blockIdx.x * STATIONARY;
   if (key0 >= s.keys) return;
@@ -98,6 +100,7 @@ column_max(const half_t* q, const half_t* k, const float* lse2, const float* col
     stream_column(shared.column + stage * TILE, lse2 + (long long)g * all_rows + s.first_row + row0, s.rows - row0);
   };
   float best[2] = {LOWEST, LOWEST}, top[2] = {LOWEST, LOWEST};
+  float total[2] = {0.f, 0.f}, sum[2] = {0.f, 0.f};
   const int out0 = s.first_key + key0 - first_out;
   auto use = [&](int i, int part, int stage, const Products& p) {
     const float2* column = (const float2*)(shared.column + stage * TILE + part * PART);
@@ -106,8 +109,10 @@ column_max(const half_t* q, const half_t* k, const float* lse2, const float* col
       const float2 l = column[j * 4 + threadIdx.x % 4];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        top[h] = fmaxf(top[h], fmaf(p.value[4 * j + 2 * h], scale2, -l.x));
-        top[h] = fmaxf(top[h], fmaf(p.value[4 * j + 2 * h + 1], scale2, -l.y));
+        const float x = fmaf(p.value[4 * j + 2 * h], scale2, -l.x), y = fmaf(p.value[4 * j + 2 * h + 1], scale2, -l.y);
+        top[h] = fmaxf(top[h], x);
+        top[h] = fmaxf(top[h], y);
+        if (MEANS) sum[h] += exp2_fast(x) + exp2_fast(y);
       }
     }
     if (column_weight && part == PARTS - 1 && (i + 1) % per_head == 0) {
@@ -115,8 +120,13 @@ column_max(const half_t* q, const half_t* k, const float* lse2, const float* col
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int key = row_of(h);
-        if (key < keys) best[h] = fmaxf(best[h], top[h] + log2f(column_weight[g * score_head + out0 + key]));
+        if (key < keys) {
+          const float weight = column_weight[g * score_head + out0 + key];
+          best[h] = fmaxf(best[h], top[h] + log2f(weight));
+          if (MEANS) total[h] = fmaf(sum[h], weight, total[h]);
+        }
         top[h] = LOWEST;
+        sum[h] = 0.f;
       }
     }
   };
@@ -124,9 +134,29 @@ column_max(const half_t* q, const half_t* k, const float* lse2, const float* col
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const float all = row_max(column_weight ? best[h] : top[h]);
+    const float weights = MEANS ? row_sum(column_weight ? total[h] : sum[h]) : 0.f;
     const int key = row_of(h);
-    if (key < keys && threadIdx.x % 4 == 0) score[head * score_head + out0 + key] = exp2f(all);
+    if (key >= keys || threadIdx.x % 4) continue;
+    const long long at = head * score_head + out0 + key;
+    score[at] = exp2f(all);
+    if (MEANS) mean[at] = weights / ((float)group * (float)s.rows);
   }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+column_max(const half_t* q, const half_t* k, const float* lse2, const float* column_weight, float* score, float* mean,
+           const Segment* segments, int q_row, long long q_head, long long k_head, int group, int all_rows, int first_out,
+           long long score_head, float scale2) {
+  column_scores<false>(q, k, lse2, column_weight, score, mean, segments, q_row, q_head, k_head, group, all_rows, first_out,
+                       score_head, scale2);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+column_max_mean(const half_t* q, const half_t* k, const float* lse2, const float* column_weight, float* score, float* mean,
+                const Segment* segments, int q_row, long long q_head, long long k_head, int group, int all_rows,
+                int first_out, long long score_head, float scale2) {
+  column_scores<true>(q, k, lse2, column_weight, score, mean, segments, q_row, q_head, k_head, group, all_rows, first_out,
+                      score_head, scale2);
 }
 
 // Statistics of one query head and key: over all queries, those in the window, the last ones.
@@ -137,31 +167,32 @@ enum Statistic { ALL_MAX, ALL_SUM, WINDOW_MAX, WINDOW_SUM, LAST_MAX, LAST_SUM, S
 // bit per statistic, is not computed.
 //
 // parts[query head][statistic][position]
-// Positions count from the context's begin: query row r is at first_query + r (negative ones are skipped), key t at
-// k + (prefix + t) * HEAD_DIM.
+// Positions count from the context's begin: query row r is at first_query + r * step (negative ones are skipped), key t, of
+// `end` there are, at k + (prefix + t) * HEAD_DIM. A step above 1 is for the whole range alone.
 // grid: key tiles (from the first), query heads
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 column_stats(const half_t* q, const half_t* k, const float* lse2, float* parts, int q_row, long long q_head,
-             long long k_head, int want, int group, int rows, int first_query, int prefix, int near, int window, int last,
-             float scale2) {
+             long long k_head, int want, int group, int rows, int first_query, int step, int end, int prefix, int near,
+             int window, int last, float scale2) {
   const Shared shared(shared_raw);
-  const int head = blockIdx.y, key0 = blockIdx.x * STATIONARY, end = first_query + rows;
+  const int head = blockIdx.y, key0 = blockIdx.x * STATIONARY;
   const int keys = min(STATIONARY, end - key0);
   // Queries that may matter to some key of the tile.
-  const int from = max(max(first_query, 0), key0 + near);
+  const int from_row = (max(max(first_query, 0), key0 + near) - first_query + step - 1) / step;
+  const int from = first_query + from_row * step, reach = TILE * step;
   const bool whole = want & (1 << ALL_MAX | 1 << ALL_SUM), windowed = want & (1 << WINDOW_MAX | 1 << WINDOW_SUM),
              lasting = want & (1 << LAST_MAX | 1 << LAST_SUM);
   // Without the whole range: the window's tiles, then the last queries' that come after them.
   const int head_end = whole ? end : windowed ? min(end, key0 + STATIONARY + window) : from;
-  const int head_tiles = max(0, (head_end - from + TILE - 1) / TILE);
-  const int tail_from = max(from + head_tiles * TILE, last);
+  const int head_tiles = max(0, (head_end - from + reach - 1) / reach);
+  const int tail_from = max(from + head_tiles * reach, last);
   const int tail_tiles = lasting ? max(0, (end - tail_from + TILE - 1) / TILE) : 0;
   Stationary a;
   a.load(k + (head / group) * k_head + (long long)(prefix + key0) * HEAD_DIM, HEAD_DIM, keys);
 
-  auto first_of = [&](int i) { return i < head_tiles ? from + i * TILE : tail_from + (i - head_tiles) * TILE; };
+  auto first_of = [&](int i) { return i < head_tiles ? from + i * reach : tail_from + (i - head_tiles) * TILE; };
   auto load = [&](int i, int stage) {
-    const int row0 = first_of(i) - first_query;
+    const int row0 = i < head_tiles ? from_row + i * TILE : first_of(i) - first_query;
     stream_tile(shared.tiles + stage * TILE_BYTES, q + head * q_head, q_row,
                 [&](int r) { return row0 + r < rows ? row0 + r : -1; });
     stream_column(shared.column + stage * TILE, lse2 + (long long)head * rows + row0, rows - row0);
@@ -177,8 +208,8 @@ column_stats(const half_t* q, const half_t* k, const float* lse2, float* parts, 
   const int group_key0 = key0 + (threadIdx.x / 128) * 64; // of the warpgroup's 64 keys
   auto use = [&](int i, int part, int stage, const Products& p) {
     const float2* column = (const float2*)(shared.column + stage * TILE + part * PART);
-    const int query0 = first_of(i) + part * PART;
-    const int nearest = query0 - group_key0 - 63, farthest = query0 + PART - 1 - group_key0;
+    const int query0 = first_of(i) + part * PART * step;
+    const int nearest = query0 - group_key0 - 63, farthest = query0 + (PART - 1) * step - group_key0;
     const bool has_last = lasting && query0 + PART > last;
     // All weights of the part belong together.
     auto add_all = [&](Sums& to) {
@@ -200,7 +231,7 @@ column_stats(const half_t* q, const half_t* k, const float* lse2, float* parts, 
       const float2 l = column[j * 4 + threadIdx.x % 4];
 #pragma unroll
       for (int v = 0; v < 2; v++) {
-        const int query = query0 + column_of(j, v);
+        const int query = query0 + column_of(j, v) * step;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int distance = query - key0 - row_of(h);

@@ -11,6 +11,6 @@ mod source;
 
 pub use elementwise::{CacheSlot, gated_silu, has_elementwise, merge_attended, rotate};
 pub use scores::{
-    QueryStatistics, ScoreRows, StatisticChannels, fused_chunk_scores, fused_query_statistics,
+    QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels, fused_chunk_scores, fused_query_statistics,
     has_fused_scores,
 };

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
-use pkv_gpu::{ScoreRows, fused_chunk_scores, has_fused_scores};
+use pkv_gpu::{ScoreOutput, ScoreRows, fused_chunk_scores, has_fused_scores};
 use pkv_lm::{KvCache, LanguageModel, NoTap, RepeatTap, RepeatView, TextTokenizer};
 use pkv_recipe::{LabelPreset, LabelSection};
 use tch::{Kind, Tensor};
@@ -66,7 +66,7 @@ impl<'a> Scorer<'a> {
         }
     }
 
-    /// Leave means out, which labels do not need: the fused kernels do not compute them.
+    /// Leave means out, which labels do not need: without them the fused kernels compute no exponential per weight.
     pub fn maxima_only(mut self) -> Self {
         self.means = false;
         self
@@ -184,15 +184,15 @@ impl RepeatTap for PackTap<'_> {
 }
 
 impl PackTap<'_> {
-    /// Do the fused kernels serve? They give maxima, on some GPUs, in 16-bit kinds.
+    /// Do the fused kernels serve? On some GPUs, in 16-bit kinds.
     fn fused(&self) -> bool {
         let model = self.scorer.model;
-        !self.scorer.means && has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64)
+        has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64)
     }
 
     /// Score all chunks of the pack in two kernels.
     fn score_fused(&self, view: &RepeatView, own_lse_qr: &Tensor) -> Result<()> {
-        let prefix = self.scorer.prefix.len();
+        let (prefix, layer) = (self.scorer.prefix.len(), view.layer as i64);
         let chunks: Vec<ScoreRows> = self
             .pack
             .iter()
@@ -212,8 +212,11 @@ impl PackTap<'_> {
             weights.as_ref().map(|(rows_r, columns_qt)| (rows_r, columns_qt)),
             &chunks,
             self.scorer.sink,
-            prefix,
-            &self.scores.max_lht.get(view.layer as i64),
+            ScoreOutput {
+                max_ht: &self.scores.max_lht.get(layer),
+                mean_ht: self.scores.mean_lht.as_ref().map(|mean_lht| mean_lht.get(layer)).as_ref(),
+                first: prefix,
+            },
         )
     }
 

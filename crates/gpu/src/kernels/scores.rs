@@ -54,6 +54,16 @@ pub struct ScoreRows {
     pub keys: usize,
 }
 
+/// Where scores go, and means if they are wanted: the mean over rows and query group of the weights whose maximum is the score.
+/// Computing them takes an exponential per weight, which the maximum does without.
+#[derive(Clone, Copy)]
+pub struct ScoreOutput<'a> {
+    pub max_ht: &'a Tensor,
+    pub mean_ht: Option<&'a Tensor>,
+    /// Cache position of the outputs' position 0.
+    pub first: usize,
+}
+
 /// KVzip scores of several scoring chunks of one layer: for each KV pair the largest softmax weight that a row of its
 /// chunk's repeat pays it, over rows and query group.
 ///
@@ -66,7 +76,7 @@ pub struct ScoreRows {
 /// - `k_hkd`: `[kv_heads, positions, head_dim]`, same kind, positions contiguous
 /// - `own_lse_qr`: f32 `[query_heads, rows]`, natural log
 /// - `weights`: f32 `[rows]` and `[query_heads, out positions]`, which multiply the softmax weights (KVzip+); positive
-/// - `scores_ht`: f32 `[kv_heads, out positions]`, innermost contiguous; its position 0 is cache position `first_out`. The
+/// - `out`: each f32 `[kv_heads, out positions]`, innermost contiguous; position 0 is cache position `first_out`. The
 ///   chunks' positions are written.
 ///
 /// # Errors
@@ -79,11 +89,11 @@ pub fn fused_chunk_scores(
     weights: Option<(&Tensor, &Tensor)>,
     chunks: &[ScoreRows],
     sink: usize,
-    first_out: usize,
-    scores_ht: &Tensor,
+    to: ScoreOutput,
 ) -> Result<()> {
     let s = Operands::new(q_rqd, k_hkd, WIDE)?;
-    let out = scores_ht.size();
+    let ScoreOutput { max_ht, mean_ht, first: first_out } = to;
+    let out = max_ht.size();
     ensure!(
         own_lse_qr.size() == [s.query_heads as i64, s.rows as i64]
             && own_lse_qr.kind() == Kind::Float
@@ -97,14 +107,23 @@ pub fn fused_chunk_scores(
     ensure!(
         out.len() == 2
             && out[0] == s.kv_heads as i64
-            && scores_ht.kind() == Kind::Float
-            && scores_ht.stride()[1] == 1
-            && scores_ht.device() == q_rqd.device(),
+            && max_ht.kind() == Kind::Float
+            && max_ht.stride()[1] == 1
+            && max_ht.device() == q_rqd.device(),
         "room for scores must be f32 [{}, positions] on {:?}, found {:?} {out:?}",
         s.kv_heads,
         q_rqd.device(),
-        scores_ht.kind()
+        max_ht.kind()
     );
+    if let Some(mean_ht) = mean_ht {
+        ensure!(
+            mean_ht.size() == out
+                && mean_ht.stride() == max_ht.stride()
+                && mean_ht.kind() == Kind::Float
+                && mean_ht.device() == max_ht.device(),
+            "room for means is {mean_ht:?}, expected the same as for scores, {max_ht:?}"
+        );
+    }
     for c in chunks {
         ensure!(
             c.first_row + c.rows <= s.rows
@@ -132,7 +151,7 @@ pub fn fused_chunk_scores(
                 out[1]
             );
             // The kernel counts columns of scores and of their weights alike.
-            ensure!(scores_ht.stride()[0] == out[1], "with weights, room for scores must be contiguous");
+            ensure!(max_ht.stride()[0] == out[1], "with weights, room for scores must be contiguous");
             (Arg::Tensor(rows_r), Arg::Tensor(columns_qt))
         }
     };
@@ -173,14 +192,15 @@ pub fn fused_chunk_scores(
                 Arg::Float(s.scale2()),
             ],
         )?;
-        kernel_of("column_max")?.launch(
+        kernel_of(if mean_ht.is_some() { "column_max_mean" } else { "column_max" })?.launch(
             &s.tiles.launch(s.head_dim, [key_tiles, s.kv_heads, chunks.len()]),
             &[
                 Arg::Tensor(q_rqd),
                 Arg::Tensor(k_hkd),
                 Arg::Tensor(&lse2),
                 column_weight,
-                Arg::Tensor(scores_ht),
+                Arg::Tensor(max_ht),
+                mean_ht.map_or(Arg::Absent, Arg::Tensor),
                 Arg::Tensor(&table),
                 Arg::Int(s.q_row),
                 Arg::Long(s.q_head),
@@ -188,7 +208,7 @@ pub fn fused_chunk_scores(
                 Arg::Int(s.group()),
                 Arg::Int(s.rows as i32),
                 Arg::Int(first_out as i32),
-                Arg::Long(scores_ht.stride()[0]),
+                Arg::Long(max_ht.stride()[0]),
                 Arg::Float(s.scale2()),
             ],
         )
@@ -207,6 +227,10 @@ pub struct StatisticChannels {
 }
 
 impl StatisticChannels {
+    fn is_whole(&self) -> bool {
+        self.all_max.is_some() || self.all_sum.is_some()
+    }
+
     fn list(&self) -> [Option<usize>; 6] {
         [self.all_max, self.all_sum, self.window_max, self.window_sum, self.last_max, self.last_sum]
     }
@@ -224,6 +248,8 @@ pub struct QueryStatistics {
     pub window: usize,
     /// The first of the last queries.
     pub last: usize,
+    /// Of the whole range, queries at multiples of this count.
+    pub stride: usize,
 }
 
 /// Maximum and sum of the softmax weights that new queries pay each key, folded into what `out_hct` holds.
@@ -245,14 +271,58 @@ pub fn fused_query_statistics(
     what: &QueryStatistics,
     out_hct: &Tensor,
 ) -> Result<()> {
-    let list = what.channels.list();
-    if list.iter().all(Option::is_none) {
+    let channels = what.channels;
+    let positions = (first_query + q_rqd.size()[0] as usize).saturating_sub(what.prefix);
+    if channels.list().iter().all(Option::is_none) || positions == 0 {
         return Ok(());
     }
-    let whole = list[0].is_some() || list[1].is_some();
-    let s = Operands::new(q_rqd, k_hkd, if whole { WIDE } else { NARROW })?;
-    let out = out_hct.size();
-    let positions = (first_query + s.rows).saturating_sub(what.prefix);
+    let begin = first_query as i64 - what.prefix as i64;
+    let stride = what.stride.max(1) as i64;
+    if stride == 1 || !channels.is_whole() {
+        return sweep(q_rqd, k_hkd, lse_qr, Queries { begin, step: 1, positions }, channels, what, out_hct);
+    }
+    // Two sweeps: the nearby and last queries, all of them; then a part of all queries.
+    let StatisticChannels { all_max, all_sum, .. } = channels;
+    let near = StatisticChannels { all_max: None, all_sum: None, ..channels };
+    if near != StatisticChannels::default() {
+        sweep(q_rqd, k_hkd, lse_qr, Queries { begin, step: 1, positions }, near, what, out_hct)?;
+    }
+    let first = (begin.max(0) + stride - 1) / stride * stride;
+    if first - begin >= q_rqd.size()[0] {
+        return Ok(());
+    }
+    let part = |x: &Tensor, dim| x.slice(dim, first - begin, None, stride);
+    sweep(
+        &part(q_rqd, 0),
+        k_hkd,
+        &part(lse_qr, 1),
+        Queries { begin: first, step: stride, positions },
+        StatisticChannels { all_max, all_sum, ..StatisticChannels::default() },
+        what,
+        out_hct,
+    )
+}
+
+/// Where the rows of a sweep lie: at context positions `begin`, `begin + step` and so on; `positions` are read so far.
+#[derive(Clone, Copy)]
+struct Queries {
+    begin: i64,
+    step: i64,
+    positions: usize,
+}
+
+fn sweep(
+    q_rqd: &Tensor,
+    k_hkd: &Tensor,
+    lse_qr: &Tensor,
+    queries: Queries,
+    channels: StatisticChannels,
+    what: &QueryStatistics,
+    out_hct: &Tensor,
+) -> Result<()> {
+    let list = channels.list();
+    let s = Operands::new(q_rqd, k_hkd, if channels.is_whole() { WIDE } else { NARROW })?;
+    let (out, positions) = (out_hct.size(), queries.positions);
     ensure!(
         lse_qr.size() == [s.query_heads as i64, s.rows as i64] && lse_qr.kind() == Kind::Float,
         "log-sum-exps must be f32 [{}, {}], found {:?} {:?}",
@@ -269,21 +339,16 @@ pub fn fused_query_statistics(
             && out_hct.kind() == Kind::Float
             && out_hct.stride()[2] == 1
             && out_hct.device() == q_rqd.device()
-            && first_query + s.rows <= s.positions,
-        "room for statistics is {out:?}, expected f32 [{}, channels, {positions}] for {:?}",
-        s.kv_heads,
-        what.channels
+            && what.prefix + positions <= s.positions,
+        "room for statistics is {out:?}, expected f32 [{}, channels, {positions}] for {channels:?}",
+        s.kv_heads
     );
-    if positions == 0 {
-        return Ok(());
-    }
     let device = q_rqd.device();
     let lse2 = (lse_qr * std::f64::consts::LOG2_E).contiguous();
     let parts = Tensor::empty([s.query_heads as i64, 6, positions as i64], (Kind::Float, device));
     let wanted = list.iter().enumerate().map(|(i, c)| i32::from(c.is_some()) << i).sum();
-    let from = first_query as i32 - what.prefix as i32;
     let launch = s.tiles.launch(s.head_dim, [positions.div_ceil(s.tiles.rows()), s.query_heads, 1]);
-    let channels = list.map(|c| c.map_or(-1, |c| c as i32));
+    let places = list.map(|c| c.map_or(-1, |c| c as i32));
     // SAFETY: arguments in the kernels' order; sizes were checked above.
     unsafe {
         kernel(device, s.variant, "column_stats", launch.shared)?.launch(
@@ -299,7 +364,9 @@ pub fn fused_query_statistics(
                 Arg::Int(wanted),
                 Arg::Int(s.group()),
                 Arg::Int(s.rows as i32),
-                Arg::Int(from),
+                Arg::Int(queries.begin as i32),
+                Arg::Int(queries.step as i32),
+                Arg::Int(positions as i32),
                 Arg::Int(what.prefix as i32),
                 Arg::Int(what.min_distance as i32),
                 Arg::Int(what.window as i32),
@@ -312,7 +379,7 @@ pub fn fused_query_statistics(
             &[
                 Arg::Tensor(&parts),
                 Arg::Tensor(out_hct),
-                Arg::Ints(&channels),
+                Arg::Ints(&places),
                 Arg::Long(out_hct.stride()[0]),
                 Arg::Long(out_hct.stride()[1]),
                 Arg::Int(s.group()),

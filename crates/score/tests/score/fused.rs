@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use pkv_gpu::{ScoreRows, fused_chunk_scores, has_fused_scores};
+use pkv_gpu::{ScoreOutput, ScoreRows, fused_chunk_scores, has_fused_scores};
 use pkv_score::{ChunkAttention, Weighting, chunk_scores};
 use tch::{Device, Kind, Tensor};
 
@@ -55,7 +55,7 @@ fn fused_scores_equal_the_plain_ones() {
     }
 }
 
-/// The largest relative difference over all segments.
+/// The largest relative difference of scores and means over all segments.
 fn worst(c: &Case, device: Device, seed: i64) -> f64 {
     tch::manual_seed(seed);
     let context: usize = c.segments.iter().map(|s| s.1).sum();
@@ -74,7 +74,7 @@ fn worst(c: &Case, device: Device, seed: i64) -> f64 {
 
     let (mut chunks, mut own) = (Vec::new(), Vec::new());
     let (mut first_row, mut first_key) = (0, c.prefix);
-    let mut expected = Vec::new();
+    let (mut expected, mut expected_mean) = (Vec::new(), Vec::new());
     for &(rows, keys) in c.segments {
         chunks.push(ScoreRows { first_row, rows, first_key, keys });
         let part = |x: &Tensor| x.narrow(0, first_row as i64, rows as i64).transpose(0, 1);
@@ -92,18 +92,28 @@ fn worst(c: &Case, device: Device, seed: i64) -> f64 {
         });
         let attention =
             ChunkAttention { q_qsd: &q_qsd, k_hkd: &all, sink: c.sink, chunk: first_key..first_key + keys };
-        expected.push(chunk_scores(&attention, weighting.as_ref(), 1 << 22).unwrap().max_ht);
+        let plain = chunk_scores(&attention, weighting.as_ref(), 1 << 22).unwrap();
+        expected.push(plain.max_ht);
+        expected_mean.push(plain.mean_ht);
         first_row += rows;
         first_key += keys;
     }
-    let got = Tensor::full([c.heads, context as i64], f64::NAN, (Kind::Float, device));
+    let room = || Tensor::full([c.heads, context as i64], f64::NAN, (Kind::Float, device));
+    let (got, got_mean, got_alone) = (room(), room(), room());
     let weights = c.weighted.then_some((&rows_r, &columns_qt));
     let own = Tensor::cat(&own, 1);
-    fused_chunk_scores(&q_rqd, &k_hkd, &own, weights, &chunks, c.sink, c.prefix, &got).unwrap();
-    let expected = Tensor::cat(&expected, 1);
-    let off = (&got - &expected).abs() / &expected;
-    // NaN is larger than any tolerance.
-    if off.isnan().any().int64_value(&[]) != 0 { f64::INFINITY } else { off.max().double_value(&[]) }
+    for (max_ht, mean_ht) in [(&got, Some(&got_mean)), (&got_alone, None)] {
+        let to = ScoreOutput { max_ht, mean_ht, first: c.prefix };
+        fused_chunk_scores(&q_rqd, &k_hkd, &own, weights, &chunks, c.sink, to).unwrap();
+    }
+    assert!(got.equal(&got_alone), "the scores change with the means beside them");
+    let worst = |got: &Tensor, expected: &[Tensor]| {
+        let expected = Tensor::cat(expected, 1);
+        let off = (got - &expected).abs() / &expected;
+        // NaN is larger than any tolerance.
+        if off.isnan().any().int64_value(&[]) != 0 { f64::INFINITY } else { off.max().double_value(&[]) }
+    };
+    worst(&got, &expected).max(worst(&got_mean, &expected_mean))
 }
 
 /// Where there is no such GPU the call is an error, not a crash.
@@ -111,5 +121,6 @@ fn fused_chunk_scores_refuse_a_cpu() -> bool {
     let x = |size: &[i64]| Tensor::zeros(size, (Kind::Float, Device::Cpu));
     let chunk = ScoreRows { first_row: 0, rows: 3, first_key: 0, keys: 2 };
     let (q, k, own, out) = (x(&[3, 2, 64]), x(&[2, 2, 64]), x(&[2, 3]), x(&[2, 2]));
-    fused_chunk_scores(&q, &k, &own, None, &[chunk], 0, 0, &out).is_err()
+    let to = ScoreOutput { max_ht: &out, mean_ht: None, first: 0 };
+    fused_chunk_scores(&q, &k, &own, None, &[chunk], 0, to).is_err()
 }
