@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 POLICIES = ("pair", "pair-uniform", "token")
 
 
@@ -529,6 +529,7 @@ class _QueryStatistics:
         self.prefix, self.context = prefix, context
         self.near, self.window = extract["min_distance"], extract["window_tokens"]
         self.last, self.block_tokens = extract["last_queries"], max(1, extract["block_tokens"])
+        self.stride = extract["whole_range_stride"]
         at = lambda name: channels.index(name) if name in channels else None  # noqa: E731
         slots = {reach: tuple(map(at, names)) for reach, names in self.REACHES.items()}
         # The window comes last: it blanks what is out of its reach.
@@ -567,7 +568,9 @@ class _QueryStatistics:
         self._zero(weights_hgrt, first, max(0, first + 1 - self.near), columns, lambda x: x < self.near)
         for reach, slots in self.slots.items():
             if reach == "all":
-                _gather(slots, weights_hgrt, 0, columns, gathered_hct)
+                skipped = -first % self.stride
+                if skipped < n:
+                    _gather(slots, weights_hgrt[:, :, skipped :: self.stride], 0, columns, gathered_hct)
             elif reach == "last":
                 start = max(first, self.context - self.last)
                 if start < end:
@@ -594,7 +597,9 @@ class _QueryStatistics:
         near = t + self.near
         for reach, (maximum, mean) in self.slots.items():
             start, end = near, torch.full_like(t, self.context)
-            if reach == "window":
+            if reach == "all":
+                start, end = ((x + self.stride - 1) // self.stride for x in (start, end))
+            elif reach == "window":
                 end = end.minimum(t + self.window + 1)
             elif reach == "last":
                 start = near.clamp_min(max(0, self.context - self.last))

@@ -92,13 +92,15 @@ impl ModelCard {
         writeln!(out, "\n## Features\n")?;
         writeln!(
             out,
-            "Per proxy KV head: {}. Per position: {}. Window {} queries, minimum distance {}, last {} queries. \
+            "Per proxy KV head: {}. Per position: {}. Window {} queries, minimum distance {}, last {} queries, 1 of {} \
+             queries of the whole range. \
              Standardization is part of the weights: feed raw features.",
             list(&c.extract.channels),
             list(&c.extract.globals),
             c.extract.window_tokens,
             c.extract.min_distance,
-            c.extract.last_queries
+            c.extract.last_queries,
+            c.extract.whole_range_stride
         )?;
 
         writeln!(out, "\n## Data\n")?;
@@ -112,6 +114,9 @@ impl ModelCard {
                 .map(|d| vec![d.name.clone(), d.examples.to_string(), d.licence.clone()])
                 .collect();
             table(out, &head, &rows)?;
+            if let Some(n) = c.train.contexts {
+                writeln!(out, "\nLearnt from {n} of them, drawn by the seed.")?;
+            }
         }
         writeln!(out, "\n## Training\n")?;
         let validation = c.validation.map_or("not validated".to_owned(), |v| {

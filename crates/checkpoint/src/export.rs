@@ -21,8 +21,8 @@ use tch::{Device, Tensor};
 use crate::card::ModelCard;
 use crate::tensors::{NamedTensors, pick, read_tensors, write_tensors};
 
-/// Version of the export's format.
-pub const EXPORT_VERSION: u32 = 1;
+/// Version of the export's format; 2 tells the stride of the whole-range channels, which was 1.
+pub const EXPORT_VERSION: u32 = 2;
 
 const MODEL: &str = "model.safetensors";
 const PARITY: &str = "parity.safetensors";

@@ -143,7 +143,7 @@ fn the_card_says_what_a_stranger_must_know() {
         "| mapper | 97.9 |",
         "- Trained on contexts up to 1,800 tokens.",
         "Mapper: apache-2.0. Target: MIT. Proxy: not stated.",
-        "schema version 1",
+        "schema version 2",
     ] {
         assert!(text.contains(expected), "`{expected}` is missing in:\n{text}");
     }
@@ -175,8 +175,8 @@ fn damage_is_named() {
     fails("model.safetensors", None, "model.safetensors");
     fails("config.json", None, "config.json");
     let text = String::from_utf8(good["config.json"].clone()).unwrap();
-    let newer = text.replace("\"schema_version\": 1", "\"schema_version\": 2");
-    fails("config.json", Some(newer.into_bytes()), "expected export version 1, found 2");
+    let newer = text.replace("\"schema_version\": 2", "\"schema_version\": 3");
+    fails("config.json", Some(newer.into_bytes()), "expected export version 2, found 3");
     Export::read(&folder).unwrap();
 }
 

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Channel {
-    /// Log of the strongest attention from queries at least `min_distance` positions later, whole causal range.
+    /// Log of the strongest attention from queries at least `min_distance` positions later, whole causal range, of which
+    /// every `whole_range_stride`-th query counts.
     MaxAll,
     /// Log of the mean of the same.
     MeanAll,

@@ -25,7 +25,7 @@ pub(crate) const LOG_LIMIT: f64 = 16.0;
 /// Which queries a channel reads; all of them at least `min_distance` later than the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reach {
-    /// The whole causal range.
+    /// The whole causal range, at every `stride`-th context position.
     All,
     /// At most `window_tokens` later.
     Window,
@@ -66,6 +66,7 @@ pub struct QueryStatistics {
     min_distance: usize,
     window: usize,
     last: usize,
+    stride: usize,
     block_tokens: usize,
     channels: usize,
     slots: Vec<Slots>,
@@ -87,6 +88,7 @@ impl QueryStatistics {
             min_distance: extract.min_distance,
             window: extract.window_tokens,
             last: extract.last_queries,
+            stride: extract.whole_range_stride.max(1),
             block_tokens: extract.block_tokens.max(1),
             channels: extract.channels.len(),
             slots: slots.filter(|s| s.max.is_some() || s.mean.is_some()).collect(),
@@ -173,7 +175,13 @@ impl QueryStatistics {
         self.zero_where(&weights_hgrt, first, &mixed, |distance_rt| distance_rt.lt(self.min_distance as i64));
         for slots in &self.slots {
             match slots.reach {
-                Reach::All => gather(slots, &weights_hgrt, 0..columns, gathered_hct),
+                Reach::All => {
+                    let skipped = first.next_multiple_of(self.stride) - first;
+                    if skipped < rows.len() {
+                        let asking = weights_hgrt.slice(2, skipped as i64, None, self.stride as i64);
+                        gather(slots, &asking, 0..columns, gathered_hct);
+                    }
+                }
                 Reach::Last => {
                     let from = self.context.saturating_sub(self.last).max(first);
                     if from < end {
@@ -253,6 +261,7 @@ impl QueryStatistics {
             min_distance: self.min_distance,
             window: self.window,
             last: self.context.saturating_sub(self.last),
+            stride: self.stride,
         };
         fused_query_statistics(q_rqd, k_hkd, lse_qr, start, &what, gathered_hct)
     }
@@ -311,7 +320,9 @@ impl QueryStatistics {
     fn queries(&self, reach: Reach, t: usize) -> usize {
         let near = t + self.min_distance;
         let (from, to) = match reach {
-            Reach::All => (near, self.context),
+            Reach::All => {
+                return self.context.div_ceil(self.stride).saturating_sub(near.div_ceil(self.stride));
+            }
             Reach::Window => (near, self.context.min(t + self.window + 1)),
             Reach::Last => (near.max(self.context.saturating_sub(self.last)), self.context),
         };

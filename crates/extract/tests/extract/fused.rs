@@ -18,20 +18,24 @@ fn fused_statistics_equal_those_of_blocks() {
     let all = Channel::PREFILL.to_vec();
     let windowed = vec![Channel::MaxWindow, Channel::MeanWindow, Channel::MaxLast, Channel::MeanLast];
     let odd = vec![Channel::MaxAll, Channel::KeyNorm, Channel::MeanLast];
-    for (number, (kind, heads, group, d, prefix, pieces, channels)) in [
-        (Kind::BFloat16, 2, 2, 64, 7, vec![1007], &all),
-        (Kind::BFloat16, 2, 3, 64, 3, vec![300, 200, 280], &all),
-        (Kind::BFloat16, 2, 2, 128, 3, vec![2, 500, 278], &windowed),
-        (Kind::BFloat16, 8, 4, 64, 30, vec![3030], &all),
-        (Kind::Half, 1, 5, 80, 9, vec![800, 709], &odd),
-        (Kind::BFloat16, 1, 1, 256, 0, vec![70], &all),
-        (Kind::BFloat16, 2, 1, 64, 3, vec![6], &all),
+    for (number, (kind, heads, group, d, prefix, pieces, channels, stride)) in [
+        (Kind::BFloat16, 2, 2, 64, 7, vec![1007], &all, 1),
+        (Kind::BFloat16, 2, 3, 64, 3, vec![300, 200, 280], &all, 4),
+        (Kind::BFloat16, 2, 2, 128, 3, vec![2, 500, 278], &windowed, 4),
+        (Kind::BFloat16, 8, 4, 64, 30, vec![3030], &all, 4),
+        (Kind::Half, 1, 5, 80, 9, vec![800, 709], &odd, 3),
+        (Kind::BFloat16, 1, 1, 256, 0, vec![70], &all, 1),
+        (Kind::BFloat16, 2, 1, 64, 3, vec![6], &all, 4),
     ]
     .into_iter()
     .enumerate()
     {
         tch::manual_seed(number as i64);
-        let section = ExtractSection { channels: channels.clone(), ..ExtractSection::default() };
+        let section = ExtractSection {
+            channels: channels.clone(),
+            whole_range_stride: stride,
+            ..ExtractSection::default()
+        };
         let total: i64 = pieces.iter().sum();
         let statistics = QueryStatistics::new(&section, prefix, total as usize - prefix);
         let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, device)).to_kind(kind);

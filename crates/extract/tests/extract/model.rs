@@ -96,6 +96,7 @@ fn naive(nano: &Nano, context: &[u32], extract: &ExtractSection) -> (Vec<f64>, V
         min_distance: extract.min_distance,
         window: extract.window_tokens,
         last: extract.last_queries,
+        stride: extract.whole_range_stride,
     };
     let ids = [nano.tokenizer.prefix(), context].concat();
     let mut recorder = Recorder::default();

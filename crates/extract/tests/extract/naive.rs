@@ -26,22 +26,24 @@ struct Case {
     sizes: Reference,
 }
 
-const fn case(name: &'static str, heads_group_dim: [usize; 3], sizes: [usize; 5]) -> Case {
+const fn case(name: &'static str, heads_group_dim: [usize; 3], sizes: [usize; 6]) -> Case {
     let [heads, group, head_dim] = heads_group_dim;
-    let [prefix, context, min_distance, window, last] = sizes;
-    Case { name, sizes: Reference { heads, group, head_dim, prefix, context, min_distance, window, last } }
+    let [prefix, context, min_distance, window, last, stride] = sizes;
+    let sizes = Reference { heads, group, head_dim, prefix, context, min_distance, window, last, stride };
+    Case { name, sizes }
 }
 
+/// Heads, group and head_dim; prefix, context, minimum distance, window, last queries and stride.
 const CASES: [Case; 9] = [
-    case("one token, no prefix", [1, 1, 4], [0, 1, 4, 256, 64]),
-    case("one token behind a prefix", [2, 3, 5], [7, 1, 4, 256, 64]),
-    case("shorter than the distance", [2, 2, 8], [3, 3, 4, 256, 64]),
-    case("one query far enough", [2, 1, 8], [3, 5, 4, 256, 64]),
-    case("shorter than the window", [1, 2, 6], [0, 37, 4, 256, 64]),
-    case("longer than the window", [2, 3, 8], [11, 97, 4, 16, 9]),
-    case("window one wider than the distance", [1, 1, 7], [1, 53, 3, 4, 1]),
-    case("distance 0: a query sees itself", [2, 2, 5], [5, 41, 0, 6, 7]),
-    case("last queries fewer than the distance", [3, 1, 8], [2, 29, 6, 8, 4]),
+    case("one token, no prefix", [1, 1, 4], [0, 1, 4, 256, 64, 1]),
+    case("one token behind a prefix", [2, 3, 5], [7, 1, 4, 256, 64, 4]),
+    case("shorter than the distance", [2, 2, 8], [3, 3, 4, 256, 64, 1]),
+    case("one query far enough", [2, 1, 8], [3, 5, 4, 256, 64, 2]),
+    case("shorter than the window", [1, 2, 6], [0, 37, 4, 256, 64, 4]),
+    case("longer than the window", [2, 3, 8], [11, 97, 4, 16, 9, 3]),
+    case("window one wider than the distance", [1, 1, 7], [1, 53, 3, 4, 1, 1]),
+    case("distance 0: a query sees itself", [2, 2, 5], [5, 41, 0, 6, 7, 5]),
+    case("last queries fewer than the distance", [3, 1, 8], [2, 29, 6, 8, 4, 2]),
 ];
 
 /// Numbers that f32 holds exactly, so that the reference sees the same inputs.
@@ -68,6 +70,7 @@ impl Case {
             window_tokens: self.sizes.window,
             min_distance: self.sizes.min_distance,
             last_queries: self.sizes.last,
+            whole_range_stride: self.sizes.stride,
             block_tokens,
             ..ExtractSection::default()
         }

@@ -12,6 +12,7 @@ pub struct Reference {
     pub min_distance: usize,
     pub window: usize,
     pub last: usize,
+    pub stride: usize,
 }
 
 impl Reference {
@@ -46,7 +47,7 @@ impl Reference {
                     let counts = |i: usize| {
                         i >= t + self.min_distance
                             && match channel {
-                                Channel::MaxAll | Channel::MeanAll => true,
+                                Channel::MaxAll | Channel::MeanAll => i % self.stride == 0,
                                 Channel::MaxWindow | Channel::MeanWindow => i <= t + self.window,
                                 _ => i + self.last >= self.context,
                             }

@@ -82,7 +82,7 @@ pub fn features(shape: &ModelShape, section: &ExtractSection, t: usize) -> f64 {
     let window = (section.window_tokens + section.block_tokens).min(t) as f64;
     let mut keys_per_position = 0.0;
     if has(Channel::MaxAll, Channel::MeanAll) {
-        keys_per_position += t_f / 2.0;
+        keys_per_position += t_f / 2.0 / section.whole_range_stride as f64;
     }
     if has(Channel::MaxWindow, Channel::MeanWindow) {
         keys_per_position += window;

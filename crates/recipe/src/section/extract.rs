@@ -19,6 +19,10 @@ pub struct ExtractSection {
     pub min_distance: usize,
     /// Queries at the end of the context that the `*_last` channels read.
     pub last_queries: usize,
+    /// Of the whole causal range, every so many-th query counts: those at multiples of it. A maximum and a mean over a
+    /// quarter of thousands of queries tell the mapper as much as over all of them, at a quarter of the cost, which grows
+    /// with the square of the context.
+    pub whole_range_stride: usize,
     /// Queries per block of the blockwise statistics; bounds memory, changes nothing else.
     pub block_tokens: usize,
     /// Tokens per forward while prefilling.
@@ -35,6 +39,7 @@ impl Default for ExtractSection {
             window_tokens: 256,
             min_distance: 4,
             last_queries: 64,
+            whole_range_stride: 4,
             block_tokens: 512,
             prefill_chunk_tokens: 32_768,
             store: StoreDtype::F16,
@@ -58,6 +63,7 @@ impl ExtractSection {
             self.min_distance
         );
         ensure!(self.last_queries > 0, "`extract.last_queries` is 0");
+        ensure!(self.whole_range_stride > 0, "`extract.whole_range_stride` is 0: no query would count");
         ensure!(self.block_tokens > 0, "`extract.block_tokens` is 0");
         ensure!(self.prefill_chunk_tokens > 0, "`extract.prefill_chunk_tokens` is 0");
         Ok(())
