@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
-use pkv_core::{Split, hinted};
+use pkv_core::{Seed, Split, hinted};
 use pkv_mapper::MapperDims;
 use pkv_prune::{log_odds, pool_targets};
 use pkv_recipe::TargetPool;
@@ -83,6 +83,13 @@ impl Dataset {
     /// Rows of a split, in their order.
     pub fn rows(&self, split: Split) -> Vec<u64> {
         (0..self.splits.len() as u64).filter(|&i| self.splits[i as usize] == split).collect()
+    }
+
+    /// Training rows to learn from, in their order: `contexts` of them drawn by `seed`, or all. A smaller draw is part
+    /// of a larger one.
+    pub fn training_rows(&self, contexts: Option<usize>, seed: Seed) -> Vec<u64> {
+        let rows = self.rows(Split::Train);
+        draw(rows, contexts, seed)
     }
 
     /// Positions of row `i`.
@@ -181,6 +188,16 @@ fn describe((id, heads, positions): (&str, u32, u32)) -> String {
     format!("`{id}` with {heads} KV heads and {positions} positions")
 }
 
+/// `count` of `rows` in their order: those whose random number is lowest.
+fn draw(rows: Vec<u64>, count: Option<usize>, seed: Seed) -> Vec<u64> {
+    let Some(count) = count.filter(|n| *n < rows.len()) else { return rows };
+    let mut drawn = rows;
+    drawn.sort_by_cached_key(|&row| seed.derive("train.contexts", row));
+    drawn.truncate(count);
+    drawn.sort_unstable();
+    drawn
+}
+
 fn open_rows<R: pkv_shard::Row>(dir: &Path, expected: usize) -> Result<StageReader<R>> {
     let reader = StageReader::<R>::open(dir)?;
     ensure!(
@@ -191,4 +208,22 @@ fn open_rows<R: pkv_shard::Row>(dir: &Path, expected: usize) -> Result<StageRead
         )
     );
     Ok(reader)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn smaller_draws_are_part_of_larger_ones() {
+        let rows: Vec<u64> = (3..203).collect();
+        let drawn = |n, seed| draw(rows.clone(), Some(n), Seed(seed));
+        let (few, many) = (drawn(10, 1), drawn(100, 1));
+        assert!(few.len() == 10 && many.len() == 100);
+        assert!(few.is_sorted() && few.iter().all(|row| many.contains(row)));
+        assert_ne!(few, drawn(10, 2));
+        assert!(few.iter().any(|row| *row > 20), "not the first ones: {few:?}");
+        assert_eq!(drawn(1000, 1), rows);
+        assert_eq!(draw(rows.clone(), None, Seed(1)), rows);
+    }
 }

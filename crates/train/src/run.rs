@@ -104,7 +104,7 @@ pub fn train(
     let (first, steps) = (run.step, inputs.train.steps);
     let _tf32 = Tf32::set(number_format(inputs.train.dtype, dataset.dims(), device))?;
 
-    let rows = dataset.rows(Split::Train);
+    let rows = dataset.training_rows(inputs.train.contexts, inputs.seed);
     let lengths: Vec<usize> = rows.iter().map(|&r| dataset.positions(r)).collect();
     let batches = Batches::new(
         &rows,
@@ -201,10 +201,7 @@ impl<'a> Run<'a> {
         let saved = store.latest(device)?;
         let mapper = match &saved {
             Some(state) => resume(inputs.mapper, inputs.loss, dataset, state, device)?,
-            None => {
-                let pool = &inputs.train.target_pool;
-                start(dataset, inputs.mapper, inputs.loss, pool, inputs.seed, device, progress)?
-            }
+            None => start(dataset, inputs.mapper, inputs.loss, inputs.train, inputs.seed, device, progress)?,
         };
         let mut optimizer = Optimizer::new(&mapper, inputs.train)?;
         let (mut step, mut window) = (0, Window::new());

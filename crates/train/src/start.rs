@@ -1,9 +1,9 @@
 //! Where training starts: standardization, the ridge solution, the thresholds.
 
 use anyhow::{Context as _, Result};
-use pkv_core::{Progress, Seed, Split, hinted};
+use pkv_core::{Progress, Seed, hinted};
 use pkv_mapper::{Mapper, RidgeAccumulator, StandardizationAccumulator};
-use pkv_recipe::{LossSection, MapperSection, TargetPool, Variant};
+use pkv_recipe::{LossSection, MapperSection, TrainSection, Variant};
 use tch::{Device, Tensor};
 
 use crate::dataset::Dataset;
@@ -24,13 +24,13 @@ pub fn start(
     dataset: &Dataset,
     section: &MapperSection,
     loss: &LossSection,
-    pool: &TargetPool,
+    train: &TrainSection,
     seed: Seed,
     device: Device,
     progress: &dyn Progress,
 ) -> Result<Mapper> {
     let _no_grad = tch::no_grad_guard();
-    let sample = sample(dataset);
+    let (pool, sample) = (&train.target_pool, sample(dataset, dataset.training_rows(train.contexts, seed)));
     let (dims, linear) = (dataset.dims(), section.linear_skip || section.variant == Variant::Linear);
     let passes = if linear { 2 } else { 1 };
     progress.start("training statistics", passes * sample.len() as u64, 0);
@@ -65,10 +65,9 @@ pub fn start(
     Ok(mapper)
 }
 
-/// Training rows evenly spread over the split, within both limits.
-fn sample(dataset: &Dataset) -> Vec<u64> {
-    let rows: Vec<u64> =
-        dataset.rows(Split::Train).into_iter().filter(|&r| dataset.positions(r) > 0).collect();
+/// Some of the training rows evenly spread over them, within both limits.
+fn sample(dataset: &Dataset, mut rows: Vec<u64>) -> Vec<u64> {
+    rows.retain(|&r| dataset.positions(r) > 0);
     let total: usize = rows.iter().map(|&r| dataset.positions(r)).sum();
     let by_positions = rows.len() * SAMPLE_POSITIONS / total.max(SAMPLE_POSITIONS);
     let count = by_positions.clamp(1, SAMPLE_CONTEXTS).min(rows.len());

@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 pub struct TrainSection {
     /// Optimizer steps.
     pub steps: u64,
+    /// Training contexts to learn from, drawn by the recipe's seed; absent: all. Smaller draws are part of larger ones, so a
+    /// learning curve needs one set of labels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub contexts: Option<usize>,
     /// Contexts of similar length per step.
     pub batch: usize,
     /// Most tokens of a context that a step reads; longer contexts give several windows per epoch, slices
@@ -96,6 +100,7 @@ impl Default for TrainSection {
     fn default() -> Self {
         Self {
             steps: 1500,
+            contexts: None,
             batch: 16,
             window_tokens: None,
             crop: 1.0,
@@ -132,6 +137,10 @@ impl TrainSection {
 
     pub(crate) fn check(&self) -> Result<()> {
         ensure!(self.steps > 0, "`train.steps` is 0");
+        ensure!(
+            self.contexts != Some(0),
+            "`train.contexts` is 0; leave it out to learn from every training context"
+        );
         ensure!(self.batch > 0, "`train.batch` is 0");
         ensure!(
             self.window_tokens != Some(0),
