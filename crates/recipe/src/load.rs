@@ -13,6 +13,9 @@ use crate::{
     TrainSection,
 };
 
+/// Recipes that may be based on one another in a row.
+const MOST_BASES: usize = 8;
+
 /// One resolved run: nothing is optional that a stage needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,23 +46,20 @@ pub struct Recipe {
     pub path: PathBuf,
 }
 
-/// Read `path`, apply `overrides` (each `section.key=value`, value in TOML; bare words are strings), check.
+/// Read `path` and the recipe that its `base` names, apply `overrides` (each `section.key=value`, value in TOML; bare
+/// words are strings), check.
 ///
 /// # Errors
 /// The file is absent or no TOML; a key is unknown or has the wrong type; a value is out of range.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
-    let text = fs::read_to_string(path).with_context(|| {
-        hinted(
-            format!("cannot read recipe `{}`", path.display()),
-            "recipes live in `recipes/`; pass one with `--recipe`",
-        )
-    })?;
     let invalid = || format!("invalid recipe `{}`", path.display());
-    let mut table: Table = toml::from_str(&text).with_context(invalid)?;
+    let (text, own) = read(path)?;
+    let derived = own.contains_key("base");
+    let mut table = based(path, own, MOST_BASES)?;
     for assignment in overrides {
         set(&mut table, assignment).with_context(|| format!("cannot apply `--set {assignment}`"))?;
     }
-    let mut recipe: Recipe = if overrides.is_empty() {
+    let mut recipe: Recipe = if overrides.is_empty() && !derived {
         // From the text, so that errors show line and column.
         toml::from_str(&text).map_err(unknown_key_hint).with_context(invalid)?
     } else {
@@ -68,6 +68,50 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
     recipe.path = path.to_path_buf();
     recipe.check().with_context(invalid)?;
     Ok(recipe)
+}
+
+/// The text of a recipe, and its table.
+fn read(path: &Path) -> Result<(String, Table)> {
+    let text = fs::read_to_string(path).with_context(|| {
+        hinted(
+            format!("cannot read recipe `{}`", path.display()),
+            "recipes live in `recipes/`; pass one with `--recipe`",
+        )
+    })?;
+    let table = toml::from_str(&text).with_context(|| format!("invalid recipe `{}`", path.display()))?;
+    Ok((text, table))
+}
+
+/// `table`, the recipe of `path`, on top of the recipe that its `base` names, which may have a base itself.
+fn based(path: &Path, mut table: Table, deeper: usize) -> Result<Table> {
+    let Some(base) = table.remove("base") else { return Ok(table) };
+    let named = || format!("`base` of recipe `{}`", path.display());
+    let base = base.as_str().with_context(|| format!("{} is no text", named()))?;
+    ensure!(
+        deeper > 0,
+        hinted(
+            format!("{} is the {MOST_BASES}th in a row", named()),
+            "recipes must not be based on each other"
+        )
+    );
+    // Beside the recipe that names it.
+    let base = path.parent().unwrap_or(Path::new("")).join(base);
+    let (_, under) = read(&base).with_context(named)?;
+    let mut under = based(&base, under, deeper - 1)?;
+    merge(&mut under, table);
+    Ok(under)
+}
+
+/// Put the keys of `over` into `under`, section by section.
+fn merge(under: &mut Table, over: Table) {
+    for (key, value) in over {
+        match (under.get_mut(&key), value) {
+            (Some(Value::Table(under)), Value::Table(over)) => merge(under, over),
+            (_, value) => {
+                under.insert(key, value);
+            }
+        }
+    }
 }
 
 impl Recipe {

@@ -215,3 +215,32 @@ fn mistaken_manifests_are_refused() {
     }
     assert!(format!("{:#}", read("source = []\n").unwrap_err()).contains("it has no `[[source]]`"));
 }
+
+#[test]
+fn a_recipe_may_be_based_on_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+    put("pair.toml", RECIPE);
+    fs::create_dir(dir.path().join("tries")).unwrap();
+    put(
+        "tries/short.toml",
+        "base = \"../pair.toml\"\nname = \"short\"\ntrain.steps = 7\n[data]\ntrain = 5\n",
+    );
+    put("tries/shorter.toml", "base = \"short.toml\"\nname = \"shorter\"\n[train]\nbatch = 3\n");
+    let recipe = load(&dir.path().join("tries/shorter.toml"), &["train.batch=4".to_owned()]).unwrap();
+    assert_eq!((recipe.name.as_str(), recipe.data.train, recipe.data.validation), ("shorter", 5, 2));
+    assert_eq!((recipe.train.steps, recipe.train.batch), (7, 4));
+    assert!(recipe.path.ends_with("tries/shorter.toml"));
+
+    put("wrong.toml", "base = \"pair.toml\"\nname = \"wrong\"\ntrain.stepps = 7\n");
+    let (text, hint) = texts(load(&dir.path().join("wrong.toml"), &[]));
+    assert!(text.contains("wrong.toml") && text.contains("stepps") && !hint.is_empty(), "{text}");
+    put("lost.toml", "base = \"absent.toml\"\nname = \"lost\"\n");
+    let (text, _) = texts(load(&dir.path().join("lost.toml"), &[]));
+    assert!(text.contains("`base` of recipe") && text.contains("absent.toml"), "{text}");
+    put("round.toml", "base = \"round.toml\"\nname = \"round\"\n");
+    let (text, hint) = texts(load(&dir.path().join("round.toml"), &[]));
+    assert!(text.contains("in a row") && hint.contains("based on each other"), "{text}");
+    put("number.toml", "base = 3\nname = \"number\"\n");
+    assert!(texts(load(&dir.path().join("number.toml"), &[])).0.contains("is no text"));
+}
