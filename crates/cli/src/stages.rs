@@ -5,10 +5,12 @@ pub mod export;
 pub mod extract;
 pub mod fetch;
 pub mod label;
+mod lanes;
 pub mod plan;
 pub mod prepare;
 mod pump;
 pub mod report;
+mod to_host;
 pub mod train;
 
 use std::path::Path;

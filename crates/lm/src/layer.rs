@@ -65,6 +65,24 @@ impl Layer {
         }
     }
 
+    /// Another handle on the same weights.
+    pub fn share(&self) -> Self {
+        let optional = |t: &Option<Tensor>| t.as_ref().map(Tensor::shallow_clone);
+        Self {
+            shape: self.shape,
+            eps: self.eps,
+            input_norm: self.input_norm.shallow_clone(),
+            qkv: self.qkv.shallow_clone(),
+            qkv_bias: optional(&self.qkv_bias),
+            qk_norm: optional(&self.qk_norm),
+            output: self.output.shallow_clone(),
+            output_bias: optional(&self.output_bias),
+            post_norm: self.post_norm.shallow_clone(),
+            gate_up: self.gate_up.shallow_clone(),
+            down: self.down.shallow_clone(),
+        }
+    }
+
     /// Name the place of every weight of layer `index` as checkpoints do.
     pub fn places(&self, index: usize, places: &mut Places) {
         let mut put = |name: &str, place: Tensor| {

@@ -85,6 +85,21 @@ impl LanguageModel {
         model
     }
 
+    /// Another handle on the same weights, for another thread: tensors may move between threads, not be shared.
+    pub fn share(&self) -> Self {
+        Self {
+            config: self.config.clone(),
+            device: self.device,
+            kind: self.kind,
+            embedding: self.embedding.shallow_clone(),
+            layers: self.layers.iter().map(Layer::share).collect(),
+            final_norm: self.final_norm.shallow_clone(),
+            head: self.head.shallow_clone(),
+            rope: self.rope.share(),
+            attention: self.attention,
+        }
+    }
+
     fn empty(config: LmConfig, device: Device, kind: Kind) -> Result<Self> {
         // f64 is for references; CUDA's attention kernels do not have it.
         let reference = kind == Kind::Double && !device.is_cuda();

@@ -172,6 +172,11 @@ impl Rope {
         Self { frequencies_d, attention_factor: config.attention_factor(), kind }
     }
 
+    /// Another handle on the same frequencies.
+    pub fn share(&self) -> Self {
+        Self { frequencies_d: self.frequencies_d.shallow_clone(), ..*self }
+    }
+
     /// The rotation at each of `positions`.
     ///
     /// # Shapes

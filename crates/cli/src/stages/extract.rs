@@ -3,10 +3,13 @@
 use anyhow::Result;
 use pkv_core::{Channel, Fingerprint, Progress};
 use pkv_extract::Extractor;
-use pkv_shard::{FeatureRow, StageDir, StageWriter};
+use pkv_score::Requests;
+use pkv_shard::{Example, FeatureRow, StageDir, StageWriter};
 use serde_json::json;
 
-use super::pump::{ToHost, pump};
+use super::lanes::{Lane, lanes};
+use super::pump::pump;
+use super::to_host::ToHost;
 use super::{Outcome, prepare};
 use crate::pair::{self, Found};
 use crate::session::Session;
@@ -19,8 +22,9 @@ pub fn run(s: &Session) -> Result<Outcome> {
         return Ok(Outcome::Skipped(format!("features of {} examples match the recipe", stage.rows())));
     }
     let model = proxy.load(s)?;
-    let extractor = Extractor::new(&model, &proxy.tokenizer, &s.recipe.extract, &s.recipe.label)?;
-    let shape = model.shape();
+    let requests = Requests::new(&proxy.tokenizer, &s.recipe.label)?;
+    let (shape, prefix) = (model.shape(), proxy.tokenizer.prefix());
+    let n = lanes(s.device, &shape, s.recipe.data.longest_window());
 
     let (done, total) = (stage.rows(), examples.len());
     let mut writer = StageWriter::<FeatureRow>::new(
@@ -30,19 +34,25 @@ pub fn run(s: &Session) -> Result<Outcome> {
         Some(total),
     )?;
     let mut tokens = 0;
+    let compute = |lane: Lane| {
+        let (requests, extract, label) = (&requests, &s.recipe.extract, &s.recipe.label);
+        move |example: Example| {
+            s.check_stop()?;
+            lane.on(|model| {
+                let extractor = Extractor::with_requests(model, requests, prefix, extract, label);
+                let features = extractor.features(&example.tokens)?;
+                let (heads, globals) =
+                    (ToHost::begin(&features.heads_pct)?, ToHost::begin(&features.globals_ct)?);
+                Ok((example.id, example.tokens.len(), heads, globals))
+            })
+        }
+    };
     s.bar.start("extract", total, done);
     let times = pump(
         s.device,
         done..total,
         |i| examples.get(i),
-        |example| {
-            s.check_stop()?;
-            let features = extractor.features(&example.tokens)?;
-            tokens += example.tokens.len();
-            let (heads, globals) =
-                (ToHost::begin(&features.heads_pct)?, ToHost::begin(&features.globals_ct)?);
-            Ok((example.id, example.tokens.len(), heads, globals))
-        },
+        Lane::all(&model, n)?.into_iter().map(compute).collect(),
         |(id, positions, heads, globals)| {
             writer.push(FeatureRow {
                 id,
@@ -53,6 +63,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
                 heads: heads.wait()?,
                 globals: globals.wait()?,
             })?;
+            tokens += positions;
             s.bar.advance(1);
             Ok(())
         },

@@ -2,11 +2,13 @@
 
 use anyhow::Result;
 use pkv_core::{Fingerprint, Progress};
-use pkv_score::Scorer;
-use pkv_shard::{LabelRow, StageDir, StageWriter};
+use pkv_score::{Requests, Scorer};
+use pkv_shard::{Example, LabelRow, StageDir, StageWriter};
 use serde_json::json;
 
-use super::pump::{ToHost, pump};
+use super::lanes::{Lane, lanes};
+use super::pump::pump;
+use super::to_host::ToHost;
 use super::{Outcome, prepare};
 use crate::pair::{self, Found};
 use crate::session::Session;
@@ -19,24 +21,32 @@ pub fn run(s: &Session) -> Result<Outcome> {
         return Ok(Outcome::Skipped(format!("labels of {} examples match the recipe", stage.rows())));
     }
     let model = target.load(s)?;
-    let scorer = Scorer::new(&model, &target.tokenizer, &s.recipe.label)?.maxima_only();
-    let shape = model.shape();
+    let requests = Requests::new(&target.tokenizer, &s.recipe.label)?;
+    let (shape, prefix) = (model.shape(), target.tokenizer.prefix());
+    let n = lanes(s.device, &shape, s.recipe.data.longest_window());
 
     let (done, total) = (stage.rows(), examples.len());
     let mut writer =
         StageWriter::<LabelRow>::new(stage, s.recipe.data.shard_examples, s.recipe.label.store, Some(total))?;
     let mut tokens = 0;
+    let compute = |lane: Lane| {
+        let requests = &requests;
+        move |example: Example| {
+            s.check_stop()?;
+            lane.on(|model| {
+                let requests = requests.clone();
+                let scorer = Scorer::with_requests(model, requests, prefix, &s.recipe.label).maxima_only();
+                let scores = scorer.score(&example.tokens)?;
+                Ok((example.id, example.tokens.len(), ToHost::begin(&scores.max_lht)?))
+            })
+        }
+    };
     s.bar.start("label", total, done);
     let times = pump(
         s.device,
         done..total,
         |i| examples.get(i),
-        |example| {
-            s.check_stop()?;
-            let scores = scorer.score(&example.tokens)?;
-            tokens += example.tokens.len();
-            Ok((example.id, example.tokens.len(), ToHost::begin(&scores.max_lht)?))
-        },
+        Lane::all(&model, n)?.into_iter().map(compute).collect(),
         |(id, positions, scores)| {
             writer.push(LabelRow {
                 id,
@@ -45,6 +55,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
                 positions: positions as u32,
                 scores: scores.wait()?,
             })?;
+            tokens += positions;
             s.bar.advance(1);
             Ok(())
         },

@@ -40,6 +40,11 @@ pub struct DataSection {
 }
 
 impl DataSection {
+    /// Tokens of the longest context.
+    pub fn longest_window(&self) -> usize {
+        self.window_tokens.iter().chain(&self.test_window_tokens).copied().max().unwrap_or(0)
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         ensure!(self.train > 0, "`data.train` is 0; a mapper needs examples to learn from");
         ensure!(!self.window_tokens.is_empty(), "`data.window_tokens` is empty");

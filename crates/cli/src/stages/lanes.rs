@@ -1,0 +1,75 @@
+//! Several contexts at once, where one leaves the GPU waiting for the host.
+//!
+//! A small model reads a short context in less time than the host needs to queue its kernels. Threads
+//! that each queue on a CUDA stream of their own then share the GPU: they share the weights too, and a
+//! context's numbers do not depend on how many there are.
+
+use pkv_core::ModelShape;
+use pkv_gpu::{Event, Stream};
+use pkv_lm::LanguageModel;
+use tch::Device;
+
+use anyhow::Result;
+
+/// Contexts at once on a GPU whose models and contexts are small.
+const LANES: usize = 4;
+
+/// Multiply-adds of a context below which the host is the bottleneck: about a millisecond of an H100 in bf16, and
+/// as long as the host needs for the kernels of a few layers.
+const SMALL: usize = 400_000_000_000;
+
+/// How many contexts of about `tokens` tokens should be at work at once.
+pub fn lanes(device: Device, shape: &ModelShape, tokens: usize) -> usize {
+    let small = shape.matrix_parameters().saturating_mul(tokens) < SMALL;
+    if device.is_cuda() && small { LANES } else { 1 }
+}
+
+/// One lane's stream and its handle on the model; it moves to the thread that works there.
+pub struct Lane {
+    pub model: LanguageModel,
+    stream: Option<Stream>,
+}
+
+impl Lane {
+    /// `n` lanes for `model`, which is loaded when this returns. A single one stays on the stream at hand.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn all(model: &LanguageModel, n: usize) -> Result<Vec<Self>> {
+        Event::now(model.device())?.synchronize()?;
+        let stream = || if n > 1 { Stream::pool(model.device(), false).map(Some) } else { Ok(None) };
+        (0..n).map(|_| Ok(Self { model: model.share(), stream: stream()? })).collect()
+    }
+
+    /// Do `work` on this lane's stream.
+    ///
+    /// # Errors
+    /// Those of the work; the driver fails.
+    pub fn on<R>(&self, work: impl FnOnce(&LanguageModel) -> Result<R>) -> Result<R> {
+        let _guard = self.stream.map(|stream| stream.enter()).transpose()?;
+        work(&self.model)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_small_work_on_a_gpu_is_done_in_lanes() {
+        let tiny = ModelShape {
+            layers: 12,
+            kv_heads: 3,
+            query_heads: 6,
+            head_dim: 64,
+            hidden: 384,
+            intermediate: 1024,
+            vocab: 4096,
+        };
+        let big = ModelShape { layers: 32, hidden: 4096, intermediate: 14336, ..tiny };
+        assert_eq!(lanes(Device::Cpu, &tiny, 1000), 1);
+        assert_eq!(lanes(Device::Cuda(0), &tiny, 1000), LANES);
+        assert_eq!(lanes(Device::Cuda(0), &tiny, 100_000), 1);
+        assert_eq!(lanes(Device::Cuda(0), &big, 1000), 1);
+    }
+}
