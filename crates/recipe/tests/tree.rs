@@ -23,6 +23,25 @@ fn files(folder: &str) -> Vec<PathBuf> {
 }
 
 #[test]
+fn every_ablation_is_the_tiny_pair_with_one_choice_changed() {
+    let base = load(&root().join("recipes/tiny-llama.toml"), &[]).unwrap();
+    let (base, ablations) = (toml::Table::try_from(&base).unwrap(), files("recipes/ablations"));
+    assert!(ablations.len() > 20);
+    for path in ablations {
+        let recipe = load(&path, &[]).unwrap_or_else(|e| panic!("{e:#}"));
+        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+        assert_eq!(recipe.name, format!("ablation-{name}"));
+        let changed: Vec<String> = toml::Table::try_from(&recipe)
+            .unwrap()
+            .into_iter()
+            .filter(|(key, value)| key != "name" && base.get(key) != Some(value))
+            .map(|(key, _)| key)
+            .collect();
+        assert_eq!(changed.len(), 1, "{name} changes {changed:?}");
+    }
+}
+
+#[test]
 fn every_recipe_loads_and_names_a_manifest_that_loads() {
     let recipes = files("recipes");
     for needed in [
