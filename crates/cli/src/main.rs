@@ -11,6 +11,7 @@ mod infer;
 mod inspect;
 mod mapper_source;
 mod pair;
+mod push;
 mod render;
 mod run_folder;
 mod session;
@@ -61,6 +62,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Report(a) => one(cli, a, Stage::Report, stop, &EvalOptions::default())?,
         Command::Run(a) => all(cli, a, stop)?,
         Command::Infer(a) => return infer::run(cli, a, stop),
+        Command::Push(a) => push::run(cli, a, stop)?,
         Command::Bench(a) => bench::run(cli, a, stop)?,
         Command::Inspect { path } => print!("{}", inspect::inspect(path)?),
         Command::Completions { shell } => {
