@@ -17,6 +17,7 @@ mod bootstrap;
 mod cell;
 mod clock;
 mod columns;
+pub mod compare;
 mod context;
 mod evaluate;
 mod facts;
