@@ -95,6 +95,8 @@ pub enum Command {
     Run(StageArgs),
     /// Read a context with both models, prune the target's cache once, and answer questions from it.
     Infer(InferArgs),
+    /// Put evaluated runs of one target side by side, with paired differences from the first.
+    Compare(CompareArgs),
     /// Upload an export with its model card to a Hugging Face repository; only shows what it would do, unless `--yes`.
     Push(PushArgs),
     /// Time a stage's work per context, beside a matrix product and a copy measured in the same run.
@@ -162,6 +164,17 @@ pub struct InferArgs {
     /// Write the phases as a trace that ui.perfetto.dev shows.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+}
+
+/// What `compare` compares.
+#[derive(Clone, Debug, Args)]
+pub struct CompareArgs {
+    /// Run folders, or names of folders below `--runs`; differences are from the first one.
+    #[arg(value_name = "RUN", num_args = 2.., required = true)]
+    pub folders: Vec<PathBuf>,
+    /// Also write one self-contained HTML page.
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
 }
 
 /// What `push` sends where.
