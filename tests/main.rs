@@ -4,12 +4,18 @@
 //! - `kill`: a run killed at random moments ends with the same bytes as an unbroken one
 //! - `bad_input`: what is wrong is said, with a hint, without a panic, and nothing written before is lost
 //! - `infer`: answers from a pruned cache are those of `eval`; regimes agree; faults end as they are said to
+//! - `compare`: runs side by side have their own numbers and paired differences; what is not comparable is refused
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
+//! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing with it
 //! - `sandbox`: the folder, the small recipe and the command that the others share
 
 mod bad_input;
 mod bench;
+mod compare;
 mod infer;
 mod kill;
 mod pipeline;
+mod push;
 mod sandbox;
+#[path = "../crates/hub/tests/server/mod.rs"]
+mod server;

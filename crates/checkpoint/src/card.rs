@@ -1,16 +1,22 @@
 //! The model card: what a stranger must know before using an exported mapper.
 
+mod front;
+
 use std::fmt::Write;
 
 use pkv_recipe::{LabelPreset, Variant};
 
 use crate::export::ExportConfig;
 
+pub use front::check;
+
 /// What the card says beyond the export's configuration.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelCard {
     /// What it was trained on.
     pub data: Vec<DataSource>,
+    /// What making and measuring it took.
+    pub cost: Vec<StageCost>,
     /// What was measured, as it should be shown.
     pub results: Vec<CardTable>,
     /// What it has not been shown to do, beside what holds for every export.
@@ -26,6 +32,20 @@ pub struct DataSource {
     pub examples: u64,
     /// SPDX name or a sentence.
     pub licence: String,
+}
+
+/// What one stage took.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StageCost {
+    pub stage: String,
+    /// Wall-clock time, all attempts together.
+    pub secs: f64,
+    /// Where it ran, in words.
+    pub device: String,
+    /// GPUs that were held for that time.
+    pub gpus: u32,
+    /// Tokens that a language model read for it, each counted once; absent where none did.
+    pub tokens: Option<u64>,
 }
 
 /// A table of measurements.
@@ -55,11 +75,11 @@ impl ModelCard {
     }
 
     fn write(&self, out: &mut String, c: &ExportConfig) -> std::fmt::Result {
-        self.front_matter(out, c)?;
+        front::write(out, c, &self.licences.mapper)?;
         writeln!(out, "# {}\n", c.name)?;
         writeln!(
             out,
-            "Predicts which KV pairs of `{}` matter, from the attention of `{}`: a {} mapper trained to reproduce \
+            "Predicts which KV pairs of `{}` matter, from the attention of `{}`: a {} trained to reproduce \
              KVzip reconstruction scores (arXiv 2505.23416), as in ProxyKV (arXiv 2605.16360). Keep the highest \
              scores, evict the rest; the question need not be known.\n",
             c.target.model,
@@ -133,6 +153,8 @@ impl ModelCard {
             c.step, c.train.steps, c.train.batch, c.train.lr, c.seed.0
         )?;
 
+        self.write_cost(out)?;
+
         writeln!(out, "\n## Results\n")?;
         if self.results.is_empty() {
             writeln!(out, "Not evaluated when this export was written.")?;
@@ -173,20 +195,31 @@ impl ModelCard {
         )
     }
 
-    fn front_matter(&self, out: &mut String, c: &ExportConfig) -> std::fmt::Result {
-        writeln!(out, "---")?;
-        if !self.licences.mapper.is_empty() {
-            writeln!(out, "license: {}", yaml(&self.licences.mapper))?;
+    fn write_cost(&self, out: &mut String) -> std::fmt::Result {
+        writeln!(out, "\n## Cost\n")?;
+        if self.cost.is_empty() {
+            return writeln!(out, "Not recorded.");
         }
-        writeln!(out, "library_name: proxykv-train\nbase_model:")?;
-        writeln!(out, "- {}\n- {}", yaml(&c.target.model), yaml(&c.proxy.model))?;
-        writeln!(out, "tags:\n- kv-cache\n- kvzip\n- proxykv\n---\n")
+        let gpu_hours: f64 = self.cost.iter().map(|s| f64::from(s.gpus) * s.secs / 3600.0).sum();
+        let hours: f64 = self.cost.iter().map(|s| s.secs / 3600.0).sum();
+        writeln!(out, "{} GPU-hours ({} hours on the clock) in all.\n", short(gpu_hours), short(hours))?;
+        let head = ["stage", "hours", "GPU-hours", "on", "tokens read"].map(str::to_owned).to_vec();
+        let row = |s: &StageCost| {
+            vec![
+                s.stage.clone(),
+                short(s.secs / 3600.0),
+                short(f64::from(s.gpus) * s.secs / 3600.0),
+                s.device.clone(),
+                s.tokens.map_or_else(|| "-".to_owned(), |n| n.to_string()),
+            ]
+        };
+        table(out, &head, &self.cost.iter().map(row).collect::<Vec<_>>())
     }
 }
 
-/// A YAML string that needs no thought about its characters.
-fn yaml(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
+/// Three digits behind the point where they tell something.
+fn short(hours: f64) -> String {
+    if hours >= 100.0 { format!("{hours:.0}") } else { format!("{hours:.3}") }
 }
 
 fn table(out: &mut String, head: &[String], rows: &[Vec<String>]) -> std::fmt::Result {
@@ -208,10 +241,10 @@ fn list(names: &[impl serde::Serialize]) -> String {
 
 const fn variant(v: Variant) -> &'static str {
     match v {
-        Variant::HybridAxial => "HybridAxialMapper (three-stage)",
-        Variant::Conv => "convolutional",
-        Variant::Mlp => "position-wise",
-        Variant::Linear => "linear",
+        Variant::HybridAxial => "three-stage HybridAxialMapper",
+        Variant::Conv => "convolutional mapper",
+        Variant::Mlp => "position-wise mapper",
+        Variant::Linear => "linear mapper",
     }
 }
 

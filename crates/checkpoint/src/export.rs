@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Tensor};
 
-use crate::card::ModelCard;
+use crate::card::{self, ModelCard};
 use crate::tensors::{NamedTensors, pick, read_tensors, write_tensors};
 
 /// Version of the export's format; 2 tells the stride of the whole-range channels, which was 1.
@@ -28,6 +28,13 @@ const MODEL: &str = "model.safetensors";
 const PARITY: &str = "parity.safetensors";
 const CONFIG: &str = "config.json";
 const CARD: &str = "README.md";
+
+/// Every file of an export, and no other.
+pub const EXPORT_FILES: [&str; 4] = [CARD, CONFIG, MODEL, PARITY];
+
+/// Largest difference from the parity vectors, as a share of their spread: devices round differently, while another
+/// mapper is off by as much as the spread itself.
+const PARITY_TOLERANCE: f64 = 1e-2;
 
 /// `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -210,6 +217,38 @@ impl Export {
         restore_mapper(&c.mapper, &c.loss, c.dims.into(), &self.tensors, device).with_context(|| {
             format!("the tensors of export `{}` do not fit its `{CONFIG}`", self.folder.display())
         })
+    }
+
+    /// Whether a stranger can use it: the weights give the parity vectors' scores, and the card can be indexed.
+    ///
+    /// # Errors
+    /// They do not, or the card is absent or has no front matter.
+    pub fn check(&self) -> Result<()> {
+        let again = "write the export again: `proxykv-train export`";
+        let unsound = || hinted(format!("export `{}` is not sound", self.folder.display()), again);
+        let check = || -> Result<()> {
+            let parity = self.parity()?;
+            let found = Parity::of(&self.mapper(Device::Cpu)?, parity.heads_pct, parity.globals_ct).scores_ot;
+            ensure!(
+                found.size() == parity.scores_ot.size(),
+                "its mapper gives scores {:?}, `{PARITY}` holds {:?}",
+                found.size(),
+                parity.scores_ot.size()
+            );
+            let off = (&found - &parity.scores_ot).abs().max().double_value(&[]);
+            let allowed = PARITY_TOLERANCE * parity.scores_ot.std(false).double_value(&[]).max(1e-3);
+            // Also false if a score is not a number.
+            ensure!(
+                off <= allowed,
+                "its mapper's scores are off from those in `{PARITY}` by up to {off:.2e}, allowed are {allowed:.2e}"
+            );
+            let path = self.folder.join(CARD);
+            let text =
+                fs::read_to_string(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+            card::check(&text)
+                .with_context(|| format!("the model card `{}` cannot be indexed", path.display()))
+        };
+        check().with_context(unsound)
     }
 
     /// The parity vectors, on the host.

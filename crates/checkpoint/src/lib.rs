@@ -10,9 +10,10 @@ mod state;
 mod store;
 mod tensors;
 
-pub use card::{CardTable, DataSource, Licences, ModelCard};
+pub use card::{CardTable, DataSource, Licences, ModelCard, StageCost};
 pub use export::{
-    EXPORT_VERSION, Export, ExportConfig, ExportDims, ExportFile, ModelIdentity, Parity, restore_mapper,
+    EXPORT_FILES, EXPORT_VERSION, Export, ExportConfig, ExportDims, ExportFile, ModelIdentity, Parity,
+    restore_mapper,
 };
 pub use state::{CHECKPOINT_VERSION, CheckpointInfo, FileHash, TrainingState};
 pub use store::CheckpointStore;

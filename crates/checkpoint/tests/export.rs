@@ -2,7 +2,8 @@ use std::fs;
 use std::path::Path;
 
 use pkv_checkpoint::{
-    CardTable, DataSource, Export, ExportConfig, Licences, ModelCard, ModelIdentity, Parity, restore_mapper,
+    CardTable, DataSource, EXPORT_FILES, Export, ExportConfig, Licences, ModelCard, ModelIdentity, Parity,
+    StageCost, restore_mapper,
 };
 use pkv_core::{ModelShape, Seed};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
@@ -62,12 +63,14 @@ fn config(section: &MapperSection, loss: &LossSection) -> ExportConfig {
         vocab_hash: "0123456789abcdef0123".to_owned(),
         template_hash: "fedc".to_owned(),
     };
+    let hub =
+        ModelIdentity { model: "owner/small".to_owned(), revision: "c0ffee".to_owned(), ..model("", 1) };
     ExportConfig {
         schema_version: pkv_checkpoint::EXPORT_VERSION,
         written_by: "0.1.0".to_owned(),
         name: "tiny".to_owned(),
         target: model("models/big|one", 2),
-        proxy: model("models/small", 1),
+        proxy: hub,
         dims: DIMS.into(),
         label: LabelSection::default(),
         extract: ExtractSection::default(),
@@ -85,6 +88,22 @@ fn config(section: &MapperSection, loss: &LossSection) -> ExportConfig {
 fn card() -> ModelCard {
     ModelCard {
         data: vec![DataSource { name: "novels".into(), examples: 480, licence: "public domain".into() }],
+        cost: vec![
+            StageCost {
+                stage: "label".into(),
+                secs: 5400.0,
+                device: "NVIDIA H200".into(),
+                gpus: 1,
+                tokens: Some(742_113),
+            },
+            StageCost {
+                stage: "train".into(),
+                secs: 90.0,
+                device: "8 CPU threads".into(),
+                gpus: 0,
+                tokens: None,
+            },
+        ],
         results: vec![CardTable {
             caption: "Answers, percent, by share kept".into(),
             columns: vec!["method".into(), "0.05".into()],
@@ -131,8 +150,10 @@ fn every_variant_comes_back_bit_for_bit() {
 fn the_card_says_what_a_stranger_must_know() {
     let text = card().render(&config(&MapperSection::default(), &LossSection::default()));
     for expected in [
-        "license: \"apache-2.0\"",
-        "- \"models/small\"",
+        "---\nlicense: apache-2.0\nlibrary_name: proxykv-train\nbase_model:\n- \"owner/small\"\ntags:\n- kv-cache\n",
+        "1.500 GPU-hours (1.525 hours on the clock) in all.",
+        "| label | 1.500 | 1.500 | NVIDIA H200 | 742113 |",
+        "| train | 0.025 | 0.000 | 8 CPU threads | - |",
         "| target | `models/big\\|one` | `local:0123` | 2 layers x 3 KV heads of 16 | `0123456789ab` |",
         "KVzip preset `original`, scoring chunks of 2000 tokens",
         "width 3 and blend 0.5",
@@ -148,7 +169,45 @@ fn the_card_says_what_a_stranger_must_know() {
         assert!(text.contains(expected), "`{expected}` is missing in:\n{text}");
     }
     let bare = ModelCard::default().render(&config(&MapperSection::default(), &LossSection::default()));
-    assert!(bare.contains("Not evaluated") && !bare.contains("license:"), "{bare}");
+    assert!(bare.contains("Not evaluated") && bare.starts_with("---\nlicense: unknown\n"), "{bare}");
+    assert!(bare.contains("## Cost\n\nNot recorded."), "{bare}");
+    let mut own = card();
+    own.licences.mapper = "ACME Research Licence".into();
+    let text = own.render(&config(&MapperSection::default(), &LossSection::default()));
+    assert!(text.contains("license: other\nlicense_name: acme-research-licence\n"), "{text}");
+}
+
+#[test]
+fn a_sound_export_gives_its_own_scores_and_has_a_card() {
+    let dir = tempdir().unwrap();
+    let folder = dir.path().join("export");
+    let section = MapperSection { width: 32, ..MapperSection::default() };
+    let loss = LossSection::default();
+    write(&folder, &section, &loss);
+    assert_eq!(names(&folder), EXPORT_FILES);
+    Export::read(&folder).unwrap().check().unwrap();
+
+    let unsound = |expected: &str| {
+        let (said, hint) = told(&Export::read(&folder).unwrap().check().expect_err(expected));
+        assert!(said.contains("is not sound") && said.contains(expected), "{said}");
+        assert!(hint.contains("proxykv-train export"), "{hint}");
+    };
+    let card = fs::read(folder.join("README.md")).unwrap();
+    fs::write(folder.join("README.md"), "# A card without front matter\n").unwrap();
+    unsound("cannot be indexed");
+    fs::remove_file(folder.join("README.md")).unwrap();
+    unsound("cannot read");
+    fs::write(folder.join("README.md"), card).unwrap();
+
+    // Whole files with right hashes, of two exports: only the scores tell.
+    let mapper = mapper(&section, &loss);
+    let mut parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
+    parity.scores_ot = parity.scores_ot.roll(1, 1);
+    Export::write(&folder, &config(&section, &loss), &mapper, &self::card(), &parity).unwrap();
+    unsound("scores are off");
+    parity.scores_ot = parity.scores_ot.full_like(f64::NAN);
+    Export::write(&folder, &config(&section, &loss), &mapper, &self::card(), &parity).unwrap();
+    unsound("scores are off");
 }
 
 #[test]

@@ -95,6 +95,10 @@ pub enum Command {
     Run(StageArgs),
     /// Read a context with both models, prune the target's cache once, and answer questions from it.
     Infer(InferArgs),
+    /// Put evaluated runs of one target side by side, with paired differences from the first.
+    Compare(CompareArgs),
+    /// Upload an export with its model card to a Hugging Face repository; only shows what it would do, unless `--yes`.
+    Push(PushArgs),
     /// Time a stage's work per context, beside a matrix product and a copy measured in the same run.
     Bench(BenchArgs),
     /// What a shard, a stage folder, a run folder, a checkpoint or an export holds.
@@ -160,6 +164,40 @@ pub struct InferArgs {
     /// Write the phases as a trace that ui.perfetto.dev shows.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+}
+
+/// What `compare` compares.
+#[derive(Clone, Debug, Args)]
+pub struct CompareArgs {
+    /// Run folders, or names of folders below `--runs`; differences are from the first one.
+    #[arg(value_name = "RUN", num_args = 2.., required = true)]
+    pub folders: Vec<PathBuf>,
+    /// Also write one self-contained HTML page.
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+/// What `push` sends where.
+#[derive(Clone, Debug, Args)]
+pub struct PushArgs {
+    /// A run folder, whose export is meant, or an export.
+    #[arg(value_name = "RUN_OR_EXPORT")]
+    pub source: PathBuf,
+    /// Repository on the hub; made if it is not there.
+    #[arg(long, value_name = "OWNER/NAME")]
+    pub repo: String,
+    /// Make the repository private; one that is public is then refused.
+    #[arg(long)]
+    pub private: bool,
+    /// Branch that the files go to; made if it is not there.
+    #[arg(long, value_name = "BRANCH", default_value = "main")]
+    pub revision: String,
+    /// Message of the commit.
+    #[arg(long, value_name = "TEXT")]
+    pub message: Option<String>,
+    /// Send it.
+    #[arg(long)]
+    pub yes: bool,
 }
 
 /// A policy, as `--policy` spells it.

@@ -6,11 +6,13 @@
 mod args;
 mod bench;
 mod benchmarks;
+mod compare;
 mod doctor;
 mod infer;
 mod inspect;
 mod mapper_source;
 mod pair;
+mod push;
 mod render;
 mod run_folder;
 mod session;
@@ -61,6 +63,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Report(a) => one(cli, a, Stage::Report, stop, &EvalOptions::default())?,
         Command::Run(a) => all(cli, a, stop)?,
         Command::Infer(a) => return infer::run(cli, a, stop),
+        Command::Compare(a) => compare::run(cli, a)?,
+        Command::Push(a) => push::run(cli, a, stop)?,
         Command::Bench(a) => bench::run(cli, a, stop)?,
         Command::Inspect { path } => print!("{}", inspect::inspect(path)?),
         Command::Completions { shell } => {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::Device;
 
-use crate::session::device_name;
+use crate::session::{device_in_words, device_name};
 
 /// Paths of a run.
 #[derive(Clone, Debug)]
@@ -26,6 +26,12 @@ pub struct StageRecord {
     pub secs: f64,
     /// Key numbers, such as examples and tokens.
     pub summary: Value,
+    /// Where it ran last, in words; empty in runs of earlier versions.
+    #[serde(default)]
+    pub device: String,
+    /// GPUs that it held.
+    #[serde(default)]
+    pub gpus: u32,
 }
 
 impl RunFolder {
@@ -100,12 +106,19 @@ impl RunFolder {
     ///
     /// # Errors
     /// `run.json` cannot be written.
-    pub fn record_stage(&self, stage: &str, secs: f64, summary: Value) -> Result<()> {
+    pub fn record_stage(&self, stage: &str, secs: f64, summary: Value, device: Device) -> Result<()> {
+        let gpus = u32::from(device.is_cuda());
         self.update(|run| {
             let stages = run.entry("stages").or_insert_with(|| json!({}));
             let before = stages[stage]["secs"].as_f64().unwrap_or(0.0);
-            stages[stage] = json!(StageRecord { secs: before + secs, summary });
+            stages[stage] =
+                json!(StageRecord { secs: before + secs, summary, device: device_in_words(device), gpus });
         })
+    }
+
+    /// What a stage said of itself, if it ran.
+    pub fn stage(&self, stage: &str) -> Option<StageRecord> {
+        serde_json::from_value(self.read().ok()?.get("stages")?.get(stage)?.clone()).ok()
     }
 
     /// Forget a stage's record, because its output is made anew.

@@ -122,6 +122,14 @@ pub fn device_name(device: Device) -> String {
     }
 }
 
+/// The device as a reader elsewhere knows it: the GPU's model, or how many threads of a CPU.
+pub fn device_in_words(device: Device) -> String {
+    match device {
+        Device::Cuda(i) => crate::doctor::gpu_model(i).unwrap_or_else(|| "a CUDA GPU".to_owned()),
+        _ => format!("{} CPU threads", tch::get_num_threads()),
+    }
+}
+
 /// A flag that Ctrl-C and SIGTERM raise; a second signal, given time to read the first one's answer,
 /// ends the process at once.
 pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {

@@ -57,7 +57,7 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOption
         Outcome::Done(summary) => {
             let secs = start.elapsed().as_secs_f64();
             tracing::info!("{}: done in {secs:.1} s: {}", stage.name(), brief(&summary));
-            s.run.record_stage(stage.name(), secs, summary)
+            s.run.record_stage(stage.name(), secs, summary, s.device)
         }
         Outcome::Skipped(why) => {
             tracing::info!("{}: skipped: {why}", stage.name());

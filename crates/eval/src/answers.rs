@@ -3,17 +3,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use arrow::array::{ArrayRef, BooleanArray, Float64Array, RecordBatch, StringArray, UInt32Array};
-use arrow::datatypes::{DataType, Field, Schema};
-use parquet::arrow::ArrowWriter;
-use parquet::basic::{Compression, ZstdLevel};
-use parquet::file::properties::WriterProperties;
-use pkv_shard::durable::{WriteBudget, write_file};
+use anyhow::Result;
+use arrow::array::{BooleanArray, Float64Array, StringArray, UInt32Array};
 use serde::{Deserialize, Serialize};
 
 use crate::bench::{BenchAnswer, BenchAsked};
 use crate::cell::Cell;
+use crate::columns::write_columns;
 
 /// One answer to one question.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,9 +49,17 @@ pub struct AnswerTable {
     kl: Vec<f64>,
     flipped: Vec<u32>,
     tokens: Vec<u32>,
+    context_id: Vec<String>,
+    /// Of the rows to come.
+    current: String,
 }
 
 impl AnswerTable {
+    /// The rows that follow belong to the context with this [`crate::columns::context_id`].
+    pub fn of_context(&mut self, id: &str) {
+        id.clone_into(&mut self.current);
+    }
+
     /// Add an answer to a planted fact; `place` is context and question, no cell is the full cache.
     pub fn push(
         &mut self,
@@ -118,6 +122,7 @@ impl AnswerTable {
         self.kl.push(a.kl);
         self.flipped.push(a.flipped);
         self.tokens.push(a.tokens);
+        self.context_id.push(self.current.clone());
     }
 
     /// Write the file, whole or not at all; zstd, the same bytes for the same answers.
@@ -125,48 +130,33 @@ impl AnswerTable {
     /// # Errors
     /// The folder cannot be written to.
     pub fn write(self, path: &Path) -> Result<()> {
-        let columns: Vec<(&str, DataType, ArrayRef)> = vec![
-            ("task", DataType::Utf8, Arc::new(StringArray::from(self.task))),
-            ("context", DataType::UInt32, Arc::new(UInt32Array::from(self.context))),
-            ("question", DataType::UInt32, Arc::new(UInt32Array::from(self.question))),
-            ("question_text", DataType::Utf8, Arc::new(StringArray::from(self.question_text))),
-            ("method", DataType::Utf8, Arc::new(StringArray::from(self.method))),
-            ("policy", DataType::Utf8, Arc::new(StringArray::from(self.policy))),
-            ("ratio", DataType::Float64, Arc::new(Float64Array::from(self.ratio))),
-            ("gold", DataType::Utf8, Arc::new(StringArray::from(self.gold))),
-            ("answer", DataType::Utf8, Arc::new(StringArray::from(self.answer))),
-            ("correct", DataType::Boolean, Arc::new(BooleanArray::from(self.correct))),
-            ("score", DataType::Float64, Arc::new(Float64Array::from(self.score))),
-            ("kl", DataType::Float64, Arc::new(Float64Array::from(self.kl))),
-            ("flipped", DataType::UInt32, Arc::new(UInt32Array::from(self.flipped))),
-            ("answer_tokens", DataType::UInt32, Arc::new(UInt32Array::from(self.tokens))),
-        ];
-        let field =
-            |(name, kind, _): &(&str, DataType, ArrayRef)| Field::new(*name, kind.clone(), *name == "policy");
-        let schema = Arc::new(Schema::new(columns.iter().map(field).collect::<Vec<_>>()));
-        let encode = || -> Result<Vec<u8>> {
-            let batch = RecordBatch::try_new(schema.clone(), columns.into_iter().map(|c| c.2).collect())?;
-            let properties = WriterProperties::builder()
-                .set_compression(Compression::ZSTD(ZstdLevel::default()))
-                .set_created_by("proxykv-train".to_owned())
-                .build();
-            let mut bytes = Vec::new();
-            let mut writer = ArrowWriter::try_new(&mut bytes, schema.clone(), Some(properties))?;
-            writer.write(&batch)?;
-            writer.close()?;
-            Ok(bytes)
-        };
-        let bytes = encode().with_context(|| format!("cannot encode `{}`", path.display()))?;
-        write_file(path, &bytes, &WriteBudget::from_env()).map(drop)
+        write_columns(
+            path,
+            vec![
+                ("task", false, Arc::new(StringArray::from(self.task))),
+                ("context", false, Arc::new(UInt32Array::from(self.context))),
+                ("question", false, Arc::new(UInt32Array::from(self.question))),
+                ("question_text", false, Arc::new(StringArray::from(self.question_text))),
+                ("method", false, Arc::new(StringArray::from(self.method))),
+                ("policy", true, Arc::new(StringArray::from(self.policy))),
+                ("ratio", false, Arc::new(Float64Array::from(self.ratio))),
+                ("gold", false, Arc::new(StringArray::from(self.gold))),
+                ("answer", false, Arc::new(StringArray::from(self.answer))),
+                ("correct", false, Arc::new(BooleanArray::from(self.correct))),
+                ("score", false, Arc::new(Float64Array::from(self.score))),
+                ("kl", false, Arc::new(Float64Array::from(self.kl))),
+                ("flipped", false, Arc::new(UInt32Array::from(self.flipped))),
+                ("answer_tokens", false, Arc::new(UInt32Array::from(self.tokens))),
+                ("context_id", false, Arc::new(StringArray::from(self.context_id))),
+            ],
+        )
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arrow::array::AsArray;
-    use arrow::datatypes::Float64Type;
-    use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+    use crate::columns::Columns;
     use pkv_core::{Policy, RetentionRatio};
     use pkv_recipe::Method;
 
@@ -183,21 +173,19 @@ mod tests {
             ratio: RetentionRatio::new(0.05).unwrap(),
         };
         let mut table = AnswerTable::default();
+        table.of_context("c0ffee");
         table.push("facts", (2, 1), &asked, None, &answer("Ann", true));
         table.push("facts", (2, 1), &asked, Some(&cell), &answer("Bob", false));
         table.write(&path).unwrap();
-        let file = std::fs::File::open(&path).unwrap();
-        let mut batches = ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap();
-        let batch = batches.next().unwrap().unwrap();
-        let text = |name: &str| {
-            let column = batch.column_by_name(name).unwrap().as_string::<i32>();
-            column.iter().map(|v| v.map(str::to_owned)).collect::<Vec<_>>()
-        };
-        assert_eq!(text("method"), [Some("full".to_owned()), Some("snapkv".to_owned())]);
-        assert_eq!(text("policy"), [None, Some("pair-uniform".to_owned())]);
-        assert_eq!(text("answer"), [Some("Ann".to_owned()), Some("Bob".to_owned())]);
-        let ratios = batch.column_by_name("ratio").unwrap().as_primitive::<Float64Type>();
-        assert_eq!(ratios.values().to_vec(), [1.0, 0.05]);
-        assert!(batch.column_by_name("correct").unwrap().as_boolean().value(0));
+        let read = Columns::read(&path).unwrap();
+        assert_eq!(read.text("method").unwrap(), ["full", "snapkv"]);
+        assert_eq!(read.text("policy").unwrap(), ["", "pair-uniform"]);
+        assert_eq!(read.text("answer").unwrap(), ["Ann", "Bob"]);
+        assert_eq!(read.text("context_id").unwrap(), ["c0ffee", "c0ffee"]);
+        assert_eq!(read.numbers("ratio").unwrap(), [1.0, 0.05]);
+        assert_eq!(read.numbers("score").unwrap(), [1.0, 0.0]);
+        assert_eq!(read.counts("question").unwrap(), [1, 1]);
+        assert!(read.has("gold") && !read.has("nonsense"));
+        assert!(read.text("ratio").is_err() && Columns::read(&dir.path().join("absent")).is_err());
     }
 }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::asking::{Asking, Question, Said};
 use crate::bootstrap::Bootstrap;
 use crate::cell::Cell;
+use crate::columns::context_id;
 use crate::context::{PrunedContext, forward_bytes};
 use crate::forced::Continuation;
 use crate::results::{BenchmarkCell, BenchmarkResults, Interval, Timing};
@@ -47,6 +48,9 @@ pub struct BenchOutcome {
     /// Answers of each cell.
     pub cells: Vec<Vec<BenchAnswer>>,
     pub timings: Vec<Timing>,
+    /// [`context_id`]; empty in outcomes of earlier versions.
+    #[serde(default)]
+    pub context_id: String,
 }
 
 /// A turn as it was asked.
@@ -171,6 +175,7 @@ impl Asking<'_> {
             full,
             cells: rows.collect(),
             timings: Vec::new(),
+            context_id: context_id(&tokenized.context),
         })
     }
 

@@ -53,23 +53,27 @@ impl Bootstrap {
         if total == 0.0 {
             return None;
         }
+        let ratios = self.resampled(above, below).into_iter().filter(|r| r.is_finite()).collect();
+        Some(interval(above.iter().sum::<f64>() / total, ratios))
+    }
+
+    /// Sum of `above` over sum of `below` in every resample, in the order of the draws; not finite where `below`
+    /// sums to 0. Values of one bootstrap belong together draw by draw.
+    pub fn resampled(&self, above: &[f64], below: &[f64]) -> Vec<f64> {
         let weigh = |draw: &[u32], values: &[f64]| -> f64 {
             draw.iter().zip(values).map(|(&n, v)| f64::from(n) * v).sum()
         };
-        let mut ratios: Vec<f64> = self
-            .draws
-            .iter()
-            .map(|draw| (weigh(draw, above), weigh(draw, below)))
-            .filter(|&(_, below)| below != 0.0)
-            .map(|(above, below)| above / below)
-            .collect();
-        ratios.sort_unstable_by(f64::total_cmp);
-        let mean = above.iter().sum::<f64>() / total;
-        Some(Interval {
-            mean,
-            low: percentile(&ratios, 0.025).unwrap_or(mean),
-            high: percentile(&ratios, 0.975).unwrap_or(mean),
-        })
+        self.draws.iter().map(|draw| weigh(draw, above) / weigh(draw, below)).collect()
+    }
+}
+
+/// `mean` with the 95% interval of its resampled values.
+pub fn interval(mean: f64, mut resampled: Vec<f64>) -> Interval {
+    resampled.sort_unstable_by(f64::total_cmp);
+    Interval {
+        mean,
+        low: percentile(&resampled, 0.025).unwrap_or(mean),
+        high: percentile(&resampled, 0.975).unwrap_or(mean),
     }
 }
 

@@ -12,11 +12,13 @@ use pkv_recipe::{EvalSection, ExtractSection, LabelSection, Method, TargetPool, 
 use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureRow, LabelRow, PlantedFact, StageReader};
 
+use crate::agreement::{self, AGREEMENT_FILE};
 use crate::answers::AnswerTable;
 use crate::asking::Asking;
 use crate::bench::{self, BenchOutcome, Benchmark};
 use crate::bootstrap::Bootstrap;
 use crate::clock::Clock;
+use crate::columns::context_id;
 use crate::context::Reader;
 use crate::facts::FactsOutcome;
 use crate::labels::{LabelOutcome, Plan};
@@ -27,7 +29,7 @@ use crate::results::{
     Results, WorkedExample,
 };
 use crate::share::share;
-use crate::store::ContextStore;
+use crate::store::{Claim, ContextStore};
 use crate::worked::work_example;
 use crate::{facts, perplexity};
 
@@ -214,6 +216,12 @@ impl<'a> Evaluation<'a> {
                 clock.time("labels: metrics", || plan.compare(&scored, &material.label_lht))
             })?;
         progress.finish();
+        let tokens = |row: u64| Ok(context_id(&self.examples.get(row)?.tokens));
+        let ids = self.test.clone().map(tokens).collect::<Result<Vec<_>>>()?;
+        {
+            let _claim = self.publishing()?;
+            agreement::write(&self.path(AGREEMENT_FILE), &plan, &ids, &outcomes)?;
+        }
         let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
         let shape = i.target.shape();
         Ok(plan.summarize(&outcomes, shape.layers, shape.kv_heads, &bootstrap))
@@ -253,6 +261,7 @@ impl<'a> Evaluation<'a> {
         progress.finish();
         for (index, outcome) in outcomes.iter().enumerate() {
             outcome.timings.iter().for_each(|t| clock.add(t));
+            table.of_context(&context_id(&contexts[index].tokens));
             for (q, asked) in outcome.asked.iter().enumerate() {
                 table.push("facts", (index, q), asked, None, &outcome.full[q]);
                 for (cell, answers) in cells.iter().zip(&outcome.cells) {
@@ -302,6 +311,7 @@ impl<'a> Evaluation<'a> {
         progress.finish();
         for (index, outcome) in outcomes.iter().enumerate() {
             outcome.timings.iter().for_each(|t| clock.add(t));
+            table.of_context(&outcome.context_id);
             for (q, asked) in outcome.asked.iter().enumerate() {
                 table.push_benchmark(&name, (index, q), asked, None, &outcome.full[q]);
                 for (cell, answers) in cells.iter().zip(&outcome.cells) {
@@ -315,12 +325,7 @@ impl<'a> Evaluation<'a> {
 
     /// Write results and answers, by one process at a time.
     fn publish(self, results: Results, answers: AnswerTable) -> Result<Results> {
-        let claim = loop {
-            match self.store.claim("publish", 0)? {
-                Some(claim) => break claim,
-                None => std::thread::sleep(std::time::Duration::from_millis(100)),
-            }
-        };
+        let claim = self.publishing()?;
         if !answers.is_empty() {
             answers.write(&self.path(ANSWERS_FILE))?;
         }
@@ -331,6 +336,16 @@ impl<'a> Evaluation<'a> {
             self.store.clear()?;
         }
         Ok(results)
+    }
+
+    /// The right to write into the evaluation's folder, which one process has at a time.
+    fn publishing(&self) -> Result<Claim> {
+        loop {
+            match self.store.claim("publish", 0)? {
+                Some(claim) => return Ok(claim),
+                None => std::thread::sleep(std::time::Duration::from_millis(100)),
+            }
+        }
     }
 
     /// Continuations of test examples, as many as `facts` has contexts.

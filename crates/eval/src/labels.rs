@@ -28,6 +28,8 @@ pub struct LabelOutcome {
     oracle_heads: Vec<u32>,
     /// Per method, how many of them the method keeps too.
     method_heads: Vec<Vec<u32>>,
+    /// Per method, how many the method keeps.
+    method_kept: Vec<Vec<u32>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,6 +53,13 @@ pub struct Plan {
     heat_map: (Policy, RetentionRatio),
 }
 
+impl LabelOutcome {
+    /// Recall and mass of each cell.
+    pub fn agreement(&self) -> impl Iterator<Item = (f64, f64)> {
+        self.cells.iter().map(|c| (c.recall, c.mass))
+    }
+}
+
 impl Plan {
     /// # Errors
     /// A ratio is out of range or there is none; a recipe that was checked has neither.
@@ -63,7 +72,8 @@ impl Plan {
         Ok(Self { methods: section.methods.clone(), policies: section.policies.clone(), ratios, heat_map })
     }
 
-    fn cells(&self) -> Vec<Cell> {
+    /// Every cell, in the order of an outcome's.
+    pub fn cells(&self) -> Vec<Cell> {
         Cell::all(&self.methods, &self.policies, &self.ratios)
     }
 
@@ -88,6 +98,7 @@ impl Plan {
         let mut cells = Vec::new();
         let mut ranks = Vec::new();
         let mut method_heads = Vec::new();
+        let mut method_kept = Vec::new();
         let mut oracle_heads = Vec::new();
         for s in scored {
             for (policy, ratio, oracle_keep, oracle_mass) in &oracle {
@@ -101,11 +112,19 @@ impl Plan {
                 if (*policy, *ratio) == self.heat_map {
                     oracle_heads = per_head(oracle_keep)?;
                     method_heads.push(per_head(&keep.logical_and(oracle_keep))?);
+                    method_kept.push(per_head(&keep)?);
                 }
             }
             ranks.push(rank_correlation(&numbers(&s.scores_lht)?, &label, positions as usize));
         }
-        Ok(LabelOutcome { positions: positions as u64, cells, ranks, oracle_heads, method_heads })
+        Ok(LabelOutcome {
+            positions: positions as u64,
+            cells,
+            ranks,
+            oracle_heads,
+            method_heads,
+            method_kept,
+        })
     }
 
     /// All examples together; `layers` and `kv_heads` give heat maps their form.
@@ -138,7 +157,13 @@ impl Plan {
         let heads = self.methods.iter().enumerate().map(|(i, &method)| {
             let both = sum_heads(outcomes.iter().map(|o| &o.method_heads[i]));
             let recall = |o: usize| (oracle[o] > 0).then(|| both[o] as f64 / oracle[o] as f64);
-            MethodHeads { method, recall: grid(layers, kv_heads, recall) }
+            let kept = sum_heads(outcomes.iter().map(|o| &o.method_kept[i]));
+            let share = |o: usize| kept[o] as f64 / positions as f64;
+            MethodHeads {
+                method,
+                recall: grid(layers, kv_heads, recall),
+                kept: grid(layers, kv_heads, share),
+            }
         });
         LabelResults {
             contexts: outcomes.len(),
@@ -244,5 +269,9 @@ mod tests {
         assert_eq!(heads.kvzip_kept, [[0.5], [0.0]]);
         assert_eq!(heads.methods[0].recall, [[Some(1.0)], [None]]);
         assert_eq!(heads.methods[1].recall, [[Some(0.0)], [None]]);
+        assert_eq!(
+            (&heads.methods[0].kept, &heads.methods[1].kept),
+            (&vec![vec![0.5], vec![0.0]], &vec![vec![0.0], vec![0.5]])
+        );
     }
 }

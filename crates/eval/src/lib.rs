@@ -9,12 +9,15 @@
 //! t context position, k cached position, n keep mask, q continuation, s token, w wanted token,
 //! v vocabulary.
 
+mod agreement;
 mod answers;
 mod asking;
 mod bench;
 mod bootstrap;
 mod cell;
 mod clock;
+mod columns;
+pub mod compare;
 mod context;
 mod evaluate;
 mod facts;
@@ -29,6 +32,7 @@ mod store;
 pub mod table;
 mod worked;
 
+pub use agreement::AGREEMENT_FILE;
 pub use bench::{Benchmark, MakeExample};
 pub use evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE, evaluate, is_complete};
 pub use kept::kept_sets;

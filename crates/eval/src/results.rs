@@ -119,6 +119,9 @@ pub struct MethodHeads {
     pub method: Method,
     /// [layer][KV head]; absent where KVzip keeps nothing.
     pub recall: Vec<Vec<Option<f64>>>,
+    /// [layer][KV head]: share of the head's positions that the method keeps; empty in results of earlier versions.
+    #[serde(default)]
+    pub kept: Vec<Vec<f64>>,
 }
 
 /// Planted facts asked of a pruned cache; several questions per context, unknown while pruning.
@@ -354,6 +357,7 @@ mod tests {
                     methods: vec![MethodHeads {
                         method: Method::Mapper,
                         recall: vec![vec![Some(0.5)], vec![None]],
+                        kept: vec![vec![0.05], vec![0.0]],
                     }],
                 }),
             },

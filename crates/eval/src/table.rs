@@ -179,18 +179,18 @@ impl Grid {
 }
 
 /// `97.9 (96-99)`; the interval is left out where there is none.
-fn percent(i: Interval) -> String {
+pub(crate) fn percent(i: Interval) -> String {
     let (mean, low, high) = (100.0 * i.mean, 100.0 * i.low, 100.0 * i.high);
     if low == high { format!("{mean:.1}") } else { format!("{mean:.1} ({low:.0}-{high:.0})") }
 }
 
 /// At most two decimals, no trailing zeros.
-fn trimmed(x: f64) -> String {
+pub(crate) fn trimmed(x: f64) -> String {
     format!("{x:.2}").trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// A Markdown table; the first column to the left, the others to the right, padded to equal width.
-fn markdown(head: &[String], rows: &[Vec<String>]) -> String {
+pub(crate) fn markdown(head: &[String], rows: &[Vec<String>]) -> String {
     let widths: Vec<usize> = (0..head.len())
         .map(|i| rows.iter().chain([&head.to_vec()]).map(|r| r[i].chars().count()).max().unwrap_or(0).max(3))
         .collect();

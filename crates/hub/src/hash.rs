@@ -51,6 +51,10 @@ pub fn file_identity(path: &Path) -> Result<String> {
     Ok(format!("{length}:{}", hex(&hash.finalize())))
 }
 
+pub(crate) fn sha256_bytes(content: &[u8]) -> String {
+    hex(&Sha256::digest(content))
+}
+
 pub(crate) fn hex(digest: &[u8]) -> String {
     digest.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -4,8 +4,8 @@
 //! and never touch the network; [`Hub::fetch_model`] and [`Hub::fetch_dataset`] fill that cache, and
 //! [`fetch_recipe`] and [`fetch_manifest`] do it for all that a recipe or a manifest names and write
 //! the lock file beside it. The cache is laid out as the Python package `huggingface_hub` lays it
-//! out, so either side finds what the other downloaded. Reading models and documents is left to
-//! `lm` and `data`.
+//! out, so either side finds what the other downloaded. [`Hub::push`] goes the other way: files into a
+//! repository, as one commit. Reading models and documents is left to `lm` and `data`.
 
 mod cache;
 mod download;
@@ -14,9 +14,11 @@ mod hash;
 mod local;
 mod lock;
 mod options;
+mod push;
 
 pub use cache::{DatasetFiles, Hub, Resolved};
 pub use fetch::{fetch_manifest, fetch_recipe};
 pub use hash::file_identity;
 pub use lock::{Lock, Pin, PinnedFile, lock_path};
 pub use options::HubOptions;
+pub use push::{Push, PushFile, Pushed};

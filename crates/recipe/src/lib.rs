@@ -15,6 +15,7 @@ pub use pkv_core::StoreDtype;
 pub use section::benchmark::{BenchmarkSection, SharedContext};
 pub use section::data::DataSection;
 pub use section::eval::{AnswerMatch, EvalSection, Method, Task};
+pub use section::export::ExportSection;
 pub use section::extract::ExtractSection;
 pub use section::label::{LabelPreset, LabelSection, Sink};
 pub use section::loss::{FineLoss, LossSection};

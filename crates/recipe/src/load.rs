@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::{
-    DataSection, EvalSection, ExtractSection, LabelSection, LossSection, MapperSection, ModelSection,
-    TrainSection,
+    DataSection, EvalSection, ExportSection, ExtractSection, LabelSection, LossSection, MapperSection,
+    ModelSection, TrainSection,
 };
 
 /// Recipes that may be based on one another in a row.
@@ -41,6 +41,8 @@ pub struct Recipe {
     pub train: TrainSection,
     #[serde(default)]
     pub eval: EvalSection,
+    #[serde(default)]
+    pub export: ExportSection,
     /// The recipe file, for messages and for paths relative to it.
     #[serde(skip)]
     pub path: PathBuf,

@@ -3,6 +3,7 @@
 pub mod benchmark;
 pub mod data;
 pub mod eval;
+pub mod export;
 pub mod extract;
 pub mod label;
 pub mod loss;

@@ -4,7 +4,7 @@ use pkv_core::Policy;
 use pkv_eval::{FactsResults, HeadRecall, Interval, LabelResults, PerplexityResults};
 use pkv_recipe::Method;
 
-use crate::chart::{Axis, HeatMap, LineChart, Marker, Point, Series, Tone, percent_text};
+use crate::chart::{Axis, HeatMap, LineChart, Marker, Point, Scale, Series, Tone, percent_text};
 use crate::method;
 use crate::metrics::Metrics;
 
@@ -101,6 +101,94 @@ pub fn percent(share: f64) -> String {
     format!("{}%", if text == "100.0" { "100" } else { &text })
 }
 
+/// One line of [`layers`].
+pub struct LayerLine {
+    pub label: String,
+    pub class: String,
+    pub marker: Marker,
+    /// By layer.
+    pub shares: Vec<f64>,
+}
+
+/// Share of each layer's KV pairs that is kept; `None` of nothing.
+pub fn layers(lines: &[LayerLine]) -> Option<LineChart> {
+    let highest = lines.iter().flat_map(|l| &l.shares).copied().fold(0.0, f64::max);
+    let last = lines.iter().map(|l| l.shares.len()).max()?.checked_sub(1)?;
+    let series = |l: &LayerLine| Series {
+        label: l.label.clone(),
+        class: l.class.clone(),
+        marker: l.marker,
+        points: (0..l.shares.len())
+            .map(|layer| {
+                let y = l.shares[layer];
+                let tip = format!("{}, layer {layer}: {} kept", l.label, percent(y));
+                Point { x: layer as f64, y, low: y, high: y, tip }
+            })
+            .collect(),
+    };
+    Some(LineChart {
+        title: "Share of each layer's KV pairs that is kept".to_owned(),
+        width: 960.0,
+        height: 300.0,
+        label_width: 158.0,
+        x: Axis {
+            label: "layer".to_owned(),
+            scale: Scale::Linear { from: 0.0, to: last as f64 },
+            ticks: layer_ticks(last),
+        },
+        y: Axis::nice("kept, %", 0.0, highest * 100.0, 5).of_shares(),
+        series: lines.iter().map(series).collect(),
+        reference: None,
+    })
+}
+
+/// Every layer, or every fourth of many.
+fn layer_ticks(last: usize) -> Vec<(f64, String)> {
+    let step = if last > 16 { 4 } else { 1 };
+    (0..=last).step_by(step).map(|l| (l as f64, l.to_string())).collect()
+}
+
+/// One line of [`by_run`].
+pub struct RunLine<'a> {
+    pub label: String,
+    pub class: String,
+    pub marker: Marker,
+    pub ratios: &'a [f64],
+    pub values: &'a [Interval],
+}
+
+/// Shares by retention ratio, a line for each run; `None` of nothing.
+pub fn by_run(lines: &[RunLine], what: &str) -> Option<LineChart> {
+    let ratios: Vec<f64> = lines.iter().flat_map(|l| l.ratios).copied().collect();
+    let series = |l: &RunLine| Series {
+        label: l.label.clone(),
+        class: l.class.clone(),
+        marker: l.marker,
+        points: l
+            .ratios
+            .iter()
+            .zip(l.values)
+            .map(|(&x, v)| Point {
+                x,
+                y: v.mean,
+                low: v.low,
+                high: v.high,
+                tip: format!("{}, {} kept: {what} {}", l.label, percent_text(x), shares(*v)),
+            })
+            .collect(),
+    };
+    (!ratios.is_empty()).then(|| LineChart {
+        title: format!("{what}, by share of KV pairs kept"),
+        width: 960.0,
+        height: 420.0,
+        label_width: 210.0,
+        x: Axis::kept(KEPT, &ratios),
+        y: Axis::percent(what),
+        series: lines.iter().map(series).collect(),
+        reference: None,
+    })
+}
+
 /// Training loss by step, and the validation loss where there is one.
 pub fn loss(metrics: &Metrics) -> Option<LineChart> {
     let train: Vec<(u64, f64)> = metrics.train.iter().map(|p| (p.step, p.loss)).collect();
@@ -157,14 +245,7 @@ pub fn validation_recall(metrics: &Metrics) -> Option<LineChart> {
     if !low.is_finite() {
         return None;
     }
-    let mut y = Axis::nice("recall of KVzip's choice, %", low * 100.0, high * 100.0, 5);
-    y.scale = match y.scale {
-        crate::chart::Scale::Linear { from, to } => {
-            crate::chart::Scale::Linear { from: from / 100.0, to: to / 100.0 }
-        }
-        log => log,
-    };
-    y.ticks.iter_mut().for_each(|t| t.0 /= 100.0);
+    let y = Axis::nice("recall of KVzip's choice, %", low * 100.0, high * 100.0, 5).of_shares();
     Some(by_step("Validation recall by optimizer step", series, y))
 }
 

@@ -1,4 +1,5 @@
-//! A run folder as one self-contained HTML file, and the curve of answers as one SVG picture.
+//! A run folder as one self-contained HTML file, and the curve of answers as one SVG picture; several runs as one
+//! page that compares them.
 //!
 //! The page needs no network and no other file: styles, charts and the one small script are
 //! inside. Parts of a run that do not exist yet are left out, with a sentence that says which
@@ -6,6 +7,7 @@
 //! could do with the numbers in the folder.
 
 mod chart;
+mod comparison;
 mod example;
 mod figures;
 mod headline;
@@ -22,6 +24,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+
+pub use comparison::write_comparison;
 
 use run::RunData;
 

@@ -6,7 +6,7 @@ use std::fmt::Write;
 
 use anyhow::{Context, Result};
 use minijinja::{AutoEscape, Environment};
-use pkv_core::Policy;
+use pkv_core::{Policy, Seed};
 use pkv_eval::Results;
 use serde::Serialize;
 
@@ -19,6 +19,9 @@ use crate::origin::{self, Origin};
 use crate::run::RunData;
 use crate::stages::{self, Stages};
 use crate::tables::{self, Table};
+
+/// Styles of pages, beside those of charts.
+pub const PAGE_CSS: &str = include_str!("../templates/page.css");
 
 /// Everything the template reads.
 #[derive(Serialize)]
@@ -36,6 +39,9 @@ struct Page {
     answers: Vec<Figure>,
     perplexity: Vec<Figure>,
     benchmarks: Vec<Table>,
+    /// All tasks at one share kept, and the same relative to KVzip.
+    by_task: Option<Table>,
+    by_task_recovered: Option<Table>,
     methods: Vec<Meaning>,
     heads: Option<Heads>,
     example: Option<ExampleView>,
@@ -70,6 +76,7 @@ struct Meaning {
 struct Heads {
     note: String,
     maps: Vec<String>,
+    layers: Option<String>,
 }
 
 /// The page of a run.
@@ -80,7 +87,7 @@ pub fn render(data: &RunData) -> Result<String> {
     let results = data.results.as_ref();
     let page = Page {
         chart_css: chart::CSS,
-        page_css: include_str!("../templates/page.css"),
+        page_css: PAGE_CSS,
         script: include_str!("../templates/example.js"),
         problems: data.problems.clone(),
         headline: headline::headline(data),
@@ -88,24 +95,39 @@ pub fn render(data: &RunData) -> Result<String> {
         training: training(data),
         recall: results.map(recall).unwrap_or_default(),
         ranks: results.and_then(|r| tables::ranks(&r.labels)),
-        answers: results.map(answers).unwrap_or_default(),
+        answers: results.map(|r| answers(r, data)).unwrap_or_default(),
         perplexity: results.map(perplexity).unwrap_or_default(),
         benchmarks: results.map(benchmarks).unwrap_or_default(),
+        by_task: results.and_then(|r| tables::by_task(&r.benchmarks)),
+        by_task_recovered: results.and_then(|r| tables::by_task_recovered(&r.benchmarks)),
         methods: results.map(meanings).unwrap_or_default(),
         heads: results.and_then(heads),
         example: results.and_then(|r| r.worked_example.as_ref()).and_then(example::view),
         origin: origin::origin(data),
         limits: origin::limits(data),
     };
+    fill("report.html", page)
+}
+
+/// One of the pages, filled with `values`.
+///
+/// # Errors
+/// The template does not fit the values; a fault of this crate.
+pub fn fill(name: &str, values: impl Serialize) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
-    environment
-        .add_template("report.html", include_str!("../templates/report.html"))
-        .context("the report's template is broken")?;
-    let template = environment.get_template("report.html").context("the report's template is broken")?;
-    template.render(page).context("cannot fill the report's template")
+    let broken = || format!("the template `{name}` is broken");
+    for (name, text) in [
+        ("table.html", include_str!("../templates/table.html")),
+        ("report.html", include_str!("../templates/report.html")),
+        ("comparison.html", include_str!("../templates/comparison.html")),
+    ] {
+        environment.add_template(name, text).with_context(broken)?;
+    }
+    let template = environment.get_template(name).with_context(broken)?;
+    template.render(values).with_context(|| format!("cannot fill the template `{name}`"))
 }
 
 fn training(data: &RunData) -> Option<Training> {
@@ -159,10 +181,19 @@ fn recall(results: &Results) -> Vec<Figure> {
     policies(results.labels.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
 
-fn answers(results: &Results) -> Vec<Figure> {
+fn answers(results: &Results, data: &RunData) -> Vec<Figure> {
     let Some(facts) = &results.facts else { return Vec::new() };
-    let of =
-        |policy| Some(figure(policy, figures::answers(facts, policy)?.svg(), tables::facts(facts, policy)));
+    let resamples = data.recipe.as_ref().map_or(1000, |r| r.eval.bootstrap);
+    let of = |policy| {
+        let mut shown = tables::facts(facts, policy);
+        let lead = data
+            .answers
+            .as_ref()
+            .map(|a| pkv_eval::compare::mapper_lead(a, "facts", policy, Seed(results.seed), resamples));
+        // Behind the two that are open.
+        shown.splice(shown.len().min(2)..shown.len().min(2), lead.and_then(tables::lead));
+        Some(figure(policy, figures::answers(facts, policy)?.svg(), shown))
+    };
     policies(facts.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
 
@@ -211,6 +242,7 @@ fn heads(results: &Results) -> Option<Heads> {
     let heads = results.labels.heads.as_ref()?;
     let maps: Vec<String> = figures::heads(heads).iter().map(|m| m.svg(340.0)).collect();
     Some(Heads {
+        layers: figures::layers(&budgets(heads)).map(|c| c.svg()),
         note: format!(
             "At {} kept, policy {}. Left: how KVzip spreads its budget over layers and KV heads. \
              Then, of what KVzip keeps in a head, the share that the method finds; hollow where KVzip keeps nothing.",
@@ -219,4 +251,24 @@ fn heads(results: &Results) -> Option<Heads> {
         ),
         maps,
     })
+}
+
+/// Mean over its heads of what each layer keeps: KVzip, the mapper and the floor.
+fn budgets(heads: &pkv_eval::HeadRecall) -> Vec<figures::LayerLine> {
+    let line = |label: &str, class: String, marker, kept: &[Vec<f64>]| figures::LayerLine {
+        label: label.to_owned(),
+        class,
+        marker,
+        shares: kept.iter().map(|row| row.iter().sum::<f64>() / row.len().max(1) as f64).collect(),
+    };
+    let of = |m: pkv_recipe::Method| {
+        let found = heads.methods.iter().find(|h| h.method == m && !h.kept.is_empty())?;
+        Some(line(method::label(m), method::class(m), method::marker(m), &found.kept))
+    };
+    let kvzip = pkv_recipe::Method::Kvzip;
+    let kvzip = line(method::label(kvzip), method::class(kvzip), method::marker(kvzip), &heads.kvzip_kept);
+    let others = [pkv_recipe::Method::HeadPrior, pkv_recipe::Method::Mapper];
+    let others: Vec<_> = others.into_iter().filter_map(of).collect();
+    // KVzip's alone is in the map above already.
+    if others.is_empty() { Vec::new() } else { [kvzip].into_iter().chain(others).collect() }
 }

@@ -10,7 +10,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, ensure};
 use pkv_core::hinted;
-use pkv_eval::Results;
+use pkv_eval::compare::Answers;
+use pkv_eval::{ANSWERS_FILE, Results};
 use pkv_recipe::Recipe;
 use serde_json::Value;
 
@@ -27,6 +28,8 @@ pub struct RunData {
     pub metrics: Option<Metrics>,
     /// `eval/results.json`.
     pub results: Option<Results>,
+    /// `eval/answers.parquet`, summed up by context.
+    pub answers: Option<Answers>,
     /// Bytes below each folder of the run that exists, by its name.
     pub sizes: Vec<(&'static str, u64)>,
     /// `YYYY-MM-DD` of the youngest of `run.json` and `eval/results.json`, UTC.
@@ -66,6 +69,7 @@ impl RunData {
         let metrics = optional(&root.join("train/metrics.jsonl"), Metrics::read, &mut problems);
         let results_path = root.join("eval/results.json");
         let results = optional(&results_path, Results::read, &mut problems);
+        let answers = optional(&root.join("eval").join(ANSWERS_FILE), Answers::read, &mut problems);
         let folder_name = root.file_name().map(|n| n.to_string_lossy().into_owned());
         let name =
             run["name"].as_str().map(str::to_owned).or(folder_name).unwrap_or_else(|| "run".to_owned());
@@ -76,7 +80,7 @@ impl RunData {
             .map(|(f, path)| (f, bytes_below(&path)))
             .collect();
         let date = [run_path, results_path].iter().filter_map(|p| modified(p)).max().map(date_of);
-        Ok(Self { name, run, recipe, metrics, results, sizes, date, problems })
+        Ok(Self { name, run, recipe, metrics, results, answers, sizes, date, problems })
     }
 
     /// Bytes of one of the run's folders, if it exists.

@@ -97,6 +97,99 @@ pub fn facts(facts: &FactsResults, policy: Policy) -> Vec<Table> {
     [answers, relative, of_full, kl, flips].into_iter().filter(|t| !t.rows.is_empty()).collect()
 }
 
+/// How far the mapper leads each other method, question for question.
+pub fn lead(cells: Vec<(Method, f64, Interval)>) -> Option<Table> {
+    let mut table = build(
+        "The mapper's answers minus those of each method, points",
+        "Small type: 95% interval of a paired bootstrap, which draws both methods' answers to the same contexts. Bold: the \
+         interval excludes 0.",
+        cells.iter().copied(),
+        Best::Highest,
+        signed_points,
+    );
+    for row in &mut table.rows {
+        for (cell, column) in row.cells.iter_mut().zip(&table.columns) {
+            let of = |c: &&(Method, f64, Interval)| {
+                method::label(c.0) == row.name && format!("{} kept", percent_text(c.1)) == *column
+            };
+            if let (Some(cell), Some((_, _, v))) = (cell.as_mut(), cells.iter().find(of)) {
+                cell.best = excludes_zero(*v);
+                cell.interval = range(*v, signed_points);
+            }
+        }
+    }
+    (!table.rows.is_empty()).then_some(table)
+}
+
+/// Tasks across, methods down, at the share kept that tells most; `None` unless there are several tasks.
+pub fn by_task(benchmarks: &[BenchmarkResults]) -> Option<Table> {
+    across_tasks(benchmarks, "score in percent", "", |b, c| Some((c.score, Some(b.full))))
+}
+
+/// The same relative to KVzip's score.
+pub fn by_task_recovered(benchmarks: &[BenchmarkResults]) -> Option<Table> {
+    across_tasks(
+        benchmarks,
+        "recovered: score relative to KVzip's, percent",
+        "Above 100 means better than the scores that the mapper was trained on.",
+        |_, c| Some((c.of_kvzip?, None)),
+    )
+}
+
+fn across_tasks(
+    benchmarks: &[BenchmarkResults],
+    what: &str,
+    note: &str,
+    value: impl Fn(&BenchmarkResults, &pkv_eval::BenchmarkCell) -> Option<(Interval, Option<Interval>)>,
+) -> Option<Table> {
+    let [first, _, ..] = benchmarks else { return None };
+    let policy = first.cells.first()?.policy;
+    let ratios = first.cells.iter().filter(|c| c.policy == policy).map(|c| c.ratio);
+    let ratio = ratios.min_by(|a, b| (a / 0.05).ln().abs().total_cmp(&(b / 0.05).ln().abs()))?;
+    let of = |b: &BenchmarkResults, m| value(b, b.cell(m, policy, ratio)?);
+    let mean = |values: &[Option<f64>]| -> Option<f64> {
+        let all: Vec<f64> = values.iter().copied().collect::<Option<_>>()?;
+        Some(all.iter().sum::<f64>() / all.len() as f64)
+    };
+    let bests: Vec<Option<f64>> = benchmarks
+        .iter()
+        .map(|b| {
+            let rivals = Method::ALL.into_iter().filter(|&m| !method::is_oracle(m));
+            rivals.filter_map(|m| Some(of(b, m)?.0.mean)).reduce(f64::max)
+        })
+        .collect();
+    let plain = |v: f64| Cell { value: points(v), interval: String::new(), best: false };
+    let cells = |m: Method| -> Vec<Option<Cell>> {
+        let values: Vec<Option<Interval>> = benchmarks.iter().map(|b| Some(of(b, m)?.0)).collect();
+        let shown = values.iter().zip(&bests).map(|(v, best)| {
+            let v = (*v)?;
+            let best = !method::is_oracle(m) && best.is_some_and(|b| points(b) == points(v.mean));
+            Some(Cell { value: points(v.mean), interval: interval(v, points), best })
+        });
+        let means: Vec<_> = values.iter().map(|v| v.map(|v| v.mean)).collect();
+        shown.chain([mean(&means).map(plain)]).collect()
+    };
+    let order = Method::ALL.into_iter().filter(|&m| method::is_oracle(m));
+    let order = order.chain(Method::ALL.into_iter().filter(|&m| !method::is_oracle(m)));
+    let measured = order.filter(|&m| benchmarks.iter().any(|b| of(b, m).is_some()));
+    let mut rows: Vec<Row> = measured.map(|m| Row { cells: cells(m), ..row(m) }).collect();
+    let full: Vec<Option<f64>> = benchmarks.iter().map(|b| Some(of(b, Method::Mapper)?.1?.mean)).collect();
+    if full.iter().all(Option::is_some) {
+        let cells = full.iter().copied().chain([mean(&full)]).map(|v| v.map(plain)).collect();
+        rows.insert(
+            0,
+            Row { name: "full cache".to_owned(), class: "m-full".to_owned(), reference: true, cells },
+        );
+    }
+    let columns = benchmarks.iter().map(|b| format!("{} {}", b.suite, b.task)).chain(["mean".to_owned()]);
+    (!rows.is_empty()).then(|| Table {
+        caption: format!("All tasks at {} kept, {what}", percent_text(ratio)),
+        note: format!("Policy {}. Every task counts alike in the mean. {note}", policy.name()),
+        columns: columns.collect(),
+        rows,
+    })
+}
+
 /// Scores of one task of a benchmark, for one policy.
 pub fn benchmark(b: &BenchmarkResults, policy: Policy) -> Option<Table> {
     let cells = b.cells.iter().filter(|c| c.policy == policy);
@@ -240,13 +333,28 @@ fn row(m: Method) -> Row {
     }
 }
 
-fn interval(v: Interval, show: fn(f64) -> String) -> String {
+pub fn interval(v: Interval, show: fn(f64) -> String) -> String {
     if v.high > v.low { format!("{}–{}", show(v.low), show(v.high)) } else { String::new() }
 }
 
 /// A share in percent, without its sign: the caption says it.
-fn points(share: f64) -> String {
+pub fn points(share: f64) -> String {
     percent(share).trim_end_matches('%').to_owned()
+}
+
+/// A difference of shares in points.
+pub fn signed_points(share: f64) -> String {
+    format!("{:+.1}", 100.0 * share)
+}
+
+/// Whether a difference is one beyond its interval.
+pub fn excludes_zero(v: Interval) -> bool {
+    v.low > 0.0 || v.high < 0.0
+}
+
+/// `-2.3 to -0.1`: a dash between signed numbers reads as a sign.
+pub fn range(v: Interval, show: fn(f64) -> String) -> String {
+    if v.high > v.low { format!("{} to {}", show(v.low), show(v.high)) } else { String::new() }
 }
 
 fn thousandths(v: f64) -> String {
@@ -277,5 +385,65 @@ mod tests {
         assert_eq!(table.rows[1].cells[1].as_ref().unwrap().interval, "96.0–98.0");
         let lowest = build("c", "n", cells.into_iter(), Best::Lowest, points);
         assert!(lowest.rows[3].cells[1].as_ref().unwrap().best);
+    }
+
+    fn cells(table: &Table, name: &str) -> Vec<(String, bool)> {
+        let row = table.rows.iter().find(|r| r.name == name).unwrap();
+        row.cells
+            .iter()
+            .map(|c| c.as_ref().map_or(("-".into(), false), |c| (c.value.clone(), c.best)))
+            .collect()
+    }
+
+    #[test]
+    fn leads_are_signed_and_bold_where_they_are_clear() {
+        let at = |mean, half| Interval { mean, low: mean - half, high: mean + half };
+        let table = lead(vec![
+            (Method::Kvzip, 0.1, at(-0.05, 0.01)),
+            (Method::Kvzip, 0.05, at(0.02, 0.03)),
+            (Method::Random, 0.05, at(0.9, 0.05)),
+        ])
+        .unwrap();
+        assert_eq!(cells(&table, "KVzip"), [("-5.0".to_owned(), true), ("+2.0".to_owned(), false)]);
+        assert_eq!(cells(&table, "random"), [("-".to_owned(), false), ("+90.0".to_owned(), true)]);
+        assert_eq!(table.rows[0].cells[1].as_ref().unwrap().interval, "-1.0 to +5.0");
+        assert!(lead(Vec::new()).is_none());
+    }
+
+    #[test]
+    fn tasks_stand_side_by_side_with_their_mean() {
+        let cell = |method, score: f64| pkv_eval::BenchmarkCell {
+            method,
+            policy: Policy::Pair,
+            ratio: 0.05,
+            score: Interval::exact(score),
+            kl: Interval::exact(0.0),
+            flips: Interval::exact(0.0),
+            of_kvzip: (method != Method::Random).then_some(Interval::exact(score / 0.8)),
+            of_full: None,
+        };
+        let task = |task: &str, mapper: f64| BenchmarkResults {
+            suite: "ruler".to_owned(),
+            task: task.to_owned(),
+            contexts: 5,
+            questions: 5,
+            mean_context_tokens: 100.0,
+            cut: 0,
+            full: Interval::exact(1.0),
+            cells: vec![cell(Method::Kvzip, 0.8), cell(Method::Mapper, mapper), cell(Method::Random, 0.5)],
+        };
+        let two = [task("vt", 0.6), task("cwe", 0.4)];
+        let table = by_task(&two).unwrap();
+        assert_eq!(table.columns, ["ruler vt", "ruler cwe", "mean"]);
+        let values = |name| cells(&table, name).into_iter().map(|c| c.0).collect::<Vec<_>>();
+        assert_eq!(values("full cache"), ["100", "100", "100"]);
+        assert_eq!(values("KVzip"), ["80.0", "80.0", "80.0"]);
+        assert_eq!(values("mapper"), ["60.0", "40.0", "50.0"]);
+        assert_eq!(cells(&table, "random")[1], ("50.0".to_owned(), true), "the best of the second task");
+        assert!(!cells(&table, "KVzip")[0].1 && cells(&table, "mapper")[0].1);
+        let recovered = by_task_recovered(&two).unwrap();
+        assert_eq!(cells(&recovered, "mapper")[2].0, "62.5");
+        assert!(recovered.rows.iter().all(|r| r.name != "random" && r.name != "full cache"));
+        assert!(by_task(&two[..1]).is_none());
     }
 }

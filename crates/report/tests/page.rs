@@ -64,7 +64,11 @@ fn a_whole_run_fills_every_section() {
         assert!(section(&page, id).len() > 400, "section `{id}` is empty");
         assert!(page.contains(&format!("href=\"#{id}\"")), "no link to `{id}`");
     }
-    assert_eq!(section(&page, "heads").matches("<svg").count(), 3);
+    assert_eq!(section(&page, "heads").matches("<svg").count(), 4, "three maps, and the budget by layer");
+    assert!(
+        section(&page, "heads").contains("KVzip, layer 11: ")
+            && section(&page, "heads").contains("mapper, layer 11: ")
+    );
     assert_eq!(section(&page, "training").matches("<svg").count(), 2);
     assert!(section(&page, "training").contains("The checkpoint of step 1400 did best"));
     assert_eq!(section(&page, "recall").matches("<svg").count(), 3, "one chart per policy");

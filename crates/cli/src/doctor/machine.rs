@@ -82,7 +82,7 @@ pub fn gpus() -> Vec<Check> {
 }
 
 /// The name that the driver gives GPU `i`, where all of them are visible.
-fn gpu_model(i: usize) -> Option<String> {
+pub fn gpu_model(i: usize) -> Option<String> {
     let mut folders: Vec<_> =
         fs::read_dir("/proc/driver/nvidia/gpus").ok()?.filter_map(|e| Some(e.ok()?.path())).collect();
     folders.sort();

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use pkv_checkpoint::{
     CardTable, DataSource, EXPORT_VERSION, Export, ExportConfig, Licences, ModelCard, ModelIdentity, Parity,
+    StageCost,
 };
 use pkv_core::{Policy, Split};
 use pkv_eval::{RESULTS_FILE, Results};
@@ -13,6 +14,7 @@ use serde_json::json;
 use tch::Tensor;
 
 use super::{Outcome, train};
+use crate::args::Stage;
 use crate::mapper_source::{Trained, dims, from_checkpoint};
 use crate::pair::Found;
 use crate::session::Session;
@@ -73,11 +75,13 @@ fn identity(s: &Session, model: &Found) -> ModelIdentity {
     }
 }
 
-/// The card: data with licences, and the tables of the evaluation if there is one.
+/// The card: data with licences, what it cost, and the tables of the evaluation if there is one.
 fn card(s: &Session, results: Option<&Results>) -> Result<ModelCard> {
     let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+    let mut tokens = 0;
     for example in StageReader::<Example>::open(&s.run.examples())?.iter() {
         let example = example?;
+        tokens += example.tokens.len() as u64;
         if example.split == Split::Train {
             *counts.entry(example.source).or_default() += 1;
         }
@@ -107,7 +111,51 @@ fn card(s: &Session, results: Option<&Results>) -> Result<ModelCard> {
         .filter_map(|(caption, table)| card_table(caption, &table?))
         .collect()
     });
-    Ok(ModelCard { data, results: tables, limits: Vec::new(), licences: Licences::default() })
+    let export = &s.recipe.export;
+    let licences = Licences {
+        mapper: export.licence.clone(),
+        target: export.target_licence.clone(),
+        proxy: export.proxy_licence.clone(),
+    };
+    Ok(ModelCard { data, cost: cost(s, tokens), results: tables, limits: limits(s, results), licences })
+}
+
+/// Time of the stages that ran; labels and features each read all `tokens` of the examples.
+fn cost(s: &Session, tokens: u64) -> Vec<StageCost> {
+    let one = |stage: Stage| {
+        let record = s.run.stage(stage.name())?;
+        let device = if record.device.is_empty() { "not recorded".to_owned() } else { record.device };
+        let reads = matches!(stage, Stage::Label | Stage::Extract);
+        Some(StageCost {
+            stage: stage.name().to_owned(),
+            secs: record.secs,
+            device,
+            gpus: record.gpus,
+            tokens: reads.then_some(tokens),
+        })
+    };
+    [Stage::Label, Stage::Extract, Stage::Train, Stage::Eval].into_iter().filter_map(one).collect()
+}
+
+/// What these weights were not shown to do.
+fn limits(s: &Session, results: Option<&Results>) -> Vec<String> {
+    let r = &s.recipe;
+    let longest = r.data.window_tokens.iter().max().copied().unwrap_or(0);
+    let mut limits = vec![
+        format!("Trained on contexts of at most {longest} tokens; longer ones are out of its distribution."),
+        format!(
+            "One training run with seed {}: another seed moves the numbers above by about their intervals.",
+            r.seed.0
+        ),
+    ];
+    if let Some(facts) = results.and_then(|r| r.facts.as_ref()) {
+        limits.push(format!(
+            "The {} questions above are about facts planted in {} contexts of {} tokens: retrieval of short statements, \
+             not summaries or reasoning.",
+            facts.questions, facts.contexts, r.eval.context_tokens
+        ));
+    }
+    limits
 }
 
 /// A Markdown table as cells.

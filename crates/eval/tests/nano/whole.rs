@@ -2,7 +2,7 @@
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use pkv_core::{NoProgress, Policy};
-use pkv_eval::{ANSWERS_FILE, RESULTS_FILE, Results, evaluate, is_complete, table};
+use pkv_eval::{AGREEMENT_FILE, ANSWERS_FILE, RESULTS_FILE, Results, evaluate, is_complete, table};
 use pkv_recipe::Method;
 
 use crate::fixture::Nano;
@@ -23,7 +23,7 @@ fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() 
     let mut files: Vec<_> =
         std::fs::read_dir(&out).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
     files.sort();
-    assert_eq!(files, [ANSWERS_FILE, RESULTS_FILE]);
+    assert_eq!(files, [AGREEMENT_FILE, ANSWERS_FILE, RESULTS_FILE]);
 
     let facts = results.facts.as_ref().unwrap();
     assert_eq!((facts.contexts, facts.questions), (6, 18));

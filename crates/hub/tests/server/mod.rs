@@ -1,6 +1,10 @@
 //! A hub on the loopback interface: the addresses, headers and redirects that clients rely on, and
 //! the faults that networks have.
 
+#![allow(dead_code, reason = "each test binary uses one of the two servers")]
+
+pub mod push;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};

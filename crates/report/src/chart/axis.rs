@@ -78,6 +78,15 @@ impl Axis {
         }
     }
 
+    /// Of values that are shares, where the axis counts in percent.
+    pub fn of_shares(mut self) -> Self {
+        if let Scale::Linear { from, to } = self.scale {
+            self.scale = Scale::Linear { from: from / 100.0, to: to / 100.0 };
+        }
+        self.ticks.iter_mut().for_each(|t| t.0 /= 100.0);
+        self
+    }
+
     /// Powers of ten, with as many of their doubles and fivefolds between as there is room for; all positive.
     pub fn nice_log(label: &str, low: f64, high: f64) -> Self {
         let (low, high) = (low.min(high * 0.8), high.max(low * 1.25));

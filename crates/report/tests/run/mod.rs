@@ -183,8 +183,8 @@ fn heads() -> HeadRecall {
         policy: Policy::Pair,
         ratio: 0.05,
         methods: vec![
-            MethodHeads { method: Method::Mapper, recall: recall(0.72) },
-            MethodHeads { method: Method::HeadPrior, recall: recall(0.3) },
+            MethodHeads { method: Method::Mapper, recall: recall(0.72), kept: kept.clone() },
+            MethodHeads { method: Method::HeadPrior, recall: recall(0.3), kept: Vec::new() },
         ],
         kvzip_kept: kept,
     }

@@ -1,0 +1,125 @@
+//! The page of a comparison: whole, self-contained, and true to its numbers.
+
+use pkv_core::Policy;
+use pkv_eval::Interval;
+use pkv_eval::compare::{Budgets, Comparison, Difference, Metric, RecipeKey, Reference, RunName, TaskScores};
+use serde_json::json;
+
+fn around(mean: f64) -> Interval {
+    Interval { mean, low: mean - 0.02, high: mean + 0.03 }
+}
+
+fn metric(first: f64, second: f64, references: Vec<Reference>) -> Metric {
+    Metric {
+        ratios: vec![0.1, 0.05],
+        contexts: vec![60, 40],
+        runs: vec![vec![around(first), around(first - 0.1)], vec![around(second), around(second - 0.1)]],
+        references,
+        differences: vec![Difference {
+            run: 1,
+            contexts: 37,
+            values: vec![around(second - first), Interval { mean: 0.001, low: -0.01, high: 0.012 }],
+        }],
+    }
+}
+
+fn comparison() -> Comparison {
+    let run = |name: &str| RunName {
+        name: name.to_owned(),
+        folder: format!("runs/{name}"),
+        proxy: "small".to_owned(),
+        mapper: "checkpoint of step 9".to_owned(),
+    };
+    let reference = |name: &str, v| Reference { name: name.to_owned(), values: vec![around(v); 2] };
+    Comparison {
+        target: "owner/large".to_owned(),
+        policy: Policy::Pair,
+        runs: vec![run("base"), run("without <skip> & co")],
+        notes: vec!["`eval.answer_match` differs".to_owned()],
+        answers: Some(metric(0.9, 0.8, vec![reference("full cache", 0.97), reference("KVzip", 0.95)])),
+        recovered: Some(Metric { differences: Vec::new(), ..metric(0.947, 0.842, Vec::new()) }),
+        recall: Some(metric(0.7, 0.75, Vec::new())),
+        tasks: ["facts", "ruler.vt"]
+            .map(|t| TaskScores { task: t.to_owned(), metric: metric(0.9, 0.8, Vec::new()) })
+            .to_vec(),
+        budgets: Some(Budgets {
+            policy: Policy::Pair,
+            ratio: 0.05,
+            kvzip: vec![0.01, 0.2],
+            runs: vec![Some(vec![0.02, 0.18]), None],
+        }),
+        recipe: vec![RecipeKey {
+            key: "mapper.linear_skip".to_owned(),
+            values: vec![json!(true), json!(null)],
+        }],
+    }
+}
+
+fn page(c: &Comparison) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("comparison.html");
+    pkv_report::write_comparison(c, &path).unwrap();
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+    let page = std::fs::read_to_string(&path).unwrap();
+    // Kept, to be looked at in a browser.
+    std::fs::write(std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("comparison.html"), &page).unwrap();
+    page
+}
+
+fn section<'a>(page: &'a str, id: &str) -> &'a str {
+    let start = page.find(&format!("<section id=\"{id}\">")).unwrap_or_else(|| panic!("no section `{id}`"));
+    &page[start..start + page[start..].find("</section>").unwrap()]
+}
+
+#[test]
+fn a_comparison_fills_every_section_and_needs_no_other_file() {
+    let page = page(&comparison());
+    assert!(page.starts_with("<!doctype html>"), "{:?}", &page[..40]);
+    for forbidden in ["http://", "https://", "src=", "<link", "@import", "url(", "<script", "NaN", ">inf"] {
+        assert!(!page.contains(forbidden), "the page contains `{forbidden}`");
+    }
+    assert!(!page.contains("class=\"missing\""));
+    assert!(!page.contains("<skip>") && page.contains("without &lt;skip&gt; &amp; co"));
+    let answers = section(&page, "answers");
+    assert_eq!(answers.matches("<svg").count(), 1);
+    for part in [
+        "90.0<small>88.0–93.0",
+        "Recovered accuracy",
+        "(37 shared)",
+        "<td class=\"best\">-10.0<small>-12.0 to -7.0",
+        "<td>+0.1<small>-1.0 to +1.2",
+        "60, 40 in the order of the runs",
+        "Answers by task at 5% kept",
+        ">ruler.vt</th>",
+        "mean of 2 tasks",
+    ] {
+        assert!(answers.contains(part), "`{part}` is missing\n{answers}");
+    }
+    assert!(section(&page, "recall").contains("<svg"));
+    let layers = section(&page, "layers");
+    assert!(layers.contains("base, layer 1: 18.0% kept") && layers.contains("KVzip, layer 1: 20.0% kept"));
+    let recipes = section(&page, "recipes");
+    assert!(recipes.contains("<code>mapper.linear_skip</code></th><td>true</td><td>-</td>"), "{recipes}");
+}
+
+#[test]
+fn what_is_not_there_is_said() {
+    let bare = Comparison {
+        answers: None,
+        recovered: None,
+        tasks: Vec::new(),
+        budgets: None,
+        recipe: Vec::new(),
+        recall: Some(Metric { differences: Vec::new(), ..metric(0.7, 0.75, Vec::new()) }),
+        ..comparison()
+    };
+    let page = page(&bare);
+    for (id, said) in
+        [("answers", "share no task"), ("layers", "--redo eval"), ("recipes", "Nothing but their names")]
+    {
+        assert!(section(&page, id).contains(said), "{id}");
+    }
+    assert!(!section(&page, "recall").contains("minus"));
+    let nowhere = std::path::Path::new("/nonexistent/folder/x.html");
+    assert!(pkv_report::write_comparison(&bare, nowhere).is_err());
+}
