@@ -6,7 +6,7 @@ use arrow::datatypes::SchemaRef;
 use pkv_core::{StoreDtype, hinted};
 
 /// A row of a stage's shards.
-pub trait Row: Sized {
+pub trait Row: Sized + Send + 'static {
     /// Plural noun: the shards are `<FILES>-00000.parquet`, and messages say it.
     const FILES: &'static str;
 

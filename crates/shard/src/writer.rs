@@ -1,15 +1,24 @@
 //! Rows in, shards out.
+//!
+//! Encoding a row group (nested lists to levels, compression) takes longer than a GPU takes to compute the rows of a small
+//! pair. Row groups are therefore encoded side by side, a thread each, and appended in their order: the bytes are the same
+//! for any number of threads.
 
+use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, ensure};
-use arrow::array::RecordBatch;
 use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_writer::{
+    ArrowColumnChunk, ArrowColumnWriter, ArrowRowGroupWriterFactory, compute_leaves,
+};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::file::writer::SerializedFileWriter;
 use pkv_core::StoreDtype;
 
 use crate::dir::StageDir;
@@ -20,6 +29,9 @@ use crate::row::Row;
 /// Raw bytes after which a row group ends. Training reads single rows at random and decodes the
 /// row group around them, so it is a few rows of a small pair and one row of a big one.
 const ROW_GROUP_BYTES: usize = 256 << 10;
+
+/// Most row groups that are encoded at once: with one row of a big pair each, most of the writer's memory.
+const MOST_THREADS: usize = 8;
 
 /// Writes a stage's rows in order, `shard_rows` to a shard.
 ///
@@ -39,9 +51,13 @@ pub struct StageWriter<R: Row> {
 struct OpenShard {
     file: String,
     path: PathBuf,
-    writer: ArrowWriter<DurableFile>,
+    writer: SerializedFileWriter<DurableFile>,
+    groups: ArrowRowGroupWriterFactory,
+    /// Row groups on their way, in order.
+    encoding: VecDeque<JoinHandle<Result<Vec<ArrowColumnChunk>>>>,
     failure: WriteFailure,
-    /// Rows handed to `writer`.
+    /// Row groups begun, and their rows.
+    begun: usize,
     rows: usize,
 }
 
@@ -115,31 +131,29 @@ impl<R: Row> StageWriter<R> {
         if self.pending.is_empty() {
             return Ok(());
         }
-        let batch = R::encode(&self.pending, self.store)?;
-        let rows = self.pending.len();
-        self.pending.clear();
+        let rows = std::mem::take(&mut self.pending);
         self.pending_bytes = 0;
         let shard = match &mut self.open {
             Some(shard) => shard,
             None => {
-                let shard = open_shard::<R>(&self.stage, &batch)?;
+                let shard = open_shard::<R>(&self.stage, self.store)?;
                 self.open.insert(shard)
             }
         };
-        let written = shard.writer.write(&batch).and_then(|()| shard.writer.flush());
-        if let Err(e) = written {
-            let error = encode_error(&shard.path, &shard.failure, e);
+        let threads = thread::available_parallelism().map_or(1, |n| n.get()).min(MOST_THREADS);
+        let begun = shard.begin(rows, self.store).and_then(|()| shard.append(threads - 1));
+        if begun.is_err() {
             self.open = None;
-            return Err(error);
         }
-        shard.rows += rows;
-        Ok(())
+        begun
     }
 
     /// The open shard gets its name, then its entry in the index.
     fn close_shard(&mut self) -> Result<()> {
         self.write_group()?;
-        let Some(OpenShard { file, path, writer, failure, rows }) = self.open.take() else { return Ok(()) };
+        let Some(mut shard) = self.open.take() else { return Ok(()) };
+        shard.append(0)?;
+        let OpenShard { file, path, writer, failure, rows, .. } = shard;
         let durable = writer.into_inner().map_err(|e| encode_error(&path, &failure, e))?;
         let published = durable.publish().map_err(|e| write_error(&path, e))?;
         let entry = ShardEntry { file, rows: rows as u64, bytes: published.bytes, sha256: published.sha256 };
@@ -147,7 +161,57 @@ impl<R: Row> StageWriter<R> {
     }
 }
 
-fn open_shard<R: Row>(stage: &StageDir, batch: &RecordBatch) -> Result<OpenShard> {
+impl OpenShard {
+    /// Encode `rows` as the next row group, on a thread of its own.
+    fn begin<R: Row>(&mut self, rows: Vec<R>, store: StoreDtype) -> Result<()> {
+        let columns = self.groups.create_column_writers(self.begun);
+        let columns = columns.map_err(|e| encode_error(&self.path, &self.failure, e))?;
+        self.begun += 1;
+        self.rows += rows.len();
+        let encode = thread::Builder::new().name("encode".to_owned());
+        let encode = encode.spawn(move || encode_group(&rows, store, columns));
+        self.encoding.push_back(encode.context("starting a thread to encode a row group")?);
+        Ok(())
+    }
+
+    /// Append row groups in their order until at most `waiting` are on their way.
+    fn append(&mut self, waiting: usize) -> Result<()> {
+        while self.encoding.len() > waiting
+            && let Some(group) = self.encoding.pop_front()
+        {
+            let columns = group.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let columns =
+                columns.with_context(|| format!("cannot encode rows for `{}`", self.path.display()))?;
+            let mut written = self.writer.next_row_group().and_then(|mut group| {
+                columns.into_iter().try_for_each(|column| column.append_to_row_group(&mut group))?;
+                group.close().map(drop)
+            });
+            if written.is_ok() {
+                written = self.writer.flush().map_err(Into::into);
+            }
+            written.map_err(|e| encode_error(&self.path, &self.failure, e))?;
+        }
+        Ok(())
+    }
+}
+
+/// The column chunks of one row group.
+fn encode_group<R: Row>(
+    rows: &[R],
+    store: StoreDtype,
+    mut columns: Vec<ArrowColumnWriter>,
+) -> Result<Vec<ArrowColumnChunk>> {
+    let batch = R::encode(rows, store)?;
+    let mut writers = columns.iter_mut();
+    for (field, array) in batch.schema_ref().fields().iter().zip(batch.columns()) {
+        for leaf in compute_leaves(field, array)? {
+            writers.next().context("a column without a writer")?.write(&leaf)?;
+        }
+    }
+    columns.into_iter().map(|column| Ok(column.close()?)).collect()
+}
+
+fn open_shard<R: Row>(stage: &StageDir, store: StoreDtype) -> Result<OpenShard> {
     let index = stage.index();
     let file = format!("{}-{:05}.parquet", R::FILES, index.shards.len());
     let path = stage.path().join(&file);
@@ -168,9 +232,10 @@ fn open_shard<R: Row>(stage: &StageDir, batch: &RecordBatch) -> Result<OpenShard
     let durable =
         DurableFile::create(&path, stage.write_budget().clone()).map_err(|e| write_error(&path, e))?;
     let failure = durable.failure();
-    let writer = ArrowWriter::try_new(durable, batch.schema(), Some(properties))
+    let (writer, groups) = ArrowWriter::try_new(durable, R::schema(store), Some(properties))
+        .and_then(ArrowWriter::into_serialized_writer)
         .map_err(|e| encode_error(&path, &failure, e))?;
-    Ok(OpenShard { file, path, writer, failure, rows: 0 })
+    Ok(OpenShard { file, path, writer, groups, encoding: VecDeque::new(), failure, begun: 0, rows: 0 })
 }
 
 /// The disk's error if there was one, the encoder's otherwise.
