@@ -5,7 +5,7 @@
 use anyhow::Result;
 use pkv_core::GlobalChannel;
 use pkv_lm::LanguageModel;
-use tch::{Device, Kind, Reduction, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Most logits held at once, twice that at the peak: 64 MiB of f32 on a CPU; 1 GiB on a GPU, whose matrix products want rows.
 fn logit_elements(device: Device) -> usize {
@@ -35,7 +35,10 @@ impl Surprisal {
     /// Take the hidden states after the final norm of the positions from `start` on: `[s, hidden]`.
     ///
     /// The LM head is applied to blocks of them, so that logits of all positions are never held.
-    pub(crate) fn add(&mut self, model: &LanguageModel, hidden_sm: &Tensor, start: usize) {
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub(crate) fn add(&mut self, model: &LanguageModel, hidden_sm: &Tensor, start: usize) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         // The state at position i predicts token i + 1; tokens of the prefix have no feature.
         let end = (start + hidden_sm.size()[0] as usize).min(self.ids.numel() - 1);
@@ -43,12 +46,12 @@ impl Surprisal {
         let rows = (logit_elements(model.device()) / model.shape().vocab).max(1);
         while at < end {
             let n = rows.min(end - at) as i64;
-            let logits_sv = model.logits(&hidden_sm.narrow(0, (at - start) as i64, n));
             let next_s = self.ids.narrow(0, at as i64 + 1, n);
-            let nats_s = logits_sv.cross_entropy_loss::<Tensor>(&next_s, None, Reduction::None, -100, 0.0);
+            let nats_s = model.nats(&hidden_sm.narrow(0, (at - start) as i64, n), &next_s)?;
             self.nats_t.narrow(0, (at + 1 - self.prefix) as i64, n).copy_(&nats_s);
             at += n as usize;
         }
+        Ok(())
     }
 }
 

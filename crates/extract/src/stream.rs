@@ -107,7 +107,7 @@ impl FeatureStream<'_, '_> {
         match &mut self.surprisal {
             Some(surprisal) => {
                 let hidden_sm = model.forward(&chunk, &mut self.cache, &mut tap)?;
-                surprisal.add(model, &hidden_sm, start);
+                surprisal.add(model, &hidden_sm, start)?;
             }
             // Keys and values of the last layer are in the cache all the same.
             None => model.forward_for_tap(&chunk, &mut self.cache, &mut tap)?,

@@ -120,3 +120,34 @@ extern "C" __global__ void merge(half_t* a, const half_t* b, float* a_lse, const
   }
   if (lane == 0) a_lse[lse_at] = peak + __logf(ex + ey);
 }
+
+// nats[row] = log of the sum of exp(logits[row]) - logits[row][next[row]]. A row has 8 * `pieces` logits; a block of 256 threads
+// reads it once.
+extern "C" __global__ void __launch_bounds__(256) row_nats(const uint4* logits, const long long* next, float* nats, int pieces) {
+  const uint4* mine = logits + (long long)blockIdx.x * pieces;
+  float top = -1e30f, sum = 0.f;
+  auto merge = [&](float other, float others) {
+    const float peak = fmaxf(top, other);
+    sum = sum * __expf(top - peak) + others * __expf(other - peak);
+    top = peak;
+  };
+  for (int i = threadIdx.x; i < pieces; i += 256) {
+    const uint4 x = mine[i];
+    const float2 a = unpack(x.x), b = unpack(x.y), c = unpack(x.z), d = unpack(x.w);
+    const float peak = fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(b.x, b.y)), fmaxf(fmaxf(c.x, c.y), fmaxf(d.x, d.y)));
+    const float now = fmaxf(top, peak);
+    float add = __expf(a.x - now) + __expf(a.y - now) + __expf(b.x - now) + __expf(b.y - now);
+    add += __expf(c.x - now) + __expf(c.y - now) + __expf(d.x - now) + __expf(d.y - now);
+    sum = sum * __expf(top - now) + add;
+    top = now;
+  }
+  __shared__ float tops[8], sums[8];
+  for (int apart = 16; apart; apart /= 2) merge(__shfl_xor_sync(~0u, top, apart), __shfl_xor_sync(~0u, sum, apart));
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top, sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x) return;
+  for (int w = 1; w < 8; w++) merge(tops[w], sums[w]);
+  const long long at = next[blockIdx.x];
+  const float2 two = unpack(((const u32*)mine)[at / 2]);
+  nats[blockIdx.x] = top + logf(sum) - (at % 2 ? two.y : two.x);
+}

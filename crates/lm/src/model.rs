@@ -11,7 +11,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{ModelShape, Seed, hinted};
-use tch::{Device, Kind, Tensor};
+use pkv_gpu::{has_elementwise, row_nats};
+use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::attention::{self, AttentionPolicy};
 use crate::cache::KvCache;
@@ -249,6 +250,19 @@ impl LanguageModel {
     /// Next-token logits, f32 `[.., vocab]`, of hidden states after the final norm.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         hidden.linear::<&Tensor>(&self.head, None).to_kind(Kind::Float)
+    }
+
+    /// Negative log-likelihood (nats) of the token `next_s`, i64 `[s]` on the model's device, by each of `hidden_sm`, the
+    /// hidden states after the final norm: f32 `[s]`. All their logits are held at once.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub fn nats(&self, hidden_sm: &Tensor, next_s: &Tensor) -> Result<Tensor> {
+        if has_elementwise(self.device, self.kind, 64) && self.shape().vocab.is_multiple_of(8) {
+            return row_nats(&hidden_sm.linear::<&Tensor>(&self.head, None), &next_s.contiguous());
+        }
+        let logits_sv = self.logits(hidden_sm);
+        Ok(logits_sv.cross_entropy_loss::<Tensor>(next_s, None, Reduction::None, -100, 0.0))
     }
 
     /// Token ids as a tensor that forwards take: on the host, where they are checked.
