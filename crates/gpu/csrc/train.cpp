@@ -10,9 +10,11 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 extern "C" void pkv_set_last_error(const char* text);
+extern "C" const char* pkv_last_error();
 
 namespace {
 
@@ -71,6 +73,26 @@ struct TimeConv : Function<TimeConv> {
   }
 };
 
+// Our own kernels for stage 3, as gpu/src/kernels/cross.rs offers them: 0, or -1 with the reason in pkv_last_error().
+using CrossForward = int (*)(at::Tensor* tokens, at::Tensor* logit, at::Tensor* reading, int64_t heads, at::Tensor* scores,
+                             at::Tensor* sums, at::Tensor* lse2);
+using CrossBackward = int (*)(at::Tensor* tokens, at::Tensor* logit, at::Tensor* reading, at::Tensor* sums, at::Tensor* lse2,
+                              at::Tensor* g, at::Tensor* dtokens, at::Tensor* dlogit, at::Tensor* dreading);
+using CrossGradients = int (*)(at::Tensor* logits, at::Tensor* readings, at::Tensor* sums, at::Tensor* lse2, at::Tensor* g,
+                               int64_t start);
+
+struct CrossKernels {
+  CrossForward forward;
+  // All of it, 16 bits.
+  CrossBackward backward;
+  // What lies between libtorch's products of a piece, f32.
+  CrossGradients gradients;
+};
+
+void must(int code) {
+  if (code != 0) throw std::runtime_error(pkv_last_error());
+}
+
 struct Attended {
   at::Tensor weights, readings;
 };
@@ -80,16 +102,45 @@ Attended attend(const at::Tensor& tokens, const at::Tensor& logit, const at::Ten
   return {at::linear(tokens, logit).softmax(1), at::linear(tokens, reading)};
 }
 
+// Gradients of logits and readings, [b, p, t, r], of the positions of `part`, which begin at `start`.
+struct Gradients {
+  at::Tensor logits, readings;
+};
+
+Gradients plain_gradients(const at::Tensor& part, const at::Tensor& logit, const at::Tensor& reading, at::Tensor g, int64_t start,
+                          int64_t heads) {
+  const auto kind = part.scalar_type();
+  const int64_t b = part.size(0), t = part.size(2), r = logit.size(0);
+  auto a = attend(part, logit, reading);
+  // s = sum_p w v, so dv = w ds and dl = w (v - s) ds = dv (v - s).
+  const auto s = (a.weights * a.readings).sum(at::IntArrayRef({1}), true, at::kFloat).to(kind);
+  const auto ds = g.narrow(1, start, t).to(kind).unsqueeze(2).expand({b, t, heads, -1}).reshape({b, 1, t, r});
+  const auto dv = a.weights.mul_(ds);
+  return {a.readings.sub_(s).mul_(dv), dv};
+}
+
 // sum over p of softmax_p(tokens logit^T) x (tokens reading^T), then over attention heads: [b, t, o], f32.
 //
-// Weights and readings are p x r numbers per position, where the result is o: they are made piece by
-// piece along t and made again in the backward, so that training keeps the tokens alone.
+// Weights and readings are p x r numbers per position, where the result is o. Our kernels never hold them; without the
+// kernels, and in the backward of f32, they are made piece by piece along t, so that training keeps the tokens, and with
+// the kernels the sums over p, alone.
 struct AttendHeads : Function<AttendHeads> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& tokens, const at::Tensor& logit, const at::Tensor& reading,
-                            int64_t heads, int64_t piece) {
-    ctx->save_for_backward({tokens, logit, reading});
+                            int64_t heads, int64_t piece, const CrossKernels* kernels, bool trains) {
     ctx->saved_data["heads"] = heads;
     ctx->saved_data["piece"] = piece;
+    ctx->saved_data["kernels"] = (int64_t)kernels;
+    if (kernels) {
+      auto whole = tokens.contiguous(), l = logit.contiguous(), v = reading.contiguous();
+      const int64_t b = tokens.size(0), t = tokens.size(2), r = logit.size(0);
+      const auto options = tokens.options().dtype(at::kFloat);
+      auto scores = at::empty({b, t, r / heads}, options), sums = at::Tensor(), lse2 = at::Tensor();
+      if (trains) sums = at::empty({b, t, r}, options), lse2 = at::empty({b, t, r}, options);
+      must(kernels->forward(&whole, &l, &v, heads, &scores, trains ? &sums : nullptr, trains ? &lse2 : nullptr));
+      if (trains) ctx->save_for_backward({whole, l, v, sums, lse2});
+      return scores;
+    }
+    ctx->save_for_backward({tokens, logit, reading});
     std::vector<at::Tensor> scores;
     for (const auto& part : tokens.split(piece, 2)) {
       auto a = attend(part, logit, reading);
@@ -101,28 +152,37 @@ struct AttendHeads : Function<AttendHeads> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto &tokens = saved[0], &logit = saved[1], &reading = saved[2], &g = grads[0];
+    auto tokens = saved[0], logit = saved[1], reading = saved[2];
+    const auto& g = grads[0];
     const int64_t heads = ctx->saved_data["heads"].toInt(), piece = ctx->saved_data["piece"].toInt();
-    const int64_t b = tokens.size(0), d = tokens.size(3), r = logit.size(0);
+    const auto* kernels = (const CrossKernels*)ctx->saved_data["kernels"].toInt();
+    const int64_t d = tokens.size(3), r = logit.size(0);
     const auto kind = tokens.scalar_type();
     auto dtokens = at::empty_like(tokens, at::MemoryFormat::Contiguous);
     auto dlogit = at::zeros_like(logit, logit.options().dtype(at::kFloat)), dreading = at::zeros_like(dlogit);
+    at::Tensor sums, lse2, wide;
+    if (kernels) sums = saved[3], lse2 = saved[4], wide = g.repeat({1, 1, heads});
+    if (kernels && kind != at::kFloat) {
+      must(kernels->backward(&tokens, &logit, &reading, &sums, &lse2, &wide, &dtokens, &dlogit, &dreading));
+      return {dtokens, dlogit.to(kind), dreading.to(kind), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+    }
     for (int64_t start = 0; start < tokens.size(2); start += piece) {
       const int64_t t = std::min(piece, tokens.size(2) - start);
       const auto part = tokens.narrow(2, start, t).contiguous();
-      auto a = attend(part, logit, reading);
-      // s = sum_p w v, so dv = w ds and dl = w (v - s) ds = dv (v - s).
-      const auto s = (a.weights * a.readings).sum(at::IntArrayRef({1}), true, at::kFloat).to(kind);
-      const auto ds = g.narrow(1, start, t).to(kind).unsqueeze(2).expand({b, t, heads, -1}).reshape({b, 1, t, r});
-      const auto dv = a.weights.mul_(ds).view({-1, r});
-      const auto dl = a.readings.sub_(s).view({-1, r}).mul_(dv);
-      const auto flat = part.view({-1, d});
+      Gradients of;
+      if (kernels) {
+        of = {at::linear(part, logit), at::linear(part, reading)};
+        must(kernels->gradients(&of.logits, &of.readings, &sums, &lse2, &wide, start));
+      } else {
+        of = plain_gradients(part, logit, reading, g, start, heads);
+      }
+      const auto dl = of.logits.view({-1, r}), dv = of.readings.view({-1, r}), flat = part.view({-1, d});
       const auto dpart = at::addmm(at::mm(dl, logit), dv, reading);
       dtokens.narrow(2, start, t).copy_(dpart.view(part.sizes()));
       dlogit.add_(at::mm(dl.t(), flat));
       dreading.add_(at::mm(dv.t(), flat));
     }
-    return {dtokens, dlogit.to(kind), dreading.to(kind), at::Tensor(), at::Tensor()};
+    return {dtokens, dlogit.to(kind), dreading.to(kind), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -134,8 +194,13 @@ int pkv_time_conv(at::Tensor* x, at::Tensor* weight, at::Tensor* bias, int64_t d
   return guard([&] { *out = new at::Tensor(TimeConv::apply(*x, *weight, *bias, dilation)); });
 }
 
-int pkv_attend_heads(at::Tensor* tokens, at::Tensor* logit, at::Tensor* reading, int64_t heads, int64_t piece, at::Tensor** out) {
-  return guard([&] { *out = new at::Tensor(AttendHeads::apply(*tokens, *logit, *reading, heads, piece)); });
+// `kernels` is null, or lives for ever.
+int pkv_attend_heads(at::Tensor* tokens, at::Tensor* logit, at::Tensor* reading, int64_t heads, int64_t piece,
+                     const CrossKernels* kernels, at::Tensor** out) {
+  const bool trains = at::GradMode::is_enabled();
+  return guard([&] {
+    *out = new at::Tensor(AttendHeads::apply(*tokens, *logit, *reading, heads, piece, kernels, trains));
+  });
 }
 
 // Every tensor's gradient becomes undefined: the next backward hands its own over instead of adding.

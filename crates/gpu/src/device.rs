@@ -1,5 +1,7 @@
 //! Where to compute: never a silent fallback.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use anyhow::{Result, bail, ensure};
 use pkv_core::hinted;
 use tch::Device;
@@ -94,7 +96,16 @@ pub fn set_deterministic(on: bool) -> Result<()> {
 /// Allow TF32 in f32 matrix products and convolutions on CUDA, process-wide.
 pub fn set_tf32(on: bool) -> Result<()> {
     // SAFETY: a flag.
-    shim::check(unsafe { shim::pkv_tf32(on.into()) })
+    shim::check(unsafe { shim::pkv_tf32(on.into()) })?;
+    TF32.store(on, Ordering::Relaxed);
+    Ok(())
+}
+
+static TF32: AtomicBool = AtomicBool::new(false);
+
+/// Is TF32 allowed? For our own kernels, which must not be less exact than libtorch's.
+pub(crate) fn tf32() -> bool {
+    TF32.load(Ordering::Relaxed)
 }
 
 #[cfg(test)]

@@ -1,15 +1,17 @@
 //! Our own CUDA kernels: compiled by NVRTC when first used, kept on disk, launched on libtorch's streams.
 //!
-//! `kernels/*.cu` hold the code, [`scores`] and [`elementwise`] its safe interfaces. They come with the
+//! `kernels/*.cu` hold the code, [`scores`], [`elementwise`] and [`cross`] its safe interfaces. They come with the
 //! project as text: nothing is built for a GPU on machines that have none, and what a GPU runs was
 //! compiled for exactly that one.
 
+mod cross;
 mod elementwise;
 mod module;
 mod scores;
 mod source;
 
-pub use elementwise::{CacheSlot, gated_silu, has_elementwise, merge_attended, rotate};
+pub(crate) use cross::cross_kernels;
+pub use elementwise::{CacheSlot, gated_silu, has_elementwise, merge_attended, rotate, row_nats};
 pub use scores::{
     QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels, fused_chunk_scores, fused_query_statistics,
     has_fused_scores,

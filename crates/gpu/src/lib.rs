@@ -24,7 +24,7 @@ pub use device::{DeviceChoice, cuda_absence, cuda_count, device, set_determinist
 pub use exhausted::unless_exhausted;
 pub use kernels::{
     CacheSlot, QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels, fused_chunk_scores,
-    fused_query_statistics, gated_silu, has_elementwise, has_fused_scores, merge_attended, rotate,
+    fused_query_statistics, gated_silu, has_elementwise, has_fused_scores, merge_attended, rotate, row_nats,
 };
 pub use layer::{attend_heads, time_conv};
 pub use memory::{CudaMemory, cuda_memory, empty_cache, reset_peak, upload};

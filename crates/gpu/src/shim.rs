@@ -1,6 +1,6 @@
 //! The C interface of `csrc/`, and its errors.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 use anyhow::{Result, bail};
 use torch_sys::C_tensor;
@@ -11,7 +11,44 @@ pub struct RawEvent {
     _opaque: [u8; 0],
 }
 
+/// Functions that the shim's cross-attention calls, on whatever thread it runs: 0, or -1 after [`answer`] kept the reason.
+#[repr(C)]
+pub struct CrossKernels {
+    /// Tokens, logit and reading weights, attention heads; scores, and the sums for the backward or null.
+    pub forward: unsafe extern "C" fn(
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+        i64,
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+    ) -> c_int,
+    /// Tokens and both weights, both sums and the output's gradient for every row; the three gradients.
+    pub backward: unsafe extern "C" fn(
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+    ) -> c_int,
+    /// Logits and readings, which become their gradients; both sums, the output's gradient for every row, first position.
+    pub gradients: unsafe extern "C" fn(
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+        *mut C_tensor,
+        i64,
+    ) -> c_int,
+}
+
 unsafe extern "C" {
+    fn pkv_set_last_error(text: *const c_char);
     fn pkv_last_error() -> *const c_char;
     fn pkv_boot_error() -> *const c_char;
     pub fn pkv_load_nvrtc() -> c_int;
@@ -87,12 +124,22 @@ unsafe extern "C" {
         reading: *mut C_tensor,
         heads: i64,
         piece: i64,
+        kernels: *const CrossKernels,
         out: *mut *mut C_tensor,
     ) -> c_int;
     pub fn pkv_drop_grads(n: usize, t: *mut *mut C_tensor) -> c_int;
     pub fn pkv_lerp(n: usize, mean: *mut *mut C_tensor, x: *mut *mut C_tensor, weight: f64) -> c_int;
     pub fn pkv_pinned(n: i64, out: *mut *mut C_tensor) -> c_int;
     pub fn pkv_upload_beside(host: *mut C_tensor, device: c_int, out: *mut *mut C_tensor) -> c_int;
+}
+
+/// The return code of a function that the shim calls.
+pub fn answer(result: Result<()>) -> c_int {
+    let Err(error) = result else { return 0 };
+    let text = CString::new(format!("{error:#}")).unwrap_or_default();
+    // SAFETY: the shim copies the text.
+    unsafe { pkv_set_last_error(text.as_ptr()) };
+    -1
 }
 
 /// Turn the shim's return code into a result; the text is the first line of libtorch's.

@@ -8,7 +8,7 @@ use crate::mapper::Mapper;
 /// The scores of a context in the making, window by window as its features become final.
 ///
 /// Each window is computed with [`Mapper::reach`] positions more on both sides, which are then
-/// cut off, so the result is that of one forward up to the order of additions. No gradient.
+/// cut off, so the result is that of one [`Mapper::predict`] up to the order of additions. No gradient.
 pub struct StitchedScores<'a> {
     mapper: &'a Mapper,
     heads_bpct: Tensor,
@@ -66,14 +66,14 @@ impl<'a> StitchedScores<'a> {
         {
             let from = (start - self.mapper.reach() as i64).max(0);
             let wide = |all: &Tensor| all.narrow(-1, from, to - from);
-            let part_bot = self.mapper.forward(&wide(&self.heads_bpct), &wide(&self.globals_bct));
+            let part_bot = self.mapper.predict(&wide(&self.heads_bpct), &wide(&self.globals_bct));
             self.scores_bot.narrow(-1, start, len).copy_(&part_bot.narrow(-1, start - from, len));
             self.done += len;
         }
         self.done as usize
     }
 
-    /// The rest, once all features are final: f32 `[b, outputs, t]`, as [`Mapper::forward`].
+    /// The rest, once all features are final: f32 `[b, outputs, t]`, as [`Mapper::predict`].
     pub fn finish(mut self) -> Tensor {
         let positions = self.scores_bot.size()[2] as usize;
         self.advance(positions);
@@ -82,7 +82,7 @@ impl<'a> StitchedScores<'a> {
 }
 
 impl Mapper {
-    /// [`Mapper::forward`] window by window, with memory that grows with `window` only.
+    /// [`Mapper::predict`] window by window, with memory that grows with `window` only.
     ///
     /// # Shapes
     /// As [`StitchedScores::new`].

@@ -181,6 +181,17 @@ impl Mapper {
         self.forward_training(heads_bpct, globals_bct, &Training::default())
     }
 
+    /// [`Self::forward`] as predictions are made of contexts: on a GPU the stages of a large mapper in bf16, as it was
+    /// trained; skip and sums in f32. Scores differ from [`Self::forward`]'s by the stages' rounding.
+    ///
+    /// # Panics
+    /// As [`Self::forward`].
+    pub fn predict(&self, heads_bpct: &Tensor, globals_bct: &Tensor) -> Tensor {
+        let bf16 = self.device.is_cuda() && self.dims.is_large();
+        let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
+        self.forward_training(heads_bpct, globals_bct, &Training { kind, ..Training::default() })
+    }
+
     /// [`Self::forward`] as a step of training computes it.
     ///
     /// The skip sees the features as they are: what disturbs them is for the parts that memorize.

@@ -26,7 +26,16 @@ pub struct MapperDims {
     pub outputs: usize,
 }
 
+/// Proxy heads times target heads from which a mapper is bound by memory: the tiny pair has 432, an 8B target with a 1B
+/// proxy 32,768.
+const LARGE: usize = 4096;
+
 impl MapperDims {
+    /// Is a mapper of these dimensions bound by memory rather than by kernel launches, on a GPU?
+    pub const fn is_large(&self) -> bool {
+        self.proxy_heads * self.outputs >= LARGE
+    }
+
     /// Numbers per position, all heads' channels and the globals.
     pub const fn flat(&self) -> usize {
         self.proxy_heads * self.channels + self.globals

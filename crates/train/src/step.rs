@@ -16,9 +16,6 @@ use crate::schedule::learning_rate;
 /// Steps that the host may be ahead of the device: enough that the device never waits, few enough
 /// that the batches it still needs stay few, and that a step's time is the device's.
 const AHEAD: usize = 2;
-/// Proxy heads times target heads from which a step is bound by memory: the tiny pair has 432, an 8B
-/// target with a 1B proxy 32,768.
-const LARGE: usize = 4096;
 
 /// How the steps of a run compute.
 pub struct Stepper<'a> {
@@ -86,7 +83,7 @@ impl<'a> Stepper<'a> {
 pub fn number_format(asked: TrainDtype, dims: MapperDims, device: Device) -> TrainDtype {
     match asked {
         TrainDtype::Auto if !device.is_cuda() => TrainDtype::F32,
-        TrainDtype::Auto if dims.proxy_heads * dims.outputs >= LARGE => TrainDtype::Bf16,
+        TrainDtype::Auto if dims.is_large() => TrainDtype::Bf16,
         TrainDtype::Auto => TrainDtype::Tf32,
         asked => asked,
     }

@@ -56,7 +56,7 @@ pub fn validate(
         let mut pairs = Vec::with_capacity(contexts.len());
         for (i, context) in contexts.into_iter().enumerate() {
             let scores_bot =
-                mapper.forward(&context.heads_pct.unsqueeze(0), &context.globals_ct.unsqueeze(0));
+                mapper.predict(&context.heads_pct.unsqueeze(0), &context.globals_ct.unsqueeze(0));
             let y_bot = context.targets(&train.target_pool).unsqueeze(0);
             let seed = seed.derive("validate.pairs", (group * threads + i) as u64);
             loss_sum += hybrid_loss(mapper, &scores_bot, &y_bot, loss, seed)?.total.double_value(&[]);

@@ -81,7 +81,6 @@ pub struct ScoreOutput<'a> {
 ///
 /// # Errors
 /// Shapes or kinds disagree, [`has_fused_scores`] is false, or the driver refuses.
-#[expect(clippy::too_many_arguments, reason = "what the kernel reads and writes")]
 pub fn fused_chunk_scores(
     q_rqd: &Tensor,
     k_hkd: &Tensor,

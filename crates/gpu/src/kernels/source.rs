@@ -11,6 +11,7 @@ use crate::shim;
 
 const TILE: &str = include_str!("../../kernels/tile.cuh");
 const SCORES: &str = include_str!("../../kernels/scores.cu");
+const CROSS: &str = include_str!("../../kernels/cross.cu");
 const ELEMENTWISE: &str = include_str!("../../kernels/elementwise.cu");
 
 /// One file of kernels.
@@ -19,6 +20,13 @@ pub enum Unit {
     /// Scores and query statistics, for tiles of this form.
     Scores(Tiles),
     Elementwise,
+    /// Cross-attention over heads; `warps` positions of a block, `tiles` of 16 tokens of a warp in the backward, `full` for
+    /// f32. `head_dim` is a token's depth.
+    Cross {
+        warps: u32,
+        tiles: u32,
+        full: bool,
+    },
 }
 
 /// How a block of `scores.cu` is cut.
@@ -59,6 +67,7 @@ impl Variant {
         match self.unit {
             Unit::Scores(_) => [TILE, SCORES].concat(),
             Unit::Elementwise => ELEMENTWISE.to_owned(),
+            Unit::Cross { .. } => CROSS.to_owned(),
         }
     }
 
@@ -80,6 +89,13 @@ impl Variant {
                 format!("-DBLOCKS={}", t.blocks),
             ]),
             Unit::Elementwise => options.push(format!("--gpu-architecture=sm_{major}{minor}")),
+            Unit::Cross { warps, tiles, full } => options.extend([
+                format!("--gpu-architecture=sm_{major}{minor}"),
+                format!("-DDEPTH={}", self.head_dim),
+                format!("-DWARPS={warps}"),
+                format!("-DTILES={tiles}"),
+                format!("-DFULL={}", u8::from(full)),
+            ]),
         }
         options
     }
@@ -161,6 +177,23 @@ mod tests {
                     let v = Variant { unit: Unit::Elementwise, head_dim, bf16, capability };
                     compile(&v.source(), &v.options()).unwrap_or_else(|e| panic!("{v:?}: {e:#}"));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn the_cross_attention_compiles() {
+        for (head_dim, warps, tiles, bf16, full) in [
+            (16, 8, 1, true, false),
+            (32, 8, 3, true, false),
+            (32, 8, 1, false, true),
+            (32, 4, 2, false, false),
+            (48, 2, 1, true, true),
+            (64, 1, 3, true, false),
+        ] {
+            for capability in [(8, 0), (9, 0), (12, 0)] {
+                let v = Variant { unit: Unit::Cross { warps, tiles, full }, head_dim, bf16, capability };
+                compile(&v.source(), &v.options()).unwrap_or_else(|e| panic!("{v:?}: {e:#}"));
             }
         }
     }
