@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use pkv_core::{Policy, RetentionRatio};
 use tch::{Device, Kind, Tensor};
 
-use crate::keep_mask;
+use crate::{keep_mask, token_scores};
 pub use rank::{average_ranks, kendall_tau_b, spearman};
 
 /// Two keep masks of one budget: the prediction's beside KVzip's.
@@ -41,17 +41,51 @@ impl KeptAgreement {
         policy: Policy,
         ratio: RetentionRatio,
     ) -> Result<Self> {
+        Ok(Self::at_ratios(predicted_lht, oracle_lht, mass_lht, policy, &[ratio])?.remove(0))
+    }
+
+    /// [`Self::new`] at every one of `ratios`; what they share is computed once.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn at_ratios(
+        predicted_lht: &Tensor,
+        oracle_lht: &Tensor,
+        mass_lht: &Tensor,
+        policy: Policy,
+        ratios: &[RetentionRatio],
+    ) -> Result<Vec<Self>> {
         same_shape(predicted_lht, oracle_lht)?;
         same_shape(mass_lht, oracle_lht)?;
-        let ours = keep_mask(predicted_lht, policy, ratio);
-        let theirs = keep_mask(oracle_lht, policy, ratio);
-        let (kept, of) = (mass(mass_lht, &ours), mass(mass_lht, &theirs));
-        Ok(Self {
-            recall: recall(&ours, &theirs),
-            mass: kept,
-            mass_of_oracle: if of > 0.0 { kept / of } else { 0.0 },
-            realised_ratio: realised_ratio(&ours),
-        })
+        let mass_lht = mass_lht.to_kind(Kind::Double);
+        if policy == Policy::Token {
+            // All heads keep the same positions: one row of positions tells all there is, and ranks every head once.
+            let positions = mass_lht.size().last().copied().unwrap_or(1);
+            let mass_t = mass_lht.reshape([-1, positions]).sum_dim_intlist(0, false, Kind::Double);
+            let (ours_t, theirs_t) = (token_scores(predicted_lht), token_scores(oracle_lht));
+            return Ok(Self::of_rows(&ours_t, &theirs_t, &mass_t, Policy::Pair, ratios));
+        }
+        Ok(Self::of_rows(predicted_lht, oracle_lht, &mass_lht, policy, ratios))
+    }
+
+    fn of_rows(
+        predicted: &Tensor,
+        oracle: &Tensor,
+        mass: &Tensor,
+        policy: Policy,
+        ratios: &[RetentionRatio],
+    ) -> Vec<Self> {
+        let at = |&ratio: &RetentionRatio| {
+            let (ours, theirs) = (keep_mask(predicted, policy, ratio), keep_mask(oracle, policy, ratio));
+            let (kept, of) = (self::mass(mass, &ours), self::mass(mass, &theirs));
+            Self {
+                recall: recall(&ours, &theirs),
+                mass: kept,
+                mass_of_oracle: if of > 0.0 { kept / of } else { 0.0 },
+                realised_ratio: realised_ratio(&ours),
+            }
+        };
+        ratios.iter().map(at).collect()
     }
 }
 
@@ -132,6 +166,25 @@ mod tests {
         assert!(
             KeptAgreement::new(&predicted.reshape([2, 4]), &oracle, &oracle, Policy::Pair, half).is_err()
         );
+    }
+
+    #[test]
+    fn what_is_computed_once_equals_whole_masks() {
+        tch::manual_seed(3);
+        let random = || Tensor::rand([3, 2, 50], (Kind::Float, Device::Cpu));
+        let (predicted, oracle) = (random(), random());
+        let ratios = [0.5, 0.1, 0.02].map(|r| RetentionRatio::new(r).unwrap());
+        for policy in Policy::ALL {
+            let got = KeptAgreement::at_ratios(&predicted, &oracle, &oracle, policy, &ratios).unwrap();
+            for (got, &ratio) in got.iter().zip(&ratios) {
+                let (ours, theirs) =
+                    (keep_mask(&predicted, policy, ratio), keep_mask(&oracle, policy, ratio));
+                let (kept, of) = (mass(&oracle, &ours), mass(&oracle, &theirs));
+                assert_eq!(got.recall, recall(&ours, &theirs), "{policy:?}");
+                assert_eq!(got.realised_ratio, realised_ratio(&ours), "{policy:?}");
+                assert!((got.mass - kept).abs() < 1e-12 && (got.mass_of_oracle - kept / of).abs() < 1e-12);
+            }
+        }
     }
 
     #[test]

@@ -107,13 +107,13 @@ struct Comparison {
 }
 
 fn compare(predicted_ot: &Tensor, oracle_ot: &Tensor, ratios: &[f64]) -> Result<Comparison> {
-    let kept = cells(ratios).map(|(policy, ratio)| {
-        let ratio =
-            RetentionRatio::new(ratio).ok().with_context(|| format!("{ratio} is no retention ratio"))?;
-        KeptAgreement::new(predicted_ot, oracle_ot, oracle_ot, policy, ratio)
-    });
+    let ratio = |r: &f64| RetentionRatio::new(*r).ok().with_context(|| format!("{r} is no retention ratio"));
+    let ratios = ratios.iter().map(ratio).collect::<Result<Vec<_>>>()?;
+    let kept = Policy::ALL
+        .into_iter()
+        .map(|policy| KeptAgreement::at_ratios(predicted_ot, oracle_ot, oracle_ot, policy, &ratios));
     Ok(Comparison {
-        kept: kept.collect::<Result<_>>()?,
+        kept: kept.collect::<Result<Vec<_>>>()?.concat(),
         spearman: mean(&spearman_per_head(predicted_ot, oracle_ot)?),
         kendall: mean(&kendall_per_head(predicted_ot, oracle_ot)?),
     })
