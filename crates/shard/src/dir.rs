@@ -68,7 +68,8 @@ impl StageDir {
     /// Open `dir` for writing; create it if absent, continue it if it was made with the same choices.
     ///
     /// Removes what an interrupted process left: temporary files and shards that the index does not
-    /// name, and an index that names none.
+    /// name, and an index that names none. A stage that is complete is not written any more: any number
+    /// of processes may open it, as runs that share their labels do.
     ///
     /// # Errors
     /// - [`StaleError`] (with a hint) if it was made with other choices;
@@ -76,8 +77,16 @@ impl StageDir {
     ///   names is absent or has another size; the folder cannot be written.
     pub fn open(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("cannot create folder `{}`", dir.display()))?;
-        let lock = lock_dir(dir)?;
         let budget = WriteBudget::from_env();
+        let complete = Index::read(dir)?.filter(|index| index.complete);
+        if let Some(index) = complete {
+            check_stage(dir, &index, stage)?;
+            check_fresh(dir, &index, fingerprint)?;
+            let this = Self { dir: dir.to_path_buf(), index, lock: None, budget };
+            this.check_files()?;
+            return Ok(this);
+        }
+        let lock = lock_dir(dir)?;
         let mut found = Index::read(dir)?;
         if let Some(index) = &found {
             check_stage(dir, index, stage)?;

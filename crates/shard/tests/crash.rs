@@ -133,3 +133,15 @@ fn child() {
     }
     writer.finish().unwrap();
 }
+
+#[test]
+fn a_complete_stage_is_open_to_all() {
+    let dir = unbroken();
+    let (one, other) = (open(&dir), open(&dir));
+    assert!(one.is_complete() && other.is_complete());
+    let different = StageDir::open(dir.path(), "label", &choices().with("more", 1)).unwrap_err();
+    assert!(told(&different).0.contains("other choices"), "{different:#}");
+    drop((one, other));
+    fs::remove_file(dir.path().join("labels-00000.parquet")).unwrap();
+    assert!(StageDir::open(dir.path(), "label", &choices()).is_err(), "a shard is gone");
+}

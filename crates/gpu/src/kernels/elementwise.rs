@@ -208,8 +208,8 @@ pub fn merge_attended(a_rqd: &Tensor, a_lse_qr: &Tensor, b_rqd: &Tensor, b_lse_q
 
 /// Negative log-likelihood (nats) of the next token by each row of logits, in f32 from one pass over them.
 ///
-/// libtorch's cross-entropy wants the logits in f32 and passes over them four times: at 32,768 tokens and a vocabulary of
-/// 128,256 40 ms of the 63 ms that surprisal cost with the LM head.
+/// libtorch's cross-entropy wants the logits in f32 and passes over them four times: at 32,768 tokens, a hidden size of 2,048
+/// and a vocabulary of 128,256 surprisal took 63 ms on an H100, most of it not the LM head; with this kernel 36 ms.
 ///
 /// # Shapes
 /// - `logits_sv`: `[rows, vocabulary]`, contiguous, bf16 or f16, CUDA; vocabulary a multiple of 8
