@@ -119,9 +119,10 @@ fn compare(predicted_ot: &Tensor, oracle_ot: &Tensor, ratios: &[f64]) -> Result<
     })
 }
 
-/// `f` of every item on a thread of its own; results in the items' order.
+/// `f` of every item on a thread of its own, libtorch's operations on that thread alone; results in the items' order.
 fn side_by_side<T: Send, U: Send>(items: Vec<T>, f: impl Fn(T) -> Result<U> + Sync) -> Result<Vec<U>> {
     let f = &f;
+    let _single = SingleThreaded::set();
     std::thread::scope(|scope| {
         let running: Vec<_> = items.into_iter().map(|item| scope.spawn(move || f(item))).collect();
         running
@@ -129,6 +130,24 @@ fn side_by_side<T: Send, U: Send>(items: Vec<T>, f: impl Fn(T) -> Result<U> + Sy
             .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             .collect()
     })
+}
+
+/// libtorch's own threads off for threads that start while it lives: otherwise each of them would start as many as there
+/// are cores.
+struct SingleThreaded(i32);
+
+impl SingleThreaded {
+    fn set() -> Self {
+        let threads = tch::get_num_threads();
+        tch::set_num_threads(1);
+        Self(threads)
+    }
+}
+
+impl Drop for SingleThreaded {
+    fn drop(&mut self) {
+        tch::set_num_threads(self.0);
+    }
 }
 
 impl Validation {

@@ -47,7 +47,7 @@ impl Reference {
                     let counts = |i: usize| {
                         i >= t + self.min_distance
                             && match channel {
-                                Channel::MaxAll | Channel::MeanAll => i % self.stride == 0,
+                                Channel::MaxAll | Channel::MeanAll => i.is_multiple_of(self.stride),
                                 Channel::MaxWindow | Channel::MeanWindow => i <= t + self.window,
                                 _ => i + self.last >= self.context,
                             }

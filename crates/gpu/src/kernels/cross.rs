@@ -138,7 +138,6 @@ fn launch_forward(
 
 /// # Safety
 /// Live tensors.
-#[expect(clippy::too_many_arguments, reason = "what the shim passes")]
 unsafe extern "C" fn backward(
     tokens: *mut C_tensor,
     logit: *mut C_tensor,
