@@ -5,7 +5,7 @@
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
 use pkv_extract::Extractor;
-use pkv_lm::{KvCache, LanguageModel, NoTap, Tap, TextTokenizer};
+use pkv_lm::{KvCache, LanguageModel, Tap, TextTokenizer};
 use pkv_prune::keep_mask;
 use pkv_recipe::Method;
 use pkv_score::Scorer;
@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::cell::Cell;
 use crate::clock::Clock;
-use crate::methods::{Draw, Material, Methods, QueryTail, Scored};
+use crate::methods::{Draw, KvzapScores, KvzapTap, Material, Methods, QueryTail, Scored, Several};
 
 /// Both models, ready to read contexts.
 pub struct Reader<'a> {
@@ -23,6 +23,13 @@ pub struct Reader<'a> {
     pub extractor: Extractor<'a>,
     pub methods: &'a Methods<'a>,
     pub prefill_chunk_tokens: usize,
+}
+
+/// Scores that fall off the target's prefill, f32 `[layers, KV heads, positions]`, of the methods that are asked for.
+#[derive(Default)]
+pub struct Looked {
+    pub snapkv_lht: Option<Tensor>,
+    pub kvzap: KvzapScores,
 }
 
 /// A context in the target's cache, whole, and what each method thinks of it.
@@ -39,12 +46,7 @@ impl Reader<'_> {
     /// # Errors
     /// A model cannot read it.
     pub fn read(&self, context: &[u32], draw: Draw, clock: &mut Clock) -> Result<PrunedContext> {
-        let mut tail = QueryTail::default();
-        let wants_tail = self.methods.includes(Method::Snapkv);
-        let cache = clock.time("target: prefill", || {
-            let tap: &mut dyn Tap = if wants_tail { &mut tail } else { &mut NoTap };
-            self.prefill(context, tap)
-        })?;
+        let (cache, looked) = clock.time("target: prefill", || self.look(context))?;
         let label_lht =
             clock.time("target: KVzip scores", || Ok(self.scorer.score_cached(context, &cache)?.max_lht))?;
         let features = clock.time("proxy: features", || self.extractor.features(context))?;
@@ -53,20 +55,35 @@ impl Reader<'_> {
             label_lht,
             heads_pct: features.heads_pct,
             globals_ct: features.globals_ct,
-            snapkv_lht: if wants_tail { Some(tail.scores(&cache, prefix)?) } else { None },
+            snapkv_lht: looked.snapkv_lht,
+            kvzap: looked.kvzap,
         };
         let scored = self.methods.score(&material, draw, clock)?;
         Ok(PrunedContext { cache, prefix, scored })
     }
 
-    /// SnapKV's scores of `context`, f32 `[layers, KV heads, positions]`.
+    /// Prefill `context` in the target; its cache, and what the methods that look at the prefill saw.
     ///
     /// # Errors
     /// The target cannot read it.
-    pub fn snapkv(&self, context: &[u32]) -> Result<Tensor> {
+    pub fn look(&self, context: &[u32]) -> Result<(KvCache, Looked)> {
+        let prefix = self.tokenizer.prefix().len();
+        let wants_tail = self.methods.includes(Method::Snapkv);
         let mut tail = QueryTail::default();
-        let cache = self.prefill(context, &mut tail)?;
-        tail.scores(&cache, self.tokenizer.prefix().len())
+        let mut kvzap = self.methods.kvzap().map(|kvzap| KvzapTap::new(kvzap, prefix));
+        let mut taps: Vec<&mut dyn Tap> = Vec::new();
+        if wants_tail {
+            taps.push(&mut tail);
+        }
+        if let Some(kvzap) = &mut kvzap {
+            taps.push(kvzap);
+        }
+        let cache = self.prefill(context, &mut Several(taps))?;
+        let looked = Looked {
+            snapkv_lht: if wants_tail { Some(tail.scores(&cache, prefix)?) } else { None },
+            kvzap: kvzap.map(KvzapTap::scores).unwrap_or_default(),
+        };
+        Ok((cache, looked))
     }
 
     fn prefill(&self, context: &[u32], tap: &mut dyn Tap) -> Result<KvCache> {

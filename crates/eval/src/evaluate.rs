@@ -8,7 +8,7 @@ use pkv_data::{FactContext, FactQuestion};
 use pkv_extract::Extractor;
 use pkv_lm::{LanguageModel, TextTokenizer};
 use pkv_mapper::Mapper;
-use pkv_recipe::{EvalSection, ExtractSection, LabelSection, Method, TargetPool, Task};
+use pkv_recipe::{EvalSection, ExtractSection, LabelSection, TargetPool, Task};
 use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureRow, LabelRow, PlantedFact, StageReader};
 
@@ -19,7 +19,7 @@ use crate::bench::{self, BenchOutcome, Benchmark};
 use crate::bootstrap::Bootstrap;
 use crate::clock::Clock;
 use crate::columns::context_id;
-use crate::context::Reader;
+use crate::context::{Looked, Reader};
 use crate::facts::FactsOutcome;
 use crate::labels::{LabelOutcome, Plan};
 use crate::methods::{Baselines, Draw, FitData, Material, Methods, feature_tensors, label_tensor, read_pair};
@@ -141,6 +141,11 @@ impl<'a> Evaluation<'a> {
             pool: i.pool,
             mapper: i.mapper,
             device: i.target.device(),
+            examples: &self.examples,
+            target: i.target,
+            prefix: i.tokenizer.prefix(),
+            prefill_chunk_tokens: i.label.prefill_chunk_tokens,
+            seed: i.seed,
         };
         let baselines = clock
             .time("baselines: fit", || Baselines::fit(&i.section.methods, &data))
@@ -205,11 +210,12 @@ impl<'a> Evaluation<'a> {
                 let (label, features) = read_pair(&self.labels, &self.features, row)?;
                 let label_lht = label_tensor(&label, i.target.device());
                 let (heads_pct, globals_ct) = feature_tensors(&features, i.target.device());
-                let snapkv_lht = match reader.methods.includes(Method::Snapkv) {
-                    true => Some(reader.snapkv(&self.examples.get(row)?.tokens)?),
-                    false => None,
+                let looked = match reader.methods.look_at_target() {
+                    true => reader.look(&self.examples.get(row)?.tokens)?.1,
+                    false => Looked::default(),
                 };
-                let material = Material { label_lht, heads_pct, globals_ct, snapkv_lht };
+                let Looked { snapkv_lht, kvzap } = looked;
+                let material = Material { label_lht, heads_pct, globals_ct, snapkv_lht, kvzap };
                 let draw = Draw { task: "labels", index: row };
                 // The tasks time the methods; here contexts differ in length.
                 let scored = reader.methods.score(&material, draw, &mut Clock::new(i.target.device()))?;

@@ -8,6 +8,7 @@
 
 mod align;
 mod fit;
+mod kvzap;
 mod linear;
 mod positional;
 mod snapkv;
@@ -20,6 +21,7 @@ use pkv_recipe::{Method, TargetPool};
 use tch::Tensor;
 
 pub use fit::{Baselines, FitData, feature_tensors, label_tensor, read_pair};
+pub use kvzap::{KvzapScores, KvzapTap, Several};
 pub use linear::predict;
 pub use snapkv::QueryTail;
 
@@ -34,6 +36,8 @@ pub struct Material {
     pub globals_ct: Tensor,
     /// SnapKV's scores, if that method is asked for.
     pub snapkv_lht: Option<Tensor>,
+    /// KVzap's scores, as far as they are asked for.
+    pub kvzap: KvzapScores,
 }
 
 /// Which random numbers a context draws: a task's name and the context's index in it.
@@ -73,6 +77,16 @@ impl<'a> Methods<'a> {
         self.methods.contains(&method)
     }
 
+    /// The fitted KVzap-style scorers, if one of them is asked for.
+    pub fn kvzap(&self) -> Option<&kvzap::Kvzap> {
+        self.baselines.kvzap()
+    }
+
+    /// Does any of them look at the target's prefill?
+    pub fn look_at_target(&self) -> bool {
+        self.methods.iter().any(|m| *m == Method::Snapkv || m.reads_hidden_states())
+    }
+
     /// Scores of every chosen method, in the order chosen.
     ///
     /// # Errors
@@ -104,6 +118,7 @@ impl<'a> Methods<'a> {
             Method::Mapper => linear::predict(self.mapper, &m.heads_pct, &m.globals_ct)?,
             Method::Kvzip => m.label_lht.shallow_clone(),
             Method::KvzipPooled => pool_targets(&log_odds(&m.label_lht), &self.pool),
+            Method::KvzapLinear | Method::KvzapMlp => m.kvzap.by(method)?,
             Method::Linear => self.baselines.linear()?.scores(&m.heads_pct, &m.globals_ct)?,
             Method::ProxyLinear => self.baselines.proxy_linear()?.scores(&m.heads_pct, &m.globals_ct)?,
             Method::Iam => self.baselines.iam(&m.heads_pct)?,

@@ -11,6 +11,8 @@ pub const fn label(method: Method) -> &'static str {
         Method::Mapper => "mapper",
         Method::Kvzip => "KVzip",
         Method::KvzipPooled => "KVzip, pooled",
+        Method::KvzapLinear => "KVzap-style, linear",
+        Method::KvzapMlp => "KVzap-style, MLP",
         Method::Linear => "ridge, linear",
         Method::ProxyLinear => "proxy scores, linear",
         Method::Iam => "IAM-style",
@@ -29,6 +31,10 @@ pub const fn meaning(method: Method) -> &'static str {
             "the oracle: the target repeats its context and tells what it looked at; this is what the mapper learnt from"
         }
         Method::KvzipPooled => "the oracle's scores, each raised towards those of its neighbours",
+        Method::KvzapLinear => {
+            "ridge regression from the target's own hidden states, layer by layer; no proxy"
+        }
+        Method::KvzapMlp => "the same by a network with one hidden layer per layer of the target",
         Method::Linear => "ridge regression from all features of the proxy",
         Method::ProxyLinear => "ridge regression from the proxy's own scores",
         Method::Iam => {
@@ -53,6 +59,8 @@ pub const fn marker(method: Method) -> Marker {
     match method {
         Method::Mapper | Method::Kvzip => Marker::Circle,
         Method::KvzipPooled => Marker::Ring,
+        Method::KvzapLinear => Marker::Diamond,
+        Method::KvzapMlp => Marker::TriangleDown,
         Method::Linear => Marker::Square,
         Method::ProxyLinear => Marker::TriangleUp,
         Method::Iam => Marker::TriangleDown,

@@ -7,14 +7,16 @@
 //! Dimension key: p proxy KV head, o target KV head, c channel, t position, n sampled position.
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Channel, hinted};
+use pkv_core::{Channel, Seed, hinted};
+use pkv_lm::LanguageModel;
 use pkv_mapper::Mapper;
 use pkv_prune::{log_odds, pool_targets};
 use pkv_recipe::{Method, TargetPool};
-use pkv_shard::{FeatureRow, LabelRow, StageReader};
+use pkv_shard::{Example, FeatureRow, LabelRow, StageReader};
 use tch::{Device, Kind, Tensor};
 
 use super::align::Alignment;
+use super::kvzap::{Kvzap, KvzapFit};
 use super::linear::{Linear, LinearFit};
 use crate::results::MethodNote;
 
@@ -35,6 +37,12 @@ pub struct FitData<'a> {
     /// Whose standardization and ridge penalty the linear baselines share.
     pub mapper: &'a Mapper,
     pub device: Device,
+    /// For the scorers that learn from the target's hidden states: their contexts, and how to read them.
+    pub examples: &'a StageReader<Example>,
+    pub target: &'a LanguageModel,
+    pub prefix: &'a [u32],
+    pub prefill_chunk_tokens: usize,
+    pub seed: Seed,
 }
 
 /// The fitted baselines; those that were not asked for are absent.
@@ -44,6 +52,7 @@ pub struct Baselines {
     linear: Option<Linear>,
     proxy_linear: Option<Linear>,
     alignment: Option<(usize, Alignment)>,
+    kvzap: Option<Kvzap>,
     notes: Vec<MethodNote>,
 }
 
@@ -54,7 +63,7 @@ impl Baselines {
     /// There is no training example, or its labels and features do not belong together.
     pub fn fit(methods: &[Method], data: &FitData) -> Result<Self> {
         let learns = [Method::Linear, Method::ProxyLinear, Method::Iam, Method::HeadPrior];
-        if !methods.iter().any(|m| learns.contains(m)) {
+        if !methods.iter().any(|m| learns.contains(m) || m.reads_hidden_states()) {
             return Ok(Self::default());
         }
         let n = (data.train.end - data.train.start).min(MAX_CONTEXTS);
@@ -75,6 +84,7 @@ impl Baselines {
             .transpose()?;
         let mut sample = Sample::new(ALIGNED_POSITIONS / n as i64 + 1);
         let (mut sum_o, mut positions) = (None::<Tensor>, 0i64);
+        let mut kvzap = KvzapFit::new(methods, data.target, n, data.seed);
         for i in 0..n {
             // Evenly spread, so that every source of the mixture is there.
             let row = data.train.start + i * (data.train.end - data.train.start) / n;
@@ -82,6 +92,11 @@ impl Baselines {
             let raw_ot = log_odds(&label_tensor(&label, data.device)).flatten(0, 1);
             let (heads_pct, globals_ct) = feature_tensors(&features, data.device);
             let y_ot = pool_targets(&raw_ot, &data.pool);
+            if let Some(kvzap) = &mut kvzap {
+                let tokens = data.examples.get(row)?.tokens;
+                let y_lht = y_ot.view([i64::from(label.layers), i64::from(label.kv_heads), -1]);
+                kvzap.add(data.target, data.prefix, &tokens, data.prefill_chunk_tokens, &y_lht)?;
+            }
             let sum = raw_ot.sum_dim_intlist(-1, false, Kind::Double);
             positions += raw_ot.size()[1];
             sum_o = Some(match sum_o {
@@ -104,6 +119,14 @@ impl Baselines {
         let names: Vec<String> = proxy_slots.iter().map(|&s| name(data.channels[s])).collect();
         note(Method::ProxyLinear, format!("ridge regression from the proxy's {}", names.join(", ")));
         note(Method::Iam, format!("heads matched by the proxy's {}", name(align_channel)));
+        let kvzap = match kvzap.map(|fit| fit.solve(data.device)).transpose()? {
+            Some((kvzap, cost)) => {
+                note(Method::KvzapLinear, cost.clone());
+                note(Method::KvzapMlp, cost);
+                Some(kvzap)
+            }
+            None => None,
+        };
         let alignment = if wants(Method::Iam) {
             Some((align_slot, sample.align()?.to_device(data.device)))
         } else {
@@ -114,12 +137,17 @@ impl Baselines {
             linear: linear.map(|f| f.solve()).transpose()?,
             proxy_linear: proxy_linear.map(|f| f.solve()).transpose()?,
             alignment,
+            kvzap,
             notes,
         })
     }
 
     pub fn notes(&self) -> &[MethodNote] {
         &self.notes
+    }
+
+    pub(super) fn kvzap(&self) -> Option<&Kvzap> {
+        self.kvzap.as_ref()
     }
 
     pub(super) fn mean_o(&self) -> Result<&Tensor> {

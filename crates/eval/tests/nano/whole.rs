@@ -9,7 +9,8 @@ use crate::fixture::Nano;
 
 #[test]
 fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() {
-    let nano = Nano::new(6);
+    let mut nano = Nano::new(6);
+    nano.section.methods = Method::ALL.to_vec();
     let out = nano.stage("eval");
     let stages = nano.stages();
     let inputs = nano.inputs(&stages, &nano.contexts, &out);
@@ -64,10 +65,17 @@ fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() 
 
     let file = std::fs::File::open(out.join(ANSWERS_FILE)).unwrap();
     let rows = SerializedFileReader::new(file).unwrap().metadata().file_metadata().num_rows();
-    assert_eq!(rows, 18 * (1 + 10 * 3));
+    assert_eq!(rows, 18 * (1 + 12 * 3));
 
     let text = table::all_tables(&results);
-    for part in ["### Questions answered", "| full cache", "| streaming-llm", "`proxy-linear`: ridge", "5%"] {
+    for part in [
+        "### Questions answered",
+        "| full cache",
+        "| streaming-llm",
+        "`proxy-linear`: ridge",
+        "`kvzap-mlp`: from the target's",
+        "5%",
+    ] {
         assert!(text.contains(part), "{part} is missing in\n{text}");
     }
 }
@@ -75,7 +83,7 @@ fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() 
 fn labels_make_sense(results: &Results) {
     let labels = &results.labels;
     assert_eq!((labels.contexts, labels.positions), (4, 4 * 260));
-    assert_eq!(labels.cells.len(), 10 * 3 * 2);
+    assert_eq!(labels.cells.len(), 12 * 3 * 2);
     for policy in Policy::ALL {
         for ratio in [0.2, 0.05] {
             let cell = |method| labels.cell(method, policy, ratio).unwrap();
@@ -93,6 +101,12 @@ fn labels_make_sense(results: &Results) {
             assert!((mapper - linear).abs() < 0.01, "{policy:?} {ratio}: {mapper}, {linear}");
             assert!(mapper > chance + 0.2, "{policy:?} {ratio}: {mapper}");
             assert!(cell(Method::KvzipPooled).recall.mean > 0.6);
+            for method in [Method::KvzapLinear, Method::KvzapMlp] {
+                // Few training contexts: far above chance where heads compete, above it everywhere.
+                let (learnt, more) =
+                    (cell(method).recall.mean, if policy == Policy::Pair { 0.2 } else { 0.05 });
+                assert!(learnt > chance + more, "{method:?} {policy:?} {ratio}: {learnt}, chance {chance}");
+            }
         }
         // Positions at random in the strongest heads: only the heads are known.
         let prior = labels.cell(Method::HeadPrior, Policy::Pair, 0.2).unwrap().recall.mean;

@@ -47,6 +47,10 @@ pub enum Method {
     Kvzip,
     /// KVzip's scores, span-pooled as the recipe trains on them.
     KvzipPooled,
+    /// KVzap-style ridge regression per layer, from the target's own hidden states.
+    KvzapLinear,
+    /// The same by a network with one hidden layer.
+    KvzapMlp,
     /// Ridge regression from all features.
     Linear,
     /// Ridge regression from the proxy's reconstruction scores (or strongest attention where they are absent).
@@ -92,10 +96,12 @@ pub enum AnswerMatch {
 }
 
 impl Method {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Mapper,
         Self::Kvzip,
         Self::KvzipPooled,
+        Self::KvzapLinear,
+        Self::KvzapMlp,
         Self::Linear,
         Self::ProxyLinear,
         Self::Iam,
@@ -105,12 +111,25 @@ impl Method {
         Self::Random,
     ];
 
+    /// Those that are asked by default: all but KVzap's, which prefill the target on up to 512 training contexts first.
+    /// On a real pair that is a part of what the labels cost.
+    pub fn default_set() -> Vec<Self> {
+        Self::ALL.into_iter().filter(|m| !m.reads_hidden_states()).collect()
+    }
+
+    /// Does it learn from the target's hidden states?
+    pub const fn reads_hidden_states(self) -> bool {
+        matches!(self, Self::KvzapLinear | Self::KvzapMlp)
+    }
+
     /// The name in recipes, tables and files.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Mapper => "mapper",
             Self::Kvzip => "kvzip",
             Self::KvzipPooled => "kvzip-pooled",
+            Self::KvzapLinear => "kvzap-linear",
+            Self::KvzapMlp => "kvzap-mlp",
             Self::Linear => "linear",
             Self::ProxyLinear => "proxy-linear",
             Self::Iam => "iam",
@@ -129,7 +148,7 @@ impl Default for EvalSection {
             answer_ratios: vec![0.2, 0.1, 0.05, 0.03, 0.02, 0.01],
             policies: Policy::ALL.to_vec(),
             answer_policies: vec![Policy::Pair],
-            methods: Method::ALL.to_vec(),
+            methods: Method::default_set(),
             tasks: vec![Task::Facts, Task::Perplexity],
             contexts: 60,
             context_tokens: 1400,
