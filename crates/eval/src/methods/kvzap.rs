@@ -8,7 +8,9 @@
 //! KVzap (arXiv 2601.07891; NVIDIA/kvpress, `kvzap/train.py` and `data.py`): ridge regression with penalty 1, or one hidden
 //! layer of 512 with GELU, AdamW at 5e-3 with a cosine, batches of 512, gradients clipped to 1, from the attention's input.
 //! Differs: the targets are the recipe's labels, pooled as the mapper's are, on the log-odds scale, where KVzap takes the log of
-//! KVzip+; the contexts are the mapper's training contexts, so that both learn from the same labels; pruning is by the budgets
+//! KVzip+; a network sees fewer positions the larger the target (`fit`: some 4,000 a layer of an 8B shape, where KVzap samples up
+//! to 2.25 million), so its figures on a large target are not KVzap's; gradients are clipped over all layers together, and no
+//! part of the sample is held out; the contexts are the mapper's training contexts, so that both learn from the same labels; pruning is by the budgets
 //! of all methods here, where KVzap serves by a threshold.
 //!
 //! Dimension key: l target layer, h target KV head, m hidden, w hidden units of the scorer, s new tokens, t context position.

@@ -18,7 +18,8 @@ use super::{Kvzap, Linear, Mlp, check, of_context};
 const PENALTY: f64 = 1.0;
 /// Hidden units of a network.
 const WIDTH: i64 = 512;
-/// Sampled positions of a layer, and the bytes that those of all layers may take.
+/// Sampled positions of a layer, and the bytes that those of all layers may take: what the spacing aims at, of each prefill
+/// chunk. It is rounded down, so that up to twice as many are taken of a context of one chunk.
 const MOST_ROWS: i64 = 65_536;
 const MOST_BYTES: i64 = 2 << 30;
 const EPOCHS: i64 = 15;
@@ -191,7 +192,7 @@ impl Sample {
                 tch::with_grad(|| {
                     let hidden = (x_lbm.matmul(&up_lmw) + &up_bias_l1w).gelu("none");
                     let off = hidden.matmul(&down_lwh) + &down_bias_l1h - &y_lbh;
-                    // Layers learn alone: a sum, so that none is slowed by the others.
+                    // A sum, so that a layer's gradient does not shrink with their number; only the clipping joins them.
                     (off.square().mean(None) * layers as f64).backward();
                 });
                 let _norm = clip_global_norm(&params, 1.0)?;
