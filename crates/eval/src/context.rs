@@ -46,7 +46,7 @@ impl Reader<'_> {
     /// # Errors
     /// A model cannot read it.
     pub fn read(&self, context: &[u32], draw: Draw, clock: &mut Clock) -> Result<PrunedContext> {
-        let (cache, looked) = clock.time("target: prefill", || self.look(context))?;
+        let (cache, looked) = self.look(context, clock)?;
         let label_lht =
             clock.time("target: KVzip scores", || Ok(self.scorer.score_cached(context, &cache)?.max_lht))?;
         let features = clock.time("proxy: features", || self.extractor.features(context))?;
@@ -62,11 +62,12 @@ impl Reader<'_> {
         Ok(PrunedContext { cache, prefix, scored })
     }
 
-    /// Prefill `context` in the target; its cache, and what the methods that look at the prefill saw.
+    /// Prefill `context` in the target; its cache, and what the methods that look at the prefill saw. KVzap's scorers work
+    /// inside the prefill and are timed with it.
     ///
     /// # Errors
     /// The target cannot read it.
-    pub fn look(&self, context: &[u32]) -> Result<(KvCache, Looked)> {
+    pub fn look(&self, context: &[u32], clock: &mut Clock) -> Result<(KvCache, Looked)> {
         let prefix = self.tokenizer.prefix().len();
         let wants_tail = self.methods.includes(Method::Snapkv);
         let mut tail = QueryTail::default();
@@ -78,7 +79,7 @@ impl Reader<'_> {
         if let Some(kvzap) = &mut kvzap {
             taps.push(kvzap);
         }
-        let cache = self.prefill(context, &mut Several(taps))?;
+        let cache = clock.time("target: prefill", || self.prefill(context, &mut Several(taps)))?;
         let looked = Looked {
             snapkv_lht: if wants_tail { Some(tail.scores(&cache, prefix)?) } else { None },
             kvzap: kvzap.map(KvzapTap::scores).unwrap_or_default(),

@@ -210,15 +210,15 @@ impl<'a> Evaluation<'a> {
                 let (label, features) = read_pair(&self.labels, &self.features, row)?;
                 let label_lht = label_tensor(&label, i.target.device());
                 let (heads_pct, globals_ct) = feature_tensors(&features, i.target.device());
-                let looked = match reader.methods.look_at_target() {
-                    true => reader.look(&self.examples.get(row)?.tokens)?.1,
+                // The tasks time the methods; here contexts differ in length.
+                let mut untimed = Clock::new(i.target.device());
+                let Looked { snapkv_lht, kvzap } = match reader.methods.look_at_target() {
+                    true => reader.look(&self.examples.get(row)?.tokens, &mut untimed)?.1,
                     false => Looked::default(),
                 };
-                let Looked { snapkv_lht, kvzap } = looked;
                 let material = Material { label_lht, heads_pct, globals_ct, snapkv_lht, kvzap };
                 let draw = Draw { task: "labels", index: row };
-                // The tasks time the methods; here contexts differ in length.
-                let scored = reader.methods.score(&material, draw, &mut Clock::new(i.target.device()))?;
+                let scored = reader.methods.score(&material, draw, &mut untimed)?;
                 clock.time("labels: metrics", || plan.compare(&scored, &material.label_lht))
             })?;
         progress.finish();

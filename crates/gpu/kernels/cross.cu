@@ -8,29 +8,19 @@
 // a warp of `cross_tokens` holds), and FULL for f32 tokens, whose products are TF32; otherwise with BF16 (1 for bf16, 0 for
 // f16).
 
-typedef unsigned int u32;
 #if FULL
 typedef float token_t;
 constexpr int STEP = 8;          // depth of a product
 constexpr int PITCH = DEPTH + 4; // of a token in shared memory: eight rows' pieces lie in different banks
 #else
-typedef unsigned short token_t; // 16 raw bits, bf16 or f16
+typedef half_t token_t;
 constexpr int STEP = 16;
 constexpr int PITCH = DEPTH + 8;
 #endif
 constexpr int STEPS = DEPTH / STEP;
 constexpr int PER_PIECE = 16 / sizeof(token_t); // numbers in 16 bytes
-constexpr float LOG2E = 1.4426950408889634f;
-// Below every logit, and finite, so that differences of two of it are no NaN.
-constexpr float LOWEST = -1e30f;
 
 extern __shared__ __align__(16) token_t tokens_shared[];
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 #if FULL
 __device__ __forceinline__ u32 rounded(float x) {
@@ -106,16 +96,6 @@ __device__ __forceinline__ void load_weight(u32 (&b)[STEPS][2], const token_t* w
     b[s][0] = row < left ? *(const u32*)(from + s * STEP) : 0u;
     b[s][1] = row < left ? *(const u32*)(from + s * STEP + 8) : 0u;
   }
-}
-
-__device__ __forceinline__ u32 pack(float x, float y) {
-  u32 z;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
-#endif
-  return z;
 }
 #endif
 

@@ -2,30 +2,6 @@
 //
 // Compiled with HEAD_DIM (a multiple of 4) and BF16 (1 for bf16, 0 for f16). Arithmetic is f32, rounded once.
 
-typedef unsigned short half_t; // 16 raw bits, bf16 or f16
-typedef unsigned int u32;
-
-__device__ __forceinline__ float2 unpack(u32 x) {
-  float2 y;
-#if BF16
-  y.x = __uint_as_float(x << 16);
-  y.y = __uint_as_float(x & 0xffff0000u);
-#else
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(y.x), "=f"(y.y) : "r"(x));
-#endif
-  return y;
-}
-
-__device__ __forceinline__ u32 pack(float x, float y) {
-  u32 z;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
-#endif
-  return z;
-}
-
 // out[row][i] = silu(gate_up[row][i]) * gate_up[row][width + i]; width is a multiple of 8. One thread per 8 numbers.
 extern "C" __global__ void gated_silu(const uint4* gate_up, uint4* out, long long pieces, int row_pieces) {
   const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;

@@ -5,10 +5,7 @@
 // in registers only, is the kernels' subject (scores.cu).
 //
 // Compiled by NVRTC for sm_90a with HEAD_DIM (a multiple of 8, at most 256) and BF16 (1 for bf16, 0 for f16) defined.
-// No header is included.
 
-typedef unsigned short half_t; // 16 raw bits, bf16 or f16
-typedef unsigned int u32;
 typedef unsigned long long u64;
 
 // Rows in shared memory are made of 128-byte pieces, the unit of the swizzle; a narrower head is padded with zeros.
@@ -31,18 +28,9 @@ constexpr int TILE = PARTS * PART; // streamed rows that are copied together; PA
 #define STAGES 2
 #endif
 constexpr int TILE_BYTES = TILE * WIDTH * 2;
-constexpr float LOG2E = 1.4426950408889634f;
-// Below every logit, and finite, so that differences of two of it are no NaN.
-constexpr float LOWEST = -1e30f;
 #define INFINITE __int_as_float(0x7f800000)
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // 16 bytes from device to shared memory, zeros if !valid.
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool valid) {

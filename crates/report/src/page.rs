@@ -120,6 +120,7 @@ pub fn fill(name: &str, values: impl Serialize) -> Result<String> {
     environment.set_lstrip_blocks(true);
     let broken = || format!("the template `{name}` is broken");
     for (name, text) in [
+        ("head.html", include_str!("../templates/head.html")),
         ("table.html", include_str!("../templates/table.html")),
         ("report.html", include_str!("../templates/report.html")),
         ("comparison.html", include_str!("../templates/comparison.html")),

@@ -1,3 +1,5 @@
+//! Comparisons of made-up runs, whose differences are known.
+
 use std::path::Path;
 
 use pkv_core::{Policy, RetentionRatio};

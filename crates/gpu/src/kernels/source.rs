@@ -9,6 +9,7 @@ use tch::Kind;
 
 use crate::shim;
 
+const NUMBERS: &str = include_str!("../../kernels/numbers.cuh");
 const TILE: &str = include_str!("../../kernels/tile.cuh");
 const SCORES: &str = include_str!("../../kernels/scores.cu");
 const CROSS: &str = include_str!("../../kernels/cross.cu");
@@ -65,9 +66,9 @@ impl Variant {
 
     pub fn source(&self) -> String {
         match self.unit {
-            Unit::Scores(_) => [TILE, SCORES].concat(),
-            Unit::Elementwise => ELEMENTWISE.to_owned(),
-            Unit::Cross { .. } => CROSS.to_owned(),
+            Unit::Scores(_) => [NUMBERS, TILE, SCORES].concat(),
+            Unit::Elementwise => [NUMBERS, ELEMENTWISE].concat(),
+            Unit::Cross { .. } => [NUMBERS, CROSS].concat(),
         }
     }
 

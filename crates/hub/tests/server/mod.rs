@@ -42,6 +42,24 @@ struct State {
     requests: Vec<String>,
 }
 
+/// Answer requests on a port of its own, a thread each: the endpoint, and the state that it made of it.
+fn listen<S: Send + 'static>(
+    state: impl FnOnce(String) -> S,
+    answer: fn(TcpStream, &Mutex<S>),
+) -> (String, Arc<Mutex<S>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let state = Arc::new(Mutex::new(state(endpoint.clone())));
+    let shared = Arc::clone(&state);
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let state = Arc::clone(&shared);
+            thread::spawn(move || answer(stream, &state));
+        }
+    });
+    (endpoint, state)
+}
+
 pub struct Server {
     pub endpoint: String,
     state: Arc<Mutex<State>>,
@@ -49,20 +67,8 @@ pub struct Server {
 
 impl Server {
     pub fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let state = Arc::new(Mutex::new(State {
-            commit: COMMIT.into(),
-            endpoint: endpoint.clone(),
-            ..State::default()
-        }));
-        let shared = Arc::clone(&state);
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let state = Arc::clone(&shared);
-                thread::spawn(move || answer(stream, &state));
-            }
-        });
+        let start = |endpoint| State { commit: COMMIT.into(), endpoint, ..State::default() };
+        let (endpoint, state) = listen(start, answer);
         Self { endpoint, state }
     }
 
