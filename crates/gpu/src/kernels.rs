@@ -1,16 +1,18 @@
 //! Our own CUDA kernels: compiled by NVRTC when first used, kept on disk, launched on libtorch's streams.
 //!
-//! `kernels/*.cu` hold the code, [`scores`], [`elementwise`] and [`cross`] its safe interfaces. They come with the
+//! `kernels/*.cu` hold the code, [`scores`], [`elementwise`], [`cross`] and [`mod@decode`] their safe interfaces. They come with the
 //! project as text: nothing is built for a GPU on machines that have none, and what a GPU runs was
 //! compiled for exactly that one.
 
 mod cross;
+mod decode;
 mod elementwise;
 mod module;
 mod scores;
 mod source;
 
 pub(crate) use cross::cross_kernels;
+pub use decode::{DecodeSpace, Segments, decode, has_decode};
 pub use elementwise::{CacheSlot, gated_silu, has_elementwise, merge_attended, rotate, row_nats};
 pub use scores::{
     QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels, fused_chunk_scores, fused_query_statistics,

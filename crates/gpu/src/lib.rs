@@ -23,8 +23,9 @@ pub use attention::{Attended, Mask, cudnn, flash, flash_segments, flash_used_seg
 pub use device::{DeviceChoice, cuda_absence, cuda_count, device, set_deterministic, set_tf32, synchronize};
 pub use exhausted::unless_exhausted;
 pub use kernels::{
-    CacheSlot, QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels, fused_chunk_scores,
-    fused_query_statistics, gated_silu, has_elementwise, has_fused_scores, merge_attended, rotate, row_nats,
+    CacheSlot, DecodeSpace, QueryStatistics, ScoreOutput, ScoreRows, Segments, StatisticChannels, decode,
+    fused_chunk_scores, fused_query_statistics, gated_silu, has_decode, has_elementwise, has_fused_scores,
+    merge_attended, rotate, row_nats,
 };
 pub use layer::{attend_heads, time_conv};
 pub use memory::{CudaMemory, cuda_memory, empty_cache, reset_peak, upload};

@@ -99,6 +99,25 @@ pub fn capability(gpu: usize) -> Result<(u32, u32)> {
     Ok(capability)
 }
 
+/// Multiprocessors of a GPU.
+///
+/// # Errors
+/// The driver fails.
+pub fn multiprocessors(gpu: usize) -> Result<usize> {
+    use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as COUNT;
+    static KNOWN: OnceLock<Mutex<HashMap<usize, usize>>> = OnceLock::new();
+    let mut known = KNOWN.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(count) = known.get(&gpu) {
+        return Ok(*count);
+    }
+    result::init().context("the CUDA driver")?;
+    let device = result::device::get(gpu as i32).with_context(|| format!("GPU {gpu}"))?;
+    // SAFETY: a device that exists.
+    let count = unsafe { result::device::get_attribute(device, COUNT) }.context("its multiprocessors")?;
+    known.insert(gpu, count as usize);
+    Ok(count as usize)
+}
+
 impl Kernel {
     /// Queue the kernel on libtorch's current stream.
     ///

@@ -13,6 +13,7 @@ const NUMBERS: &str = include_str!("../../kernels/numbers.cuh");
 const TILE: &str = include_str!("../../kernels/tile.cuh");
 const SCORES: &str = include_str!("../../kernels/scores.cu");
 const CROSS: &str = include_str!("../../kernels/cross.cu");
+const DECODE: &str = include_str!("../../kernels/decode.cu");
 const ELEMENTWISE: &str = include_str!("../../kernels/elementwise.cu");
 
 /// One file of kernels.
@@ -27,6 +28,13 @@ pub enum Unit {
         warps: u32,
         tiles: u32,
         full: bool,
+    },
+    /// Attention of single tokens over ragged caches: `warps` of a block, `stages` of copies, `wide` for groups of more than
+    /// 8 query heads.
+    Decode {
+        warps: u32,
+        stages: u32,
+        wide: bool,
     },
 }
 
@@ -69,6 +77,7 @@ impl Variant {
             Unit::Scores(_) => [NUMBERS, TILE, SCORES].concat(),
             Unit::Elementwise => [NUMBERS, ELEMENTWISE].concat(),
             Unit::Cross { .. } => [NUMBERS, CROSS].concat(),
+            Unit::Decode { .. } => DECODE.to_owned(),
         }
     }
 
@@ -96,6 +105,12 @@ impl Variant {
                 format!("-DWARPS={warps}"),
                 format!("-DTILES={tiles}"),
                 format!("-DFULL={}", u8::from(full)),
+            ]),
+            Unit::Decode { warps, stages, wide } => options.extend([
+                format!("--gpu-architecture=sm_{major}{minor}"),
+                format!("-DWARPS={warps}"),
+                format!("-DSTAGES={stages}"),
+                format!("-DWIDE={}", u8::from(wide)),
             ]),
         }
         options
@@ -158,6 +173,7 @@ pub fn version() -> (i32, i32) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::decode::unit_for;
     use super::super::scores::{NARROW, WIDE, tiles_for};
     use super::*;
 
@@ -195,6 +211,19 @@ mod tests {
             for capability in [(8, 0), (9, 0), (12, 0)] {
                 let v = Variant { unit: Unit::Cross { warps, tiles, full }, head_dim, bf16, capability };
                 compile(&v.source(), &v.options()).unwrap_or_else(|e| panic!("{v:?}: {e:#}"));
+            }
+        }
+    }
+
+    #[test]
+    fn the_decoding_attention_compiles() {
+        for capability in [(8, 0), (8, 6), (9, 0), (12, 0)] {
+            for head_dim in [64, 96, 128, 256] {
+                for (bf16, wide) in [(true, false), (true, true), (false, false)] {
+                    let unit = unit_for(head_dim, wide, capability);
+                    let v = Variant { unit, head_dim, bf16, capability };
+                    compile(&v.source(), &v.options()).unwrap_or_else(|e| panic!("{v:?}: {e:#}"));
+                }
             }
         }
     }
