@@ -19,20 +19,27 @@ extern "C" __global__ void gated_silu(const uint4* gate_up, uint4* out, long lon
 // into the cache.
 //
 // qkv[row][query heads, kv heads, kv heads][HEAD_DIM]: queries, and keys if there is no cache, are changed in place. cos and
-// sin: f32 [row][HEAD_DIM / 2]. norm: [query heads + kv heads][HEAD_DIM] or null. keys, values: position 0 of the new rows in
-// [kv heads, capacity, HEAD_DIM], heads `cache_head` apart, or null.
+// sin: f32 [row][HEAD_DIM / 2]. norm: [query heads + kv heads][HEAD_DIM] or null. keys, values: null, or where new rows go. If
+// `slots` is null: position 0 of them in [kv heads, capacity, HEAD_DIM], heads `cache_head` apart. Otherwise a packed matrix
+// [..][HEAD_DIM]; rows are `tokens` of one sequence after the other, and slots[sequence, kv head, token] name their places.
 // One warp per row and head: grid ceil(rows * heads / 8), 256 threads.
 extern "C" __global__ void rotate(half_t* qkv, const half_t* norm, const float* cos, const float* sin, half_t* keys,
-                                  half_t* values, int rows, int query_heads, int kv_heads, long long cache_head, float eps) {
+                                  half_t* values, int rows, int query_heads, int kv_heads, long long cache_head, float eps,
+                                  const long long* slots, int tokens) {
   constexpr int HALF = HEAD_DIM / 2, PAIRS = HALF / 2, TURNS = (PAIRS + 31) / 32;
   const int heads = query_heads + 2 * kv_heads, lane = threadIdx.x % 32;
   const long long warp = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (warp >= (long long)rows * heads) return;
   const int row = warp / heads, head = warp % heads;
   half_t* from = qkv + warp * HEAD_DIM;
+  auto place = [&](half_t* cache, int kv_head) {
+    const long long dense = kv_head * cache_head + (long long)row * HEAD_DIM;
+    if (!slots) return cache + dense;
+    return cache + slots[((long long)(row / tokens) * kv_heads + kv_head) * tokens + row % tokens] * HEAD_DIM;
+  };
   if (head >= query_heads + kv_heads) {
     if (!values) return;
-    half_t* to = values + (head - query_heads - kv_heads) * cache_head + (long long)row * HEAD_DIM;
+    half_t* to = place(values, head - query_heads - kv_heads);
     for (int i = lane; i < HALF; i += 32) ((u32*)to)[i] = ((const u32*)from)[i];
     return;
   }
@@ -61,7 +68,7 @@ extern "C" __global__ void rotate(half_t* qkv, const half_t* norm, const float* 
       high[turn] = make_float2(high[turn].x * scale * b.x, high[turn].y * scale * b.y);
     }
   }
-  half_t* to = head >= query_heads && keys ? keys + (head - query_heads) * cache_head + (long long)row * HEAD_DIM : from;
+  half_t* to = head >= query_heads && keys ? place(keys, head - query_heads) : from;
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) {
     const int pair = lane + 32 * turn;

@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 use pkv_core::ModelShape;
-use pkv_gpu::{gated_silu, has_elementwise, rotate};
+use pkv_gpu::{CacheSlot, gated_silu, has_elementwise, rotate};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::LmConfig;
@@ -35,9 +35,11 @@ pub(crate) struct Layer {
 pub(crate) struct Projected {
     /// `[.., s, query_heads, head_dim]`.
     pub q: Tensor,
-    /// `[.., s, kv_heads, head_dim]`.
+    /// `[.., s, kv_heads, head_dim]`; keys without rotary where they went to the cache.
     pub k: Tensor,
     pub v: Tensor,
+    /// Whether keys and values are in the cache already.
+    pub written: bool,
 }
 
 impl Layer {
@@ -136,6 +138,19 @@ impl Layer {
     /// # Errors
     /// A kernel fails.
     pub fn project(&self, normed: &Tensor, rotation: &Rotation) -> Result<Projected> {
+        self.project_into(normed, rotation, None)
+    }
+
+    /// As [`Layer::project`]; where one kernel can, it puts keys and values into `cache`, too.
+    ///
+    /// # Errors
+    /// A kernel fails.
+    pub fn project_into(
+        &self,
+        normed: &Tensor,
+        rotation: &Rotation,
+        cache: Option<&CacheSlot>,
+    ) -> Result<Projected> {
         let (heads, kv) = (self.shape.query_heads as i64, self.shape.kv_heads as i64);
         let d = self.shape.head_dim as i64;
         let mut size = normed.size();
@@ -146,12 +161,13 @@ impl Layer {
             let rows_rnd = qkv.view([-1, heads + 2 * kv, d]);
             if let Some([cos, sin]) = rotation.of_rows(rows_rnd.size()[0]) {
                 let norm = self.qk_norm.as_ref().map(|weight| (weight, self.eps));
-                rotate(&rows_rnd, self.shape.query_heads, norm, &cos, &sin, None)?;
+                rotate(&rows_rnd, self.shape.query_heads, norm, &cos, &sin, cache)?;
                 let qkv = qkv.view(size.as_slice());
                 return Ok(Projected {
                     q: qkv.narrow(-2, 0, heads),
                     k: qkv.narrow(-2, heads, kv),
                     v: qkv.narrow(-2, heads + kv, kv),
+                    written: cache.is_some(),
                 });
             }
         }
@@ -165,6 +181,7 @@ impl Layer {
             q: qk.narrow(-2, 0, heads),
             k: qk.narrow(-2, heads, kv),
             v: qkv.narrow(-2, heads + kv, kv),
+            written: false,
         })
     }
 
@@ -178,18 +195,32 @@ impl Layer {
     /// # Errors
     /// A kernel fails.
     pub fn finish_block(&self, hidden: &Tensor, attended: &Tensor) -> Result<Tensor> {
-        let size = hidden.size();
-        let width = self.shape.hidden as i64;
-        let rows = hidden.reshape([-1, width]);
-        let n = rows.size()[0];
-        let attended = attended.reshape([n, -1]);
+        let rows = hidden.reshape([-1, self.shape.hidden as i64]);
+        let attended = attended.reshape([rows.size()[0], -1]);
         // addmm adds the residual while the product is written.
-        let mut mid = rows.addmm(&attended, &self.output.tr());
+        let mid = rows.addmm(&attended, &self.output.tr());
+        Ok(self.finish_rows(mid)?.view(hidden.size().as_slice()))
+    }
+
+    /// As [`Layer::finish_block`], in place: `hidden` becomes the next layer's input, and is copied nowhere.
+    ///
+    /// # Errors
+    /// A kernel fails.
+    pub fn finish_block_(&self, hidden: Tensor, attended: &Tensor) -> Result<Tensor> {
+        let size = hidden.size();
+        let mut rows = hidden.view([-1, self.shape.hidden as i64]);
+        let attended = attended.reshape([rows.size()[0], -1]);
+        let mid = rows.addmm_(&attended, &self.output.tr());
+        Ok(self.finish_rows(mid)?.view(size.as_slice()))
+    }
+
+    /// Output bias and feed-forward on top of `mid` `[n, hidden]`, in place.
+    fn finish_rows(&self, mut mid: Tensor) -> Result<Tensor> {
         if let Some(bias) = &self.output_bias {
             mid += bias;
         }
         let gate_up = rms_norm(&mid, &self.post_norm, self.eps).linear::<&Tensor>(&self.gate_up, None);
-        Ok(mid.addmm_(&gated(&gate_up)?, &self.down.tr()).view(size.as_slice()))
+        Ok(mid.addmm_(&gated(&gate_up)?, &self.down.tr()))
     }
 }
 

@@ -100,7 +100,7 @@ pub fn decode(q_bqd: &Tensor, kv: &Segments, rows: usize, space: &DecodeSpace) -
     ensure!(
         d as usize == head_dim
             && heads as usize * b as usize == segments * group
-            && heads as usize % group == 0
+            && (heads as usize).is_multiple_of(group)
             && has_decode(device, kind, d, group, segments),
         "no decoding kernel for {kind:?} queries [{b}, {heads}, {d}] on {device:?}, {segments} segments of {group}"
     );

@@ -59,10 +59,56 @@ pub fn gated_silu(gate_up: &Tensor) -> Result<Tensor> {
 }
 
 /// Where [`rotate`] puts keys and values.
-pub struct CacheSlot<'a> {
-    /// `[kv_heads, rows, head_dim]`, a view of the cache where the new rows go; positions contiguous.
-    pub k_hsd: &'a Tensor,
-    pub v_hsd: &'a Tensor,
+pub enum CacheSlot<'a> {
+    /// Behind each KV head's rows: `[kv_heads, rows, head_dim]`, views of the cache where the new rows go; positions
+    /// contiguous.
+    Dense { k_hsd: &'a Tensor, v_hsd: &'a Tensor },
+    /// Into packed rows `[n, head_dim]`, at `slot_n`, i64 `[sequences * kv_heads * tokens]`, sequences outside and tokens
+    /// inside; slots are not checked. New rows are `tokens` of one sequence after the other.
+    Packed { k_nd: &'a Tensor, v_nd: &'a Tensor, slot_n: &'a Tensor, tokens: usize },
+}
+
+impl CacheSlot<'_> {
+    /// Elements between the heads of a dense cache; checks what kernels rely on.
+    fn check(&self, kv_heads: i64, rows: i64, d: i64, kind: Kind) -> Result<i64> {
+        match self {
+            Self::Dense { k_hsd, v_hsd } => {
+                let head = k_hsd.stride().first().copied().unwrap_or(0);
+                for t in [k_hsd, v_hsd] {
+                    ensure!(
+                        t.size() == [kv_heads, rows, d] && t.kind() == kind && t.stride() == [head, d, 1],
+                        "the cache's slot is {:?} {:?} of strides {:?}, expected {kind:?} [{kv_heads}, {rows}, {d}]",
+                        t.kind(),
+                        t.size(),
+                        t.stride()
+                    );
+                }
+                Ok(head)
+            }
+            Self::Packed { k_nd, v_nd, slot_n, tokens } => {
+                for t in [k_nd, v_nd] {
+                    ensure!(
+                        t.dim() == 2 && t.size()[1] == d && t.kind() == kind && t.is_contiguous(),
+                        "the packed cache is {:?} {:?}, expected {kind:?} [rows, {d}]",
+                        t.kind(),
+                        t.size()
+                    );
+                }
+                ensure!(
+                    *tokens > 0
+                        && rows % *tokens as i64 == 0
+                        && slot_n.size() == [rows * kv_heads]
+                        && slot_n.kind() == Kind::Int64
+                        && slot_n.device() == k_nd.device()
+                        && slot_n.is_contiguous(),
+                    "{:?} slots {:?} for {rows} rows of {kv_heads} heads, {tokens} tokens of a sequence",
+                    slot_n.kind(),
+                    slot_n.size()
+                );
+                Ok(0)
+            }
+        }
+    }
 }
 
 /// Rotary embedding of new queries and keys in place, after their RMS norm if there is one.
@@ -110,25 +156,17 @@ pub fn rotate(
             norm.size()
         );
     }
-    let mut cache_head = 0;
-    if let Some(slot) = cache {
-        cache_head = slot.k_hsd.stride()[0];
-        for t in [slot.k_hsd, slot.v_hsd] {
-            ensure!(
-                t.size() == [kv_heads, rows, d]
-                    && t.kind() == qkv_rnd.kind()
-                    && t.stride() == [cache_head, d, 1],
-                "the cache's slot is {:?} {:?} of strides {:?}, expected {:?} [{kv_heads}, {rows}, {d}]",
-                t.kind(),
-                t.size(),
-                t.stride(),
-                qkv_rnd.kind()
-            );
-        }
-    }
+    let cache_head = cache.map_or(Ok(0), |slot| slot.check(kv_heads, rows, d, qkv_rnd.kind()))?;
     if rows == 0 {
         return Ok(());
     }
+    let (keys, values, slots, tokens) = match cache {
+        None => (None, None, None, 1),
+        Some(CacheSlot::Dense { k_hsd, v_hsd }) => (Some(*k_hsd), Some(*v_hsd), None, 1),
+        Some(CacheSlot::Packed { k_nd, v_nd, slot_n, tokens }) => {
+            (Some(*k_nd), Some(*v_nd), Some(*slot_n), *tokens)
+        }
+    };
     let kernel = kernel(qkv_rnd.device(), variant(qkv_rnd, d)?, "rotate", 0)?;
     let launch = Launch { grid: [((rows * heads) as usize).div_ceil(8), 1, 1], threads: 256, shared: 0 };
     // SAFETY: the kernel's arguments; sizes were checked.
@@ -140,13 +178,15 @@ pub fn rotate(
                 norm.map_or(Arg::Absent, |n| Arg::Tensor(n.0)),
                 Arg::Tensor(cos_rd),
                 Arg::Tensor(sin_rd),
-                cache.map_or(Arg::Absent, |c| Arg::Tensor(c.k_hsd)),
-                cache.map_or(Arg::Absent, |c| Arg::Tensor(c.v_hsd)),
+                keys.map_or(Arg::Absent, Arg::Tensor),
+                values.map_or(Arg::Absent, Arg::Tensor),
                 Arg::Int(rows as i32),
                 Arg::Int(query_heads as i32),
                 Arg::Int(kv_heads as i32),
                 Arg::Long(cache_head),
                 Arg::Float(norm.map_or(0.0, |n| n.1) as f32),
+                slots.map_or(Arg::Absent, Arg::Tensor),
+                Arg::Int(tokens as i32),
             ],
         )
     }
@@ -252,6 +292,35 @@ mod tests {
 
     use super::*;
     use crate::{DeviceChoice, device};
+
+    #[test]
+    fn packed_slots_get_what_projections_kept() {
+        let on = device(DeviceChoice::Auto).unwrap();
+        if !has_elementwise(on, Kind::BFloat16, 64) {
+            writeln!(std::io::stderr(), "SKIPPED: the kernel of rotary embedding needs a GPU").unwrap();
+            return;
+        }
+        let _no_grad = tch::no_grad_guard();
+        let (sequences, tokens, heads, kv, d) = (3, 2, 4, 2, 96);
+        let rows = sequences * tokens;
+        let qkv = Tensor::randn([rows, heads + 2 * kv, d], (Kind::BFloat16, on));
+        let angles = Tensor::randn([rows, d / 2], (Kind::Float, on));
+        let (cos, sin) = (angles.cos(), angles.sin());
+        let in_place = qkv.copy();
+        rotate(&in_place, heads as usize, None, &cos, &sin, None).unwrap();
+        let slot_n = Tensor::randperm(40, (Kind::Int64, on)).narrow(0, 0, rows * kv).contiguous();
+        let new = || Tensor::zeros([40, d], (Kind::BFloat16, on));
+        let (k_nd, v_nd) = (new(), new());
+        let slot = CacheSlot::Packed { k_nd: &k_nd, v_nd: &v_nd, slot_n: &slot_n, tokens: tokens as usize };
+        let packed = qkv.copy();
+        rotate(&packed, heads as usize, None, &cos, &sin, Some(&slot)).unwrap();
+        assert!(packed.narrow(1, 0, heads).equal(&in_place.narrow(1, 0, heads)));
+        for (cache, first) in [(k_nd, heads), (v_nd, heads + kv)] {
+            let of_rows = in_place.narrow(1, first, kv).view([sequences, tokens, kv, d]);
+            let expected = new().index_copy(0, &slot_n, &of_rows.transpose(1, 2).reshape([-1, d]));
+            assert!(cache.equal(&expected), "heads from {first} on");
+        }
+    }
 
     #[test]
     fn nats_equal_the_cross_entropy_of_the_same_logits() {

@@ -2,12 +2,13 @@
 //!
 //! Each KV head of each sequence is a sequence of its own to the kernel, with the group of query heads
 //! that share it. Where there is a kernel for many lengths at once (CUDA, half precision), one call
-//! does a layer; elsewhere every KV head has its own call.
+//! does a layer: for one new token per sequence our own, which shares all rows evenly between blocks,
+//! otherwise FlashAttention's. Elsewhere every KV head has its own call.
 //!
 //! Dimension key: as [`super`]; q query head, g query heads per KV head.
 
 use anyhow::Result;
-use pkv_gpu::{Mask, flash_used_segments, has_fused_attention};
+use pkv_gpu::{DecodeSpace, Mask, Segments, decode, flash_used_segments, has_fused_attention};
 use tch::Tensor;
 
 use super::RaggedCache;
@@ -31,6 +32,9 @@ impl RaggedCache {
         q_bsqd: &Tensor,
         policy: &AttentionPolicy,
     ) -> Result<Tensor> {
+        if let Some(space) = &step.space {
+            return self.decode(layer, step, q_bsqd, space);
+        }
         let (b, s, heads_q, d) = q_bsqd.size4()?;
         let (heads, group) = (self.kv_heads as i64, heads_q / self.kv_heads as i64);
         // A segment's rows are its new tokens, and its query heads the group: nothing moves for one token.
@@ -41,6 +45,20 @@ impl RaggedCache {
             false => self.attend_one_by_one(layer, step, &q_xsgd, policy)?,
         };
         Ok(out_xsgd.view([b, heads, s, group, d]).transpose(1, 2).reshape([b, s, heads_q, d]))
+    }
+
+    /// One new token per sequence.
+    fn decode(&self, index: usize, step: &Step, q_b1qd: &Tensor, space: &DecodeSpace) -> Result<Tensor> {
+        let (layer, at) = (&self.layers[index], index as i64);
+        let kv = Segments {
+            keys_nd: &layer.keys,
+            values_nd: &layer.values,
+            starts_x: &self.bounds_lx.get(at),
+            lengths_x: &step.used_lx.get(at),
+        };
+        let new: usize = step.appended.iter().map(|appended| appended + 1).sum();
+        let rows = layer.kept.iter().sum::<usize>() + self.kv_heads * new;
+        Ok(decode(&q_b1qd.select(1, 0), &kv, rows, space)?.unsqueeze(1))
     }
 
     fn attend_at_once(&self, index: usize, step: &Step, q_xsgd: &Tensor) -> Result<Tensor> {

@@ -3,9 +3,10 @@
 //! Dimension key: as [`super`]; m hidden, q query head.
 
 use anyhow::{Result, ensure};
+use pkv_gpu::{CacheSlot, DecodeSpace, has_decode};
 use tch::{Device, Kind, Tensor};
 
-use super::RaggedCache;
+use super::{RaggedCache, RaggedLayer};
 use crate::model::LanguageModel;
 
 /// What one forward needs in every layer.
@@ -20,6 +21,8 @@ pub(super) struct Step {
     pub query_bounds_x: Tensor,
     /// New tokens counted, tokens of each sequence.
     pub appended: Vec<usize>,
+    /// Where there is a kernel for one new token per sequence, and this is one.
+    pub space: Option<DecodeSpace>,
 }
 
 impl LanguageModel {
@@ -48,13 +51,19 @@ impl LanguageModel {
         );
         let mut hidden_bsm = self.embed(ids_bs)?;
         cache.reserve(size[1] as usize)?;
-        let step = cache.step(size[1], self.device());
+        let step = cache.step(size[1], self)?;
         let rotation = self.rope.at(&cache.positions(size[1], self.device()));
         for (index, layer) in self.layers.iter().enumerate() {
-            let new = layer.project(&layer.normed(&hidden_bsm), &rotation)?;
-            cache.write(index, &step, &new.k, &new.v);
+            let slot_n = step.slot_ln.get(index as i64);
+            let new = {
+                let slot = cache.slot(index, &step, &slot_n);
+                layer.project_into(&layer.normed(&hidden_bsm), &rotation, Some(&slot))?
+            };
+            if !new.written {
+                cache.write(index, &slot_n, &new.k, &new.v);
+            }
             let attended_bsqd = cache.attend(index, &step, &new.q, &self.attention)?;
-            hidden_bsm = layer.finish_block(&hidden_bsm, &attended_bsqd)?;
+            hidden_bsm = layer.finish_block_(hidden_bsm, &attended_bsqd)?;
         }
         cache.advance(size[1] as usize);
         Ok(self.finish(&hidden_bsm))
@@ -69,7 +78,7 @@ impl LanguageModel {
     /// # Errors
     /// A kernel fails.
     pub fn attend_ragged(&self, q_bsqd: &Tensor, cache: &RaggedCache) -> Result<()> {
-        let step = cache.step(q_bsqd.size()[1], self.device());
+        let step = cache.step(q_bsqd.size()[1], self)?;
         for index in 0..self.layers.len() {
             let _ = cache.attend(index, &step, q_bsqd, &self.attention)?;
         }
@@ -78,7 +87,8 @@ impl LanguageModel {
 }
 
 impl RaggedCache {
-    fn step(&self, s: i64, device: Device) -> Step {
+    fn step(&self, s: i64, model: &LanguageModel) -> Result<Step> {
+        let (device, shape) = (model.device(), model.shape());
         let appended: Vec<usize> = self.sequences.iter().map(|q| q.appended).collect();
         let segments = (self.sequences.len() * self.kv_heads) as i64;
         let (slot_lx, used_lx) = match appended.as_slice() {
@@ -95,13 +105,20 @@ impl RaggedCache {
             }
         };
         let slot_lxs = slot_lx.unsqueeze(-1) + Tensor::arange(s, (Kind::Int64, device));
-        Step {
+        let group = shape.query_heads / self.kv_heads.max(1);
+        let decodes =
+            s == 1 && has_decode(device, model.kind(), shape.head_dim as i64, group, segments as usize);
+        Ok(Step {
             s,
             slot_ln: slot_lxs.flatten(1, 2),
             used_lx,
             query_bounds_x: Tensor::arange(segments + 1, (Kind::Int, device)) * s,
             appended,
-        }
+            space: match decodes {
+                true => Some(DecodeSpace::new(device, segments as usize, group, shape.head_dim)?),
+                false => None,
+            },
+        })
     }
 
     /// Positions of the next `s` tokens, f32 `[b, s]`.
@@ -110,13 +127,18 @@ impl RaggedCache {
         Tensor::from_slice(&next).to_device(device).unsqueeze(1) + Tensor::arange(s, (Kind::Float, device))
     }
 
+    /// Where a layer's new keys and values go; `slot_n` is the step's for the layer.
+    fn slot<'a>(&'a self, layer: usize, step: &Step, slot_n: &'a Tensor) -> CacheSlot<'a> {
+        let RaggedLayer { keys, values, .. } = &self.layers[layer];
+        CacheSlot::Packed { k_nd: keys, v_nd: values, slot_n, tokens: step.s as usize }
+    }
+
     /// Write new keys and values `[b, s, kv_heads, d]` of a layer behind the present ones.
-    fn write(&mut self, layer: usize, step: &Step, k_bshd: &Tensor, v_bshd: &Tensor) {
-        let slot_n = step.slot_ln.get(layer as i64);
+    fn write(&mut self, layer: usize, slot_n: &Tensor, k_bshd: &Tensor, v_bshd: &Tensor) {
         let layer = &mut self.layers[layer];
         for (rows, new) in [(&mut layer.keys, k_bshd), (&mut layer.values, v_bshd)] {
             let d = rows.size()[1];
-            let _ = rows.index_copy_(0, &slot_n, &new.transpose(1, 2).reshape([-1, d]));
+            let _ = rows.index_copy_(0, slot_n, &new.transpose(1, 2).reshape([-1, d]));
         }
     }
 
