@@ -195,6 +195,24 @@ impl LanguageModel {
         Ok(self.finish(&hidden))
     }
 
+    /// The attention of one forward alone, all layers with the same queries, outputs dropped: for benchmarks. The new
+    /// tokens' keys are whatever the cache's room holds.
+    ///
+    /// # Shapes
+    /// - `q_sqd`: `[s, query_heads, head_dim]`, kind and device of the cache
+    ///
+    /// # Errors
+    /// No room in the cache, or a kernel fails.
+    pub fn attend_full(&self, q_sqd: &Tensor, cache: &KvCache) -> Result<()> {
+        let new = q_sqd.size()[0] as usize;
+        cache.check_room(new)?;
+        for index in 0..self.layers.len() {
+            let (k_hkd, v_hkd) = cache.with_new(index, new);
+            let _ = attention::causal(q_sqd, &k_hkd, &v_hkd, cache.len(), false, &self.attention)?;
+        }
+        Ok(())
+    }
+
     /// Like [`LanguageModel::forward`], for taps alone: the last layer ends after its tap, so there
     /// is neither its attention output nor its feed-forward, and no hidden state to return.
     pub fn forward_for_tap(&self, ids: &Tensor, cache: &mut KvCache, tap: &mut dyn Tap) -> Result<()> {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use pkv_gpu::unless_exhausted;
+use pkv_gpu::{Event, Stream, unless_exhausted};
 use serde::Serialize;
 use tch::Device;
 
@@ -106,6 +106,32 @@ impl<'a> Clock<'a> {
         };
         tracing::info!("{} at {}: {median_s:.4} s ({} runs)", row.what, row.context, times.len());
         Ok(Row { measured: Some(measured), ..row })
+    }
+
+    /// Seconds that the device spends on `work`, by events around it: the median of the repeats. On a CPU seconds of the
+    /// host; `None` where there is no memory.
+    ///
+    /// # Errors
+    /// As [`Clock::time`].
+    pub fn device_seconds<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<Option<f64>> {
+        let _no_grad = tch::no_grad_guard();
+        let mut measured = Vec::new();
+        let times = unless_exhausted(|| {
+            self.times(&mut || {
+                if !self.device.is_cuda() {
+                    return work().map(drop);
+                }
+                let stream = Stream::current(self.device)?;
+                let (mut begun, mut done) = (Event::new(true)?, Event::new(true)?);
+                begun.record(&stream)?;
+                drop(work()?);
+                done.record(&stream)?;
+                measured.push(begun.elapsed_ms(&done)? / 1e3);
+                Ok(())
+            })
+        })?;
+        // The first run warms up.
+        Ok(times.map(|host| if measured.len() > 1 { median(&measured[1..]) } else { median(&host) }))
     }
 
     fn times<T>(&self, work: &mut impl FnMut() -> Result<T>) -> Result<Vec<f64>> {

@@ -51,7 +51,7 @@ struct DecodeRow {
     /// Absent if it does not fit.
     tokens_per_s: Option<f64>,
     step_s: Option<f64>,
-    /// Of a step, the attention of all layers alone; of ragged caches.
+    /// Of a step, the attention of all layers alone, by the device's clock.
     attention_s: Option<f64>,
     cache_bytes: Option<usize>,
     /// Against the ragged cache that keeps all, same context and batch.
@@ -117,7 +117,16 @@ impl Bench<'_> {
             }
             Ok(id_s)
         })?;
-        Ok(row.timed(&timed, None, bytes))
+        cache.truncate(t);
+        let shape = self.model.shape();
+        let q_sqd = self.noise(&[1, shape.query_heads as i64, shape.head_dim as i64]);
+        let attention = self.clock.device_seconds(|| {
+            for _ in 0..STEPS {
+                self.model.attend_full(&q_sqd, &cache)?;
+            }
+            Ok(())
+        })?;
+        Ok(row.timed(&timed, attention, bytes))
     }
 
     /// A ragged cache of `batch` contexts.
@@ -135,15 +144,14 @@ impl Bench<'_> {
         })?;
         cache.rewind();
         let shape = self.model.shape();
-        let size = [batch as i64, 1, shape.query_heads as i64, shape.head_dim as i64];
-        let q_bsqd = Tensor::randn(size, (self.model.kind(), self.model.device()));
-        let attention = self.clock.time(Row::new("attention", t, 0.0), || {
+        let q_bsqd = self.noise(&[batch as i64, 1, shape.query_heads as i64, shape.head_dim as i64]);
+        let attention = self.clock.device_seconds(|| {
             for _ in 0..STEPS {
                 self.model.attend_ragged(&q_bsqd, &cache)?;
             }
             Ok(())
         })?;
-        Ok(row.timed(&timed, Some(&attention), cache.bytes()))
+        Ok(row.timed(&timed, attention, cache.bytes()))
     }
 
     fn ragged(&self, t: usize, batch: usize, ratio: f64) -> Result<RaggedCache> {
@@ -158,6 +166,11 @@ impl Bench<'_> {
             RaggedCache::prune(self.model.noise_cache(t, 0), &keep.mask(&scores_lht, 0)?, STEPS)
         };
         RaggedCache::join((0..batch).map(one).collect::<Result<_>>()?)
+    }
+
+    /// Queries.
+    fn noise(&self, size: &[i64]) -> Tensor {
+        Tensor::randn(size, (self.model.kind(), self.model.device()))
     }
 
     /// A first token for every sequence: i64 `[batch, 1]`, on the device.
@@ -183,13 +196,11 @@ impl DecodeRow {
         }
     }
 
-    fn timed(mut self, steps: &Row, attention: Option<&Row>, bytes: usize) -> Self {
-        fn per_step(row: &Row) -> Option<f64> {
-            row.measured.as_ref().map(|m| m.median_s / STEPS as f64)
-        }
-        self.step_s = per_step(steps);
+    /// `steps` and `attention` (seconds) are of [`STEPS`] steps.
+    fn timed(mut self, steps: &Row, attention: Option<f64>, bytes: usize) -> Self {
+        self.step_s = steps.measured.as_ref().map(|m| m.median_s / STEPS as f64);
         self.tokens_per_s = self.step_s.map(|s| self.batch as f64 / s);
-        self.attention_s = attention.and_then(per_step);
+        self.attention_s = attention.map(|s| s / STEPS as f64);
         self.cache_bytes = Some(bytes);
         self
     }
