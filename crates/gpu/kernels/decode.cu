@@ -11,9 +11,6 @@
 // Compiled with HEAD_DIM (a multiple of 16), BF16 (1 for bf16, 0 for f16), WARPS (of a block), STAGES (units in shared
 // memory per warp), WIDE (groups of more than 8).
 
-typedef unsigned short half_t; // 16 raw bits, bf16 or f16
-typedef unsigned int u32;
-
 constexpr int THREADS = 32 * WARPS;
 constexpr int KEYS = 16;              // of a unit
 constexpr int PITCH = HEAD_DIM + 8;   // of a row in shared memory: eight rows' pieces lie in different banks
@@ -21,26 +18,8 @@ constexpr int TILE = KEYS * PITCH;    // keys or values of a unit
 constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes in a row
 constexpr int STEPS = HEAD_DIM / 16;  // products along a row
 constexpr int SEGMENTS = 1024;        // at most
-// Below every score, and finite, so that differences of two of it are no NaN.
-constexpr float LOWEST = -1e30f;
 
 extern __shared__ __align__(16) unsigned char memory[];
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ u32 pack(float x, float y) {
-  u32 z;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
-#endif
-  return z;
-}
 
 // c[16 x 8] += a[16 x 16] . b[16 x 8]
 __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {

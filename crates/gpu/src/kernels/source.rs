@@ -77,7 +77,7 @@ impl Variant {
             Unit::Scores(_) => [NUMBERS, TILE, SCORES].concat(),
             Unit::Elementwise => [NUMBERS, ELEMENTWISE].concat(),
             Unit::Cross { .. } => [NUMBERS, CROSS].concat(),
-            Unit::Decode { .. } => DECODE.to_owned(),
+            Unit::Decode { .. } => [NUMBERS, DECODE].concat(),
         }
     }
 
