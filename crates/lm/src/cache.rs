@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 /// Keys (rotary applied) and values of one sequence, up to a fixed capacity.
 #[derive(Debug)]
 pub struct KvCache {
-    /// One `[kv_heads, capacity, head_dim]` per layer.
+    /// One `[kv_heads, rows, head_dim]` per layer; at least `capacity` rows.
     keys: Vec<Tensor>,
     values: Vec<Tensor>,
     len: usize,
@@ -20,9 +20,10 @@ pub struct KvCache {
 
 impl KvCache {
     pub(crate) fn new(shape: ModelShape, capacity: usize, device: Device, kind: Kind) -> Self {
-        // cuDNN plans anew for other strides: contexts of like length shall have the same.
-        let room = if device.is_cuda() { capacity.next_multiple_of(1024) } else { capacity };
-        let size = [shape.kv_heads as i64, room as i64, shape.head_dim as i64];
+        // cuDNN plans anew for other strides: contexts of like length shall have the same. On a CPU it only makes sure that
+        // tests meet what a GPU meets.
+        let rows = capacity.next_multiple_of(1024);
+        let size = [shape.kv_heads as i64, rows as i64, shape.head_dim as i64];
         let layers = || (0..shape.layers).map(|_| Tensor::empty(size, (kind, device))).collect();
         Self { keys: layers(), values: layers(), len: 0, capacity, next_position: 0 }
     }
@@ -110,9 +111,9 @@ impl KvCache {
         (self.len, self.next_position) = (len, len);
     }
 
-    /// Keys and values of all layers, `[kv_heads, capacity, head_dim]` each, and the capacity.
-    pub(crate) fn into_layers(self) -> (Vec<Tensor>, Vec<Tensor>, usize) {
-        (self.keys, self.values, self.capacity)
+    /// Keys and values of all layers, `[kv_heads, rows, head_dim]` each, of which the first [`KvCache::len`] rows are held.
+    pub(crate) fn into_layers(self) -> (Vec<Tensor>, Vec<Tensor>) {
+        (self.keys, self.values)
     }
 
     /// Refuse to read `new` more tokens if there is no room for them.

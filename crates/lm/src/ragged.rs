@@ -127,18 +127,19 @@ impl RaggedCache {
         let (len, context_end) = (cache.len(), cache.next_position());
         ensure!(len > 0, "an empty KV cache has nothing to keep");
         let room = room.max(1).next_multiple_of(ROOM_BLOCK);
-        let (keys, values, capacity) = cache.into_layers();
+        let (keys, values) = cache.into_layers();
         let heads = keys.first().map_or(0, |k| k.size()[0]) as usize;
         let mut layers = Vec::with_capacity(keys.len());
         for (index, (k_htd, v_htd)) in keys.into_iter().zip(values).enumerate() {
             let (head_n, position_n, kept) = choose(index, room);
             let device = k_htd.device();
-            let d = k_htd.size()[2];
+            // A head has more rows than positions: caches are allocated in blocks.
+            let (rows, d) = (k_htd.size()[1], k_htd.size()[2]);
             let all_heads = kept.is_empty();
             let row_n = if all_heads {
                 position_n.to_device(device)
             } else {
-                (head_n * capacity as i64 + position_n).to_device(device)
+                (head_n * rows + position_n).to_device(device)
             };
             let pick = |full_htd: Tensor| -> Result<Tensor> {
                 let picked = if all_heads {
