@@ -168,28 +168,46 @@ __device__ __forceinline__ void put(half_t* out, int at, const float4& x, float 
   ((uint2*)out)[at] = make_uint2(pack(x.x * by, x.y * by), pack(x.z * by, x.w * by));
 }
 
-// A segment's output, from what `n` blocks left of it: `parts` [n][group][HEAD_DIM], `tops` [n][group].
+// A segment's output, from what `n` blocks left of it: `parts` [n][group][HEAD_DIM], `tops` [n][group]. `weights` is shared
+// memory for two floats per block and row. What is read comes from far, so the first parts are asked for before their weights
+// are known, and as many at a time as registers hold.
 __device__ void merge(const float4* parts, const float2* tops, half_t* out, int n, int group, float* weights) {
-  const int lane = threadIdx.x % 32;
+  constexpr int QUADS = HEAD_DIM / 4, AHEAD = 16;
+  const int lane = threadIdx.x % 32, pieces = group * QUADS;
+  float4 early[AHEAD];
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++)
+    if (i < n && threadIdx.x < pieces) early[i] = fresh(parts + (long long)i * pieces + threadIdx.x);
+  float* sums = weights + group * n;
   for (int row = threadIdx.x / 32; row < group; row += WARPS) {
     float top = LOWEST, sum = 0.f;
-    for (int i = lane; i < n; i += 32) top = fmaxf(top, fresh(tops + i * group + row).x);
-    for (int apart = 16; apart; apart /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, apart));
     for (int i = lane; i < n; i += 32) {
       const float2 x = fresh(tops + i * group + row);
-      weights[row * n + i] = exp2_fast(x.x - top);
-      sum += exp2_fast(x.x - top) * x.y;
+      weights[row * n + i] = x.x;
+      sums[row * n + i] = x.y;
+      top = fmaxf(top, x.x);
+    }
+    for (int apart = 16; apart; apart /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, apart));
+    for (int i = lane; i < n; i += 32) {
+      const float weight = exp2_fast(weights[row * n + i] - top);
+      weights[row * n + i] = weight;
+      sum += weight * sums[row * n + i];
     }
     for (int apart = 16; apart; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
     for (int i = lane; i < n; i += 32) weights[row * n + i] *= sum > 0.f ? 1.f / sum : 0.f;
   }
   __syncthreads();
-  constexpr int QUADS = HEAD_DIM / 4;
-  for (int at = threadIdx.x; at < group * QUADS; at += THREADS) {
+  for (int at = threadIdx.x; at < pieces; at += THREADS) {
     const float* weight = weights + at / QUADS * n;
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-    for (int i = 0; i < n; i++) add_scaled(sum, fresh(parts + (long long)i * group * QUADS + at), weight[i]);
+    int i = 0;
+    if (at < THREADS) {
+#pragma unroll
+      for (; i < AHEAD; i++)
+        if (i < n) add_scaled(sum, early[i], weight[i]);
+    }
+#pragma unroll 16
+    for (; i < n; i++) add_scaled(sum, fresh(parts + (long long)i * pieces + at), weight[i]);
     put(out, at, sum, 1.f);
   }
 }
@@ -206,6 +224,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   int* flag = ends + SEGMENTS;
   half_t* rings = (half_t*)(ends + SEGMENTS + 4);
   half_t* ring = rings + warp * STAGES * 2 * TILE;
+  wait_for_earlier();
+  let_next_begin();
 
   for (int x = threadIdx.x; x < segments; x += THREADS) ends[x] = max(1, (lengths[x] + KEYS - 1) / KEYS);
   __syncthreads();

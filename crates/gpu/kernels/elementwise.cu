@@ -27,6 +27,7 @@ extern "C" __global__ void rotate(half_t* qkv, const half_t* norm, const float* 
                                   half_t* values, int rows, int query_heads, int kv_heads, long long cache_head, float eps,
                                   const long long* slots, int tokens) {
   constexpr int HALF = HEAD_DIM / 2, PAIRS = HALF / 2, TURNS = (PAIRS + 31) / 32;
+  let_next_begin(); // the decoding attention
   const int heads = query_heads + 2 * kv_heads, lane = threadIdx.x % 32;
   const long long warp = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (warp >= (long long)rows * heads) return;

@@ -14,6 +14,7 @@ mod forward;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
+use pkv_gpu::DecodeSpace;
 use tch::{Device, Kind, Tensor};
 
 use crate::cache::KvCache;
@@ -35,6 +36,10 @@ pub struct RaggedCache {
     kept_lx: Tensor,
     /// First row of each segment and the end of the last, i32 `[l, x + 1]`.
     bounds_lx: Tensor,
+    /// Position behind each context, evicted or not, f32 `[b]`.
+    context_end_b: Tensor,
+    /// What the kernel for one new token per sequence works in, once it has run.
+    space: Option<DecodeSpace>,
 }
 
 /// Packed rows of one layer.
@@ -209,6 +214,8 @@ impl RaggedCache {
             room_start_lx: Tensor::empty([0], (Kind::Int64, device)),
             kept_lx: Tensor::empty([0], (Kind::Int, device)),
             bounds_lx: Tensor::empty([0], (Kind::Int, device)),
+            context_end_b: Tensor::empty([0], (Kind::Float, device)),
+            space: None,
         };
         cache.index(device);
         cache
@@ -227,6 +234,8 @@ impl RaggedCache {
         self.room_start_lx = Tensor::from_slice(&starts).view([l, -1]).to_device(device);
         self.kept_lx = Tensor::from_slice(&kept).view([l, -1]).to_device(device);
         self.bounds_lx = Tensor::from_slice(&bounds).view([l, -1]).to_device(device);
+        let ends: Vec<f32> = self.sequences.iter().map(|s| s.context_end as f32).collect();
+        self.context_end_b = Tensor::from_slice(&ends).to_device(device);
     }
 
     pub fn layers(&self) -> usize {

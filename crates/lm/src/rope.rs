@@ -6,6 +6,7 @@
 //!
 //! Dimension key: s new tokens, q query head, d head_dim.
 
+use std::cell::OnceCell;
 use std::f64::consts::TAU;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -184,14 +185,11 @@ impl Rope {
     /// - returns cosine and sine in the model's kind
     pub fn at(&self, positions: &Tensor) -> Rotation {
         let angles = positions.unsqueeze(-1) * &self.frequencies_d;
-        let exact = |t: Tensor| t * self.attention_factor;
-        let (exact_cos, exact_sin) = (exact(angles.cos()), exact(angles.sin()));
-        let (cos, sin) = (exact_cos.to_kind(self.kind), exact_sin.to_kind(self.kind));
+        let exact = |t: Tensor| if self.attention_factor == 1.0 { t } else { t * self.attention_factor };
         Rotation {
-            exact_sd: [exact_cos, exact_sin],
-            cos_sd: Tensor::cat(&[&cos, &cos], -1).unsqueeze(-2),
-            minus_sin_sd: sin.neg().unsqueeze(-2),
-            sin_sd: sin.unsqueeze(-2),
+            exact_sd: [exact(angles.cos()), exact(angles.sin())],
+            kind: self.kind,
+            portable: OnceCell::new(),
         }
     }
 
@@ -206,6 +204,13 @@ impl Rope {
 pub(crate) struct Rotation {
     /// Cosine and sine, f32 `[.., head_dim / 2]`.
     exact_sd: [Tensor; 2],
+    kind: Kind,
+    /// What [`Rotation::apply`] reads; made when first asked for, as kernels do without it.
+    portable: OnceCell<Portable>,
+}
+
+/// In the model's kind.
+struct Portable {
     /// `[.., 1, head_dim]`: both halves are the same.
     cos_sd: Tensor,
     /// `[.., 1, head_dim / 2]`, and its negative.
@@ -224,10 +229,18 @@ impl Rotation {
     /// Rotate heads `[.., heads, head_dim]`, positions in the leading dimensions as in [`Rope::at`].
     pub fn apply(&self, x: Tensor) -> Tensor {
         let half = x.size().last().copied().unwrap_or(0) / 2;
-        let out = &x * &self.cos_sd;
+        let Portable { cos_sd, sin_sd, minus_sin_sd } = self.portable.get_or_init(|| {
+            let [cos, sin] = [0, 1].map(|i| self.exact_sd[i].to_kind(self.kind));
+            Portable {
+                cos_sd: Tensor::cat(&[&cos, &cos], -1).unsqueeze(-2),
+                minus_sin_sd: sin.neg().unsqueeze(-2),
+                sin_sd: sin.unsqueeze(-2),
+            }
+        });
+        let out = &x * cos_sd;
         // Halves are written in place: x is read twice and its rotation written twice, no more.
-        let _ = out.narrow(-1, 0, half).addcmul_(&x.narrow(-1, half, half), &self.minus_sin_sd);
-        let _ = out.narrow(-1, half, half).addcmul_(&x.narrow(-1, 0, half), &self.sin_sd);
+        let _ = out.narrow(-1, 0, half).addcmul_(&x.narrow(-1, half, half), minus_sin_sd);
+        let _ = out.narrow(-1, half, half).addcmul_(&x.narrow(-1, 0, half), sin_sd);
         out
     }
 }

@@ -147,7 +147,7 @@ impl Bench<'_> {
         let q_bsqd = self.noise(&[batch as i64, 1, shape.query_heads as i64, shape.head_dim as i64]);
         let attention = self.clock.device_seconds(|| {
             for _ in 0..STEPS {
-                self.model.attend_ragged(&q_bsqd, &cache)?;
+                self.model.attend_ragged(&q_bsqd, &mut cache)?;
             }
             Ok(())
         })?;

@@ -16,8 +16,8 @@ use super::source::{Unit, Variant};
 /// As in `decode.cu`: segments at most, keys of a unit.
 const SEGMENTS: usize = 1024;
 const UNIT_KEYS: usize = 16;
-/// The last block of a segment holds a weight for every other one's part in shared memory.
-const MAX_BLOCKS: usize = 512;
+/// The last block of a segment holds two numbers for every other one's part in shared memory.
+const MAX_BLOCKS: usize = 384;
 
 /// Is there a kernel for such attention? CUDA from compute capability 8.0 on, bf16 or f16, head_dim 64, 96, 128 or 256, at
 /// most 16 query heads per KV head and 1,024 segments.
@@ -79,6 +79,16 @@ impl DecodeSpace {
         let arrived_x = Tensor::f_zeros([segments as i64], (Kind::Int, device))?;
         let shape = [segments, group, head_dim];
         Ok(Self { parts: empty(head_dim as i64)?, tops: empty(2)?, arrived_x, shape, blocks })
+    }
+
+    /// Another handle on the same memory.
+    pub fn share(&self) -> Self {
+        Self {
+            parts: self.parts.shallow_clone(),
+            tops: self.tops.shallow_clone(),
+            arrived_x: self.arrived_x.shallow_clone(),
+            ..*self
+        }
     }
 }
 
@@ -164,7 +174,7 @@ pub fn decode(q_bqd: &Tensor, kv: &Segments, rows: usize, space: &DecodeSpace) -
         Arg::Float(scale as f32),
     ];
     // SAFETY: the kernel's arguments; sizes were checked, segments' rows are the caller's.
-    unsafe { kernel(device, variant, "decode", shared)?.launch(&launch, &args) }
+    unsafe { kernel(device, variant, "decode", shared)?.launch_early(&launch, &args) }
         .context("attention of new tokens over a ragged cache")?;
     Ok(out)
 }
@@ -192,7 +202,7 @@ mod tests {
                 );
                 // What warps and blocks leave for each other takes the ring's place.
                 assert!(warps as usize * 16 * (4 * head_dim as usize + 8) <= ring);
-                assert!(16 * 4 * MAX_BLOCKS <= ring, "{head_dim}, {capability:?}");
+                assert!(16 * 8 * MAX_BLOCKS <= ring, "{head_dim}, {capability:?}");
             }
         }
     }

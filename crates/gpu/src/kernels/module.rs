@@ -127,6 +127,27 @@ impl Kernel {
     /// # Safety
     /// `args` must be what the kernel takes, tensors large enough for what it reads and writes.
     pub unsafe fn launch(&self, launch: &Launch, args: &[Arg]) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.queue(launch, args, false) }
+    }
+
+    /// As [`Kernel::launch`], where blocks may take their places while the kernel queued before still runs: the kernel waits
+    /// for it itself (`griddepcontrol.wait`) before it reads or writes anything. A plain launch before Hopper.
+    ///
+    /// # Errors
+    /// As [`Kernel::launch`].
+    ///
+    /// # Safety
+    /// As [`Kernel::launch`]; and the kernel does wait.
+    pub unsafe fn launch_early(&self, launch: &Launch, args: &[Arg]) -> Result<()> {
+        let early = capability(self.gpu)?.0 >= 9;
+        // SAFETY: as the caller promises.
+        unsafe { self.queue(launch, args, early) }
+    }
+
+    /// # Safety
+    /// As [`Kernel::launch`], and where `early` is set as [`Kernel::launch_early`].
+    unsafe fn queue(&self, launch: &Launch, args: &[Arg], early: bool) -> Result<()> {
         enter(self.gpu)?;
         let stream = Stream::current(Device::Cuda(self.gpu))?.handle()?;
         // Values by which the driver copies the arguments: eight bytes hold any but a struct.
@@ -149,17 +170,33 @@ impl Kernel {
             })
             .collect();
         let [x, y, z] = launch.grid.map(|n| n as u32);
-        // SAFETY: the caller's arguments; the stream is libtorch's, of this GPU.
+        let mut overlap = sys::CUlaunchAttribute_st {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue_union { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig_st {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared as u32,
+            hStream: stream.cast(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(early),
+        };
+        // SAFETY: the caller's arguments; the stream is libtorch's, of this GPU; all outlives the call, which copies it.
         unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 self.function,
-                (x, y, z),
-                (launch.threads as u32, 1, 1),
-                launch.shared as u32,
-                stream.cast(),
-                &mut pointers,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         }
+        .result()
         .context("launching a kernel")
     }
 }

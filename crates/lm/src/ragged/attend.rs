@@ -7,7 +7,7 @@
 //!
 //! Dimension key: as [`super`]; q query head, g query heads per KV head.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use pkv_gpu::{DecodeSpace, Mask, Segments, decode, flash_used_segments, has_fused_attention};
 use tch::Tensor;
 
@@ -64,11 +64,13 @@ impl RaggedCache {
     fn attend_at_once(&self, index: usize, step: &Step, q_xsgd: &Tensor) -> Result<Tensor> {
         let (layer, at) = (&self.layers[index], index as i64);
         let (_, s, group, d) = q_xsgd.size4()?;
+        let query_bounds_x =
+            step.query_bounds_x.as_ref().context("the step was made for the decoding kernel")?;
         let attended = flash_used_segments(
             &q_xsgd.view([-1, group, d]),
             &layer.keys.unsqueeze(1),
             &layer.values.unsqueeze(1),
-            [&step.query_bounds_x, &self.bounds_lx.get(at)],
+            [query_bounds_x, &self.bounds_lx.get(at)],
             &step.used_lx.get(at),
             [s as usize, self.longest(index, step)],
             Mask::Causal,

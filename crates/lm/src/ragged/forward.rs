@@ -17,8 +17,8 @@ pub(super) struct Step {
     pub slot_ln: Tensor,
     /// Rows that each segment holds with the new ones, i32 `[l, x]`.
     pub used_lx: Tensor,
-    /// Where each segment's queries begin, and the end, i32 `[x + 1]`.
-    pub query_bounds_x: Tensor,
+    /// Where each segment's queries begin, and the end, i32 `[x + 1]`; absent where `space` is not.
+    pub query_bounds_x: Option<Tensor>,
     /// New tokens counted, tokens of each sequence.
     pub appended: Vec<usize>,
     /// Where there is a kernel for one new token per sequence, and this is one.
@@ -77,7 +77,7 @@ impl LanguageModel {
     ///
     /// # Errors
     /// A kernel fails.
-    pub fn attend_ragged(&self, q_bsqd: &Tensor, cache: &RaggedCache) -> Result<()> {
+    pub fn attend_ragged(&self, q_bsqd: &Tensor, cache: &mut RaggedCache) -> Result<()> {
         let step = cache.step(q_bsqd.size()[1], self)?;
         for index in 0..self.layers.len() {
             let _ = cache.attend(index, &step, q_bsqd, &self.attention)?;
@@ -87,8 +87,8 @@ impl LanguageModel {
 }
 
 impl RaggedCache {
-    fn step(&self, s: i64, model: &LanguageModel) -> Result<Step> {
-        let (device, shape) = (model.device(), model.shape());
+    fn step(&mut self, s: i64, model: &LanguageModel) -> Result<Step> {
+        let device = model.device();
         let appended: Vec<usize> = self.sequences.iter().map(|q| q.appended).collect();
         let segments = (self.sequences.len() * self.kv_heads) as i64;
         let (slot_lx, used_lx) = match appended.as_slice() {
@@ -104,27 +104,43 @@ impl RaggedCache {
                 (&self.room_start_lx + &appended_x, &self.kept_lx + (appended_x + s).to_kind(Kind::Int))
             }
         };
-        let slot_lxs = slot_lx.unsqueeze(-1) + Tensor::arange(s, (Kind::Int64, device));
-        let group = shape.query_heads / self.kv_heads.max(1);
-        let decodes =
-            s == 1 && has_decode(device, model.kind(), shape.head_dim as i64, group, segments as usize);
-        Ok(Step {
-            s,
-            slot_ln: slot_lxs.flatten(1, 2),
-            used_lx,
-            query_bounds_x: Tensor::arange(segments + 1, (Kind::Int, device)) * s,
-            appended,
-            space: match decodes {
-                true => Some(DecodeSpace::new(device, segments as usize, group, shape.head_dim)?),
-                false => None,
-            },
-        })
+        let slot_ln = match s {
+            1 => slot_lx,
+            _ => (slot_lx.unsqueeze(-1) + Tensor::arange(s, (Kind::Int64, device))).flatten(1, 2),
+        };
+        let space = self.space(s, model)?;
+        let query_bounds_x = space.is_none().then(|| Tensor::arange(segments + 1, (Kind::Int, device)) * s);
+        Ok(Step { s, slot_ln, used_lx, query_bounds_x, appended, space })
     }
 
-    /// Positions of the next `s` tokens, f32 `[b, s]`.
+    /// What the kernel for one new token per sequence works in, where there is one for `s` tokens.
+    fn space(&mut self, s: i64, model: &LanguageModel) -> Result<Option<DecodeSpace>> {
+        let (device, shape) = (model.device(), model.shape());
+        let (segments, group) =
+            (self.sequences.len() * self.kv_heads, shape.query_heads / self.kv_heads.max(1));
+        if s > 1 || !has_decode(device, model.kind(), shape.head_dim as i64, group, segments) {
+            return Ok(None);
+        }
+        if self.space.is_none() {
+            self.space = Some(DecodeSpace::new(device, segments, group, shape.head_dim)?);
+        }
+        Ok(self.space.as_ref().map(DecodeSpace::share))
+    }
+
+    /// Positions of the next `s` tokens, f32 `[b, s]`. Where sequences are in step with each other the device knows them but
+    /// for a number, and nothing waits for it.
     fn positions(&self, s: i64, device: Device) -> Tensor {
-        let next: Vec<f32> = (0..self.sequences.len()).map(|b| self.next_position(b) as f32).collect();
-        Tensor::from_slice(&next).to_device(device).unsqueeze(1) + Tensor::arange(s, (Kind::Float, device))
+        let first = self.sequences.first().map_or(0, |q| q.appended);
+        let next_b = match self.sequences.iter().all(|q| q.appended == first) {
+            true => &self.context_end_b + first as f64,
+            false => {
+                let next: Vec<f32> =
+                    (0..self.sequences.len()).map(|b| self.next_position(b) as f32).collect();
+                Tensor::from_slice(&next).to_device(device)
+            }
+        };
+        let next_b1 = next_b.unsqueeze(1);
+        if s == 1 { next_b1 } else { next_b1 + Tensor::arange(s, (Kind::Float, device)) }
     }
 
     /// Where a layer's new keys and values go; `slot_n` is the step's for the layer.
