@@ -258,9 +258,34 @@ pub struct BenchArgs {
     /// `decode`: sequences that decode together; several may be named.
     #[arg(long, default_value = "1", value_name = "N", value_delimiter = ',')]
     pub batch: Vec<usize>,
+    /// `prefill`: the proxy's features that are timed; several may be named.
+    #[arg(long, value_enum, value_name = "SET", value_delimiter = ',',
+        default_values_t = [FeatureSet::Recipe, FeatureSet::Window, FeatureSet::Reconstruction])]
+    pub features: Vec<FeatureSet>,
     /// `prefill`: write the phases of each regime as a trace that ui.perfetto.dev shows.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+}
+
+/// Channels of the proxy, by what they cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FeatureSet {
+    /// The recipe's.
+    Recipe,
+    /// Those of a window of queries.
+    Window,
+    /// The proxy's own KVzip scores.
+    Reconstruction,
+}
+
+impl FeatureSet {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Recipe => "recipe",
+            Self::Window => "window",
+            Self::Reconstruction => "reconstruction",
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

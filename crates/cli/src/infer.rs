@@ -77,7 +77,7 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
     let source = if args.overlap { source.overlapped()? } else { source };
     let mut regime: Box<dyn Regime> = match regime_name {
         RegimeName::Sequential => Box::new(Sequential::new(source)),
-        RegimeName::Streams => Box::new(Parallel::streams(source)?),
+        RegimeName::Streams => Box::new(Parallel::streams(source.sharing_device())?),
         RegimeName::Dual => Box::new(Parallel::dual(source)?),
     };
     let model = target.load("target", device, kind)?;

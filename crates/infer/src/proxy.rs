@@ -24,6 +24,9 @@ use crate::lane::Lane;
 use crate::timeline::Timeline;
 use crate::worker::Worker;
 
+/// Tokens that a proxy prefills at a time beside its target: of a 1B model at 32,768 tokens this spares 0.8 GB.
+const SHARED_CHUNK: usize = 16_384;
+
 /// Where and under what conditions a source works.
 #[derive(Clone)]
 pub struct Situation {
@@ -93,6 +96,14 @@ impl ProxyMapper {
         let ProxyParts { proxy, mapper, prefix, requests, extract, label, target, window_tokens } = parts;
         let mapper = MapperSide::After(Box::new(mapper));
         Self { proxy, prefix, requests, extract, label, mapper, target, window_tokens }
+    }
+
+    /// Read contexts in smaller chunks, for a proxy that shares its device with a target at work: activations take less of the
+    /// memory that the two compete for, and what is extracted is the same.
+    pub fn sharing_device(mut self) -> Self {
+        let chunk = &mut self.extract.prefill_chunk_tokens;
+        *chunk = (*chunk).min(SHARED_CHUNK);
+        self
     }
 
     /// Let the mapper work beside the proxy: it starts on the first window of features that is final.

@@ -27,6 +27,7 @@ use super::clock::{Clock, Measured, Row};
 use super::models::{PREFIX_TOKENS, Subject, TEMPLATE};
 use super::peer::Peer;
 use super::roofline::{self, Roofline};
+use crate::args::FeatureSet;
 use crate::infer::{Trace, write_traces};
 use crate::pair::Role;
 use crate::session::device_name;
@@ -72,19 +73,20 @@ struct PrefillRow {
     phases: Vec<PhaseTotal>,
 }
 
-/// Feature sets by name.
-fn sets(recipe: &Recipe) -> [(&'static str, ExtractSection); 3] {
+/// What the proxy extracts for a set of features.
+fn section(recipe: &Recipe, set: FeatureSet) -> ExtractSection {
     let with = |channels: Vec<Channel>| {
         // Surprisal needs the LM head at every position; the recipe's own set tells what it costs.
         let globals = recipe.extract.globals.iter().filter(|g| **g != GlobalChannel::Surprisal);
         ExtractSection { channels, globals: globals.copied().collect(), ..recipe.extract.clone() }
     };
-    let settling = [Channel::MaxWindow, Channel::MeanWindow, Channel::KeyNorm, Channel::ValueNorm];
-    [
-        ("recipe", recipe.extract.clone()),
-        ("window", with(settling.to_vec())),
-        ("reconstruction", with(vec![Channel::ReconLog, Channel::ReconLogOdds])),
-    ]
+    match set {
+        FeatureSet::Recipe => recipe.extract.clone(),
+        FeatureSet::Window => {
+            with(vec![Channel::MaxWindow, Channel::MeanWindow, Channel::KeyNorm, Channel::ValueNorm])
+        }
+        FeatureSet::Reconstruction => with(vec![Channel::ReconLog, Channel::ReconLogOdds]),
+    }
 }
 
 /// # Errors
@@ -104,8 +106,8 @@ pub(super) fn run(job: &Job) -> Result<()> {
     }
     let mut traces = Vec::new();
     for &t in contexts {
-        for (name, section) in sets(recipe) {
-            rows.extend(bench.with_proxy(t, name, &section, &mut traces)?);
+        for &set in &args.features {
+            rows.extend(bench.with_proxy(t, set.name(), &section(recipe, set), &mut traces)?);
         }
     }
     // Beside each other by context, as they are compared.
@@ -194,8 +196,8 @@ impl Bench<'_> {
             };
             let mut regime: Box<dyn Regime> = match what {
                 "sequential" => Box::new(Sequential::new(source)),
-                _ if overlap => Box::new(Parallel::streams(source.overlapped()?)?),
-                _ => Box::new(Parallel::streams(source)?),
+                _ if overlap => Box::new(Parallel::streams(source.sharing_device().overlapped()?)?),
+                _ => Box::new(Parallel::streams(source.sharing_device())?),
             };
             let timed = self.time(regime.as_mut(), Row::new(what, t, flops), set, t)?;
             traces.push(Trace { name: format!("{what}, {set} features, {t} tokens"), phases: timed.all });
