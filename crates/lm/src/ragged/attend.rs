@@ -37,9 +37,7 @@ impl RaggedCache {
         }
         let (b, s, heads_q, d) = q_bsqd.size4()?;
         let (heads, group) = (self.kv_heads as i64, heads_q / self.kv_heads as i64);
-        // A segment's rows are its new tokens, and its query heads the group: nothing moves for one token.
-        let q_xsgd =
-            q_bsqd.reshape([b, s, heads, group, d]).transpose(1, 2).reshape([b * heads, s, group, d]);
+        let q_xsgd = by_segment(q_bsqd, heads)?;
         let out_xsgd = match has_fused_attention(q_bsqd) {
             true => self.attend_at_once(layer, step, &q_xsgd)?,
             false => self.attend_one_by_one(layer, step, &q_xsgd, policy)?,
@@ -102,5 +100,36 @@ impl RaggedCache {
     fn longest(&self, index: usize, step: &Step) -> usize {
         let kept = self.layers[index].kept.iter().enumerate();
         kept.map(|(x, kept)| kept + step.appended[x / self.kv_heads]).max().unwrap_or(0) + step.s as usize
+    }
+}
+
+/// Queries `[b, s, query_heads, d]` by the segment that they read, `[b * heads, s, group, d]`, contiguous: a segment's rows are
+/// its new tokens, and its query heads the group. Nothing moves for one token.
+fn by_segment(q_bsqd: &Tensor, heads: i64) -> Result<Tensor> {
+    let (b, s, heads_q, d) = q_bsqd.size4()?;
+    let q_bhsgd = q_bsqd.reshape([b, s, heads, heads_q / heads, d]).transpose(1, 2);
+    Ok(q_bhsgd.reshape([b * heads, s, heads_q / heads, d]).contiguous())
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    /// Queries come as a part of what a projection gave, as the kernels leave them.
+    #[test]
+    fn segments_lie_behind_each_other() {
+        let (heads_q, heads, d) = (4, 2, 8);
+        for (b, s) in [(1, 1), (1, 5), (3, 1), (3, 5)] {
+            let qkv = Tensor::randn([b, s, heads_q + 2 * heads, d], (Kind::Float, Device::Cpu));
+            let q_bsqd = qkv.narrow(2, 0, heads_q);
+            let q_xsgd = by_segment(&q_bsqd, heads).unwrap();
+            assert!(q_xsgd.is_contiguous(), "{b} sequences, {s} tokens");
+            for (x, token, g) in [(0, 0, 1), (b * heads - 1, s - 1, 0), (b * heads - 1, 0, 1)] {
+                let expected = q_bsqd.get(x / heads).get(token).get(x % heads * 2 + g);
+                assert!(q_xsgd.get(x).get(token).get(g).equal(&expected));
+            }
+        }
     }
 }
