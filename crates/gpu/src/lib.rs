@@ -11,6 +11,7 @@
 mod attention;
 mod device;
 mod exhausted;
+mod host;
 mod kernels;
 mod layer;
 mod memory;
@@ -22,6 +23,7 @@ mod transfer;
 pub use attention::{Attended, Mask, cudnn, flash, flash_segments, flash_used_segments, has_fused_attention};
 pub use device::{DeviceChoice, cuda_absence, cuda_count, device, set_deterministic, set_tf32, synchronize};
 pub use exhausted::unless_exhausted;
+pub use host::{HostMemory, host_memory};
 pub use kernels::{
     CacheSlot, DecodeSpace, QueryStatistics, ScoreOutput, ScoreRows, Segments, StatisticChannels, decode,
     fused_chunk_scores, fused_query_statistics, gated_silu, has_decode, has_elementwise, has_fused_scores,

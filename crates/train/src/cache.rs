@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
+use pkv_gpu::host_memory;
 
 /// What the loader copies windows from: one example, f32, row-major.
 #[derive(Debug, PartialEq)]
@@ -42,7 +43,8 @@ struct State {
 impl Cache {
     /// At most `gb` of samples; a quarter of the machine's free memory if that is left open.
     pub fn new(gb: Option<f64>) -> Self {
-        let budget = gb.map_or_else(|| free_memory() / 4, |gb| (gb * 1e9) as u64);
+        let budget = gb
+            .map_or_else(|| host_memory().map_or(8 << 30, |memory| memory.free) / 4, |gb| (gb * 1e9) as u64);
         Self { budget, state: Mutex::default() }
     }
 
@@ -65,14 +67,6 @@ impl Cache {
         }
         Ok(sample)
     }
-}
-
-/// Memory that a process may still take, bytes; 8 GB where the system does not say.
-fn free_memory() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    let kb = line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kb.map_or(8 << 30, |kb| kb << 10)
 }
 
 #[cfg(test)]

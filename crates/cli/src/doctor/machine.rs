@@ -111,10 +111,10 @@ pub fn memory(device: Device, plan: Option<&Plan>) -> Check {
             Err(e) => return Check::error("memory", &e),
         },
         _ => {
-            let Some(memory) = host_memory() else {
+            let Some(memory) = pkv_gpu::host_memory() else {
                 return Check::warn("memory", "`/proc/meminfo` cannot be read", "");
             };
-            memory
+            (memory.free, memory.total)
         }
     };
     let detail = format!("{} free of {}", human_bytes(free), human_bytes(total));
@@ -134,25 +134,6 @@ pub fn memory(device: Device, plan: Option<&Plan>) -> Check {
         }
         _ => Check::ok("memory", detail),
     }
-}
-
-/// Free and total memory of this machine, or of the container if that has less.
-fn host_memory() -> Option<(u64, u64)> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let (mut free, mut total) = (meminfo(&text, "MemAvailable")?, meminfo(&text, "MemTotal")?);
-    let read =
-        |file: &str| fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
-    if let Some(limit) = read("memory.max") {
-        total = total.min(limit);
-        free = free.min(limit.saturating_sub(read("memory.current").unwrap_or(0)));
-    }
-    Some((free, total))
-}
-
-/// Bytes of a line `key:   123 kB`.
-fn meminfo(text: &str, key: &str) -> Option<u64> {
-    let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 pub fn disk(runs: &Path, plan: Option<&Plan>) -> Check {
@@ -208,8 +189,6 @@ mod tests {
         let version =
             "from typing import Optional\n__version__ = '2.11.0+cu130'\ncuda: Optional[str] = None\n";
         assert_eq!(python_string(version, "__version__").as_deref(), Some("2.11.0+cu130"));
-        let memory = "MemTotal:       24000000 kB\nMemAvailable:    1000 kB\n";
-        assert_eq!((meminfo(memory, "MemAvailable"), meminfo(memory, "Mem")), (Some(1_024_000), None));
     }
 
     #[test]

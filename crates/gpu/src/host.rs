@@ -1,0 +1,41 @@
+//! Memory of the machine around the GPU.
+
+use std::fs;
+
+/// Bytes of this machine, or of the container if that has less.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostMemory {
+    /// What processes may still take.
+    pub free: u64,
+    pub total: u64,
+}
+
+/// What the system says; nothing where it does not.
+pub fn host_memory() -> Option<HostMemory> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let (mut free, mut total) = (meminfo(&text, "MemAvailable")?, meminfo(&text, "MemTotal")?);
+    let read =
+        |file: &str| fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
+    if let Some(limit) = read("memory.max") {
+        total = total.min(limit);
+        free = free.min(limit.saturating_sub(read("memory.current").unwrap_or(0)));
+    }
+    Some(HostMemory { free, total })
+}
+
+/// Bytes of a line `key:   123 kB`.
+fn meminfo(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_found_by_their_whole_key() {
+        let text = "MemTotal:       24000000 kB\nMemAvailable:    1000 kB\n";
+        assert_eq!((meminfo(text, "MemAvailable"), meminfo(text, "Mem")), (Some(1_024_000), None));
+    }
+}
