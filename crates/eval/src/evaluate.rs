@@ -146,6 +146,7 @@ impl<'a> Evaluation<'a> {
             prefix: i.tokenizer.prefix(),
             prefill_chunk_tokens: i.label.prefill_chunk_tokens,
             seed: i.seed,
+            scorers: &i.out.join("scorers"),
         };
         let baselines = clock
             .time("baselines: fit", || Baselines::fit(&i.section.methods, &data))

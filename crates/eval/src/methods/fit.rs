@@ -6,8 +6,10 @@
 //!
 //! Dimension key: p proxy KV head, o target KV head, c channel, t position, n sampled position.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Channel, Seed, hinted};
+use pkv_core::{Channel, Fingerprint, Seed, hinted};
 use pkv_lm::LanguageModel;
 use pkv_mapper::Mapper;
 use pkv_prune::{log_odds, pool_targets};
@@ -16,7 +18,7 @@ use pkv_shard::{Example, FeatureRow, LabelRow, StageReader};
 use tch::{Device, Kind, Tensor};
 
 use super::align::Alignment;
-use super::kvzap::{Kvzap, KvzapFit};
+use super::kvzap::{Kvzap, KvzapFit, KvzapStore};
 use super::linear::{Linear, LinearFit};
 use crate::results::MethodNote;
 
@@ -43,6 +45,8 @@ pub struct FitData<'a> {
     pub prefix: &'a [u32],
     pub prefill_chunk_tokens: usize,
     pub seed: Seed,
+    /// Folder for scorers that take long to fit.
+    pub scorers: &'a Path,
 }
 
 /// The fitted baselines; those that were not asked for are absent.
@@ -84,7 +88,18 @@ impl Baselines {
             .transpose()?;
         let mut sample = Sample::new(ALIGNED_POSITIONS / n as i64 + 1);
         let (mut sum_o, mut positions) = (None::<Tensor>, 0i64);
-        let mut kvzap = KvzapFit::new(methods, data.target, n, data.seed);
+        let (store, stored) = match methods.iter().any(|m| m.reads_hidden_states()) {
+            true => {
+                let store = KvzapStore::open(data.scorers, kvzap_choices(methods, data, n))?;
+                let stored = store.load(data.device);
+                (Some(store), stored)
+            }
+            false => (None, None),
+        };
+        let mut kvzap = match stored {
+            None => KvzapFit::new(methods, data.target, n, data.seed),
+            Some(_) => None,
+        };
         for i in 0..n {
             // Evenly spread, so that every source of the mixture is there.
             let row = data.train.start + i * (data.train.end - data.train.start) / n;
@@ -93,7 +108,14 @@ impl Baselines {
             let (heads_pct, globals_ct) = feature_tensors(&features, data.device);
             let y_ot = pool_targets(&raw_ot, &data.pool);
             if let Some(kvzap) = &mut kvzap {
-                let tokens = data.examples.get(row)?.tokens;
+                let Example { id, tokens, .. } = data.examples.get(row)?;
+                ensure!(
+                    id == label.id,
+                    hinted(
+                        format!("row {row}: the labels are of `{}`, the example is `{id}`", label.id),
+                        "labels must come from these examples: `--redo label`"
+                    )
+                );
                 let y_lht = y_ot.view([i64::from(label.layers), i64::from(label.kv_heads), -1]);
                 kvzap.add(data.target, data.prefix, &tokens, data.prefill_chunk_tokens, &y_lht)?;
             }
@@ -119,14 +141,24 @@ impl Baselines {
         let names: Vec<String> = proxy_slots.iter().map(|&s| name(data.channels[s])).collect();
         note(Method::ProxyLinear, format!("ridge regression from the proxy's {}", names.join(", ")));
         note(Method::Iam, format!("heads matched by the proxy's {}", name(align_channel)));
-        let kvzap = match kvzap.map(|fit| fit.solve(data.device)).transpose()? {
-            Some((kvzap, cost)) => {
-                note(Method::KvzapLinear, cost.clone());
-                note(Method::KvzapMlp, cost);
-                Some(kvzap)
+        let kvzap = match (stored, kvzap) {
+            (Some(stored), _) => Some(stored),
+            (None, Some(fit)) => {
+                let (kvzap, cost) = fit.solve(data.device)?;
+                if let Some(store) = &store {
+                    store.save(&kvzap, cost)?;
+                }
+                Some((kvzap, cost))
             }
-            None => None,
+            (None, None) => None,
         };
+        if let Some((_, [contexts, tokens])) = &kvzap {
+            let cost = format!(
+                "from the target's hidden states; fitted by prefilling {contexts} training contexts, {tokens} tokens"
+            );
+            note(Method::KvzapLinear, cost.clone());
+            note(Method::KvzapMlp, cost);
+        }
         let alignment = if wants(Method::Iam) {
             Some((align_slot, sample.align()?.to_device(data.device)))
         } else {
@@ -137,7 +169,7 @@ impl Baselines {
             linear: linear.map(|f| f.solve()).transpose()?,
             proxy_linear: proxy_linear.map(|f| f.solve()).transpose()?,
             alignment,
-            kvzap,
+            kvzap: kvzap.map(|(kvzap, _)| kvzap),
             notes,
         })
     }
@@ -167,6 +199,17 @@ impl Baselines {
         let (slot, alignment) = self.alignment.as_ref().context(NOT_FITTED)?;
         Ok(alignment.scores(&heads_pct.select(1, *slot as i64)))
     }
+}
+
+/// All that KVzap-style scorers depend on.
+fn kvzap_choices(methods: &[Method], data: &FitData, contexts: u64) -> Fingerprint {
+    let which: Vec<&str> = methods.iter().filter(|m| m.reads_hidden_states()).map(|m| m.name()).collect();
+    Fingerprint::new()
+        .with("methods", which)
+        .with("labels", data.labels.stage().fingerprint())
+        .with("contexts", contexts)
+        .with("pool", data.pool)
+        .with("seed", data.seed)
 }
 
 const NOT_FITTED: &str = "the baseline was not fitted";

@@ -8,14 +8,17 @@
 //! KVzap (arXiv 2601.07891; NVIDIA/kvpress, `kvzap/train.py` and `data.py`): ridge regression with penalty 1, or one hidden
 //! layer of 512 with GELU, AdamW at 5e-3 with a cosine, batches of 512, gradients clipped to 1, from the attention's input.
 //! Differs: the targets are the recipe's labels, pooled as the mapper's are, on the log-odds scale, where KVzap takes the log of
-//! KVzip+; a network sees fewer positions the larger the target (`fit`: some 4,000 a layer of an 8B shape, where KVzap samples up
-//! to 2.25 million), so its figures on a large target are not KVzap's; gradients are clipped over all layers together, and no
-//! part of the sample is held out; the contexts are the mapper's training contexts, so that both learn from the same labels; pruning is by the budgets
-//! of all methods here, where KVzap serves by a threshold.
+//! KVzip+; a network sees at most 65,536 positions of a layer ([`sample`]), where KVzap samples up to 2.25 million; no part of
+//! the sample is held out; the contexts are the mapper's training contexts, so that both learn from the same labels; pruning is
+//! by the budgets of all methods here, where KVzap serves by a threshold. Its scoring is timed inside the target's prefill,
+//! where it happens.
 //!
 //! Dimension key: l target layer, h target KV head, m hidden, w hidden units of the scorer, s new tokens, t context position.
 
 mod fit;
+mod network;
+mod sample;
+mod store;
 
 use anyhow::{Context, Result, ensure};
 use pkv_lm::{LayerView, Tap};
@@ -23,6 +26,7 @@ use pkv_recipe::Method;
 use tch::{Kind, Tensor};
 
 pub use fit::KvzapFit;
+pub use store::KvzapStore;
 
 /// Fitted scorers; those that were not asked for are absent.
 pub struct Kvzap {
@@ -36,14 +40,12 @@ struct Linear {
     bias_lh: Tensor,
 }
 
-/// y = gelu(x U + a) D + b in every layer, standardized.
+/// y = gelu(x U + a) D + b in every layer.
 struct Mlp {
     up_lmw: Tensor,
     up_bias_l1w: Tensor,
     down_lwh: Tensor,
     down_bias_l1h: Tensor,
-    mean: f64,
-    std: f64,
 }
 
 impl Kvzap {
@@ -59,8 +61,7 @@ impl Kvzap {
             Method::KvzapMlp => {
                 let mlp = self.mlp.as_ref()?;
                 let hidden = (x_sm.matmul(&mlp.up_lmw.get(layer)) + mlp.up_bias_l1w.get(layer)).gelu("none");
-                let y_sh = hidden.matmul(&mlp.down_lwh.get(layer)) + mlp.down_bias_l1h.get(layer);
-                y_sh * mlp.std + mlp.mean
+                hidden.matmul(&mlp.down_lwh.get(layer)) + mlp.down_bias_l1h.get(layer)
             }
             _ => return None,
         };

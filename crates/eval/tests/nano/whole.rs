@@ -1,9 +1,11 @@
 //! Every method and both tasks.
 
+use std::path::{Path, PathBuf};
+
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use pkv_core::{NoProgress, Policy};
 use pkv_eval::{AGREEMENT_FILE, ANSWERS_FILE, RESULTS_FILE, Results, evaluate, is_complete, table};
-use pkv_recipe::Method;
+use pkv_recipe::{EvalSection, Method, Task};
 
 use crate::fixture::Nano;
 
@@ -24,7 +26,7 @@ fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() 
     let mut files: Vec<_> =
         std::fs::read_dir(&out).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
     files.sort();
-    assert_eq!(files, [AGREEMENT_FILE, ANSWERS_FILE, RESULTS_FILE]);
+    assert_eq!(files, [AGREEMENT_FILE, ANSWERS_FILE, RESULTS_FILE, "scorers"]);
 
     let facts = results.facts.as_ref().unwrap();
     assert_eq!((facts.contexts, facts.questions), (6, 18));
@@ -78,6 +80,24 @@ fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() 
     ] {
         assert!(text.contains(part), "{part} is missing in\n{text}");
     }
+    fitted_scorers_are_used_again(&nano, &stages, &out, &results);
+}
+
+/// Another evaluation into the folder, with a task less, finds KVzap's scorers and says the same.
+fn fitted_scorers_are_used_again(nano: &Nano, stages: &[PathBuf; 3], out: &Path, first: &Results) {
+    let written = || {
+        let files = std::fs::read_dir(out.join("scorers")).unwrap().map(|f| f.unwrap());
+        let files = files.filter(|f| f.path().extension().is_some_and(|e| e == "safetensors"));
+        files.map(|f| (f.file_name(), f.metadata().unwrap().modified().unwrap())).collect::<Vec<_>>()
+    };
+    let before = written();
+    assert_eq!(before.len(), 1, "{before:?}");
+    let section = EvalSection { tasks: vec![Task::Facts], ..nano.section.clone() };
+    let mut inputs = nano.inputs(stages, &nano.contexts, out);
+    (inputs.section, inputs.fingerprint) = (&section, inputs.fingerprint.with("tasks", "facts"));
+    let again = evaluate(&inputs, &NoProgress).unwrap();
+    assert_eq!(written(), before);
+    assert!(again.facts == first.facts && again.notes == first.notes);
 }
 
 fn labels_make_sense(results: &Results) {

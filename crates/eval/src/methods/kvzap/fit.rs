@@ -1,30 +1,21 @@
 //! Fitting KVzap-style scorers while the target prefills training contexts.
 //!
 //! Hidden states of all training positions are never held: the linear scorers need sums of products alone, the networks a
-//! sample of positions that a few GB of host memory bound.
+//! [`Sample`] of positions. The sums are f64 on the device: 8 layers (hidden + 1)^2 bytes, 4.3 GB of an 8B target.
 //!
-//! Dimension key: as in [`super`]; n sampled position, b batch.
+//! Dimension key: as in [`super`].
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::Seed;
-use pkv_gpu::{AdamW, AdamWOptions, clip_global_norm, drop_gradients};
 use pkv_lm::{LanguageModel, LayerView, Tap};
 use pkv_recipe::Method;
 use tch::{Device, Kind, Tensor};
 
-use super::{Kvzap, Linear, Mlp, check, of_context};
+use super::sample::Sample;
+use super::{Kvzap, Linear, check, network, of_context};
 
 /// Penalty of the ridge regression, in units of one position.
 const PENALTY: f64 = 1.0;
-/// Hidden units of a network.
-const WIDTH: i64 = 512;
-/// Sampled positions of a layer, and the bytes that those of all layers may take: what the spacing aims at, of each prefill
-/// chunk. It is rounded down, so that up to twice as many are taken of a context of one chunk.
-const MOST_ROWS: i64 = 65_536;
-const MOST_BYTES: i64 = 2 << 30;
-const EPOCHS: i64 = 15;
-const BATCH: i64 = 512;
-const PEAK_RATE: f64 = 5e-3;
 
 /// Scorers in the making.
 pub struct KvzapFit {
@@ -34,14 +25,6 @@ pub struct KvzapFit {
     seed: Seed,
     contexts: usize,
     tokens: usize,
-}
-
-/// Evenly spaced positions of every context, on the host.
-struct Sample {
-    per_context: i64,
-    /// Per layer: f32 `[n, m]` and `[n, h]` of each context.
-    x: Vec<Vec<Tensor>>,
-    y: Vec<Vec<Tensor>>,
 }
 
 impl KvzapFit {
@@ -56,14 +39,7 @@ impl KvzapFit {
         let zeros = |size: [i64; 2]| Tensor::zeros(size, (Kind::Double, target.device()));
         let sums = wants(Method::KvzapLinear)
             .then(|| (0..shape.layers).map(|_| (zeros([wide, wide]), zeros([wide, heads]))).collect());
-        let row_bytes = (shape.layers * (shape.hidden + shape.kv_heads) * 4) as i64;
-        let rows = MOST_ROWS.min(MOST_BYTES / row_bytes.max(1));
-        let none = || (0..shape.layers).map(|_| Vec::new()).collect();
-        let sample = wants(Method::KvzapMlp).then(|| Sample {
-            per_context: (rows / contexts.max(1) as i64).max(1),
-            x: none(),
-            y: none(),
-        });
+        let sample = wants(Method::KvzapMlp).then(|| Sample::new(shape, contexts));
         Some(Self { sums, sample, seed, contexts: 0, tokens: 0 })
     }
 
@@ -91,19 +67,15 @@ impl KvzapFit {
         Ok(())
     }
 
-    /// The scorers, and what they cost in words.
+    /// The scorers, and on how many contexts and tokens they were fitted.
     ///
     /// # Errors
     /// Nothing was added, or a hidden state is not finite.
-    pub fn solve(self, device: Device) -> Result<(Kvzap, String)> {
+    pub fn solve(self, device: Device) -> Result<(Kvzap, [usize; 2])> {
         ensure!(self.contexts > 0, "no training context to fit KVzap-style scorers on");
-        let cost = format!(
-            "from the target's hidden states; fitted by prefilling {} training contexts, {} tokens",
-            self.contexts, self.tokens
-        );
         let linear = self.sums.as_deref().map(solve).transpose()?;
-        let mlp = self.sample.map(|sample| sample.train(self.seed, device)).transpose()?;
-        Ok((Kvzap { linear, mlp }, cost))
+        let mlp = self.sample.map(|sample| network::train(&sample, self.seed, device)).transpose()?;
+        Ok((Kvzap { linear, mlp }, [self.contexts, self.tokens]))
     }
 }
 
@@ -127,11 +99,8 @@ impl Tap for FitTap<'_> {
             *xy += x.transpose(0, 1).matmul(&y_sh.to_kind(Kind::Double));
         }
         if let Some(sample) = &mut self.fit.sample {
-            let step = (n / sample.per_context).max(1);
-            let pick =
-                |rows: &Tensor| rows.slice(0, 0, n, step).to_kind(Kind::Float).to_device(Device::Cpu).copy();
-            sample.x.get_mut(view.layer).context("a layer that the target does not have")?.push(pick(&x_sm));
-            sample.y[view.layer].push(pick(&y_sh));
+            let of = first..first + n as usize;
+            sample.add(view.layer, of, self.y_lht.size()[2] as usize, &x_sm, &y_sh)?;
         }
         Ok(())
     }
@@ -157,60 +126,6 @@ fn solve(sums: &[(Tensor, Tensor)]) -> Result<Linear> {
         biases.push(solution.get(m));
     }
     Ok(Linear { weight_lmh: Tensor::stack(&weights, 0), bias_lh: Tensor::stack(&biases, 0) })
-}
-
-impl Sample {
-    /// A network per layer, all layers in one step.
-    fn train(self, seed: Seed, device: Device) -> Result<Mlp> {
-        let whole = |layers: &[Vec<Tensor>]| {
-            let layers: Vec<Tensor> = layers.iter().map(|rows| Tensor::cat(rows, 0)).collect();
-            Tensor::stack(&layers, 0).to_device(device)
-        };
-        let (x_lnm, y_lnh) = (whole(&self.x), whole(&self.y));
-        let (mean, std) = (y_lnh.mean(None), y_lnh.std(false).clamp_min(1e-6));
-        let y_lnh = (&y_lnh - &mean) / &std;
-        let ((layers, rows, m), heads) = (x_lnm.size3()?, y_lnh.size()[2]);
-        tch::manual_seed(seed.derive("kvzap.start", 0) as i64);
-        let uniform = |size: [i64; 3]| {
-            let x = Tensor::rand(size, (Kind::Float, device)) * 2.0 - 1.0;
-            (x / (size[1] as f64).sqrt()).set_requires_grad(true)
-        };
-        let zeros = |size: [i64; 3]| Tensor::zeros(size, (Kind::Float, device)).set_requires_grad(true);
-        let (up_lmw, down_lwh) = (uniform([layers, m, WIDTH]), uniform([layers, WIDTH, heads]));
-        let (up_bias_l1w, down_bias_l1h) = (zeros([layers, 1, WIDTH]), zeros([layers, 1, heads]));
-        let params: Vec<Tensor> =
-            [&up_lmw, &up_bias_l1w, &down_lwh, &down_bias_l1h].map(Tensor::shallow_clone).into();
-        let mut optimizer = AdamW::new(params.iter().map(Tensor::shallow_clone).collect())?;
-        let per_epoch = (rows / BATCH).max(1);
-        for epoch in 0..EPOCHS {
-            tch::manual_seed(seed.derive("kvzap.order", epoch as u64) as i64);
-            let order_n = Tensor::randperm(rows, (Kind::Int64, device));
-            for batch in 0..per_epoch {
-                let rows_b = order_n.narrow(0, batch * BATCH, BATCH.min(rows - batch * BATCH));
-                let (x_lbm, y_lbh) = (x_lnm.index_select(1, &rows_b), y_lnh.index_select(1, &rows_b));
-                drop_gradients(&params)?;
-                tch::with_grad(|| {
-                    let hidden = (x_lbm.matmul(&up_lmw) + &up_bias_l1w).gelu("none");
-                    let off = hidden.matmul(&down_lwh) + &down_bias_l1h - &y_lbh;
-                    // A sum, so that a layer's gradient does not shrink with their number; only the clipping joins them.
-                    (off.square().mean(None) * layers as f64).backward();
-                });
-                let _norm = clip_global_norm(&params, 1.0)?;
-                let done = (epoch * per_epoch + batch) as f64 / (EPOCHS * per_epoch) as f64;
-                optimizer.step(AdamWOptions {
-                    lr: PEAK_RATE * 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
-                    beta1: 0.9,
-                    beta2: 0.999,
-                    eps: 1e-8,
-                    weight_decay: 0.01,
-                })?;
-            }
-        }
-        let [up_lmw, up_bias_l1w, down_lwh, down_bias_l1h] =
-            [up_lmw, up_bias_l1w, down_lwh, down_bias_l1h].map(|p| p.detach());
-        let (mean, std) = (mean.double_value(&[]), std.double_value(&[]));
-        Ok(Mlp { up_lmw, up_bias_l1w, down_lwh, down_bias_l1h, mean, std })
-    }
 }
 
 #[cfg(test)]
@@ -248,32 +163,6 @@ mod tests {
                 };
                 assert!((got - row[5 + h as usize]).abs() < 1e-5, "{i} {h}: {got}, {}", row[5 + h as usize]);
             }
-        }
-    }
-
-    /// A score that no linear map has: the networks of both layers find it.
-    #[test]
-    fn the_network_learns_what_the_linear_scorer_cannot() {
-        tch::manual_seed(2);
-        let (rows, m) = (4096, 6);
-        let x: Vec<Tensor> = (0..2).map(|_| random(&[rows, m])).collect();
-        let truth = |x: &Tensor, l: usize| {
-            (x.select(1, l as i64).abs() - x.select(1, 3) * x.select(1, 4)).unsqueeze(1)
-        };
-        let sample = Sample {
-            per_context: rows,
-            x: x.iter().map(|x| vec![x.shallow_clone()]).collect(),
-            y: x.iter().enumerate().map(|(l, x)| vec![truth(x, l)]).collect(),
-        };
-        let mlp = sample.train(Seed(3), Device::Cpu).unwrap();
-        let kvzap = Kvzap { linear: None, mlp: Some(mlp) };
-        for l in 0..2 {
-            let x = random(&[500, m]);
-            let y = truth(&x, l).squeeze_dim(1);
-            let got = kvzap.layer(Method::KvzapMlp, l as i64, &x).unwrap().squeeze_dim(0);
-            let unexplained = ((got - &y).square().mean(None) / y.var(false)).double_value(&[]);
-            assert!(unexplained < 0.1, "layer {l}: {unexplained}");
-            assert!(kvzap.layer(Method::KvzapLinear, l as i64, &x).is_none());
         }
     }
 }
