@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# The tiny pair's recipe and every ablation of it, and the table that compares them.
+#
+#   scripts/ablations.sh [--jobs N] [--runs FOLDER] [--only NAME,...] [options of `proxykv-train run`]
+#   scripts/ablations.sh --jobs 3 --device cuda --set train.steps=500 --set eval.contexts=200 --set 'eval.methods=["mapper","kvzip"]'
+#
+# What an ablation does not change it shares with the base: examples, labels and features are links where the recipes' sections
+# that they depend on are the same. A run that is complete is not run again, so that a stopped sweep goes on where it was. Jobs
+# share one GPU in turns: each gets its part of the CPU's threads, and more than three gain nothing. FOLDER/comparison.html is the
+# page; logs are in FOLDER/logs. PROXYKV names another binary than target/release/proxykv-train.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+usage() { sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
+
+jobs=1 runs=runs/ablations only='' options=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --jobs) jobs=${2:?} && shift 2 ;;
+    --runs) runs=${2:?} && shift 2 ;;
+    --only) only=,${2:?}, && shift 2 ;;
+    -h|--help) usage ;;
+    *) options+=("$1") && shift ;;
+  esac
+done
+binary=${PROXYKV:-target/release/proxykv-train}
+[ -x "$binary" ] || { printf 'error: `%s` is no program\n\nhint: cargo build --release --package pkv-cli\n' "$binary" >&2; exit 1; }
+base_recipe=recipes/tiny-llama.toml base=tiny-llama
+mkdir -p "$runs/logs"
+runs=$(cd "$runs" && pwd)
+
+# Overrides alone: what `plan` understands of the options.
+overrides=()
+for ((i = 0; i < ${#options[@]}; i++)); do
+  [ "${options[i]}" = --set ] && overrides+=(--set "${options[i + 1]}")
+done
+
+# Sections of a recipe as it is resolved, those that start with one of the names given.
+sections() {
+  local recipe=$1 names=$2
+  "$binary" plan --recipe "$recipe" "${overrides[@]}" --resolved 2>/dev/null |
+    awk -v names="$names" '/^seed/ { print } /^\[/ { name = $0; gsub(/[][]/, "", name); sub(/\..*/, "", name); on = index(" " names " ", " " name " ") } on { print }'
+}
+
+# A folder of the base's, if the recipe would fill it with the same.
+share() {
+  local recipe=$1 name=$2 folder=$3 names=$4
+  [ "$(sections "$recipe" "$names")" = "$(sections "$base_recipe" "$names")" ] || return 0
+  [ -e "$runs/$name/$folder" ] || ln -s "../$base/$folder" "$runs/$name/$folder"
+}
+
+threads=$(($(nproc) / jobs)) && [ "$threads" -gt 0 ] || threads=1
+run() {
+  local recipe=$1 name=$2 begun=$SECONDS code=0
+  "$binary" run --recipe "$recipe" --runs "$runs" --threads "$threads" "${options[@]}" >"$runs/logs/$name.txt" 2>&1 || code=$?
+  printf '%-36s %s after %d s\n' "$name" "$([ $code = 0 ] && echo done || echo "FAILED ($code), see $runs/logs/$name.txt")" $((SECONDS - begun)) >&2
+  return $code
+}
+
+run "$base_recipe" "$base" || { tail -n 20 "$runs/logs/$base.txt" >&2; exit 1; }
+names=() failed=0
+for recipe in recipes/ablations/*.toml; do
+  short=$(basename "$recipe" .toml)
+  [ -z "$only" ] || [[ $only = *,$short,* ]] || continue
+  name=ablation-$short
+  mkdir -p "$runs/$name"
+  share "$recipe" "$name" examples "data target"
+  share "$recipe" "$name" labels "data target label"
+  # The proxy's own KVzip scores ask as the labels do.
+  share "$recipe" "$name" features "data target label proxy extract"
+  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || failed=1; done
+  run "$recipe" "$name" &
+  names+=("$name")
+done
+while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || failed=1; done
+
+complete=()
+for name in "${names[@]}"; do
+  if [ -e "$runs/$name/eval/results.json" ]; then complete+=("$name"); else failed=1; fi
+done
+[ ${#complete[@]} -gt 0 ] || exit 1
+"$binary" compare --runs "$runs" "$base" "${complete[@]}" --out "$runs/comparison.html"
+exit $failed
