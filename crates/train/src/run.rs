@@ -43,6 +43,13 @@ pub struct TrainInputs<'a> {
     pub fingerprint: &'a Fingerprint,
 }
 
+impl TrainInputs<'_> {
+    /// Of all that training draws, but for which contexts it learns from.
+    fn training_seed(&self) -> Seed {
+        self.train.seed.unwrap_or(self.seed)
+    }
+}
+
 /// What training came to.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TrainSummary {
@@ -112,7 +119,7 @@ pub fn train(
         inputs.train.batch,
         inputs.train.window_tokens,
         inputs.train.crop,
-        inputs.seed,
+        inputs.training_seed(),
     );
     ensure!(
         batches.per_epoch() > 0,
@@ -128,7 +135,7 @@ pub fn train(
         batches.per_epoch()
     );
     let samples = Samples::new(&dataset, inputs.train.target_pool, inputs.train.cache_gb);
-    let loader = Loader::new(&samples, &batches, inputs.loss, inputs.seed, device);
+    let loader = Loader::new(&samples, &batches, inputs.loss, inputs.training_seed(), device);
     progress.start("train", steps, first);
     std::thread::scope(|threads| -> Result<()> {
         let mut feed = loader.start(
@@ -201,7 +208,15 @@ impl<'a> Run<'a> {
         let saved = store.latest(device)?;
         let mapper = match &saved {
             Some(state) => resume(inputs.mapper, inputs.loss, dataset, state, device)?,
-            None => start(dataset, inputs.mapper, inputs.loss, inputs.train, inputs.seed, device, progress)?,
+            None => start(
+                dataset,
+                inputs.mapper,
+                inputs.loss,
+                inputs.train,
+                inputs.training_seed(),
+                device,
+                progress,
+            )?,
         };
         let mut optimizer = Optimizer::new(&mapper, inputs.train)?;
         let (mut step, mut window) = (0, Window::new());
@@ -226,7 +241,7 @@ impl<'a> Run<'a> {
             dataset,
             progress,
             validation_rows,
-            stepper: Stepper::new(inputs.loss, inputs.train, dataset.dims(), inputs.seed, device),
+            stepper: Stepper::new(inputs.loss, inputs.train, dataset.dims(), inputs.training_seed(), device),
             mapper,
             optimizer,
             step,

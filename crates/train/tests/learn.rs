@@ -119,3 +119,20 @@ fn without_validation_the_last_checkpoint_counts() {
     let store = CheckpointStore::read_only(&setup.stage("run").join("checkpoints")).unwrap();
     assert_eq!(store.best(tch::Device::Cpu).unwrap().unwrap().step, 24);
 }
+
+/// Another training seed learns from the same contexts from another start; the recipe's own seed is what stands if there is none.
+#[test]
+fn the_training_seed_changes_the_training_alone() {
+    let mut setup = Setup::new(12, 3);
+    (setup.train.contexts, setup.train.steps) = (Some(6), 7);
+    let mut losses = |run: &str, seed: Option<u64>| {
+        setup.train.seed = seed.map(pkv_core::Seed);
+        setup.finish(run).unwrap();
+        let metrics = setup.metrics(run);
+        let lines = of(&metrics, "train");
+        lines.iter().map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    let (default, same, other) = (losses("a", None), losses("b", Some(11)), losses("c", Some(12)));
+    assert_eq!(default, same, "the set-up's seed is 11");
+    assert_ne!(default, other);
+}

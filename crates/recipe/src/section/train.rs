@@ -1,6 +1,7 @@
 //! `[train]`: the optimization loop.
 
 use anyhow::{Result, ensure};
+use pkv_core::Seed;
 use serde::{Deserialize, Serialize};
 
 /// AdamW over the training examples.
@@ -13,6 +14,10 @@ pub struct TrainSection {
     /// learning curve needs one set of labels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub contexts: Option<usize>,
+    /// Seed of the start, the order of contexts and all else that training draws; absent: the recipe's. Other seeds on the same
+    /// labels tell what one run's figures are worth.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<Seed>,
     /// Contexts of similar length per step.
     pub batch: usize,
     /// Most tokens of a context that a step reads; longer contexts give several windows per epoch, slices
@@ -101,6 +106,7 @@ impl Default for TrainSection {
         Self {
             steps: 1500,
             contexts: None,
+            seed: None,
             batch: 16,
             window_tokens: None,
             crop: 1.0,
