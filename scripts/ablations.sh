@@ -34,17 +34,18 @@ for ((i = 0; i < ${#options[@]}; i++)); do
   [ "${options[i]}" = --set ] && overrides+=(--set "${options[i + 1]}")
 done
 
-# Sections of a recipe as it is resolved, those that start with one of the names given.
+# A recipe with all its defaults and overrides.
+resolved() { "$binary" plan --recipe "$1" "${overrides[@]}" --resolved 2>/dev/null; }
+
+# Of a resolved recipe, the seed and the sections whose names are given.
 sections() {
-  local recipe=$1 names=$2
-  "$binary" plan --recipe "$recipe" "${overrides[@]}" --resolved 2>/dev/null |
-    awk -v names="$names" '/^seed/ { print } /^\[/ { name = $0; gsub(/[][]/, "", name); sub(/\..*/, "", name); on = index(" " names " ", " " name " ") } on { print }'
+  awk -v names="$2" '!name && /^seed/ { print } /^\[/ { name = $0; gsub(/[][]/, "", name); sub(/\..*/, "", name); on = index(" " names " ", " " name " ") } on { print }' <<<"$1"
 }
 
 # A folder of the base's, if the recipe would fill it with the same.
 share() {
   local recipe=$1 name=$2 folder=$3 names=$4
-  [ "$(sections "$recipe" "$names")" = "$(sections "$base_recipe" "$names")" ] || return 0
+  [ "$(sections "$recipe" "$names")" = "$(sections "$base_resolved" "$names")" ] || return 0
   [ -e "$runs/$name/$folder" ] || ln -s "../$base/$folder" "$runs/$name/$folder"
 }
 
@@ -56,6 +57,7 @@ run() {
   return $code
 }
 
+base_resolved=$(resolved "$base_recipe")
 run "$base_recipe" "$base" || { tail -n 20 "$runs/logs/$base.txt" >&2; exit 1; }
 names=() failed=0
 for recipe in recipes/ablations/*.toml; do
@@ -63,10 +65,11 @@ for recipe in recipes/ablations/*.toml; do
   [ -z "$only" ] || [[ $only = *,$short,* ]] || continue
   name=ablation-$short
   mkdir -p "$runs/$name"
-  share "$recipe" "$name" examples "data target"
-  share "$recipe" "$name" labels "data target label"
+  its=$(resolved "$recipe")
+  share "$its" "$name" examples "data target"
+  share "$its" "$name" labels "data target label"
   # The proxy's own KVzip scores ask as the labels do.
-  share "$recipe" "$name" features "data target label proxy extract"
+  share "$its" "$name" features "data target label proxy extract"
   while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || failed=1; done
   run "$recipe" "$name" &
   names+=("$name")
