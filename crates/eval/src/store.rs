@@ -96,7 +96,8 @@ impl ContextStore {
     }
 }
 
-fn lock_file(path: &std::path::Path) -> std::io::Result<File> {
+/// A file to be locked, made if absent.
+pub(crate) fn lock_file(path: &std::path::Path) -> std::io::Result<File> {
     File::options().read(true).write(true).create(true).truncate(false).open(path)
 }
 

@@ -67,24 +67,12 @@ __device__ __forceinline__ uint4 pack(const float (&x)[4]) {
   return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
 }
 #else
-// c[16 x 8] += a[16 x 16] . b[16 x 8]
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-#if BF16
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#endif
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) { multiply(c, a, b[0], b[1]); }
 
 // Rows row0..row0 + 16, columns of a step, of a matrix in shared memory.
 __device__ __forceinline__ void load_rows(u32 (&a)[4], const token_t* matrix, int row0, int step) {
   const int lane = threadIdx.x % 32;
-  const u32 at = (u32)__cvta_generic_to_shared(matrix + (row0 + lane % 16) * PITCH + step * STEP + (lane / 16) * 8);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(at));
+  load4<false>(a, matrix + (row0 + lane % 16) * PITCH + step * STEP + (lane / 16) * 8);
 }
 
 // The rows `first`..`first + 8` of a weight, of which `left` exist, as the right side of a product.
@@ -287,20 +275,6 @@ cross_tokens(const token_t* tokens, const token_t* logit, const token_t* reading
     }
 }
 
-// Four 8 x 8 matrices at 16-byte rows of shared memory; TURNED transposes each.
-template <bool TURNED>
-__device__ __forceinline__ void load_four(u32 (&x)[4], const token_t* row) {
-  const u32 at = (u32)__cvta_generic_to_shared(row);
-  if (TURNED)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at));
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at));
-}
-
 // dlogit = sum over positions and tokens of dl^T . tokens, dreading likewise with dv: the sums of `per_block` positions of all
 // `positions` of the batch, in parts[block][logit, reading][R][DEPTH].
 //
@@ -353,10 +327,10 @@ cross_weights(const token_t* tokens, const token_t* logit, const token_t* readin
       u32 b[STEPS][4], turned[DEPTH / 16][4];
 #pragma unroll
       for (int s = 0; s < STEPS; s++)
-        load_four<false>(b[s], mine + (p0 + lane / 16 * 8 + lane % 8) * PITCH + s * STEP + lane / 8 % 2 * 8);
+        load4<false>(b[s], mine + (p0 + lane / 16 * 8 + lane % 8) * PITCH + s * STEP + lane / 8 % 2 * 8);
 #pragma unroll
       for (int n = 0; n < DEPTH / 16; n++)
-        load_four<true>(turned[n], mine + (p0 + lane % 16) * PITCH + n * 16 + lane / 16 * 8);
+        load4<true>(turned[n], mine + (p0 + lane % 16) * PITCH + n * 16 + lane / 16 * 8);
       u32 dl[4], dv[4];
 #pragma unroll
       for (int h = 0; h < 2; h++) {

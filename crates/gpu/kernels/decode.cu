@@ -21,39 +21,6 @@ constexpr int SEGMENTS = 1024;        // at most
 
 extern __shared__ __align__(16) unsigned char memory[];
 
-// c[16 x 8] += a[16 x 16] . b[16 x 8]
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if BF16
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#endif
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Four 8 x 8 matrices, each lane naming one of their 32 rows; transposed on the way for values.
-template <bool TRANSPOSED> __device__ __forceinline__ void load4(u32 (&x)[4], const half_t* row) {
-  const u32 at = (u32)__cvta_generic_to_shared(row);
-  if (TRANSPOSED)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
-}
-
-// Begin to copy 16 bytes to shared memory, zeros if not `there`.
-__device__ __forceinline__ void copy16(half_t* to, const half_t* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until at most `LEFT` of this thread's groups of copies are under way.
-template <int LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory"); }
-
 // What other blocks wrote: past this multiprocessor's own cache.
 __device__ __forceinline__ float4 fresh(const float4* p) {
   float4 x;
@@ -263,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
       if (i < n) fetch(ring + i * 2 * TILE, my_keys, my_values, (mine + i * WARPS) * KEYS, length);
-      commit();
+      copies_commit();
     }
     u32 rows[STEPS][WIDE ? 4 : 2];
     const half_t* my_q = q + x / kv_heads * q_sequence + (long long)(x % kv_heads) * group * HEAD_DIM;
@@ -277,14 +244,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     Attended mean;
     mean.clear();
     for (int i = 0; i < n; i++) {
-      wait<STAGES - 2>();
+      copies_wait<STAGES - 2>();
       __syncwarp(); // all lanes' copies are here, and all lanes are done with the unit that the next one replaces
       const int next = i + STAGES - 1;
       if (next < n) fetch(ring + next % STAGES * 2 * TILE, my_keys, my_values, (mine + next * WARPS) * KEYS, length);
-      commit();
+      copies_commit();
       mean.add(ring + i % STAGES * 2 * TILE, rows, length - (mine + i * WARPS) * KEYS, scale);
     }
-    wait<0>();
+    copies_wait<0>();
     __syncthreads();
     float* sums = (float*)rings; // [WARPS][group][HEAD_DIM]
     float2* warp_tops = (float2*)(sums + WARPS * 16 * HEAD_DIM);

@@ -30,20 +30,6 @@ constexpr int TILE = PARTS * PART; // streamed rows that are copied together; PA
 constexpr int TILE_BYTES = TILE * WIDTH * 2;
 #define INFINITE __int_as_float(0x7f800000)
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// 16 bytes from device to shared memory, zeros if !valid.
-__device__ __forceinline__ void copy16(u32 to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int N>
-__device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
 // Shared memory of one block: tiles, then one number per streamed row.
 struct Shared {
   u32 tiles;     // STAGES x TILE_BYTES, 1024-byte aligned

@@ -88,14 +88,11 @@ impl Baselines {
             .transpose()?;
         let mut sample = Sample::new(ALIGNED_POSITIONS / n as i64 + 1);
         let (mut sum_o, mut positions) = (None::<Tensor>, 0i64);
-        let (store, stored) = match methods.iter().any(|m| m.reads_hidden_states()) {
-            true => {
-                let store = KvzapStore::open(data.scorers, kvzap_choices(methods, data, n))?;
-                let stored = store.load(data.device);
-                (Some(store), stored)
-            }
-            false => (None, None),
-        };
+        let reads_hidden_states = methods.iter().any(|m| m.reads_hidden_states());
+        let store = reads_hidden_states
+            .then(|| KvzapStore::open(data.scorers, kvzap_choices(methods, data, n)))
+            .transpose()?;
+        let stored = store.as_ref().and_then(|store| store.load(data.device));
         let mut kvzap = match stored {
             None => KvzapFit::new(methods, data.target, n, data.seed),
             Some(_) => None,
@@ -141,16 +138,13 @@ impl Baselines {
         let names: Vec<String> = proxy_slots.iter().map(|&s| name(data.channels[s])).collect();
         note(Method::ProxyLinear, format!("ridge regression from the proxy's {}", names.join(", ")));
         note(Method::Iam, format!("heads matched by the proxy's {}", name(align_channel)));
-        let kvzap = match (stored, kvzap) {
-            (Some(stored), _) => Some(stored),
-            (None, Some(fit)) => {
+        let kvzap = match kvzap.zip(store) {
+            None => stored,
+            Some((fit, store)) => {
                 let (kvzap, cost) = fit.solve(data.device)?;
-                if let Some(store) = &store {
-                    store.save(&kvzap, cost)?;
-                }
+                store.save(&kvzap, cost)?;
                 Some((kvzap, cost))
             }
-            (None, None) => None,
         };
         if let Some((_, [contexts, tokens])) = &kvzap {
             let cost = format!(

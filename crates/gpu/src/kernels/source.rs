@@ -10,6 +10,9 @@ use tch::Kind;
 use crate::shim;
 
 const NUMBERS: &str = include_str!("../../kernels/numbers.cuh");
+const COPIES: &str = include_str!("../../kernels/copies.cuh");
+const EARLY: &str = include_str!("../../kernels/early.cuh");
+const FRAGMENTS: &str = include_str!("../../kernels/fragments.cuh");
 const TILE: &str = include_str!("../../kernels/tile.cuh");
 const SCORES: &str = include_str!("../../kernels/scores.cu");
 const CROSS: &str = include_str!("../../kernels/cross.cu");
@@ -74,10 +77,10 @@ impl Variant {
 
     pub fn source(&self) -> String {
         match self.unit {
-            Unit::Scores(_) => [NUMBERS, TILE, SCORES].concat(),
-            Unit::Elementwise => [NUMBERS, ELEMENTWISE].concat(),
-            Unit::Cross { .. } => [NUMBERS, CROSS].concat(),
-            Unit::Decode { .. } => [NUMBERS, DECODE].concat(),
+            Unit::Scores(_) => [NUMBERS, COPIES, TILE, SCORES].concat(),
+            Unit::Elementwise => [NUMBERS, EARLY, ELEMENTWISE].concat(),
+            Unit::Cross { .. } => [NUMBERS, FRAGMENTS, CROSS].concat(),
+            Unit::Decode { .. } => [NUMBERS, EARLY, COPIES, FRAGMENTS, DECODE].concat(),
         }
     }
 

@@ -7,12 +7,12 @@
 //!
 //! Dimension key: as [`super`]; q query head, g query heads per KV head.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use pkv_gpu::{DecodeSpace, Mask, Segments, decode, flash_used_segments, has_fused_attention};
 use tch::Tensor;
 
 use super::RaggedCache;
-use super::forward::Step;
+use super::forward::{Reading, Step};
 use crate::attention::{self, AttentionPolicy};
 
 impl RaggedCache {
@@ -32,14 +32,15 @@ impl RaggedCache {
         q_bsqd: &Tensor,
         policy: &AttentionPolicy,
     ) -> Result<Tensor> {
-        if let Some(space) = &step.space {
-            return self.decode(layer, step, q_bsqd, space);
-        }
+        let query_bounds_x = match &step.reading {
+            Reading::Single(space) => return self.decode(layer, step, q_bsqd, space),
+            Reading::Segments(query_bounds_x) => query_bounds_x,
+        };
         let (b, s, heads_q, d) = q_bsqd.size4()?;
         let (heads, group) = (self.kv_heads as i64, heads_q / self.kv_heads as i64);
         let q_xsgd = by_segment(q_bsqd, heads)?;
         let out_xsgd = match has_fused_attention(q_bsqd) {
-            true => self.attend_at_once(layer, step, &q_xsgd)?,
+            true => self.attend_at_once(layer, step, query_bounds_x, &q_xsgd)?,
             false => self.attend_one_by_one(layer, step, &q_xsgd, policy)?,
         };
         Ok(out_xsgd.view([b, heads, s, group, d]).transpose(1, 2).reshape([b, s, heads_q, d]))
@@ -59,11 +60,15 @@ impl RaggedCache {
         Ok(decode(&q_b1qd.select(1, 0), &kv, rows, space)?.unsqueeze(1))
     }
 
-    fn attend_at_once(&self, index: usize, step: &Step, q_xsgd: &Tensor) -> Result<Tensor> {
+    fn attend_at_once(
+        &self,
+        index: usize,
+        step: &Step,
+        query_bounds_x: &Tensor,
+        q_xsgd: &Tensor,
+    ) -> Result<Tensor> {
         let (layer, at) = (&self.layers[index], index as i64);
         let (_, s, group, d) = q_xsgd.size4()?;
-        let query_bounds_x =
-            step.query_bounds_x.as_ref().context("the step was made for the decoding kernel")?;
         let attended = flash_used_segments(
             &q_xsgd.view([-1, group, d]),
             &layer.keys.unsqueeze(1),

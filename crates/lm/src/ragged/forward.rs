@@ -17,12 +17,17 @@ pub(super) struct Step {
     pub slot_ln: Tensor,
     /// Rows that each segment holds with the new ones, i32 `[l, x]`.
     pub used_lx: Tensor,
-    /// Where each segment's queries begin, and the end, i32 `[x + 1]`; absent where `space` is not.
-    pub query_bounds_x: Option<Tensor>,
     /// New tokens counted, tokens of each sequence.
     pub appended: Vec<usize>,
-    /// Where there is a kernel for one new token per sequence, and this is one.
-    pub space: Option<DecodeSpace>,
+    pub reading: Reading,
+}
+
+/// How attention reads the cache.
+pub(super) enum Reading {
+    /// By the kernel for one new token per sequence, which works in this.
+    Single(DecodeSpace),
+    /// By any other; where each segment's queries begin, and the end, i32 `[x + 1]`.
+    Segments(Tensor),
 }
 
 impl LanguageModel {
@@ -108,9 +113,11 @@ impl RaggedCache {
             1 => slot_lx,
             _ => (slot_lx.unsqueeze(-1) + Tensor::arange(s, (Kind::Int64, device))).flatten(1, 2),
         };
-        let space = self.space(s, model)?;
-        let query_bounds_x = space.is_none().then(|| Tensor::arange(segments + 1, (Kind::Int, device)) * s);
-        Ok(Step { s, slot_ln, used_lx, query_bounds_x, appended, space })
+        let reading = match self.space(s, model)? {
+            Some(space) => Reading::Single(space),
+            None => Reading::Segments(Tensor::arange(segments + 1, (Kind::Int, device)) * s),
+        };
+        Ok(Step { s, slot_ln, used_lx, appended, reading })
     }
 
     /// What the kernel for one new token per sequence works in, where there is one for `s` tokens.

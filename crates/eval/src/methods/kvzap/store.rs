@@ -13,6 +13,7 @@ use pkv_shard::durable::WriteBudget;
 use tch::{Device, Tensor};
 
 use super::{Kvzap, Linear, Mlp};
+use crate::store::lock_file;
 
 /// Changes when the same choices give other scorers.
 const VERSION: u32 = 2;
@@ -39,7 +40,7 @@ impl KvzapStore {
         let lock = path.with_extension("lock");
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot make folder `{}`", folder.display()))?;
-        let file = File::create(&lock).with_context(|| format!("cannot make `{}`", lock.display()))?;
+        let file = lock_file(&lock).with_context(|| format!("cannot make `{}`", lock.display()))?;
         // Without locks (some network folders have none) each process fits its own: the same, but for rounding.
         let held = file.lock().is_ok();
         Ok(Self { path, _lock: held.then_some(file) })
