@@ -128,7 +128,7 @@ impl<'a> Preparation<'a> {
             }
             let texts: Vec<_> = picked.iter().map(|(d, _)| d.text.as_str()).collect();
             for ((_, c), tokens) in picked.iter().zip(encode_all(encode, &texts)?) {
-                let all = windows(tokens.len(), c.hash.window(data, split, seed), data);
+                let all = windows(tokens.len(), c.hash.window(data, split, seed), split, data);
                 for &index in &c.windows {
                     let (window, range) = all[index as usize].clone();
                     let start = range.start as u64;
@@ -196,6 +196,7 @@ impl<'a> Preparation<'a> {
         let lower: Vec<_> = keys.iter().map(|k| format!("`data.{k}`")).collect();
         let shares: Vec<_> =
             keys.iter().filter(|k| **k != "train").map(|k| format!("raise `data.{k}_share`, ")).collect();
+        let stride = if keys.contains(&"train") { ", `data.stride`" } else { "" };
         let skipped = |count: fn(&Scan) -> u64| scans.iter().map(count).sum::<u64>();
         let notes = format!(
             "skipped documents: {} shorter than `data.min_tokens` = {}, {} duplicates, {} empty",
@@ -207,8 +208,8 @@ impl<'a> Preparation<'a> {
         bail!(hinted(
             format!("too few documents: {}; {notes}", short.join("; ")),
             format!(
-                "add documents to `{}`, lower {}, {}or cut more windows (lower `data.window_tokens`, `data.stride` \
-                 or `data.min_tokens`)",
+                "add documents to `{}`, lower {}, {}or cut more windows (lower `data.window_tokens`{stride} or \
+                 `data.min_tokens`)",
                 self.reading.data.manifest,
                 lower.join(" and "),
                 shares.concat()

@@ -85,7 +85,7 @@ pub(crate) fn scan(
         let texts: Vec<_> = fresh.iter().map(|(d, _)| d.text.as_str()).collect();
         for ((document, hash), tokens) in fresh.iter().zip(encode_all(encode, &texts)?) {
             let split = hash.split(data);
-            let found = windows(tokens.len(), hash.window(data, split, seed), data);
+            let found = windows(tokens.len(), hash.window(data, split, seed), split, data);
             if found.is_empty() {
                 summary.short += 1;
                 continue;

@@ -2,14 +2,24 @@
 
 use std::ops::Range;
 
+use pkv_core::Split;
 use pkv_recipe::DataSection;
 
 /// Windows of a document of `tokens` tokens: every `stride * window` tokens one of `window` tokens;
 /// the last one ends with the document. Shorter ones than `min_tokens` are left out.
 ///
+/// Only training windows overlap. Others are measured: overlapping ones would count a text twice, and
+/// other strides would measure on other texts.
+///
 /// Each is given with its number, which counts the ones left out too.
-pub(crate) fn windows(tokens: usize, window: usize, data: &DataSection) -> Vec<(u32, Range<usize>)> {
-    let step = ((window as f64 * data.stride).round() as usize).max(1);
+pub(crate) fn windows(
+    tokens: usize,
+    window: usize,
+    split: Split,
+    data: &DataSection,
+) -> Vec<(u32, Range<usize>)> {
+    let stride = if split == Split::Train { data.stride } else { 1.0 };
+    let step = ((window as f64 * stride).round() as usize).max(1);
     let mut out = Vec::new();
     for number in 0.. {
         let start = number * step;
@@ -30,6 +40,16 @@ mod tests {
     use super::*;
 
     fn cut(tokens: usize, window: usize, stride: f64, min_tokens: usize) -> Vec<(u32, usize, usize)> {
+        cut_for(Split::Train, tokens, window, stride, min_tokens)
+    }
+
+    fn cut_for(
+        split: Split,
+        tokens: usize,
+        window: usize,
+        stride: f64,
+        min_tokens: usize,
+    ) -> Vec<(u32, usize, usize)> {
         let data = DataSection {
             manifest: String::new(),
             train: 1,
@@ -43,7 +63,7 @@ mod tests {
             test_window_tokens: None,
             shard_examples: 64,
         };
-        windows(tokens, window, &data).into_iter().map(|(n, r)| (n, r.start, r.end)).collect()
+        windows(tokens, window, split, &data).into_iter().map(|(n, r)| (n, r.start, r.end)).collect()
     }
 
     #[test]
@@ -58,6 +78,15 @@ mod tests {
         assert_eq!(cut(299, 400, 0.5, 300), []);
         assert_eq!(cut(1, 400, 1.0, 2), []);
         assert_eq!(cut(0, 400, 1.0, 2), []);
+    }
+
+    #[test]
+    fn only_training_windows_overlap() {
+        let apart = cut(1000, 400, 1.0, 100);
+        for split in [Split::Validation, Split::Test] {
+            assert_eq!(cut_for(split, 1000, 400, 0.5, 100), apart);
+        }
+        assert_ne!(cut(1000, 400, 0.5, 100), apart);
     }
 
     #[test]

@@ -19,7 +19,8 @@ pub struct DataSection {
     /// mapper that lengths vary). A document shorter than the window is one example of its own length.
     #[serde(default = "default_windows")]
     pub window_tokens: Vec<usize>,
-    /// Distance of consecutive windows of a document as a share of the window's length, in (0, 1].
+    /// Distance of consecutive training windows of a document as a share of the window's length, in (0, 1]. Windows of
+    /// the other splits lie end to end whatever it is, so that more training contexts are measured on the same text.
     #[serde(default = "one")]
     pub stride: f64,
     /// Shorter examples are dropped, tokens; at least 2.
