@@ -4,8 +4,8 @@
 #   scripts/ablations.sh [--jobs N] [--runs FOLDER] [--only NAME,...] [options of `proxykv-train run`]
 #   scripts/ablations.sh --jobs 3 --device cuda --set train.steps=500 --set eval.contexts=200 --set 'eval.methods=["mapper","kvzip"]'
 #
-# What an ablation does not change it shares with the base: examples, labels and features are links where the recipes' sections
-# that they depend on are the same. A run that is complete is not run again, so that a stopped sweep goes on where it was. Jobs
+# What an ablation does not change it shares with the recipe that it is based on: examples, labels and features are links where the
+# sections that they depend on are the same. A run that is complete is not run again, so that a stopped sweep goes on where it was. Jobs
 # share one GPU in turns: each gets its part of the CPU's threads, and more than three gain nothing. FOLDER/comparison.html is the
 # page; logs are in FOLDER/logs. PROXYKV names another binary than target/release/proxykv-train.
 set -euo pipefail
@@ -42,12 +42,16 @@ sections() {
   awk -v names="$2" '!name && /^seed/ { print } /^\[/ { name = $0; gsub(/[][]/, "", name); sub(/\..*/, "", name); on = index(" " names " ", " " name " ") } on { print }' <<<"$1"
 }
 
-# A folder of the base's, if the recipe would fill it with the same.
+# A folder of the recipe's that it is based on, if it would be filled with the same.
 share() {
-  local recipe=$1 name=$2 folder=$3 names=$4
-  [ "$(sections "$recipe" "$names")" = "$(sections "$base_resolved" "$names")" ] || return 0
-  [ -e "$runs/$name/$folder" ] || ln -s "../$base/$folder" "$runs/$name/$folder"
+  local name=$1 its=$2 of=$3 theirs=$4 folder=$5 names=$6
+  [ "$(sections "$its" "$names")" = "$(sections "$theirs" "$names")" ] || return 0
+  [ -e "$runs/$name/$folder" ] || ln -s "../$of/$folder" "$runs/$name/$folder"
 }
+
+# The recipe that a recipe names as its base, and a recipe's name.
+base_of() { echo "$(dirname "$1")/$(sed -n 's/^base = "\(.*\)"/\1/p' "$1")"; }
+name_of() { sed -n 's/^name = "\(.*\)"/\1/p' "$1"; }
 
 threads=$(($(nproc) / jobs)) && [ "$threads" -gt 0 ] || threads=1
 run() {
@@ -57,26 +61,33 @@ run() {
   return $code
 }
 
-base_resolved=$(resolved "$base_recipe")
 run "$base_recipe" "$base" || { tail -n 20 "$runs/logs/$base.txt" >&2; exit 1; }
 names=() failed=0
-for recipe in recipes/ablations/*.toml; do
-  short=$(basename "$recipe" .toml)
-  [ -z "$only" ] || [[ $only = *,$short,* ]] || continue
-  name=ablation-$short
-  mkdir -p "$runs/$name"
-  its=$(resolved "$recipe")
-  share "$its" "$name" examples "data target"
-  share "$its" "$name" labels "data target label"
-  # The proxy's own KVzip scores ask as the labels do.
-  share "$its" "$name" features "data target label proxy extract"
-  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || failed=1; done
-  run "$recipe" "$name" &
-  names+=("$name")
+wait_for() { while [ "$(jobs -rp | wc -l)" -gt "$1" ]; do wait -n || failed=1; done; }
+# Those based on the tiny pair's recipe first; then those based on one of these, which they share with.
+for turn in first second; do
+  for recipe in recipes/ablations/*.toml; do
+    short=$(basename "$recipe" .toml) of=$(base_of "$recipe")
+    [ -z "$only" ] || [[ $only = *,$short,* ]] || continue
+    if [ "$(realpath "$of")" = "$(realpath "$base_recipe")" ]; then mine=first; else mine=second; fi
+    [ $turn = $mine ] || continue
+    name=$(name_of "$recipe") its=$(resolved "$recipe") theirs=$(resolved "$of") of=$(name_of "$of")
+    mkdir -p "$runs/$name"
+    if [ -d "$runs/$of" ]; then
+      share "$name" "$its" "$of" "$theirs" examples "data target"
+      share "$name" "$its" "$of" "$theirs" labels "data target label"
+      # The proxy's own KVzip scores ask as the labels do.
+      share "$name" "$its" "$of" "$theirs" features "data target label proxy extract"
+    fi
+    wait_for $((jobs - 1))
+    run "$recipe" "$name" &
+    names+=("$name")
+  done
+  wait_for 0
 done
-while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || failed=1; done
 
 complete=()
+mapfile -t names < <(printf "%s\n" "${names[@]}" | sort)
 for name in "${names[@]}"; do
   if [ -e "$runs/$name/eval/results.json" ]; then complete+=("$name"); else failed=1; fi
 done
