@@ -102,7 +102,13 @@ pub enum Command {
     /// Time a stage's work per context, beside a matrix product and a copy measured in the same run.
     Bench(BenchArgs),
     /// What a shard, a stage folder, a run folder, a checkpoint or an export holds.
-    Inspect { path: PathBuf },
+    Inspect {
+        path: PathBuf,
+        /// How far its labels or features are from those of another folder, made otherwise from the same examples: in another
+        /// dtype, on another device, with another preset.
+        #[arg(long, value_name = "FOLDER")]
+        against: Option<PathBuf>,
+    },
     /// Print a shell completion script.
     Completions { shell: clap_complete::Shell },
 }

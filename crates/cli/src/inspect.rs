@@ -3,6 +3,7 @@
 //! The kind is told by what lies there, never by the name; hashes are checked where a kind has
 //! them. Numbers come from the crates that own the formats.
 
+mod against;
 mod run;
 mod shards;
 mod weights;
@@ -16,6 +17,7 @@ use pkv_core::{Fingerprint, hinted};
 use pkv_eval::RESULTS_FILE;
 use pkv_shard::INDEX_FILE;
 
+pub use against::against;
 use run::{results, run};
 use shards::{shard, stage};
 use weights::{checkpoint, checkpoints, export, model};
@@ -197,6 +199,59 @@ mod tests {
             text.contains("3, from token 5") && text.contains("[3, 1, 4]") && text.contains("test"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn two_folders_of_labels_are_compared() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = |dtype: &str, seed: u64| {
+            Fingerprint::new().with("examples", json!({"seed": seed})).with("target", json!({"dtype": dtype}))
+        };
+        let [a, b, other] = ["a", "b", "other"].map(|n| dir.path().join(n));
+        // At half kept, two of four KV pairs: `a` keeps the last two, `b` the second and the last.
+        write(&a, "label", vec![labels("x", &[0.1, 0.2, 0.3, 0.9])], &made("bf16", 1));
+        write(&b, "label", vec![labels("x", &[0.1, 0.4, 0.3, 0.9])], &made("f32", 1));
+        write(&other, "label", vec![labels("x", &[0.1, 0.4, 0.3, 0.9])], &made("f32", 2));
+        let text = against(&a, &b).unwrap();
+        for part in ["target.dtype \"bf16\", \"f32\"", "at most 2.0e-1 apart, 5.0e-2 on average"] {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
+        let pair: Vec<_> = text.lines().filter(|l| l.trim().starts_with("pair ")).collect();
+        assert!(pair.iter().all(|l| l.split_whitespace().nth(1) == Some("50.00")), "{text}");
+        let same = against(&b, &b).unwrap();
+        assert!(
+            same.contains("no choice") && same.contains("at most 0.0e0") && same.contains(" 100.00"),
+            "{same}"
+        );
+        let refused = format!("{:#}", against(&b, &other).unwrap_err());
+        assert!(refused.contains("different examples: examples.seed 1, 2"), "{refused}");
+    }
+
+    #[test]
+    fn features_are_compared_by_channel_and_not_with_labels() {
+        let dir = tempfile::tempdir().unwrap();
+        let choices = json!({"channels": ["max_all", "key_norm"], "globals": ["position"]});
+        let row = |heads: [f32; 4]| FeatureRow {
+            id: "x".to_owned(),
+            layers: 1,
+            kv_heads: 2,
+            channels: 2,
+            positions: 1,
+            heads: heads.to_vec(),
+            globals: vec![7.0],
+        };
+        let [a, b, l] = ["a", "b", "l"].map(|n| dir.path().join(n));
+        let fingerprint = Fingerprint::new().with("extract", choices);
+        write(&a, "extract", vec![row([1.0, 2.0, 3.0, 4.0])], &fingerprint);
+        write(&b, "extract", vec![row([1.0, 2.0, 3.0, 4.5])], &fingerprint);
+        write(&l, "label", vec![labels("x", &[0.1, 0.2])], &Fingerprint::new());
+        let text = against(&a, &b).unwrap();
+        for part in
+            ["max_all      at most 0.0e0", "key_norm     at most 5.0e-1", "position     at most 0.0e0"]
+        {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
+        assert!(against(&a, &l).unwrap_err().to_string().contains("made by `label`"));
     }
 
     #[test]

@@ -66,7 +66,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Compare(a) => compare::run(cli, a)?,
         Command::Push(a) => push::run(cli, a, stop)?,
         Command::Bench(a) => bench::run(cli, a, stop)?,
-        Command::Inspect { path } => print!("{}", inspect::inspect(path)?),
+        Command::Inspect { path, against: None } => print!("{}", inspect::inspect(path)?),
+        Command::Inspect { path, against: Some(other) } => print!("{}", inspect::against(path, other)?),
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "proxykv-train", &mut std::io::stdout());
         }

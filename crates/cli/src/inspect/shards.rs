@@ -112,20 +112,25 @@ fn first_row(out: &mut Lines, dir: &Path, i: u64, fingerprint: &Fingerprint) -> 
 
 /// One line per channel, named if the fingerprint says how.
 fn channels(out: &mut Lines, row: &FeatureRow, fingerprint: &Fingerprint) {
-    let names = |key: &str, i: usize| {
-        let name = fingerprint.get("extract").and_then(|e| e[key][i].as_str().map(str::to_owned));
-        name.unwrap_or_else(|| format!("{key} {i}"))
-    };
     let (channels, positions) = (row.channels as usize, row.positions as usize);
     for c in 0..channels {
         let of_channel = |head: &[f32]| head[c * positions..(c + 1) * positions].to_vec();
         let values: Vec<f32> =
             row.heads.chunks_exact((channels * positions).max(1)).flat_map(of_channel).collect();
-        out.add(&names("channels", c), spread(&values));
+        out.add(&channel_name(fingerprint, "channels", c), spread(&values));
     }
     for g in 0..row.global_channels() {
-        out.add(&names("globals", g), spread(&row.globals[g * positions..(g + 1) * positions]));
+        out.add(
+            &channel_name(fingerprint, "globals", g),
+            spread(&row.globals[g * positions..(g + 1) * positions]),
+        );
     }
+}
+
+/// Name of channel `i` of `channels` or `globals`, as the fingerprint has it.
+pub fn channel_name(fingerprint: &Fingerprint, key: &str, i: usize) -> String {
+    let name = fingerprint.get("extract").and_then(|e| e[key][i].as_str().map(str::to_owned));
+    name.unwrap_or_else(|| format!("{key} {i}"))
 }
 
 /// Least, middle and largest value.
