@@ -95,7 +95,13 @@ fn ten_steps_give_the_same_losses_and_weights() {
         let worst = mapper
             .parameters()
             .iter()
-            .map(|(name, x)| max_difference(x, &golden.get(&format!("final.{name}"))))
+            .map(|(name, x)| {
+                // Queries and keys of a single position have no influence. AdamW makes whole steps of what rounding leaves of
+                // a gradient that is zero.
+                let counts = golden.get(&format!("grad.{name}")).ne(0.0).to_device(x.device());
+                let expected = golden.get(&format!("final.{name}")).to_device(x.device());
+                max_difference(&(x * &counts), &(expected * &counts))
+            })
             .fold(0.0, f64::max);
         within(&format!("{case} final weights"), worst, STEPS_TOLERANCE);
     }
