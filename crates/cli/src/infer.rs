@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use pkv_checkpoint::{Export, ModelIdentity};
 use pkv_core::{Policy, RetentionRatio, hinted};
-use pkv_gpu::DeviceChoice;
 use pkv_hub::Hub;
 use pkv_infer::{
     Answer, Budget, Finish, Keep, Parallel, Prefilled, ProxyMapper, ProxyParts, Question, Regime, RegimeName,
@@ -27,7 +26,7 @@ pub use self::output::{Trace, write_traces};
 use self::output::{Output, Summary};
 use crate::args::{Cli, DtypeArg, InferArgs, PolicyName, RegimeArg};
 use crate::render::{FELL_BACK, INTERRUPTED, Interrupted, REPAIRABLE, exit_code};
-use crate::session::{choose_device, device_name, kind_on};
+use crate::session::{choose_device, device_name, kind_on, next_gpu};
 
 /// A model of the pair on disk, weights unread.
 struct Found {
@@ -224,12 +223,10 @@ const fn dtype(dtype: DtypeArg) -> DtypeName {
 
 /// Where proxy and mapper compute: with `dual` the next GPU, if there is one.
 fn proxy_device(args: &InferArgs, regime: RegimeName, target: Device) -> Result<Device> {
-    match (args.proxy_device, regime, target) {
-        (Some(choice), ..) => pkv_gpu::device(choice),
-        (None, RegimeName::Dual, Device::Cuda(gpu)) if pkv_gpu::cuda_count() > 1 => {
-            pkv_gpu::device(DeviceChoice::Cuda((gpu + 1) % pkv_gpu::cuda_count()))
-        }
-        _ => Ok(target),
+    match args.proxy_device {
+        Some(choice) => pkv_gpu::device(choice),
+        None if regime == RegimeName::Dual => Ok(next_gpu(target).unwrap_or(target)),
+        None => Ok(target),
     }
 }
 

@@ -115,6 +115,16 @@ pub fn choose_device(cli: &Cli) -> Result<Device> {
     Ok(device)
 }
 
+/// Another GPU than this one, if there is one.
+pub fn next_gpu(device: Device) -> Option<Device> {
+    match device {
+        Device::Cuda(gpu) if pkv_gpu::cuda_count() > 1 => {
+            Some(Device::Cuda((gpu + 1) % pkv_gpu::cuda_count()))
+        }
+        _ => None,
+    }
+}
+
 pub fn device_name(device: Device) -> String {
     match device {
         Device::Cuda(i) => format!("cuda:{i}"),

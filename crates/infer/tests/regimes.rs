@@ -24,10 +24,11 @@ fn every_regime_keeps_the_same_pairs() {
     let mapper = random_mapper(&extract);
     let (target, tokenizer) = (load("target"), tokenizer());
     let tokens = text(300);
-    let make = |overlap: bool| {
-        let source = source(copy(&mapper), &extract, 100);
+    let make_on = |device: Device, overlap: bool| {
+        let source = source(copy_to(&mapper, device), &extract, 100);
         if overlap { source.overlapped().unwrap() } else { source }
     };
+    let make = |overlap: bool| make_on(device(), overlap);
     for (ratio, policy) in [(0.2, Policy::Pair), (0.1, Policy::PairUniform), (0.3, Policy::Token)] {
         let context = context(&target, tokenizer.prefix(), &tokens, keep(ratio, policy));
         let mut regimes: Vec<Box<dyn Regime>> = vec![
@@ -35,8 +36,9 @@ fn every_regime_keeps_the_same_pairs() {
             Box::new(Sequential::new(make(true))),
             Box::new(Parallel::streams(make(false)).unwrap()),
             Box::new(Parallel::streams(make(true)).unwrap()),
-            // Two threads of a CPU are its two devices.
-            Box::new(Parallel::dual(make(true)).unwrap()),
+            // Where there is one device, its two threads are two.
+            Box::new(Parallel::dual(make_on(beside(), false)).unwrap()),
+            Box::new(Parallel::dual(make_on(beside(), true)).unwrap()),
         ];
         let mut first: Option<(Tensor, usize)> = None;
         for regime in &mut regimes {

@@ -23,9 +23,21 @@ pub fn device() -> Device {
     pkv_gpu::device(pkv_gpu::DeviceChoice::Auto).unwrap()
 }
 
+/// The proxy's device where it has one of its own: a second GPU if there is one, else the only device.
+pub fn beside() -> Device {
+    match device() {
+        Device::Cuda(gpu) if pkv_gpu::cuda_count() > 1 => Device::Cuda((gpu + 1) % pkv_gpu::cuda_count()),
+        only => only,
+    }
+}
+
 pub fn load(model: &str) -> LanguageModel {
+    load_on(model, device())
+}
+
+fn load_on(model: &str, device: Device) -> LanguageModel {
     tch::set_num_threads(1);
-    LanguageModel::load(&folder(model), device(), Kind::Float).unwrap()
+    LanguageModel::load(&folder(model), device, Kind::Float).unwrap()
 }
 
 pub fn tokenizer() -> TextTokenizer {
@@ -34,9 +46,13 @@ pub fn tokenizer() -> TextTokenizer {
 
 /// Another mapper with the same weights.
 pub fn copy(mapper: &Mapper) -> Mapper {
+    copy_to(mapper, mapper.device())
+}
+
+pub fn copy_to(mapper: &Mapper, device: Device) -> Mapper {
     let stats = Standardization::from_buffers(&mapper.buffers()).unwrap();
     let (section, dims) = (mapper.section(), *mapper.dims());
-    let twin = Mapper::new(section, &LossSection::default(), dims, stats, Seed(0), mapper.device()).unwrap();
+    let twin = Mapper::new(section, &LossSection::default(), dims, stats, Seed(0), device).unwrap();
     twin.load_parameters(mapper.parameters()).unwrap();
     twin
 }
@@ -63,12 +79,12 @@ pub fn random_mapper(extract: &ExtractSection) -> Mapper {
     mapper
 }
 
-/// The real source: nano proxy and `mapper`.
+/// The real source: `mapper`, and the nano proxy on its device.
 pub fn source(mapper: Mapper, extract: &ExtractSection, window: usize) -> ProxyMapper {
     let label = LabelSection::default();
     let tokenizer = tokenizer();
     ProxyMapper::new(ProxyParts {
-        proxy: load("proxy"),
+        proxy: load_on("proxy", mapper.device()),
         mapper,
         prefix: tokenizer.prefix().to_vec(),
         requests: Requests::new(&tokenizer, &label).unwrap(),

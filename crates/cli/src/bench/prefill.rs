@@ -1,8 +1,9 @@
 //! A context to a pruned cache: the target alone, KVzip, and ProxyKV in each regime.
 //!
 //! The target is measured before the proxy is made, so that memory over the bare prefill is honest.
-//! `dual` is computed from the phases of `sequential`, which do not slow each other down, with the
-//! scores sent to the host and back in place of the way to another GPU.
+//! `dual` is measured where there is a second GPU. It is computed besides, from the phases of
+//! `sequential`, which do not slow each other down, with the scores sent to the host and back in place
+//! of the way to another GPU: what a second one would give.
 
 use std::cell::RefCell;
 use std::fmt::Write;
@@ -12,7 +13,8 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use pkv_core::{Channel, GlobalChannel, ModelShape, Policy, RetentionRatio, Seed};
 use pkv_infer::{
-    Budget, Context, Keep, Parallel, Phase, PhaseTotal, ProxyMapper, ProxyParts, Regime, Sequential,
+    Budget, Context, Keep, Parallel, Phase, PhaseTotal, ProxyMapper, ProxyParts, Regime, RegimeName,
+    Sequential,
 };
 use pkv_lm::{LanguageModel, NoTap, RaggedCache};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
@@ -30,7 +32,7 @@ use super::roofline::{self, Roofline};
 use crate::args::FeatureSet;
 use crate::infer::{Trace, write_traces};
 use crate::pair::Role;
-use crate::session::device_name;
+use crate::session::{device_name, next_gpu};
 
 /// Share of the KV pairs that stays; how long it takes hardly depends on it.
 const RETAIN: f64 = 0.2;
@@ -95,11 +97,13 @@ pub(super) fn run(job: &Job) -> Result<()> {
     let Job { args, recipe, contexts, device, stop, .. } = *job;
     let target = Subject::new(recipe, Role::Target, device, args.random_weights);
     let proxy = Subject::new(recipe, Role::Proxy, device, args.random_weights);
+    let beside = next_gpu(device).map(|gpu| Subject::new(recipe, Role::Proxy, gpu, args.random_weights));
     let peer = args.peer.as_deref().map(|path| Peer::read(path, &target, &args.recipe.recipe)).transpose()?;
     let roofline = roofline::measure(device, target.kind)?;
     let clock = Clock::new(device, args, &roofline, stop);
     let model = target.model()?.context("the target alone does not fit into the device's memory")?;
-    let bench = Bench { recipe, target: &target, proxy: &proxy, model: &model, clock: &clock, device };
+    let (target, proxy, beside) = (&target, &proxy, beside.as_ref());
+    let bench = Bench { recipe, target, proxy, beside, model: &model, clock: &clock, device };
     let mut rows = Vec::new();
     for &t in contexts {
         rows.extend(bench.alone(t)?);
@@ -137,6 +141,8 @@ struct Bench<'a> {
     recipe: &'a Recipe,
     target: &'a Subject<'a>,
     proxy: &'a Subject<'a>,
+    /// The proxy on a GPU of its own.
+    beside: Option<&'a Subject<'a>>,
     model: &'a LanguageModel,
     clock: &'a Clock<'a>,
     device: Device,
@@ -188,16 +194,20 @@ impl Bench<'_> {
         flops += features(shapes.1, section, t) + MapperCost::new(&recipe).forward_flops(t);
         flops += if repeats { repeat(shapes.1, t, &by) } else { 0.0 };
         let mut rows = Vec::new();
-        for (what, overlap) in [("sequential", false), ("streams", false), ("streams, overlap", true)] {
+        let here = [("sequential", self.proxy), ("streams", self.proxy), ("streams, overlap", self.proxy)];
+        let there = self.beside.into_iter().flat_map(|p| [("dual", p), ("dual, overlap", p)]);
+        for (what, proxy) in here.into_iter().chain(there) {
             // A thread and its plans belong to one regime, so each has a proxy of its own.
-            let Some(source) = self.source(section)? else {
+            let Some(source) = self.source(proxy, section)? else {
                 rows.push(PrefillRow::new(Row::new(what, t, flops).out_of_memory(), Some(set)));
                 continue;
             };
             let mut regime: Box<dyn Regime> = match what {
                 "sequential" => Box::new(Sequential::new(source)),
-                _ if overlap => Box::new(Parallel::streams(source.sharing_device().overlapped()?)?),
-                _ => Box::new(Parallel::streams(source.sharing_device())?),
+                "streams" => Box::new(Parallel::streams(source.sharing_device())?),
+                "streams, overlap" => Box::new(Parallel::streams(source.sharing_device().overlapped()?)?),
+                "dual" => Box::new(Parallel::dual(source)?),
+                _ => Box::new(Parallel::dual(source.overlapped()?)?),
             };
             let timed = self.time(regime.as_mut(), Row::new(what, t, flops), set, t)?;
             traces.push(Trace { name: format!("{what}, {set} features, {t} tokens"), phases: timed.all });
@@ -238,8 +248,10 @@ impl Bench<'_> {
             all = timeline.phases();
             timed.mapper_share = Some(timeline.busy_secs("mapper", None) / m.median_s);
             if let Device::Cuda(_) = self.device {
-                // Phases of `sequential` reset the peak, each for its own.
-                m.peak_bytes = timed.phases.iter().filter_map(|p| p.peak_bytes).max();
+                // Phases of `sequential` reset the peak, each for its own; of two GPUs the target's counts.
+                let here =
+                    timed.phases.iter().filter(|p| regime.name() != RegimeName::Dual || p.lane == "target");
+                m.peak_bytes = here.filter_map(|p| p.peak_bytes).max();
             }
         }
         Ok(Timed { row: timed, all })
@@ -287,9 +299,9 @@ impl Bench<'_> {
         Ok(best)
     }
 
-    /// Proxy and a random mapper; `None` if they do not fit.
-    fn source(&self, section: &ExtractSection) -> Result<Option<ProxyMapper>> {
-        let Some(proxy) = self.proxy.model()? else { return Ok(None) };
+    /// `subject`, the proxy, and a random mapper on its device; `None` if they do not fit.
+    fn source(&self, subject: &Subject, section: &ExtractSection) -> Result<Option<ProxyMapper>> {
+        let Some(proxy) = subject.model()? else { return Ok(None) };
         let target = self.target.section.shape;
         let dims = MapperDims {
             proxy_heads: proxy.shape().total_kv_heads(),
@@ -297,7 +309,7 @@ impl Bench<'_> {
             globals: section.globals.len(),
             outputs: target.total_kv_heads(),
         };
-        let (stats, device) = (Standardization::identity(&dims), self.device);
+        let (stats, device) = (Standardization::identity(&dims), proxy.device());
         let r = self.recipe;
         let mapper = Mapper::new(&r.mapper, &r.loss, dims, stats, Seed(0), device)?;
         // Outputs start at zero; scores that are all alike would prune whole heads.
@@ -308,8 +320,8 @@ impl Bench<'_> {
         Ok(Some(ProxyMapper::new(ProxyParts {
             proxy,
             mapper,
-            prefix: self.proxy.prefix()?,
-            requests: self.proxy.requests(&r.label)?,
+            prefix: subject.prefix()?,
+            requests: subject.requests(&r.label)?,
             extract: section.clone(),
             label: r.label.clone(),
             target,
