@@ -14,7 +14,7 @@ mod table;
 use serde::{Deserialize, Serialize};
 
 use crate::{DtypeName, ModelSection, Recipe};
-use stages::{Lengths, eval, extract, fetch, label, prepare, train};
+use stages::{Lengths, eval, extract, fetch, infer, label, prepare, train};
 
 pub use cost::{MapperCost, Repeat, features, prefill, repeat};
 pub use human::{human_bytes, human_count, human_flops, human_secs};
@@ -30,6 +30,8 @@ pub struct Plan {
     pub mapper: MapperPlan,
     /// In the order they run.
     pub stages: Vec<StagePlan>,
+    /// What the mapper is made for, at the longest window.
+    pub infer: InferPlan,
 }
 
 /// One of the two models.
@@ -56,6 +58,19 @@ pub struct MapperPlan {
     pub flops_per_token: f64,
     /// Mapper over target prefill at the longest window: what it adds to serving.
     pub share_of_prefill: f64,
+}
+
+/// A context pruned by proxy and mapper, before any question.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InferPlan {
+    /// Tokens of the context.
+    pub tokens: usize,
+    /// Device memory, one model after the other.
+    pub sequential_bytes: u64,
+    /// Device memory, both at once on one device.
+    pub streams_bytes: u64,
+    /// In sequence, weights loaded.
+    pub secs: f64,
 }
 
 /// One stage.
@@ -102,7 +117,8 @@ impl Plan {
         ];
         let target = model_plan(&recipe.target, &machine);
         let proxy = model_plan(&recipe.proxy, &machine);
-        Self { name: recipe.name.clone(), machine, target, proxy, mapper, stages }
+        let infer = infer(recipe, longest, &machine, &mapper_cost);
+        Self { name: recipe.name.clone(), machine, target, proxy, mapper, stages, infer }
     }
 
     pub fn stage(&self, name: &str) -> Option<&StagePlan> {
@@ -231,6 +247,31 @@ window_tokens = [2048, 8192]
         let plan = Plan::new(&recipe(&["data.window_tokens=[8192]"]), Machine::h200());
         let peak = plan.stage("label").unwrap().peak_bytes as f64;
         assert!((peak / 18.7e9 - 1.0).abs() < 0.15, "{peak}");
+    }
+
+    /// `bench prefill` on an H100, bf16: peak memory in GB in sequence and on streams, seconds in sequence.
+    #[test]
+    fn inference_is_near_what_was_measured() {
+        for (tokens, sequential, streams, secs) in [
+            (8192, 20.9, 21.8, 0.27),
+            (32_768, 27.5, 29.9, 1.55),
+            (131_072, 40.3, 46.3, 13.5),
+            (170_000, 46.3, 53.7, 21.7),
+        ] {
+            let windows = format!("data.window_tokens=[{tokens}]");
+            let infer = Plan::new(&recipe(&[&windows, "data.train=1"]), Machine::h200()).infer;
+            assert_eq!(infer.tokens, tokens);
+            for (planned, measured, off) in [
+                (infer.sequential_bytes as f64 / 1e9, sequential, 0.1),
+                (infer.streams_bytes as f64 / 1e9, streams, 0.1),
+                (infer.secs, secs, 0.25),
+            ] {
+                assert!(
+                    (planned / measured - 1.0).abs() < off,
+                    "{tokens}: {planned:.2}, measured {measured}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use pkv_core::GlobalChannel;
 
 use super::cost::{self, Decode, MapperCost, Repeat, decode, features, prefill, repeat};
-use super::{Machine, StagePlan, element_bytes, parameters};
+use super::{InferPlan, Machine, StagePlan, element_bytes, parameters};
 use crate::{Method, Recipe, Task};
 
 /// Tokens that a chat template puts around a context or a question; models differ by a few dozen.
@@ -104,28 +104,66 @@ pub fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePl
     });
     let weights = parameters(&recipe.proxy) * width;
     let per_token = shape.total_kv_heads() * section.channels.len() + section.globals.len();
-    let longest = lengths.longest();
-    let new_tokens = longest.min(section.prefill_chunk_tokens);
-    let whole_range = section.channels.iter().any(|c| c.is_whole_range());
-    let seen = if whole_range { longest } else { section.block_tokens + section.window_tokens };
-    let logits = section.globals.contains(&GlobalChannel::Surprisal);
-    // A block's attention, and its logits, in f32 with one temporary of the same size.
-    let block = 2
-        * section.block_tokens.min(longest)
-        * (shape.query_heads * seen + usize::from(logits) * shape.vocab);
     let stage = StagePlan {
         examples: lengths.examples(),
         tokens: lengths.tokens(),
         disk_bytes: lengths.tokens() * per_token as u64 * section.store.bytes() as u64,
         flops,
         moved_bytes: lengths.examples() as f64 * weights as f64,
-        peak_bytes: weights
-            + (longest * shape.kv_elements_per_token()) as u64 * width
-            + cost::activation_elements(shape, new_tokens) * width
-            + 4 * (block + longest * per_token) as u64,
+        peak_bytes: weights + reading_bytes(recipe, lengths.longest(), section.prefill_chunk_tokens, machine),
         ..StagePlan::nothing("extract")
     };
     stage.timed(machine, machine.efficiency.extract)
+}
+
+/// What the proxy needs beside its weights to read `context` tokens, `chunk` at a time: cache, activations, features.
+fn reading_bytes(recipe: &Recipe, context: usize, chunk: usize, machine: &Machine) -> u64 {
+    let width = element_bytes(recipe.proxy.dtype, machine);
+    let (shape, section) = (&recipe.proxy.shape, &recipe.extract);
+    let per_token = shape.total_kv_heads() * section.channels.len() + section.globals.len();
+    let whole_range = section.channels.iter().any(|c| c.is_whole_range());
+    // What a block's queries see at once. The kernels of a GPU hold none of it.
+    let seen = match (machine.cpu, whole_range) {
+        (false, _) => 0,
+        (true, true) => context,
+        (true, false) => section.block_tokens + section.window_tokens,
+    };
+    let logits = section.globals.contains(&GlobalChannel::Surprisal);
+    // A block's attention, and its logits, in f32 with one temporary of the same size.
+    let block = 2
+        * section.block_tokens.min(context)
+        * (shape.query_heads * seen + usize::from(logits) * shape.vocab);
+    (context * shape.kv_elements_per_token()) as u64 * width
+        + cost::activation_elements(shape, context.min(chunk)) * width
+        + 4 * (block + context * per_token) as u64
+}
+
+/// Tokens that the proxy reads at a time beside the target, so that both have room on one device.
+const SHARED_CHUNK: usize = 16_384;
+
+/// A context of `tokens` tokens to the target's pruned cache.
+pub fn infer(recipe: &Recipe, tokens: usize, machine: &Machine, mapper: &MapperCost) -> InferPlan {
+    let (target, proxy) = (&recipe.target.shape, &recipe.proxy.shape);
+    let width = element_bytes(recipe.target.dtype, machine);
+    let weights = parameters(&recipe.target) * width
+        + parameters(&recipe.proxy) * element_bytes(recipe.proxy.dtype, machine);
+    let alone = (tokens + TEMPLATE_TOKENS) as u64 * target.kv_elements_per_token() as u64 * width
+        + cost::activation_elements(target, tokens.min(recipe.label.prefill_chunk_tokens)) * width;
+    let reading = |chunk: usize| reading_bytes(recipe, tokens, chunk, machine);
+    let chunk = recipe.extract.prefill_chunk_tokens;
+    let repeats = recipe.extract.channels.iter().any(|c| c.is_reconstruction());
+    let by = Repeat::new(&recipe.label, TEMPLATE_TOKENS);
+    let flops = prefill(target, tokens + TEMPLATE_TOKENS)
+        + prefill(proxy, tokens + TEMPLATE_TOKENS)
+        + features(proxy, &recipe.extract, tokens)
+        + if repeats { repeat(proxy, tokens, &by) } else { 0.0 }
+        + mapper.forward_flops(tokens);
+    InferPlan {
+        tokens,
+        sequential_bytes: weights + alone.max(reading(chunk)),
+        streams_bytes: weights + alone + reading(chunk.min(SHARED_CHUNK)),
+        secs: machine.secs(flops, machine.efficiency.label, weights as f64),
+    }
 }
 
 /// Most elements of one piece's tensor in stage 3 of the mapper.

@@ -29,6 +29,14 @@ impl fmt::Display for Plan {
             human_flops(self.mapper.flops_per_token),
             100.0 * self.mapper.share_of_prefill
         )?;
+        writeln!(
+            f,
+            "  infer   a context of {} tokens: {} in sequence, {} on two streams, {}",
+            self.infer.tokens,
+            human_bytes(self.infer.sequential_bytes),
+            human_bytes(self.infer.streams_bytes),
+            human_secs(self.infer.secs)
+        )?;
         writeln!(f)?;
         let rows = self.rows();
         let width = |c: usize| rows.iter().map(|r| r[c].len()).max().unwrap_or(0);
