@@ -34,7 +34,10 @@ pub fn all_tables(results: &Results) -> String {
     for policy in Policy::ALL {
         for suite in suites(results) {
             add(
-                format!("{suite}, mean score of its tasks, {} (%)", policy.name()),
+                format!(
+                    "{suite}, mean score of its tasks, {} (%, 95% interval from the tasks')",
+                    policy.name()
+                ),
                 suite_table(results, suite, policy),
             );
         }
@@ -93,18 +96,20 @@ pub fn benchmark_table(benchmark: &BenchmarkResults, policy: Policy) -> Option<S
     grid.render(Some(("full cache", percent(benchmark.full))))
 }
 
-/// Scores in percent, every task of a suite counting alike. `None` if it has one task only, or without the policy.
+/// Mean scores in percent with their intervals, every task of a suite counting alike. `None` if it has one task only, or
+/// without the policy.
 pub fn suite_table(results: &Results, suite: &str, policy: Policy) -> Option<String> {
     let tasks: Vec<&BenchmarkResults> = results.benchmarks.iter().filter(|b| b.suite == suite).collect();
     let [first, _, ..] = tasks.as_slice() else { return None };
-    let mean = |of: &dyn Fn(&BenchmarkResults) -> f64| {
-        format!("{:.1}", 100.0 * tasks.iter().map(|b| of(b)).sum::<f64>() / tasks.len() as f64)
+    let mean = |of: &dyn Fn(&BenchmarkResults) -> Option<Interval>| {
+        let all: Option<Vec<Interval>> = tasks.iter().map(|b| of(b)).collect();
+        all.as_deref().and_then(Interval::mean_of).map_or_else(|| "-".to_owned(), percent)
     };
     let cells = first.cells.iter().filter(|c| c.policy == policy).map(|c| {
-        let score = |b: &BenchmarkResults| b.cell(c.method, policy, c.ratio).map_or(0.0, |c| c.score.mean);
+        let score = |b: &BenchmarkResults| b.cell(c.method, policy, c.ratio).map(|c| c.score);
         (c.method, c.ratio, mean(&score))
     });
-    Grid::new(cells).render(Some(("full cache", mean(&|b| b.full.mean))))
+    Grid::new(cells).render(Some(("full cache", mean(&|b| Some(b.full)))))
 }
 
 /// Recall of KVzip's kept set in percent. `None` if the policy was not measured.

@@ -147,9 +147,8 @@ fn across_tasks(
     let ratios = first.cells.iter().filter(|c| c.policy == policy).map(|c| c.ratio);
     let ratio = ratios.min_by(|a, b| (a / 0.05).ln().abs().total_cmp(&(b / 0.05).ln().abs()))?;
     let of = |b: &BenchmarkResults, m| value(b, b.cell(m, policy, ratio)?);
-    let mean = |values: &[Option<f64>]| -> Option<f64> {
-        let all: Vec<f64> = values.iter().copied().collect::<Option<_>>()?;
-        Some(all.iter().sum::<f64>() / all.len() as f64)
+    let mean = |values: &[Option<Interval>]| -> Option<Interval> {
+        Interval::mean_of(&values.iter().copied().collect::<Option<Vec<_>>>()?)
     };
     let bests: Vec<Option<f64>> = benchmarks
         .iter()
@@ -158,7 +157,7 @@ fn across_tasks(
             rivals.filter_map(|m| Some(of(b, m)?.0.mean)).reduce(f64::max)
         })
         .collect();
-    let plain = |v: f64| Cell { value: points(v), interval: String::new(), best: false };
+    let plain = |v: Interval| Cell { value: points(v.mean), interval: interval(v, points), best: false };
     let cells = |m: Method| -> Vec<Option<Cell>> {
         let values: Vec<Option<Interval>> = benchmarks.iter().map(|b| Some(of(b, m)?.0)).collect();
         let shown = values.iter().zip(&bests).map(|(v, best)| {
@@ -166,14 +165,13 @@ fn across_tasks(
             let best = !method::is_oracle(m) && best.is_some_and(|b| points(b) == points(v.mean));
             Some(Cell { value: points(v.mean), interval: interval(v, points), best })
         });
-        let means: Vec<_> = values.iter().map(|v| v.map(|v| v.mean)).collect();
-        shown.chain([mean(&means).map(plain)]).collect()
+        shown.chain([mean(&values).map(plain)]).collect()
     };
     let order = Method::ALL.into_iter().filter(|&m| method::is_oracle(m));
     let order = order.chain(Method::ALL.into_iter().filter(|&m| !method::is_oracle(m)));
     let measured = order.filter(|&m| benchmarks.iter().any(|b| of(b, m).is_some()));
     let mut rows: Vec<Row> = measured.map(|m| Row { cells: cells(m), ..row(m) }).collect();
-    let full: Vec<Option<f64>> = benchmarks.iter().map(|b| Some(of(b, Method::Mapper)?.1?.mean)).collect();
+    let full: Vec<Option<Interval>> = benchmarks.iter().map(|b| of(b, Method::Mapper)?.1).collect();
     if full.iter().all(Option::is_some) {
         let cells = full.iter().copied().chain([mean(&full)]).map(|v| v.map(plain)).collect();
         rows.insert(
