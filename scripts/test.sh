@@ -18,5 +18,6 @@ cargo clippy --quiet --workspace --all-targets -- -D warnings
 cargo test --workspace
 # Models ran on the CPU so far; where there is a GPU they must work on it, too, and one test at a time has its memory.
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
-  PKV_TEST_DEVICE=cuda RUST_TEST_THREADS=1 cargo test --package pkv-lm --package pkv-score --package pkv-extract
+  PKV_TEST_DEVICE=cuda RUST_TEST_THREADS=1 cargo test --package pkv-gpu --package pkv-lm --package pkv-mapper --package pkv-score \
+    --package pkv-extract --package pkv-train --package pkv-infer
 fi
