@@ -86,7 +86,7 @@ for turn in first second; do
   wait_for 0
 done
 
-[ ${#names[@]} -gt 0 ] || { printf 'error: no recipe of recipes/ablations is named in `--only %s`\n\nhint: name them as their files, without `.toml`\n' "${only//,/ }" >&2; exit 1; }
+[ ${#names[@]} -gt 0 ] || { printf 'error: no recipe of recipes/ablations is named in `--only %s`\n\nhint: name them as their files, without `.toml`\n' "${only:1:-1}" >&2; exit 1; }
 complete=()
 mapfile -t names < <(printf "%s\n" "${names[@]}" | sort)
 for name in "${names[@]}"; do

@@ -252,6 +252,7 @@ mod tests {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
         assert!(against(&a, &l).unwrap_err().to_string().contains("made by `label`"));
+        assert!(against(dir.path(), &a).unwrap_err().to_string().contains("no folder of labels or features"));
     }
 
     #[test]

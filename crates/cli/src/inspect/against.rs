@@ -8,10 +8,12 @@ use anyhow::{Result, bail, ensure};
 use pkv_core::{Fingerprint, Policy, RetentionRatio, hinted};
 use pkv_prune::metrics::KeptAgreement;
 use pkv_recipe::EvalSection;
-use pkv_shard::{FeatureRow, LabelRow, Row, StageDir, StageReader};
+use pkv_shard::{FeatureRow, INDEX_FILE, LabelRow, Row, StageDir, StageReader};
 use tch::Tensor;
 
 use super::{Lines, shards::channel_name};
+
+const HINT: &str = "pass two folders of labels, or two of features: `runs/NAME/labels`, `runs/NAME/features`";
 
 /// Labels or features of `path` beside those of `other`, context by context.
 ///
@@ -21,6 +23,12 @@ pub fn against(path: &Path, other: &Path) -> Result<String> {
     let reads = |stage: &StageDir, files: &str| {
         stage.index().shards.first().is_some_and(|s| s.file.starts_with(&format!("{files}-")))
     };
+    for folder in [path, other] {
+        ensure!(
+            folder.join(INDEX_FILE).is_file(),
+            hinted(format!("`{}` is no folder of labels or features", folder.display()), HINT)
+        );
+    }
     let (mine, theirs) = (StageDir::read(path)?, StageDir::read(other)?);
     let both = |files: &str| reads(&mine, files) && reads(&theirs, files);
     if both(LabelRow::FILES) {
@@ -36,7 +44,7 @@ pub fn against(path: &Path, other: &Path) -> Result<String> {
                 other.display(),
                 theirs.index().stage
             ),
-            "pass two folders of labels, or two of features"
+            HINT
         ))
     }
 }
