@@ -1,7 +1,7 @@
 //! `prepare`: documents to tokenized examples.
 
 use anyhow::{Context, Result};
-use pkv_core::{Fingerprint, StoreDtype};
+use pkv_core::{Fingerprint, Split, StoreDtype};
 use pkv_shard::{Example, StageDir, StageReader, StageWriter};
 
 use super::Outcome;
@@ -39,12 +39,14 @@ pub fn run(s: &Session) -> Result<Outcome> {
 
 /// The examples' choices: the recipe's `data`, the manifest, the tokenizer, the seed.
 pub fn fingerprint(s: &Session, target: &pair::Found) -> Result<Fingerprint> {
-    Ok(Fingerprint::new()
+    let fingerprint = Fingerprint::new()
         .with("data", &s.recipe.data)
         .with("manifest", &s.manifest)
         .with("documents", pkv_data::inputs(&s.manifest, &s.hub)?)
         .with("vocab", target.tokenizer.vocab_hash())
-        .with("seed", s.recipe.seed))
+        .with("seed", s.recipe.seed);
+    // Windows of every split overlapped once; examples of that time are not these.
+    Ok(if s.recipe.data.stride < 1.0 { fingerprint.with("overlapping", Split::Train) } else { fingerprint })
 }
 
 /// The examples of this run, which must be complete and match the recipe.
