@@ -5,6 +5,7 @@
 
 use anyhow::Result;
 use pkv_core::Channel;
+use pkv_gpu::{has_elementwise, log_norms};
 use pkv_lm::{LayerView, Tap};
 use tch::{Kind, Tensor};
 
@@ -39,9 +40,8 @@ impl Tap for FeatureTap<'_> {
             }
             _ => self.statistics.add(view.q_qsd, view.k_hkd, view.start, &features_hct)?,
         }
-        self.norms(view, Channel::KeyNorm, view.k_hkd, f64::MIN_POSITIVE, &features_hct);
-        self.norms(view, Channel::ValueNorm, view.v_hkd, VALUE_NORM_FLOOR, &features_hct);
-        Ok(())
+        self.norms(view, Channel::KeyNorm, view.k_hkd, f64::MIN_POSITIVE, &features_hct)?;
+        self.norms(view, Channel::ValueNorm, view.v_hkd, VALUE_NORM_FLOOR, &features_hct)
     }
 }
 
@@ -54,16 +54,21 @@ impl FeatureTap<'_> {
         vectors_hkd: &Tensor,
         floor: f64,
         features_hct: &Tensor,
-    ) {
-        let Some(slot) = self.channels.iter().position(|c| *c == channel) else { return };
+    ) -> Result<()> {
+        let Some(slot) = self.channels.iter().position(|c| *c == channel) else { return Ok(()) };
         let _no_grad = tch::no_grad_guard();
         let from = view.start.max(self.prefix);
         let n = vectors_hkd.size()[1] - from as i64;
         if n <= 0 {
-            return;
+            return Ok(());
         }
-        let new_htd = vectors_hkd.narrow(1, from as i64, n).to_kind(Kind::Float);
-        let norms_ht = new_htd.norm_scalaropt_dim(2.0, [-1i64], false).clamp_min(floor).log();
-        features_hct.select(1, slot as i64).narrow(1, (from - self.prefix) as i64, n).copy_(&norms_ht);
+        let new_htd = vectors_hkd.narrow(1, from as i64, n);
+        let mut to_ht = features_hct.select(1, slot as i64).narrow(1, (from - self.prefix) as i64, n);
+        if has_elementwise(new_htd.device(), new_htd.kind(), new_htd.size()[2]) {
+            return log_norms(&new_htd, floor, &to_ht);
+        }
+        let norms_ht = new_htd.to_kind(Kind::Float).norm_scalaropt_dim(2.0, [-1i64], false);
+        to_ht.copy_(&norms_ht.clamp_min(floor).log());
+        Ok(())
     }
 }

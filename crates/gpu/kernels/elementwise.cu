@@ -105,6 +105,26 @@ extern "C" __global__ void merge(half_t* a, const half_t* b, float* a_lse, const
   if (lane == 0) a_lse[lse_at] = peak + __logf(ex + ey);
 }
 
+// out[head][row] = log of the length of vectors[head][row][HEAD_DIM], which counts as `floor` if shorter. Rows of a head are
+// contiguous, heads apart as told. Eight threads per row: grid ceil(rows / 32), heads; 256 threads.
+extern "C" __global__ void log_norms(const half_t* vectors, float* out, int rows, long long head, long long out_head, float floor) {
+  const int row = blockIdx.x * 32 + threadIdx.x / 8, lane = threadIdx.x % 8;
+  float squares = 0.f;
+  auto add = [&](u32 two) {
+    const float2 x = unpack(two);
+    squares = fmaf(x.x, x.x, fmaf(x.y, x.y, squares));
+  };
+  if (row < rows) {
+    const uint4* from = (const uint4*)(vectors + blockIdx.y * head + (long long)row * HEAD_DIM);
+    for (int i = lane; i < HEAD_DIM / 8; i += 8) {
+      const uint4 eight = from[i];
+      add(eight.x), add(eight.y), add(eight.z), add(eight.w);
+    }
+  }
+  for (int apart = 4; apart; apart /= 2) squares += __shfl_xor_sync(~0u, squares, apart);
+  if (row < rows && lane == 0) out[blockIdx.y * out_head + row] = logf(fmaxf(sqrtf(squares), floor));
+}
+
 // nats[row] = log of the sum of exp(logits[row]) - logits[row][next[row]]. A row has 8 * `pieces` logits; a block of 256 threads
 // reads it once.
 extern "C" __global__ void __launch_bounds__(256) row_nats(const uint4* logits, const long long* next, float* nats, int pieces) {

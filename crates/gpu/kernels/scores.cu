@@ -168,12 +168,13 @@ enum Statistic { ALL_MAX, ALL_SUM, WINDOW_MAX, WINDOW_SUM, LAST_MAX, LAST_SUM, S
 //
 // parts[query head][statistic][position]
 // Positions count from the context's begin: query row r is at first_query + r * step (negative ones are skipped), key t, of
-// `end` there are, at k + (prefix + t) * HEAD_DIM. A step above 1 is for the whole range alone.
+// `end` there are, at k + (prefix + t) * HEAD_DIM. A step above 1 is for the whole range alone. The log-sum-exp of a row, a
+// natural log here, is at lse + head * lse_head + r * lse_row.
 // grid: key tiles (from the first), query heads
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-column_stats(const half_t* q, const half_t* k, const float* lse2, float* parts, int q_row, long long q_head,
-             long long k_head, int want, int group, int rows, int first_query, int step, int end, int prefix, int near,
-             int window, int last, float scale2) {
+column_stats(const half_t* q, const half_t* k, const float* lse, float* parts, int q_row, long long q_head,
+             long long k_head, int lse_row, long long lse_head, int want, int group, int rows, int first_query, int step,
+             int end, int prefix, int near, int window, int last, float scale2) {
   const Shared shared(shared_raw);
   const int head = blockIdx.y, key0 = blockIdx.x * STATIONARY;
   const int keys = min(STATIONARY, end - key0);
@@ -195,7 +196,7 @@ column_stats(const half_t* q, const half_t* k, const float* lse2, float* parts, 
     const int row0 = i < head_tiles ? from_row + i * TILE : first_of(i) - first_query;
     stream_tile(shared.tiles + stage * TILE_BYTES, q + head * q_head, q_row,
                 [&](int r) { return row0 + r < rows ? row0 + r : -1; });
-    stream_column(shared.column + stage * TILE, lse2 + (long long)head * rows + row0, rows - row0);
+    stream_column(shared.column + stage * TILE, lse + head * lse_head + (long long)row0 * lse_row, rows - row0, lse_row, LOG2E);
   };
   // A query in the window is not in the rest; one of the last is in one of the two as well.
   struct Sums {
@@ -211,6 +212,8 @@ column_stats(const half_t* q, const half_t* k, const float* lse2, float* parts, 
     const int query0 = first_of(i) + part * PART * step;
     const int nearest = query0 - group_key0 - 63, farthest = query0 + (PART - 1) * step - group_key0;
     const bool has_last = lasting && query0 + PART > last;
+    // Too near to all of the keys, behind the last query, or between a window and the last queries.
+    if (farthest < near || query0 >= end || !(whole || has_last || (windowed && nearest <= window))) return;
     // All weights of the part belong together.
     auto add_all = [&](Sums& to) {
 #pragma unroll
@@ -250,7 +253,7 @@ column_stats(const half_t* q, const half_t* k, const float* lse2, float* parts, 
     const int key = row_of(h);
     float* place = parts + (long long)head * STATISTICS * end + key0 + key;
     auto write = [&](int statistic, float x) {
-      if (key < keys && threadIdx.x % 4 == 0) place[(long long)statistic * end] = x;
+      if (want >> statistic & 1 && key < keys && threadIdx.x % 4 == 0) place[(long long)statistic * end] = x;
     };
     const float window_top = row_max(in_window.top[h]), window_sum = row_sum(in_window.sum[h]);
     write(ALL_MAX, fmaxf(row_max(rest.top[h]), window_top));

@@ -60,13 +60,13 @@ __device__ __forceinline__ void stream_tile(u32 to, const half_t* base, int stri
   }
 }
 
-// Copy one number per row of a tile, those of its first `rows` rows; infinity for the others, which takes them out of every
-// maximum and sum of exp2(x - number).
-__device__ __forceinline__ void stream_column(float* to, const float* from, int rows) {
+// Copy one number per row of a tile, those of its first `rows` rows, `apart` from each other and times `scale`; infinity for the
+// others, which takes them out of every maximum and sum of exp2(x - number).
+__device__ __forceinline__ void stream_column(float* to, const float* from, int rows, int apart = 1, float scale = 1.f) {
 #pragma unroll
   for (int i = 0; i < (TILE + THREADS - 1) / THREADS; i++) {
     const int row = threadIdx.x + i * THREADS;
-    if (TILE % THREADS == 0 || row < TILE) to[row] = row < rows ? from[row] : INFINITE;
+    if (TILE % THREADS == 0 || row < TILE) to[row] = row < rows ? from[(long long)row * apart] * scale : INFINITE;
   }
 }
 

@@ -286,6 +286,55 @@ pub fn row_nats(logits_sv: &Tensor, next_s: &Tensor) -> Result<Tensor> {
     Ok(nats_s)
 }
 
+/// Logarithms of vectors' lengths, in one pass; libtorch's operators take five, one of them in f32.
+///
+/// # Shapes
+/// - `vectors_hsd`: `[heads, rows, head_dim]`, see [`has_elementwise`]; rows contiguous, heads any distance apart
+/// - `out_hs`: f32 `[heads, rows]`, rows contiguous, same device; written
+///
+/// A vector shorter than `floor` counts as `floor` long.
+///
+/// # Errors
+/// Shapes or kinds disagree, or the driver refuses.
+pub fn log_norms(vectors_hsd: &Tensor, floor: f64, out_hs: &Tensor) -> Result<()> {
+    let (size, stride) = (vectors_hsd.size(), vectors_hsd.stride());
+    ensure!(
+        size.len() == 3
+            && stride[1..] == [size[2], 1]
+            && stride[0] % 8 == 0
+            && (vectors_hsd.data_ptr() as usize).is_multiple_of(16)
+            && has_elementwise(vectors_hsd.device(), vectors_hsd.kind(), size[2]),
+        "no norm kernel for {:?} {size:?} of strides {stride:?} on {:?}",
+        vectors_hsd.kind(),
+        vectors_hsd.device()
+    );
+    ensure!(
+        out_hs.size() == size[..2]
+            && out_hs.stride()[1] == 1
+            && out_hs.kind() == Kind::Float
+            && out_hs.device() == vectors_hsd.device(),
+        "room for norms is {:?} {:?}, expected f32 {:?}",
+        out_hs.kind(),
+        out_hs.size(),
+        &size[..2]
+    );
+    if size[0] * size[1] == 0 {
+        return Ok(());
+    }
+    let kernel = kernel(vectors_hsd.device(), variant(vectors_hsd, size[2])?, "log_norms", 0)?;
+    let grid = [(size[1] as usize).div_ceil(32), size[0] as usize, 1];
+    let args = [
+        Arg::Tensor(vectors_hsd),
+        Arg::Tensor(out_hs),
+        Arg::Int(i32::try_from(size[1])?),
+        Arg::Long(stride[0]),
+        Arg::Long(out_hs.stride()[0]),
+        Arg::Float(floor as f32),
+    ];
+    // SAFETY: the kernel's arguments; sizes were checked.
+    unsafe { kernel.launch(&Launch { grid, threads: 256, shared: 0 }, &args) }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
@@ -339,6 +388,37 @@ mod tests {
             let off =
                 (row_nats(&logits, &next).unwrap() + picked.squeeze_dim(1)).abs().max().double_value(&[]);
             assert!(off < 1e-4, "{kind:?}, {vocab}: off by {off:e}");
+        }
+    }
+
+    #[test]
+    fn norms_equal_those_in_f64() {
+        let on = device(DeviceChoice::Auto).unwrap();
+        if !has_elementwise(on, Kind::BFloat16, 64) {
+            writeln!(std::io::stderr(), "SKIPPED: the kernel of norms needs a GPU").unwrap();
+            return;
+        }
+        for (kind, heads, rows, d, floor) in [
+            (Kind::BFloat16, 8, 1000, 64, 1e-4),
+            (Kind::Half, 3, 33, 80, 0.5),
+            (Kind::BFloat16, 1, 1, 96, 0.0),
+            (Kind::Half, 2, 70, 128, 1e-4),
+            (Kind::BFloat16, 2, 31, 256, 1e-4),
+        ] {
+            let cache = Tensor::randn([heads, rows + 7, d], (Kind::Float, on)).to_kind(kind);
+            let vectors = cache.narrow(1, 5, rows);
+            let _ = vectors.select(1, rows / 2).fill_(0.0);
+            // One channel of several, at positions further on.
+            let features = Tensor::full([heads, 3, rows + 2], -7.0, (Kind::Float, on));
+            let out = features.select(1, 1).narrow(1, 2, rows);
+            log_norms(&vectors, floor, &out).unwrap();
+            let expected =
+                vectors.to_kind(Kind::Double).square().sum_dim_intlist([-1i64].as_slice(), false, None);
+            let expected = expected.sqrt().clamp_min(floor).log().clamp_min(-99.0);
+            let off = (out.clamp_min(-99.0) - expected).abs().max().double_value(&[]);
+            assert!(off < 2e-6, "{kind:?}, {d}: off by {off:e}");
+            let _ = out.shallow_clone().fill_(-7.0);
+            assert!(features.eq(-7.0).all().int64_value(&[]) == 1, "{kind:?}, {d}: wrote elsewhere");
         }
     }
 }

@@ -257,7 +257,7 @@ pub struct QueryStatistics {
 /// - `q_rqd`: `[rows, query_heads, head_dim]`, bf16 or f16, CUDA, any strides with head_dim innermost: the queries of cache
 ///   positions `first_query..first_query + rows`; those of the prefix are skipped
 /// - `k_hkd`: `[kv_heads, positions, head_dim]`, positions contiguous; the rows' own keys are the last
-/// - `lse_qr`: f32 `[query_heads, rows]`, natural log-sum-exp of each row over all the keys it sees
+/// - `lse_qr`: f32 `[query_heads, rows]`, any strides, natural log-sum-exp of each row over all the keys it sees
 /// - `out_hct`: f32 `[kv_heads, channels, context positions]`, innermost contiguous: maxima and sums so far
 ///
 /// # Errors
@@ -343,7 +343,7 @@ fn sweep(
         s.kv_heads
     );
     let device = q_rqd.device();
-    let lse2 = (lse_qr * std::f64::consts::LOG2_E).contiguous();
+    let lse_stride = lse_qr.stride();
     let parts = Tensor::empty([s.query_heads as i64, 6, positions as i64], (Kind::Float, device));
     let wanted = list.iter().enumerate().map(|(i, c)| i32::from(c.is_some()) << i).sum();
     let launch = s.tiles.launch(s.head_dim, [positions.div_ceil(s.tiles.rows()), s.query_heads, 1]);
@@ -355,11 +355,13 @@ fn sweep(
             &[
                 Arg::Tensor(q_rqd),
                 Arg::Tensor(k_hkd),
-                Arg::Tensor(&lse2),
+                Arg::Tensor(lse_qr),
                 Arg::Tensor(&parts),
                 Arg::Int(s.q_row),
                 Arg::Long(s.q_head),
                 Arg::Long(s.k_head),
+                Arg::Int(i32::try_from(lse_stride[1])?),
+                Arg::Long(lse_stride[0]),
                 Arg::Int(wanted),
                 Arg::Int(s.group()),
                 Arg::Int(s.rows as i32),
