@@ -67,7 +67,7 @@ struct PrefillRow {
     kvzip_over_this: Option<f64>,
     /// The peer's KVzip's time over this one.
     peer_over_this: Option<f64>,
-    /// The mapper's share of the time.
+    /// The mapper's share of the last run's time.
     mapper_share: Option<f64>,
     /// Peak memory over that of the bare prefill.
     memory_over_prefill: Option<f64>,
@@ -238,15 +238,16 @@ impl Bench<'_> {
             if let Some(why) = prefilled.fallback {
                 bail!("the proxy's side failed: {why:#}");
             }
-            last.replace(Some(Arc::clone(&prefilled.timeline)));
+            let whole = prefilled.timeline.secs();
+            last.replace(Some((Arc::clone(&prefilled.timeline), whole)));
             Ok(prefilled.cache)
         })?;
         let mut timed = PrefillRow::new(row, Some(set));
         let mut all = Vec::new();
-        if let (Some(timeline), Some(m)) = (last.into_inner(), &mut timed.row.measured) {
+        if let (Some((timeline, whole)), Some(m)) = (last.into_inner(), &mut timed.row.measured) {
             timed.phases = timeline.totals();
             all = timeline.phases();
-            timed.mapper_share = Some(timeline.busy_secs("mapper", None) / m.median_s);
+            timed.mapper_share = Some(timeline.busy_secs("mapper", None) / whole);
             if let Device::Cuda(_) = self.device {
                 // Phases of `sequential` reset the peak, each for its own; of two GPUs the target's counts.
                 let here =
