@@ -1,6 +1,7 @@
-// What lies between a decoder layer's matrix products, each in one pass over its bytes.
+// What lies between a decoder layer's matrix products, the likelihood behind them, and the lengths of keys and values, each in
+// one pass over its bytes.
 //
-// Compiled with HEAD_DIM (a multiple of 4) and BF16 (1 for bf16, 0 for f16). Arithmetic is f32, rounded once.
+// Compiled with HEAD_DIM (a multiple of 8) and BF16 (1 for bf16, 0 for f16). Arithmetic is f32, rounded once.
 
 // out[row][i] = silu(gate_up[row][i]) * gate_up[row][width + i]; width is a multiple of 8. One thread per 8 numbers.
 extern "C" __global__ void gated_silu(const uint4* gate_up, uint4* out, long long pieces, int row_pieces) {

@@ -23,9 +23,9 @@ fn shards(dir: &TempDir) -> usize {
 }
 
 /// The folder that an unbroken run leaves.
-fn unbroken() -> TempDir {
+fn unbroken(rows: usize) -> TempDir {
     let dir = tempdir().unwrap();
-    write_labels(open(&dir), ROWS).unwrap();
+    write_labels(open(&dir), rows).unwrap();
     dir
 }
 
@@ -33,7 +33,7 @@ fn unbroken() -> TempDir {
 /// and its index entry, inside the index.
 #[test]
 fn a_full_disk_at_any_point_is_an_error_and_the_next_run_continues() {
-    let whole = files(unbroken().path());
+    let whole = files(unbroken(ROWS).path());
     let total: usize = whole.values().map(Vec::len).sum();
     let (mut failures, mut resumed) = (0, 0);
     for budget in (0..2 * total as u64).step_by(499) {
@@ -57,7 +57,7 @@ fn a_full_disk_at_any_point_is_an_error_and_the_next_run_continues() {
 
 #[test]
 fn a_shard_renamed_but_not_indexed_is_made_again() {
-    let whole = files(unbroken().path());
+    let whole = files(unbroken(ROWS).path());
     let dir = tempdir().unwrap();
     let stage = open(&dir);
     // What a process killed between rename and index leaves, and what one killed before rename does.
@@ -97,8 +97,8 @@ fn two_processes_do_not_write_one_folder() {
 /// SIGKILL at moments that nobody chose.
 #[test]
 fn a_killed_process_is_continued_by_the_next() {
-    let (unbroken, dir) = (tempdir().unwrap(), tempdir().unwrap());
-    write_labels(open(&unbroken), MANY_ROWS).unwrap();
+    let whole = files(unbroken(MANY_ROWS).path());
+    let dir = tempdir().unwrap();
     let mut seen = Vec::new();
     for attempt in 0u64.. {
         assert!(attempt < 60, "no progress: {seen:?}");
@@ -126,7 +126,7 @@ fn a_killed_process_is_continued_by_the_next() {
     if !open(&dir).is_complete() {
         write_labels(open(&dir), MANY_ROWS).unwrap();
     }
-    assert_eq!(files(dir.path()), files(unbroken.path()));
+    assert_eq!(files(dir.path()), whole);
     assert_eq!(StageReader::<LabelRow>::open(dir.path()).unwrap().get(29).unwrap(), label(29));
     assert!(seen.len() > 2, "the process was never killed in the middle: {seen:?}");
 }
@@ -150,7 +150,7 @@ fn child() {
 
 #[test]
 fn a_complete_stage_is_open_to_all() {
-    let dir = unbroken();
+    let dir = unbroken(ROWS);
     let (one, other) = (open(&dir), open(&dir));
     assert!(one.is_complete() && other.is_complete());
     let different = StageDir::open(dir.path(), "label", &choices().with("more", 1)).unwrap_err();

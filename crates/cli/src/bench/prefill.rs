@@ -238,16 +238,16 @@ impl Bench<'_> {
             if let Some(why) = prefilled.fallback {
                 bail!("the proxy's side failed: {why:#}");
             }
-            let whole = prefilled.timeline.secs();
-            last.replace(Some((Arc::clone(&prefilled.timeline), whole)));
+            last.replace(Some(Arc::clone(&prefilled.timeline)));
             Ok(prefilled.cache)
         })?;
         let mut timed = PrefillRow::new(row, Some(set));
         let mut all = Vec::new();
-        if let (Some((timeline, whole)), Some(m)) = (last.into_inner(), &mut timed.row.measured) {
+        if let (Some(timeline), Some(m)) = (last.into_inner(), &mut timed.row.measured) {
             timed.phases = timeline.totals();
             all = timeline.phases();
-            timed.mapper_share = Some(timeline.busy_secs("mapper", None) / whole);
+            let whole_secs = all.iter().map(|p| p.end_secs).fold(0.0, f64::max);
+            timed.mapper_share = Some(timeline.busy_secs("mapper", None) / whole_secs);
             if let Device::Cuda(_) = self.device {
                 // Phases of `sequential` reset the peak, each for its own; of two GPUs the target's counts.
                 let here =

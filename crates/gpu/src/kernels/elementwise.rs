@@ -1,4 +1,5 @@
-//! What lies between a decoder layer's matrix products: `kernels/elementwise.cu`.
+//! What lies between a decoder layer's matrix products, the likelihood behind them, and the lengths of keys and values that
+//! features want: `kernels/elementwise.cu`.
 //!
 //! Each is one pass over its bytes; libtorch's operators take two to six. At 32,768 tokens of an 8B model the gated product
 //! moves 2.8 GB: 0.66 ms at an H200's 4.3 TB/s, 2.65 ms as two operators.
@@ -342,13 +343,19 @@ mod tests {
     use super::*;
     use crate::{DeviceChoice, device};
 
+    /// Where the kernel of `what` can be tested; says so if nowhere.
+    fn gpu(what: &str) -> Option<Device> {
+        let on = device(DeviceChoice::Auto).unwrap();
+        let able = has_elementwise(on, Kind::BFloat16, 64);
+        if !able {
+            writeln!(std::io::stderr(), "SKIPPED: the kernel of {what} needs a GPU").unwrap();
+        }
+        able.then_some(on)
+    }
+
     #[test]
     fn packed_slots_get_what_projections_kept() {
-        let on = device(DeviceChoice::Auto).unwrap();
-        if !has_elementwise(on, Kind::BFloat16, 64) {
-            writeln!(std::io::stderr(), "SKIPPED: the kernel of rotary embedding needs a GPU").unwrap();
-            return;
-        }
+        let Some(on) = gpu("rotary embedding") else { return };
         let _no_grad = tch::no_grad_guard();
         let (sequences, tokens, heads, kv, d) = (3, 2, 4, 2, 96);
         let rows = sequences * tokens;
@@ -373,11 +380,7 @@ mod tests {
 
     #[test]
     fn nats_equal_the_cross_entropy_of_the_same_logits() {
-        let on = device(DeviceChoice::Auto).unwrap();
-        if !has_elementwise(on, Kind::BFloat16, 64) {
-            writeln!(std::io::stderr(), "SKIPPED: the kernel of nats needs a GPU").unwrap();
-            return;
-        }
+        let Some(on) = gpu("nats") else { return };
         for (kind, rows, vocab, scale) in
             [(Kind::BFloat16, 37, 4096, 3.0), (Kind::Half, 5, 8, 20.0), (Kind::BFloat16, 3, 128_256, 10.0)]
         {
@@ -393,11 +396,7 @@ mod tests {
 
     #[test]
     fn norms_equal_those_in_f64() {
-        let on = device(DeviceChoice::Auto).unwrap();
-        if !has_elementwise(on, Kind::BFloat16, 64) {
-            writeln!(std::io::stderr(), "SKIPPED: the kernel of norms needs a GPU").unwrap();
-            return;
-        }
+        let Some(on) = gpu("norms") else { return };
         for (kind, heads, rows, d, floor) in [
             (Kind::BFloat16, 8, 1000, 64, 1e-4),
             (Kind::Half, 3, 33, 80, 0.5),
