@@ -7,6 +7,7 @@
 //! - `compare`: runs side by side have their own numbers and paired differences; what is not comparable is refused
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
 //! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing with it
+//! - `sources`: features of the target, alone and beside the proxy's
 //! - `sandbox`: the folder, the small recipe and the command that the others share
 
 mod bad_input;
@@ -19,3 +20,4 @@ mod push;
 mod sandbox;
 #[path = "../crates/hub/tests/server/mod.rs"]
 mod server;
+mod sources;

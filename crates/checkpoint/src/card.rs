@@ -112,10 +112,14 @@ impl ModelCard {
         writeln!(out, "\n## Features\n")?;
         writeln!(
             out,
-            "Per proxy KV head: {}. Per position: {}. Window {} queries, minimum distance {}, last {} queries, 1 of {} \
+            "{}Per position: {}. Window {} queries, minimum distance {}, last {} queries, 1 of {} \
              queries of the whole range. \
              Standardization is part of the weights: feed raw features.",
-            list(&c.extract.channels),
+            c.extract
+                .from
+                .iter()
+                .map(|&s| format!("Per {} KV head: {}. ", s.name(), list(c.extract.channels_of(s))))
+                .collect::<String>(),
             list(&c.extract.globals),
             c.extract.window_tokens,
             c.extract.min_distance,

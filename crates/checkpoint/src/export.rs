@@ -135,7 +135,8 @@ impl Parity {
 }
 
 impl Export {
-    /// Write `mapper` to `folder`, replacing an export that is there; whole or not at all.
+    /// Write `mapper` to `folder`, replacing an export that is there; whole or not at all. `extra` is stored beside its
+    /// weights: what extracting its features needs.
     ///
     /// # Errors
     /// The disk is full or fails: the export that was there is still there.
@@ -143,10 +144,11 @@ impl Export {
         folder: &Path,
         config: &ExportConfig,
         mapper: &Mapper,
+        extra: &[(String, Tensor)],
         card: &ModelCard,
         parity: &Parity,
     ) -> Result<()> {
-        Self::write_within(folder, config, mapper, card, parity, &WriteBudget::from_env())
+        Self::write_within(folder, config, mapper, extra, card, parity, &WriteBudget::from_env())
     }
 
     /// As [`Export::write`], on a disk that has `budget` left.
@@ -154,13 +156,14 @@ impl Export {
         folder: &Path,
         config: &ExportConfig,
         mapper: &Mapper,
+        extra: &[(String, Tensor)],
         card: &ModelCard,
         parity: &Parity,
         budget: &WriteBudget,
     ) -> Result<()> {
         let temporary = with_ending(folder, TEMPORARY);
         let context = || format!("cannot write export `{}`", folder.display());
-        let result = fill(&temporary, config, mapper, card, parity, budget);
+        let result = fill(&temporary, config, mapper, extra, card, parity, budget);
         if result.is_err() && temporary.exists() {
             // Its bytes may be what the disk lacks.
             let _ = fs::remove_dir_all(&temporary);
@@ -270,6 +273,7 @@ fn fill(
     temporary: &Path,
     config: &ExportConfig,
     mapper: &Mapper,
+    extra: &[(String, Tensor)],
     card: &ModelCard,
     parity: &Parity,
     budget: &WriteBudget,
@@ -281,6 +285,7 @@ fn fill(
     let mut tensors: NamedTensors =
         mapper.parameters().iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
     tensors.extend(mapper.buffers());
+    tensors.extend(extra.iter().map(|(name, t)| (name.clone(), t.shallow_clone())));
     let parity = [
         ("heads_pct".to_owned(), parity.heads_pct.shallow_clone()),
         ("globals_ct".to_owned(), parity.globals_ct.shallow_clone()),

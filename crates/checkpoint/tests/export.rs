@@ -117,7 +117,7 @@ fn card() -> ModelCard {
 fn write(folder: &Path, section: &MapperSection, loss: &LossSection) -> Mapper {
     let mapper = mapper(section, loss);
     let parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
-    Export::write(folder, &config(section, loss), &mapper, &card(), &parity).unwrap();
+    Export::write(folder, &config(section, loss), &mapper, &[], &card(), &parity).unwrap();
     mapper
 }
 
@@ -203,10 +203,10 @@ fn a_sound_export_gives_its_own_scores_and_has_a_card() {
     let mapper = mapper(&section, &loss);
     let mut parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
     parity.scores_ot = parity.scores_ot.roll(1, 1);
-    Export::write(&folder, &config(&section, &loss), &mapper, &self::card(), &parity).unwrap();
+    Export::write(&folder, &config(&section, &loss), &mapper, &[], &self::card(), &parity).unwrap();
     unsound("scores are off");
     parity.scores_ot = parity.scores_ot.full_like(f64::NAN);
-    Export::write(&folder, &config(&section, &loss), &mapper, &self::card(), &parity).unwrap();
+    Export::write(&folder, &config(&section, &loss), &mapper, &[], &self::card(), &parity).unwrap();
     unsound("scores are off");
 }
 
@@ -269,6 +269,7 @@ fn a_full_disk_leaves_the_export_that_was_there() {
             &folder,
             &config(&section, &loss),
             &first,
+            &[],
             &card(),
             &parity,
             &WriteBudget::bytes(budget),
@@ -279,7 +280,7 @@ fn a_full_disk_leaves_the_export_that_was_there() {
         assert_eq!(names(dir.path()), ["export"]);
     }
     // A second export takes the place of the first.
-    Export::write(&folder, &config(&section, &loss), &first, &card(), &parity).unwrap();
+    Export::write(&folder, &config(&section, &loss), &first, &[], &card(), &parity).unwrap();
     assert_ne!(files(&folder)["parity.safetensors"], before["parity.safetensors"]);
     assert_eq!(names(dir.path()), ["export"]);
 }

@@ -273,15 +273,21 @@ pub struct BenchArgs {
     pub trace: Option<PathBuf>,
 }
 
-/// Channels of the proxy, by what they cost.
+/// Features, by where they come from and what they cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FeatureSet {
     /// The recipe's.
     Recipe,
-    /// Those of a window of queries.
+    /// The proxy's: those of a window of queries.
     Window,
     /// The proxy's own KVzip scores.
     Reconstruction,
+    /// The target's own prefill: all channels, no surprisal.
+    Target,
+    /// The target's own prefill: those of a window of queries.
+    TargetWindow,
+    /// The target's own prefill, and the proxy's with its KVzip scores.
+    Both,
 }
 
 impl FeatureSet {
@@ -290,6 +296,9 @@ impl FeatureSet {
             Self::Recipe => "recipe",
             Self::Window => "window",
             Self::Reconstruction => "reconstruction",
+            Self::Target => "target",
+            Self::TargetWindow => "target window",
+            Self::Both => "both",
         }
     }
 }

@@ -8,13 +8,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use pkv_checkpoint::{Export, ModelIdentity};
-use pkv_core::{Policy, RetentionRatio, hinted};
+use pkv_core::{Policy, RetentionRatio, Source, hinted};
+use pkv_extract::HiddenProjection;
 use pkv_hub::Hub;
 use pkv_infer::{
-    Answer, Budget, Finish, Keep, Parallel, Prefilled, ProxyMapper, ProxyParts, Question, Regime, RegimeName,
-    Sequential, Side, answer, check_devices, check_fit,
+    Answer, Budget, Finish, Keep, NoProxy, Parallel, Prefilled, ProxyMapper, ProxyParts, Question, Regime,
+    RegimeName, Sequential, Side, TargetSide, answer, check_devices, check_fit,
 };
 use pkv_lm::{LanguageModel, LmConfig, TextTokenizer};
 use pkv_recipe::DtypeName;
@@ -51,8 +52,22 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
     let export = Export::read(&args.mapper)?;
     let config = export.config();
     let target = find("target", args.target.as_deref(), &config.target)?;
-    let proxy = find("proxy", args.proxy.as_deref(), &config.proxy)?;
-    for difference in check_fit(config, &target.side(), &proxy.side())
+    let sources = &config.extract.from;
+    let proxy = match sources.contains(&Source::Proxy) {
+        true => Some(find("proxy", args.proxy.as_deref(), &config.proxy)?),
+        false => None,
+    };
+    ensure!(
+        proxy.is_some() || regime_name == RegimeName::Sequential,
+        hinted(
+            format!(
+                "the mapper `{}` reads the target alone: the regime `{regime_name}` has nothing to run beside it",
+                args.mapper.display()
+            ),
+            "leave `--regime` out: the features are taken during the target's prefill"
+        )
+    );
+    for difference in check_fit(config, &target.side(), proxy.as_ref().map(Found::side).as_ref())
         .with_context(|| format!("cannot use the mapper `{}`", args.mapper.display()))?
     {
         tracing::warn!("{difference}");
@@ -62,22 +77,35 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
     let questions = input::questions(args, &stop)?;
 
     let kind = kind_on(device, dtype(args.dtype));
-    let proxy_model = proxy.load("proxy", proxy_device, kind_on(proxy_device, dtype(args.dtype)))?;
-    let source = ProxyMapper::new(ProxyParts {
-        proxy: proxy_model,
-        mapper: export.mapper(proxy_device)?,
-        prefix: proxy.tokenizer.prefix().to_vec(),
-        requests: Requests::new(&proxy.tokenizer, &config.label)?,
-        extract: config.extract.clone(),
-        label: config.label.clone(),
-        target: config.target.shape,
-        window_tokens: args.window_tokens,
-    });
-    let source = if args.overlap { source.overlapped()? } else { source };
-    let mut regime: Box<dyn Regime> = match regime_name {
-        RegimeName::Sequential => Box::new(Sequential::new(source)),
-        RegimeName::Streams => Box::new(Parallel::streams(source.sharing_device())?),
-        RegimeName::Dual => Box::new(Parallel::dual(source)?),
+    let target_side = match sources.contains(&Source::Target) {
+        true => Some(TargetSide::new(
+            export.mapper(device)?,
+            &config.extract,
+            &config.label,
+            Requests::new(&target.tokenizer, &config.label)?,
+            HiddenProjection::from_tensors(export.tensors(), device)?,
+            args.window_tokens,
+        )),
+        false => None,
+    };
+    let source = |proxy: &Found| -> Result<ProxyMapper> {
+        let source = ProxyMapper::new(ProxyParts {
+            proxy: proxy.load("proxy", proxy_device, kind_on(proxy_device, dtype(args.dtype)))?,
+            mapper: if target_side.is_some() { None } else { Some(export.mapper(proxy_device)?) },
+            prefix: proxy.tokenizer.prefix().to_vec(),
+            requests: Requests::new(&proxy.tokenizer, &config.label)?,
+            extract: config.extract.of(Source::Proxy),
+            label: config.label.clone(),
+            target: config.target.shape,
+            window_tokens: args.window_tokens,
+        });
+        if args.overlap { source.overlapped() } else { Ok(source) }
+    };
+    let mut regime: Box<dyn Regime> = match (&proxy, regime_name) {
+        (None, _) => Box::new(Sequential::new(NoProxy(device))),
+        (Some(proxy), RegimeName::Sequential) => Box::new(Sequential::new(source(proxy)?)),
+        (Some(proxy), RegimeName::Streams) => Box::new(Parallel::streams(source(proxy)?.sharing_device())?),
+        (Some(proxy), RegimeName::Dual) => Box::new(Parallel::dual(source(proxy)?)?),
     };
     let model = target.load("target", device, kind)?;
     let flag = Arc::clone(&stop);
@@ -88,13 +116,14 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
         keep,
         chunk_tokens: args.chunk_tokens.unwrap_or(config.label.prefill_chunk_tokens),
         room_tokens: args.max_new_tokens,
+        target_side: target_side.as_ref(),
         check_stop: Arc::new(move || match flag.load(Ordering::Relaxed) {
             true => Err(Interrupted.into()),
             false => Ok(()),
         }),
     })?;
     // Proxy and mapper have done their part; their memory is the answers', or another process's.
-    drop(regime);
+    drop((regime, target_side));
     if device.is_cuda() || proxy_device.is_cuda() {
         pkv_gpu::empty_cache()?;
     }

@@ -5,10 +5,12 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use pkv_checkpoint::{CheckpointStore, Export, ExportDims, NamedTensors, restore_mapper};
 use pkv_core::{Fingerprint, hinted};
+use pkv_extract::HiddenProjection;
 use pkv_mapper::{Mapper, MapperDims};
 use pkv_recipe::{Recipe, TargetPool};
 
 use crate::session::Session;
+use crate::stages::hidden;
 use crate::stages::train::Upstream;
 
 /// A mapper and where it came from.
@@ -21,14 +23,17 @@ pub struct Trained {
     pub step: u64,
     pub validation: Option<f64>,
     pub pool: TargetPool,
+    /// Map of the target's hidden states, if a channel reads them.
+    pub hidden: Option<HiddenProjection>,
 }
 
 /// The sizes that the recipe gives the mapper.
 pub fn dims(recipe: &Recipe) -> ExportDims {
+    let layout = recipe.extract.layout();
     ExportDims {
-        proxy_heads: recipe.proxy.shape.total_kv_heads(),
-        channels: recipe.extract.channels.len(),
-        globals: recipe.extract.globals.len(),
+        proxy_heads: layout.heads(&recipe.target.shape, &recipe.proxy.shape),
+        channels: layout.channels().len(),
+        globals: layout.globals(),
         outputs: recipe.target.shape.total_kv_heads(),
     }
 }
@@ -66,6 +71,7 @@ pub fn from_checkpoint(s: &Session, upstream: &Upstream) -> Result<Trained> {
         step: state.step,
         validation: state.validation,
         pool: s.recipe.train.target_pool,
+        hidden: hidden::read(s, &upstream.target, &upstream.examples, s.device)?,
     })
 }
 
@@ -114,6 +120,7 @@ pub fn from_export(s: &Session, upstream: &Upstream, folder: &Path) -> Result<Tr
         step: c.step,
         validation: c.validation,
         pool: c.train.target_pool,
+        hidden: HiddenProjection::from_tensors(export.tensors(), s.device)?,
     })
 }
 

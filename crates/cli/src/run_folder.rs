@@ -5,8 +5,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use pkv_core::hinted;
-use pkv_recipe::Recipe;
+use pkv_core::{Source, hinted};
+use pkv_recipe::{ExtractSection, Recipe};
+use pkv_shard::FeatureFolders;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::Device;
@@ -59,8 +60,19 @@ impl RunFolder {
     pub fn labels(&self) -> PathBuf {
         self.root.join("labels")
     }
-    pub fn features(&self) -> PathBuf {
-        self.root.join("features")
+    /// Features of one source; those of the proxy have the name they had when there was no other.
+    pub fn features(&self, source: Source) -> PathBuf {
+        self.root.join(match source {
+            Source::Proxy => "features",
+            Source::Target => "features-target",
+        })
+    }
+    /// Features of all sources of a recipe.
+    pub fn feature_folders(&self, extract: &ExtractSection) -> FeatureFolders {
+        FeatureFolders::of(
+            extract.from.iter().map(|&source| self.features(source)).collect(),
+            extract.layout(),
+        )
     }
     pub fn eval(&self) -> PathBuf {
         self.root.join("eval")

@@ -4,6 +4,7 @@ pub mod eval;
 pub mod export;
 pub mod extract;
 pub mod fetch;
+pub mod hidden;
 pub mod label;
 mod lanes;
 pub mod plan;
@@ -17,7 +18,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use pkv_core::{Fingerprint, hinted};
+use pkv_core::{Fingerprint, Source, hinted};
 use pkv_shard::{StageDir, StageState};
 use serde_json::Value;
 
@@ -107,7 +108,10 @@ fn clear(s: &Session, stage: Stage) -> Result<()> {
     match stage {
         Stage::Prepare => StageDir::clear(&s.run.examples()),
         Stage::Label => StageDir::clear(&s.run.labels()),
-        Stage::Extract => StageDir::clear(&s.run.features()),
+        Stage::Extract => [Source::Proxy, Source::Target]
+            .into_iter()
+            .try_for_each(|source| StageDir::clear(&s.run.features(source)))
+            .and_then(|()| remove(root.join("hidden"))),
         Stage::Train => {
             remove(root.join("checkpoints"))?;
             remove(root.join("train"))?;

@@ -1,10 +1,10 @@
-//! Names of the proxy features: one channel per statistic, in the order recipes and shards use.
+//! Names of the features: one channel per statistic, in the order recipes and shards use.
 //!
 //! What a channel means numerically is written where it is computed, in `extract`.
 
 use serde::{Deserialize, Serialize};
 
-/// A feature of one (proxy layer, proxy KV head, position).
+/// A feature of one (layer, KV head, position) of a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Channel {
@@ -25,12 +25,15 @@ pub enum Channel {
     KeyNorm,
     /// Log of the value's norm.
     ValueNorm,
-    /// Log of the proxy's own KVzip score.
+    /// Log of the source's own KVzip score.
     ReconLog,
-    /// Log-odds of the proxy's own KVzip score.
+    /// Log-odds of the source's own KVzip score.
     ReconLogOdds,
     /// Log of the mean, over the repeat's rows, of the same softmax weights.
     ReconMean,
+    /// Log-odds of the target's own KVzip score, by a linear map of the layer's hidden state that was fitted to training
+    /// labels: the target's alone.
+    HiddenLinear,
 }
 
 impl Channel {
@@ -39,12 +42,17 @@ impl Channel {
         matches!(self, Self::MaxAll | Self::MeanAll)
     }
 
-    /// Channels that need the proxy to repeat its context.
+    /// Channels that need the source to repeat its context.
     pub const fn is_reconstruction(self) -> bool {
         matches!(self, Self::ReconLog | Self::ReconLogOdds | Self::ReconMean)
     }
 
-    /// The eight channels that cost one prefill of the proxy.
+    /// Channels that read the hidden states of a layer through a fitted map.
+    pub const fn is_fitted(self) -> bool {
+        matches!(self, Self::HiddenLinear)
+    }
+
+    /// The eight channels that cost one prefill.
     pub const PREFILL: [Self; 8] = [
         Self::MaxAll,
         Self::MeanAll,
@@ -56,15 +64,15 @@ impl Channel {
         Self::ValueNorm,
     ];
 
-    /// The three channels that cost the proxy's reconstruction as well.
+    /// The three channels that cost a reconstruction as well.
     pub const RECONSTRUCTION: [Self; 3] = [Self::ReconLog, Self::ReconLogOdds, Self::ReconMean];
 }
 
-/// A feature of a position, the same for all proxy heads.
+/// A feature of a position, the same for all heads of a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GlobalChannel {
-    /// Negative log-likelihood (nats) that the proxy gave the token during prefill.
+    /// Negative log-likelihood (nats) that the source gave the token during prefill.
     Surprisal,
     /// t / T.
     Position,

@@ -11,6 +11,7 @@ mod progress;
 mod ratio;
 mod seed;
 mod shape;
+mod source;
 mod split;
 mod store;
 
@@ -22,5 +23,6 @@ pub use progress::{NoProgress, Progress};
 pub use ratio::{RatioError, RetentionRatio};
 pub use seed::{Rng, Seed, sha256_hex};
 pub use shape::ModelShape;
+pub use source::{FeatureLayout, Source, SourceLayout};
 pub use split::Split;
 pub use store::StoreDtype;

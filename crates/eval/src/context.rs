@@ -4,7 +4,7 @@
 
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
-use pkv_extract::Extractor;
+use pkv_extract::SourceExtractors;
 use pkv_lm::{KvCache, LanguageModel, Tap, TextTokenizer};
 use pkv_prune::keep_mask;
 use pkv_recipe::Method;
@@ -20,7 +20,7 @@ pub struct Reader<'a> {
     pub target: &'a LanguageModel,
     pub tokenizer: &'a TextTokenizer,
     pub scorer: Scorer<'a>,
-    pub extractor: Extractor<'a>,
+    pub extractor: SourceExtractors<'a>,
     pub methods: &'a Methods<'a>,
     pub prefill_chunk_tokens: usize,
 }
@@ -49,7 +49,7 @@ impl Reader<'_> {
         let (cache, looked) = self.look(context, clock)?;
         let label_lht =
             clock.time("target: KVzip scores", || Ok(self.scorer.score_cached(context, &cache)?.max_lht))?;
-        let features = clock.time("proxy: features", || self.extractor.features(context))?;
+        let features = clock.time("features", || self.extractor.features(context))?;
         let prefix = self.tokenizer.prefix().len();
         let material = Material {
             label_lht,

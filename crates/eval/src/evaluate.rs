@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Fingerprint, Progress, Seed, Split, hinted};
+use pkv_core::{Fingerprint, ModelShape, Progress, Seed, Split, hinted};
 use pkv_data::{FactContext, FactQuestion};
-use pkv_extract::Extractor;
+use pkv_extract::{HiddenProjection, SourceExtractors};
 use pkv_lm::{LanguageModel, TextTokenizer};
 use pkv_mapper::Mapper;
 use pkv_recipe::{EvalSection, ExtractSection, LabelSection, TargetPool, Task};
 use pkv_score::Scorer;
-use pkv_shard::{Example, FeatureRow, LabelRow, PlantedFact, StageReader};
+use pkv_shard::{Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, PlantedFact, StageReader};
 
 use crate::agreement::{self, AGREEMENT_FILE};
 use crate::answers::AnswerTable;
@@ -41,7 +41,11 @@ pub const ANSWERS_FILE: &str = "answers.parquet";
 /// What an evaluation looks at.
 pub struct EvalInputs<'a> {
     pub target: &'a LanguageModel,
-    pub proxy: &'a LanguageModel,
+    /// Absent if no feature comes from it.
+    pub proxy: Option<&'a LanguageModel>,
+    pub proxy_shape: ModelShape,
+    /// Map of the target's hidden states, if a channel reads them.
+    pub hidden: Option<&'a HiddenProjection>,
     /// Shared by both models.
     pub tokenizer: &'a TextTokenizer,
     pub mapper: &'a Mapper,
@@ -53,7 +57,8 @@ pub struct EvalInputs<'a> {
     /// Folders of the stages.
     pub examples: &'a Path,
     pub labels: &'a Path,
-    pub features: &'a Path,
+    /// Of all sources.
+    pub features: FeatureFolders,
     /// Contexts of the `facts` task; none are needed without it.
     pub fact_contexts: &'a [FactContext],
     /// Tasks of standard benchmarks.
@@ -73,6 +78,16 @@ pub struct EvalInputs<'a> {
     pub out: &'a Path,
     /// Asked after every context; its error ends the evaluation, which the next one continues.
     pub check_stop: &'a dyn Fn() -> Result<()>,
+}
+
+impl<'a> EvalInputs<'a> {
+    /// Extractors of the recipe's sources.
+    ///
+    /// # Errors
+    /// A source or the projection of hidden states is absent.
+    pub fn extractors(&self) -> Result<SourceExtractors<'a>> {
+        SourceExtractors::new(self.target, self.proxy, self.tokenizer, self.extract, self.label, self.hidden)
+    }
 }
 
 /// Whether `out` holds the results of exactly this evaluation.
@@ -96,7 +111,7 @@ struct Evaluation<'a> {
     inputs: &'a EvalInputs<'a>,
     examples: StageReader<Example>,
     labels: StageReader<LabelRow>,
-    features: StageReader<FeatureRow>,
+    features: FeatureSet,
     train: std::ops::Range<u64>,
     test: std::ops::Range<u64>,
     store: ContextStore,
@@ -106,7 +121,7 @@ impl<'a> Evaluation<'a> {
     fn open(inputs: &'a EvalInputs<'a>) -> Result<Self> {
         let examples = StageReader::<Example>::open(inputs.examples)?;
         let labels = StageReader::<LabelRow>::open(inputs.labels)?;
-        let features = StageReader::<FeatureRow>::open(inputs.features)?;
+        let features = FeatureSet::open(&inputs.features)?;
         ensure!(
             examples.len() == labels.len() && examples.len() == features.len(),
             hinted(
@@ -157,7 +172,7 @@ impl<'a> Evaluation<'a> {
             target: i.target,
             tokenizer: i.tokenizer,
             scorer: Scorer::new(i.target, i.tokenizer, i.label)?.maxima_only(),
-            extractor: Extractor::new(i.proxy, i.tokenizer, i.extract, i.label)?,
+            extractor: i.extractors()?,
             methods: &methods,
             prefill_chunk_tokens: i.label.prefill_chunk_tokens,
         };
@@ -176,18 +191,18 @@ impl<'a> Evaluation<'a> {
             benchmarks.extend(self.benchmark(benchmark, &reader, &mut answers, &mut clock, progress)?);
         }
         let worked_example = self.worked_example(&reader)?;
-        let name = |model: &LanguageModel, name: &str| ModelName {
+        let name = |shape: ModelShape, name: &str| ModelName {
             name: name.to_owned(),
-            layers: model.shape().layers,
-            kv_heads: model.shape().kv_heads,
+            layers: shape.layers,
+            kv_heads: shape.kv_heads,
         };
         let results = Results {
             schema_version: RESULTS_VERSION,
             fingerprint: i.fingerprint.hash(),
             seed: i.seed.0,
             mapper: i.mapper_source.clone(),
-            target: name(i.target, &i.target_name),
-            proxy: name(i.proxy, &i.proxy_name),
+            target: name(i.target.shape(), &i.target_name),
+            proxy: name(i.proxy_shape, &i.proxy_name),
             notes,
             labels,
             facts,
@@ -429,9 +444,9 @@ fn span(fact: &PlantedFact) -> FactSpan {
     }
 }
 
-/// Labels must be the target's, features the proxy's and in the channels that the mapper reads.
+/// Labels must be the target's, features those of the recipe's sources in the channels that the mapper reads.
 fn check_shapes(inputs: &EvalInputs, label: &LabelRow, feature: &FeatureRow) -> Result<()> {
-    let (target, proxy, dims) = (inputs.target.shape(), inputs.proxy.shape(), inputs.mapper.dims());
+    let (target, dims) = (inputs.target.shape(), inputs.mapper.dims());
     let found = (label.layers as usize, label.kv_heads as usize);
     ensure!(
         found == (target.layers, target.kv_heads),
@@ -443,34 +458,30 @@ fn check_shapes(inputs: &EvalInputs, label: &LabelRow, feature: &FeatureRow) -> 
             "the labels are of another model; run `label` with this recipe"
         )
     );
-    let found = (feature.layers as usize, feature.kv_heads as usize);
+    let layout = inputs.extract.layout();
+    let heads = layout.heads(&target, &inputs.proxy_shape);
+    let found = ((feature.layers * feature.kv_heads) as usize, feature.channels as usize);
     ensure!(
-        found == (proxy.layers, proxy.kv_heads),
+        found == (heads, layout.channels().len()),
         hinted(
             format!(
-                "features are {} layers x {} KV heads, the proxy is {} x {}",
-                found.0, found.1, proxy.layers, proxy.kv_heads
+                "features are of {} KV heads x {} channels, the recipe's sources have {heads} x {}",
+                found.0,
+                found.1,
+                layout.channels().len()
             ),
-            "the features are of another model; run `extract` with this recipe"
+            "the features are of another model or other channels; run `extract` with this recipe"
         )
     );
-    let expected = (target.total_kv_heads(), proxy.total_kv_heads(), feature.channels as usize);
+    let reads = (dims.proxy_heads, dims.channels, dims.globals, dims.outputs);
+    let has = (found.0, found.1, feature.global_channels(), target.total_kv_heads());
     ensure!(
-        (dims.outputs, dims.proxy_heads, dims.channels) == expected
-            && dims.globals == feature.global_channels()
-            && dims.channels == inputs.extract.channels.len(),
+        reads == has,
         hinted(
             format!(
-                "the mapper reads {} proxy heads x {} channels and {} globals for {} target heads; the shards have \
-                 {} x {} and {} for {}",
-                dims.proxy_heads,
-                dims.channels,
-                dims.globals,
-                dims.outputs,
-                expected.1,
-                expected.2,
-                feature.global_channels(),
-                expected.0
+                "the mapper reads {} heads x {} channels and {} globals for {} target heads; the shards have {} x {} \
+                 and {} for {}",
+                reads.0, reads.1, reads.2, reads.3, has.0, has.1, has.2, has.3
             ),
             "use the recipe that the mapper was trained with"
         )

@@ -1,12 +1,11 @@
 //! What the mapper keeps of a context, from tokens to masks: what a port to another program is held against.
 //!
-//! Nothing here is measured. The target is not needed: which KV pairs stay follows from the proxy alone.
+//! Nothing here is measured: which KV pairs stay follows from the features alone.
 //!
-//! Dimension key: n retention ratio, l layer, h KV head, p proxy KV head, c channel, t context position.
+//! Dimension key: n retention ratio, l layer, h KV head, p KV head of a source, c channel, t context position.
 
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
-use pkv_extract::Extractor;
 use pkv_prune::keep_mask;
 use tch::Tensor;
 
@@ -20,15 +19,15 @@ use crate::methods::predict;
 /// # Shapes
 /// - `ratios`: f64 `[n]`; `prefix`: i64, tokens of the chat template before each context
 /// - `<index>.tokens`: i64 `[t]`, prefix left out
-/// - `<index>.heads_pct`, `<index>.globals_ct`: the proxy's raw features, f32
+/// - `<index>.heads_pct`, `<index>.globals_ct`: raw features of the recipe's sources, f32
 /// - `<index>.scores_lht`: the mapper's scores, f32
 /// - `<index>.<policy>`: bool `[n, l, h, t]`, true = keep, for each policy
 ///
 /// # Errors
-/// The proxy or the mapper cannot read a context.
+/// A source or the mapper cannot read a context.
 pub fn kept_sets(inputs: &EvalInputs, contexts: usize) -> Result<Vec<(String, Tensor)>> {
     let _no_grad = tch::no_grad_guard();
-    let extractor = Extractor::new(inputs.proxy, inputs.tokenizer, inputs.extract, inputs.label)?;
+    let extractor = inputs.extractors()?;
     let ratios = &inputs.section.answer_ratios;
     let prefix = Tensor::from(inputs.tokenizer.prefix().len() as i64);
     let mut named = vec![("ratios".to_owned(), Tensor::from_slice(ratios)), ("prefix".to_owned(), prefix)];
@@ -37,7 +36,7 @@ pub fn kept_sets(inputs: &EvalInputs, contexts: usize) -> Result<Vec<(String, Te
     for (index, context) in inputs.fact_contexts.iter().take(contexts).enumerate() {
         let features = extractor
             .features(&context.tokens)
-            .with_context(|| format!("reading context {index} by the proxy"))?;
+            .with_context(|| format!("extracting the features of context {index}"))?;
         let scores_ot = predict(inputs.mapper, &features.heads_pct, &features.globals_ct)?;
         let scores_lht = scores_ot.reshape([shape.layers as i64, shape.kv_heads as i64, -1]);
         let mut put = |name: &str, tensor: Tensor| named.push((format!("{index}.{name}"), tensor));

@@ -10,6 +10,7 @@ use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::{Requests, Scorer};
 use tch::Tensor;
 
+use crate::HiddenProjection;
 use crate::statistics::{LOG_LIMIT, MEAN_FLOOR};
 
 /// Features of one context, raw: `mapper` standardizes them.
@@ -27,6 +28,8 @@ pub struct Extractor<'a> {
     pub(crate) extract: ExtractSection,
     /// Present if a reconstruction channel is chosen.
     scorer: Option<Scorer<'a>>,
+    /// For the channel that reads hidden states.
+    pub(crate) hidden: Option<&'a HiddenProjection>,
 }
 
 impl<'a> Extractor<'a> {
@@ -58,7 +61,21 @@ impl<'a> Extractor<'a> {
             let scorer = Scorer::with_requests(model, requests.clone(), prefix, label);
             if means { scorer } else { scorer.maxima_only() }
         });
-        Self { model, prefix: prefix.to_vec(), extract: extract.clone(), scorer }
+        Self { model, prefix: prefix.to_vec(), extract: extract.clone(), scorer, hidden: None }
+    }
+
+    /// With the map of hidden states that [`Channel::HiddenLinear`] needs, on the model's device.
+    ///
+    /// # Errors
+    /// The channel is chosen and there is no map, or one of another model.
+    pub fn with_hidden(mut self, hidden: Option<&'a HiddenProjection>) -> Result<Self> {
+        if self.extract.channels.contains(&Channel::HiddenLinear) {
+            let hidden =
+                hidden.context("the channel `hidden_linear` is chosen, and its projection is absent")?;
+            hidden.check(self.model)?;
+            self.hidden = Some(hidden);
+        }
+        Ok(self)
     }
 
     /// Features of a context, given without the prefix.

@@ -92,7 +92,7 @@ impl FeatureStream<'_, '_> {
             return Ok(false);
         }
         let _no_grad = tch::no_grad_guard();
-        let Extractor { model, prefix, extract, .. } = self.extractor;
+        let Extractor { model, prefix, extract, hidden, .. } = self.extractor;
         let chunk = prefill_chunk(start, self.ids.len(), extract.prefill_chunk_tokens);
         let end = chunk.end;
         let chunk = model.ids(&self.ids[chunk]);
@@ -101,6 +101,7 @@ impl FeatureStream<'_, '_> {
             statistics: &self.statistics,
             channels: &extract.channels,
             prefix: prefix.len(),
+            hidden: *hidden,
             fused,
             heads_pct: &self.gathered_pct,
         };
@@ -160,7 +161,12 @@ impl FeatureStream<'_, '_> {
         self.globals_ct.shallow_clone()
     }
 
-    /// The features; the proxy's cache is dropped. Final where [`Self::settled`] says so.
+    /// The model's cache of prefix and context, and the features. Final where [`Self::settled`] says so.
+    pub fn into_cache_and_features(self) -> (KvCache, ContextFeatures) {
+        (self.cache, ContextFeatures { heads_pct: self.heads_pct, globals_ct: self.globals_ct })
+    }
+
+    /// The features; the model's cache is dropped. Final where [`Self::settled`] says so.
     pub fn into_features(self) -> ContextFeatures {
         ContextFeatures { heads_pct: self.heads_pct, globals_ct: self.globals_ct }
     }

@@ -3,13 +3,14 @@
 //! Dimension key: p proxy KV head (all layers x heads flattened, layer-major), c channel,
 //! t context position, h KV head of a layer, d head_dim.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use pkv_core::Channel;
 use pkv_gpu::{has_elementwise, log_norms};
 use pkv_lm::{LayerView, Tap};
 use tch::{Kind, Tensor};
 
-use crate::QueryStatistics;
+use crate::hidden::{HiddenProjection, of_context};
+use crate::statistics::QueryStatistics;
 
 /// Values shorter than this have the same feature: proxies zero some out entirely.
 const VALUE_NORM_FLOOR: f64 = 1e-4;
@@ -19,6 +20,7 @@ pub(crate) struct FeatureTap<'a> {
     pub(crate) statistics: &'a QueryStatistics,
     pub(crate) channels: &'a [Channel],
     pub(crate) prefix: usize,
+    pub(crate) hidden: Option<&'a HiddenProjection>,
     /// Do the fused kernels serve on this device, in this kind?
     pub(crate) fused: bool,
     /// `[p, c, t]`, f32.
@@ -41,11 +43,26 @@ impl Tap for FeatureTap<'_> {
             _ => self.statistics.add(view.q_qsd, view.k_hkd, view.start, &features_hct)?,
         }
         self.norms(view, Channel::KeyNorm, view.k_hkd, f64::MIN_POSITIVE, &features_hct)?;
-        self.norms(view, Channel::ValueNorm, view.v_hkd, VALUE_NORM_FLOOR, &features_hct)
+        self.norms(view, Channel::ValueNorm, view.v_hkd, VALUE_NORM_FLOOR, &features_hct)?;
+        self.projected(view, &features_hct)
     }
 }
 
 impl FeatureTap<'_> {
+    /// The map of the layer's hidden states, if its channel is chosen.
+    fn projected(&self, view: &LayerView, features_hct: &Tensor) -> Result<()> {
+        let Some(slot) = self.channels.iter().position(|c| *c == Channel::HiddenLinear) else {
+            return Ok(());
+        };
+        let hidden = self.hidden.context("the projection of hidden states is absent")?;
+        let _no_grad = tch::no_grad_guard();
+        let Some(x_sm) = of_context(view, self.prefix) else { return Ok(()) };
+        let first = (view.start.max(self.prefix) - self.prefix) as i64;
+        let projected_hs = hidden.layer(view.layer, &x_sm);
+        features_hct.select(1, slot as i64).narrow(1, first, x_sm.size()[0]).copy_(&projected_hs);
+        Ok(())
+    }
+
     /// Log norms of the new context positions' keys or values, if the channel is chosen.
     fn norms(
         &self,

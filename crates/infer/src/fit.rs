@@ -15,7 +15,8 @@ pub struct Side<'a> {
     pub tokenizer: &'a TextTokenizer,
 }
 
-/// Refuse a mapper that was made for other models, another tokenizer, or other features.
+/// Refuse a mapper that was made for other models, another tokenizer, or other features. `proxy` is absent where no
+/// feature comes from it.
 ///
 /// # Errors
 /// Shape or vocabulary of a model differ from the export's, the two models do not share a vocabulary,
@@ -23,16 +24,26 @@ pub struct Side<'a> {
 ///
 /// Returns what differs without forbidding anything, in words: weights of another revision, and a chat
 /// template whose prefix the proxy's features were not trained behind.
-pub fn check_fit(config: &ExportConfig, target: &Side, proxy: &Side) -> Result<Vec<String>> {
-    for (role, theirs, side) in [("target", &config.target, target), ("proxy", &config.proxy, proxy)] {
+pub fn check_fit(config: &ExportConfig, target: &Side, proxy: Option<&Side>) -> Result<Vec<String>> {
+    let sides: Vec<_> = [("target", &config.target, Some(target)), ("proxy", &config.proxy, proxy)]
+        .into_iter()
+        .filter_map(|(role, theirs, side)| Some((role, theirs, side?)))
+        .collect();
+    for (role, theirs, side) in &sides {
         check_side(role, theirs, side)?;
     }
-    target.tokenizer.same_vocab(proxy.tokenizer)?;
-    let dims = config.dims;
+    if let Some(proxy) = proxy {
+        target.tokenizer.same_vocab(proxy.tokenizer)?;
+    }
+    let (dims, layout) = (config.dims, config.extract.layout());
     for (what, found, expected) in [
-        ("proxy KV heads", dims.proxy_heads, config.proxy.shape.total_kv_heads()),
-        ("channels", dims.channels, config.extract.channels.len()),
-        ("global channels", dims.globals, config.extract.globals.len()),
+        (
+            "KV heads of its sources",
+            dims.proxy_heads,
+            layout.heads(&config.target.shape, &config.proxy.shape),
+        ),
+        ("channels", dims.channels, layout.channels().len()),
+        ("global channels", dims.globals, layout.globals()),
         ("target KV heads", dims.outputs, config.target.shape.total_kv_heads()),
     ] {
         ensure!(
@@ -44,7 +55,7 @@ pub fn check_fit(config: &ExportConfig, target: &Side, proxy: &Side) -> Result<V
         );
     }
     let mut differences = Vec::new();
-    for (role, theirs, side) in [("target", &config.target, target), ("proxy", &config.proxy, proxy)] {
+    for (role, theirs, side) in sides {
         if theirs.revision != side.revision {
             differences.push(format!(
                 "the {role} `{}` is revision {}, the mapper was made for {}",

@@ -1,7 +1,8 @@
 //! ProxyKV at inference (arXiv 2605.16360): the proxy prunes the target's cache while the target prefills.
 //!
 //! A [`ScoreSource`] reads the context and scores the target's KV pairs; [`ProxyMapper`] is the one
-//! that people use: proxy, features, mapper. A [`Regime`] lets it work before ([`Sequential`]) or
+//! that people use: proxy, features, mapper. A [`TargetSide`] takes features from the target's own prefill, with or
+//! without a proxy's. A [`Regime`] lets it work before ([`Sequential`]) or
 //! beside the target ([`Parallel`]: two streams of a GPU, or two devices), prunes once, and hands over
 //! a cache that answers any number of questions ([`answer`]). A source that fails costs the pruning,
 //! not the answers: the cache then stays whole. Printing, files and models' names are left to `cli`.
@@ -14,6 +15,7 @@ mod keep;
 mod lane;
 mod proxy;
 mod regime;
+mod target_side;
 mod text;
 mod timeline;
 mod worker;
@@ -22,8 +24,9 @@ pub use answer::{Answer, Finish, Question, answer};
 pub use fit::{Side, check_fit};
 pub use keep::{Budget, Keep, Kept};
 pub use lane::Lane;
-pub use proxy::{ProxyMapper, ProxyParts, ScoreSource, Situation};
+pub use proxy::{Given, NoProxy, ProxyMapper, ProxyParts, ScoreSource, Situation};
 pub use regime::{Context, Parallel, Prefilled, Regime, RegimeName, Sequential, check_devices};
+pub use target_side::TargetSide;
 pub use text::TextStream;
 pub use timeline::{Phase, PhaseTotal, Timeline};
 pub use worker::{Pending, Worker};

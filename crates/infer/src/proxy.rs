@@ -1,4 +1,4 @@
-//! The proxy's side: features of the context, and the mapper's scores from them.
+//! The proxy's side: features of the context, and the mapper's scores from them where it reads no other source.
 //!
 //! The mapper may run beside the proxy, in a thread and a stream of its own: it then scores a window as
 //! soon as the features of the window and of the mapper's reach around it are final. How early that is
@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use anyhow::{Context, Result, bail};
 use pkv_core::ModelShape;
-use pkv_extract::Extractor;
+use pkv_extract::{ContextFeatures, Extractor};
 use pkv_gpu::Event;
 use pkv_lm::LanguageModel;
 use pkv_mapper::{Mapper, StitchedScores};
@@ -37,25 +37,46 @@ pub struct Situation {
     pub check_stop: Arc<dyn Fn() -> Result<()> + Send + Sync>,
 }
 
-/// Says how much each KV pair of the target is worth, without looking at the target.
+/// What a source contributes to the scores of a context's KV pairs.
+pub enum Given {
+    /// The scores: f32 `[layers, KV heads, positions]` of the target, higher means keep.
+    Scores(Tensor),
+    /// Features of the proxy, for a mapper that reads the target's as well ([`TargetSide`](crate::TargetSide)).
+    Features(ContextFeatures),
+    /// Nothing: the mapper reads the target alone.
+    Nothing,
+}
+
+/// What works before or beside the target, without looking at it.
 pub trait ScoreSource: Send {
     /// Where it computes.
     fn device(&self) -> Device;
 
-    /// Scores of the target's KV pairs, of a context given without the prefix.
-    ///
-    /// Returns f32 `[layers, KV heads, positions]` of the target, higher means keep, finished: another
-    /// stream may read it.
+    /// Its contribution to the scores of a context, given without the prefix; finished: another stream may read it.
     ///
     /// # Errors
     /// Whatever went wrong; the regime then keeps the whole cache.
-    fn score(&mut self, context: &[u32], at: &Situation) -> Result<Tensor>;
+    fn score(&mut self, context: &[u32], at: &Situation) -> Result<Given>;
+}
+
+/// The source of a mapper that reads the target alone.
+pub struct NoProxy(pub Device);
+
+impl ScoreSource for NoProxy {
+    fn device(&self) -> Device {
+        self.0
+    }
+
+    fn score(&mut self, _: &[u32], _: &Situation) -> Result<Given> {
+        Ok(Given::Nothing)
+    }
 }
 
 /// What the proxy's side is made of.
 pub struct ProxyParts {
     pub proxy: LanguageModel,
-    pub mapper: Mapper,
+    /// Absent if the mapper reads the target's features as well; the proxy's are then handed over.
+    pub mapper: Option<Mapper>,
     /// Tokens of the proxy's chat template before the context.
     pub prefix: Vec<u32>,
     /// What the proxy is asked to repeat; reconstruction channels alone need it.
@@ -81,6 +102,8 @@ pub struct ProxyMapper {
 }
 
 enum MapperSide {
+    /// Elsewhere: the features are handed over.
+    None,
     /// After the proxy, on its lane.
     After(Box<Mapper>),
     /// Beside it, with a lane of its own.
@@ -94,7 +117,7 @@ impl ProxyMapper {
     /// The mapper works behind the proxy.
     pub fn new(parts: ProxyParts) -> Self {
         let ProxyParts { proxy, mapper, prefix, requests, extract, label, target, window_tokens } = parts;
-        let mapper = MapperSide::After(Box::new(mapper));
+        let mapper = mapper.map_or(MapperSide::None, |mapper| MapperSide::After(Box::new(mapper)));
         Self { proxy, prefix, requests, extract, label, mapper, target, window_tokens }
     }
 
@@ -124,22 +147,35 @@ impl ScoreSource for ProxyMapper {
         self.proxy.device()
     }
 
-    fn score(&mut self, context: &[u32], at: &Situation) -> Result<Tensor> {
+    fn score(&mut self, context: &[u32], at: &Situation) -> Result<Given> {
         let _no_grad = tch::no_grad_guard();
         let Self { proxy, requests, prefix, extract, label, .. } = self;
         let extractor = Extractor::with_requests(proxy, requests, prefix, extract, label);
         let scores_bot = match &self.mapper {
+            MapperSide::None => return read(&extractor, context, at).map(Given::Features),
             MapperSide::After(mapper) => after(&extractor, mapper, self.window_tokens, context, at),
             MapperSide::Beside(mapper, lane) => {
                 beside(&extractor, mapper, *lane, self.window_tokens, context, at)
             }
         }?;
         let ModelShape { layers, kv_heads, .. } = self.target;
-        Ok(scores_bot.view([layers as i64, kv_heads as i64, context.len() as i64]))
+        let size = [layers as i64, kv_heads as i64, context.len() as i64];
+        Ok(Given::Scores(scores_bot.view(size)))
     }
 }
 
-/// The mapper behind the proxy; the proxy's cache is gone by then.
+/// The proxy's features of a context; its cache is gone afterwards.
+fn read(extractor: &Extractor, context: &[u32], at: &Situation) -> Result<ContextFeatures> {
+    at.timeline.time(&at.lane, "features", || {
+        let mut stream = extractor.stream(context)?;
+        while stream.step()? {
+            (at.check_stop)()?;
+        }
+        Ok(stream.into_features())
+    })
+}
+
+/// The mapper after the proxy; the proxy's cache is gone by then.
 fn after(
     extractor: &Extractor,
     mapper: &Mapper,
@@ -147,13 +183,7 @@ fn after(
     context: &[u32],
     at: &Situation,
 ) -> Result<Tensor> {
-    let features = at.timeline.time(&at.lane, "features", || {
-        let mut stream = extractor.stream(context)?;
-        while stream.step()? {
-            (at.check_stop)()?;
-        }
-        Ok(stream.into_features())
-    })?;
+    let features = read(extractor, context, at)?;
     let lane = Lane::here("mapper", at.lane.device())?;
     at.timeline.time(&lane, "scores", || {
         let (heads, globals) = (features.heads_pct.unsqueeze(0), features.globals_ct.unsqueeze(0));

@@ -11,8 +11,9 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Error, Result, ensure};
+use anyhow::{Context as _, Error, Result, bail, ensure};
 use pkv_core::{Hinted, hinted};
+use pkv_extract::ContextFeatures;
 use pkv_lm::{KvCache, LanguageModel, NoTap, RaggedCache, prefill_chunk};
 use tch::{Device, Tensor};
 
@@ -21,7 +22,10 @@ pub use sequential::Sequential;
 
 use crate::keep::{Keep, Kept};
 use crate::lane::Lane;
+use crate::proxy::Given;
+use crate::target_side::TargetSide;
 use crate::timeline::Timeline;
+use crate::worker::caught;
 
 /// A regime's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub struct Context<'a> {
     pub chunk_tokens: usize,
     /// Tokens that the pruned cache has room for before it must grow.
     pub room_tokens: usize,
+    /// The mapper, where it reads the target's prefill.
+    pub target_side: Option<&'a TargetSide>,
     /// Fails when the user wants to stop.
     pub check_stop: Arc<dyn Fn() -> Result<()> + Send + Sync>,
 }
@@ -99,18 +105,55 @@ pub fn check_devices(regime: RegimeName, target: Device, proxy: Device) -> Resul
 }
 
 impl Context<'_> {
-    /// The target's full cache of prefix and context, and nothing more.
-    fn prefill_target(&self) -> Result<KvCache> {
+    /// The target's full cache of prefix and context, and nothing more; beside it the target's features, where the
+    /// mapper reads them. An extraction that fails costs the pruning alone: the target then prefills once more without.
+    fn prefill_target(&self) -> Result<(KvCache, Option<Result<ContextFeatures>>)> {
         let _no_grad = tch::no_grad_guard();
+        let Some(side) = self.target_side else { return Ok((self.prefill_bare()?, None)) };
+        let check_stop: &dyn Fn() -> Result<()> = &*self.check_stop;
+        match caught(|| side.prefill(self.target, self.prefix, self.tokens, self.chunk_tokens, check_stop)) {
+            Ok((cache, features)) => Ok((cache, Some(Ok(features)))),
+            Err(why) => {
+                (self.check_stop)()?;
+                Ok((self.prefill_bare()?, Some(Err(why))))
+            }
+        }
+    }
+
+    fn prefill_bare(&self) -> Result<KvCache> {
         let ids: Vec<u32> = [self.prefix, self.tokens].concat();
         let mut cache = self.target.new_cache(ids.len());
         while cache.len() < ids.len() {
             (self.check_stop)()?;
             let chunk = prefill_chunk(cache.len(), ids.len(), self.chunk_tokens.max(1));
-            // Questions come later: nobody reads the context's hidden states.
+            // Questions come later: the context's hidden states are not read.
             self.target.forward_for_tap(&self.target.ids(&ids[chunk]), &mut cache, &mut NoTap)?;
         }
         Ok(cache)
+    }
+
+    /// Scores from what the proxy's side gave and, where the mapper reads it, the target's own prefill.
+    fn scores(
+        &self,
+        given: Result<Given>,
+        own: Option<Result<ContextFeatures>>,
+        lane: &Lane,
+        timeline: &Timeline,
+    ) -> Result<Tensor> {
+        match (self.target_side, own) {
+            (Some(side), Some(own)) => {
+                let (given, own) = (given?, own?);
+                let mapper = Lane::here("mapper", lane.device())?;
+                timeline.time(&mapper, "scores", || {
+                    let _no_grad = tch::no_grad_guard();
+                    caught(|| side.scores(own, given, &self.target.shape()))
+                })
+            }
+            _ => match given? {
+                Given::Scores(scores_lht) => Ok(scores_lht),
+                Given::Features(_) | Given::Nothing => bail!("the proxy's side gave no scores"),
+            },
+        }
     }
 
     /// An empty context has nothing to prune, a too long one no room for questions.
@@ -133,16 +176,17 @@ impl Context<'_> {
         Ok(())
     }
 
-    /// Prune the full cache by `scores`, or keep it whole and say why.
+    /// Prune the full cache by the scores, or keep it whole and say why.
     fn finish(
         &self,
-        full: KvCache,
-        scores: Result<Tensor>,
+        (full, own): (KvCache, Option<Result<ContextFeatures>>),
+        given: Result<Given>,
         lane: &Lane,
         timeline: Arc<Timeline>,
         waited_secs: f64,
     ) -> Result<Prefilled> {
         (self.check_stop)()?;
+        let scores = self.scores(given, own, lane, &timeline);
         let full_bytes = full_bytes(&full);
         let mask = scores.and_then(|scores_lht| {
             let expected = [full.layers(), self.target.shape().kv_heads, self.tokens.len()];

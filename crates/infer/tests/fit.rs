@@ -69,10 +69,10 @@ fn a_mapper_of_another_pair_is_refused_with_what_differs() {
         Side { name: "nano", revision: "abc", shape: found.shape, tokenizer: &found.tokenizer }
     }
     let fits = config(&target, &proxy);
-    assert!(check_fit(&fits, &side(&target), &side(&proxy)).unwrap().is_empty());
+    assert!(check_fit(&fits, &side(&target), Some(&side(&proxy))).unwrap().is_empty());
 
     let refused = |config: &ExportConfig, part: &str| {
-        let error = check_fit(config, &side(&target), &side(&proxy)).unwrap_err();
+        let error = check_fit(config, &side(&target), Some(&side(&proxy))).unwrap_err();
         assert!(format!("{error:#}").contains(part), "`{part}` is not in: {error:#}");
         assert!(error.downcast_ref::<Hinted>().is_some());
     };
@@ -89,14 +89,14 @@ fn a_mapper_of_another_pair_is_refused_with_what_differs() {
     other.dims.channels += 1;
     refused(&other, "9 channels");
     // Swapped by mistake.
-    let error = check_fit(&fits, &side(&proxy), &side(&target)).unwrap_err();
+    let error = check_fit(&fits, &side(&proxy), Some(&side(&target))).unwrap_err();
     assert!(error.to_string().contains("the shape of the target"), "{error}");
 
     // Other weights or another template are said, not refused.
     let mut other = fits.clone();
     other.target.revision = "def".to_owned();
     other.proxy.template_hash = "0".to_owned();
-    let said = check_fit(&other, &side(&target), &side(&proxy)).unwrap();
+    let said = check_fit(&other, &side(&target), Some(&side(&proxy))).unwrap();
     assert_eq!(said.len(), 2, "{said:?}");
     assert!(said[0].contains("revision abc") && said[1].contains("chat template of the proxy"), "{said:?}");
 }

@@ -4,6 +4,7 @@
 //! - `regimes`: all of them keep the same pairs; the mapper beside the proxy scores the same
 //! - `faults`: failing, slow and broken sources, too long questions, interruptions
 //! - `fit`: a mapper of another pair is refused
+//! - `sources`: features of the target itself, alone and with a proxy's
 //! - `text`: pieces of text add up
 //! - `support`: the pair, its mapper, sources that misbehave
 
@@ -11,6 +12,7 @@ mod answers;
 mod faults;
 mod fit;
 mod regimes;
+mod sources;
 mod support;
 mod text;
 

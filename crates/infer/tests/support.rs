@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use pkv_core::{Policy, RetentionRatio, Seed};
+use pkv_core::{Policy, RetentionRatio, Seed, Source};
 use pkv_infer::{
-    Answer, Budget, Context, Keep, Prefilled, ProxyMapper, ProxyParts, Question, ScoreSource, Situation,
-    answer,
+    Answer, Budget, Context, Given, Keep, Prefilled, ProxyMapper, ProxyParts, Question, ScoreSource,
+    Situation, TargetSide, answer,
 };
 use pkv_lm::{LanguageModel, TextTokenizer};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
@@ -59,10 +59,13 @@ pub fn copy_to(mapper: &Mapper, device: Device) -> Mapper {
 
 /// A mapper whose scores look along time and differ from pair to pair, untrained.
 pub fn random_mapper(extract: &ExtractSection) -> Mapper {
+    let layout = extract.layout();
+    // The nano target has 6 x 2 KV heads, its proxy 3 x 1.
+    let heads = usize::from(layout.has(Source::Proxy)) * 3 + usize::from(layout.has(Source::Target)) * 12;
     let dims = MapperDims {
-        proxy_heads: 3,
-        channels: extract.channels.len(),
-        globals: extract.globals.len(),
+        proxy_heads: heads,
+        channels: layout.channels().len(),
+        globals: layout.globals(),
         outputs: 12,
     };
     let section =
@@ -81,10 +84,21 @@ pub fn random_mapper(extract: &ExtractSection) -> Mapper {
 
 /// The real source: `mapper`, and the nano proxy on its device.
 pub fn source(mapper: Mapper, extract: &ExtractSection, window: usize) -> ProxyMapper {
+    let device = mapper.device();
+    proxy_side(Some(mapper), device, extract, window)
+}
+
+/// The proxy on `device`: with a mapper it gives scores, without one features.
+pub fn proxy_side(
+    mapper: Option<Mapper>,
+    device: Device,
+    extract: &ExtractSection,
+    window: usize,
+) -> ProxyMapper {
     let label = LabelSection::default();
     let tokenizer = tokenizer();
     ProxyMapper::new(ProxyParts {
-        proxy: load_on("proxy", mapper.device()),
+        proxy: load_on("proxy", device),
         mapper,
         prefix: tokenizer.prefix().to_vec(),
         requests: Requests::new(&tokenizer, &label).unwrap(),
@@ -93,6 +107,13 @@ pub fn source(mapper: Mapper, extract: &ExtractSection, window: usize) -> ProxyM
         target: load("target").shape(),
         window_tokens: window,
     })
+}
+
+/// A mapper that reads the target's own prefill.
+pub fn target_side(mapper: &Mapper, extract: &ExtractSection, window: usize) -> TargetSide {
+    let label = LabelSection::default();
+    let requests = Requests::new(&tokenizer(), &label).unwrap();
+    TargetSide::new(copy(mapper), extract, &label, requests, None, window)
 }
 
 pub fn keep(ratio: f64, policy: Policy) -> Keep {
@@ -113,6 +134,7 @@ pub fn context<'a>(
         keep,
         chunk_tokens: 128,
         room_tokens: 16,
+        target_side: None,
         check_stop: Arc::new(|| Ok(())),
     }
 }
@@ -149,19 +171,19 @@ impl ScoreSource for Misbehaving {
         device()
     }
 
-    fn score(&mut self, context: &[u32], _: &Situation) -> Result<Tensor> {
+    fn score(&mut self, context: &[u32], _: &Situation) -> Result<Given> {
         let scores = Tensor::arange(12 * context.len() as i64, (Kind::Float, device())).view([6, 2, -1]);
         match self.0 {
             Misbehaviour::Error => bail!("the proxy's GPU fell off the bus"),
             Misbehaviour::Panic => panic!("the proxy's GPU fell off the bus"),
             Misbehaviour::NotFinite => {
                 let _ = scores.get(2).get(1).narrow(0, 0, 1).fill_(f64::NAN);
-                Ok(scores)
+                Ok(Given::Scores(scores))
             }
-            Misbehaviour::WrongShape => Ok(scores.view([2, 6, -1])),
+            Misbehaviour::WrongShape => Ok(Given::Scores(scores.view([2, 6, -1]))),
             Misbehaviour::Slow(time) => {
                 std::thread::sleep(time);
-                Ok(scores)
+                Ok(Given::Scores(scores))
             }
         }
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use pkv_core::{Seed, hinted};
+use pkv_core::{Seed, Source, hinted};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -26,7 +26,7 @@ pub struct Recipe {
     pub seed: Seed,
     /// The big model, whose cache is pruned.
     pub target: ModelSection,
-    /// The small model, whose attention is read.
+    /// The small model, whose attention is read; the target, if features come from it alone.
     pub proxy: ModelSection,
     pub data: DataSection,
     #[serde(default)]
@@ -61,7 +61,8 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
     for assignment in overrides {
         set(&mut table, assignment).with_context(|| format!("cannot apply `--set {assignment}`"))?;
     }
-    let mut recipe: Recipe = if overrides.is_empty() && !derived {
+    let filled = proxy_of_one_model(&mut table);
+    let mut recipe: Recipe = if overrides.is_empty() && !derived && !filled {
         // From the text, so that errors show line and column.
         toml::from_str(&text).map_err(unknown_key_hint).with_context(invalid)?
     } else {
@@ -70,6 +71,21 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
     recipe.path = path.to_path_buf();
     recipe.check().with_context(invalid)?;
     Ok(recipe)
+}
+
+/// A recipe whose features come from the target alone needs no proxy; where none is named, the target takes its place, so
+/// that every recipe has both. Returns whether it did.
+fn proxy_of_one_model(table: &mut Table) -> bool {
+    let from = table.get("extract").and_then(|extract| extract.get("from"));
+    let alone = from.is_some_and(|from| *from == Value::from(vec![Source::Target.name()]));
+    match table.get("target") {
+        Some(target) if alone && !table.contains_key("proxy") => {
+            let target = target.clone();
+            table.insert("proxy".to_owned(), target);
+            true
+        }
+        _ => false,
+    }
 }
 
 /// The text of a recipe, and its table.

@@ -50,7 +50,7 @@ pub struct ModelPlan {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MapperPlan {
     pub parameters: u64,
-    /// KV heads of the proxy, all layers.
+    /// KV heads of the sources, all layers.
     pub inputs: usize,
     /// KV heads of the target, all layers.
     pub outputs: usize,
@@ -102,7 +102,7 @@ impl Plan {
         let target_prefill = prefill(&recipe.target.shape, longest);
         let mapper = MapperPlan {
             parameters: mapper_cost.parameters(),
-            inputs: recipe.proxy.shape.total_kv_heads(),
+            inputs: mapper_cost.heads(),
             outputs: recipe.target.shape.total_kv_heads(),
             flops_per_token: mapper_cost.forward_flops(longest) / longest as f64,
             share_of_prefill: mapper_cost.forward_flops(longest) / target_prefill,

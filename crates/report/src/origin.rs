@@ -45,8 +45,10 @@ fn choices(recipe: &Recipe) -> Vec<(String, String)> {
             ),
         },
     );
-    let channels: Vec<String> = extract.channels.iter().map(name).collect();
-    say("Features per proxy KV head", channels.join(", "));
+    for &source in &extract.from {
+        let channels: Vec<String> = extract.channels_of(source).iter().map(name).collect();
+        say(&format!("Features per {} KV head", source.name()), channels.join(", "));
+    }
     let globals: Vec<String> = extract.globals.iter().map(name).collect();
     say("Features per position", if globals.is_empty() { "none".to_owned() } else { globals.join(", ") });
     say("Mapper", mapper(&recipe.mapper));

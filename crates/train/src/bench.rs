@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use pkv_core::{Fingerprint, Seed, Split, StoreDtype};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_recipe::{LossSection, MapperSection, TrainSection};
-use pkv_shard::{Example, FeatureRow, LabelRow, Row, StageDir, StageWriter};
+use pkv_shard::{Example, FeatureFolders, FeatureRow, LabelRow, Row, StageDir, StageWriter};
 use rand::Rng;
 use serde::Serialize;
 use tch::Device;
@@ -90,7 +90,7 @@ pub fn bench(o: &BenchOptions) -> Result<BenchReport> {
     let folder = Folder::new(o.scratch)?;
     write_stages(&folder.0, o, contexts)?;
     let at = |name: &str| folder.0.join(name);
-    let dataset = Dataset::open(&at("examples"), &at("labels"), &at("features"))?;
+    let dataset = Dataset::open(&at("examples"), &at("labels"), &FeatureFolders::one(&at("features")))?;
 
     let format = number_format(o.train.dtype, o.dims, o.device);
     let _tf32 = Tf32::set(format)?;

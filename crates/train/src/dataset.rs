@@ -8,7 +8,7 @@ use pkv_core::{Seed, Split, hinted};
 use pkv_mapper::MapperDims;
 use pkv_prune::{log_odds, pool_targets};
 use pkv_recipe::TargetPool;
-use pkv_shard::{Example, FeatureRow, LabelRow, StageReader};
+use pkv_shard::{Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, StageReader};
 use tch::Tensor;
 
 use crate::cache::{Cache, Sample};
@@ -17,7 +17,7 @@ use crate::loader::Source;
 /// Labels and features of all examples, and which split each is in.
 pub struct Dataset {
     labels: StageReader<LabelRow>,
-    features: StageReader<FeatureRow>,
+    features: FeatureSet,
     ids: Vec<String>,
     splits: Vec<Split>,
     /// Positions of each example.
@@ -49,7 +49,7 @@ impl Dataset {
     /// # Errors
     /// A stage is absent, unfinished or damaged; the stages differ in their number of rows; there
     /// is no training example.
-    pub fn open(examples: &Path, labels: &Path, features: &Path) -> Result<Self> {
+    pub fn open(examples: &Path, labels: &Path, features: &FeatureFolders) -> Result<Self> {
         let (mut ids, mut splits, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         for example in StageReader::<Example>::open(examples)?.iter() {
             let example = example?;
@@ -65,7 +65,8 @@ impl Dataset {
             )
         })?;
         let labels = open_rows::<LabelRow>(labels, ids.len())?;
-        let features = open_rows::<FeatureRow>(features, ids.len())?;
+        let features = FeatureSet::open(features)?;
+        check_rows(features.path(), features.len(), ids.len(), "extract")?;
         let (y, x) = (labels.get(first as u64)?, features.get(first as u64)?);
         let dims = MapperDims {
             proxy_heads: (x.layers * x.kv_heads) as usize,
@@ -152,7 +153,7 @@ impl Dataset {
             feature_shape == expected && channels == (self.dims.channels, self.dims.globals),
             disagree(
                 "features",
-                self.features.stage().path(),
+                self.features.path(),
                 format!("{}, channels {channels:?}", describe(feature_shape)),
                 format!("{}, channels {:?}", describe(expected), (self.dims.channels, self.dims.globals))
             )
@@ -200,14 +201,19 @@ fn draw(rows: Vec<u64>, count: Option<usize>, seed: Seed) -> Vec<u64> {
 
 fn open_rows<R: pkv_shard::Row>(dir: &Path, expected: usize) -> Result<StageReader<R>> {
     let reader = StageReader::<R>::open(dir)?;
+    check_rows(dir, reader.len(), expected, &reader.stage().index().stage)?;
+    Ok(reader)
+}
+
+fn check_rows(dir: &Path, found: u64, expected: usize, stage: &str) -> Result<()> {
     ensure!(
-        reader.len() == expected as u64,
+        found == expected as u64,
         hinted(
-            format!("`{}` has {} rows for {expected} examples", dir.display(), reader.len()),
-            format!("make the stage again with `--redo {}`", reader.stage().index().stage)
+            format!("`{}` has {found} rows for {expected} examples", dir.display()),
+            format!("make the stage again with `--redo {stage}`")
         )
     );
-    Ok(reader)
+    Ok(())
 }
 
 #[cfg(test)]

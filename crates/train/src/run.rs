@@ -9,6 +9,7 @@ use pkv_checkpoint::{CheckpointStore, TrainingState};
 use pkv_core::{Fingerprint, Progress, Seed, Split, hinted};
 use pkv_mapper::{LossTerms, Mapper};
 use pkv_recipe::{LossSection, MapperSection, TrainSection};
+use pkv_shard::FeatureFolders;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
@@ -27,14 +28,15 @@ use crate::tensorboard::EventFile;
 use crate::validate::{Validation, validate};
 
 /// What training reads and where it writes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct TrainInputs<'a> {
     /// The run folder: `checkpoints/`, `train/metrics.jsonl` and `tb/` are made in it.
     pub run: &'a Path,
     /// Folders of the complete stages.
     pub examples: &'a Path,
     pub labels: &'a Path,
-    pub features: &'a Path,
+    /// Of all sources.
+    pub features: FeatureFolders,
     pub mapper: &'a MapperSection,
     pub loss: &'a LossSection,
     pub train: &'a TrainSection,
@@ -106,7 +108,7 @@ pub fn train(
 ) -> Result<TrainSummary> {
     let begin = Instant::now();
     let store = inputs.store()?;
-    let dataset = Dataset::open(inputs.examples, inputs.labels, inputs.features)?;
+    let dataset = Dataset::open(inputs.examples, inputs.labels, &inputs.features)?;
     let mut run = Run::open(inputs, &store, &dataset, device, progress)?;
     let (first, steps) = (run.step, inputs.train.steps);
     let _tf32 = Tf32::set(number_format(inputs.train.dtype, dataset.dims(), device))?;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use anyhow::Result;
 use pkv_core::{Fingerprint, Hinted, Progress, Seed, Split, StoreDtype};
 use pkv_recipe::{LossSection, MapperSection, TrainSection, Variant};
-use pkv_shard::{Example, FeatureRow, LabelRow, StageDir, StageWriter};
+use pkv_shard::{Example, FeatureFolders, FeatureRow, LabelRow, StageDir, StageWriter};
 use pkv_train::{TrainInputs, TrainSummary};
 use rand::Rng;
 use serde_json::Value;
@@ -97,7 +97,7 @@ impl Setup {
             run,
             examples,
             labels,
-            features,
+            features: FeatureFolders::one(features),
             mapper: &self.mapper,
             loss: &self.loss,
             train: &self.train,

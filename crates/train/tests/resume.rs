@@ -166,7 +166,7 @@ fn child() {
         run: &at("killed"),
         examples: &at("examples"),
         labels: &at("labels"),
-        features: &at("features"),
+        features: pkv_shard::FeatureFolders::one(&at("features")),
         mapper: &own.mapper,
         loss: &own.loss,
         train: &own.train,

@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use pkv_core::{Channel, GlobalChannel, ModelShape, Policy, RetentionRatio, Seed};
+use pkv_core::{Channel, GlobalChannel, ModelShape, Policy, RetentionRatio, Seed, Source};
+use pkv_extract::HiddenProjection;
 use pkv_infer::{
-    Budget, Context, Keep, Parallel, Phase, PhaseTotal, ProxyMapper, ProxyParts, Regime, RegimeName,
-    Sequential,
+    Budget, Context, Keep, NoProxy, Parallel, Phase, PhaseTotal, ProxyMapper, ProxyParts, Regime, RegimeName,
+    Sequential, TargetSide,
 };
 use pkv_lm::{LanguageModel, NoTap, RaggedCache};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
@@ -39,6 +40,10 @@ const RETAIN: f64 = 0.2;
 /// Positions that the mapper scores in one forward.
 const WINDOW: usize = 16_384;
 
+/// Channels that read no further than a window of queries.
+const WINDOWED: [Channel; 4] =
+    [Channel::MaxWindow, Channel::MeanWindow, Channel::KeyNorm, Channel::ValueNorm];
+
 /// What was measured.
 #[derive(Debug, Serialize)]
 struct Report {
@@ -61,7 +66,7 @@ struct Report {
 struct PrefillRow {
     #[serde(flatten)]
     row: Row,
-    /// Channels of the proxy, for ProxyKV.
+    /// The set of features, for ProxyKV.
     features: Option<&'static str>,
     /// Our KVzip's time over this one.
     kvzip_over_this: Option<f64>,
@@ -75,19 +80,27 @@ struct PrefillRow {
     phases: Vec<PhaseTotal>,
 }
 
-/// What the proxy extracts for a set of features.
+/// What is extracted for a set of features.
 fn section(recipe: &Recipe, set: FeatureSet) -> ExtractSection {
     let with = |channels: Vec<Channel>| {
         // Surprisal needs the LM head at every position; the recipe's own set tells what it costs.
         let globals = recipe.extract.globals.iter().filter(|g| **g != GlobalChannel::Surprisal);
-        ExtractSection { channels, globals: globals.copied().collect(), ..recipe.extract.clone() }
+        let from = vec![Source::Proxy];
+        ExtractSection { from, channels, globals: globals.copied().collect(), ..recipe.extract.clone() }
     };
+    let of_target =
+        |section, target_channels| ExtractSection { from: vec![Source::Target], target_channels, ..section };
     match set {
         FeatureSet::Recipe => recipe.extract.clone(),
-        FeatureSet::Window => {
-            with(vec![Channel::MaxWindow, Channel::MeanWindow, Channel::KeyNorm, Channel::ValueNorm])
-        }
+        FeatureSet::Window => with(WINDOWED.to_vec()),
         FeatureSet::Reconstruction => with(vec![Channel::ReconLog, Channel::ReconLogOdds]),
+        FeatureSet::Target => of_target(with(Vec::new()), Channel::PREFILL.to_vec()),
+        FeatureSet::TargetWindow => of_target(with(Vec::new()), WINDOWED.to_vec()),
+        FeatureSet::Both => ExtractSection {
+            from: vec![Source::Target, Source::Proxy],
+            target_channels: Channel::PREFILL.to_vec(),
+            ..with([&Channel::PREFILL[..], &[Channel::ReconLog, Channel::ReconLogOdds]].concat())
+        },
     }
 }
 
@@ -187,13 +200,23 @@ impl Bench<'_> {
         traces: &mut Vec<Trace>,
     ) -> Result<Vec<PrefillRow>> {
         let shapes = (&self.target.section.shape, &self.proxy.section.shape);
-        let repeats = section.channels.iter().any(|c| c.is_reconstruction());
         let by = Repeat::new(&self.recipe.label, TEMPLATE);
-        let mut flops = prefill(shapes.0, PREFIX_TOKENS + t) + prefill(shapes.1, PREFIX_TOKENS + t);
         let recipe = Recipe { extract: section.clone(), ..self.recipe.clone() };
-        flops += features(shapes.1, section, t) + MapperCost::new(&recipe).forward_flops(t);
-        flops += if repeats { repeat(shapes.1, t, &by) } else { 0.0 };
+        let mut flops = prefill(shapes.0, PREFIX_TOKENS + t) + MapperCost::new(&recipe).forward_flops(t);
+        for &source in &section.from {
+            let shape = source.shape(shapes.0, shapes.1);
+            flops += features(shape, &section.of(source), t);
+            flops += if section.repeats(source) { repeat(shape, t, &by) } else { 0.0 };
+            flops += if source == Source::Proxy { prefill(shape, PREFIX_TOKENS + t) } else { 0.0 };
+        }
         let mut rows = Vec::new();
+        if !section.from.contains(&Source::Proxy) {
+            let side = self.target_side(section)?;
+            let mut regime = Sequential::new(NoProxy(self.device));
+            let timed = self.time(&mut regime, Row::new("own prefill", t, flops), set, t, side.as_ref())?;
+            traces.push(Trace { name: format!("{set} features, {t} tokens"), phases: timed.all });
+            return Ok(vec![timed.row]);
+        }
         let here = [("sequential", self.proxy), ("streams", self.proxy), ("streams, overlap", self.proxy)];
         let there = self.beside.into_iter().flat_map(|p| [("dual", p), ("dual, overlap", p)]);
         for (what, proxy) in here.into_iter().chain(there) {
@@ -209,9 +232,11 @@ impl Bench<'_> {
                 "dual" => Box::new(Parallel::dual(source)?),
                 _ => Box::new(Parallel::dual(source.overlapped()?)?),
             };
-            let timed = self.time(regime.as_mut(), Row::new(what, t, flops), set, t)?;
+            let side = self.target_side(section)?;
+            let timed = self.time(regime.as_mut(), Row::new(what, t, flops), set, t, side.as_ref())?;
             traces.push(Trace { name: format!("{what}, {set} features, {t} tokens"), phases: timed.all });
-            if what == "sequential" {
+            // Phases of one GPU add up to two only where the mapper waits for the proxy alone.
+            if what == "sequential" && side.is_none() {
                 rows.extend(self.dual(&timed.row, t, flops, set)?);
             }
             rows.push(timed.row);
@@ -221,7 +246,14 @@ impl Bench<'_> {
         Ok(rows)
     }
 
-    fn time(&self, regime: &mut dyn Regime, row: Row, set: &'static str, t: usize) -> Result<Timed> {
+    fn time(
+        &self,
+        regime: &mut dyn Regime,
+        row: Row,
+        set: &'static str,
+        t: usize,
+        target_side: Option<&TargetSide>,
+    ) -> Result<Timed> {
         let (prefix, tokens) = (self.target.prefix()?, self.target.context(t)?);
         let last = RefCell::new(None);
         let context = Context {
@@ -231,6 +263,7 @@ impl Bench<'_> {
             keep: self.keep()?,
             chunk_tokens: self.recipe.label.prefill_chunk_tokens,
             room_tokens: 1,
+            target_side,
             check_stop: Arc::new(|| Ok(())),
         };
         let row = self.clock.time(row, || {
@@ -303,31 +336,47 @@ impl Bench<'_> {
     /// `subject`, the proxy, and a random mapper on its device; `None` if they do not fit.
     fn source(&self, subject: &Subject, section: &ExtractSection) -> Result<Option<ProxyMapper>> {
         let Some(proxy) = subject.model()? else { return Ok(None) };
-        let target = self.target.section.shape;
-        let dims = MapperDims {
-            proxy_heads: proxy.shape().total_kv_heads(),
-            channels: section.channels.len(),
-            globals: section.globals.len(),
-            outputs: target.total_kv_heads(),
-        };
-        let (stats, device) = (Standardization::identity(&dims), proxy.device());
+        let device = proxy.device();
+        let own = section.from.contains(&Source::Target);
         let r = self.recipe;
+        Ok(Some(ProxyMapper::new(ProxyParts {
+            proxy,
+            mapper: if own { None } else { Some(self.mapper(section, device)?) },
+            prefix: subject.prefix()?,
+            requests: subject.requests(&r.label)?,
+            extract: section.of(Source::Proxy),
+            label: r.label.clone(),
+            target: self.target.section.shape,
+            window_tokens: WINDOW,
+        })))
+    }
+
+    /// The mapper on the target's device, where it reads the target's features.
+    fn target_side(&self, section: &ExtractSection) -> Result<Option<TargetSide>> {
+        if !section.from.contains(&Source::Target) {
+            return Ok(None);
+        }
+        let (label, mapper) = (&self.recipe.label, self.mapper(section, self.device)?);
+        let requests = self.target.requests(label)?;
+        let hidden = section
+            .is_fitted(Source::Target)
+            .then(|| HiddenProjection::random(&self.target.section.shape, self.device));
+        Ok(Some(TargetSide::new(mapper, section, label, requests, hidden, WINDOW)))
+    }
+
+    /// A random mapper.
+    fn mapper(&self, section: &ExtractSection, device: Device) -> Result<Mapper> {
+        let r = self.recipe;
+        let dims: MapperDims =
+            crate::mapper_source::dims(&Recipe { extract: section.clone(), ..r.clone() }).into();
+        let stats = Standardization::identity(&dims);
         let mapper = Mapper::new(&r.mapper, &r.loss, dims, stats, Seed(0), device)?;
         // Outputs start at zero; scores that are all alike would prune whole heads.
         let _no_grad = tch::no_grad_guard();
         for (_, parameter) in mapper.parameters() {
             let _ = parameter.shallow_clone().g_add_(&(parameter.randn_like() * 0.05));
         }
-        Ok(Some(ProxyMapper::new(ProxyParts {
-            proxy,
-            mapper,
-            prefix: subject.prefix()?,
-            requests: subject.requests(&r.label)?,
-            extract: section.clone(),
-            label: r.label.clone(),
-            target,
-            window_tokens: WINDOW,
-        })))
+        Ok(mapper)
     }
 }
 

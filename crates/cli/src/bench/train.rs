@@ -7,7 +7,6 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context, Result, bail};
 use pkv_core::hinted;
 use pkv_gpu::unless_exhausted;
-use pkv_mapper::MapperDims;
 use pkv_recipe::Recipe;
 use pkv_recipe::plan::{MapperCost, human_bytes, human_flops};
 use pkv_train::{BenchOptions, BenchReport, bench};
@@ -90,12 +89,7 @@ fn measure(recipe: &Recipe, positions: usize, steps: usize, device: Device) -> R
         mapper: &recipe.mapper,
         loss: &recipe.loss,
         train: &recipe.train,
-        dims: MapperDims {
-            proxy_heads: recipe.proxy.shape.total_kv_heads(),
-            channels: recipe.extract.channels.len(),
-            globals: recipe.extract.globals.len(),
-            outputs: recipe.target.shape.total_kv_heads(),
-        },
+        dims: crate::mapper_source::dims(recipe).into(),
         positions,
         shortest: 1.0,
         steps,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use pkv_checkpoint::write_tensors;
-use pkv_core::{Fingerprint, Split};
+use pkv_core::{Fingerprint, Source, Split};
 use pkv_data::{FactContext, fact_contexts};
 use pkv_eval::{EvalInputs, RESULTS_FILE, Results};
 use pkv_recipe::{EvalSection, Task};
@@ -53,11 +53,15 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         return Ok(Outcome::Skipped(skipped));
     }
     let contexts = contexts(s, &upstream)?;
-    let (target, proxy) = (upstream.target.load(s)?, upstream.proxy.load(s)?);
+    let target = upstream.target.load(s)?;
+    let reads_proxy = s.recipe.extract.from.contains(&Source::Proxy);
+    let proxy = reads_proxy.then(|| upstream.proxy.load(s)).transpose()?;
     s.check_stop()?;
     let inputs = EvalInputs {
         target: &target,
-        proxy: &proxy,
+        proxy: proxy.as_ref(),
+        proxy_shape: s.recipe.proxy.shape,
+        hidden: trained.hidden.as_ref(),
         tokenizer: &upstream.target.tokenizer,
         mapper: &trained.mapper,
         mapper_source: trained.source.clone(),
@@ -65,7 +69,7 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         proxy_name: s.recipe.proxy.model.clone(),
         examples: &s.run.examples(),
         labels: &s.run.labels(),
-        features: &s.run.features(),
+        features: s.run.feature_folders(&s.recipe.extract),
         fact_contexts: &contexts,
         benchmarks: &benchmarks,
         section: &s.recipe.eval,

@@ -9,11 +9,11 @@ use pkv_checkpoint::{
 };
 use pkv_core::{Policy, Split};
 use pkv_eval::{RESULTS_FILE, Results};
-use pkv_shard::{Example, FeatureRow, StageReader};
+use pkv_shard::{Example, FeatureSet, StageReader};
 use serde_json::json;
 use tch::Tensor;
 
-use super::{Outcome, train};
+use super::{Outcome, hidden, train};
 use crate::args::Stage;
 use crate::mapper_source::{Trained, dims, from_checkpoint};
 use crate::pair::Found;
@@ -38,7 +38,9 @@ pub fn run(s: &Session) -> Result<Outcome> {
         }
     }
     let parity = parity(s, &trained)?;
-    Export::write(&folder, &config, &trained.mapper, &card, &parity)?;
+    let hidden = hidden::read(s, &upstream.target, &upstream.examples, tch::Device::Cpu)?;
+    let extra = hidden.map(|hidden| hidden.tensors()).unwrap_or_default();
+    Export::write(&folder, &config, &trained.mapper, &extra, &card, &parity)?;
     Ok(Outcome::Done(json!({"folder": folder, "step": trained.step})))
 }
 
@@ -173,7 +175,7 @@ fn card_table(caption: &str, markdown: &str) -> Option<CardTable> {
 /// The beginning of the first test example, through the mapper.
 fn parity(s: &Session, trained: &Trained) -> Result<Parity> {
     let examples = StageReader::<Example>::open(&s.run.examples())?;
-    let features = StageReader::<FeatureRow>::open(&s.run.features())?;
+    let features = FeatureSet::open(&s.run.feature_folders(&s.recipe.extract))?;
     let mut first = None;
     for i in 0..examples.len() {
         if examples.get(i)?.split == Split::Test {

@@ -1,45 +1,82 @@
-//! `extract`: features of the proxy.
+//! `extract`: features of each source.
 
 use anyhow::Result;
-use pkv_core::{Channel, Fingerprint, Progress};
+use pkv_core::{Fingerprint, Progress, Source};
 use pkv_extract::Extractor;
 use pkv_score::Requests;
-use pkv_shard::{Example, FeatureRow, StageDir, StageWriter};
-use serde_json::json;
+use pkv_shard::{Example, FeatureRow, StageDir, StageReader, StageWriter};
+use serde_json::{Value, json};
 
 use super::lanes::{Lane, lanes};
 use super::pump::pump;
 use super::to_host::ToHost;
-use super::{Outcome, prepare};
+use super::{Outcome, hidden, prepare, require};
 use crate::pair::{self, Found};
 use crate::session::Session;
 
 pub fn run(s: &Session) -> Result<Outcome> {
     let (target, proxy) = pair::find_both(s)?;
     let (examples, upstream) = prepare::examples(s, &target)?;
-    let stage = StageDir::open(&s.run.features(), "extract", &fingerprint(s, &proxy, &upstream))?;
-    if stage.is_complete() {
-        return Ok(Outcome::Skipped(format!("features of {} examples match the recipe", stage.rows())));
+    let mut done = serde_json::Map::new();
+    for &source in &s.recipe.extract.from {
+        let model = of_pair(source, &target, &proxy);
+        if let Some(summary) = one(s, source, model, &examples, &upstream)? {
+            done.insert(source.name().to_owned(), summary);
+        }
     }
-    let model = proxy.load(s)?;
-    let requests = Requests::new(&proxy.tokenizer, &s.recipe.label)?;
-    let (shape, prefix) = (model.shape(), proxy.tokenizer.prefix());
+    if done.is_empty() {
+        return Ok(Outcome::Skipped(format!("features of {} examples match the recipe", examples.len())));
+    }
+    // One source is summed up as it was when there was no other.
+    let alone = s.recipe.extract.from.len() == 1;
+    Ok(Outcome::Done(match done.values().next() {
+        Some(summary) if alone => summary.clone(),
+        _ => Value::Object(done),
+    }))
+}
+
+const fn of_pair<'a>(source: Source, target: &'a Found, proxy: &'a Found) -> &'a Found {
+    match source {
+        Source::Target => target,
+        Source::Proxy => proxy,
+    }
+}
+
+/// Features of one source, or nothing if they are there.
+fn one(
+    s: &Session,
+    source: Source,
+    found: &Found,
+    examples: &StageReader<Example>,
+    upstream: &Fingerprint,
+) -> Result<Option<Value>> {
+    let stage = StageDir::open(&s.run.features(source), "extract", &fingerprint(s, source, found, upstream))?;
+    if stage.is_complete() {
+        return Ok(None);
+    }
+    let section = s.recipe.extract.of(source);
+    let model = found.load(s)?;
+    let hidden = match section.channels.iter().any(|c| c.is_fitted()) {
+        true => Some(hidden::fitted(s, found, &model, examples, upstream)?),
+        false => None,
+    };
+    let requests = Requests::new(&found.tokenizer, &s.recipe.label)?;
+    let (shape, prefix) = (model.shape(), found.tokenizer.prefix());
     let n = lanes(s.device, &shape, s.recipe.data.longest_window());
 
     let (done, total) = (stage.rows(), examples.len());
-    let mut writer = StageWriter::<FeatureRow>::new(
-        stage,
-        s.recipe.data.shard_examples,
-        s.recipe.extract.store,
-        Some(total),
-    )?;
+    let mut writer =
+        StageWriter::<FeatureRow>::new(stage, s.recipe.data.shard_examples, section.store, Some(total))?;
     let mut tokens = 0;
     let compute = |lane: Lane| {
-        let (requests, extract, label) = (&requests, &s.recipe.extract, &s.recipe.label);
+        let (requests, section, label) = (&requests, &section, &s.recipe.label);
+        // A lane is a thread, and tensors are not shared between threads.
+        let hidden = hidden.as_ref().map(|hidden| hidden.to_device(s.device));
         move |example: Example| {
             s.check_stop()?;
             lane.on(|model| {
-                let extractor = Extractor::with_requests(model, requests, prefix, extract, label);
+                let extractor = Extractor::with_requests(model, requests, prefix, section, label)
+                    .with_hidden(hidden.as_ref())?;
                 let features = extractor.features(&example.tokens)?;
                 let (heads, globals) =
                     (ToHost::begin(&features.heads_pct)?, ToHost::begin(&features.globals_ct)?);
@@ -47,7 +84,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
             })
         }
     };
-    s.bar.start("extract", total, done);
+    s.bar.start(&format!("extract: {}", source.name()), total, done);
     let times = pump(
         s.device,
         done..total,
@@ -58,7 +95,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
                 id,
                 layers: shape.layers as u32,
                 kv_heads: shape.kv_heads as u32,
-                channels: s.recipe.extract.channels.len() as u32,
+                channels: section.channels.len() as u32,
                 positions: positions as u32,
                 heads: heads.wait()?,
                 globals: globals.wait()?,
@@ -69,21 +106,55 @@ pub fn run(s: &Session) -> Result<Outcome> {
         },
     )?;
     s.bar.finish();
-    tracing::info!("extract: {times}");
+    tracing::info!("extract from the {}: {times}", source.name());
     writer.finish()?;
-    Ok(Outcome::Done(times.add_to(json!({"examples": total, "tokens": tokens}))))
+    Ok(Some(times.add_to(json!({"examples": total, "tokens": tokens}))))
 }
 
-/// The features' choices: the examples, the recipe's `extract`, the proxy; and `label` if the proxy
-/// repeats its context.
-pub fn fingerprint(s: &Session, proxy: &Found, examples: &Fingerprint) -> Fingerprint {
+/// The choices of a source's features: the examples, its part of the recipe's `extract`, the model; `label` if it
+/// repeats its context; the labels if a channel is fitted to them.
+fn fingerprint(s: &Session, source: Source, found: &Found, examples: &Fingerprint) -> Fingerprint {
     let fingerprint = Fingerprint::new()
         .with("examples", examples)
-        .with("extract", &s.recipe.extract)
-        .with("proxy", proxy.fingerprint(s));
-    if s.recipe.extract.channels.iter().any(|c: &Channel| c.is_reconstruction()) {
-        fingerprint.with("label", s.recipe.label.material())
-    } else {
-        fingerprint
+        .with("extract", s.recipe.extract.of(source))
+        .with(source.name(), found.fingerprint(s));
+    let fingerprint = match s.recipe.extract.repeats(source) {
+        true => fingerprint.with("label", s.recipe.label.material()),
+        false => fingerprint,
+    };
+    match s.recipe.extract.is_fitted(source) {
+        true => fingerprint.with("hidden", hidden::choices(s, found, examples)),
+        false => fingerprint,
     }
+}
+
+/// The choices of all features, which must be there and match the recipe.
+///
+/// # Errors
+/// Those of a source are absent, unfinished or stale; the hint names the command that makes them.
+pub fn require_all(
+    s: &Session,
+    target: &Found,
+    proxy: &Found,
+    examples: &Fingerprint,
+) -> Result<Fingerprint> {
+    let of = |&source: &Source| {
+        let fingerprint = fingerprint(s, source, of_pair(source, target, proxy), examples);
+        require(&s.run.features(source), "extract", &fingerprint)?;
+        Ok(fingerprint)
+    };
+    let mut all = s.recipe.extract.from.iter().map(of).collect::<Result<Vec<_>>>()?;
+    Ok(match s.recipe.extract.from[..] {
+        // As it was when there was no other source.
+        [Source::Proxy] => all.remove(0),
+        _ => s
+            .recipe
+            .extract
+            .from
+            .iter()
+            .zip(&all)
+            .fold(Fingerprint::new().with("from", &s.recipe.extract.from), |f, (source, one)| {
+                f.with(source.name(), one)
+            }),
+    })
 }

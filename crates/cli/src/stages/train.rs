@@ -12,6 +12,8 @@ use crate::session::Session;
 pub struct Upstream {
     pub target: Found,
     pub proxy: Found,
+    /// Of the examples alone.
+    pub examples: Fingerprint,
     pub fingerprint: Fingerprint,
 }
 
@@ -22,7 +24,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
         run: s.run.root(),
         examples: &s.run.examples(),
         labels: &s.run.labels(),
-        features: &s.run.features(),
+        features: s.run.feature_folders(&r.extract),
         mapper: &r.mapper,
         loss: &r.loss,
         train: &r.train,
@@ -46,9 +48,8 @@ pub fn upstream(s: &Session) -> Result<Upstream> {
     let (_, examples) = prepare::examples(s, &target)?;
     let labels = label::fingerprint(s, &target, &examples);
     require(&s.run.labels(), "label", &labels)?;
-    let features = extract::fingerprint(s, &proxy, &examples);
-    require(&s.run.features(), "extract", &features)?;
     let r = &s.recipe;
+    let features = extract::require_all(s, &target, &proxy, &examples)?;
     let fingerprint = Fingerprint::new()
         .with("labels", &labels)
         .with("features", &features)
@@ -56,5 +57,5 @@ pub fn upstream(s: &Session) -> Result<Upstream> {
         .with("loss", &r.loss)
         .with("train", r.train.choices())
         .with("seed", r.seed);
-    Ok(Upstream { target, proxy, fingerprint })
+    Ok(Upstream { target, proxy, examples, fingerprint })
 }

@@ -14,7 +14,7 @@ use pkv_lm::LanguageModel;
 use pkv_mapper::Mapper;
 use pkv_prune::{log_odds, pool_targets};
 use pkv_recipe::{Method, TargetPool};
-use pkv_shard::{Example, FeatureRow, LabelRow, StageReader};
+use pkv_shard::{Example, FeatureRow, FeatureSet, LabelRow, StageReader};
 use tch::{Device, Kind, Tensor};
 
 use super::align::Alignment;
@@ -30,7 +30,7 @@ const ALIGNED_POSITIONS: i64 = 65_536;
 /// Where the training examples are.
 pub struct FitData<'a> {
     pub labels: &'a StageReader<LabelRow>,
-    pub features: &'a StageReader<FeatureRow>,
+    pub features: &'a FeatureSet,
     /// Rows of the training split.
     pub train: std::ops::Range<u64>,
     /// Channels of the features, in their order.
@@ -239,7 +239,7 @@ impl Sample {
 /// A row is absent, or the two are of different examples.
 pub fn read_pair(
     labels: &StageReader<LabelRow>,
-    features: &StageReader<FeatureRow>,
+    features: &FeatureSet,
     row: u64,
 ) -> Result<(LabelRow, FeatureRow)> {
     let (label, feature) = (labels.get(row)?, features.get(row)?);

@@ -14,7 +14,7 @@ use pkv_recipe::{
     EvalSection, ExtractSection, LabelSection, LossSection, MapperSection, TargetPool, Variant,
 };
 use pkv_score::Scorer;
-use pkv_shard::{Example, FeatureRow, LabelRow, Row, StageDir, StageWriter};
+use pkv_shard::{Example, FeatureFolders, FeatureRow, LabelRow, Row, StageDir, StageWriter};
 use tch::{Kind, Tensor};
 use tempfile::TempDir;
 
@@ -86,7 +86,9 @@ impl Nano {
     ) -> EvalInputs<'a> {
         EvalInputs {
             target: &self.target,
-            proxy: &self.proxy,
+            proxy: Some(&self.proxy),
+            proxy_shape: self.proxy.shape(),
+            hidden: None,
             tokenizer: &self.tokenizer,
             mapper: &self.mapper,
             mapper_source: "ridge".to_owned(),
@@ -94,7 +96,7 @@ impl Nano {
             proxy_name: "nano-llama-proxy".to_owned(),
             examples: &stages[0],
             labels: &stages[1],
-            features: &stages[2],
+            features: FeatureFolders::one(&stages[2]),
             fact_contexts: contexts,
             benchmarks: &[],
             section: &self.section,

@@ -2,6 +2,8 @@
 
 /// The fused kernel against the blocks, where there is a GPU for it.
 mod fused;
+/// The channel of hidden states.
+mod hidden;
 /// Features of a model: every channel, block and chunk sizes, windows, what has no features.
 mod model;
 /// The attention channels on random tensors of odd sizes.

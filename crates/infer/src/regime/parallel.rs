@@ -67,8 +67,8 @@ impl Regime for Parallel {
         let full = timeline.time(&lane, "prefill", || context.prefill_target());
         let done = timeline.secs();
         // Also where the target failed: the source must not go on behind the caller's back.
-        let scores = pending.wait();
+        let given = pending.wait();
         let waited = timeline.secs() - done;
-        context.finish(full?, scores, &lane, timeline, waited)
+        context.finish(full?, given, &lane, timeline, waited)
     }
 }

@@ -37,9 +37,9 @@ impl Regime for Sequential {
             lane: Lane::here("proxy", self.source.device())?,
             check_stop: Arc::clone(&context.check_stop),
         };
-        let scores = caught(|| self.source.score(context.tokens, &at));
+        let given = caught(|| self.source.score(context.tokens, &at));
         let lane = Lane::here("target", context.target.device())?;
         let full = timeline.time(&lane, "prefill", || context.prefill_target())?;
-        context.finish(full, scores, &lane, timeline, 0.0)
+        context.finish(full, given, &lane, timeline, 0.0)
     }
 }

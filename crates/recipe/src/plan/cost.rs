@@ -124,7 +124,7 @@ pub fn decode(shape: &ModelShape, work: &Decode) -> f64 {
 
 /// Sizes of the mapper as multiply-adds per position; biases and norms are left out.
 pub struct MapperCost {
-    proxy_heads: usize,
+    heads: usize,
     outputs: usize,
     inputs: usize,
     /// Multiply-adds of a position that do not depend on the context's length.
@@ -138,10 +138,10 @@ pub struct MapperCost {
 impl MapperCost {
     pub fn new(recipe: &Recipe) -> Self {
         let m = &recipe.mapper;
-        let p = recipe.proxy.shape.total_kv_heads();
+        let layout = recipe.extract.layout();
+        let p = layout.heads(&recipe.target.shape, &recipe.proxy.shape);
         let o = recipe.target.shape.total_kv_heads();
-        let c = recipe.extract.channels.len();
-        let g = recipe.extract.globals.len();
+        let (c, g) = (layout.channels().len(), layout.globals());
         let inputs = p * c + g;
         let (d1, d, x, n) = (m.head_width, m.width, m.cross_width, m.cross_heads);
         let block = d * d * m.kernel + 2 * m.feed_forward * d * d;
@@ -172,7 +172,7 @@ impl MapperCost {
             Variant::Mlp | Variant::Linear => 0,
         };
         Self {
-            proxy_heads: p,
+            heads: p,
             outputs: o,
             inputs,
             position: (position + skip) as f64,
@@ -184,6 +184,11 @@ impl MapperCost {
 
     pub fn parameters(&self) -> u64 {
         self.parameters
+    }
+
+    /// KV heads of all sources.
+    pub fn heads(&self) -> usize {
+        self.heads
     }
 
     pub fn inputs_per_token(&self) -> usize {
@@ -203,9 +208,7 @@ impl MapperCost {
     /// pass through memory in the forward and again in the backward, and are not kept.
     pub fn attended_per_token(&self, recipe: &Recipe) -> f64 {
         match recipe.mapper.variant {
-            Variant::HybridAxial => {
-                (2 * (self.proxy_heads + 1) * recipe.mapper.cross_heads * self.outputs) as f64
-            }
+            Variant::HybridAxial => (2 * (self.heads + 1) * recipe.mapper.cross_heads * self.outputs) as f64,
             _ => 0.0,
         }
     }
@@ -213,7 +216,7 @@ impl MapperCost {
     /// f32 elements per position that the backward pass needs: inputs of every matrix, norm and
     /// nonlinearity, and logits and targets of each ratio of the loss.
     pub fn saved_per_token(&self, recipe: &Recipe) -> f64 {
-        let (m, p, o) = (&recipe.mapper, self.proxy_heads, self.outputs);
+        let (m, p, o) = (&recipe.mapper, self.heads, self.outputs);
         let blocks = m.dilations.len() * m.width * (5 + 2 * m.feed_forward);
         let loss = o * (2 + 2 * recipe.loss.binary_ratios.len());
         let network = match m.variant {

@@ -1,10 +1,10 @@
 //! Tokens, bytes and operations of each stage.
 
-use pkv_core::GlobalChannel;
+use pkv_core::{GlobalChannel, Source};
 
 use super::cost::{self, Decode, MapperCost, Repeat, decode, features, prefill, repeat};
 use super::{InferPlan, Machine, StagePlan, element_bytes, parameters};
-use crate::{Method, Recipe, Task};
+use crate::{ExtractSection, Method, ModelSection, Recipe, Task};
 
 /// Tokens that a chat template puts around a context or a question; models differ by a few dozen.
 const TEMPLATE_TOKENS: usize = 48;
@@ -93,49 +93,87 @@ pub fn label(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan
     stage.timed(machine, machine.efficiency.label)
 }
 
-pub fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan {
-    let (shape, section) = (&recipe.proxy.shape, &recipe.extract);
-    let width = element_bytes(recipe.proxy.dtype, machine);
-    let reconstruction = section.channels.iter().any(|c| c.is_reconstruction());
-    let chunk = Repeat::new(&recipe.label, TEMPLATE_TOKENS);
-    let flops = lengths.sum(|t| {
-        let repeat = if reconstruction { repeat(shape, t, &chunk) } else { 0.0 };
-        prefill(shape, t + TEMPLATE_TOKENS) + features(shape, section, t) + repeat
-    });
-    let weights = parameters(&recipe.proxy) * width;
-    let per_token = shape.total_kv_heads() * section.channels.len() + section.globals.len();
-    let stage = StagePlan {
-        examples: lengths.examples(),
-        tokens: lengths.tokens(),
-        disk_bytes: lengths.tokens() * per_token as u64 * section.store.bytes() as u64,
-        flops,
-        moved_bytes: lengths.examples() as f64 * weights as f64,
-        peak_bytes: weights + reading_bytes(recipe, lengths.longest(), section.prefill_chunk_tokens, machine),
-        ..StagePlan::nothing("extract")
-    };
-    stage.timed(machine, machine.efficiency.extract)
+/// A model's reading of a context for features.
+struct Reading<'a> {
+    model: &'a ModelSection,
+    section: ExtractSection,
+    repeats: bool,
 }
 
-/// What the proxy needs beside its weights to read `context` tokens, `chunk` at a time: cache, activations, features.
-fn reading_bytes(recipe: &Recipe, context: usize, chunk: usize, machine: &Machine) -> u64 {
-    let width = element_bytes(recipe.proxy.dtype, machine);
-    let (shape, section) = (&recipe.proxy.shape, &recipe.extract);
-    let per_token = shape.total_kv_heads() * section.channels.len() + section.globals.len();
-    let whole_range = section.channels.iter().any(|c| c.is_whole_range());
-    // What a block's queries see at once. The kernels of a GPU hold none of it.
-    let seen = match (machine.cpu, whole_range) {
-        (false, _) => 0,
-        (true, true) => context,
-        (true, false) => section.block_tokens + section.window_tokens,
-    };
-    let logits = section.globals.contains(&GlobalChannel::Surprisal);
-    // A block's attention, and its logits, in f32 with one temporary of the same size.
-    let block = 2
-        * section.block_tokens.min(context)
-        * (shape.query_heads * seen + usize::from(logits) * shape.vocab);
-    (context * shape.kv_elements_per_token()) as u64 * width
-        + cost::activation_elements(shape, context.min(chunk)) * width
-        + 4 * (block + context * per_token) as u64
+impl<'a> Reading<'a> {
+    /// Of each source of the recipe, in its order.
+    fn all(recipe: &'a Recipe) -> impl Iterator<Item = (Source, Self)> {
+        recipe.extract.from.iter().map(|&source| {
+            let model = match source {
+                Source::Target => &recipe.target,
+                Source::Proxy => &recipe.proxy,
+            };
+            let section = recipe.extract.of(source);
+            (source, Self { model, section, repeats: recipe.extract.repeats(source) })
+        })
+    }
+
+    /// Numbers of a position.
+    fn per_token(&self) -> usize {
+        self.model.shape.total_kv_heads() * self.section.channels.len() + self.section.globals.len()
+    }
+
+    fn weights(&self, machine: &Machine) -> u64 {
+        parameters(self.model) * element_bytes(self.model.dtype, machine)
+    }
+
+    /// Operations that a prefill is extended by.
+    fn features_flops(&self, recipe: &Recipe, t: usize) -> f64 {
+        let by = Repeat::new(&recipe.label, TEMPLATE_TOKENS);
+        let repeats = if self.repeats { repeat(&self.model.shape, t, &by) } else { 0.0 };
+        features(&self.model.shape, &self.section, t) + repeats
+    }
+
+    fn flops(&self, recipe: &Recipe, t: usize) -> f64 {
+        prefill(&self.model.shape, t + TEMPLATE_TOKENS) + self.features_flops(recipe, t)
+    }
+
+    /// Memory beside the weights and the cache, `chunk` tokens at a time: activations and features.
+    fn working_bytes(&self, context: usize, chunk: usize, machine: &Machine) -> u64 {
+        let width = element_bytes(self.model.dtype, machine);
+        let (shape, section) = (&self.model.shape, &self.section);
+        let whole_range = section.channels.iter().any(|c| c.is_whole_range());
+        // What a block's queries see at once. The kernels of a GPU hold none of it.
+        let seen = match (machine.cpu, whole_range) {
+            (false, _) => 0,
+            (true, true) => context,
+            (true, false) => section.block_tokens + section.window_tokens,
+        };
+        let logits = section.globals.contains(&GlobalChannel::Surprisal);
+        // A block's attention, and its logits, in f32 with one temporary of the same size.
+        let block = 2
+            * section.block_tokens.min(context)
+            * (shape.query_heads * seen + usize::from(logits) * shape.vocab);
+        cost::activation_elements(shape, context.min(chunk)) * width
+            + 4 * (block + context * self.per_token()) as u64
+    }
+
+    fn cache_bytes(&self, context: usize, machine: &Machine) -> u64 {
+        (context * self.model.shape.kv_elements_per_token()) as u64 * element_bytes(self.model.dtype, machine)
+    }
+}
+
+pub fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan {
+    let mut stage = StagePlan { examples: lengths.examples(), ..StagePlan::nothing("extract") };
+    for (_, reading) in Reading::all(recipe) {
+        let weights = reading.weights(machine);
+        let longest = lengths.longest();
+        let chunk = recipe.extract.prefill_chunk_tokens;
+        let peak =
+            weights + reading.cache_bytes(longest, machine) + reading.working_bytes(longest, chunk, machine);
+        stage.tokens += lengths.tokens();
+        stage.disk_bytes +=
+            lengths.tokens() * reading.per_token() as u64 * recipe.extract.store.bytes() as u64;
+        stage.flops += lengths.sum(|t| reading.flops(recipe, t));
+        stage.moved_bytes += lengths.examples() as f64 * weights as f64;
+        stage.peak_bytes = stage.peak_bytes.max(peak);
+    }
+    stage.timed(machine, machine.efficiency.extract)
 }
 
 /// Tokens that the proxy reads at a time beside the target, so that both have room on one device.
@@ -143,25 +181,35 @@ const SHARED_CHUNK: usize = 16_384;
 
 /// A context of `tokens` tokens to the target's pruned cache.
 pub fn infer(recipe: &Recipe, tokens: usize, machine: &Machine, mapper: &MapperCost) -> InferPlan {
-    let (target, proxy) = (&recipe.target.shape, &recipe.proxy.shape);
+    let target = &recipe.target.shape;
     let width = element_bytes(recipe.target.dtype, machine);
-    let weights = parameters(&recipe.target) * width
-        + parameters(&recipe.proxy) * element_bytes(recipe.proxy.dtype, machine);
-    let alone = (tokens + TEMPLATE_TOKENS) as u64 * target.kv_elements_per_token() as u64 * width
+    let mut weights = parameters(&recipe.target) * width;
+    let mut alone = (tokens + TEMPLATE_TOKENS) as u64 * target.kv_elements_per_token() as u64 * width
         + cost::activation_elements(target, tokens.min(recipe.label.prefill_chunk_tokens)) * width;
-    let reading = |chunk: usize| reading_bytes(recipe, tokens, chunk, machine);
     let chunk = recipe.extract.prefill_chunk_tokens;
-    let repeats = recipe.extract.channels.iter().any(|c| c.is_reconstruction());
-    let by = Repeat::new(&recipe.label, TEMPLATE_TOKENS);
-    let flops = prefill(target, tokens + TEMPLATE_TOKENS)
-        + prefill(proxy, tokens + TEMPLATE_TOKENS)
-        + features(proxy, &recipe.extract, tokens)
-        + if repeats { repeat(proxy, tokens, &by) } else { 0.0 }
-        + mapper.forward_flops(tokens);
+    let mut flops = prefill(target, tokens + TEMPLATE_TOKENS) + mapper.forward_flops(tokens);
+    let (mut before, mut beside) = (0, 0);
+    for (source, reading) in Reading::all(recipe) {
+        match source {
+            // It rides on the target's only prefill.
+            Source::Target => {
+                flops += reading.features_flops(recipe, tokens);
+                alone += 4 * (tokens * reading.per_token()) as u64;
+            }
+            Source::Proxy => {
+                weights += reading.weights(machine);
+                flops += reading.flops(recipe, tokens);
+                let bytes = |chunk| {
+                    reading.cache_bytes(tokens, machine) + reading.working_bytes(tokens, chunk, machine)
+                };
+                (before, beside) = (bytes(chunk), bytes(chunk.min(SHARED_CHUNK)));
+            }
+        }
+    }
     InferPlan {
         tokens,
-        sequential_bytes: weights + alone.max(reading(chunk)),
-        streams_bytes: weights + alone + reading(chunk.min(SHARED_CHUNK)),
+        sequential_bytes: weights + alone.max(before),
+        streams_bytes: weights + alone + beside,
         secs: machine.secs(flops, machine.efficiency.label, weights as f64),
     }
 }
@@ -223,8 +271,7 @@ pub fn eval(recipe: &Recipe, machine: &Machine, mapper: &MapperCost) -> StagePla
         }
         let n = section.contexts as f64;
         let scoring = prefill(shape, context) + repeat(shape, context, &chunk);
-        let reading =
-            prefill(&recipe.proxy.shape, context) + features(&recipe.proxy.shape, &recipe.extract, context);
+        let reading: f64 = Reading::all(recipe).map(|(_, r)| r.flops(recipe, context)).sum();
         stage.examples += section.contexts as u64;
         stage.tokens += (section.contexts * context) as u64;
         stage.flops += n * (scoring + reading + mapper.forward_flops(context) + decode(shape, &work));

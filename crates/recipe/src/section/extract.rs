@@ -1,16 +1,23 @@
-//! `[extract]`: which features of the proxy the mapper sees.
+//! `[extract]`: which features of which models the mapper sees.
 
 use anyhow::{Result, ensure};
-use pkv_core::{Channel, GlobalChannel, StoreDtype};
+use pkv_core::{Channel, FeatureLayout, GlobalChannel, Source, StoreDtype, hinted};
 use serde::{Deserialize, Serialize};
 
-/// Features of the proxy, [proxy layer, proxy KV head, channel, position] and [global channel, position].
+/// Features of each source, [layer, KV head, channel, position] and [global channel, position].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExtractSection {
-    /// Channels per (layer, KV head), in this order. The prefill-only eight by default: they match
+    /// Models that features come from, in the order in which the mapper sees them: `proxy` is the paper's ProxyKV,
+    /// `target` reads them off the target's own prefill and needs no second model.
+    #[serde(skip_serializing_if = "is_proxy_alone")]
+    pub from: Vec<Source>,
+    /// Channels per (layer, KV head) of the proxy, in this order. The prefill-only eight by default: they match
     /// the reconstruction set and cost a tenth of it.
     pub channels: Vec<Channel>,
+    /// The same of the target, where it is a source; no reconstruction, which would be KVzip itself.
+    #[serde(skip_serializing_if = "is_prefill")]
+    pub target_channels: Vec<Channel>,
     /// Channels per position, in this order.
     pub globals: Vec<GlobalChannel>,
     /// Length of the sliding window of queries, tokens.
@@ -34,7 +41,9 @@ pub struct ExtractSection {
 impl Default for ExtractSection {
     fn default() -> Self {
         Self {
+            from: vec![Source::Proxy],
             channels: Channel::PREFILL.to_vec(),
+            target_channels: Channel::PREFILL.to_vec(),
             globals: GlobalChannel::ALL.to_vec(),
             window_tokens: 256,
             min_distance: 4,
@@ -48,13 +57,73 @@ impl Default for ExtractSection {
 }
 
 impl ExtractSection {
-    pub(crate) fn check(&self) -> Result<()> {
-        ensure!(!self.channels.is_empty(), "`extract.channels` is empty");
-        for (i, c) in self.channels.iter().enumerate() {
-            ensure!(!self.channels[..i].contains(c), "`extract.channels[{i}]` is named twice");
+    /// The channels of a source, in the order they are stored in.
+    pub fn channels_of(&self, source: Source) -> &[Channel] {
+        match source {
+            Source::Proxy => &self.channels,
+            Source::Target => &self.target_channels,
         }
-        for (i, c) in self.globals.iter().enumerate() {
-            ensure!(!self.globals[..i].contains(c), "`extract.globals[{i}]` is named twice");
+    }
+
+    /// How the sources' features make the mapper's input.
+    pub fn layout(&self) -> FeatureLayout {
+        let sources: Vec<_> = self.from.iter().map(|&source| (source, self.channels_of(source))).collect();
+        FeatureLayout::new(&sources, &self.globals)
+    }
+
+    /// What one source is asked for: the section of a recipe that has this source alone, with its list as `channels`.
+    /// What else the recipe takes features from does not show in it, so that runs share what one source gave.
+    pub fn of(&self, source: Source) -> Self {
+        Self {
+            channels: self.channels_of(source).to_vec(),
+            from: vec![Source::Proxy],
+            target_channels: Channel::PREFILL.to_vec(),
+            ..self.clone()
+        }
+    }
+
+    /// Whether a source's channels are fitted to labels.
+    pub fn is_fitted(&self, source: Source) -> bool {
+        self.channels_of(source).iter().any(|c| c.is_fitted())
+    }
+
+    /// Whether a source repeats its context.
+    pub fn repeats(&self, source: Source) -> bool {
+        self.channels_of(source).iter().any(|c| c.is_reconstruction())
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        ensure!(
+            !self.from.is_empty(),
+            hinted("`extract.from` is empty", "name a source of features: `proxy`, `target` or both")
+        );
+        unique("from", &self.from)?;
+        unique("channels", &self.channels)?;
+        unique("target_channels", &self.target_channels)?;
+        unique("globals", &self.globals)?;
+        for (source, key) in [(Source::Proxy, "channels"), (Source::Target, "target_channels")] {
+            let used = self.from.contains(&source);
+            ensure!(
+                !used || !self.channels_of(source).is_empty(),
+                hinted(
+                    format!("`extract.{key}` is empty"),
+                    format!("name a channel, or leave `{}` out of `extract.from`", source.name())
+                )
+            );
+        }
+        if let Some(i) = self.channels.iter().position(|c| c.is_fitted()) {
+            return Err(hinted(
+                format!("`extract.channels[{i}]` reads hidden states of the target"),
+                "name it in `extract.target_channels`, and `target` in `extract.from`",
+            )
+            .into());
+        }
+        if let Some(i) = self.target_channels.iter().position(|c| c.is_reconstruction()) {
+            return Err(hinted(
+                format!("`extract.target_channels[{i}]` makes the target repeat its context"),
+                "that is KVzip's own scoring: take reconstruction channels from the proxy, in `extract.channels`",
+            )
+            .into());
         }
         ensure!(
             self.window_tokens > self.min_distance,
@@ -68,4 +137,23 @@ impl ExtractSection {
         ensure!(self.prefill_chunk_tokens > 0, "`extract.prefill_chunk_tokens` is 0");
         Ok(())
     }
+}
+
+fn unique<T: PartialEq>(key: &str, list: &[T]) -> Result<()> {
+    for (i, x) in list.iter().enumerate() {
+        ensure!(
+            !list[..i].contains(x),
+            hinted(format!("`extract.{key}[{i}]` is named twice"), "leave the second one out")
+        );
+    }
+    Ok(())
+}
+
+/// Recipes, exports and fingerprints from before there was a choice say nothing of it.
+fn is_proxy_alone(from: &[Source]) -> bool {
+    from == [Source::Proxy]
+}
+
+fn is_prefill(channels: &[Channel]) -> bool {
+    channels == Channel::PREFILL
 }
