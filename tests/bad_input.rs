@@ -49,6 +49,25 @@ fn ratio_15_suggests_0_15() {
 }
 
 #[test]
+fn an_unknown_method_is_named_before_any_work() {
+    let s = Sandbox::new();
+    for (given, meant) in [("snapvk", "snapkv"), ("Head_Prior", "head-prior")] {
+        let set = format!("eval.methods=[\"mapper\", \"{given}\"]");
+        for command in ["plan", "prepare", "eval"] {
+            s.run(&[command, "--set", &set]).fails_with(&[
+                "invalid recipe `recipe.toml`",
+                &format!("`{given}`, which is no method"),
+                &format!("did you mean `{meant}`?"),
+                "expected-attention, keydiff",
+            ]);
+        }
+    }
+    s.run(&["plan", "--set", "eval.methods=[\"a b\"]"])
+        .fails_with(&["invalid recipe", "`a b`, which is no method"]);
+    s.run(&["plan", "--set", "eval.methods=[\"iam\", \"iam\"]"]).fails_with(&["names `iam` twice"]);
+}
+
+#[test]
 fn absent_recipe_manifest_and_document() {
     let s = Sandbox::new();
     crate::sandbox::Ran::new(s.command(&["plan", "--recipe", "nowhere.toml"]).output().unwrap())

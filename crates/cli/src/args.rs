@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pkv_gpu::DeviceChoice;
 
@@ -366,11 +367,17 @@ pub struct EvalChoices {
     #[arg(long, value_delimiter = ',', value_name = "TASK,...")]
     pub tasks: Vec<String>,
     /// Methods in place of the recipe's, such as mapper,kvzip,snapkv.
-    #[arg(long, value_delimiter = ',', value_name = "METHOD,...")]
+    #[arg(long, value_delimiter = ',', value_name = "METHOD,...", value_parser = method_names())]
     pub methods: Vec<String>,
     /// At most this many contexts of each task.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+}
+
+/// The names that `--methods` takes, for help, completion and the hint after a misspelled one.
+fn method_names() -> PossibleValuesParser {
+    let name = |m: &pkv_eval::methods::Method| PossibleValue::new(m.name.name()).help(m.meaning);
+    PossibleValuesParser::new(pkv_eval::methods::REGISTRY.iter().map(name))
 }
 
 impl EvalChoices {
@@ -469,5 +476,8 @@ mod tests {
             ]
         );
         assert!(EvalChoices::default().overrides().is_empty());
+        let misspelled = ["proxykv-train", "eval", "--recipe", "r.toml", "--methods", "mapper,snapvk"];
+        let error = Cli::try_parse_from(misspelled).unwrap_err().to_string();
+        assert!(error.contains("'snapvk'") && error.contains("'snapkv'"), "{error}");
     }
 }

@@ -26,7 +26,7 @@ use tch::{Device, Kind};
 
 use crate::args::{BenchArgs, BenchWhat, Cli};
 use crate::pair::Role;
-use crate::session::{choose_device, device_name};
+use crate::session::{choose_device, device_name, load_recipe};
 
 use clock::{Clock, Row};
 use models::Subject;
@@ -83,7 +83,7 @@ pub struct Bench<'a> {
 /// The recipe or the peer's file is invalid, a model cannot be had, or the work fails for another
 /// reason than memory.
 pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
-    let recipe = pkv_recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
+    let recipe = load_recipe(&args.recipe.recipe, &args.recipe.overrides)?;
     ensure!(args.repeats > 0, hinted("`--repeats` is 0", "measure at least once"));
     let contexts = if args.context.is_empty() { &recipe.data.window_tokens } else { &args.context };
     ensure!(!args.batch.contains(&0), hinted("`--batch` is 0", "decode 1 sequence or more"));

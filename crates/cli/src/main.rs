@@ -112,7 +112,7 @@ fn all(cli: &Cli, args: &StageArgs, stop: Arc<AtomicBool>) -> Result<()> {
 }
 
 fn doctor_command(cli: &Cli, recipe: Option<&std::path::Path>, overrides: &[String]) -> Result<ExitCode> {
-    let recipe = recipe.map(|path| pkv_recipe::load(path, overrides)).transpose()?;
+    let recipe = recipe.map(|path| session::load_recipe(path, overrides)).transpose()?;
     let device = pkv_gpu::device(cli.device)?;
     let checks = doctor::checks(recipe.as_ref(), device, &cli.runs);
     if cli.json {

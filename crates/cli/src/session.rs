@@ -1,6 +1,6 @@
 //! One invocation: the recipe, the run folder, the device, and the wish to stop.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -35,7 +35,7 @@ impl Session {
     /// # Errors
     /// The recipe or manifest is invalid, CUDA was asked for and is absent, or the run folder cannot be made.
     pub fn open(cli: &Cli, args: &RecipeArgs, stop: Arc<AtomicBool>) -> Result<Self> {
-        let recipe = pkv_recipe::load(&args.recipe, &args.overrides)?;
+        let recipe = load_recipe(&args.recipe, &args.overrides)?;
         let manifest_path = manifest_path(&recipe);
         let manifest = pkv_recipe::load_manifest(&manifest_path)?;
         let device = choose_device(cli)?;
@@ -64,6 +64,17 @@ impl Session {
     pub fn kind(&self, dtype: DtypeName) -> Kind {
         kind_on(self.device, dtype)
     }
+}
+
+/// Read a recipe, and refuse what it names and this program does not have, before any work.
+///
+/// # Errors
+/// The recipe is invalid, or names an unknown method.
+pub fn load_recipe(path: &Path, overrides: &[String]) -> Result<Recipe> {
+    let recipe = pkv_recipe::load(path, overrides)?;
+    pkv_eval::methods::check(&recipe.eval.methods)
+        .with_context(|| format!("invalid recipe `{}`", path.display()))?;
+    Ok(recipe)
 }
 
 /// The dtype a model computes in on `device`.

@@ -158,7 +158,7 @@ mod tests {
     use super::*;
     use crate::columns::Columns;
     use pkv_core::{Policy, RetentionRatio};
-    use pkv_recipe::Method;
+    use pkv_recipe::MethodName;
 
     #[test]
     fn answers_survive_the_file() {
@@ -168,7 +168,7 @@ mod tests {
         let answer =
             |text: &str, correct| Answer { text: text.to_owned(), correct, kl: 0.5, flipped: 1, tokens: 3 };
         let cell = Cell {
-            method: Method::Snapkv,
+            method: MethodName::SNAPKV,
             policy: Policy::PairUniform,
             ratio: RetentionRatio::new(0.05).unwrap(),
         };

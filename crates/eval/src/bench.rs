@@ -7,7 +7,7 @@
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
 use pkv_lm::TextTokenizer;
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use pkv_tasks::{Example, cut_middle};
 use serde::{Deserialize, Serialize};
 
@@ -238,7 +238,7 @@ pub fn summarize(
             let mine = of_cell(i);
             let kvzip = cells
                 .iter()
-                .position(|k| (k.method, k.policy, k.ratio) == (Method::Kvzip, c.policy, c.ratio));
+                .position(|k| (k.method, k.policy, k.ratio) == (MethodName::KVZIP, c.policy, c.ratio));
             BenchmarkCell {
                 method: c.method,
                 policy: c.policy,

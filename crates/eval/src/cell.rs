@@ -1,19 +1,19 @@
 //! The cells of a table: a method, a policy and a retention ratio.
 
 use pkv_core::{Policy, RetentionRatio};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 
 /// One way to prune a cache.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cell {
-    pub method: Method,
+    pub method: MethodName,
     pub policy: Policy,
     pub ratio: RetentionRatio,
 }
 
 impl Cell {
     /// Every combination: methods outermost, ratios innermost, each in the order given.
-    pub fn all(methods: &[Method], policies: &[Policy], ratios: &[RetentionRatio]) -> Vec<Self> {
+    pub fn all(methods: &[MethodName], policies: &[Policy], ratios: &[RetentionRatio]) -> Vec<Self> {
         let mut cells = Vec::with_capacity(methods.len() * policies.len() * ratios.len());
         for &method in methods {
             for &policy in policies {

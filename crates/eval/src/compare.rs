@@ -14,7 +14,7 @@ mod text;
 
 use anyhow::{Result, bail, ensure};
 use pkv_core::{Policy, Seed, hinted};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -210,7 +210,7 @@ fn check_target(first: &Run, run: &Run) -> Result<()> {
 fn common_policy(runs: &[Run]) -> Result<Policy> {
     for run in runs {
         ensure!(
-            run.results.labels.cells.iter().any(|c| c.method == Method::Mapper),
+            run.results.labels.cells.iter().any(|c| c.method == MethodName::MAPPER),
             hinted(
                 format!("run `{}` (`{}`) was evaluated without its mapper", run.name, run.folder.display()),
                 "name `mapper` in `eval.methods` and run `proxykv-train eval` again"
@@ -220,10 +220,10 @@ fn common_policy(runs: &[Run]) -> Result<Policy> {
     let answered = |r: &Results, p| {
         let facts = r.facts.iter().flat_map(|f| &f.cells).map(|c| (c.method, c.policy));
         let benchmarks = r.benchmarks.iter().flat_map(|b| &b.cells).map(|c| (c.method, c.policy));
-        facts.chain(benchmarks).any(|cell| cell == (Method::Mapper, p))
+        facts.chain(benchmarks).any(|cell| cell == (MethodName::MAPPER, p))
     };
     let labelled =
-        |r: &Results, p| r.labels.cells.iter().any(|c| (c.method, c.policy) == (Method::Mapper, p));
+        |r: &Results, p| r.labels.cells.iter().any(|c| (c.method, c.policy) == (MethodName::MAPPER, p));
     let all = |has: &dyn Fn(&Results, Policy) -> bool| {
         Policy::ALL.into_iter().find(|&p| runs.iter().all(|r| has(&r.results, p)))
     };

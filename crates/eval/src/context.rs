@@ -2,34 +2,26 @@
 //!
 //! Dimension key: n keep mask, l layer, h KV head, t context position, k cached position.
 
-use anyhow::{Context, Result};
-use pkv_core::{Policy, RetentionRatio};
-use pkv_extract::SourceExtractors;
-use pkv_lm::{KvCache, LanguageModel, Tap, TextTokenizer};
+use anyhow::{Context, Result, ensure};
+use pkv_core::{Policy, RetentionRatio, Seed, hinted};
+use pkv_extract::{ContextFeatures, SourceExtractors};
+use pkv_lm::KvCache;
 use pkv_prune::keep_mask;
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use pkv_score::Scorer;
 use tch::{Device, Kind, Tensor};
 
 use crate::cell::Cell;
 use crate::clock::Clock;
-use crate::methods::{Draw, KvzapScores, KvzapTap, Material, Methods, QueryTail, Scored, Several};
+use crate::methods::{ContextView, Draw, Methods, Scored, Target, Watches};
 
 /// Both models, ready to read contexts.
 pub struct Reader<'a> {
-    pub target: &'a LanguageModel,
-    pub tokenizer: &'a TextTokenizer,
+    pub target: Target<'a>,
     pub scorer: Scorer<'a>,
     pub extractor: SourceExtractors<'a>,
-    pub methods: &'a Methods<'a>,
-    pub prefill_chunk_tokens: usize,
-}
-
-/// Scores that fall off the target's prefill, f32 `[layers, KV heads, positions]`, of the methods that are asked for.
-#[derive(Default)]
-pub struct Looked {
-    pub snapkv_lht: Option<Tensor>,
-    pub kvzap: KvzapScores,
+    pub methods: Methods<'a>,
+    pub seed: Seed,
 }
 
 /// A context in the target's cache, whole, and what each method thinks of it.
@@ -40,61 +32,99 @@ pub struct PrunedContext {
     pub scored: Vec<Scored>,
 }
 
-impl Reader<'_> {
-    /// Prefill `context` behind the chat template's prefix and score it by every method.
+impl<'a> Reader<'a> {
+    /// Prefill `context` after the chat template's prefix and score it by every method. Labels and features are computed
+    /// where a method needs them.
     ///
     /// # Errors
     /// A model cannot read it.
     pub fn read(&self, context: &[u32], draw: Draw, clock: &mut Clock) -> Result<PrunedContext> {
-        let (cache, looked) = self.look(context, clock)?;
+        let needs = self.methods.needs();
+        let (cache, watches) = self.prefill(context, clock)?;
         let label_lht =
-            clock.time("target: KVzip scores", || Ok(self.scorer.score_cached(context, &cache)?.max_lht))?;
-        let features = clock.time("features", || self.extractor.features(context))?;
-        let prefix = self.tokenizer.prefix().len();
-        let material = Material {
-            label_lht,
-            heads_pct: features.heads_pct,
-            globals_ct: features.globals_ct,
-            snapkv_lht: looked.snapkv_lht,
-            kvzap: looked.kvzap,
+            match needs.labels {
+                true => Some(clock.time("target: KVzip scores", || {
+                    Ok(self.scorer.score_cached(context, &cache)?.max_lht)
+                })?),
+                false => None,
+            };
+        let features = match needs.features {
+            true => Some(clock.time("features", || self.extractor.features(context))?),
+            false => None,
         };
-        let scored = self.methods.score(&material, draw, clock)?;
-        Ok(PrunedContext { cache, prefix, scored })
+        let view = ContextView {
+            label_lht: label_lht.as_ref(),
+            features: features.as_ref(),
+            prefilled: Some((&cache, self.target.prefix.len())),
+            ..self.view(context.len(), draw)
+        };
+        let scored = self.methods.score(&view, watches, clock)?;
+        Ok(PrunedContext { cache, prefix: self.target.prefix.len(), scored })
     }
 
-    /// Prefill `context` in the target; its cache, and what the methods that look at the prefill saw. KVzap's scorers work
-    /// inside the prefill and are timed with it.
+    /// Score a context whose labels and features are there already. The target reads it where a method needs that.
     ///
     /// # Errors
-    /// The target cannot read it.
-    pub fn look(&self, context: &[u32], clock: &mut Clock) -> Result<(KvCache, Looked)> {
-        let prefix = self.tokenizer.prefix().len();
-        let wants_tail = self.methods.includes(Method::Snapkv);
-        let mut tail = QueryTail::default();
-        let mut kvzap = self.methods.kvzap().map(|kvzap| KvzapTap::new(kvzap, prefix));
-        let mut taps: Vec<&mut dyn Tap> = Vec::new();
-        if wants_tail {
-            taps.push(&mut tail);
-        }
-        if let Some(kvzap) = &mut kvzap {
-            taps.push(kvzap);
-        }
-        let cache = clock.time("target: prefill", || self.prefill(context, &mut Several(taps)))?;
-        let looked = Looked {
-            snapkv_lht: if wants_tail { Some(tail.scores(&cache, prefix)?) } else { None },
-            kvzap: kvzap.map(KvzapTap::scores).unwrap_or_default(),
+    /// The labels are not of this context, or the target cannot read it.
+    pub fn score_stored(
+        &self,
+        context: &[u32],
+        label_lht: &Tensor,
+        features: &ContextFeatures,
+        draw: Draw,
+    ) -> Result<Vec<Scored>> {
+        let empty = self.view(context.len(), draw);
+        ensure!(
+            label_lht.size() == empty.size_lht,
+            hinted(
+                format!(
+                    "the labels are {:?} KV pairs, the example has {:?}",
+                    label_lht.size(),
+                    empty.size_lht
+                ),
+                "labels must come from these examples: `--redo label`"
+            )
+        );
+        // The tasks time the methods; here contexts differ in length.
+        let mut untimed = Clock::new(self.target.model.device());
+        let (cache, watches) = match self.methods.needs().prefill {
+            true => {
+                let (cache, watches) = self.prefill(context, &mut untimed)?;
+                (Some(cache), watches)
+            }
+            false => (None, self.methods.watches()),
         };
-        Ok((cache, looked))
+        let view = ContextView {
+            label_lht: Some(label_lht),
+            features: Some(features),
+            prefilled: cache.as_ref().map(|cache| (cache, self.target.prefix.len())),
+            ..empty
+        };
+        self.methods.score(&view, watches, &mut untimed)
     }
 
-    fn prefill(&self, context: &[u32], tap: &mut dyn Tap) -> Result<KvCache> {
-        let ids: Vec<u32> = self.tokenizer.prefix().iter().chain(context).copied().collect();
-        let mut cache = self.target.new_cache(self.scorer.cache_capacity(context.len()));
-        let _hidden = self.target.prefill(&ids, &mut cache, self.prefill_chunk_tokens, tap)?;
-        Ok(cache)
+    /// The target's cache of `context`, and what looked on. Methods that work inside the prefill are timed with it.
+    fn prefill(&self, context: &[u32], clock: &mut Clock) -> Result<(KvCache, Watches<'a>)> {
+        let mut watches = self.methods.watches();
+        let capacity = self.scorer.cache_capacity(context.len());
+        let cache = clock.time("target: prefill", || self.target.prefill(context, capacity, &mut watches))?;
+        Ok((cache, watches))
+    }
+
+    /// A view of a context of which nothing was computed yet.
+    fn view<'v>(&self, positions: usize, draw: Draw<'v>) -> ContextView<'v> {
+        let shape = self.target.model.shape();
+        ContextView {
+            size_lht: [shape.layers, shape.kv_heads, positions].map(|n| n as i64),
+            device: self.target.model.device(),
+            seed: self.seed,
+            draw,
+            label_lht: None,
+            features: None,
+            prefilled: None,
+        }
     }
 }
-
 impl PrunedContext {
     /// What each cell keeps of the cache; the prefix is never evicted.
     ///
@@ -116,9 +146,9 @@ impl PrunedContext {
     ///
     /// # Errors
     /// The method did not score.
-    pub fn keep(&self, method: Method, policy: Policy, ratio: RetentionRatio) -> Result<Tensor> {
+    pub fn keep(&self, method: MethodName, policy: Policy, ratio: RetentionRatio) -> Result<Tensor> {
         let scored = self.scored.iter().find(|s| s.method == method);
-        let scored = scored.with_context(|| format!("`{}` has not scored this context", method.name()))?;
+        let scored = scored.with_context(|| format!("`{}` has not scored this context", method))?;
         Ok(keep_mask(&scored.scores_lht, policy, ratio))
     }
 }

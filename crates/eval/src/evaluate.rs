@@ -19,10 +19,12 @@ use crate::bench::{self, BenchOutcome, Benchmark};
 use crate::bootstrap::Bootstrap;
 use crate::clock::Clock;
 use crate::columns::context_id;
-use crate::context::{Looked, Reader};
+use crate::context::Reader;
 use crate::facts::FactsOutcome;
 use crate::labels::{LabelOutcome, Plan};
-use crate::methods::{Baselines, Draw, FitData, Material, Methods, feature_tensors, label_tensor, read_pair};
+use crate::methods::{
+    self, Draw, Methods, Setup, Target, TrainingSet, feature_tensors, label_tensor, read_pair,
+};
 use crate::perplexity::PerplexityOutcome;
 use crate::results::{
     BenchmarkResults, FactSpan, FactsResults, LabelResults, ModelName, PerplexityResults, RESULTS_VERSION,
@@ -119,6 +121,7 @@ struct Evaluation<'a> {
 
 impl<'a> Evaluation<'a> {
     fn open(inputs: &'a EvalInputs<'a>) -> Result<Self> {
+        methods::check(&inputs.section.methods)?;
         let examples = StageReader::<Example>::open(inputs.examples)?;
         let labels = StageReader::<LabelRow>::open(inputs.labels)?;
         let features = FeatureSet::open(&inputs.features)?;
@@ -148,33 +151,35 @@ impl<'a> Evaluation<'a> {
         let _no_grad = tch::no_grad_guard();
         let i = self.inputs;
         let mut clock = Clock::new(i.target.device());
-        let data = FitData {
-            labels: &self.labels,
-            features: &self.features,
-            train: self.train.clone(),
-            channels: &i.extract.channels,
-            pool: i.pool,
-            mapper: i.mapper,
-            device: i.target.device(),
-            examples: &self.examples,
-            target: i.target,
+        let target = Target {
+            model: i.target,
             prefix: i.tokenizer.prefix(),
             prefill_chunk_tokens: i.label.prefill_chunk_tokens,
+        };
+        let setup = Setup {
+            target,
+            mapper: i.mapper,
+            channels: &i.extract.channels,
+            pool: i.pool,
+            training: TrainingSet {
+                examples: &self.examples,
+                labels: &self.labels,
+                features: &self.features,
+                rows: self.train.clone(),
+            },
             seed: i.seed,
             scorers: &i.out.join("scorers"),
         };
-        let baselines = clock
-            .time("baselines: fit", || Baselines::fit(&i.section.methods, &data))
+        let methods = clock
+            .time("baselines: fit", || Methods::prepare(methods::REGISTRY, &i.section.methods, &setup))
             .context("fitting baselines on the training examples")?;
-        let notes = baselines.notes().to_vec();
-        let methods = Methods::new(&i.section.methods, i.mapper, baselines, i.pool, i.seed);
+        let notes = methods.notes().to_vec();
         let reader = Reader {
-            target: i.target,
-            tokenizer: i.tokenizer,
+            target,
             scorer: Scorer::new(i.target, i.tokenizer, i.label)?.maxima_only(),
             extractor: i.extractors()?,
-            methods: &methods,
-            prefill_chunk_tokens: i.label.prefill_chunk_tokens,
+            methods,
+            seed: i.seed,
         };
         let labels = self.labels(&reader, &mut clock, progress)?;
         let mut answers = AnswerTable::default();
@@ -211,6 +216,7 @@ impl<'a> Evaluation<'a> {
             worked_example,
             timings: clock.into_timings(),
         };
+        drop(reader);
         self.publish(results, answers)
     }
 
@@ -225,17 +231,11 @@ impl<'a> Evaluation<'a> {
                 let row = self.test.start + index as u64;
                 let (label, features) = read_pair(&self.labels, &self.features, row)?;
                 let label_lht = label_tensor(&label, i.target.device());
-                let (heads_pct, globals_ct) = feature_tensors(&features, i.target.device());
-                // The tasks time the methods; here contexts differ in length.
-                let mut untimed = Clock::new(i.target.device());
-                let Looked { snapkv_lht, kvzap } = match reader.methods.look_at_target() {
-                    true => reader.look(&self.examples.get(row)?.tokens, &mut untimed)?.1,
-                    false => Looked::default(),
-                };
-                let material = Material { label_lht, heads_pct, globals_ct, snapkv_lht, kvzap };
+                let features = feature_tensors(&features, i.target.device());
                 let draw = Draw { task: "labels", index: row };
-                let scored = reader.methods.score(&material, draw, &mut untimed)?;
-                clock.time("labels: metrics", || plan.compare(&scored, &material.label_lht))
+                let tokens = self.examples.get(row)?.tokens;
+                let scored = reader.score_stored(&tokens, &label_lht, &features, draw)?;
+                clock.time("labels: metrics", || plan.compare(&scored, &label_lht))
             })?;
         progress.finish();
         let tokens = |row: u64| Ok(context_id(&self.examples.get(row)?.tokens));

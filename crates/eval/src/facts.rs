@@ -6,7 +6,7 @@
 use anyhow::Result;
 use pkv_core::RetentionRatio;
 use pkv_data::{FactContext, FactQuestion};
-use pkv_recipe::{AnswerMatch, EvalSection, Method};
+use pkv_recipe::{AnswerMatch, EvalSection, MethodName};
 use serde::{Deserialize, Serialize};
 
 use crate::answers::{Answer, Asked};
@@ -106,7 +106,7 @@ pub fn summarize(
         let mine = of_cell(i);
         let kvzip = cells
             .iter()
-            .position(|c| (c.method, c.policy, c.ratio) == (Method::Kvzip, cell.policy, cell.ratio));
+            .position(|c| (c.method, c.policy, c.ratio) == (MethodName::KVZIP, cell.policy, cell.ratio));
         FactsCell {
             method: cell.method,
             policy: cell.policy,

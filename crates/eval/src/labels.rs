@@ -6,7 +6,7 @@ use anyhow::Result;
 use pkv_core::{Policy, RetentionRatio};
 use pkv_prune::keep_mask;
 use pkv_prune::metrics::{kendall_tau_b, mass, realised_ratio, recall, spearman};
-use pkv_recipe::{EvalSection, Method};
+use pkv_recipe::{EvalSection, MethodName};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -47,7 +47,7 @@ struct Ranks {
 
 /// The cells and heat maps that a section asks for.
 pub struct Plan {
-    methods: Vec<Method>,
+    methods: Vec<MethodName>,
     policies: Vec<Policy>,
     ratios: Vec<RetentionRatio>,
     heat_map: (Policy, RetentionRatio),
@@ -232,7 +232,7 @@ mod tests {
 
     fn section() -> EvalSection {
         EvalSection {
-            methods: vec![Method::Kvzip, Method::Random],
+            methods: vec![MethodName::KVZIP, MethodName::RANDOM],
             policies: vec![Policy::Pair, Policy::Token],
             ratios: vec![0.5, 0.25],
             ..EvalSection::default()
@@ -244,8 +244,8 @@ mod tests {
         // 2 layers, 1 KV head, 4 positions; layer 0 is stronger throughout.
         let label = Tensor::from_slice(&[0.9f32, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1]).view([2, 1, 4]);
         let scored = [
-            Scored { method: Method::Kvzip, scores_lht: label.shallow_clone() },
-            Scored { method: Method::Random, scores_lht: -&label },
+            Scored { method: MethodName::KVZIP, scores_lht: label.shallow_clone() },
+            Scored { method: MethodName::RANDOM, scores_lht: -&label },
         ];
         let plan = Plan::new(&section()).unwrap();
         let outcome = plan.compare(&scored, &label).unwrap();
@@ -253,13 +253,13 @@ mod tests {
         assert_eq!((results.contexts, results.positions), (2, 8));
         for policy in [Policy::Pair, Policy::Token] {
             for ratio in [0.5, 0.25] {
-                let c = results.cell(Method::Kvzip, policy, ratio).unwrap();
+                let c = results.cell(MethodName::KVZIP, policy, ratio).unwrap();
                 assert_eq!((c.recall.mean, c.mass.mean, c.realised), (1.0, 1.0, ratio));
-                assert_eq!(results.cell(Method::Random, policy, ratio).unwrap().recall.mean, 0.0);
+                assert_eq!(results.cell(MethodName::RANDOM, policy, ratio).unwrap().recall.mean, 0.0);
             }
         }
         // Kept by the reversed ranking at half: layer 1, mass 1.0; by KVzip: layer 0, mass 3.0.
-        let c = results.cell(Method::Random, Policy::Pair, 0.5).unwrap();
+        let c = results.cell(MethodName::RANDOM, Policy::Pair, 0.5).unwrap();
         assert!((c.mass.mean - 1.0 / 3.0).abs() < 1e-6);
         assert_eq!((results.ranks[0].spearman, results.ranks[0].kendall), (1.0, 1.0));
         assert_eq!((results.ranks[1].spearman, results.ranks[1].kendall), (-1.0, -1.0));

@@ -24,7 +24,7 @@ mod facts;
 mod forced;
 mod kept;
 mod labels;
-mod methods;
+pub mod methods;
 mod perplexity;
 mod results;
 mod share;

@@ -1,134 +1,101 @@
 //! The methods that score KV pairs: the mapper, KVzip's own scores, and the baselines.
 //!
-//! All of them give one score per (target layer, KV head, position), higher means keep; turning
-//! scores into masks is `prune`'s. Baselines that learn are fitted on training shards ([`fit`]).
+//! All of them give one score per (target layer, KV head, position), higher means keep; turning scores into masks is
+//! `prune`'s. Every method is a file with a [`Method`]; [`REGISTRY`] lists them, and everything else (the help text, the
+//! report's labels and colours, the tables) is read from there.
 //!
-//! Dimension key: l target layer, h target KV head, o both flattened, p proxy KV head, c channel,
-//! t position.
+//! # Adding a method
+//!
+//! 1. Write `methods/<name>.rs` with a `METHOD`: its name in recipes, its label, what it does in a sentence, what it needs of
+//!    a context ([`Needs`]), and how it starts. `random.rs` is the shortest, `keydiff.rs` reads the cache, `snapkv.rs` looks
+//!    on while the target reads, `head_prior.rs` learns.
+//! 2. Name the file's source in the function that computes: the paper, the code, and how this one differs.
+//! 3. Add `mod <name>;` and a line in [`REGISTRY`], where tables and charts shall have it.
+//! 4. Add a reference: scores of its authors' code to `tests/goldens/make_goldens.py`, or a naive version in the file's tests;
+//!    and say in the tests' `HELD_BY` which it is.
+//! 5. If evaluations shall have it without naming it, add it to `eval.methods`' default in `recipe/src/section/eval.rs`.
 
-mod align;
-mod fit;
+mod expected_attention;
+mod head_prior;
+mod iam;
+mod keydiff;
 mod kvzap;
+mod kvzip;
 mod linear;
-mod positional;
+mod mapper;
+mod method;
+mod proxy_linear;
+mod random;
+mod ridge;
+mod set;
 mod snapkv;
+mod streaming_llm;
+#[cfg(test)]
+mod tests;
+mod training;
+mod view;
 
-use anyhow::{Context, Result, ensure};
-use pkv_core::Seed;
-use pkv_mapper::Mapper;
-use pkv_prune::{log_odds, pool_targets};
-use pkv_recipe::{Method, TargetPool};
-use tch::Tensor;
+use anyhow::{Result, ensure};
+use pkv_core::hinted;
+use pkv_recipe::MethodName;
 
-pub use fit::{Baselines, FitData, feature_tensors, label_tensor, read_pair};
-pub use kvzap::{KvzapScores, KvzapTap, Several};
-pub use linear::predict;
-pub use snapkv::QueryTail;
+pub use method::{Method, Needs};
 
-use crate::clock::Clock;
+pub(crate) use mapper::predict;
+pub(crate) use set::{Methods, Scored, Watches};
+pub(crate) use training::{Setup, Target, TrainingSet, feature_tensors, label_tensor, read_pair};
+pub(crate) use view::{ContextView, Draw};
 
-/// What the methods see of one context.
-pub struct Material {
-    /// KVzip's raw scores, f32 `[layers, KV heads, positions]`.
-    pub label_lht: Tensor,
-    /// Raw proxy features, `[proxy heads, channels, positions]` and `[globals, positions]`.
-    pub heads_pct: Tensor,
-    pub globals_ct: Tensor,
-    /// SnapKV's scores, if that method is asked for.
-    pub snapkv_lht: Option<Tensor>,
-    /// KVzap's scores, as far as they are asked for.
-    pub kvzap: KvzapScores,
+/// All methods, in the order of tables and charts.
+pub static REGISTRY: &[Method] = &[
+    mapper::METHOD,
+    kvzip::RAW,
+    kvzip::POOLED,
+    kvzap::LINEAR,
+    kvzap::MLP,
+    linear::METHOD,
+    proxy_linear::METHOD,
+    iam::METHOD,
+    head_prior::METHOD,
+    streaming_llm::METHOD,
+    snapkv::METHOD,
+    expected_attention::METHOD,
+    keydiff::METHOD,
+    random::METHOD,
+];
+
+/// The names of all methods, in the registry's order.
+pub fn names() -> impl Iterator<Item = MethodName> {
+    REGISTRY.iter().map(|method| method.name)
 }
 
-/// Which random numbers a context draws: a task's name and the context's index in it.
-#[derive(Clone, Copy, Debug)]
-pub struct Draw<'a> {
-    pub task: &'a str,
-    pub index: u64,
+/// The method of that name; `None` if this version has none.
+pub fn find(name: MethodName) -> Option<&'static Method> {
+    REGISTRY.iter().find(|method| method.name == name)
 }
 
-/// One method's scores of one context, `[layers, KV heads, positions]`.
-pub struct Scored {
-    pub method: Method,
-    pub scores_lht: Tensor,
+/// Refuse a recipe's `eval.methods` if one of them is unknown.
+///
+/// # Errors
+/// One of them is unknown.
+pub fn check(methods: &[MethodName]) -> Result<()> {
+    check_in(REGISTRY, methods)
 }
 
-/// The chosen methods, ready to score.
-pub struct Methods<'a> {
-    methods: Vec<Method>,
-    mapper: &'a Mapper,
-    baselines: Baselines,
-    pool: TargetPool,
-    seed: Seed,
-}
-
-impl<'a> Methods<'a> {
-    pub fn new(
-        methods: &[Method],
-        mapper: &'a Mapper,
-        baselines: Baselines,
-        pool: TargetPool,
-        seed: Seed,
-    ) -> Self {
-        Self { methods: methods.to_vec(), mapper, baselines, pool, seed }
+fn check_in(registry: &[Method], methods: &[MethodName]) -> Result<()> {
+    for &name in methods {
+        let known = || registry.iter().map(|method| method.name.name());
+        let plain = name.name().to_lowercase().replace('_', "-");
+        let nearest = known().map(|k| (strsim::levenshtein(k, &plain), k)).min();
+        let meant = nearest.filter(|(off, known)| 3 * off <= known.len());
+        let meant = meant.map(|(_, known)| format!("did you mean `{known}`? ")).unwrap_or_default();
+        ensure!(
+            known().any(|known| known == name.name()),
+            hinted(
+                format!("`eval.methods` names `{name}`, which is no method"),
+                format!("{meant}methods are {}", known().collect::<Vec<_>>().join(", "))
+            )
+        );
     }
-
-    pub fn includes(&self, method: Method) -> bool {
-        self.methods.contains(&method)
-    }
-
-    /// The fitted KVzap-style scorers, if one of them is asked for.
-    pub fn kvzap(&self) -> Option<&kvzap::Kvzap> {
-        self.baselines.kvzap()
-    }
-
-    /// Does any of them look at the target's prefill?
-    pub fn look_at_target(&self) -> bool {
-        self.methods.iter().any(|m| *m == Method::Snapkv || m.reads_hidden_states())
-    }
-
-    /// Scores of every chosen method, in the order chosen.
-    ///
-    /// # Errors
-    /// A method lacks what it looks at.
-    pub fn score(&self, material: &Material, draw: Draw, clock: &mut Clock) -> Result<Vec<Scored>> {
-        let _no_grad = tch::no_grad_guard();
-        let one = |&method: &Method| {
-            let what = format!("scores: {}", method.name());
-            let scores_lht = clock
-                .time(&what, || self.score_by(method, material, draw))
-                .with_context(|| format!("scoring by `{}`", method.name()))?;
-            ensure!(
-                scores_lht.size() == material.label_lht.size(),
-                "`{}` scored {:?} KV pairs, expected {:?}",
-                method.name(),
-                scores_lht.size(),
-                material.label_lht.size()
-            );
-            Ok(Scored { method, scores_lht })
-        };
-        self.methods.iter().map(one).collect()
-    }
-
-    fn score_by(&self, method: Method, m: &Material, draw: Draw) -> Result<Tensor> {
-        let (layers, kv_heads, positions) = m.label_lht.size3()?;
-        let (heads, device) = (layers * kv_heads, m.label_lht.device());
-        let mut rng = self.seed.stream(&format!("eval {} {}", draw.task, method.name()), draw.index);
-        let scores = match method {
-            Method::Mapper => linear::predict(self.mapper, &m.heads_pct, &m.globals_ct)?,
-            Method::Kvzip => m.label_lht.shallow_clone(),
-            Method::KvzipPooled => pool_targets(&log_odds(&m.label_lht), &self.pool),
-            Method::KvzapLinear | Method::KvzapMlp => m.kvzap.by(method)?,
-            Method::Linear => self.baselines.linear()?.scores(&m.heads_pct, &m.globals_ct)?,
-            Method::ProxyLinear => self.baselines.proxy_linear()?.scores(&m.heads_pct, &m.globals_ct)?,
-            Method::Iam => self.baselines.iam(&m.heads_pct)?,
-            Method::HeadPrior => positional::head_prior(self.baselines.mean_o()?, positions, &mut rng),
-            Method::StreamingLlm => positional::streaming_llm(heads, positions, device),
-            Method::Snapkv => {
-                m.snapkv_lht.as_ref().context("the target's last queries were not kept")?.shallow_clone()
-            }
-            Method::Random => positional::random(heads, positions, &mut rng, device),
-        };
-        Ok(scores.to_device(device).reshape([layers, kv_heads, positions]))
-    }
+    Ok(())
 }

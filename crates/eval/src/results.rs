@@ -9,7 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Policy, hinted};
-use pkv_recipe::{AnswerMatch, Method};
+use pkv_recipe::{AnswerMatch, MethodName};
 use pkv_shard::durable::{WriteBudget, write_file};
 use serde::{Deserialize, Serialize};
 
@@ -54,7 +54,7 @@ pub struct ModelName {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MethodNote {
-    pub method: Method,
+    pub method: MethodName,
     pub note: String,
 }
 
@@ -83,7 +83,7 @@ pub struct LabelResults {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LabelCell {
-    pub method: Method,
+    pub method: MethodName,
     pub policy: Policy,
     pub ratio: f64,
     /// |kept by the method and by KVzip| / |kept by KVzip|.
@@ -98,7 +98,7 @@ pub struct LabelCell {
 /// Rank correlation with KVzip's raw scores: mean over (layer, KV head), then over contexts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RankCell {
-    pub method: Method,
+    pub method: MethodName,
     pub spearman: f64,
     /// Kendall's tau-b.
     pub kendall: f64,
@@ -116,7 +116,7 @@ pub struct HeadRecall {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MethodHeads {
-    pub method: Method,
+    pub method: MethodName,
     /// [layer][KV head]; absent where KVzip keeps nothing.
     pub recall: Vec<Vec<Option<f64>>>,
     /// [layer][KV head]: share of the head's positions that the method keeps; empty in results of earlier versions.
@@ -139,7 +139,7 @@ pub struct FactsResults {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FactsCell {
-    pub method: Method,
+    pub method: MethodName,
     pub policy: Policy,
     pub ratio: f64,
     /// Share of questions answered.
@@ -174,7 +174,7 @@ pub struct BenchmarkResults {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BenchmarkCell {
-    pub method: Method,
+    pub method: MethodName,
     pub policy: Policy,
     pub ratio: f64,
     /// By the task's own metric, in [0, 1].
@@ -203,7 +203,7 @@ pub struct PerplexityResults {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PerplexityCell {
-    pub method: Method,
+    pub method: MethodName,
     pub policy: Policy,
     pub ratio: f64,
     /// Nats per token.
@@ -237,7 +237,7 @@ pub struct FactSpan {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KeptCounts {
-    pub method: Method,
+    pub method: MethodName,
     pub ratio: f64,
     /// Kept KV pairs of each position.
     pub counts: Vec<u32>,
@@ -289,31 +289,31 @@ impl Results {
     }
 
     /// What a reader must know about `method`, if anything.
-    pub fn note(&self, method: Method) -> Option<&str> {
+    pub fn note(&self, method: MethodName) -> Option<&str> {
         self.notes.iter().find(|n| n.method == method).map(|n| n.note.as_str())
     }
 }
 
 impl LabelResults {
-    pub fn cell(&self, method: Method, policy: Policy, ratio: f64) -> Option<&LabelCell> {
+    pub fn cell(&self, method: MethodName, policy: Policy, ratio: f64) -> Option<&LabelCell> {
         self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
     }
 }
 
 impl FactsResults {
-    pub fn cell(&self, method: Method, policy: Policy, ratio: f64) -> Option<&FactsCell> {
+    pub fn cell(&self, method: MethodName, policy: Policy, ratio: f64) -> Option<&FactsCell> {
         self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
     }
 }
 
 impl BenchmarkResults {
-    pub fn cell(&self, method: Method, policy: Policy, ratio: f64) -> Option<&BenchmarkCell> {
+    pub fn cell(&self, method: MethodName, policy: Policy, ratio: f64) -> Option<&BenchmarkCell> {
         self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
     }
 }
 
 impl PerplexityResults {
-    pub fn cell(&self, method: Method, policy: Policy, ratio: f64) -> Option<&PerplexityCell> {
+    pub fn cell(&self, method: MethodName, policy: Policy, ratio: f64) -> Option<&PerplexityCell> {
         self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
     }
 }
@@ -360,25 +360,28 @@ mod tests {
             mapper: "step 10".to_owned(),
             target: ModelName { name: "t".to_owned(), layers: 2, kv_heads: 1 },
             proxy: ModelName { name: "p".to_owned(), layers: 1, kv_heads: 1 },
-            notes: vec![MethodNote { method: Method::ProxyLinear, note: "from `max_all`".to_owned() }],
+            notes: vec![MethodNote {
+                method: MethodName::of("proxy-linear"),
+                note: "from `max_all`".to_owned(),
+            }],
             labels: LabelResults {
                 contexts: 1,
                 positions: 9,
                 cells: vec![LabelCell {
-                    method: Method::Mapper,
+                    method: MethodName::MAPPER,
                     policy: Policy::PairUniform,
                     ratio: 0.05,
                     recall: Interval { mean: 0.5, low: 0.4, high: 0.6 },
                     mass: Interval::exact(0.9),
                     realised: 0.05,
                 }],
-                ranks: vec![RankCell { method: Method::Mapper, spearman: 0.6, kendall: 0.5 }],
+                ranks: vec![RankCell { method: MethodName::MAPPER, spearman: 0.6, kendall: 0.5 }],
                 heads: Some(HeadRecall {
                     policy: Policy::Pair,
                     ratio: 0.05,
                     kvzip_kept: vec![vec![0.1], vec![0.0]],
                     methods: vec![MethodHeads {
-                        method: Method::Mapper,
+                        method: MethodName::MAPPER,
                         recall: vec![vec![Some(0.5)], vec![None]],
                         kept: vec![vec![0.05], vec![0.0]],
                     }],
@@ -399,9 +402,9 @@ mod tests {
         results().write(&path).unwrap();
         let back = Results::read(&path).unwrap();
         assert_eq!(back, results());
-        assert_eq!(back.note(Method::ProxyLinear), Some("from `max_all`"));
-        assert!(back.labels.cell(Method::Mapper, Policy::PairUniform, 0.05).is_some());
-        assert!(back.labels.cell(Method::Mapper, Policy::Pair, 0.05).is_none());
+        assert_eq!(back.note(MethodName::of("proxy-linear")), Some("from `max_all`"));
+        assert!(back.labels.cell(MethodName::MAPPER, Policy::PairUniform, 0.05).is_some());
+        assert!(back.labels.cell(MethodName::MAPPER, Policy::Pair, 0.05).is_none());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
     }
 

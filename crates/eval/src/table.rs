@@ -4,7 +4,7 @@
 //! terminal too, because columns are padded.
 
 use pkv_core::Policy;
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 
 use crate::results::{BenchmarkResults, Interval, Results};
 
@@ -142,13 +142,13 @@ pub fn rank_table(results: &Results) -> Option<String> {
 
 /// Cells by method and ratio, each in the order of first sight.
 struct Grid {
-    methods: Vec<Method>,
+    methods: Vec<MethodName>,
     ratios: Vec<f64>,
-    cells: Vec<(Method, f64, String)>,
+    cells: Vec<(MethodName, f64, String)>,
 }
 
 impl Grid {
-    fn new(cells: impl Iterator<Item = (Method, f64, String)>) -> Self {
+    fn new(cells: impl Iterator<Item = (MethodName, f64, String)>) -> Self {
         let cells: Vec<_> = cells.collect();
         let (mut methods, mut ratios) = (Vec::new(), Vec::new());
         for (method, ratio, _) in &cells {
@@ -223,9 +223,9 @@ mod tests {
     #[test]
     fn methods_are_rows_and_ratios_are_columns() {
         let cells = [
-            (Method::Mapper, 0.05, "97.5".to_owned()),
-            (Method::Mapper, 0.005, "40.0".to_owned()),
-            (Method::HeadPrior, 0.05, "87.3 (84-90)".to_owned()),
+            (MethodName::MAPPER, 0.05, "97.5".to_owned()),
+            (MethodName::MAPPER, 0.005, "40.0".to_owned()),
+            (MethodName::HEAD_PRIOR, 0.05, "87.3 (84-90)".to_owned()),
         ];
         let text = Grid::new(cells.into_iter()).render(Some(("full cache", "100.0".to_owned()))).unwrap();
         let expected = "\

@@ -11,7 +11,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use pkv_core::Policy;
 use pkv_eval::{ANSWERS_FILE, evaluate};
 use pkv_infer::{Parallel, Question, Regime, Sequential, answer};
-use pkv_recipe::{Method, Task};
+use pkv_recipe::{MethodName, Task};
 
 use crate::fixture::Nano;
 use crate::support::{copy, keep, source};
@@ -54,7 +54,7 @@ impl pkv_core::Progress for Silent {
 #[test]
 fn answers_are_those_of_the_evaluation() {
     let mut nano = Nano::new(3);
-    nano.section.methods = vec![Method::Mapper];
+    nano.section.methods = vec![MethodName::MAPPER];
     nano.section.tasks = vec![Task::Facts];
     nano.section.answer_policies = Policy::ALL.to_vec();
     nano.section.answer_ratios = vec![1.0, 0.3, 0.1, 0.05];

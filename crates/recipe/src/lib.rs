@@ -6,15 +6,17 @@
 
 mod load;
 mod manifest;
+mod method;
 pub mod plan;
 mod section;
 
 pub use load::{Recipe, load};
 pub use manifest::{Facts, Manifest, Source, SourceFormat, load_manifest};
+pub use method::MethodName;
 pub use pkv_core::StoreDtype;
 pub use section::benchmark::{BenchmarkSection, SharedContext};
 pub use section::data::DataSection;
-pub use section::eval::{AnswerMatch, EvalSection, Method, Task};
+pub use section::eval::{AnswerMatch, EvalSection, Task};
 pub use section::export::ExportSection;
 pub use section::extract::ExtractSection;
 pub use section::label::{LabelPreset, LabelSection, Sink};

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Result;
 use pkv_eval::Interval;
 use pkv_eval::compare::{Comparison, Metric, value_text};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use serde::Serialize;
 
 use crate::chart::{self, Marker, percent_text};
@@ -131,9 +131,9 @@ fn recall(c: &Comparison, m: &Metric) -> Part {
 }
 
 fn curve(c: &Comparison, m: &Metric, what: &str) -> Option<String> {
-    let kvzip = m.references.iter().filter(|r| r.name == method::label(Method::Kvzip)).map(|r| RunLine {
+    let kvzip = m.references.iter().filter(|r| r.name == method::label(MethodName::KVZIP)).map(|r| RunLine {
         label: r.name.clone(),
-        class: method::class(Method::Kvzip),
+        class: method::class(MethodName::KVZIP),
         marker: Marker::Ring,
         ratios: &m.ratios,
         values: &r.values,
@@ -161,10 +161,10 @@ fn own(c: &Comparison, m: &Metric, caption: &str) -> Table {
         |v: Interval, best: bool| Some(Cell { value: points(v.mean), interval: interval(v, points), best });
     let references = m.references.iter().map(|r| Row {
         name: r.name.clone(),
-        class: if r.name == method::label(Method::Kvzip) {
-            method::class(Method::Kvzip)
+        class: if r.name == method::label(MethodName::KVZIP) {
+            method::class(MethodName::KVZIP)
         } else {
-            "m-full".to_owned()
+            "full".to_owned()
         },
         reference: true,
         cells: r.values.iter().map(|v| cell(*v, false)).collect(),
@@ -254,8 +254,8 @@ fn by_task(c: &Comparison) -> Option<Table> {
 fn layers(c: &Comparison) -> Option<Layers> {
     let b = c.budgets.as_ref()?;
     let kvzip = LayerLine {
-        label: method::label(Method::Kvzip).to_owned(),
-        class: method::class(Method::Kvzip),
+        label: method::label(MethodName::KVZIP).to_owned(),
+        class: method::class(MethodName::KVZIP),
         marker: Marker::Ring,
         shares: b.kvzip.clone(),
     };

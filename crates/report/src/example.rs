@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 
 use pkv_eval::{KeptCounts, WorkedExample};
-use pkv_recipe::Method;
 use serde::Serialize;
 
 use crate::chart::percent_text;
@@ -125,9 +124,8 @@ pub fn view(example: &WorkedExample) -> Option<ExampleView> {
                 kept: format!("{:.0}%", 100.0 * share(f.start, f.len)),
             })
             .collect(),
-        methods: Method::ALL
+        methods: method::ordered(kept.iter().map(|k| k.method))
             .into_iter()
-            .filter(|&m| kept.iter().any(|k| k.method == m))
             .map(|m| Button {
                 value: m.name().to_owned(),
                 text: method::label(m).to_owned(),
@@ -146,7 +144,7 @@ pub fn view(example: &WorkedExample) -> Option<ExampleView> {
 }
 
 fn first_choice<'a>(kept: &[&'a KeptCounts]) -> Option<&'a KeptCounts> {
-    let first = Method::ALL.into_iter().find(|&m| kept.iter().any(|k| k.method == m))?;
+    let first = *method::ordered(kept.iter().map(|k| k.method)).first()?;
     let distance = |k: &KeptCounts| (k.ratio.ln() - FIRST_RATIO.ln()).abs();
     kept.iter().filter(|k| k.method == first).copied().min_by(|a, b| distance(a).total_cmp(&distance(b)))
 }
@@ -174,6 +172,7 @@ mod tests {
     use super::*;
     use pkv_core::Policy;
     use pkv_eval::FactSpan;
+    use pkv_recipe::MethodName;
 
     fn example() -> WorkedExample {
         WorkedExample {
@@ -183,10 +182,10 @@ mod tests {
             policy: Policy::Pair,
             pairs_per_position: 36,
             kept: vec![
-                KeptCounts { method: Method::Kvzip, ratio: 0.05, counts: vec![0, 36, 1] },
-                KeptCounts { method: Method::Mapper, ratio: 0.2, counts: vec![1, 2, 3] },
-                KeptCounts { method: Method::Mapper, ratio: 0.03, counts: vec![0, 9, 36] },
-                KeptCounts { method: Method::Random, ratio: 0.03, counts: vec![0, 9] },
+                KeptCounts { method: MethodName::KVZIP, ratio: 0.05, counts: vec![0, 36, 1] },
+                KeptCounts { method: MethodName::MAPPER, ratio: 0.2, counts: vec![1, 2, 3] },
+                KeptCounts { method: MethodName::MAPPER, ratio: 0.03, counts: vec![0, 9, 36] },
+                KeptCounts { method: MethodName::RANDOM, ratio: 0.03, counts: vec![0, 9] },
             ],
         }
     }

@@ -2,7 +2,7 @@
 
 use pkv_core::Policy;
 use pkv_eval::{FactsResults, HeadRecall, Interval, LabelResults, PerplexityResults};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 
 use crate::chart::{Axis, HeatMap, LineChart, Marker, Point, Scale, Series, Tone, percent_text};
 use crate::method;
@@ -26,7 +26,7 @@ pub fn recall(labels: &LabelResults, policy: Policy) -> Option<LineChart> {
     let cells = labels
         .cells
         .iter()
-        .filter(|c| c.policy == policy && c.method != Method::Kvzip)
+        .filter(|c| c.policy == policy && c.method != MethodName::KVZIP)
         .map(|c| (c.method, c.ratio, c.recall));
     let mut chart = by_ratio(cells, "recall", Axis::percent("of KVzip's choice found"), shares)?;
     chart.title = format!("Recall of the KV pairs that KVzip keeps, policy {}", policy.name());
@@ -45,7 +45,7 @@ pub fn perplexity(results: &PerplexityResults, policy: Policy) -> Option<LineCha
 }
 
 fn by_ratio(
-    cells: impl Iterator<Item = (Method, f64, Interval)>,
+    cells: impl Iterator<Item = (MethodName, f64, Interval)>,
     what: &str,
     y: Axis,
     show: fn(Interval) -> String,
@@ -53,8 +53,8 @@ fn by_ratio(
     let mut cells: Vec<_> = cells.filter(|(_, _, v)| v.mean.is_finite()).collect();
     cells.sort_by(|a, b| b.1.total_cmp(&a.1));
     let ratios: Vec<f64> = cells.iter().map(|c| c.1).collect();
-    // The mapper comes first in `ALL` and is drawn last, on top.
-    let series: Vec<Series> = Method::ALL
+    // The mapper comes first in the registry and is drawn last, on top.
+    let series: Vec<Series> = method::ordered(cells.iter().map(|c| c.0))
         .into_iter()
         .rev()
         .map(|m| Series {
@@ -78,7 +78,7 @@ fn by_ratio(
     (!series.is_empty()).then(|| LineChart {
         title: String::new(),
         width: 960.0,
-        height: 420.0,
+        height: LineChart::height_for(series.len(), 420.0),
         label_width: 158.0,
         x: Axis::kept(KEPT, &ratios),
         y,
@@ -295,7 +295,7 @@ pub fn heads(heads: &HeadRecall) -> Vec<HeatMap> {
         absent: absent.to_owned(),
         tone: Tone::Root,
     }];
-    for wanted in [Method::Mapper, Method::HeadPrior] {
+    for wanted in [MethodName::MAPPER, MethodName::HEAD_PRIOR] {
         let found = heads.methods.iter().find(|m| m.method == wanted);
         maps.extend(found.map(|m| HeatMap {
             title: format!("Recall, {}", method::label(wanted)),
@@ -323,6 +323,30 @@ mod tests {
         let one = Metrics { train: vec![point(0.5)], validation: Vec::new() };
         let svg = loss(&one).unwrap().svg();
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+    }
+
+    #[test]
+    fn labels_of_many_methods_stay_apart_and_inside_the_chart() {
+        for methods in [3, 14, 40] {
+            let cell = |i: usize| {
+                let name = MethodName::new(&format!("made-up-{i}"));
+                (name, 0.05, Interval::exact(0.9 + 0.001 * i as f64))
+            };
+            let cells = (0..methods).map(cell);
+            let chart = by_ratio(cells, "recall", Axis::percent("found"), shares).unwrap();
+            let svg = chart.svg();
+            let height = |label: &str| -> f64 {
+                let y = label.split(" y=\"").nth(1).unwrap();
+                y.split('"').next().unwrap().parse().unwrap()
+            };
+            let mut heights: Vec<f64> = svg.split("class=\"end\"").skip(1).map(height).collect();
+            heights.sort_by(f64::total_cmp);
+            assert_eq!(heights.len(), methods);
+            assert!(heights[0] > 0.0 && heights[methods - 1] < chart.height - 20.0, "{heights:?}");
+            for pair in heights.windows(2) {
+                assert!(pair[1] - pair[0] > 12.0, "{methods} methods: {pair:?}");
+            }
+        }
     }
 
     #[test]

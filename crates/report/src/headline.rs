@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use pkv_core::Policy;
 use pkv_eval::{FactsCell, FactsResults, Interval, LabelResults};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use pkv_recipe::plan::{Machine, Plan, human_count};
 use serde::Serialize;
 
@@ -103,14 +103,14 @@ fn verdict(data: &RunData) -> Option<String> {
     let facts = data.results.as_ref()?.facts.as_ref()?;
     let (policy, ratio) = choice(facts)?;
     let of = |m| facts.cell(m, policy, ratio);
-    let mapper = of(Method::Mapper)?;
+    let mapper = of(MethodName::MAPPER)?;
     let mut beside = vec![format!("{} with the full cache", percent(facts.full.mean))];
     let names = [
-        (Method::Kvzip, "with KVzip's own choice"),
-        (Method::Linear, "with a linear map of the same features"),
-        (Method::HeadPrior, "when only the heads are chosen well and positions at random"),
-        (Method::Snapkv, "with SnapKV"),
-        (Method::Random, "at random"),
+        (MethodName::KVZIP, "with KVzip's own choice"),
+        (MethodName::LINEAR, "with a linear map of the same features"),
+        (MethodName::HEAD_PRIOR, "when only the heads are chosen well and positions at random"),
+        (MethodName::SNAPKV, "with SnapKV"),
+        (MethodName::RANDOM, "at random"),
     ];
     beside.extend(
         names.iter().filter_map(|(m, text)| Some(format!("{} {text}", percent(of(*m)?.accuracy.mean)))),
@@ -123,15 +123,15 @@ fn verdict(data: &RunData) -> Option<String> {
         facts.questions,
         join(&beside)
     );
-    if let Some(floor) = of(Method::HeadPrior) {
+    if let Some(floor) = of(MethodName::HEAD_PRIOR) {
         text.push_str(match compare(mapper, floor) {
             Clear::Above => " It clears the floor that the head prior sets.",
             Clear::Level => " It does not clear the floor that the head prior sets: their intervals overlap.",
             Clear::Below => " It is below the floor that the head prior sets.",
         });
     }
-    let rivals =
-        Method::ALL.into_iter().filter(|&m| m != Method::Mapper && !method::is_oracle(m)).filter_map(of);
+    let measured = method::ordered(facts.cells.iter().map(|c| c.method)).into_iter();
+    let rivals = measured.filter(|&m| m != MethodName::MAPPER && !method::is_oracle(m)).filter_map(of);
     let best = rivals.max_by(|a, b| a.accuracy.mean.total_cmp(&b.accuracy.mean));
     if let Some(best) = best.filter(|b| b.accuracy.mean > mapper.accuracy.mean) {
         let name = method::label(best.method);
@@ -192,7 +192,7 @@ fn tiles(data: &RunData) -> Vec<Tile> {
 
 fn answer_tiles(facts: &FactsResults) -> Vec<Tile> {
     let Some((policy, ratio)) = choice(facts) else { return Vec::new() };
-    let Some(cell) = facts.cell(Method::Mapper, policy, ratio) else { return Vec::new() };
+    let Some(cell) = facts.cell(MethodName::MAPPER, policy, ratio) else { return Vec::new() };
     let mut tiles = vec![Tile {
         value: percent(cell.accuracy.mean),
         label: format!("of questions answered with {} of the KV pairs", percent_text(ratio)),
@@ -208,7 +208,7 @@ fn answer_tiles(facts: &FactsResults) -> Vec<Tile> {
     let unharmed = facts
         .cells
         .iter()
-        .filter(|c| c.method == Method::Mapper && c.policy == policy)
+        .filter(|c| c.method == MethodName::MAPPER && c.policy == policy)
         .filter(|c| c.accuracy.mean >= UNHARMED * facts.full.mean)
         .map(|c| c.ratio)
         .reduce(f64::min);
@@ -225,9 +225,9 @@ fn answer_tiles(facts: &FactsResults) -> Vec<Tile> {
 fn recall_tile(labels: &LabelResults) -> Option<Tile> {
     let policy = labels.cells.first()?.policy;
     let of = |m| labels.cells.iter().filter(move |c| c.policy == policy && c.method == m);
-    let ratio = nearest(of(Method::Mapper).map(|c| c.ratio))?;
-    let recall = of(Method::Mapper).find(|c| c.ratio == ratio)?.recall;
-    let floor = of(Method::HeadPrior).find(|c| c.ratio == ratio);
+    let ratio = nearest(of(MethodName::MAPPER).map(|c| c.ratio))?;
+    let recall = of(MethodName::MAPPER).find(|c| c.ratio == ratio)?.recall;
+    let floor = of(MethodName::HEAD_PRIOR).find(|c| c.ratio == ratio);
     Some(Tile {
         value: percent(recall.mean),
         label: format!("of the KV pairs that KVzip keeps are found, at {} kept", percent_text(ratio)),

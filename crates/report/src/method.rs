@@ -1,79 +1,77 @@
-//! How a method looks in charts and tables, and what it is in a sentence.
+//! How a method looks in charts and tables. What it is called and what it does, the registry says.
+//!
+//! Colour and marker follow from a method's place in the registry, so that every report shows it alike and a new method needs
+//! nothing here. Results may hold a method that this version does not know: it goes by its name.
 
 use pkv_core::Policy;
-use pkv_recipe::Method;
+use pkv_eval::methods::{self, REGISTRY};
+use pkv_recipe::MethodName;
 
 use crate::chart::Marker;
 
-/// Name for readers.
-pub const fn label(method: Method) -> &'static str {
-    match method {
-        Method::Mapper => "mapper",
-        Method::Kvzip => "KVzip",
-        Method::KvzipPooled => "KVzip, pooled",
-        Method::KvzapLinear => "KVzap-style, linear",
-        Method::KvzapMlp => "KVzap-style, MLP",
-        Method::Linear => "ridge, linear",
-        Method::ProxyLinear => "proxy scores, linear",
-        Method::Iam => "IAM-style",
-        Method::HeadPrior => "head prior",
-        Method::StreamingLlm => "StreamingLLM",
-        Method::Snapkv => "SnapKV",
-        Method::Random => "random",
+/// Colours of `chart.css`'s palette: `p0`, `p1` and so on. The first is the mapper's, the second KVzip's, and theirs alone.
+const PALETTE: usize = 16;
+const MARKERS: [Marker; 6] =
+    [Marker::Circle, Marker::Square, Marker::TriangleUp, Marker::Diamond, Marker::TriangleDown, Marker::Ring];
+
+/// Those that occur, each once: in the registry's order, unknown ones last, in the order they do.
+pub fn ordered(occurring: impl IntoIterator<Item = MethodName>) -> Vec<MethodName> {
+    let mut found: Vec<MethodName> = Vec::new();
+    for method in occurring {
+        if !found.contains(&method) {
+            found.push(method);
+        }
     }
+    found.sort_by_key(|m| place(*m));
+    found
+}
+
+/// The same, oracles before all others.
+pub fn oracles_first(occurring: impl IntoIterator<Item = MethodName>) -> Vec<MethodName> {
+    let mut found = ordered(occurring);
+    found.sort_by_key(|m| !is_oracle(*m));
+    found
+}
+
+/// Index in the registry; unknown methods share the one after its end.
+fn place(method: MethodName) -> usize {
+    REGISTRY.iter().position(|m| m.name == method).unwrap_or(REGISTRY.len())
+}
+
+/// Name for readers.
+pub fn label(method: MethodName) -> &'static str {
+    methods::find(method).map_or(method.name(), |m| m.label)
 }
 
 /// What it does, in a sentence without its name.
-pub const fn meaning(method: Method) -> &'static str {
-    match method {
-        Method::Mapper => "the trained network: the proxy's attention in, the target's scores out",
-        Method::Kvzip => {
-            "the oracle: the target repeats its context and tells what it looked at; this is what the mapper learnt from"
-        }
-        Method::KvzipPooled => "the oracle's scores, each raised towards those of its neighbours",
-        Method::KvzapLinear => {
-            "ridge regression from the target's own hidden states, layer by layer; no proxy"
-        }
-        Method::KvzapMlp => "the same by a network with one hidden layer per layer of the target",
-        Method::Linear => "ridge regression from all features of the proxy",
-        Method::ProxyLinear => "ridge regression from the proxy's own scores",
-        Method::Iam => {
-            "each KV head of the target takes the scores of the proxy's KV head that it matches best"
-        }
-        Method::HeadPrior => {
-            "each KV head's mean training score, positions at random: the floor that any claim must clear"
-        }
-        Method::StreamingLlm => "the first and the most recent positions",
-        Method::Snapkv => "what the last tokens of the context attend to; the question is not known yet",
-        Method::Random => "positions and heads at random",
+pub fn meaning(method: MethodName) -> &'static str {
+    methods::find(method).map_or("a method of another version of proxykv-train", |m| m.meaning)
+}
+
+/// Classes of `chart.css`.
+pub fn class(method: MethodName) -> String {
+    colour(place(method))
+}
+
+fn colour(place: usize) -> String {
+    match place {
+        0..PALETTE => format!("p{place}"),
+        _ => format!("p{} again", 2 + (place - PALETTE) % (PALETTE - 2)),
     }
 }
 
-/// Class of `chart.css`.
-pub fn class(method: Method) -> String {
-    format!("m-{}", method.name())
+/// Shapes differ where colours are near, and where a colour comes again.
+pub fn marker(method: MethodName) -> Marker {
+    shape(place(method))
 }
 
-/// Shapes differ where colours are near.
-pub const fn marker(method: Method) -> Marker {
-    match method {
-        Method::Mapper | Method::Kvzip => Marker::Circle,
-        Method::KvzipPooled => Marker::Ring,
-        Method::KvzapLinear => Marker::Diamond,
-        Method::KvzapMlp => Marker::TriangleDown,
-        Method::Linear => Marker::Square,
-        Method::ProxyLinear => Marker::TriangleUp,
-        Method::Iam => Marker::TriangleDown,
-        Method::HeadPrior => Marker::Diamond,
-        Method::StreamingLlm => Marker::Square,
-        Method::Snapkv => Marker::TriangleUp,
-        Method::Random => Marker::Ring,
-    }
+fn shape(place: usize) -> Marker {
+    MARKERS[place % MARKERS.len()]
 }
 
 /// KVzip's own scores cost what the mapper avoids: they are compared with, not competed with.
-pub const fn is_oracle(method: Method) -> bool {
-    matches!(method, Method::Kvzip | Method::KvzipPooled)
+pub fn is_oracle(method: MethodName) -> bool {
+    methods::find(method).is_some_and(|m| m.is_oracle())
 }
 
 /// What a policy ranks against each other.
@@ -82,5 +80,38 @@ pub const fn policy_meaning(policy: Policy) -> &'static str {
         Policy::Pair => "all KV pairs of all layers and heads compete",
         Policy::PairUniform => "every layer and KV head keeps the same number of positions",
         Policy::Token => "the same positions are kept in all layers and heads",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chart;
+
+    #[test]
+    fn every_place_of_a_long_registry_has_a_look_of_its_own() {
+        let looks: Vec<(String, Marker)> = (0..44).map(|place| (colour(place), shape(place))).collect();
+        for (i, look) in looks.iter().enumerate() {
+            assert!(!looks[..i].contains(look), "place {i} looks like an earlier one: {look:?}");
+            let colour = look.0.split(' ').next().unwrap();
+            let defined = chart::CSS.matches(&format!("--{colour}:#")).count();
+            assert_eq!(defined, 2, "{colour}, light and dark");
+            assert_eq!(
+                chart::CSS.matches(&format!(".{colour}{{--c:var(--{colour})}}")).count(),
+                1,
+                "{colour}"
+            );
+        }
+        assert!(looks[2..].iter().all(|l| !["p0", "p1"].contains(&l.0.as_str())));
+    }
+
+    #[test]
+    fn methods_of_another_version_come_last_under_their_names() {
+        let [new, newer] = ["zz-new", "a-newer"].map(MethodName::new);
+        let given = [new, MethodName::RANDOM, newer, MethodName::MAPPER, MethodName::KVZIP, new];
+        let [mapper, kvzip, random] = [MethodName::MAPPER, MethodName::KVZIP, MethodName::RANDOM];
+        assert_eq!(ordered(given), [mapper, kvzip, random, new, newer]);
+        assert_eq!(oracles_first(given), [kvzip, mapper, random, new, newer]);
+        assert_eq!((label(new), is_oracle(new)), ("zz-new", false));
     }
 }

@@ -219,15 +219,12 @@ fn policies_of(b: &pkv_eval::BenchmarkResults) -> Vec<Policy> {
 
 /// The methods that were measured, each in a sentence.
 fn meanings(results: &Results) -> Vec<Meaning> {
-    let measured = |m: &pkv_recipe::Method| {
-        results.labels.cells.iter().any(|c| c.method == *m)
-            || results.facts.iter().flat_map(|f| &f.cells).any(|c| c.method == *m)
-            || results.perplexity.iter().flat_map(|p| &p.cells).any(|c| c.method == *m)
-            || results.benchmarks.iter().flat_map(|b| &b.cells).any(|c| c.method == *m)
-    };
-    pkv_recipe::Method::ALL
+    let measured = (results.labels.cells.iter().map(|c| c.method))
+        .chain(results.facts.iter().flat_map(|f| &f.cells).map(|c| c.method))
+        .chain(results.perplexity.iter().flat_map(|p| &p.cells).map(|c| c.method))
+        .chain(results.benchmarks.iter().flat_map(|b| &b.cells).map(|c| c.method));
+    method::ordered(measured)
         .into_iter()
-        .filter(measured)
         .map(|m| Meaning {
             name: method::label(m).to_owned(),
             class: method::class(m),
@@ -262,13 +259,13 @@ fn budgets(heads: &pkv_eval::HeadRecall) -> Vec<figures::LayerLine> {
         marker,
         shares: kept.iter().map(|row| row.iter().sum::<f64>() / row.len().max(1) as f64).collect(),
     };
-    let of = |m: pkv_recipe::Method| {
+    let of = |m: pkv_recipe::MethodName| {
         let found = heads.methods.iter().find(|h| h.method == m && !h.kept.is_empty())?;
         Some(line(method::label(m), method::class(m), method::marker(m), &found.kept))
     };
-    let kvzip = pkv_recipe::Method::Kvzip;
+    let kvzip = pkv_recipe::MethodName::KVZIP;
     let kvzip = line(method::label(kvzip), method::class(kvzip), method::marker(kvzip), &heads.kvzip_kept);
-    let others = [pkv_recipe::Method::HeadPrior, pkv_recipe::Method::Mapper];
+    let others = [pkv_recipe::MethodName::HEAD_PRIOR, pkv_recipe::MethodName::MAPPER];
     let others: Vec<_> = others.into_iter().filter_map(of).collect();
     // KVzip's alone is in the map above already.
     if others.is_empty() { Vec::new() } else { [kvzip].into_iter().chain(others).collect() }

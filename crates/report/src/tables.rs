@@ -2,7 +2,7 @@
 
 use pkv_core::Policy;
 use pkv_eval::{BenchmarkResults, FactsResults, Interval, LabelResults, PerplexityResults};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use serde::Serialize;
 
 use crate::chart::percent_text;
@@ -61,7 +61,7 @@ pub fn facts(facts: &FactsResults, policy: Policy) -> Vec<Table> {
         0,
         Row {
             name: "full cache".to_owned(),
-            class: "m-full".to_owned(),
+            class: "full".to_owned(),
             reference: true,
             cells: answers.columns.iter().map(|_| Some(full.clone())).collect(),
         },
@@ -98,7 +98,7 @@ pub fn facts(facts: &FactsResults, policy: Policy) -> Vec<Table> {
 }
 
 /// How far the mapper leads each other method, question for question.
-pub fn lead(cells: Vec<(Method, f64, Interval)>) -> Option<Table> {
+pub fn lead(cells: Vec<(MethodName, f64, Interval)>) -> Option<Table> {
     let mut table = build(
         "The mapper's answers minus those of each method, points",
         "Small type: 95% interval of a paired bootstrap, which draws both methods' answers to the same contexts. Bold: the \
@@ -109,7 +109,7 @@ pub fn lead(cells: Vec<(Method, f64, Interval)>) -> Option<Table> {
     );
     for row in &mut table.rows {
         for (cell, column) in row.cells.iter_mut().zip(&table.columns) {
-            let of = |c: &&(Method, f64, Interval)| {
+            let of = |c: &&(MethodName, f64, Interval)| {
                 method::label(c.0) == row.name && format!("{} kept", percent_text(c.1)) == *column
             };
             if let (Some(cell), Some((_, _, v))) = (cell.as_mut(), cells.iter().find(of)) {
@@ -147,18 +147,19 @@ fn across_tasks(
     let ratios = first.cells.iter().filter(|c| c.policy == policy).map(|c| c.ratio);
     let ratio = ratios.min_by(|a, b| (a / 0.05).ln().abs().total_cmp(&(b / 0.05).ln().abs()))?;
     let of = |b: &BenchmarkResults, m| value(b, b.cell(m, policy, ratio)?);
+    let occurring = method::oracles_first(benchmarks.iter().flat_map(|b| &b.cells).map(|c| c.method));
     let mean = |values: &[Option<Interval>]| -> Option<Interval> {
         Interval::mean_of(&values.iter().copied().collect::<Option<Vec<_>>>()?)
     };
     let bests: Vec<Option<f64>> = benchmarks
         .iter()
         .map(|b| {
-            let rivals = Method::ALL.into_iter().filter(|&m| !method::is_oracle(m));
-            rivals.filter_map(|m| Some(of(b, m)?.0.mean)).reduce(f64::max)
+            let rivals = occurring.iter().filter(|m| !method::is_oracle(**m));
+            rivals.filter_map(|&m| Some(of(b, m)?.0.mean)).reduce(f64::max)
         })
         .collect();
     let plain = |v: Interval| Cell { value: points(v.mean), interval: interval(v, points), best: false };
-    let cells = |m: Method| -> Vec<Option<Cell>> {
+    let cells = |m: MethodName| -> Vec<Option<Cell>> {
         let values: Vec<Option<Interval>> = benchmarks.iter().map(|b| Some(of(b, m)?.0)).collect();
         let shown = values.iter().zip(&bests).map(|(v, best)| {
             let v = (*v)?;
@@ -167,16 +168,14 @@ fn across_tasks(
         });
         shown.chain([mean(&values).map(plain)]).collect()
     };
-    let order = Method::ALL.into_iter().filter(|&m| method::is_oracle(m));
-    let order = order.chain(Method::ALL.into_iter().filter(|&m| !method::is_oracle(m)));
-    let measured = order.filter(|&m| benchmarks.iter().any(|b| of(b, m).is_some()));
+    let measured = occurring.iter().copied().filter(|&m| benchmarks.iter().any(|b| of(b, m).is_some()));
     let mut rows: Vec<Row> = measured.map(|m| Row { cells: cells(m), ..row(m) }).collect();
-    let full: Vec<Option<Interval>> = benchmarks.iter().map(|b| of(b, Method::Mapper)?.1).collect();
+    let full: Vec<Option<Interval>> = benchmarks.iter().map(|b| of(b, MethodName::MAPPER)?.1).collect();
     if full.iter().all(Option::is_some) {
         let cells = full.iter().copied().chain([mean(&full)]).map(|v| v.map(plain)).collect();
         rows.insert(
             0,
-            Row { name: "full cache".to_owned(), class: "m-full".to_owned(), reference: true, cells },
+            Row { name: "full cache".to_owned(), class: "full".to_owned(), reference: true, cells },
         );
     }
     let columns = benchmarks.iter().map(|b| format!("{} {}", b.suite, b.task)).chain(["mean".to_owned()]);
@@ -207,7 +206,7 @@ pub fn benchmark(b: &BenchmarkResults, policy: Policy) -> Option<Table> {
     );
     let full = Cell { value: points(b.full.mean), interval: interval(b.full, points), best: false };
     let cells = table.columns.iter().map(|_| Some(full.clone())).collect();
-    let row = Row { name: "full cache".to_owned(), class: "m-full".to_owned(), reference: true, cells };
+    let row = Row { name: "full cache".to_owned(), class: "full".to_owned(), reference: true, cells };
     (!table.rows.is_empty()).then(|| {
         table.rows.insert(0, row);
         table
@@ -216,7 +215,7 @@ pub fn benchmark(b: &BenchmarkResults, policy: Policy) -> Option<Table> {
 
 /// Recall of KVzip's kept set and the share of its score mass, for one policy.
 pub fn labels(labels: &LabelResults, policy: Policy) -> Vec<Table> {
-    let cells = || labels.cells.iter().filter(|c| c.policy == policy && c.method != Method::Kvzip);
+    let cells = || labels.cells.iter().filter(|c| c.policy == policy && c.method != MethodName::KVZIP);
     let recall = build(
         "Recall of the KV pairs that KVzip keeps, percent",
         &format!("{} contexts of the test split. Small type: 95% interval over contexts.", labels.contexts),
@@ -236,7 +235,7 @@ pub fn labels(labels: &LabelResults, policy: Policy) -> Vec<Table> {
 
 /// Rank correlations with KVzip's scores.
 pub fn ranks(labels: &LabelResults) -> Option<Table> {
-    let cells = labels.ranks.iter().filter(|r| r.method != Method::Kvzip);
+    let cells = labels.ranks.iter().filter(|r| r.method != MethodName::KVZIP);
     let best = |of: fn(&pkv_eval::RankCell) -> f64| {
         cells.clone().filter(|r| !method::is_oracle(r.method)).map(of).fold(f64::NEG_INFINITY, f64::max)
     };
@@ -285,7 +284,7 @@ pub fn perplexity(results: &PerplexityResults, policy: Policy) -> Option<Table> 
 fn build(
     caption: &str,
     note: &str,
-    cells: impl Iterator<Item = (Method, f64, Interval)>,
+    cells: impl Iterator<Item = (MethodName, f64, Interval)>,
     best: Best,
     show: fn(f64) -> String,
 ) -> Table {
@@ -301,10 +300,8 @@ fn build(
         })
         .collect();
     // References first, then the mapper, then its rivals.
-    let order = Method::ALL.into_iter().filter(|&m| method::is_oracle(m));
-    let order = order.chain(Method::ALL.into_iter().filter(|&m| !method::is_oracle(m)));
-    let rows = order
-        .filter(|&m| cells.iter().any(|c| c.0 == m))
+    let rows = method::oracles_first(cells.iter().map(|c| c.0))
+        .into_iter()
         .map(|m| {
             let cell = |(i, &ratio): (usize, &f64)| {
                 let (_, _, v) = cells.iter().find(|c| c.0 == m && c.1 == ratio)?;
@@ -322,7 +319,7 @@ fn build(
     Table { caption: caption.to_owned(), note: note.to_owned(), columns, rows }
 }
 
-fn row(m: Method) -> Row {
+fn row(m: MethodName) -> Row {
     Row {
         name: method::label(m).to_owned(),
         class: method::class(m),
@@ -367,11 +364,11 @@ mod tests {
     fn the_best_is_sought_among_rivals_only_and_ties_share_it() {
         let at = |mean| Interval { mean, low: mean - 0.01, high: mean + 0.01 };
         let cells = [
-            (Method::Kvzip, 0.05, at(0.98)),
-            (Method::Mapper, 0.05, at(0.97)),
-            (Method::Linear, 0.05, at(0.97004)),
-            (Method::Random, 0.05, at(0.01)),
-            (Method::Random, 0.1, at(0.02)),
+            (MethodName::KVZIP, 0.05, at(0.98)),
+            (MethodName::MAPPER, 0.05, at(0.97)),
+            (MethodName::LINEAR, 0.05, at(0.97004)),
+            (MethodName::RANDOM, 0.05, at(0.01)),
+            (MethodName::RANDOM, 0.1, at(0.02)),
         ];
         let table = build("c", "n", cells.into_iter(), Best::Highest, points);
         assert_eq!(table.columns, ["10% kept", "5% kept"]);
@@ -397,9 +394,9 @@ mod tests {
     fn leads_are_signed_and_bold_where_they_are_clear() {
         let at = |mean, half| Interval { mean, low: mean - half, high: mean + half };
         let table = lead(vec![
-            (Method::Kvzip, 0.1, at(-0.05, 0.01)),
-            (Method::Kvzip, 0.05, at(0.02, 0.03)),
-            (Method::Random, 0.05, at(0.9, 0.05)),
+            (MethodName::KVZIP, 0.1, at(-0.05, 0.01)),
+            (MethodName::KVZIP, 0.05, at(0.02, 0.03)),
+            (MethodName::RANDOM, 0.05, at(0.9, 0.05)),
         ])
         .unwrap();
         assert_eq!(cells(&table, "KVzip"), [("-5.0".to_owned(), true), ("+2.0".to_owned(), false)]);
@@ -417,7 +414,7 @@ mod tests {
             score: Interval::exact(score),
             kl: Interval::exact(0.0),
             flips: Interval::exact(0.0),
-            of_kvzip: (method != Method::Random).then_some(Interval::exact(score / 0.8)),
+            of_kvzip: (method != MethodName::RANDOM).then_some(Interval::exact(score / 0.8)),
             of_full: None,
         };
         let task = |task: &str, mapper: f64| BenchmarkResults {
@@ -428,7 +425,11 @@ mod tests {
             mean_context_tokens: 100.0,
             cut: 0,
             full: Interval::exact(1.0),
-            cells: vec![cell(Method::Kvzip, 0.8), cell(Method::Mapper, mapper), cell(Method::Random, 0.5)],
+            cells: vec![
+                cell(MethodName::KVZIP, 0.8),
+                cell(MethodName::MAPPER, mapper),
+                cell(MethodName::RANDOM, 0.5),
+            ],
         };
         let two = [task("vt", 0.6), task("cwe", 0.4)];
         let table = by_task(&two).unwrap();

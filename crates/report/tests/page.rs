@@ -104,7 +104,7 @@ fn the_headline_says_what_was_measured() {
     assert!(level.contains("It does not clear the floor that the head prior sets"));
     assert!(!level.contains("Better here"));
     let beaten = with_results(dir.path(), |r| {
-        let linear = |c: &&mut pkv_eval::FactsCell| c.method == pkv_recipe::Method::Linear;
+        let linear = |c: &&mut pkv_eval::FactsCell| c.method == pkv_recipe::MethodName::LINEAR;
         r.facts.as_mut().unwrap().cells.iter_mut().filter(linear).for_each(|c| c.accuracy.mean = 0.999);
     });
     assert!(beaten.contains("Better here: ridge, linear, with 99.9%."));
@@ -160,7 +160,7 @@ fn an_evaluation_without_tasks_or_mapper_is_shown_as_far_as_it_goes() {
         r.perplexity = None;
         r.worked_example = None;
         r.labels.heads = None;
-        r.labels.cells.retain(|c| c.method == pkv_recipe::Method::Random && c.ratio == 0.05);
+        r.labels.cells.retain(|c| c.method == pkv_recipe::MethodName::RANDOM && c.ratio == 0.05);
     });
     assert!(section(&page, "answers").contains("No answers have been measured yet"));
     assert_eq!(section(&page, "recall").matches("<svg").count(), 3);

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use pkv_checkpoint::CheckpointStore;
 use pkv_core::hinted;
 use pkv_eval::{RESULTS_FILE, Results};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use pkv_recipe::plan::{human_bytes, human_secs};
 use pkv_shard::StageDir;
 use serde_json::Value;
@@ -84,7 +84,7 @@ fn best_checkpoint(dir: &Path) -> String {
 fn headline(r: &Results) -> String {
     let mut parts = Vec::new();
     if let Some(facts) = &r.facts {
-        let cells = facts.cells.iter().filter(|c| c.method == Method::Mapper);
+        let cells = facts.cells.iter().filter(|c| c.method == MethodName::MAPPER);
         parts.extend(cells.map(|c| format!("{:.1}% at {}", 100.0 * c.accuracy.mean, c.ratio)));
     }
     if parts.is_empty() {

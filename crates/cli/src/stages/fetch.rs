@@ -6,11 +6,11 @@ use anyhow::Result;
 use pkv_hub::Hub;
 
 use crate::args::{Cli, RecipeArgs};
-use crate::session::{benchmark_manifest_path, manifest_path, recipe_root};
+use crate::session::{benchmark_manifest_path, load_recipe, manifest_path, recipe_root};
 use crate::terminal::Bar;
 
 pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool) -> Result<()> {
-    let recipe = pkv_recipe::load(&args.recipe, &args.overrides)?;
+    let recipe = load_recipe(&args.recipe, &args.overrides)?;
     let hub = Hub::from_env();
     let bar = Bar::new();
     let root = recipe_root(&recipe);

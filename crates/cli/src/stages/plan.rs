@@ -5,10 +5,10 @@ use pkv_recipe::plan::{Machine, Plan};
 use tch::Device;
 
 use crate::args::{Cli, PlanMachine, RecipeArgs};
-use crate::session::{choose_device, manifest_path};
+use crate::session::{choose_device, load_recipe, manifest_path};
 
 pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -> Result<()> {
-    let recipe = pkv_recipe::load(&args.recipe, &args.overrides)?;
+    let recipe = load_recipe(&args.recipe, &args.overrides)?;
     if resolved {
         print!("{}", recipe.to_toml());
         return Ok(());

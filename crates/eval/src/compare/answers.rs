@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use pkv_core::{Policy, sha256_hex};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use serde_json::json;
 
 use crate::columns::Columns;
@@ -26,17 +26,17 @@ pub struct ContextScores {
     /// Sum of the full cache's scores.
     pub full: f64,
     /// Sum of the scores of each cell.
-    pub cells: Vec<(Method, Policy, f64, f64)>,
+    pub cells: Vec<(MethodName, Policy, f64, f64)>,
 }
 
 impl ContextScores {
     /// The sum of one cell.
-    pub fn cell(&self, method: Method, policy: Policy, ratio: f64) -> Option<f64> {
+    pub fn cell(&self, method: MethodName, policy: Policy, ratio: f64) -> Option<f64> {
         let found = self.cells.iter().find(|c| (c.0, c.1, c.2) == (method, policy, ratio));
         found.map(|c| c.3)
     }
 
-    fn add(&mut self, method: Method, policy: Policy, ratio: f64, score: f64) {
+    fn add(&mut self, method: MethodName, policy: Policy, ratio: f64, score: f64) {
         match self.cells.iter_mut().find(|c| (c.0, c.1, c.2) == (method, policy, ratio)) {
             Some(cell) => cell.3 += score,
             None => self.cells.push((method, policy, ratio, score)),
@@ -86,8 +86,8 @@ impl Answers {
                 if let Some(id) = ids.get(row).filter(|id| !id.is_empty()) {
                     context.id = Some(sha256_hex(format!("{id}{asked}").as_bytes()));
                 }
-            } else if let (Some(method), Some(policy)) = (method(&methods[row]), policy(&policies[row])) {
-                context.add(method, policy, ratios[row], scores[row]);
+            } else if let Some(policy) = policy(&policies[row]) {
+                context.add(MethodName::new(&methods[row]), policy, ratios[row], scores[row]);
             }
         }
         Ok(out)
@@ -102,7 +102,7 @@ impl Answers {
 ///
 /// # Errors
 /// The file is no such table.
-pub fn per_context_recall(path: &Path, of: Method) -> Result<Vec<ContextScores>> {
+pub fn per_context_recall(path: &Path, of: MethodName) -> Result<Vec<ContextScores>> {
     let file = Columns::read(path)?;
     let (ids, methods) = (file.text("context_id")?, file.text("method")?);
     let (policies, ratios) = (file.text("policy")?, file.numbers("ratio")?);
@@ -123,10 +123,6 @@ pub fn per_context_recall(path: &Path, of: Method) -> Result<Vec<ContextScores>>
         }
     }
     Ok(out)
-}
-
-fn method(name: &str) -> Option<Method> {
-    Method::ALL.into_iter().find(|m| m.name() == name)
 }
 
 fn policy(name: &str) -> Option<Policy> {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use pkv_core::{Policy, Seed};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 
 use super::answers::{Answers, ContextScores};
 use super::{Budgets, Difference, Metric, Reference, Run, TaskScores, draws};
@@ -86,7 +86,7 @@ type Tasks<'a> = Vec<&'a [ContextScores]>;
 fn common_ratios<'a>(runs: &[&'a [ContextScores]], policy: Policy) -> Vec<f64> {
     let of = |contexts: &'a [ContextScores]| -> Vec<f64> {
         let cells = contexts.first().into_iter().flat_map(|c| &c.cells);
-        cells.filter(|c| (c.0, c.1) == (Method::Mapper, policy)).map(|c| c.2).collect()
+        cells.filter(|c| (c.0, c.1) == (MethodName::MAPPER, policy)).map(|c| c.2).collect()
     };
     let Some((first, rest)) = runs.split_first() else { return Vec::new() };
     let mut ratios = of(first);
@@ -128,7 +128,7 @@ impl Of<'_> {
             .collect::<Option<Vec<_>>>()?;
         let contexts = shared.iter().map(Vec::len).sum();
         let one = |&ratio: &f64| {
-            let cell = |c: &ContextScores| c.cell(Method::Mapper, self.policy, ratio);
+            let cell = |c: &ContextScores| c.cell(MethodName::MAPPER, self.policy, ratio);
             // Tasks of which nothing is shared say nothing about the difference.
             let groups =
                 shared.iter().enumerate().filter(|(_, pairs)| !pairs.is_empty()).map(|(t, pairs)| {
@@ -151,7 +151,7 @@ impl Of<'_> {
             return None;
         }
         let one = |run: usize| -> Option<Vec<Interval>> {
-            let at = |&r: &f64| summed(&self.own(run, |c| c.cell(Method::Mapper, self.policy, r))?);
+            let at = |&r: &f64| summed(&self.own(run, |c| c.cell(MethodName::MAPPER, self.policy, r))?);
             self.ratios.iter().map(at).collect()
         };
         Some(Metric {
@@ -166,8 +166,8 @@ impl Of<'_> {
     /// The mapper's mean over KVzip's, at the ratios where KVzip answers anything.
     fn recovered(&self, notes: &mut Vec<String>) -> Option<Metric> {
         let one = |run: usize, r: f64| {
-            let (mine, above) = mean_of(&self.own(run, |c| c.cell(Method::Mapper, self.policy, r))?)?;
-            let (oracle, below) = mean_of(&self.own(run, |c| c.cell(Method::Kvzip, self.policy, r))?)?;
+            let (mine, above) = mean_of(&self.own(run, |c| c.cell(MethodName::MAPPER, self.policy, r))?)?;
+            let (oracle, below) = mean_of(&self.own(run, |c| c.cell(MethodName::KVZIP, self.policy, r))?)?;
             let ratios = above.iter().zip(below).map(|(a, b)| a / b).filter(|v| v.is_finite());
             (oracle > 0.0).then(|| interval(mine / oracle, ratios.collect()))
         };
@@ -214,12 +214,12 @@ pub fn recall(runs: &[Run], policy: Policy, notes: &mut Vec<String>) -> Option<M
     ));
     let of = |r: &Run| -> Vec<f64> {
         let cells = r.results.labels.cells.iter();
-        cells.filter(|c| (c.method, c.policy) == (Method::Mapper, policy)).map(|c| c.ratio).collect()
+        cells.filter(|c| (c.method, c.policy) == (MethodName::MAPPER, policy)).map(|c| c.ratio).collect()
     };
     let mut ratios = of(&runs[0]);
     ratios.retain(|r| runs.iter().all(|run| of(run).contains(r)));
     ratios.sort_by(|a, b| b.total_cmp(a));
-    let cell = |run: &Run, r: &f64| Some(run.results.labels.cell(Method::Mapper, policy, *r)?.recall);
+    let cell = |run: &Run, r: &f64| Some(run.results.labels.cell(MethodName::MAPPER, policy, *r)?.recall);
     (!ratios.is_empty()).then(|| {
         Some(Metric {
             contexts: runs.iter().map(|r| r.results.labels.contexts).collect(),
@@ -287,7 +287,7 @@ pub fn answers(
 }
 
 fn references(of: &Of) -> Vec<Reference> {
-    let kvzip = of.reference("KVzip", |c, r| c.cell(Method::Kvzip, of.policy, r));
+    let kvzip = of.reference("KVzip", |c, r| c.cell(MethodName::KVZIP, of.policy, r));
     of.reference("full cache", |c, _| Some(c.full)).into_iter().chain(kvzip).collect()
 }
 
@@ -309,7 +309,7 @@ pub fn budgets(runs: &[Run]) -> Option<Budgets> {
     };
     let of = |run: &Run| {
         let heads = run.results.labels.heads.as_ref()?;
-        let mapper = heads.methods.iter().find(|m| m.method == Method::Mapper)?;
+        let mapper = heads.methods.iter().find(|m| m.method == MethodName::MAPPER)?;
         let same = (heads.policy, heads.ratio) == (first.policy, first.ratio) && !mapper.kept.is_empty();
         same.then(|| mean(&mapper.kept))
     };
@@ -329,14 +329,14 @@ pub fn mapper_lead(
     policy: Policy,
     seed: Seed,
     resamples: usize,
-) -> Vec<(Method, f64, Interval)> {
+) -> Vec<(MethodName, f64, Interval)> {
     let contexts = answers.task(task).unwrap_or_default();
     let bootstrap = Bootstrap::new(contexts.len(), resamples, seed);
     let cells = contexts.first().into_iter().flat_map(|c| &c.cells);
-    let rivals = cells.filter(|c| c.0 != Method::Mapper && c.1 == policy);
-    let lead = |&(method, policy, ratio, _): &(Method, Policy, f64, f64)| {
+    let rivals = cells.filter(|c| c.0 != MethodName::MAPPER && c.1 == policy);
+    let lead = |&(method, policy, ratio, _): &(MethodName, Policy, f64, f64)| {
         let scores = column(contexts, |c| {
-            Some(c.cell(Method::Mapper, policy, ratio)? - c.cell(method, policy, ratio)?)
+            Some(c.cell(MethodName::MAPPER, policy, ratio)? - c.cell(method, policy, ratio)?)
         })?;
         Some((method, ratio, bootstrap.ratio(&scores.above, &scores.below)?))
     };

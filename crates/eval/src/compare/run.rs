@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use serde_json::Value;
 
 use super::answers::{Answers, per_context_recall};
@@ -60,7 +60,7 @@ impl Run {
         };
         let agreement = eval.join(AGREEMENT_FILE);
         let recall =
-            agreement.exists().then(|| per_context_recall(&agreement, Method::Mapper)).transpose()?;
+            agreement.exists().then(|| per_context_recall(&agreement, MethodName::MAPPER)).transpose()?;
         let path = folder.join("run.json");
         let run: Value = match fs::read_to_string(&path) {
             Ok(text) => serde_json::from_str(&text).with_context(|| {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use pkv_core::{Policy, RetentionRatio};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use serde_json::json;
 
 use super::*;
@@ -22,7 +22,7 @@ type Right = [usize; 2];
 fn results(target: &str) -> Results {
     let exact = Interval::exact(0.5);
     let label = |ratio| LabelCell {
-        method: Method::Mapper,
+        method: MethodName::MAPPER,
         policy: Policy::Pair,
         ratio,
         recall: exact,
@@ -30,7 +30,7 @@ fn results(target: &str) -> Results {
         realised: ratio,
     };
     let fact = |ratio| FactsCell {
-        method: Method::Mapper,
+        method: MethodName::MAPPER,
         policy: Policy::Pair,
         ratio,
         accuracy: exact,
@@ -55,7 +55,7 @@ fn results(target: &str) -> Results {
                 ratio: 0.05,
                 kvzip_kept: vec![vec![0.1, 0.3], vec![0.0, 0.0]],
                 methods: vec![MethodHeads {
-                    method: Method::Mapper,
+                    method: MethodName::MAPPER,
                     recall: Vec::new(),
                     kept: vec![vec![0.2, 0.0], vec![0.1, 0.1]],
                 }],
@@ -91,7 +91,9 @@ fn run(dir: &Path, name: &str, tasks: &[(&str, Vec<(&str, Right)>)]) -> Run {
                 let asked = Asked { question: format!("question {q} of {id}"), wanted: "yes".to_owned() };
                 table.push(task, (c, q), &asked, None, &answer(true));
                 for (r, ratio) in RATIOS.iter().enumerate() {
-                    for (method, right) in [(Method::Mapper, right[r]), (Method::Kvzip, QUESTIONS / 2)] {
+                    for (method, right) in
+                        [(MethodName::MAPPER, right[r]), (MethodName::KVZIP, QUESTIONS / 2)]
+                    {
                         let ratio = RetentionRatio::new(*ratio).unwrap();
                         let cell = Cell { method, policy: Policy::Pair, ratio };
                         table.push(task, (c, q), &asked, Some(&cell), &answer(q < right));
@@ -239,7 +241,7 @@ fn other_targets_policies_and_ratios_are_refused() {
     assert!(said(compare(&[one("a"), b])).0.contains("different policies"));
     let mut b = one("b");
     b.results.labels.cells.iter_mut().for_each(|c| {
-        c.method = Method::Linear;
+        c.method = MethodName::LINEAR;
     });
     let (text, hint) = said(compare(&[one("a"), b]));
     assert!(text.contains("without its mapper") && hint.contains("eval.methods"), "{text}");
@@ -325,7 +327,7 @@ fn where_kvzip_answers_nothing_nothing_is_recovered() {
     let (dir, all) = (tempfile::tempdir().unwrap(), ids(4));
     let mut b = run(dir.path(), "b", &[("facts", contexts(&all, 0))]);
     for context in &mut b.answers.as_mut().unwrap().tasks[0].1 {
-        context.cells.iter_mut().filter(|c| (c.0, c.2) == (Method::Kvzip, 0.05)).for_each(|c| c.3 = 0.0);
+        context.cells.iter_mut().filter(|c| (c.0, c.2) == (MethodName::KVZIP, 0.05)).for_each(|c| c.3 = 0.0);
     }
     let c = compare(&[run(dir.path(), "a", &[("facts", contexts(&all, 0))]), b]).unwrap();
     assert_eq!(c.recovered.unwrap().ratios, [0.1]);
@@ -339,7 +341,7 @@ fn the_mapper_leads_or_trails_in_pairs() {
     let lead = mapper_lead(a.answers.as_ref().unwrap(), "facts", Policy::Pair, Seed(1), 200);
     assert_eq!(
         lead.iter().map(|l| (l.0, l.1)).collect::<Vec<_>>(),
-        [(Method::Kvzip, 0.1), (Method::Kvzip, 0.05)]
+        [(MethodName::KVZIP, 0.1), (MethodName::KVZIP, 0.05)]
     );
     // Mapper: i % 3 + 2 of four, KVzip two of four.
     let expected = [0, 1, 2, 0, 1, 2, 0, 1].iter().sum::<usize>() as f64 / 32.0;

@@ -1,4 +1,4 @@
-//! KVzap-style scorers: the target's own hidden states tell its scores, layer by layer.
+//! KVzap-style scorers: scores from the target's own hidden states, layer by layer.
 //!
 //! The learned competitor of a mapper. A scorer per layer reads what the layer's attention reads, and predicts the log-odds of
 //! KVzip's scores of the layer's KV heads: a linear map, or a network with one hidden layer. It needs no second model, only
@@ -20,91 +20,125 @@ mod network;
 mod sample;
 mod store;
 
+use std::rc::Rc;
+
 use anyhow::{Context, Result, ensure};
+use pkv_core::Fingerprint;
 use pkv_lm::{LayerView, Tap};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 use tch::{Kind, Tensor};
 
-pub use fit::KvzapFit;
-pub use store::KvzapStore;
+use self::fit::KvzapFit;
+use self::sample::Sample;
+use self::store::KvzapStore;
+use super::method::{Method, Needs, Ready, Start, Watch};
+use super::training::Setup;
+use super::view::ContextView;
 
-/// Fitted scorers; those that were not asked for are absent.
-pub struct Kvzap {
-    linear: Option<Linear>,
-    mlp: Option<Mlp>,
+const LINEAR_NAME: MethodName = MethodName::of("kvzap-linear");
+const MLP_NAME: MethodName = MethodName::of("kvzap-mlp");
+
+pub const LINEAR: Method = Method {
+    name: LINEAR_NAME,
+    label: "KVzap-style, linear",
+    meaning: "ridge regression from the target's own hidden states, layer by layer; no proxy",
+    needs: Needs::PREFILL,
+    start: |setup| start(setup, LINEAR_NAME, |setup, _| KvzapFit::linear(setup.target.model)),
+};
+
+/// The same by a network with one hidden layer.
+pub const MLP: Method = Method {
+    name: MLP_NAME,
+    label: "KVzap-style, MLP",
+    meaning: "the same by a network with one hidden layer per layer of the target",
+    needs: Needs::PREFILL,
+    start: |setup| {
+        start(setup, MLP_NAME, |setup, n| {
+            KvzapFit::mlp(Sample::new(setup.target.model.shape(), n), setup.seed, setup.target.model.device())
+        })
+    },
+};
+
+/// The stored scorer, or one to be fitted and then stored.
+fn start<'a>(
+    setup: &Setup<'a>,
+    method: MethodName,
+    fit: impl Fn(&Setup<'a>, u64) -> KvzapFit,
+) -> Result<Start<'a>> {
+    let (contexts, prefix) = (setup.training.contexts(), setup.target.prefix.len());
+    let store = KvzapStore::open(setup.scorers, method, |methods| {
+        Fingerprint::new()
+            .with("methods", methods)
+            .with("labels", setup.training.labels.stage().fingerprint())
+            .with("contexts", contexts)
+            .with("pool", setup.pool)
+            .with("seed", setup.seed)
+    })?;
+    match store.load(setup.target.model.device()) {
+        Some((scorer, cost)) => scorer.ready(prefix, cost).start(),
+        None => Start::fit(fit(setup, contexts).stored(store, prefix)),
+    }
 }
 
-/// y = x W + b in every layer.
-struct Linear {
-    weight_lmh: Tensor,
-    bias_lh: Tensor,
+/// A fitted scorer of every layer.
+enum Scorer {
+    /// y = x W + b.
+    Linear { weight_lmh: Tensor, bias_lh: Tensor },
+    /// y = gelu(x U + a) D + b.
+    Mlp { up_lmw: Tensor, up_bias_l1w: Tensor, down_lwh: Tensor, down_bias_l1h: Tensor },
 }
 
-/// y = gelu(x U + a) D + b in every layer.
-struct Mlp {
-    up_lmw: Tensor,
-    up_bias_l1w: Tensor,
-    down_lwh: Tensor,
-    down_bias_l1h: Tensor,
-}
-
-impl Kvzap {
-    /// Scores by `method` of one layer's new tokens, f32 `[KV heads, s]`; nothing of a scorer that was not fitted.
+impl Scorer {
+    /// Scores of one layer's new tokens, f32 `[KV heads, s]`.
     ///
     /// `x_sm`: f32 `[s, hidden]`, what the layer's attention reads.
-    fn layer(&self, method: Method, layer: i64, x_sm: &Tensor) -> Option<Tensor> {
-        let y_sh = match method {
-            Method::KvzapLinear => {
-                let linear = self.linear.as_ref()?;
-                x_sm.matmul(&linear.weight_lmh.get(layer)) + linear.bias_lh.get(layer)
+    fn layer(&self, layer: i64, x_sm: &Tensor) -> Tensor {
+        let y_sh = match self {
+            Self::Linear { weight_lmh, bias_lh } => x_sm.matmul(&weight_lmh.get(layer)) + bias_lh.get(layer),
+            Self::Mlp { up_lmw, up_bias_l1w, down_lwh, down_bias_l1h } => {
+                let hidden = (x_sm.matmul(&up_lmw.get(layer)) + up_bias_l1w.get(layer)).gelu("none");
+                hidden.matmul(&down_lwh.get(layer)) + down_bias_l1h.get(layer)
             }
-            Method::KvzapMlp => {
-                let mlp = self.mlp.as_ref()?;
-                let hidden = (x_sm.matmul(&mlp.up_lmw.get(layer)) + mlp.up_bias_l1w.get(layer)).gelu("none");
-                hidden.matmul(&mlp.down_lwh.get(layer)) + mlp.down_bias_l1h.get(layer)
-            }
-            _ => return None,
         };
-        Some(y_sh.transpose(0, 1))
+        y_sh.transpose(0, 1)
+    }
+
+    /// Ready to score contexts after `prefix` tokens; it was fitted on `contexts` and `tokens`.
+    fn ready<'a>(self, prefix: usize, [contexts, tokens]: [usize; 2]) -> Ready<'a> {
+        let scorer = Rc::new(self);
+        let watch = move || KvzapWatch { scorer: scorer.clone(), prefix, layers: Vec::new() };
+        Ready::watches(watch).noted(Some(format!(
+            "from the target's hidden states; fitted by prefilling {contexts} training contexts, {tokens} tokens"
+        )))
     }
 }
 
 /// Scores a context while the target prefills it.
-pub struct KvzapTap<'a> {
-    kvzap: &'a Kvzap,
+struct KvzapWatch {
+    scorer: Rc<Scorer>,
+    /// Tokens of the chat template before the context, which have no scores.
     prefix: usize,
     /// Per layer the pieces of its scores, chunk by chunk.
-    linear: Vec<Vec<Tensor>>,
-    mlp: Vec<Vec<Tensor>>,
+    layers: Vec<Vec<Tensor>>,
 }
 
-impl<'a> KvzapTap<'a> {
-    /// `prefix`: tokens of the chat template before the context, which have no scores.
-    pub fn new(kvzap: &'a Kvzap, prefix: usize) -> Self {
-        Self { kvzap, prefix, linear: Vec::new(), mlp: Vec::new() }
-    }
-
-    /// Scores of the context by both scorers, f32 `[layers, KV heads, positions]`.
-    pub fn scores(self) -> KvzapScores {
-        let stack = |layers: Vec<Vec<Tensor>>| {
-            let layers: Vec<Tensor> = layers.iter().map(|pieces| Tensor::cat(pieces, 1)).collect();
-            (!layers.is_empty()).then(|| Tensor::stack(&layers, 0))
-        };
-        KvzapScores { linear_lht: stack(self.linear), mlp_lht: stack(self.mlp) }
-    }
-}
-
-impl Tap for KvzapTap<'_> {
+impl Tap for KvzapWatch {
     fn layer(&mut self, view: &LayerView) -> Result<()> {
         let Some(x_sm) = of_context(view, self.prefix) else { return Ok(()) };
-        for (method, into) in [(Method::KvzapLinear, &mut self.linear), (Method::KvzapMlp, &mut self.mlp)] {
-            let Some(piece_hs) = self.kvzap.layer(method, view.layer as i64, &x_sm) else { continue };
-            if into.len() <= view.layer {
-                into.push(Vec::new());
-            }
-            into.get_mut(view.layer).context("a layer came out of order")?.push(piece_hs);
+        if self.layers.len() <= view.layer {
+            self.layers.push(Vec::new());
         }
+        let pieces = self.layers.get_mut(view.layer).context("a layer came out of order")?;
+        pieces.push(self.scorer.layer(view.layer as i64, &x_sm));
         Ok(())
+    }
+}
+
+impl Watch for KvzapWatch {
+    fn scores(self: Box<Self>, _: &ContextView) -> Result<Tensor> {
+        ensure!(!self.layers.is_empty(), "the target's hidden states were not looked at");
+        let layers: Vec<Tensor> = self.layers.iter().map(|pieces| Tensor::cat(pieces, 1)).collect();
+        Ok(Tensor::stack(&layers, 0))
     }
 }
 
@@ -113,46 +147,4 @@ fn of_context(view: &LayerView, prefix: usize) -> Option<Tensor> {
     let skipped = prefix.saturating_sub(view.start) as i64;
     let n = view.normed_sm.size()[0] - skipped;
     (n > 0).then(|| view.normed_sm.narrow(0, skipped, n).to_kind(Kind::Float))
-}
-
-/// Scores of one context, f32 `[layers, KV heads, positions]`.
-#[derive(Default)]
-pub struct KvzapScores {
-    linear_lht: Option<Tensor>,
-    mlp_lht: Option<Tensor>,
-}
-
-impl KvzapScores {
-    /// # Errors
-    /// The scorer was not fitted, or the target's prefill was not looked at.
-    pub fn by(&self, method: Method) -> Result<Tensor> {
-        let scores = match method {
-            Method::KvzapLinear => self.linear_lht.as_ref(),
-            _ => self.mlp_lht.as_ref(),
-        };
-        Ok(scores.context("the target's hidden states were not looked at")?.shallow_clone())
-    }
-}
-
-/// Several taps on one forward.
-pub struct Several<'a>(pub Vec<&'a mut dyn Tap>);
-
-impl Tap for Several<'_> {
-    fn wants_lse(&self) -> bool {
-        self.0.iter().any(|tap| tap.wants_lse())
-    }
-
-    fn layer(&mut self, view: &LayerView) -> Result<()> {
-        self.0.iter_mut().try_for_each(|tap| tap.layer(view))
-    }
-}
-
-/// Labels of a context must be of the layers and positions that the target has.
-fn check(y_lht: &Tensor, layers: usize, positions: usize) -> Result<()> {
-    let size = y_lht.size();
-    ensure!(
-        size.len() == 3 && size[0] == layers as i64 && size[2] == positions as i64,
-        "labels are {size:?}, expected [{layers}, KV heads, {positions}]"
-    );
-    Ok(())
 }

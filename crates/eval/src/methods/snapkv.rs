@@ -2,14 +2,26 @@
 //!
 //! SnapKV (arXiv 2404.14469) scores the cache by the attention of an observation window at the end
 //! of the prompt. Here the question is not known when pruning, so the window is the context's own
-//! end. The queries are taken from the target's prefill by a [`QueryTail`].
+//! end. A [`QueryTail`] takes the queries from the target's prefill.
 //!
 //! Dimension key: h KV head, g query heads per KV head, q query head, w window query, d head_dim,
 //! k key attended to (prefix and context), t context position.
 
 use anyhow::{Result, ensure};
 use pkv_lm::{KvCache, LayerView, Tap};
+use pkv_recipe::MethodName;
 use tch::{Kind, Tensor};
+
+use super::method::{Method, Needs, Ready, Watch};
+use super::view::ContextView;
+
+pub const METHOD: Method = Method {
+    name: MethodName::SNAPKV,
+    label: "SnapKV",
+    meaning: "what the last tokens of the context attend to; the question is not known yet",
+    needs: Needs::PREFILL,
+    start: |_| Ready::watches(QueryTail::default).start(),
+};
 
 /// Queries of the observation window.
 const WINDOW: i64 = 32;
@@ -18,7 +30,7 @@ const POOL: i64 = 5;
 
 /// Keeps the last queries of every layer while a context is prefilled.
 #[derive(Default)]
-pub struct QueryTail {
+struct QueryTail {
     layers_qwd: Vec<Tensor>,
 }
 
@@ -42,6 +54,13 @@ impl Tap for QueryTail {
     }
 }
 
+impl Watch for QueryTail {
+    fn scores(self: Box<Self>, view: &ContextView) -> Result<Tensor> {
+        let (cache, prefix) = view.prefilled()?;
+        self.scores_of(cache, prefix)
+    }
+}
+
 impl QueryTail {
     /// SnapKV's scores from the queries kept and the keys of the cache that they were computed with.
     ///
@@ -51,7 +70,7 @@ impl QueryTail {
     ///
     /// # Errors
     /// Nothing was prefilled, or the cache holds no context.
-    pub fn scores(&self, cache: &KvCache, prefix: usize) -> Result<Tensor> {
+    fn scores_of(&self, cache: &KvCache, prefix: usize) -> Result<Tensor> {
         ensure!(!self.layers_qwd.is_empty(), "SnapKV needs a prefill to look at");
         let layers = self.layers_qwd.iter().enumerate();
         let scores =
@@ -75,8 +94,9 @@ impl QueryTail {
 /// The prefix leaves no context.
 ///
 /// # Source
-/// `presses/snapkv_press.py` in NVIDIA/kvpress 0.5.5. Differs: softmax in f32; window positions are
-/// ordered by recency instead of all scoring the maximum.
+/// `presses/snapkv_press.py` in NVIDIA/kvpress 0.5.5. Differs: the window is the paper's 32 queries, where
+/// kvpress has 64 by default; softmax in f32; window positions are ordered by recency instead of all
+/// scoring the maximum.
 fn window_scores(q_qwd: &Tensor, k_hkd: &Tensor, prefix: usize) -> Result<Tensor> {
     let (query_heads, window, head_dim) = q_qwd.size3()?;
     let (kv_heads, keys, _) = k_hkd.size3()?;

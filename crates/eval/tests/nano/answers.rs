@@ -11,7 +11,7 @@ use pkv_data::FactContext;
 use pkv_eval::{ANSWERS_FILE, evaluate};
 use pkv_lm::{Branches, NoTap};
 use pkv_prune::keep_mask;
-use pkv_recipe::{AnswerMatch, Method};
+use pkv_recipe::{AnswerMatch, MethodName};
 use pkv_score::Scorer;
 use tch::{Kind, Tensor};
 
@@ -23,7 +23,7 @@ type Answers = BTreeMap<(u32, u32, String), (String, bool)>;
 #[test]
 fn answers_equal_greedy_decoding_one_question_at_a_time() {
     let mut nano = Nano::new(2);
-    nano.section.methods = vec![Method::Kvzip, Method::StreamingLlm];
+    nano.section.methods = vec![MethodName::KVZIP, MethodName::of("streaming-llm")];
     nano.section.policies = vec![Policy::Pair];
     nano.section.tasks.truncate(1);
     let found = answers(&nano, "exact");

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use pkv_core::{Fingerprint, NoProgress, Policy, Seed};
 use pkv_eval::{Benchmark, BenchmarkResults, evaluate};
-use pkv_recipe::{Method, Task};
+use pkv_recipe::{MethodName, Task};
 use pkv_tasks::ruler::{Generator, RulerTask, Sources};
 use pkv_tasks::{Example, Metric, Turn};
 
@@ -42,7 +42,7 @@ fn conversation(index: usize) -> Example {
 #[test]
 fn benchmarks_are_answered_from_the_same_caches_and_continued() {
     let mut nano = Nano::new(2);
-    nano.section.methods = vec![Method::Kvzip, Method::Random];
+    nano.section.methods = vec![MethodName::KVZIP, MethodName::RANDOM];
     nano.section.policies = vec![Policy::Pair];
     nano.section.tasks = vec![Task::Ruler, Task::Scbench];
     let stages = nano.stages();
@@ -92,13 +92,13 @@ fn benchmarks_are_answered_from_the_same_caches_and_continued() {
     let (first, second) = (of("talk/silver lantern"), of("talk/old tower"));
     assert_eq!((first.questions, second.questions, first.cut), (2, 2, 2));
     for b in &results.benchmarks {
-        for method in [Method::Kvzip, Method::Random] {
+        for method in [MethodName::KVZIP, MethodName::RANDOM] {
             let whole = b.cell(method, Policy::Pair, 1.0).unwrap();
             assert_eq!(whole.score, b.full, "{}", b.task);
             assert!(whole.kl.mean < 1e-6 && whole.flips.mean == 0.0, "{}: {whole:?}", b.task);
         }
         let kl = |m, r| b.cell(m, Policy::Pair, r).unwrap().kl.mean;
-        assert!(kl(Method::Kvzip, 0.2) < kl(Method::Random, 0.2), "{}", b.task);
+        assert!(kl(MethodName::KVZIP, 0.2) < kl(MethodName::RANDOM, 0.2), "{}", b.task);
     }
     let tables = pkv_eval::table::all_tables(&results);
     assert!(

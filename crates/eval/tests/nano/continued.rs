@@ -2,14 +2,14 @@
 
 use pkv_core::{NoProgress, Policy};
 use pkv_eval::{ANSWERS_FILE, Results, evaluate};
-use pkv_recipe::Method;
+use pkv_recipe::MethodName;
 
 use crate::fixture::Nano;
 
 #[test]
 fn an_interrupted_evaluation_continues_and_ends_with_the_same_numbers() {
     let mut nano = Nano::new(3);
-    nano.section.methods = vec![Method::Kvzip, Method::HeadPrior, Method::Random];
+    nano.section.methods = vec![MethodName::KVZIP, MethodName::HEAD_PRIOR, MethodName::RANDOM];
     nano.section.policies = vec![Policy::Pair];
     let stages = nano.stages();
     let run =

@@ -2,7 +2,7 @@
 
 use pkv_core::{Hinted, NoProgress};
 use pkv_eval::evaluate;
-use pkv_recipe::{Method, Task};
+use pkv_recipe::{MethodName, Task};
 use pkv_shard::{LabelRow, StageReader};
 
 use crate::fixture::{Nano, store};
@@ -10,7 +10,7 @@ use crate::fixture::{Nano, store};
 #[test]
 fn shards_that_do_not_belong_together_are_refused_with_a_hint() {
     let mut nano = Nano::new(1);
-    nano.section.methods = vec![Method::Kvzip, Method::Mapper];
+    nano.section.methods = vec![MethodName::KVZIP, MethodName::MAPPER];
     nano.section.tasks = Vec::new();
     let labels: Vec<LabelRow> =
         StageReader::open(&nano.stage("labels")).unwrap().iter().collect::<Result<_, _>>().unwrap();
@@ -54,8 +54,19 @@ fn shards_that_do_not_belong_together_are_refused_with_a_hint() {
 fn facts_without_contexts_are_an_error() {
     let mut nano = Nano::new(1);
     nano.section.tasks = vec![Task::Facts];
-    nano.section.methods = vec![Method::Kvzip];
+    nano.section.methods = vec![MethodName::KVZIP];
     let stages = nano.stages();
     let error = evaluate(&nano.inputs(&stages, &[], &nano.stage("out")), &NoProgress).unwrap_err();
     assert_eq!(error.to_string(), "there is no context for the `facts` task");
+}
+
+#[test]
+fn an_unknown_method_is_refused_before_any_work() {
+    let mut nano = Nano::new(1);
+    nano.section.methods.push(MethodName::new("snapvk"));
+    let (stages, out) = (nano.stages(), nano.stage("out"));
+    let error = evaluate(&nano.inputs(&stages, &nano.contexts, &out), &NoProgress).unwrap_err();
+    assert_eq!(error.to_string(), "`eval.methods` names `snapvk`, which is no method");
+    assert!(error.downcast_ref::<Hinted>().unwrap().hint().starts_with("did you mean `snapkv`?"));
+    assert!(!out.exists());
 }

@@ -4,7 +4,7 @@ use pkv_core::{GlobalChannel, Source};
 
 use super::cost::{self, Decode, MapperCost, Repeat, decode, features, prefill, repeat};
 use super::{InferPlan, Machine, StagePlan, element_bytes, parameters};
-use crate::{ExtractSection, Method, ModelSection, Recipe, Task};
+use crate::{ExtractSection, ModelSection, Recipe, Task};
 
 /// Tokens that a chat template puts around a context or a question; models differ by a few dozen.
 const TEMPLATE_TOKENS: usize = 48;
@@ -278,7 +278,7 @@ pub fn eval(recipe: &Recipe, machine: &Machine, mapper: &MapperCost) -> StagePla
         let cache = (context * shape.kv_elements_per_token()) as f64 * width as f64;
         stage.moved_bytes += n * work.forwards as f64 * (weights + work.rows as f64 * cache);
         let own = (work.rows * work.new_tokens * shape.kv_elements_per_token()) as u64 * width;
-        let scores = (Method::ALL.len() * context * shape.total_kv_heads() * 4) as u64;
+        let scores = (section.methods.len() * context * shape.total_kv_heads() * 4) as u64;
         let attention = (work.rows * shape.query_heads * context * 4) as u64;
         stage.peak_bytes = stage.peak_bytes.max(weights as u64 + cache as u64 + own + scores + attention);
     }

@@ -63,6 +63,11 @@ const LEFT: f64 = 62.0;
 const LABEL_GAP: f64 = 15.0;
 
 impl LineChart {
+    /// `height`, or what as many labels below each other need.
+    pub fn height_for(labels: usize, height: f64) -> f64 {
+        height.max(TOP + BOTTOM + LABEL_GAP * labels as f64)
+    }
+
     /// The chart as an `<svg>` element.
     pub fn svg(&self) -> String {
         let mut out = String::new();

@@ -9,7 +9,7 @@ use pkv_eval::{
     MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults, RESULTS_VERSION, RankCell,
     Results, Timing, WorkedExample,
 };
-use pkv_recipe::{AnswerMatch, Method, Recipe};
+use pkv_recipe::{AnswerMatch, MethodName, Recipe};
 use serde_json::json;
 
 pub const RATIOS: [f64; 8] = [0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01];
@@ -18,29 +18,45 @@ const LAYERS: usize = 12;
 const KV_HEADS: usize = 3;
 
 /// Percent of KVzip's kept set found at `RATIOS`, and of questions answered at `ANSWER_RATIOS`.
-const MEASURED: [(Method, [f64; 8], [f64; 6]); 10] = [
-    (Method::Mapper, [94.1, 90.3, 88.0, 81.9, 81.8, 82.2, 75.6, 60.4], [99.8, 99.6, 97.9, 93.8, 78.1, 45.2]),
-    (Method::Kvzip, [100.0; 8], [100.0, 99.6, 98.3, 87.1, 67.5, 31.0]),
+const MEASURED: [(MethodName, [f64; 8], [f64; 6]); 10] = [
     (
-        Method::KvzipPooled,
+        MethodName::MAPPER,
+        [94.1, 90.3, 88.0, 81.9, 81.8, 82.2, 75.6, 60.4],
+        [99.8, 99.6, 97.9, 93.8, 78.1, 45.2],
+    ),
+    (MethodName::KVZIP, [100.0; 8], [100.0, 99.6, 98.3, 87.1, 67.5, 31.0]),
+    (
+        MethodName::of("kvzip-pooled"),
         [97.1, 95.0, 93.4, 92.1, 91.7, 90.8, 87.7, 79.9],
         [100.0, 99.6, 98.3, 92.9, 76.2, 43.3],
     ),
-    (Method::Linear, [92.8, 88.9, 86.5, 78.6, 78.8, 79.4, 72.9, 55.2], [99.8, 99.6, 95.8, 86.5, 67.3, 34.6]),
     (
-        Method::ProxyLinear,
+        MethodName::LINEAR,
+        [92.8, 88.9, 86.5, 78.6, 78.8, 79.4, 72.9, 55.2],
+        [99.8, 99.6, 95.8, 86.5, 67.3, 34.6],
+    ),
+    (
+        MethodName::of("proxy-linear"),
         [92.0, 88.0, 85.5, 76.4, 78.2, 78.4, 71.8, 54.0],
         [99.6, 99.2, 93.8, 74.8, 63.1, 31.7],
     ),
-    (Method::Iam, [87.3, 82.5, 79.5, 72.7, 73.0, 74.1, 67.4, 51.1], [99.4, 98.1, 87.3, 75.2, 60.6, 30.8]),
     (
-        Method::HeadPrior,
+        MethodName::of("iam"),
+        [87.3, 82.5, 79.5, 72.7, 73.0, 74.1, 67.4, 51.1],
+        [99.4, 98.1, 87.3, 75.2, 60.6, 30.8],
+    ),
+    (
+        MethodName::HEAD_PRIOR,
         [90.9, 87.0, 84.2, 72.5, 73.9, 74.6, 59.0, 32.0],
         [99.6, 98.5, 87.3, 70.0, 22.9, 3.5],
     ),
-    (Method::StreamingLlm, [52.1, 33.0, 23.4, 13.0, 7.1, 4.6, 3.2, 1.8], [9.6, 4.8, 2.7, 1.7, 1.0, 0.4]),
-    (Method::Snapkv, [66.0, 50.9, 42.3, 32.0, 24.4, 19.6, 15.7, 10.9], [6.9, 3.1, 2.1, 1.5, 0.8, 0.4]),
-    (Method::Random, [50.0, 30.0, 20.0, 9.9, 5.0, 3.0, 2.0, 1.0], [6.2, 1.7, 0.4, 0.0, 0.2, 0.4]),
+    (
+        MethodName::of("streaming-llm"),
+        [52.1, 33.0, 23.4, 13.0, 7.1, 4.6, 3.2, 1.8],
+        [9.6, 4.8, 2.7, 1.7, 1.0, 0.4],
+    ),
+    (MethodName::SNAPKV, [66.0, 50.9, 42.3, 32.0, 24.4, 19.6, 15.7, 10.9], [6.9, 3.1, 2.1, 1.5, 0.8, 0.4]),
+    (MethodName::RANDOM, [50.0, 30.0, 20.0, 9.9, 5.0, 3.0, 2.0, 1.0], [6.2, 1.7, 0.4, 0.0, 0.2, 0.4]),
 ];
 
 /// `x` a little off, the same on every machine.
@@ -79,7 +95,11 @@ pub fn results() -> Results {
         for (p, policy) in Policy::ALL.into_iter().enumerate() {
             for (i, ratio) in RATIOS.into_iter().enumerate() {
                 let recall = recall[i]
-                    - if method == Method::Kvzip { 0.0 } else { 3.0 * p as f64 * (1.0 - recall[i] / 110.0) };
+                    - if method == MethodName::KVZIP {
+                        0.0
+                    } else {
+                        3.0 * p as f64 * (1.0 - recall[i] / 110.0)
+                    };
                 labels.cells.push(LabelCell {
                     method,
                     policy,
@@ -136,7 +156,7 @@ pub fn results() -> Results {
         target: ModelName { name: "models/tiny-llama-target".to_owned(), layers: LAYERS, kv_heads: KV_HEADS },
         proxy: ModelName { name: "models/tiny-llama-proxy".to_owned(), layers: 6, kv_heads: 2 },
         notes: vec![MethodNote {
-            method: Method::ProxyLinear,
+            method: MethodName::of("proxy-linear"),
             note: "the features hold no reconstruction scores; from `max_all`".to_owned(),
         }],
         labels,
@@ -183,8 +203,8 @@ fn heads() -> HeadRecall {
         policy: Policy::Pair,
         ratio: 0.05,
         methods: vec![
-            MethodHeads { method: Method::Mapper, recall: recall(0.72), kept: kept.clone() },
-            MethodHeads { method: Method::HeadPrior, recall: recall(0.3), kept: Vec::new() },
+            MethodHeads { method: MethodName::MAPPER, recall: recall(0.72), kept: kept.clone() },
+            MethodHeads { method: MethodName::HEAD_PRIOR, recall: recall(0.3), kept: Vec::new() },
         ],
         kvzip_kept: kept,
     }
@@ -235,7 +255,7 @@ fn example() -> WorkedExample {
     let mut kept = Vec::new();
     for (k, (method, recall, _)) in MEASURED.into_iter().enumerate() {
         for (i, ratio) in ANSWER_RATIOS.into_iter().enumerate() {
-            let focus = if method == Method::Random { 0.0 } else { recall[i + 2] / 100.0 };
+            let focus = if method == MethodName::RANDOM { 0.0 } else { recall[i + 2] / 100.0 };
             let counts = (0..tokens.len())
                 .map(|t| {
                     let wanted = if in_fact(t) { 1.0 + 7.0 * focus } else { 0.9 };

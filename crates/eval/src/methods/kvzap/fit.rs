@@ -5,84 +5,92 @@
 //!
 //! Dimension key: as in [`super`].
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use pkv_core::Seed;
 use pkv_lm::{LanguageModel, LayerView, Tap};
-use pkv_recipe::Method;
 use tch::{Device, Kind, Tensor};
 
+use super::super::method::{Fit, Ready};
+use super::super::training::TrainingContext;
 use super::sample::Sample;
-use super::{Kvzap, Linear, check, network, of_context};
+use super::store::KvzapStore;
+use super::{Scorer, network, of_context};
 
 /// Penalty of the ridge regression, in units of one position.
 const PENALTY: f64 = 1.0;
 
-/// Scorers in the making.
+/// A scorer in the making.
 pub struct KvzapFit {
-    /// Sums over positions of x x^T and x y^T, x with a one behind it, f64; one pair per layer.
-    sums: Option<Vec<(Tensor, Tensor)>>,
-    sample: Option<Sample>,
-    seed: Seed,
+    learner: Learner,
     contexts: usize,
     tokens: usize,
 }
 
+enum Learner {
+    /// Sums over positions of x x^T and x y^T, x with a one appended, f64; one pair per layer.
+    Linear(Vec<(Tensor, Tensor)>),
+    Mlp {
+        sample: Sample,
+        seed: Seed,
+        device: Device,
+    },
+}
+
+/// A scorer in the making, and where it goes.
+pub struct StoredFit {
+    fit: KvzapFit,
+    store: KvzapStore,
+    prefix: usize,
+}
+
 impl KvzapFit {
-    /// For those of `methods` that are KVzap's, from `contexts` contexts; nothing if none is.
-    pub fn new(methods: &[Method], target: &LanguageModel, contexts: u64, seed: Seed) -> Option<Self> {
-        let wants = |m: Method| methods.contains(&m);
-        if !wants(Method::KvzapLinear) && !wants(Method::KvzapMlp) {
-            return None;
-        }
+    /// Of the linear scorer.
+    pub fn linear(target: &LanguageModel) -> Self {
         let shape = target.shape();
         let (wide, heads) = (shape.hidden as i64 + 1, shape.kv_heads as i64);
         let zeros = |size: [i64; 2]| Tensor::zeros(size, (Kind::Double, target.device()));
-        let sums = wants(Method::KvzapLinear)
-            .then(|| (0..shape.layers).map(|_| (zeros([wide, wide]), zeros([wide, heads]))).collect());
-        let sample = wants(Method::KvzapMlp).then(|| Sample::new(shape, contexts));
-        Some(Self { sums, sample, seed, contexts: 0, tokens: 0 })
+        let sums = (0..shape.layers).map(|_| (zeros([wide, wide]), zeros([wide, heads]))).collect();
+        Self { learner: Learner::Linear(sums), contexts: 0, tokens: 0 }
     }
 
-    /// Prefill a context behind `prefix` and learn from it.
-    ///
-    /// `y_lht`: log-odds of its labels, pooled or not, f32 `[layers, KV heads, positions]`.
-    ///
-    /// # Errors
-    /// The target cannot read it, or the labels are of another shape.
-    pub fn add(
-        &mut self,
-        target: &LanguageModel,
-        prefix: &[u32],
-        context: &[u32],
-        chunk_tokens: usize,
-        y_lht: &Tensor,
-    ) -> Result<()> {
-        check(y_lht, target.shape().layers, context.len())?;
-        let ids = [prefix, context].concat();
-        let mut cache = target.new_cache(ids.len());
-        let mut tap = FitTap { fit: self, prefix: prefix.len(), y_lht };
-        target.prefill_for_tap(&ids, &mut cache, chunk_tokens, &mut tap)?;
-        self.contexts += 1;
-        self.tokens += context.len();
-        Ok(())
+    /// Of the network, to be trained on `device`.
+    pub fn mlp(sample: Sample, seed: Seed, device: Device) -> Self {
+        Self { learner: Learner::Mlp { sample, seed, device }, contexts: 0, tokens: 0 }
     }
 
-    /// The scorers, and on how many contexts and tokens they were fitted.
-    ///
-    /// # Errors
-    /// Nothing was added, or a hidden state is not finite.
-    pub fn solve(self, device: Device) -> Result<(Kvzap, [usize; 2])> {
-        ensure!(self.contexts > 0, "no training context to fit KVzap-style scorers on");
-        let linear = self.sums.as_deref().map(solve).transpose()?;
-        let mlp = self.sample.map(|sample| network::train(&sample, self.seed, device)).transpose()?;
-        Ok((Kvzap { linear, mlp }, [self.contexts, self.tokens]))
+    /// Put the fitted scorer into `store`; contexts come after `prefix` tokens.
+    pub fn stored(self, store: KvzapStore, prefix: usize) -> StoredFit {
+        StoredFit { fit: self, store, prefix }
     }
 }
 
-struct FitTap<'a> {
-    fit: &'a mut KvzapFit,
+impl<'a> Fit<'a> for StoredFit {
+    fn tap<'t>(&'t mut self, context: &'t TrainingContext) -> Option<Box<dyn Tap + 't>> {
+        Some(Box::new(FitTap { learner: &mut self.fit.learner, prefix: self.prefix, y_ot: &context.y_ot }))
+    }
+
+    fn add(&mut self, context: &TrainingContext) -> Result<()> {
+        self.fit.contexts += 1;
+        self.fit.tokens += context.tokens.len();
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Result<Ready<'a>> {
+        let (prefix, cost) = (self.prefix, [self.fit.contexts, self.fit.tokens]);
+        let scorer = match &self.fit.learner {
+            Learner::Linear(sums) => solve(sums)?,
+            Learner::Mlp { sample, seed, device } => network::train(sample, *seed, *device)?,
+        };
+        self.store.save(&scorer, cost)?;
+        Ok(scorer.ready(prefix, cost))
+    }
+}
+
+struct FitTap<'t> {
+    learner: &'t mut Learner,
     prefix: usize,
-    y_lht: &'a Tensor,
+    /// Layers times KV heads.
+    y_ot: &'t Tensor,
 }
 
 impl Tap for FitTap<'_> {
@@ -90,24 +98,28 @@ impl Tap for FitTap<'_> {
         let Some(x_sm) = of_context(view, self.prefix) else { return Ok(()) };
         let n = x_sm.size()[0];
         let first = view.start.max(self.prefix) - self.prefix;
-        let y_sh = self.y_lht.get(view.layer as i64).narrow(1, first as i64, n).transpose(0, 1);
-        if let Some(sums) = &mut self.fit.sums {
-            let (xx, xy) = sums.get_mut(view.layer).context("a layer that the target does not have")?;
-            let ones = Tensor::ones([n, 1], (Kind::Float, x_sm.device()));
-            let x = Tensor::cat(&[&x_sm, &ones], 1).to_kind(Kind::Double);
-            *xx += x.transpose(0, 1).matmul(&x);
-            *xy += x.transpose(0, 1).matmul(&y_sh.to_kind(Kind::Double));
+        let heads = view.k_hkd.size()[0];
+        let y_ht = self.y_ot.narrow(0, view.layer as i64 * heads, heads);
+        let y_sh = y_ht.narrow(1, first as i64, n).transpose(0, 1);
+        match self.learner {
+            Learner::Linear(sums) => {
+                let (xx, xy) = sums.get_mut(view.layer).context("a layer that the target does not have")?;
+                let ones = Tensor::ones([n, 1], (Kind::Float, x_sm.device()));
+                let x = Tensor::cat(&[&x_sm, &ones], 1).to_kind(Kind::Double);
+                *xx += x.transpose(0, 1).matmul(&x);
+                *xy += x.transpose(0, 1).matmul(&y_sh.to_kind(Kind::Double));
+                Ok(())
+            }
+            Learner::Mlp { sample, .. } => {
+                let of = first..first + n as usize;
+                sample.add(view.layer, of, self.y_ot.size()[1] as usize, &x_sm, &y_sh)
+            }
         }
-        if let Some(sample) = &mut self.fit.sample {
-            let of = first..first + n as usize;
-            sample.add(view.layer, of, self.y_lht.size()[2] as usize, &x_sm, &y_sh)?;
-        }
-        Ok(())
     }
 }
 
 /// Ridge regression of every layer; the intercept is not penalized.
-fn solve(sums: &[(Tensor, Tensor)]) -> Result<Linear> {
+fn solve(sums: &[(Tensor, Tensor)]) -> Result<Scorer> {
     let (mut weights, mut biases) = (Vec::new(), Vec::new());
     for (layer, (xx, xy)) in sums.iter().enumerate() {
         let m = xx.size()[0] - 1;
@@ -125,7 +137,7 @@ fn solve(sums: &[(Tensor, Tensor)]) -> Result<Linear> {
         weights.push(solution.narrow(0, 0, m));
         biases.push(solution.get(m));
     }
-    Ok(Linear { weight_lmh: Tensor::stack(&weights, 0), bias_lh: Tensor::stack(&biases, 0) })
+    Ok(Scorer::Linear { weight_lmh: Tensor::stack(&weights, 0), bias_lh: Tensor::stack(&biases, 0) })
 }
 
 #[cfg(test)]
@@ -145,7 +157,9 @@ mod tests {
             Tensor::cat(&[&x, &Tensor::ones([50, 1], (Kind::Float, Device::Cpu))], 1).to_kind(Kind::Double);
         let xx = with_one.transpose(0, 1).matmul(&with_one);
         let xy = with_one.transpose(0, 1).matmul(&y.to_kind(Kind::Double));
-        let linear = solve(&[(xx.copy(), xy.copy())]).unwrap();
+        let Scorer::Linear { weight_lmh, bias_lh } = solve(&[(xx.copy(), xy.copy())]).unwrap() else {
+            panic!("not the linear scorer")
+        };
         let mut a: Vec<Vec<f64>> = Vec::try_from(&Tensor::cat(&[xx, xy], 1)).unwrap();
         (0..4).for_each(|i| a[i][i] += PENALTY);
         for pivot in 0..5 {
@@ -158,8 +172,8 @@ mod tests {
         for (i, row) in a.iter().enumerate() {
             for h in 0..2 {
                 let got = match i {
-                    4 => linear.bias_lh.double_value(&[0, h]),
-                    _ => linear.weight_lmh.double_value(&[0, i as i64, h]),
+                    4 => bias_lh.double_value(&[0, h]),
+                    _ => weight_lmh.double_value(&[0, i as i64, h]),
                 };
                 assert!((got - row[5 + h as usize]).abs() < 1e-5, "{i} {h}: {got}, {}", row[5 + h as usize]);
             }

@@ -1,4 +1,4 @@
-//! Training KVzap-style networks: one per layer, several layers in a step, none of which feels another.
+//! Training KVzap-style networks: one per layer, several layers in a step, whose gradients are independent.
 //!
 //! Dimension key: as in [`super`]; n sampled position, b batch.
 
@@ -7,7 +7,7 @@ use pkv_core::Seed;
 use pkv_gpu::{AdamW, AdamWOptions, drop_gradients};
 use tch::{Device, Kind, Tensor};
 
-use super::Mlp;
+use super::Scorer;
 use super::sample::Sample;
 
 /// Hidden units.
@@ -23,7 +23,7 @@ const GROUP_BYTES: i64 = 4 << 30;
 ///
 /// # Errors
 /// Nothing was sampled, or a hidden state is not finite.
-pub fn train(sample: &Sample, seed: Seed, device: Device) -> Result<Mlp> {
+pub fn train(sample: &Sample, seed: Seed, device: Device) -> Result<Scorer> {
     ensure!(sample.rows() > 0, "no position was sampled");
     let width = sample.tensors(0..1, Device::Cpu).0.size()[2];
     let group = (GROUP_BYTES / (4 * sample.rows() * width)).clamp(1, sample.layers() as i64) as usize;
@@ -36,7 +36,7 @@ pub fn train(sample: &Sample, seed: Seed, device: Device) -> Result<Mlp> {
         }
     }
     let [up_lmw, up_bias_l1w, down_lwh, down_bias_l1h] = parts.map(|layers| Tensor::cat(&layers, 0));
-    Ok(Mlp { up_lmw, up_bias_l1w, down_lwh, down_bias_l1h })
+    Ok(Scorer::Mlp { up_lmw, up_bias_l1w, down_lwh, down_bias_l1h })
 }
 
 /// Weights and biases of the layers from `first` on.
@@ -108,9 +108,6 @@ fn clip_by_layer(params: &[Tensor]) {
 
 #[cfg(test)]
 mod tests {
-    use pkv_recipe::Method;
-
-    use super::super::Kvzap;
     use super::*;
 
     fn random(size: &[i64]) -> Tensor {
@@ -138,14 +135,12 @@ mod tests {
         let _no_grad = tch::no_grad_guard();
         tch::manual_seed(2);
         let mlp = train(&sample(4096, 6, 2), Seed(3), Device::Cpu).unwrap();
-        let kvzap = Kvzap { linear: None, mlp: Some(mlp) };
         for l in 0..2 {
             let x = random(&[500, 6]);
             let y = truth(&x, l).squeeze_dim(1);
-            let got = kvzap.layer(Method::KvzapMlp, l as i64, &x).unwrap().squeeze_dim(0);
+            let got = mlp.layer(l as i64, &x).squeeze_dim(0);
             let unexplained = ((got - &y).square().mean(None) / y.var(false)).double_value(&[]);
             assert!(unexplained < 0.1, "layer {l}: {unexplained}");
-            assert!(kvzap.layer(Method::KvzapLinear, l as i64, &x).is_none());
         }
     }
 

@@ -8,15 +8,66 @@
 //! Dimension key: p proxy KV head, o target KV head, n sampled position, u quantile, t position.
 
 use anyhow::{Result, ensure};
+use pkv_core::Channel;
 use pkv_prune::metrics::average_ranks;
+use pkv_recipe::MethodName;
 use tch::{Device, Kind, Tensor};
+
+use super::method::{Fit, Method, Needs, Ready, Start};
+use super::proxy_linear::{channel_name, opinion};
+use super::training::TrainingContext;
+
+pub const METHOD: Method = Method {
+    name: MethodName::of("iam"),
+    label: "IAM-style",
+    meaning: "each KV head of the target takes the scores of the proxy's KV head that it matches best",
+    needs: Needs::FEATURES,
+    start: |setup| {
+        let (slot, channel) = opinion(setup.channels)?;
+        let per_context = ALIGNED_POSITIONS / setup.training.contexts().max(1) as i64 + 1;
+        Start::fit(Sample { slot: slot as i64, channel, per_context, x: Vec::new(), y: Vec::new() })
+    },
+};
+
+/// Positions that heads are aligned on.
+const ALIGNED_POSITIONS: i64 = 65_536;
 
 /// Quantiles that the two distributions are matched at.
 const QUANTILES: i64 = 1025;
 
+/// Evenly spaced positions of every training context: one channel of the features, and the labels.
+struct Sample {
+    slot: i64,
+    channel: Channel,
+    per_context: i64,
+    x: Vec<Tensor>,
+    y: Vec<Tensor>,
+}
+
+impl<'a> Fit<'a> for Sample {
+    fn add(&mut self, context: &TrainingContext) -> Result<()> {
+        let x_pt = context.features.heads_pct.select(1, self.slot);
+        let positions = x_pt.size()[1];
+        let step = (positions / self.per_context).max(1);
+        let pick = |values: &Tensor| values.slice(1, 0, positions, step).to_device(Device::Cpu);
+        self.x.push(pick(&x_pt));
+        self.y.push(pick(&context.y_ot));
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Result<Ready<'a>> {
+        let fitted = Alignment::fit(&Tensor::cat(&self.x, 1), &Tensor::cat(&self.y, 1))?;
+        let (slot, note) =
+            (self.slot, format!("heads matched by the proxy's {}", channel_name(self.channel)));
+        let score =
+            move |heads_pct: &Tensor| fitted.to_device(heads_pct.device()).scores(&heads_pct.select(1, slot));
+        Ok(Ready::scores(move |view| Ok(score(&view.features()?.heads_pct))).noted(Some(note)))
+    }
+}
+
 /// Which proxy head each target head takes, and how its values become scores.
 #[derive(Debug)]
-pub struct Alignment {
+struct Alignment {
     /// i64 [o].
     head_o: Tensor,
     /// f32 [o, u], ascending: quantiles of the chosen proxy head's channel.
@@ -34,7 +85,7 @@ impl Alignment {
     ///
     /// # Errors
     /// The samples differ in number, or there are fewer than two.
-    pub fn fit(x_pn: &Tensor, y_on: &Tensor) -> Result<Self> {
+    fn fit(x_pn: &Tensor, y_on: &Tensor) -> Result<Self> {
         let (n, n_labels) = (x_pn.size()[1], y_on.size()[1]);
         ensure!(n == n_labels && n > 1, "cannot align heads on {n} features and {n_labels} labels");
         let correlation_op = standard_ranks(y_on)?.matmul(&standard_ranks(x_pn)?.transpose(0, 1));
@@ -50,7 +101,7 @@ impl Alignment {
     }
 
     /// The same alignment on another device.
-    pub fn to_device(&self, device: Device) -> Self {
+    fn to_device(&self, device: Device) -> Self {
         Self {
             head_o: self.head_o.to_device(device),
             from_ou: self.from_ou.to_device(device),
@@ -63,7 +114,7 @@ impl Alignment {
     /// # Shapes
     /// - `x_pt`: `[proxy heads, positions]`, the channel that was fitted, on the alignment's device
     /// - returns `[target heads, positions]`, f32
-    pub fn scores(&self, x_pt: &Tensor) -> Tensor {
+    fn scores(&self, x_pt: &Tensor) -> Tensor {
         let x_ot = x_pt.to_kind(Kind::Float).index_select(0, &self.head_o).contiguous();
         let above_ot =
             x_ot.searchsorted::<Tensor>(&self.from_ou, false, false, "left", None).clamp(1, QUANTILES - 1);

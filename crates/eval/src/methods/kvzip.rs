@@ -1,0 +1,26 @@
+//! KVzip's own scores: the oracle, raw and pooled.
+
+use pkv_prune::{log_odds, pool_targets};
+use pkv_recipe::MethodName;
+
+use super::method::{Method, Needs, Ready};
+
+pub const RAW: Method = Method {
+    name: MethodName::KVZIP,
+    label: "KVzip",
+    meaning: "the oracle: the target repeats its context and shows what it looked at; this is what the mapper learnt from",
+    needs: Needs::LABELS,
+    start: |_| Ready::scores(|view| Ok(view.labels()?.shallow_clone())).start(),
+};
+
+/// Span-pooled as the recipe trains on them.
+pub const POOLED: Method = Method {
+    name: MethodName::of("kvzip-pooled"),
+    label: "KVzip, pooled",
+    meaning: "the oracle's scores, each raised towards those of its neighbours",
+    needs: Needs::LABELS,
+    start: |setup| {
+        let pool = setup.pool;
+        Ready::scores(move |view| Ok(pool_targets(&log_odds(view.labels()?), &pool))).start()
+    },
+};

@@ -1,0 +1,136 @@
+//! What a method is: its entry in the registry, and the three steps from there to scores (start, fit, score).
+
+use anyhow::Result;
+use pkv_lm::Tap;
+use pkv_recipe::MethodName;
+use tch::Tensor;
+
+use super::training::{Setup, TrainingContext};
+use super::view::ContextView;
+
+/// A way to score KV pairs, as the registry has it.
+#[derive(Debug)]
+pub struct Method {
+    /// In recipes and files.
+    pub name: MethodName,
+    /// For readers of tables and charts.
+    pub label: &'static str,
+    /// What it does, in a sentence without its name.
+    pub meaning: &'static str,
+    pub needs: Needs,
+    /// Get ready to score, or to learn from the training contexts first.
+    ///
+    /// # Errors
+    /// What it needs cannot be had.
+    pub(crate) start: for<'a> fn(&Setup<'a>) -> Result<Start<'a>>,
+}
+
+impl Method {
+    /// Does it look at KVzip's own scores? They cost what a mapper avoids: such a method is compared with, not competed
+    /// with.
+    pub const fn is_oracle(&self) -> bool {
+        self.needs.labels
+    }
+}
+
+/// What must be computed of a context before a method can score it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// KVzip's scores.
+    pub labels: bool,
+    /// The features that the recipe names.
+    pub features: bool,
+    /// The target's prefill: its cache, and what a [`Watch`] sees on the way.
+    pub prefill: bool,
+}
+
+impl Needs {
+    pub const NOTHING: Self = Self { labels: false, features: false, prefill: false };
+    pub const LABELS: Self = Self { labels: true, ..Self::NOTHING };
+    pub const FEATURES: Self = Self { features: true, ..Self::NOTHING };
+    pub const PREFILL: Self = Self { prefill: true, ..Self::NOTHING };
+
+    pub const fn and(self, other: Self) -> Self {
+        Self {
+            labels: self.labels || other.labels,
+            features: self.features || other.features,
+            prefill: self.prefill || other.prefill,
+        }
+    }
+}
+
+/// A method that was asked for.
+pub(crate) enum Start<'a> {
+    Ready(Ready<'a>),
+    /// It learns from the training contexts first.
+    Fit(Box<dyn Fit<'a> + 'a>),
+}
+
+impl<'a> Start<'a> {
+    pub fn fit(fit: impl Fit<'a> + 'a) -> Result<Self> {
+        Ok(Self::Fit(Box::new(fit)))
+    }
+}
+
+/// A method that learns. Every training context is given once, first to [`Fit::tap`], then to [`Fit::add`].
+pub(crate) trait Fit<'a> {
+    /// Looks on while the target prefills the context; without one, the target does not.
+    fn tap<'t>(&'t mut self, _: &'t TrainingContext) -> Option<Box<dyn Tap + 't>> {
+        None
+    }
+
+    /// # Errors
+    /// The context does not have the shape of the others.
+    fn add(&mut self, context: &TrainingContext) -> Result<()>;
+
+    /// # Errors
+    /// There is no solution.
+    fn finish(self: Box<Self>) -> Result<Ready<'a>>;
+}
+
+/// A method that can score contexts.
+pub(crate) struct Ready<'a> {
+    pub scoring: Scoring<'a>,
+    /// What a reader of its results should know, such as what it was fitted on.
+    pub note: Option<String>,
+}
+
+/// From what there is once both models have read a context to its scores.
+type Score<'a> = dyn Fn(&ContextView) -> Result<Tensor> + 'a;
+/// One context's watch.
+type StartWatch<'a> = dyn Fn() -> Box<dyn Watch + 'a> + 'a;
+
+/// How a method scores a context: `[layers, KV heads, positions]` or `[heads, positions]`, higher means keep.
+pub(crate) enum Scoring<'a> {
+    /// After both models have read the context.
+    Afterwards(Box<Score<'a>>),
+    /// Beginning when the target does.
+    Watching(Box<StartWatch<'a>>),
+}
+
+/// Looks on while the target prefills one context, and scores it afterwards.
+///
+/// What it keeps should not grow with the context's queries: those of all positions are many times the cache.
+pub(crate) trait Watch: Tap {
+    /// # Errors
+    /// There was no prefill to look at.
+    fn scores(self: Box<Self>, view: &ContextView) -> Result<Tensor>;
+}
+
+impl<'a> Ready<'a> {
+    pub fn scores(score: impl Fn(&ContextView) -> Result<Tensor> + 'a) -> Self {
+        Self { scoring: Scoring::Afterwards(Box::new(score)), note: None }
+    }
+
+    pub fn watches<W: Watch + 'a>(watch: impl Fn() -> W + 'a) -> Self {
+        Self { scoring: Scoring::Watching(Box::new(move || Box::new(watch()))), note: None }
+    }
+
+    pub fn noted(self, note: Option<String>) -> Self {
+        Self { note, ..self }
+    }
+
+    pub fn start(self) -> Result<Start<'a>> {
+        Ok(Start::Ready(self))
+    }
+}

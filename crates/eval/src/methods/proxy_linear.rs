@@ -1,0 +1,70 @@
+//! Ridge regression from the proxy's own scores, and which channels those are.
+
+use anyhow::{Context, Result};
+use pkv_core::Channel;
+use pkv_recipe::MethodName;
+
+use super::method::{Method, Needs, Start};
+use super::ridge::RidgeFit;
+
+pub const METHOD: Method = Method {
+    name: MethodName::of("proxy-linear"),
+    label: "proxy scores, linear",
+    meaning: "ridge regression from the proxy's own scores",
+    needs: Needs::FEATURES,
+    start: |setup| {
+        let slots = proxy_slots(setup.channels)?;
+        let names: Vec<String> = slots.iter().map(|&s| channel_name(setup.channels[s])).collect();
+        let note = format!("ridge regression from the proxy's {}", names.join(", "));
+        Start::fit(RidgeFit::new(setup.mapper, Some(&slots))?.noted(note))
+    },
+};
+
+/// The channel that stands for the proxy's own opinion: its reconstruction, else its strongest attention.
+///
+/// # Errors
+/// There is no channel.
+pub fn opinion(channels: &[Channel]) -> Result<(usize, Channel)> {
+    let by_preference = [
+        Channel::ReconLogOdds,
+        Channel::ReconLog,
+        Channel::ReconMean,
+        Channel::MaxAll,
+        Channel::MaxWindow,
+        Channel::MeanAll,
+        Channel::MeanWindow,
+    ];
+    let found = by_preference.iter().find_map(|c| Some((channels.iter().position(|x| x == c)?, *c)));
+    let first = channels.first().map(|c| (0, *c));
+    found.or(first).context("the features have no channel")
+}
+
+/// All reconstruction channels, or the one that stands for the proxy's opinion without them.
+fn proxy_slots(channels: &[Channel]) -> Result<Vec<usize>> {
+    let recon: Vec<usize> =
+        channels.iter().enumerate().filter(|(_, c)| c.is_reconstruction()).map(|(i, _)| i).collect();
+    if recon.is_empty() { Ok(vec![opinion(channels)?.0]) } else { Ok(recon) }
+}
+
+/// A channel's name in recipes, in backticks.
+pub fn channel_name(channel: Channel) -> String {
+    let value = serde_json::to_value(channel).ok();
+    format!("`{}`", value.as_ref().and_then(|v| v.as_str()).unwrap_or("channel"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_proxy_speaks_through_its_reconstruction_or_its_strongest_attention() {
+        assert_eq!(opinion(&Channel::PREFILL).unwrap(), (0, Channel::MaxAll));
+        let all: Vec<Channel> = Channel::PREFILL.into_iter().chain(Channel::RECONSTRUCTION).collect();
+        assert_eq!(opinion(&all).unwrap(), (9, Channel::ReconLogOdds));
+        assert_eq!(proxy_slots(&all).unwrap(), [8, 9, 10]);
+        assert_eq!(proxy_slots(&[Channel::KeyNorm, Channel::MaxWindow]).unwrap(), [1]);
+        assert_eq!(proxy_slots(&[Channel::KeyNorm]).unwrap(), [0]);
+        assert!(opinion(&[]).is_err());
+        assert_eq!(channel_name(Channel::MaxAll), "`max_all`");
+    }
+}
