@@ -25,7 +25,7 @@ impl Hub {
             return Ok((self.model(name, revision, bases)?, None));
         }
         let choose = |present: &[String]| {
-            let wanted: Vec<_> = present.iter().filter(|f| local::is_model_file(f)).cloned().collect();
+            let wanted = local::model_files(present);
             for needed in ["config.json", "tokenizer.json"] {
                 ensure!(
                     wanted.iter().any(|f| f == needed),

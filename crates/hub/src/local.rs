@@ -11,7 +11,11 @@ use sha2::{Digest, Sha256};
 
 use crate::hash::{file_identity, hex};
 
+/// Weights in one file.
+const WHOLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
+/// The folder of further chat templates.
+const TEMPLATES: &str = "additional_chat_templates";
 
 /// The folder that `name` means: as it stands if absolute, else below the first of `bases` that has it.
 pub(crate) fn find(name: &str, bases: &[&Path]) -> Option<PathBuf> {
@@ -29,38 +33,75 @@ pub(crate) fn must_be_local(name: &str) -> bool {
     name.starts_with(['/', '.', '~']) || name.ends_with('/') || name.matches('/').count() > 1
 }
 
-/// Whether a file at the root of a model repository is one that `lm` reads.
+/// Whether a file of a model repository is one that `lm` reads.
+///
+/// `consolidated*.safetensors` are the same weights under other names; an adapter is no model.
 pub(crate) fn is_model_file(name: &str) -> bool {
-    const NAMES: [&str; 8] = [
+    const NAMES: [&str; 9] = [
         "config.json",
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
+        "added_tokens.json",
         "chat_template.json",
         "chat_template.jinja",
         INDEX,
     ];
-    // `consolidated*.safetensors` are the same weights under other names.
-    NAMES.contains(&name)
-        || name.ends_with(".safetensors") && !name.contains('/') && !name.starts_with("consolidated")
+    let template =
+        name.strip_prefix(TEMPLATES).is_some_and(|file| file.starts_with('/') && file.ends_with(".jinja"));
+    let weights = name.ends_with(".safetensors")
+        && !name.contains('/')
+        && !["consolidated", "adapter"].iter().any(|other| name.starts_with(other));
+    NAMES.contains(&name) || template || weights
+}
+
+/// The files of a model among `present`, all files of its repository.
+///
+/// Of two sets of weights `lm` reads the single file, as transformers does; the shards are left out then.
+pub(crate) fn model_files(present: &[String]) -> Vec<String> {
+    let whole = present.iter().any(|name| name == WHOLE);
+    let other_set = |name: &str| whole && (name == INDEX || name.ends_with(".safetensors") && name != WHOLE);
+    present.iter().filter(|name| is_model_file(name) && !other_set(name)).cloned().collect()
 }
 
 /// # Errors
-/// A file without which no model can be opened is absent; all absent ones are named.
+/// A file without which no model can be opened is absent; all absent ones are named. Or the folder holds an adapter.
 pub(crate) fn check_whole(folder: &Path, hint: &str) -> Result<()> {
+    let has = |name: &str| folder.join(name).is_file();
     let mut missing: BTreeSet<String> = ["config.json", "tokenizer.json"].map(String::from).into();
-    let index = folder.join(INDEX);
-    if index.is_file() {
-        missing.extend(shards(&index)?);
-    } else if !weights(folder)?.iter().any(|w| w.ends_with(".safetensors")) {
-        missing.insert("model.safetensors".into());
+    if has(WHOLE) || !has(INDEX) {
+        missing.insert(WHOLE.into());
+    } else {
+        missing.extend(shards(&folder.join(INDEX))?);
     }
-    missing.retain(|f| !folder.join(f).is_file());
+    let adapter = has("adapter_config.json") || has("adapter_model.safetensors");
+    if adapter && missing.contains(WHOLE) && !has(WHOLE) {
+        return Err(hinted(
+            format!("`{}` is no model but a LoRA adapter: it has no `{WHOLE}`", folder.display()),
+            "merge it into its base model first: `PeftModel.merge_and_unload()` of the Python package peft, then \
+             `save_pretrained` of model and tokenizer",
+        )
+        .into());
+    }
+    missing.retain(|f| !has(f));
     if missing.is_empty() {
         return Ok(());
     }
     let list: Vec<_> = missing.iter().map(|f| format!("`{f}`")).collect();
+    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].into_iter().find(|name| has(name));
+    let slow = ["tokenizer.model", "vocab.json"].into_iter().find(|name| has(name));
+    let hint = match (pickled, slow) {
+        (Some(name), _) if missing.contains(WHOLE) => {
+            format!(
+                "`{name}` is not read; load the model with transformers and `save_pretrained` it as safetensors"
+            )
+        }
+        (_, Some(name)) if missing.contains("tokenizer.json") => format!(
+            "`{name}` is not read; load the tokenizer with transformers and `save_pretrained` it, which writes `tokenizer.json`"
+        ),
+        _ => hint.to_owned(),
+    };
     Err(hinted(format!("model folder `{}` lacks {}", folder.display(), list.join(", ")), hint).into())
 }
 
@@ -69,19 +110,27 @@ pub(crate) fn check_whole(folder: &Path, hint: &str) -> Result<()> {
 /// Copies of a folder have the same revision, retrained weights another.
 pub(crate) fn revision(folder: &Path) -> Result<String> {
     let mut hash = Sha256::new();
-    for name in weights(folder)? {
+    for name in present(folder)? {
         hash.update(format!("{name} {}\n", file_identity(&folder.join(&name))?));
     }
     Ok(format!("local:{}", hex(&hash.finalize())))
 }
 
 /// Names of the model files in `folder`, sorted.
-fn weights(folder: &Path) -> Result<Vec<String>> {
-    let what = || format!("cannot list model folder `{}`", folder.display());
+fn present(folder: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
-    for entry in fs::read_dir(folder).with_context(what)? {
-        let name = entry.with_context(what)?.file_name();
-        names.extend(name.to_str().filter(|n| is_model_file(n)).map(String::from));
+    for below in ["", TEMPLATES] {
+        let folder = folder.join(below);
+        if !folder.is_dir() {
+            continue;
+        }
+        let what = || format!("cannot list model folder `{}`", folder.display());
+        for entry in fs::read_dir(&folder).with_context(what)? {
+            let name = entry.with_context(what)?.file_name();
+            let name =
+                name.to_str().map(|n| if below.is_empty() { n.to_owned() } else { format!("{below}/{n}") });
+            names.extend(name.filter(|n| is_model_file(n)));
+        }
     }
     names.sort();
     Ok(names)
@@ -115,10 +164,19 @@ mod tests {
 
     #[test]
     fn only_what_lm_reads_is_downloaded() {
-        for name in ["config.json", "model-00001-of-00004.safetensors", "model.safetensors", INDEX] {
+        for name in [
+            "config.json",
+            "added_tokens.json",
+            "additional_chat_templates/rag.jinja",
+            "model-00001-of-00004.safetensors",
+            WHOLE,
+            INDEX,
+        ] {
             assert!(is_model_file(name), "{name}");
         }
         for name in [
+            "additional_chat_templates/README.md",
+            "adapter_model.safetensors",
             "original/consolidated.00.pth",
             "consolidated.safetensors",
             "onnx/model.safetensors",
@@ -126,6 +184,44 @@ mod tests {
         ] {
             assert!(!is_model_file(name), "{name}");
         }
+    }
+
+    #[test]
+    fn of_two_sets_of_weights_the_single_file_is_downloaded() {
+        let listed = |names: &[&str]| model_files(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
+        let shards = ["config.json", INDEX, "model-00001-of-00002.safetensors", "original/a.safetensors"];
+        assert_eq!(listed(&shards), shards[..3]);
+        assert_eq!(listed(&[&shards[..], &[WHOLE]].concat()), ["config.json", WHOLE]);
+    }
+
+    #[test]
+    fn a_folder_that_is_no_model_is_named_for_what_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |name: &str| fs::write(dir.path().join(name), "{}").unwrap();
+        let refused = || {
+            let error = check_whole(dir.path(), "fetch it").unwrap_err();
+            format!("{error:#}; {}", error.downcast_ref::<pkv_core::Hinted>().unwrap().hint())
+        };
+        put("consolidated.safetensors");
+        let text = refused();
+        assert!(
+            text.contains("lacks `config.json`, `model.safetensors`, `tokenizer.json`; fetch it"),
+            "{text}"
+        );
+        put("config.json");
+        put("pytorch_model.bin");
+        assert!(refused().contains("`pytorch_model.bin` is not read"), "{}", refused());
+        put("adapter_config.json");
+        put("adapter_model.safetensors");
+        assert!(refused().contains("a LoRA adapter") && refused().contains("merge it"), "{}", refused());
+        put(WHOLE);
+        put("vocab.json");
+        assert!(refused().contains("lacks `tokenizer.json`; `vocab.json` is not read"), "{}", refused());
+        put("tokenizer.json");
+        check_whole(dir.path(), "").unwrap();
+        fs::remove_file(dir.path().join(WHOLE)).unwrap();
+        fs::remove_file(dir.path().join("adapter_config.json")).unwrap();
+        assert!(refused().contains("a LoRA adapter"), "{}", refused());
     }
 
     #[test]

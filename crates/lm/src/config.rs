@@ -40,7 +40,9 @@ pub struct LmConfig {
     pub output_bias: bool,
     /// Queries and keys are normalized per head before rotary.
     pub qk_norm: bool,
-    /// The embedding matrix is also the output matrix.
+    /// The embedding matrix is also the output matrix: `tie_word_embeddings`, false where it is absent, as in
+    /// transformers' configurations of these families. [`crate::LanguageModel::load`] may find that the weights say
+    /// otherwise.
     pub tied_head: bool,
     /// Positions the checkpoint was made for; longer contexts run, at the caller's risk.
     pub max_positions: usize,
@@ -175,12 +177,16 @@ pub(crate) fn token_ids(value: &Value) -> Vec<u32> {
     }
 }
 
+/// Wrappers that write their own class for that of the model within.
+const WRAPPERS: [&str; 4] =
+    ["OptimizedModule", "FullyShardedDataParallel", "DistributedDataParallel", "DeepSpeedEngine"];
+
 fn family(keys: &Keys) -> Result<Family> {
     let model_type = keys.present("model_type").and_then(Value::as_str).unwrap_or("");
-    let (family, class) = match model_type {
-        "llama" => (Family::Llama, "LlamaForCausalLM"),
-        "qwen2" => (Family::Qwen2, "Qwen2ForCausalLM"),
-        "qwen3" => (Family::Qwen3, "Qwen3ForCausalLM"),
+    let family = match model_type {
+        "llama" => Family::Llama,
+        "qwen2" => Family::Qwen2,
+        "qwen3" => Family::Qwen3,
         "" => return Err(unsupported("a configuration without `model_type`").into()),
         other if other.contains("moe") || other == "mixtral" => {
             return Err(unsupported(format!("mixture of experts (`model_type` `{other}`)")).into());
@@ -192,8 +198,10 @@ fn family(keys: &Keys) -> Result<Family> {
         .and_then(Value::as_array)
         .map(|names| names.iter().filter_map(Value::as_str).collect())
         .unwrap_or_default();
-    // A classifier or reward model has the same model_type, and no language head.
-    if !classes.is_empty() && !classes.contains(&class) {
+    // `model_type` decides, as in transformers: training wrappers write their own names (`FSDPLlamaForCausalLM`).
+    // But a classifier, reward or embedding model has the same model_type, and no language head.
+    let language = |name: &&str| name.ends_with("ForCausalLM") || WRAPPERS.contains(name);
+    if !classes.is_empty() && !classes.iter().any(language) {
         return Err(unsupported(format!("architecture `{}` of `{model_type}`", classes.join(", "))).into());
     }
     Ok(family)

@@ -20,7 +20,7 @@ use crate::config::LmConfig;
 use crate::layer::{Layer, rms_norm};
 use crate::rope::Rope;
 use crate::tap::{LayerView, Tap};
-use crate::weights::{self, Places};
+use crate::weights::{Checkpoint, EMBEDDING, HEAD, Places};
 
 /// A target or proxy, loaded onto one device in one kind.
 #[derive(Debug)]
@@ -47,14 +47,21 @@ impl LanguageModel {
     /// or the device has too little memory.
     pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
         let begun = Instant::now();
-        let config = LmConfig::from_folder(folder)?;
+        let mut config = LmConfig::from_folder(folder)?;
+        let checkpoint = Checkpoint::open(folder)?;
+        config.tied_head = is_tied(&config, &checkpoint, folder)?;
         let mut model = Self::empty(config, device, kind)
             .with_context(|| format!("making room for the model of `{}` on {device:?}", folder.display()))?;
+        let mut places = model.places();
         let tied = model.config.tied_head;
+        if tied && !checkpoint.holds(EMBEDDING) && checkpoint.holds(HEAD) {
+            // The one matrix may be stored under either name.
+            let matrix = places.remove(EMBEDDING).expect("every model has an embedding");
+            places.insert(HEAD.to_owned(), matrix);
+        }
         // Old exports store rotary frequencies; exports of tied models may repeat the embedding.
-        let ignored =
-            |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
-        weights::load(folder, model.places(), ignored)?;
+        let ignored = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD);
+        checkpoint.load(places, ignored)?;
         model.layers.iter_mut().for_each(Layer::finish);
         let secs = begun.elapsed().as_secs_f64();
         tracing::info!(folder = %folder.display(), shape = %model.shape(), ?kind, ?device, secs, "model loaded");
@@ -131,10 +138,10 @@ impl LanguageModel {
 
     fn places(&self) -> Places {
         let mut places = Places::new();
-        places.insert("model.embed_tokens.weight".to_owned(), self.embedding.shallow_clone());
+        places.insert(EMBEDDING.to_owned(), self.embedding.shallow_clone());
         places.insert("model.norm.weight".to_owned(), self.final_norm.shallow_clone());
         if !self.config.tied_head {
-            places.insert("lm_head.weight".to_owned(), self.head.shallow_clone());
+            places.insert(HEAD.to_owned(), self.head.shallow_clone());
         }
         for (index, layer) in self.layers.iter().enumerate() {
             layer.places(index, &mut places);
@@ -363,6 +370,24 @@ impl LanguageModel {
         cache.advance(s);
         Ok(hidden_sm)
     }
+}
+
+/// Whether the embedding is the output matrix too: `tie_word_embeddings`, unless the checkpoint holds both and they
+/// differ. Then transformers 5 does not tie them and warns (`PreTrainedModel.tie_weights`), and so does this.
+fn is_tied(config: &LmConfig, checkpoint: &Checkpoint, folder: &Path) -> Result<bool> {
+    let differ = config.tied_head
+        && checkpoint.holds(EMBEDDING)
+        && checkpoint.holds(HEAD)
+        && !checkpoint.equal(EMBEDDING, HEAD)?;
+    if differ {
+        tracing::warn!(
+            folder = %folder.display(),
+            "config.json says `tie_word_embeddings`, but the weights hold an lm_head.weight that differs from the \
+             embedding: they are not tied, lm_head.weight is used, as transformers 5 does. Set \
+             `tie_word_embeddings` to false if that is right"
+        );
+    }
+    Ok(config.tied_head && !differ)
 }
 
 /// The next prefill chunk of a context of `tokens` of which `done` are read: `size` tokens, or all that are left if those

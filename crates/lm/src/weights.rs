@@ -4,10 +4,11 @@
 //! every weight with `pread` through one staging buffer, so host memory stays at the buffer's size
 //! whatever the checkpoint's. Which names a model has is `model`'s business.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::{Hinted, hinted};
@@ -19,69 +20,162 @@ use tch::{Device, Kind, Tensor};
 /// 64 MiB: large enough that reads run at the disk's speed, small beside any model.
 const STAGING_BYTES: usize = 64 << 20;
 
+/// Two weights are compared in pieces of this size.
+const COMPARED_BYTES: usize = 4 << 20;
+
+/// The output matrix of a language model.
+pub(crate) const HEAD: &str = "lm_head.weight";
+/// Its input matrix.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// What wrappers write into the names of weights, and whose they are.
+const WRAPPERS: [(&str, &str); 5] = [
+    ("_orig_mod.", "torch.compile"),
+    ("_fsdp_wrapped_module.", "FSDP"),
+    ("_checkpoint_wrapped_module.", "activation checkpointing"),
+    ("base_model.model.", "PEFT"),
+    ("module.", "DataParallel or DeepSpeed"),
+];
+
 /// Headers of real checkpoints are below 1 MiB; a larger one is damage.
 const MAX_HEADER_BYTES: u64 = 100 << 20;
 
 /// Where each weight goes: its name in the checkpoint and a contiguous view that receives it.
 pub(crate) type Places = HashMap<String, Tensor>;
 
-/// Fill `places` from the safetensors files in `folder`.
-///
-/// Weights are converted to the kind of their place. Names for which `ignored` holds may be in the
-/// files without a place; any other surplus is refused, because it means that the configuration
-/// describes another model.
-///
-/// # Errors
-/// No weights in the folder; a file missing, truncated or with a damaged header; a weight missing,
-/// surplus, of another shape, or of a type that is not floating point.
-pub(crate) fn load(folder: &Path, places: Places, ignored: impl Fn(&str) -> bool) -> Result<()> {
-    load_through(STAGING_BYTES, folder, places, ignored)
+/// The safetensors files of a model folder, headers read and checked.
+pub(crate) struct Checkpoint {
+    folder: PathBuf,
+    shards: Vec<Shard>,
 }
 
-fn load_through(
-    staging_bytes: usize,
-    folder: &Path,
-    mut places: Places,
-    ignored: impl Fn(&str) -> bool,
-) -> Result<()> {
-    let shards = shards(folder)?;
-    let largest = shards.iter().map(Shard::largest_tensor).max().unwrap_or(0);
-    // At least one element of the widest type.
-    let bytes = staging_bytes.min(largest).max(8);
-    let mut staging = Staging::new(bytes);
-    for shard in &shards {
-        // In file order: one sequential pass over each file.
-        for name in shard.header.offset_keys() {
-            if !shard.owns(&name) {
-                continue;
+impl Checkpoint {
+    /// Open `model.safetensors`, or without it the files that `model.safetensors.index.json` names: the order in which
+    /// transformers looks (`modeling_utils._get_resolved_checkpoint_files`). Other files are never weights.
+    ///
+    /// # Errors
+    /// No weights in the folder; a file missing, truncated or with a damaged header.
+    pub fn open(folder: &Path) -> Result<Self> {
+        Ok(Self { folder: folder.to_owned(), shards: shards(folder)? })
+    }
+
+    pub fn holds(&self, name: &str) -> bool {
+        self.find(name).is_some()
+    }
+
+    /// Whether two weights are stored as the same type, shape and bytes; `false` if one is absent.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn equal(&self, a: &str, b: &str) -> Result<bool> {
+        let (Some((file_a, a)), Some((file_b, b))) = (self.find(a), self.find(b)) else { return Ok(false) };
+        if (a.dtype, &a.shape) != (b.dtype, &b.shape) {
+            return Ok(false);
+        }
+        let mut buffers = [vec![0u8; COMPARED_BYTES], vec![0u8; COMPARED_BYTES]];
+        let len = a.data_offsets.1 - a.data_offsets.0;
+        for done in (0..len).step_by(COMPARED_BYTES) {
+            let n = COMPARED_BYTES.min(len - done);
+            for ((shard, info), buffer) in [(file_a, a), (file_b, b)].into_iter().zip(&mut buffers) {
+                shard.bytes(info, done, &mut buffer[..n])?;
             }
-            let info = shard.header.info(&name).expect("the name is from this header");
-            match places.remove(&name) {
-                Some(place) => shard
-                    .read(info, &place, &mut staging)
-                    .with_context(|| format!("reading weight `{name}` from `{}`", shard.path.display()))?,
-                None if ignored(&name) => {}
-                None => bail!(hinted(
-                    format!(
-                        "`{}` holds weight `{name}`, which config.json accounts for nowhere",
-                        shard.path.display()
-                    ),
-                    "config.json and the weights are of different models, or the model has parts that are not supported"
-                )),
+            if buffers[0][..n] != buffers[1][..n] {
+                return Ok(false);
             }
         }
+        Ok(true)
     }
-    if let Some(first) = places.keys().min() {
-        bail!(hinted(
+
+    /// Fill `places`.
+    ///
+    /// Weights are converted to the kind of their place. Names for which `ignored` holds may be in the
+    /// files without a place; any other surplus is refused, because it means that the configuration
+    /// describes another model.
+    ///
+    /// # Errors
+    /// A weight missing, surplus, in two files, of another shape, or of a type that is not floating point.
+    pub fn load(&self, places: Places, ignored: impl Fn(&str) -> bool) -> Result<()> {
+        self.load_through(STAGING_BYTES, places, ignored)
+    }
+
+    fn load_through(
+        &self,
+        staging_bytes: usize,
+        mut places: Places,
+        ignored: impl Fn(&str) -> bool,
+    ) -> Result<()> {
+        let largest = self.shards.iter().map(Shard::largest_tensor).max().unwrap_or(0);
+        // At least one element of the widest type.
+        let mut staging = Staging::new(staging_bytes.min(largest).max(8));
+        for shard in &self.shards {
+            shard.check_index(|name| places.contains_key(name))?;
+        }
+        let mut read = HashSet::new();
+        for shard in &self.shards {
+            // In file order: one sequential pass over each file.
+            for name in shard.header.offset_keys() {
+                if shard.is_elsewhere(&name) || ignored(&name) && !places.contains_key(&name) {
+                    continue;
+                }
+                let Some(place) = places.remove(&name) else {
+                    return Err(match read.contains(&name) {
+                        true => refetch(format!(
+                            "`{}` holds weight `{name}`, which another of the files holds too",
+                            shard.path.display()
+                        )),
+                        false => surplus(shard, &name, &places),
+                    }
+                    .into());
+                };
+                let info = shard.header.info(&name).expect("the name is from this header");
+                shard
+                    .read(info, &place, &mut staging)
+                    .with_context(|| format!("reading weight `{name}` from `{}`", shard.path.display()))?;
+                read.insert(name);
+            }
+        }
+        let Some(first) = places.keys().min() else { return Ok(()) };
+        let hint = match places.len() == 1 && first == HEAD {
+            true => {
+                "if the embedding is the output matrix too, config.json must say `\"tie_word_embeddings\": true`"
+            }
+            false => {
+                "config.json and the weights are of different models, or a shard was left out; download them again"
+            }
+        };
+        let others = match places.len() - 1 {
+            0 => "is missing".to_owned(),
+            n => format!("and {n} more are missing"),
+        };
+        let folder = self.folder.display();
+        bail!(hinted(format!("the weights in `{folder}` are incomplete: `{first}` {others}"), hint));
+    }
+
+    /// The file that holds a weight, and where it lies in it.
+    fn find(&self, name: &str) -> Option<(&Shard, &TensorInfo)> {
+        let holders = self.shards.iter().filter(|shard| !shard.is_elsewhere(name));
+        holders.filter_map(|shard| Some((shard, shard.header.info(name)?))).next()
+    }
+}
+
+/// The error for a weight that the model has no place for.
+fn surplus(shard: &Shard, name: &str, places: &Places) -> Hinted {
+    let path = shard.path.display();
+    let wrapper = WRAPPERS.iter().find(|(prefix, _)| {
+        name.contains(prefix) && places.keys().any(|place| name.replace(prefix, "").ends_with(place.as_str()))
+    });
+    match wrapper {
+        Some((prefix, by)) => hinted(
+            format!("`{path}` holds weight `{name}`: it was saved from a model wrapped by {by}"),
             format!(
-                "the weights in `{}` are incomplete: `{first}` and {} more are missing",
-                folder.display(),
-                places.len() - 1
+                "remove `{prefix}` from the weights' names, or save the wrapped model itself (`save_pretrained`)"
             ),
-            "config.json and the weights are of different models, or a shard was left out; download them again"
-        ));
+        ),
+        None => hinted(
+            format!("`{path}` holds weight `{name}`, which config.json accounts for nowhere"),
+            "config.json and the weights are of different models, or the model has parts that are not supported",
+        ),
     }
-    Ok(())
 }
 
 /// The buffer that files are read into and weights are copied from.
@@ -114,12 +208,12 @@ struct Shard {
     file: File,
     header: Metadata,
     data_start: u64,
-    /// The names that the index gives to this file; `None` without an index: all.
-    owned: Option<Vec<String>>,
+    /// The file in which the index places each weight; empty without an index.
+    index: Rc<HashMap<String, String>>,
 }
 
 impl Shard {
-    fn open(path: PathBuf, owned: Option<Vec<String>>) -> Result<Self> {
+    fn open(path: PathBuf, index: Rc<HashMap<String, String>>) -> Result<Self> {
         let reading = || format!("reading weights from `{}`", path.display());
         let file = File::open(&path).with_context(|| refetch(reading()))?;
         let found = file.metadata().with_context(reading)?.len();
@@ -134,19 +228,55 @@ impl Shard {
         );
         let mut text = vec![0u8; header_bytes as usize];
         file.read_exact_at(&mut text, 8).with_context(reading)?;
-        let header: Metadata = serde_json::from_slice(&text)
-            .with_context(|| damaged("its header is no valid safetensors header".to_owned()))?;
+        let header: Metadata = serde_json::from_slice(&text).with_context(|| match odd_note(&text) {
+            Some(note) => hinted(
+                format!("`{}`: `__metadata__` of its header holds {note}; expected text", path.display()),
+                "save the weights again with safetensors, every note in `metadata` as text",
+            ),
+            None => damaged("its header is no valid safetensors header".to_owned()),
+        })?;
         let data_start = 8 + header_bytes;
         let expected = data_start + header.data_len() as u64;
         ensure!(
             expected == found,
             damaged(format!("its header describes {expected} bytes, the file has {found}"))
         );
-        Ok(Self { path, file, header, data_start, owned })
+        Ok(Self { path, file, header, data_start, index })
     }
 
-    fn owns(&self, name: &str) -> bool {
-        self.owned.as_ref().is_none_or(|names| names.binary_search_by(|n| n.as_str().cmp(name)).is_ok())
+    fn name(&self) -> &str {
+        self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+    }
+
+    /// Whether the index places this weight in another file.
+    ///
+    /// A weight that the index leaves out is read where it is, as transformers does.
+    fn is_elsewhere(&self, name: &str) -> bool {
+        self.index.get(name).is_some_and(|file| file != self.name())
+    }
+
+    /// # Errors
+    /// A weight that is `needed` and that the index places here is not here. The index may list others that no file has,
+    /// such as the output matrix of a tied model.
+    fn check_index(&self, needed: impl Fn(&str) -> bool) -> Result<()> {
+        let ours = self.index.iter().filter(|(_, file)| *file == self.name()).map(|(name, _)| name);
+        let absent = ours.filter(|name| needed(name) && self.header.info(name).is_none()).min();
+        ensure!(
+            absent.is_none(),
+            refetch(format!(
+                "`{}` lacks weight `{}`, which the index places there",
+                self.path.display(),
+                absent.map_or("", String::as_str)
+            ))
+        );
+        Ok(())
+    }
+
+    /// Bytes of a weight from `start` of its data on.
+    fn bytes(&self, info: &TensorInfo, start: usize, into: &mut [u8]) -> Result<()> {
+        let offset = self.data_start + (info.data_offsets.0 + start) as u64;
+        let reading = || format!("reading weights from `{}`", self.path.display());
+        self.file.read_exact_at(into, offset).with_context(reading)
     }
 
     fn largest_tensor(&self) -> usize {
@@ -188,11 +318,24 @@ impl Shard {
     }
 }
 
+/// What `__metadata__` of a header holds besides texts, if it is that which makes the header invalid.
+fn odd_note(header: &[u8]) -> Option<String> {
+    let json: Value = serde_json::from_slice(header).ok()?;
+    match json.get("__metadata__")? {
+        Value::Object(notes) => {
+            notes.iter().find(|(_, note)| !note.is_string()).map(|(key, note)| format!("`{key}`: {note}"))
+        }
+        Value::Null => None,
+        other => Some(other.to_string()),
+    }
+}
+
 /// The weights' files: `model.safetensors`, or those that the index names.
 fn shards(folder: &Path) -> Result<Vec<Shard>> {
+    let whole = folder.join("model.safetensors");
     let index_path = folder.join("model.safetensors.index.json");
-    if !index_path.exists() {
-        return Ok(vec![Shard::open(folder.join("model.safetensors"), None)?]);
+    if whole.exists() || !index_path.exists() {
+        return Ok(vec![Shard::open(whole, Rc::default())?]);
     }
     let reading = || refetch(format!("reading the index of weights `{}`", index_path.display()));
     let text = std::fs::read_to_string(&index_path).with_context(reading)?;
@@ -202,7 +345,7 @@ fn shards(folder: &Path) -> Result<Vec<Shard>> {
         .and_then(Value::as_object)
         .context("`weight_map` is missing")
         .with_context(reading)?;
-    let mut by_file: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    let mut index = HashMap::new();
     for (weight, file) in map {
         let file =
             file.as_str().context("`weight_map` must map names to file names").with_context(reading)?;
@@ -210,25 +353,11 @@ fn shards(folder: &Path) -> Result<Vec<Shard>> {
             !file.contains(['/', '\\']),
             refetch(format!("`{}` names `{file}`, which is no plain file name", index_path.display()))
         );
-        by_file.entry(file).or_default().push(weight.clone());
+        index.insert(weight.clone(), file.to_owned());
     }
-    by_file
-        .into_iter()
-        .map(|(file, mut names)| {
-            names.sort();
-            let shard = Shard::open(folder.join(file), Some(names))?;
-            let absent = shard.owned.iter().flatten().find(|name| shard.header.info(name).is_none());
-            ensure!(
-                absent.is_none(),
-                refetch(format!(
-                    "`{}` lacks weight `{}`, which the index places there",
-                    shard.path.display(),
-                    absent.map_or("", String::as_str)
-                ))
-            );
-            Ok(shard)
-        })
-        .collect()
+    let index = Rc::new(index);
+    let files: BTreeSet<&String> = index.values().collect();
+    files.into_iter().map(|file| Shard::open(folder.join(file), Rc::clone(&index))).collect()
 }
 
 fn refetch(message: String) -> Hinted {
@@ -259,7 +388,7 @@ mod tests {
                 ("one".to_owned(), Tensor::zeros([1], cpu(Kind::Float))),
             ]);
             let kept: Places = places.iter().map(|(k, v)| (k.clone(), v.shallow_clone())).collect();
-            load_through(bytes, folder.path(), places, |_| false).unwrap();
+            Checkpoint::open(folder.path()).unwrap().load_through(bytes, places, |_| false).unwrap();
             for (name, expected) in named {
                 assert!(kept[name].equal(&expected.to_kind(Kind::Float)), "{name} through {bytes} bytes");
             }

@@ -183,9 +183,100 @@ fn weights_that_do_not_fit_the_configuration_are_named() {
     let old = rewritten(|tensors| {
         let name = "model.layers.0.self_attn.rotary_emb.inv_freq".to_owned();
         tensors.push((name, Tensor::ones([8], (Kind::Float, Device::Cpu))));
-        tensors.push(("lm_head.weight".to_owned(), Tensor::ones([4096, 64], (Kind::Float, Device::Cpu))));
+        let embedding =
+            tensors.iter().find(|(name, _)| name == "model.embed_tokens.weight").unwrap().1.copy();
+        tensors.push(("lm_head.weight".to_owned(), embedding));
     });
     assert_eq!(difference(&logits(&old.unwrap()), &logits(&load(&arch("arch-qwen2-bias")))), 0.0);
+}
+
+#[test]
+fn of_two_sets_of_weights_the_single_file_is_read() {
+    let folder = shard(&arch("arch-qwen2-bias"));
+    fs::copy(arch("arch-qwen2-bias").join("model.safetensors"), folder.path().join("model.safetensors"))
+        .unwrap();
+    fs::write(folder.path().join("model.safetensors.index.json"), "{").unwrap();
+    for other in ["consolidated.safetensors", "adapter_model.safetensors"] {
+        fs::write(folder.path().join(other), "damaged").unwrap();
+    }
+    assert_eq!(difference(&logits(&load(folder.path())), &logits(&load(&arch("arch-qwen2-bias")))), 0.0);
+}
+
+#[test]
+fn a_weight_that_two_files_hold_is_refused_unless_the_index_says_which() {
+    let folder = shard(&arch("arch-qwen2-bias"));
+    let index = folder.path().join("model.safetensors.index.json");
+    let norm = || Tensor::ones([64], (Kind::Float, Device::Cpu));
+    let home = read_json(&index)["weight_map"]["model.norm.weight"].as_str().unwrap().to_owned();
+    let other =
+        (1..=3).map(|i| format!("model-{i:05}-of-00003.safetensors")).find(|name| *name != home).unwrap();
+    let path = folder.path().join(other);
+    let mut tensors = Tensor::read_safetensors(&path).unwrap();
+    tensors.push(("model.norm.weight".to_owned(), norm()));
+    Tensor::write_safetensors(&tensors, &path).unwrap();
+    assert_eq!(difference(&logits(&load(folder.path())), &logits(&load(&arch("arch-qwen2-bias")))), 0.0);
+    edit_json(&index, |json| drop(json["weight_map"].as_object_mut().unwrap().remove("model.norm.weight")));
+    assert_error(
+        try_load(folder.path()),
+        &["weight `model.norm.weight`, which another of the files holds too"],
+    );
+}
+
+#[test]
+fn names_that_wrappers_write_are_named() {
+    for (prefix, by) in [
+        ("_orig_mod.", "torch.compile"),
+        ("module.", "DataParallel"),
+        ("base_model.model.", "PEFT"),
+        ("_fsdp_wrapped_module.", "FSDP"),
+    ] {
+        let folder = copy_of(&arch("arch-qwen2-bias"));
+        let named: Vec<(String, Tensor)> = weights(folder.path())
+            .into_iter()
+            .map(|(name, tensor)| (format!("{prefix}{name}"), tensor))
+            .collect();
+        Tensor::write_safetensors(&named, folder.path().join("model.safetensors")).unwrap();
+        assert_error(try_load(folder.path()), &["it was saved from a model wrapped by", by]);
+    }
+}
+
+#[test]
+fn the_model_type_decides_whatever_a_wrapper_calls_the_class() {
+    let folder = copy_of(&arch("arch-qwen2-bias"));
+    for class in ["FSDPQwen2ForCausalLM", "OptimizedModule", "Qwen2ForCausalLM"] {
+        edit_json(&folder.path().join("config.json"), |json| json["architectures"] = json!([class]));
+        try_load(folder.path()).unwrap();
+    }
+    for class in ["Qwen2Model", "Qwen2ForSequenceClassification", "Qwen2ForRewardModel"] {
+        edit_json(&folder.path().join("config.json"), |json| json["architectures"] = json!([class]));
+        assert_error(try_load(folder.path()), &[class]);
+    }
+}
+
+#[test]
+fn notes_in_the_header_that_are_no_texts_are_named() {
+    let folder = copy_of(&arch("arch-qwen2-bias"));
+    let path = folder.path().join("model.safetensors");
+    let whole = fs::read(&path).unwrap();
+    let len = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    for (notes, named) in [
+        (json!({"step": 7}), Some("`step`: 7")),
+        (json!([1]), Some("[1]")),
+        (Value::Null, None),
+        (json!({}), None),
+    ] {
+        let mut header: Value = serde_json::from_slice(&whole[8..8 + len]).unwrap();
+        header["__metadata__"] = notes;
+        let text = header.to_string();
+        let bytes = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &whole[8 + len..]].concat();
+        fs::write(&path, bytes).unwrap();
+        match named {
+            Some(named) => {
+                assert_error(try_load(folder.path()), &["`__metadata__` of its header holds", named])
+            }
+            None => drop(try_load(folder.path()).unwrap()),
+        }
+    }
 }
 
 #[test]
