@@ -1,11 +1,13 @@
 //! Text to token ids and back, and the fixed tokens around a user's text.
 //!
-//! `tokenizer.json` is the reference `tokenizers` crate's matter; this module adds what labels
-//! depend on: prefix, switch, stop tokens, and hashes that tell whether two models share a
-//! vocabulary.
+//! `tokenizer.json` is the reference `tokenizers` crate's matter, whether it can be used `checks`', and the tokens that
+//! other files add `special`'s; this module adds what labels depend on: prefix, switch, stop tokens, and hashes that
+//! tell whether two models share a vocabulary.
+
+mod checks;
+mod special;
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
@@ -14,7 +16,9 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::config::token_ids;
-use crate::template::{Frame, token_text};
+use crate::template::Frame;
+pub(crate) use special::SpecialTokens;
+use special::optional_json;
 
 /// A model's tokenizer with its chat template.
 pub struct TextTokenizer {
@@ -28,27 +32,21 @@ pub struct TextTokenizer {
 }
 
 impl TextTokenizer {
-    /// Open the tokenizer of a model folder: `tokenizer.json`, and where they are there
-    /// `tokenizer_config.json`, `chat_template.jinja`, `config.json`, `generation_config.json`.
+    /// Open the tokenizer of a model folder: `tokenizer.json`, and where they are there the files that add tokens and
+    /// chat templates (as transformers reads them), `config.json` and `generation_config.json`.
     ///
     /// # Errors
-    /// A file is missing or damaged, or the chat template cannot be used.
+    /// A file is missing or damaged, the tokenizer or the chat template cannot be used, or a token has no row in the
+    /// embedding.
     pub fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
-        let reading = || {
-            hinted(
-                format!("reading the tokenizer `{}`", path.display()),
-                "a model folder holds `tokenizer.json`; `proxykv-train fetch` downloads it",
-            )
-        };
-        let text = fs::read(&path).with_context(reading)?;
-        let mut tokenizer = Tokenizer::from_bytes(text).map_err(|e| anyhow!("{e}")).with_context(reading)?;
-        // Some exports keep the limits of the run that wrote them; every text is encoded whole here.
-        tokenizer.with_truncation(None).map_err(|e| anyhow!("{e}")).with_context(reading)?;
-        tokenizer.with_padding(None);
-
-        let config = optional_json(&folder.join("tokenizer_config.json"))?;
-        let frame = Frame::of_folder(folder, &config)?;
+        let mut tokenizer = checks::open(&folder.join("tokenizer.json"))?;
+        let special = SpecialTokens::read(folder)?;
+        special.add_to(&mut tokenizer);
+        let model = optional_json(&folder.join("config.json"))?;
+        if let Some(rows) = model.get("vocab_size").and_then(Value::as_u64) {
+            checks::check_ids(&tokenizer, rows, folder)?;
+        }
+        let frame = Frame::of_folder(folder, &special)?;
         let mut opened = Self {
             vocab_hash: vocab_hash(&tokenizer),
             template_hash: sha256_hex(format!("{}\u{1}{}", frame.prefix, frame.switch).as_bytes()),
@@ -61,7 +59,7 @@ impl TextTokenizer {
         opened.prefix = opened.encode(&frame.prefix)?;
         opened.switch = opened.encode(&frame.switch)?;
         opened.turn = frame.turn.map(|turn| opened.encode(&turn)).transpose()?;
-        opened.stop = opened.find_stop_tokens(folder, &config)?;
+        opened.stop = opened.find_stop_tokens(folder, &special)?;
         Ok(opened)
     }
 
@@ -77,7 +75,7 @@ impl TextTokenizer {
         self.tokenizer.decode(ids, false).map_err(|e| anyhow!("decoding {} tokens: {e}", ids.len()))
     }
 
-    /// Tokens of the chat template before the user's text; never evicted, empty without a template.
+    /// Tokens of the chat template before the user's text, or the bos token without a template; never evicted.
     pub fn prefix(&self) -> &[u32] {
         &self.prefix
     }
@@ -140,15 +138,14 @@ impl TextTokenizer {
     }
 
     /// End tokens of the configurations, and the token by which the chat template ends a turn.
-    fn find_stop_tokens(&self, folder: &Path, tokenizer_config: &Value) -> Result<Vec<u32>> {
+    fn find_stop_tokens(&self, folder: &Path, named: &SpecialTokens) -> Result<Vec<u32>> {
         let mut stop = BTreeSet::new();
         for name in ["config.json", "generation_config.json"] {
             let json = optional_json(&folder.join(name))?;
             stop.extend(json.get("eos_token_id").map(token_ids).unwrap_or_default());
         }
         for key in ["eos_token", "eot_token"] {
-            let text = tokenizer_config.get(key).and_then(token_text);
-            stop.extend(text.and_then(|text| self.tokenizer.token_to_id(text)));
+            stop.extend(named.text(key).and_then(|text| self.tokenizer.token_to_id(text)));
         }
         // A user's turn and the model's end alike: `<|eot_id|>`, `<|im_end|>`.
         let special = self.tokenizer.get_added_tokens_decoder();
@@ -156,15 +153,6 @@ impl TextTokenizer {
         stop.extend(turn_end);
         Ok(stop.into_iter().collect())
     }
-}
-
-/// A JSON file that need not be there: `null` then.
-fn optional_json(path: &Path) -> Result<Value> {
-    if !path.exists() {
-        return Ok(Value::Null);
-    }
-    let text = fs::read_to_string(path).with_context(|| format!("reading `{}`", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("parsing `{}`", path.display()))
 }
 
 fn sorted_vocab(tokenizer: &Tokenizer) -> BTreeSet<(u32, String)> {

@@ -2,6 +2,8 @@
 
 /// Masking equals eviction; batches equal single sequences.
 mod branches;
+/// Heads and ties, tokens and templates in every file of a folder, against transformers.
+mod folders;
 /// Chunks, taps, generation, refusals of the forward pass.
 mod forward;
 /// Logits of transformers' models: every branch of the configuration.

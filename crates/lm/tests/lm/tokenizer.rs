@@ -63,10 +63,13 @@ fn an_answer_ends_with_the_end_of_a_turn() {
 }
 
 #[test]
-fn without_a_template_the_switch_is_a_line_break() {
+fn without_a_template_the_context_begins_with_the_bos_token() {
     let folder = edited(|config| config["chat_template"] = Value::Null);
     let tokenizer = open(folder.path());
-    assert!(tokenizer.prefix().is_empty());
+    assert_eq!(tokenizer.prefix(), [0]);
+    let bare = edited(|config| *config = json!({"eos_token": "<|eot_id|>"}));
+    assert!(open(bare.path()).prefix().is_empty());
+    assert_ne!(tokenizer.template_hash(), open(bare.path()).template_hash());
     assert_eq!(tokenizer.decode(tokenizer.switch()).unwrap(), "\n");
     assert_ne!(tokenizer.template_hash(), open(&nano("target")).template_hash());
 }

@@ -1,0 +1,260 @@
+//! What Python gives to templates and minijinja lacks: how values print, methods of texts, `%`, JSON, dates.
+//!
+//! How large a result may be is `limits`' matter.
+
+use std::fmt::{self, Write};
+
+use minijinja::value::{Kwargs, Value as Jinja, ValueKind};
+use minijinja::{Error, ErrorKind, FormatStyle, State, format_filter};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use serde::Serialize;
+use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
+
+/// Write a value as Python's `str` does.
+pub(super) fn display(value: &Jinja, out: &mut dyn Write) -> fmt::Result {
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable | ValueKind::Map => repr(value, out, 0),
+        _ => write!(out, "{value}"),
+    }
+}
+
+/// As Python's `repr`, which `str` uses within lists and dicts.
+fn repr(value: &Jinja, out: &mut dyn Write, depth: usize) -> fmt::Result {
+    // Deeper values come from templates that are made to exhaust the stack.
+    if depth > 100 {
+        return Err(fmt::Error);
+    }
+    match value.kind() {
+        ValueKind::String => {
+            let text = value.as_str().unwrap_or_default();
+            let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+            out.write_char(quote)?;
+            for c in text.chars() {
+                match c {
+                    '\n' => out.write_str("\\n")?,
+                    '\r' => out.write_str("\\r")?,
+                    '\t' => out.write_str("\\t")?,
+                    '\\' => out.write_str("\\\\")?,
+                    c if c == quote => write!(out, "\\{c}")?,
+                    // The mark of a message stays whole, so that it is found again.
+                    c => out.write_char(c)?,
+                }
+            }
+            out.write_char(quote)
+        }
+        ValueKind::Seq | ValueKind::Iterable => {
+            out.write_char('[')?;
+            for (i, item) in value.try_iter().map_err(|_| fmt::Error)?.enumerate() {
+                if i > 0 {
+                    out.write_str(", ")?;
+                }
+                repr(&item, out, depth + 1)?;
+            }
+            out.write_char(']')
+        }
+        ValueKind::Map => {
+            out.write_char('{')?;
+            for (i, key) in value.try_iter().map_err(|_| fmt::Error)?.enumerate() {
+                if i > 0 {
+                    out.write_str(", ")?;
+                }
+                repr(&key, out, depth + 1)?;
+                out.write_str(": ")?;
+                repr(&value.get_item(&key).unwrap_or_default(), out, depth + 1)?;
+            }
+            out.write_char('}')
+        }
+        _ => write!(out, "{value}"),
+    }
+}
+
+/// Methods of Python's texts and lists: minijinja-contrib's, and what templates use besides.
+pub(super) fn method(state: &State, value: &Jinja, name: &str, args: &[Jinja]) -> Result<Jinja, Error> {
+    let text = |i: usize| args.get(i).and_then(Jinja::as_str);
+    let cut = |at: Option<usize>, len: usize, s: &str, last: bool| -> Jinja {
+        let (whole, empty) = (s.to_owned(), String::new());
+        Jinja::from(match (at, last) {
+            (Some(at), _) => vec![s[..at].to_owned(), s[at..at + len].to_owned(), s[at + len..].to_owned()],
+            (None, false) => vec![whole, empty.clone(), empty],
+            (None, true) => vec![empty.clone(), empty, whole],
+        })
+    };
+    let Some(s) = value.as_str() else { return unknown_method_callback(state, value, name, args) };
+    Ok(match (name, args.len(), text(0)) {
+        ("removeprefix", 1, Some(part)) => Jinja::from(s.strip_prefix(part).unwrap_or(s)),
+        ("removesuffix", 1, Some(part)) => Jinja::from(s.strip_suffix(part).unwrap_or(s)),
+        ("partition", 1, Some(part)) if !part.is_empty() => cut(s.find(part), part.len(), s, false),
+        ("rpartition", 1, Some(part)) if !part.is_empty() => cut(s.rfind(part), part.len(), s, true),
+        ("rsplit", 0..=2, part) if part != Some("") => {
+            let limit = args.get(1).and_then(Jinja::as_usize).map_or(usize::MAX, |n| n.saturating_add(1));
+            let mut pieces: Vec<&str> = match part {
+                Some(part) => s.rsplitn(limit, part).collect(),
+                None => blanks_from_the_right(s, limit),
+            };
+            pieces.reverse();
+            pieces.into_iter().map(Jinja::from).collect()
+        }
+        ("casefold", 0, _) => Jinja::from(s.to_lowercase()),
+        ("zfill", 1, _) => {
+            let width = args[0].as_usize().unwrap_or(0);
+            let (sign, digits) = s.split_at(usize::from(s.starts_with(['+', '-'])));
+            Jinja::from(format!("{sign}{}{digits}", "0".repeat(width.saturating_sub(s.chars().count()))))
+        }
+        ("ljust" | "rjust" | "center", 1 | 2, _) => {
+            let room = args[0].as_usize().unwrap_or(0).saturating_sub(s.chars().count());
+            // Python's `center` puts the odd blank to the left where text and width are both odd or the width is.
+            let left = match name {
+                "ljust" => 0,
+                "rjust" => room,
+                _ => room / 2 + (room & (room + s.chars().count()) & 1),
+            };
+            let fill = text(1).unwrap_or(" ");
+            Jinja::from(format!("{}{s}{}", fill.repeat(left), fill.repeat(room - left)))
+        }
+        ("index" | "rindex", 1, Some(part)) => {
+            let at = if name == "index" { s.find(part) } else { s.rfind(part) };
+            let at = at.ok_or_else(|| invalid("substring not found"))?;
+            Jinja::from(s[..at].chars().count())
+        }
+        _ => return unknown_method_callback(state, value, name, args),
+    })
+}
+
+/// `rsplit()` at blanks: the pieces from the last to the first, at most `limit`.
+fn blanks_from_the_right(s: &str, limit: usize) -> Vec<&str> {
+    let (mut rest, mut pieces) = (s.trim_end(), Vec::new());
+    while pieces.len() + 1 < limit
+        && let Some(at) = rest.rfind(char::is_whitespace)
+    {
+        let width = rest[at..].chars().next().map_or(1, char::len_utf8);
+        pieces.push(&rest[at + width..]);
+        rest = rest[..at].trim_end();
+    }
+    if !rest.is_empty() {
+        pieces.push(rest);
+    }
+    pieces
+}
+
+/// `format % values`: several values come as a list, as many as the format takes.
+pub(super) fn percent(format: &str, values: &Jinja) -> Result<String, Error> {
+    let takes = format.replace("%%", "").matches('%').count();
+    let several = matches!(values.kind(), ValueKind::Seq) && values.len() == Some(takes);
+    let args: Vec<Jinja> = if several { values.try_iter()?.collect() } else { vec![values.clone()] };
+    format_filter(FormatStyle::Printf, format, &args)
+}
+
+pub(super) fn raise_exception(message: String) -> Result<Jinja, Error> {
+    Err(invalid(message))
+}
+
+pub(super) fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidOperation, message.into())
+}
+
+/// Today's date for templates that state it: always 26 July 2024.
+///
+/// The prefix is part of every label. Were it the day on which a stage runs, labels and the cache
+/// they are used on would differ from one day to the next. Llama 3.1's and 3.2's templates fall
+/// back to this date themselves.
+pub(super) fn strftime_now(format: &str) -> Result<String, Error> {
+    let mut out = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        // `%-d` is `%d` without its leading zero; this date has none to lose but in its month.
+        let (bare, code) = match chars.next() {
+            Some('-') => (true, chars.next()),
+            code => (false, code),
+        };
+        out.push_str(match code {
+            Some('d' | 'e') => "26",
+            Some('m') if bare => "7",
+            Some('m') => "07",
+            Some('b' | 'h') => "Jul",
+            Some('B') => "July",
+            Some('Y') => "2024",
+            Some('y') => "24",
+            Some('a') => "Fri",
+            Some('A') => "Friday",
+            Some('j') => "208",
+            Some('F') => "2024-07-26",
+            Some('D' | 'x') => "07/26/24",
+            Some('c') => "Fri Jul 26 00:00:00 2024",
+            // Midnight.
+            Some('H' | 'M' | 'S') if bare => "0",
+            Some('H' | 'M' | 'S') => "00",
+            Some('I' | 'l') => "12",
+            Some('k') => " 0",
+            Some('p') => "AM",
+            Some('P') => "am",
+            Some('R') => "00:00",
+            Some('T' | 'X') => "00:00:00",
+            Some('r') => "12:00:00 AM",
+            Some('f') => "000000",
+            Some('z' | 'Z') => "",
+            // The day and the week of the year.
+            Some('u' | 'w') => "5",
+            Some('U') => "29",
+            Some('V' | 'W') => "30",
+            Some('C') => "20",
+            Some('G') => "2024",
+            Some('g') => "24",
+            Some('n') => "\n",
+            Some('t') => "\t",
+            Some('%') => "%",
+            other => {
+                let text = format!("strftime_now: `%{}` is not supported", other.unwrap_or(' '));
+                return Err(Error::new(ErrorKind::InvalidOperation, text));
+            }
+        });
+    }
+    Ok(out)
+}
+
+/// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it.
+pub(super) fn tojson(value: Jinja, kwargs: Kwargs) -> Result<String, Error> {
+    let indent: Option<usize> = kwargs.get("indent")?;
+    if indent.is_some_and(|n| n > 100) {
+        return Err(invalid("tojson: an indent of more than 100 blanks"));
+    }
+    let mut out = Vec::new();
+    let written = match indent {
+        None => value.serialize(&mut Serializer::with_formatter(&mut out, Spaced)),
+        Some(n) => {
+            let spaces = " ".repeat(n);
+            let formatter = PrettyFormatter::with_indent(spaces.as_bytes());
+            value.serialize(&mut Serializer::with_formatter(&mut out, formatter))
+        }
+    };
+    written.map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))?;
+    String::from_utf8(out).map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
+}
+
+/// One line, a space after commas and colons.
+struct Spaced;
+
+impl Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        w: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { w.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        w: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { w.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, w: &mut W) -> std::io::Result<()> {
+        w.write_all(b": ")
+    }
+}

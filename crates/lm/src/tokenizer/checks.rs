@@ -1,0 +1,229 @@
+//! What is asked of a `tokenizer.json` before it is used: a size, a format and rules that give right ids.
+//!
+//! The `tokenizers` crate reads the file; here is what it would read without limit, misread in silence or panic at.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use pkv_core::{Hinted, hinted};
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
+use tokenizers::utils::SysRegex;
+use tokenizers::{
+    NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Tokenizer,
+};
+
+/// The largest known files have some 35 MB.
+const MAX_BYTES: u64 = 256 << 20;
+/// The largest known vocabularies of language models have 262,144 tokens.
+const MAX_TOKENS: usize = 1 << 20;
+/// How many times longer the replacements of a tokenizer may make a text; known ones stay below 10.
+const MAX_GROWTH: usize = 64;
+
+/// Read a tokenizer.
+///
+/// # Errors
+/// The file is absent, damaged, too large, of a format that is not known, or has rules that cannot be used.
+pub(super) fn open(path: &Path) -> Result<Tokenizer> {
+    let reading = |hint: &str| hinted(format!("reading the tokenizer `{}`", path.display()), hint);
+    let fetch = "a model folder holds `tokenizer.json`; `proxykv-train fetch` downloads it";
+    let bytes = fs::metadata(path).with_context(|| reading(fetch))?.len();
+    let large = "a language model's tokenizer has fewer; is this the right file?";
+    ensure!(
+        bytes <= MAX_BYTES,
+        hinted(
+            format!("the tokenizer `{}` has {bytes} bytes, at most {MAX_BYTES} are read", path.display()),
+            large
+        )
+    );
+    let text = fs::read(path).with_context(|| reading(fetch))?;
+    let probe: Probe = serde_json::from_slice(&text).with_context(|| reading(fetch))?;
+    let tokens = probe.model.vocab.0.max(probe.added_tokens.0);
+    ensure!(
+        tokens <= MAX_TOKENS && probe.model.merges.0 <= 4 * MAX_TOKENS,
+        hinted(
+            format!("the tokenizer `{}` has {tokens} tokens, at most {MAX_TOKENS} are read", path.display()),
+            large
+        )
+    );
+    for (rules, of) in [
+        (&probe.normalizer, "normalizer"),
+        (&probe.pre_tokenizer, "pre_tokenizer"),
+        (&probe.decoder, "decoder"),
+    ] {
+        let growth =
+            growth(rules).with_context(|| format!("the `{of}` of the tokenizer `{}`", path.display()))?;
+        ensure!(
+            growth <= MAX_GROWTH,
+            unusable(format!(
+                "the `{of}` of the tokenizer `{}` makes texts up to {growth} times longer",
+                path.display()
+            ))
+        );
+    }
+    let version = "it is whole, but not in the format of tokenizers 0.22: probably it was written by a newer tokenizers. \
+        Load it with transformers beside `pip install 'tokenizers<0.23'` and `save_pretrained` it, or use an older revision";
+    let mut tokenizer =
+        Tokenizer::from_bytes(text).map_err(|e| anyhow!("{e}")).with_context(|| reading(version))?;
+    // Some exports keep the limits of the run that wrote them; every text is encoded whole here.
+    tokenizer.with_truncation(None).map_err(|e| anyhow!("{e}")).with_context(|| reading(fetch))?;
+    tokenizer.with_padding(None);
+    check_pieces(&tokenizer).with_context(|| format!("the tokenizer `{}`", path.display()))?;
+    Ok(tokenizer)
+}
+
+/// # Errors
+/// A token's id is no row of an embedding of `rows`.
+pub(super) fn check_ids(tokenizer: &Tokenizer, rows: u64, path: &Path) -> Result<()> {
+    let vocab = tokenizer.get_vocab(true);
+    let beyond: Vec<_> = vocab.iter().filter(|(_, id)| u64::from(**id) >= rows).collect();
+    let Some((token, id)) = beyond.iter().min_by_key(|(_, id)| **id) else { return Ok(()) };
+    bail!(hinted(
+        format!(
+            "the tokenizer of `{}` has {} tokens beyond the embedding: {token:?} is id {id}, `vocab_size` in config.json is {rows}",
+            path.display(),
+            beyond.len()
+        ),
+        "the model was not resized for its tokenizer: `model.resize_token_embeddings(len(tokenizer))`, or remove those tokens",
+    ))
+}
+
+/// Prompts are made of pieces that are encoded one by one: prefix, context, question, switch. A tokenizer that puts a
+/// blank before every text, or cuts blanks off its ends, gives other ids than for the whole prompt.
+fn check_pieces(tokenizer: &Tokenizer) -> Result<()> {
+    for (a, b) in [("a", "b"), ("a", " b"), ("a ", "b"), ("a\n", "b")] {
+        let (whole, apart) =
+            (pieces(tokenizer, &format!("{a}{b}"))?, pieces(tokenizer, a)? + &pieces(tokenizer, b)?);
+        ensure!(
+            whole == apart,
+            unusable(format!(
+                "it reads a text as another one than its parts: {:?} as {whole:?}, but {a:?} and {b:?} as {apart:?}; \
+                 the parts of a prompt would not be its tokens (a SentencePiece tokenizer puts a blank before each)",
+                format!("{a}{b}")
+            ))
+        );
+    }
+    Ok(())
+}
+
+/// What the model of the tokenizer is given to split into tokens.
+fn pieces(tokenizer: &Tokenizer, text: &str) -> Result<String> {
+    let failed = |e| anyhow!("reading {text:?} with it: {e}");
+    let mut normalized = NormalizedString::from(text);
+    if let Some(normalizer) = tokenizer.get_normalizer() {
+        normalizer.normalize(&mut normalized).map_err(failed)?;
+    }
+    let mut split = PreTokenizedString::from(normalized);
+    if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
+        pre_tokenizer.pre_tokenize(&mut split).map_err(failed)?;
+    }
+    let splits = split.get_splits(OffsetReferential::Normalized, OffsetType::None);
+    Ok(splits.into_iter().map(|(text, ..)| text).collect())
+}
+
+/// How many times longer these rules can make a text.
+///
+/// # Errors
+/// A rule replaces or splits at nothing, which the `tokenizers` crate has no answer to.
+fn growth(rules: &Value) -> Result<usize> {
+    let inner =
+        ["normalizers", "pretokenizers", "decoders"].iter().filter_map(|key| rules.get(key)?.as_array());
+    let mut product = 1usize;
+    for rule in inner.flatten() {
+        product = product.saturating_mul(growth(rule)?);
+    }
+    let pattern = rules.get("pattern");
+    let literal = pattern.and_then(|p| p.get("String")?.as_str());
+    let regex = pattern.and_then(|p| p.get("Regex")?.as_str());
+    let empty = match (literal, regex) {
+        (Some(text), _) => text.is_empty(),
+        // What is no expression is the `tokenizers` crate's to say.
+        (_, Some(text)) => SysRegex::new(text).is_ok_and(|regex| regex.find_iter("").next().is_some()),
+        _ => false,
+    };
+    let replaces = rules.get("type").and_then(Value::as_str) == Some("Replace");
+    ensure!(
+        !(empty && replaces || literal == Some("")),
+        unusable(format!(
+            "a rule replaces nothing by something: its pattern {} matches the empty text",
+            pattern.unwrap_or(&Value::Null)
+        ))
+    );
+    let added = ["content", "prepend"]
+        .iter()
+        .filter_map(|key| rules.get(key)?.as_str())
+        .map(str::len)
+        .max()
+        .unwrap_or(0);
+    Ok(product.saturating_mul(added.div_ceil(literal.map_or(1, str::len)).max(1)))
+}
+
+fn unusable(what: impl Into<String>) -> Hinted {
+    hinted(
+        what,
+        "use the model's original `tokenizer.json`; those of Llama 3, Qwen2, Qwen2.5 and Qwen3 can be used",
+    )
+}
+
+/// The sizes and rules of a `tokenizer.json`, without its words.
+#[derive(Deserialize)]
+struct Probe {
+    #[serde(default)]
+    added_tokens: Count,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    decoder: Value,
+    model: ProbedModel,
+}
+
+#[derive(Deserialize)]
+struct ProbedModel {
+    #[serde(default)]
+    vocab: Count,
+    #[serde(default)]
+    merges: Count,
+}
+
+/// How many entries a list or object has.
+#[derive(Default)]
+struct Count(usize);
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = usize;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a list or an object")
+            }
+
+            fn visit_unit<E>(self) -> Result<usize, E> {
+                Ok(0)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<usize, A::Error> {
+                let mut n = 0;
+                while seq.next_element::<IgnoredAny>()?.is_some() {
+                    n += 1;
+                }
+                Ok(n)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<usize, A::Error> {
+                let mut n = 0;
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {
+                    n += 1;
+                }
+                Ok(n)
+            }
+        }
+        deserializer.deserialize_any(Entries).map(Self)
+    }
+}
