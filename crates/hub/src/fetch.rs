@@ -25,6 +25,7 @@ impl Hub {
             return Ok((self.model(name, revision, bases)?, None));
         }
         let choose = |present: &[String]| {
+            ensure!(!local::is_adapter(present), local::adapter_error(name));
             let wanted = local::model_files(present);
             for needed in ["config.json", "tokenizer.json"] {
                 ensure!(

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use pkv_core::hinted;
+use pkv_core::{Hinted, hinted};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -14,6 +14,8 @@ use crate::hash::{file_identity, hex};
 /// Weights in one file.
 const WHOLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
+/// Files of a LoRA adapter.
+const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 /// The folder of further chat templates.
 const TEMPLATES: &str = "additional_chat_templates";
 
@@ -65,6 +67,20 @@ pub(crate) fn model_files(present: &[String]) -> Vec<String> {
     present.iter().filter(|name| is_model_file(name) && !other_set(name)).cloned().collect()
 }
 
+/// Whether the files of a repository are those of an adapter alone.
+pub(crate) fn is_adapter(present: &[String]) -> bool {
+    let has = |name: &str| present.iter().any(|file| file == name);
+    ADAPTER.iter().any(|name| has(name)) && !has(WHOLE) && !has(INDEX)
+}
+
+pub(crate) fn adapter_error(name: &str) -> Hinted {
+    hinted(
+        format!("`{name}` is no model but a LoRA adapter: it has no `{WHOLE}`"),
+        "merge it into its base model first: `PeftModel.merge_and_unload()` of the Python package peft, then \
+         `save_pretrained` of model and tokenizer",
+    )
+}
+
 /// # Errors
 /// A file without which no model can be opened is absent; all absent ones are named. Or the folder holds an adapter.
 pub(crate) fn check_whole(folder: &Path, hint: &str) -> Result<()> {
@@ -75,14 +91,8 @@ pub(crate) fn check_whole(folder: &Path, hint: &str) -> Result<()> {
     } else {
         missing.extend(shards(&folder.join(INDEX))?);
     }
-    let adapter = has("adapter_config.json") || has("adapter_model.safetensors");
-    if adapter && missing.contains(WHOLE) && !has(WHOLE) {
-        return Err(hinted(
-            format!("`{}` is no model but a LoRA adapter: it has no `{WHOLE}`", folder.display()),
-            "merge it into its base model first: `PeftModel.merge_and_unload()` of the Python package peft, then \
-             `save_pretrained` of model and tokenizer",
-        )
-        .into());
+    if ADAPTER.iter().any(|name| has(name)) && missing.contains(WHOLE) && !has(WHOLE) {
+        return Err(adapter_error(&folder.display().to_string()).into());
     }
     missing.retain(|f| !has(f));
     if missing.is_empty() {
@@ -192,6 +202,9 @@ mod tests {
         let shards = ["config.json", INDEX, "model-00001-of-00002.safetensors", "original/a.safetensors"];
         assert_eq!(listed(&shards), shards[..3]);
         assert_eq!(listed(&[&shards[..], &[WHOLE]].concat()), ["config.json", WHOLE]);
+        let names = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+        assert!(is_adapter(&names(&["config.json", "adapter_model.safetensors"])));
+        assert!(!is_adapter(&names(&[WHOLE, "adapter_config.json"])));
     }
 
     #[test]
@@ -200,7 +213,7 @@ mod tests {
         let put = |name: &str| fs::write(dir.path().join(name), "{}").unwrap();
         let refused = || {
             let error = check_whole(dir.path(), "fetch it").unwrap_err();
-            format!("{error:#}; {}", error.downcast_ref::<pkv_core::Hinted>().unwrap().hint())
+            format!("{error:#}; {}", error.downcast_ref::<Hinted>().unwrap().hint())
         };
         put("consolidated.safetensors");
         let text = refused();

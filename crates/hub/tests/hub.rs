@@ -144,6 +144,9 @@ fn a_local_folder_wins_over_a_hub_name() {
 
     let index = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors"}}"#;
     fs::write(folder.join("model.safetensors.index.json"), index).unwrap();
+    // The single file is read where there are both, as transformers does.
+    hub.model(NAME, "main", &bases).unwrap();
+    fs::remove_file(folder.join("model.safetensors")).unwrap();
     let (text, _) = texts(hub.model(NAME, "main", &bases).unwrap_err());
     assert!(text.contains("lacks `model-00001-of-00002.safetensors`"), "{text}");
 }

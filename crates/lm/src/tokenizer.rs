@@ -7,6 +7,7 @@
 mod checks;
 mod special;
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -23,6 +24,8 @@ use special::optional_json;
 /// A model's tokenizer with its chat template.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
+    /// What stands before each text while it is encoded, and its tokens.
+    lead: Option<(&'static str, Vec<u32>)>,
     prefix: Vec<u32>,
     switch: Vec<u32>,
     turn: Option<Vec<u32>>,
@@ -47,7 +50,10 @@ impl TextTokenizer {
             checks::check_ids(&tokenizer, rows, folder)?;
         }
         let frame = Frame::of_folder(folder, &special)?;
+        let lead = checks::lead(&tokenizer)
+            .with_context(|| format!("the tokenizer `{}`", folder.join("tokenizer.json").display()))?;
         let mut opened = Self {
+            lead: None,
             vocab_hash: vocab_hash(&tokenizer),
             template_hash: sha256_hex(format!("{}\u{1}{}", frame.prefix, frame.switch).as_bytes()),
             tokenizer,
@@ -56,18 +62,24 @@ impl TextTokenizer {
             turn: None,
             stop: Vec::new(),
         };
+        // The prefix begins the prompt; all other texts go on with it.
         opened.prefix = opened.encode(&frame.prefix)?;
+        opened.lead = lead.map(|lead| opened.encode(lead).map(|ids| (lead, ids))).transpose()?;
         opened.switch = opened.encode(&frame.switch)?;
         opened.turn = frame.turn.map(|turn| opened.encode(&turn)).transpose()?;
         opened.stop = opened.find_stop_tokens(folder, &special)?;
         Ok(opened)
     }
 
-    /// Token ids of `text` as it is: nothing is put before or behind it. Special tokens that the
+    /// Token ids of `text` as it is, within a prompt: nothing is put before or after it. Special tokens that the
     /// text spells out are recognized.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| anyhow!("encoding text: {e}"))?;
-        Ok(encoding.get_ids().to_vec())
+        let (lead, skipped) = self.lead.as_ref().map_or(("", &[][..]), |(lead, ids)| (lead, ids));
+        let text = if lead.is_empty() { Cow::Borrowed(text) } else { Cow::Owned(format!("{lead}{text}")) };
+        let encoding =
+            self.tokenizer.encode_fast(&*text, false).map_err(|e| anyhow!("encoding text: {e}"))?;
+        let ids = encoding.get_ids().strip_prefix(skipped);
+        Ok(ids.context("encoding text: its first token depends on what stands before it")?.to_vec())
     }
 
     /// Text of `ids`, special tokens spelt out.

@@ -66,7 +66,7 @@ fn render_here(template: &str, special: Vec<(String, String)>, roles: &[String])
     let template = with_generation(&template)?;
     limits::check_literals(&template, BLANKS)?;
 
-    let tree = parse(&template, "chat", SyntaxConfig::default(), BLANKS)?;
+    let tree = parse(&template, "chat", SyntaxConfig, BLANKS)?;
     let mut generator = CodeGenerator::new("chat", &template);
     generator.compile_stmt(&tree);
     let (mut program, mut blocks) = generator.finish();
@@ -97,8 +97,7 @@ fn render_here(template: &str, special: Vec<(String, String)>, roles: &[String])
 
 /// `{% generation %}`, which transformers puts around what a model is trained on: a scope of its own, nothing else.
 fn with_generation(template: &str) -> Result<String> {
-    let tokens: Vec<_> =
-        tokenize(template, false, SyntaxConfig::default(), BLANKS).collect::<Result<_, _>>()?;
+    let tokens: Vec<_> = tokenize(template, false, SyntaxConfig, BLANKS).collect::<Result<_, _>>()?;
     let (mut out, mut done) = (String::with_capacity(template.len()), 0);
     for window in tokens.windows(3) {
         let [(Token::BlockStart, _), (Token::Ident(tag), span), (Token::BlockEnd, _)] = window else {

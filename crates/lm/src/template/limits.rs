@@ -61,11 +61,11 @@ pub(super) fn install(env: &mut Environment<'static>, literal: usize) {
         });
     }
     env.add_filter("tojson", |value: Jinja, kwargs: Kwargs| {
-        check_call("tojson", &[value.clone()])?;
+        check_call("tojson", std::slice::from_ref(&value))?;
         python::tojson(value, kwargs)
     });
     env.set_unknown_method_callback(|state: &State, value: &Jinja, name: &str, args: &[Jinja]| {
-        let all: Vec<Jinja> = [&[value.clone()], args].concat();
+        let all: Vec<Jinja> = [std::slice::from_ref(value), args].concat();
         check_call(name, &all)?;
         python::method(state, value, name, args)
     });
@@ -78,7 +78,7 @@ pub(super) fn install(env: &mut Environment<'static>, literal: usize) {
 pub(super) fn check_literals(template: &str, blanks: WhitespaceConfig) -> Result<()> {
     // Of the expression that is being read: bytes of its texts, product of its numbers, whether it multiplies.
     let (mut texts, mut product, mut multiplies) = (0usize, 1usize, false);
-    for token in tokenize(template, false, SyntaxConfig::default(), blanks) {
+    for token in tokenize(template, false, SyntaxConfig, blanks) {
         match token?.0 {
             Token::VariableStart | Token::BlockStart => (texts, product, multiplies) = (0, 1, false),
             Token::Str(text) => texts += text.len(),

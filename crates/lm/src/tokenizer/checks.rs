@@ -71,7 +71,6 @@ pub(super) fn open(path: &Path) -> Result<Tokenizer> {
     // Some exports keep the limits of the run that wrote them; every text is encoded whole here.
     tokenizer.with_truncation(None).map_err(|e| anyhow!("{e}")).with_context(|| reading(fetch))?;
     tokenizer.with_padding(None);
-    check_pieces(&tokenizer).with_context(|| format!("the tokenizer `{}`", path.display()))?;
     Ok(tokenizer)
 }
 
@@ -91,22 +90,53 @@ pub(super) fn check_ids(tokenizer: &Tokenizer, rows: u64, path: &Path) -> Result
     ))
 }
 
-/// Prompts are made of pieces that are encoded one by one: prefix, context, question, switch. A tokenizer that puts a
-/// blank before every text, or cuts blanks off its ends, gives other ids than for the whole prompt.
-fn check_pieces(tokenizer: &Tokenizer) -> Result<()> {
-    for (a, b) in [("a", "b"), ("a", " b"), ("a ", "b"), ("a\n", "b")] {
-        let (whole, apart) =
-            (pieces(tokenizer, &format!("{a}{b}"))?, pieces(tokenizer, a)? + &pieces(tokenizer, b)?);
-        ensure!(
-            whole == apart,
-            unusable(format!(
-                "it reads a text as another one than its parts: {:?} as {whole:?}, but {a:?} and {b:?} as {apart:?}; \
-                 the parts of a prompt would not be its tokens (a SentencePiece tokenizer puts a blank before each)",
-                format!("{a}{b}")
-            ))
-        );
+/// What must stand before a text so that its tokens are those that it has within a longer one; `None` for most tokenizers.
+///
+/// Prompts are made of pieces that are encoded one by one: prefix, context, question, switch. A SentencePiece tokenizer
+/// puts a blank before every text, which the pieces have in no prompt; after another character there is none.
+///
+/// # Errors
+/// There is no such character: the tokenizer cuts blanks off the ends of a text, for example.
+pub(super) fn lead(tokenizer: &Tokenizer) -> Result<Option<&'static str>> {
+    let mut apart = String::new();
+    for lead in ["", "\u{1}", "\n", ".", "|"] {
+        let skipped = pieces(tokenizer, lead)?;
+        let within = |text: &str| -> Result<Option<String>> {
+            Ok(pieces(tokenizer, &format!("{lead}{text}"))?.strip_prefix(&skipped).map(str::to_owned))
+        };
+        let mut fits = true;
+        for (a, b) in [("a", "b"), ("a", " b"), ("a ", "b"), ("a\n", "b")] {
+            let (whole, rest) = (pieces(tokenizer, &format!("{a}{b}"))?, within(b)?);
+            let joined = rest.map(|rest| pieces(tokenizer, a).map(|first| first + &rest)).transpose()?;
+            if joined.as_ref() != Some(&whole) {
+                apart = format!("{:?} as {whole:?}, but its parts as {joined:?}", format!("{a}{b}"));
+                fits = false;
+            }
+        }
+        if fits && (lead.is_empty() || stays_apart(tokenizer, lead)?) {
+            return Ok(Some(lead).filter(|lead| !lead.is_empty()));
+        }
     }
-    Ok(())
+    Err(unusable(format!(
+        "it reads a text as another one than its parts, which prompts are made of: {apart}"
+    ))
+    .into())
+}
+
+/// Whether this character's tokens stay the same whatever follows it.
+fn stays_apart(tokenizer: &Tokenizer, lead: &str) -> Result<bool> {
+    let ids = |text: &str| {
+        tokenizer.encode_fast(text, false).map(|e| e.get_ids().to_vec()).map_err(|e| anyhow!("{e}"))
+    };
+    let alone = ids(lead)?;
+    for text in ["a", " b", "1", "[", "\u{e9}", "\u{4eac}"] {
+        let both = ids(&format!("{lead}{text}"))?;
+        // Unknown characters may be fused into one token.
+        if !both.starts_with(&alone) || both.len() == alone.len() {
+            return Ok(false);
+        }
+    }
+    Ok(!alone.is_empty())
 }
 
 /// What the model of the tokenizer is given to split into tokens.

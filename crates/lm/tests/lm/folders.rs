@@ -246,8 +246,8 @@ fn a_template_without_end_is_stopped_and_named() {
     }
 }
 
-/// The error of nano-llama's folder whose tokenizer.json went through `edit`.
-fn refused_tokenizer(edit: impl FnOnce(&mut Value)) -> anyhow::Result<TextTokenizer> {
+/// nano-llama's folder whose tokenizer.json went through `edit`.
+fn edited_tokenizer(edit: impl FnOnce(&mut Value)) -> anyhow::Result<TextTokenizer> {
     let folder = tempfile::tempdir().unwrap();
     for name in ["config.json", "tokenizer_config.json"] {
         fs::copy(nano("target").join(name), folder.path().join(name)).unwrap();
@@ -262,43 +262,31 @@ fn refused_tokenizer(edit: impl FnOnce(&mut Value)) -> anyhow::Result<TextTokeni
 fn a_tokenizer_that_would_be_misread_is_refused_by_name() {
     let token = json!({"id": 4096, "content": "[PAD]", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
     assert_error(
-        refused_tokenizer(|json| json["added_tokens"].as_array_mut().unwrap().push(token)),
+        edited_tokenizer(|json| json["added_tokens"].as_array_mut().unwrap().push(token)),
         &["1 tokens beyond the embedding: \"[PAD]\" is id 4096, `vocab_size` in config.json is 4096"],
     );
     assert_error(
-        refused_tokenizer(|json| json["model"]["merges"] = json!([{"left": "a", "right": "b"}])),
+        edited_tokenizer(|json| json["model"]["merges"] = json!([{"left": "a", "right": "b"}])),
         &["reading the tokenizer", "tokenizer.json"],
     );
-    let sentencepiece = |rule: Value, key: &'static str| refused_tokenizer(move |json| json[key] = rule);
-    for (key, rule) in [
-        ("normalizer", json!({"type": "Prepend", "prepend": "\u{2581}"})),
-        ("normalizer", json!({"type": "Strip", "strip_left": true, "strip_right": true})),
-        (
-            "pre_tokenizer",
-            json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "first", "split": false}),
-        ),
-        (
-            "pre_tokenizer",
-            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
-        ),
-    ] {
-        assert_error(
-            sentencepiece(rule, key),
-            &["the tokenizer `", "it reads a text as another one than its parts"],
-        );
-    }
+    let with_rule = |rule: Value, key: &'static str| edited_tokenizer(move |json| json[key] = rule);
+    let strip = json!({"type": "Strip", "strip_left": true, "strip_right": true});
+    assert_error(
+        with_rule(strip, "normalizer"),
+        &["the tokenizer `", "it reads a text as another one than its parts"],
+    );
     let replace =
         |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
     for pattern in [json!({"String": ""}), json!({"Regex": ""}), json!({"Regex": "x*"})] {
-        assert_error(sentencepiece(replace(pattern, "y"), "normalizer"), &["matches the empty text"]);
+        assert_error(with_rule(replace(pattern, "y"), "normalizer"), &["matches the empty text"]);
     }
     let large = replace(json!({"String": " "}), &"y".repeat(1 << 20));
-    assert_error(sentencepiece(large, "normalizer"), &["the `normalizer` of", "1048576 times longer"]);
+    assert_error(with_rule(large, "normalizer"), &["the `normalizer` of", "1048576 times longer"]);
     let twice = vec![replace(json!({"String": "a"}), "aa"); 40];
     let chain = json!({"type": "Sequence", "normalizers": twice});
-    assert_error(sentencepiece(chain, "normalizer"), &["times longer"]);
+    assert_error(with_rule(chain, "normalizer"), &["times longer"]);
     assert_error(
-        refused_tokenizer(|json| {
+        edited_tokenizer(|json| {
             let vocab = json["model"]["vocab"].as_object_mut().unwrap();
             vocab.extend((4096..1_100_000).map(|id| (format!("word{id}"), json!(id))));
         }),
@@ -307,5 +295,51 @@ fn a_tokenizer_that_would_be_misread_is_refused_by_name() {
     // What known tokenizers do stays allowed.
     let known =
         json!({"type": "Sequence", "normalizers": [{"type": "NFC"}, replace(json!({"Regex": " +$"}), " ")]});
-    sentencepiece(known, "normalizer").unwrap();
+    with_rule(known, "normalizer").unwrap();
+}
+
+#[test]
+fn the_pieces_of_a_prompt_get_no_blank_of_their_own() {
+    let plain = TextTokenizer::open(&nano("target")).unwrap();
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+    let digits = json!({"type": "Digits", "individual_digits": true});
+    for (key, rule) in [
+        ("normalizer", json!({"type": "Prepend", "prepend": "\u{2581}"})),
+        ("pre_tokenizer", json!({"type": "Sequence", "pretokenizers": [digits, byte_level]})),
+    ] {
+        let other = edited_tokenizer(|json| json[key] = rule).unwrap();
+        for text in ["The king", " and he", "is\n\ngoing", "?", "", "é 北京"] {
+            assert_eq!(other.encode(text).unwrap(), plain.encode(text).unwrap(), "{key}: {text:?}");
+        }
+    }
+
+    // As Llama 2's: texts with a blank before them, unknown characters fused into one token.
+    let letters: Vec<String> = (33u8..127).map(|c| char::from(c).to_string()).collect();
+    let words = ["<unk>", "<s>", "</s>", "\u{2581}", "\n"].into_iter().map(str::to_owned).chain(letters);
+    let vocab: Map<String, Value> = words.zip(0..).map(|(word, id)| (word, json!(id))).collect();
+    let blank = json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"});
+    let special = |(id, content): (usize, &&str)| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+               "normalized": false, "special": true})
+    };
+    let special: Vec<Value> = ["<unk>", "<s>", "</s>"].iter().enumerate().map(special).collect();
+    let llama2 = json!({
+        "version": "1.0",
+        "added_tokens": special,
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u{2581}"}, blank]},
+        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": true, "vocab": vocab, "merges": []},
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.json");
+    fs::write(&path, llama2.to_string()).unwrap();
+    let template = "{{ bos_token }}[INST] {{ messages[0].content }} [/INST]</s>z";
+    let config = json!({"bos_token": "<s>", "chat_template": template});
+    fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    let tokenizer = TextTokenizer::open(folder.path()).unwrap();
+    let found = [tokenizer.prefix(), &tokenizer.encode("x y</s>z").unwrap(), tokenizer.switch()].concat();
+    let whole = tokenizers::Tokenizer::from_file(path).unwrap();
+    let expected = whole.encode_fast("<s>[INST] x y</s>z [/INST]</s>z", false).unwrap();
+    assert_eq!(found, expected.get_ids());
+    assert_eq!(tokenizer.encode("ü").unwrap(), [0]);
 }
