@@ -59,6 +59,10 @@ pub enum Command {
         machine: PlanMachine,
     },
     /// Download models and data into the Hugging Face cache and pin revisions and hashes.
+    ///
+    /// Ctrl-C keeps what has arrived; the next fetch goes on there. `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`,
+    /// `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HUB_ETAG_TIMEOUT` and `HF_HUB_DOWNLOAD_TIMEOUT` mean what they mean to
+    /// `huggingface_hub`.
     Fetch {
         #[command(flatten)]
         recipe: RecipeArgs,

@@ -48,7 +48,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
         Command::Plan { recipe, resolved, machine } => stages::plan::run(cli, recipe, *resolved, *machine)?,
-        Command::Fetch { recipe, models_only } => stages::fetch::run(cli, recipe, *models_only)?,
+        Command::Fetch { recipe, models_only } => stages::fetch::run(cli, recipe, *models_only, stop)?,
         Command::Prepare(a) => one(cli, a, Stage::Prepare, stop, &EvalOptions::default())?,
         Command::Label(a) => one(cli, a, Stage::Label, stop, &EvalOptions::default())?,
         Command::Extract(a) => one(cli, a, Stage::Extract, stop, &EvalOptions::default())?,

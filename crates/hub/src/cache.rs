@@ -1,5 +1,6 @@
 //! [`Hub`]: names to files that are already on this machine.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,9 @@ use pkv_core::hinted;
 use crate::hash::sha256_file;
 use crate::local;
 use crate::lock::{Lock, Pin};
+use crate::names;
 use crate::options::HubOptions;
+use crate::store::confined;
 
 /// Files up to this size are hashed each time they are looked up; larger ones only by `fetch`.
 const HASHED_EACH_TIME: u64 = 32 << 20;
@@ -117,6 +120,10 @@ impl Hub {
         );
         let snapshot = self.snapshot(Kind::Model, name, revision)?;
         local::check_whole(&snapshot.folder, "run `proxykv-train fetch`, which downloads what is missing")?;
+        let repository = self.repository_folder(Kind::Model, name);
+        for file in files_below(&snapshot.folder)?.iter().filter(|f| local::is_model_file(f)) {
+            confined(&repository, &snapshot.folder.join(file))?;
+        }
         Ok(Resolved { folder: snapshot.folder, revision: snapshot.commit })
     }
 
@@ -136,22 +143,24 @@ impl Hub {
         let chosen = select(name, &present, patterns, || {
             "run `proxykv-train fetch`, which downloads what is missing".to_owned()
         })?;
-        let files = chosen.iter().map(|f| snapshot.folder.join(f)).collect();
+        let repository = self.repository_folder(Kind::Dataset, name);
+        let files: Vec<_> = chosen.iter().map(|f| snapshot.folder.join(f)).collect();
+        for file in &files {
+            confined(&repository, file)?;
+        }
         Ok(DatasetFiles { folder: snapshot.folder, commit: snapshot.commit, files })
     }
 
     /// The cached snapshot of `name` at the locked commit, or at `revision` if nothing is locked.
     pub(crate) fn snapshot(&self, kind: Kind, name: &str, revision: &str) -> Result<Snapshot> {
-        let pin = kind.pin(&self.lock, name);
-        if let Some(pin) = &pin {
-            pin.check_asked(name, revision)?;
-        }
+        let pin = self.sound_pin(kind, name, revision)?;
         let repository = self.repository_folder(kind, name);
         let commit = match &pin {
             Some(pin) => pin.commit.clone(),
             None => fs::read_to_string(repository.join("refs").join(revision))
                 .map_or_else(|_| revision.to_owned(), |c| c.trim().to_owned()),
         };
+        names::check_revision(&commit).with_context(|| format!("`{}` is damaged", repository.display()))?;
         let folder = repository.join("snapshots").join(&commit);
         if !folder.is_dir() {
             let cache = self.options.cache.display();
@@ -168,6 +177,23 @@ impl Hub {
             check_locked(kind, name, &folder, pin)?;
         }
         Ok(Snapshot { folder, commit })
+    }
+
+    /// What the lock says about a repository; its names become paths, and so must be plain.
+    ///
+    /// # Errors
+    /// A name is not, or another revision is asked for than the locked one.
+    pub(crate) fn sound_pin(&self, kind: Kind, name: &str, revision: &str) -> Result<Option<Pin>> {
+        names::check_repository(name)?;
+        names::check_revision(revision)?;
+        let pin = kind.pin(&self.lock, name);
+        if let Some(pin) = &pin {
+            pin.check_asked(name, revision)?;
+            names::check_commit(&pin.commit)
+                .and_then(|()| pin.files.keys().try_for_each(|f| names::check_file(f)))
+                .with_context(|| format!("the lock file of `{name}` is unsound"))?;
+        }
+        Ok(pin)
     }
 
     pub(crate) fn repository_folder(&self, kind: Kind, name: &str) -> PathBuf {
@@ -188,6 +214,7 @@ pub(crate) fn select(
 ) -> Result<Vec<String>> {
     let rules = MatchOptions { require_literal_separator: true, ..MatchOptions::default() };
     let mut chosen: Vec<String> = Vec::new();
+    let mut seen = HashSet::new();
     for text in patterns {
         let pattern = Pattern::new(text).with_context(|| format!("`{text}` is no file pattern"))?;
         let mut matching: Vec<_> = present.iter().filter(|f| pattern.matches_with(f, rules)).collect();
@@ -197,7 +224,7 @@ pub(crate) fn select(
         );
         matching.sort();
         for file in matching {
-            if !chosen.contains(file) {
+            if seen.insert(file) {
                 chosen.push(file.clone());
             }
         }
@@ -239,7 +266,8 @@ pub(crate) fn differs(path: &Path, expected: &str, found: &str) -> pkv_core::Hin
     )
 }
 
-/// All files below `folder`, as paths with `/`, sorted within each folder.
+/// All files below `folder`, as paths with `/`, sorted within each folder. A link to a folder is not followed:
+/// it may lead anywhere, or in a circle, and the cache has none.
 pub(crate) fn files_below(folder: &Path) -> Result<Vec<String>> {
     let mut out = Vec::new();
     list(folder, "", &mut out)?;
@@ -254,9 +282,10 @@ fn list(folder: &Path, prefix: &str, out: &mut Vec<String>) -> Result<()> {
     for entry in entries {
         let name = entry.file_name().to_string_lossy().into_owned();
         let path = entry.path();
-        if path.is_dir() {
+        let kind = entry.file_type().with_context(what)?;
+        if kind.is_dir() {
             list(&path, &format!("{prefix}{name}/"), out)?;
-        } else {
+        } else if !path.is_dir() {
             out.push(format!("{prefix}{name}"));
         }
     }

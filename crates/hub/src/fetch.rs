@@ -8,18 +8,21 @@ use pkv_core::{Progress, hinted};
 use pkv_recipe::{Manifest, Recipe};
 
 use crate::cache::{DatasetFiles, Hub, Kind, Resolved, select};
+use crate::download::Wanted;
 use crate::local;
 use crate::lock::{Lock, Pin};
 
 impl Hub {
     /// A model as [`Hub::model`] finds it, downloaded before if it is a hub model that the cache
-    /// lacks. The pin is for the lock file; a local folder has none.
+    /// lacks. The pin is for the lock file; a local folder has none. `check_stop` is asked often; its error
+    /// ends the download, and what has arrived is kept.
     pub fn fetch_model(
         &self,
         name: &str,
         revision: &str,
         bases: &[&Path],
         progress: &dyn Progress,
+        check_stop: &dyn Fn() -> Result<()>,
     ) -> Result<(Resolved, Option<Pin>)> {
         if local::find(name, bases).is_some() || local::must_be_local(name) {
             return Ok((self.model(name, revision, bases)?, None));
@@ -45,7 +48,8 @@ impl Hub {
             );
             Ok(wanted)
         };
-        let (snapshot, pin) = self.download(Kind::Model, name, revision, choose, progress)?;
+        let wanted = Wanted { kind: Kind::Model, name, revision, progress, check_stop };
+        let (snapshot, pin) = self.download(wanted, choose)?;
         local::check_whole(
             &snapshot.folder,
             "the hub's repository itself is incomplete; choose another revision",
@@ -61,6 +65,7 @@ impl Hub {
         revision: &str,
         patterns: &[String],
         progress: &dyn Progress,
+        check_stop: &dyn Fn() -> Result<()>,
     ) -> Result<(DatasetFiles, Pin)> {
         let choose = |present: &[String]| {
             select(name, present, patterns, || match self.lock.datasets.contains_key(name) {
@@ -70,7 +75,8 @@ impl Hub {
                 }
             })
         };
-        let (snapshot, pin) = self.download(Kind::Dataset, name, revision, choose, progress)?;
+        let wanted = Wanted { kind: Kind::Dataset, name, revision, progress, check_stop };
+        let (snapshot, pin) = self.download(wanted, choose)?;
         let files = choose(&pin.files.keys().cloned().collect::<Vec<_>>())?;
         let files = files.iter().map(|f| snapshot.folder.join(f)).collect();
         Ok((DatasetFiles { folder: snapshot.folder, commit: snapshot.commit, files }, pin))
@@ -85,12 +91,13 @@ pub fn fetch_recipe(
     recipe: &Recipe,
     bases: &[&Path],
     progress: &dyn Progress,
+    check_stop: &dyn Fn() -> Result<()>,
 ) -> Result<[Resolved; 2]> {
     let mut lock = Lock::beside(&recipe.path)?;
     let hub = hub.clone().with_lock(lock.clone());
     let mut one = |section: &str, name: &str, revision: &str| {
         let (resolved, pin) = hub
-            .fetch_model(name, revision, bases, progress)
+            .fetch_model(name, revision, bases, progress, check_stop)
             .with_context(|| format!("cannot fetch `{section}.model`"))?;
         if let Some(pin) = pin {
             lock.models.insert(name.to_owned(), pin);
@@ -106,7 +113,13 @@ pub fn fetch_recipe(
 
 /// All hub data sets of a manifest, read from `path`, into the cache; writes `<manifest>.lock.toml`
 /// if there are any.
-pub fn fetch_manifest(hub: &Hub, manifest: &Manifest, path: &Path, progress: &dyn Progress) -> Result<()> {
+pub fn fetch_manifest(
+    hub: &Hub,
+    manifest: &Manifest,
+    path: &Path,
+    progress: &dyn Progress,
+    check_stop: &dyn Fn() -> Result<()>,
+) -> Result<()> {
     let mut lock = Lock::beside(path)?;
     let hub = hub.clone().with_lock(lock.clone());
     // Two sources may read different files of one data set: one pin holds them all.
@@ -129,7 +142,7 @@ pub fn fetch_manifest(hub: &Hub, manifest: &Manifest, path: &Path, progress: &dy
     }
     for (name, (revision, patterns)) in wanted {
         let (_, pin) = hub
-            .fetch_dataset(name, revision, &patterns, progress)
+            .fetch_dataset(name, revision, &patterns, progress, check_stop)
             .with_context(|| format!("cannot fetch what `{}` names", path.display()))?;
         lock.datasets.insert(name.to_owned(), pin);
         lock.write_beside(path)?;

@@ -1,10 +1,11 @@
-//! SHA-256 of files, read in pieces.
+//! Hashes of files, read in pieces: SHA-256, and git's.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 const PIECE: usize = 1 << 20;
@@ -53,6 +54,23 @@ pub fn file_identity(path: &Path) -> Result<String> {
 
 pub(crate) fn sha256_bytes(content: &[u8]) -> String {
     hex(&Sha256::digest(content))
+}
+
+/// Git's name of a content, which the hub gives its small files.
+pub(crate) fn git_blob(content: &[u8]) -> String {
+    let mut hash = Sha1::new();
+    hash.update(format!("blob {}\0", content.len()));
+    hash.update(content);
+    hex(&hash.finalize())
+}
+
+/// Git's name of a file's content.
+pub(crate) fn git_blob_file(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hash = Sha1::new();
+    hash.update(format!("blob {}\0", file.metadata()?.len()));
+    io::copy(&mut file, &mut hash)?;
+    Ok(hex(&hash.finalize()))
 }
 
 pub(crate) fn hex(digest: &[u8]) -> String {

@@ -5,20 +5,29 @@
 //! [`fetch_recipe`] and [`fetch_manifest`] do it for all that a recipe or a manifest names and write
 //! the lock file beside it. The cache is laid out as the Python package `huggingface_hub` lays it
 //! out, so either side finds what the other downloaded. [`Hub::push`] goes the other way: files into a
-//! repository, as one commit. Reading models and documents is left to `lm` and `data`.
+//! repository, as one commit. The hub is not trusted: names that it gives stay in the cache, and what it is
+//! sent as a secret is never printed. Reading models and documents is left to `lm` and `data`.
 
+mod address;
 mod cache;
+mod client;
 mod download;
+mod failure;
 mod fetch;
 mod hash;
+mod listing;
 mod local;
 mod lock;
+mod names;
 mod options;
 mod push;
+mod redact;
+mod store;
+mod transfer;
 
 pub use cache::{DatasetFiles, Hub, Resolved};
 pub use fetch::{fetch_manifest, fetch_recipe};
 pub use hash::file_identity;
 pub use lock::{Lock, Pin, PinnedFile, lock_path};
-pub use options::HubOptions;
+pub use options::{HubOptions, host_and_port};
 pub use push::{Push, PushFile, Pushed};

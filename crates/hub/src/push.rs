@@ -15,18 +15,20 @@ mod lfs;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::thread::sleep;
 
 use anyhow::{Context, Result, bail, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use pkv_core::{Progress, hinted};
 use serde_json::{Value, json};
-use sha1::{Digest, Sha1};
 
+use crate::address::quoted;
 use crate::cache::Hub;
-use crate::hash::{hex, sha256_bytes, sha256_file};
-use api::{Api, quoted};
+use crate::client::CheckStop;
+use crate::failure::Failure;
+use crate::hash::{git_blob, sha256_bytes, sha256_file};
+use crate::redact::Secrets;
+use api::Api;
 
 /// Bytes at a file's beginning from which the hub tells text from binary.
 const SAMPLE: u64 = 512;
@@ -172,12 +174,17 @@ impl Hub {
         progress: &dyn Progress,
         check_stop: &dyn Fn() -> Result<()>,
     ) -> Result<Pushed> {
+        self.pushed(push, progress, check_stop).map_err(|e| Secrets::of(&self.options).clean(e))
+    }
+
+    fn pushed(&self, push: &Push, progress: &dyn Progress, check_stop: CheckStop) -> Result<Pushed> {
         push.check()?;
-        let api = Api::new(&self.options)?;
+        let api = Api::new(&self.options, check_stop)?;
         check_stop()?;
         let created = open_repository(&api, push)?;
-        let mut wait = self.options.retry_after;
-        for attempt in 1.. {
+        let mut attempts = api.client.attempts();
+        loop {
+            attempts.made += 1;
             let parent = open_branch(&api, push)?;
             let (kept, changed): (Vec<_>, Vec<_>) =
                 compare(&api, push)?.into_iter().partition(Remote::is_current);
@@ -199,15 +206,11 @@ impl Hub {
             let path = format!("/api/models/{}/commit/{}", push.repo, quoted(&push.revision));
             // A commit whose answer was lost may have happened, and another one may have come first (412):
             // both are seen by comparing again.
-            let reply = api.once(|| api.post(&path, "application/x-ndjson", body.as_bytes()));
-            let again = match &reply {
-                Ok(r) => r.is_passing() || r.status == 412,
-                Err(e) => api::is_passing(e),
-            };
-            if again && attempt < self.options.attempts {
-                tracing::warn!("attempt {attempt} of {} to commit failed", self.options.attempts);
-                sleep(wait);
-                wait *= 2;
+            let reply = api.commit(&path, body.as_bytes());
+            if let Err(failure) = &reply
+                && (failure.is_passing() || matches!(failure, Failure::Status(r) if r.status == 412))
+                && api.client.pause("committing", &mut attempts, failure)?
+            {
                 continue;
             }
             let doing = format!("cannot commit to `{}`", push.repo);
@@ -215,7 +218,6 @@ impl Hub {
             reply.json["commitOid"].as_str().unwrap_or(&parent).clone_into(&mut pushed.commit);
             return Ok(pushed);
         }
-        unreachable!("the loop returns in its last round")
     }
 }
 
@@ -232,15 +234,14 @@ impl Remote<'_> {
 /// Make sure that the repository is there, and not more public than asked; whether it was made now.
 fn open_repository(api: &Api, push: &Push) -> Result<bool> {
     let path = format!("/api/models/{}", push.repo);
-    let look = || api.send(|| api.get(&path));
+    let look = || api.get(&path);
     let doing = format!("cannot open repository `{}`", push.repo);
     let mut found = api.answer(look(), &push.repo, &doing)?;
     let mut created = false;
     if found.status == 404 {
         let (owner, name) = push.repo.split_once('/').unwrap_or_default();
-        let wish = json!({"type": "model", "organization": owner, "name": name, "private": push.private});
-        let reply =
-            api.send(|| api.post("/api/repos/create", "application/json", wish.to_string().as_bytes()));
+        let request = json!({"type": "model", "organization": owner, "name": name, "private": push.private});
+        let reply = api.post("/api/repos/create", &request);
         let doing = format!("cannot create repository `{}`", push.repo);
         let reply = api.answer(reply, &push.repo, &doing)?;
         // 409: somebody made it meanwhile, or an attempt of ours whose answer was lost.
@@ -270,12 +271,12 @@ fn open_branch(api: &Api, push: &Push) -> Result<String> {
     let branch = quoted(&push.revision);
     let path = format!("/api/models/{}/revision/{branch}", push.repo);
     let doing = format!("cannot open branch `{}` of `{}`", push.revision, push.repo);
-    let look = || api.answer(api.send(|| api.get(&path)), &push.repo, &doing);
+    let look = || api.answer(api.get(&path), &push.repo, &doing);
     let mut found = look()?;
     if found.status == 404 {
         let path = format!("/api/models/{}/branch/{branch}", push.repo);
         let made = api.answer(
-            api.send(|| api.post(&path, "application/json", b"{}")),
+            api.post(&path, &json!({})),
             &push.repo,
             &format!("cannot make branch `{}` of `{}`", push.revision, push.repo),
         )?;
@@ -300,9 +301,7 @@ fn compare<'a>(api: &Api, push: &'a Push) -> Result<Vec<Remote<'a>>> {
         files.push(json!({"path": f.name, "size": f.bytes, "sha": f.sha256, "sample": sample}));
     }
     let path = format!("/api/models/{}/preupload/{}", push.repo, quoted(&push.revision));
-    let body = json!({"files": files}).to_string();
-    let reply = api.send(|| api.post(&path, "application/json", body.as_bytes()));
-    let reply = api.expect(reply, &push.repo, &doing)?;
+    let reply = api.expect(api.post(&path, &json!({"files": files})), &push.repo, &doing)?;
     let told = reply.json["files"].as_array().map_or(&[][..], Vec::as_slice);
     let one = |file: &'a PushFile| -> Result<Remote<'a>> {
         let found = told.iter().find(|t| t["path"] == file.name.as_str());
@@ -341,14 +340,6 @@ fn commit_body(push: &Push, parent: &str, files: &[Remote]) -> Result<String> {
         });
     }
     Ok(lines.iter().map(Value::to_string).collect::<Vec<_>>().join("\n"))
-}
-
-/// Git's name of a file's content.
-fn git_blob(content: &[u8]) -> String {
-    let mut hash = Sha1::new();
-    hash.update(format!("blob {}\0", content.len()));
-    hash.update(content);
-    hex(&hash.finalize())
 }
 
 #[cfg(test)]

@@ -1,90 +1,17 @@
 //! Models and data sets from folders, from a cache laid out by `huggingface_hub`, and from a hub
 //! on the loopback interface, with the faults of networks and disks.
 
+mod common;
 mod server;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use pkv_core::{Hinted, NoProgress};
+use common::{NAME, assert_whole, fetch, model, options, python_cache, texts, weights};
+use pkv_core::NoProgress;
 use pkv_hub::{Hub, HubOptions, Lock, fetch_manifest, fetch_recipe, lock_path};
-use server::{COMMIT, Fault, Server, sha256};
-use tempfile::TempDir;
-
-const NAME: &str = "owner/small-1b";
-
-fn options(cache: &Path, endpoint: &str) -> HubOptions {
-    HubOptions {
-        cache: cache.join("hub"),
-        endpoint: endpoint.to_owned(),
-        token: None,
-        offline: false,
-        attempts: 3,
-        retry_after: Duration::from_millis(1),
-    }
-}
-
-/// A hub with a two-shard model, and an empty cache.
-fn model() -> (TempDir, Server, Hub) {
-    let (dir, server) = (tempfile::tempdir().unwrap(), Server::start());
-    let repository = format!("models/{NAME}");
-    let index = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}"#;
-    server.put(&repository, "config.json", b"{\"hidden_size\": 64}");
-    server.put(&repository, "tokenizer.json", b"{}");
-    server.put(&repository, "model.safetensors.index.json", index.as_bytes());
-    server.put(&repository, "model-00001-of-00002.safetensors", &weights(1));
-    server.put(&repository, "model-00002-of-00002.safetensors", &weights(2));
-    server.put(&repository, "original/consolidated.00.pth", b"not wanted");
-    server.put(&repository, "README.md", b"not wanted");
-    let hub = Hub::new(options(dir.path(), &server.endpoint));
-    (dir, server, hub)
-}
-
-fn weights(seed: usize) -> Vec<u8> {
-    (0..200_000).map(|i| (i * 31 + i / 251 + seed) as u8).collect()
-}
-
-fn fetch(hub: &Hub) -> anyhow::Result<(pkv_hub::Resolved, Option<pkv_hub::Pin>)> {
-    hub.fetch_model(NAME, "main", &[], &NoProgress)
-}
-
-fn assert_whole(folder: &Path) {
-    assert_eq!(fs::read(folder.join("model-00001-of-00002.safetensors")).unwrap(), weights(1));
-    assert_eq!(fs::read(folder.join("model-00002-of-00002.safetensors")).unwrap(), weights(2));
-}
-
-/// The error's whole chain, and its hints.
-fn texts(error: anyhow::Error) -> (String, String) {
-    let hints: Vec<_> =
-        error.chain().filter_map(|e| e.downcast_ref::<Hinted>()).map(|h| h.hint().to_owned()).collect();
-    let context = error.downcast_ref::<Hinted>().map(|h| h.hint().to_owned());
-    (format!("{error:#}"), context.into_iter().chain(hints).collect::<Vec<_>>().join("; "))
-}
-
-fn link(from: &Path, to: &Path) {
-    fs::create_dir_all(to.parent().unwrap()).unwrap();
-    std::os::unix::fs::symlink(from, to).unwrap();
-}
-
-/// `models--owner--small-1b` as the Python package leaves it: blobs, links, a branch.
-fn python_cache(root: &Path) -> PathBuf {
-    let repository = root.join("hub/models--owner--small-1b");
-    let blobs = repository.join("blobs");
-    fs::create_dir_all(&blobs).unwrap();
-    fs::create_dir_all(repository.join("refs")).unwrap();
-    fs::write(repository.join("refs/main"), COMMIT).unwrap();
-    let snapshot = repository.join("snapshots").join(COMMIT);
-    for (file, content) in
-        [("config.json", &b"{}"[..]), ("tokenizer.json", b"{}"), ("model.safetensors", b"weights")]
-    {
-        let blob = sha256(content);
-        fs::write(blobs.join(&blob), content).unwrap();
-        let _ = fs::remove_file(snapshot.join(file));
-        link(&PathBuf::from("../../blobs").join(blob), &snapshot.join(file));
-    }
-    snapshot
-}
+use server::pull::{COMMIT, Fault, Server};
+use server::sha256;
 
 #[test]
 fn a_model_is_downloaded_once_and_then_found_without_network() {
@@ -113,6 +40,15 @@ fn a_cache_written_by_python_is_read() {
     let found = hub.model(NAME, "main", &[]).unwrap();
     assert_eq!((found.folder, found.revision.as_str()), (snapshot.clone(), COMMIT));
 
+    // A link whose content was lost.
+    let weights = snapshot.join("model.safetensors");
+    fs::remove_file(fs::canonicalize(&weights).unwrap()).unwrap();
+    let (text, hint) = texts(hub.model(NAME, "main", &[]).unwrap_err());
+    assert!(
+        text.contains("model.safetensors` is absent") && hint.contains("proxykv-train fetch"),
+        "{text} {hint}"
+    );
+
     fs::remove_file(snapshot.join("tokenizer.json")).unwrap();
     let (text, hint) = texts(hub.model(NAME, "main", &[]).unwrap_err());
     assert!(text.contains("lacks `tokenizer.json`"), "{text}");
@@ -140,7 +76,7 @@ fn a_local_folder_wins_over_a_hub_name() {
     let absolute = hub.model(folder.to_str().unwrap(), "main", &bases).unwrap();
     assert_eq!(absolute, found);
     // Fetching what is local downloads nothing and pins nothing.
-    assert_eq!(hub.fetch_model(NAME, "main", &bases, &NoProgress).unwrap(), (found, None));
+    assert_eq!(hub.fetch_model(NAME, "main", &bases, &NoProgress, &|| Ok(())).unwrap(), (found, None));
 
     let index = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors"}}"#;
     fs::write(folder.join("model.safetensors.index.json"), index).unwrap();
@@ -188,10 +124,11 @@ fn offline_mode_downloads_nothing() {
 #[test]
 fn absent_and_gated_models_are_told_apart() {
     let (_dir, server, hub) = model();
-    let (text, hint) = texts(hub.fetch_model("owner/none", "main", &[], &NoProgress).unwrap_err());
+    let (text, hint) =
+        texts(hub.fetch_model("owner/none", "main", &[], &NoProgress, &|| Ok(())).unwrap_err());
     assert!(text.contains("has no model `owner/none` at revision `main`"), "{text}");
     assert!(hint.contains("check name and revision"), "{hint}");
-    let (text, _) = texts(hub.fetch_model(NAME, "v9", &[], &NoProgress).unwrap_err());
+    let (text, _) = texts(hub.fetch_model(NAME, "v9", &[], &NoProgress, &|| Ok(())).unwrap_err());
     assert!(text.contains("at revision `v9`"), "{text}");
     server.fail_always(401);
     let (text, hint) = texts(fetch(&hub).unwrap_err());
@@ -238,7 +175,7 @@ fn a_fetch_that_failed_is_taken_up_by_the_next() {
     assert!(hint.contains("goes on where it stopped"), "{hint}");
     let parts = |cache: &Path| {
         let blobs = fs::read_dir(cache.join("hub/models--owner--small-1b/blobs")).unwrap();
-        blobs.flatten().filter(|e| e.path().extension().is_some_and(|x| x == "part")).count()
+        blobs.flatten().filter(|e| e.path().extension().is_some_and(|x| x == "incomplete")).count()
     };
     assert_eq!(parts(dir.path()), 1);
     server.requests();
@@ -252,9 +189,9 @@ fn a_part_that_is_whole_but_was_never_renamed_is_completed() {
     let (dir, _server, hub) = model();
     let blobs = dir.path().join("hub/models--owner--small-1b/blobs");
     fs::create_dir_all(&blobs).unwrap();
-    fs::write(blobs.join(sha256(&weights(1))).with_extension("part"), weights(1)).unwrap();
+    fs::write(blobs.join(sha256(&weights(1))).with_extension("incomplete"), weights(1)).unwrap();
     // And one that is longer than the file ever was.
-    fs::write(blobs.join(sha256(&weights(2))).with_extension("part"), vec![0; 300_000]).unwrap();
+    fs::write(blobs.join(sha256(&weights(2))).with_extension("incomplete"), vec![0; 300_000]).unwrap();
     assert_whole(&fetch(&hub).unwrap().0.folder);
 }
 
@@ -329,21 +266,21 @@ fn a_locked_commit_outlives_a_branch_that_moved() {
     let recipe_path = dir.path().join("pair.toml");
     fs::write(&recipe_path, recipe_text()).unwrap();
     let recipe = pkv_recipe::load(&recipe_path, &[]).unwrap();
-    let [target, proxy] = fetch_recipe(&hub, &recipe, &[], &NoProgress).unwrap();
+    let [target, proxy] = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
     assert_eq!((&target, target.revision.as_str()), (&proxy, COMMIT));
     let written = fs::read_to_string(lock_path(&recipe_path)).unwrap();
     assert!(written.contains(COMMIT) && written.contains(&sha256(&weights(1))), "{written}");
 
     server.move_branch_to("ffffffffffffffffffffffffffffffffffffffff");
     fs::remove_dir_all(&hub.options().cache).unwrap();
-    let [target, _] = fetch_recipe(&hub, &recipe, &[], &NoProgress).unwrap();
+    let [target, _] = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
     assert_eq!(target.revision, COMMIT);
     assert_eq!(fs::read_to_string(lock_path(&recipe_path)).unwrap(), written);
     let locked = hub.clone().with_lock(Lock::beside(&recipe_path).unwrap());
     assert_eq!(locked.model(NAME, "main", &[]).unwrap().revision, COMMIT);
 
     fs::remove_file(lock_path(&recipe_path)).unwrap();
-    let [target, _] = fetch_recipe(&hub, &recipe, &[], &NoProgress).unwrap();
+    let [target, _] = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
     assert_eq!(target.revision, "ffffffffffffffffffffffffffffffffffffffff");
 }
 
@@ -380,7 +317,7 @@ fn data_sets_are_chosen_by_pattern_and_locked() {
     );
     fs::write(&path, text).unwrap();
     let manifest = pkv_recipe::load_manifest(&path).unwrap();
-    fetch_manifest(&hub, &manifest, &path, &NoProgress).unwrap();
+    fetch_manifest(&hub, &manifest, &path, &NoProgress, &|| Ok(())).unwrap();
     let lock = Lock::beside(&path).unwrap();
     let files: Vec<_> = lock.datasets["owner/texts"].files.keys().map(String::as_str).collect();
     assert_eq!(files, ["data/test-0.parquet", "data/train-0.parquet", "data/train-1.parquet"]);

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pkv_core::{Hinted, NoProgress, Progress};
 use pkv_hub::{Hub, HubOptions, Push, PushFile, Pushed};
@@ -21,9 +21,9 @@ fn hub(endpoint: &str, token: Option<&str>) -> Hub {
         cache: "unused".into(),
         endpoint: endpoint.to_owned(),
         token: token.map(str::to_owned),
-        offline: false,
         attempts: 3,
         retry_after: Duration::from_millis(1),
+        ..HubOptions::default()
     })
 }
 
@@ -185,6 +185,23 @@ fn passing_faults_are_passed_over() {
         server.fail_next(part, fault);
     }
     send(&server, &push).unwrap();
+    assert_arrived(dir.path(), &server, "main");
+    assert_eq!(server.branch(REPO, "main").commits.len(), 2);
+}
+
+#[test]
+fn a_hub_that_says_nothing_is_not_waited_for_for_ever() {
+    let (dir, server, push) = folder();
+    let second = Duration::from_secs(1);
+    let options = hub(&server.endpoint, Some(WRITER)).options().clone();
+    let hasty = Hub::new(HubOptions { download_timeout: second, attempts: 5, ..options });
+    for part in ["GET /api/models", "PUT /storage", "/commit/"] {
+        server.fail_next(part, Fault::Silence);
+    }
+    let begun = Instant::now();
+    hasty.push(&push, &NoProgress, &|| Ok(())).unwrap();
+    // An answer that takes work has more time than another.
+    assert!(begun.elapsed() >= 13 * second);
     assert_arrived(dir.path(), &server, "main");
     assert_eq!(server.branch(REPO, "main").commits.len(), 2);
 }

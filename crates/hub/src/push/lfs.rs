@@ -9,9 +9,12 @@ use anyhow::{Context, Result, bail, ensure};
 use pkv_core::{Progress, hinted};
 use serde_json::{Value, json};
 use ureq::SendBody;
+use ureq::http::Method;
 
 use super::api::{Api, Reply};
 use super::{Push, PushFile};
+use crate::client::headers;
+use crate::failure::Failure;
 use crate::hash::sha256_file;
 
 const JSON: &str = "application/vnd.git-lfs+json";
@@ -32,14 +35,13 @@ pub fn upload(
     }
     let doing = format!("cannot prepare the upload to `{}`", push.repo);
     let objects: Vec<Value> = files.iter().map(|f| json!({"oid": f.sha256, "size": f.bytes})).collect();
-    let wish = json!({
+    let request = json!({
         "operation": "upload", "transfers": ["basic", "multipart"], "hash_algo": "sha256", "objects": objects,
         "ref": {"name": push.revision},
     })
     .to_string();
     let path = format!("{}/{}.git/info/lfs/objects/batch", api.endpoint(), push.repo);
-    let reply = api.send(|| post(api, &path, &Value::Null, &wish));
-    let reply = api.expect(reply, &push.repo, &doing)?;
+    let reply = api.expect(post(api, &path, &Value::Null, &request), &push.repo, &doing)?;
     let told = reply.json["objects"].as_array().map_or(&[][..], Vec::as_slice);
     for file in files {
         check_stop()?;
@@ -65,7 +67,7 @@ pub fn upload(
         ensure!(sha256_file(&file.path, |_| ())?.1 == file.sha256, file.changed());
         if let Some(verify) = object["actions"].get("verify") {
             let body = json!({"oid": file.sha256, "size": file.bytes}).to_string();
-            let reply = api.send(|| post(api, href(verify), &verify["header"], &body));
+            let reply = post(api, href(verify), &verify["header"], &body);
             api.expect(reply, &push.repo, &format!("{doing}: it did not arrive whole"))?;
         }
     }
@@ -114,8 +116,10 @@ fn store(
     }
     let body = json!({"oid": file.sha256, "parts": done}).to_string();
     // The address is signed, as the parts' are.
-    let reply = api.send(|| {
-        api.agent().post(href(action)).header("Content-Type", JSON).header("Accept", JSON).send(&body)
+    let json = headers([("Content-Type", JSON), ("Accept", JSON)]);
+    let reply = json.and_then(|json| {
+        let finish = |_: &mut _| api.store(Method::POST, href(action), &json, body.as_str());
+        api.client.retry(&format!("sending {}", file.name), finish)
     });
     api.expect(reply, &push.repo, doing)?;
     Ok(())
@@ -129,40 +133,29 @@ fn put(
     url: &str,
     header: &Value,
     progress: &dyn Progress,
-) -> Result<Reply, ureq::Error> {
+) -> Result<Reply, Failure> {
     let mut told = 0;
-    api.send(|| {
-        let mut source = File::open(&file.path)?;
-        source.seek(SeekFrom::Start(range.0))?;
-        let mut part = Metered { inner: source.take(range.1), progress, seen: 0, told: &mut told };
-        let mut request = api.agent().put(url).header("Content-Length", range.1.to_string());
-        for (name, value) in headers(header) {
-            request = request.header(name, value);
-        }
-        request.send(SendBody::from_reader(&mut part))
+    let length = range.1.to_string();
+    let headers = headers(asked_for(header).chain([("Content-Length", length.as_str())]))?;
+    api.client.retry(&format!("sending {}", file.name), |_| {
+        let open = || {
+            let mut source = File::open(&file.path)?;
+            source.seek(SeekFrom::Start(range.0))?;
+            Ok(source.take(range.1))
+        };
+        let inner = open().map_err(|e: io::Error| Failure::Network(e.into()))?;
+        let mut part = Metered { inner, progress, seen: 0, told: &mut told };
+        api.store(Method::PUT, url, &headers, SendBody::from_reader(&mut part))
     })
 }
 
-fn post(
-    api: &Api,
-    url: &str,
-    header: &Value,
-    body: &str,
-) -> Result<ureq::http::Response<ureq::Body>, ureq::Error> {
-    let mut request = api.agent().post(url).header("Content-Type", JSON).header("Accept", JSON);
-    let mut named = false;
-    for (name, value) in headers(header) {
-        named |= name.eq_ignore_ascii_case("authorization");
-        request = request.header(name, value);
-    }
-    if let Some(authorization) = api.authorization(url).filter(|_| !named) {
-        request = request.header("Authorization", authorization);
-    }
-    request.send(body)
+fn post(api: &Api, url: &str, header: &Value, body: &str) -> Result<Reply, Failure> {
+    let basic = [("Content-Type", JSON), ("Accept", JSON)];
+    api.post_to(url, &headers(basic.into_iter().chain(asked_for(header)))?, body)
 }
 
 /// Headers that an action asks for.
-fn headers(header: &Value) -> impl Iterator<Item = (&str, &str)> {
+fn asked_for(header: &Value) -> impl Iterator<Item = (&str, &str)> {
     header.as_object().into_iter().flatten().filter_map(|(k, v)| Some((k.as_str(), v.as_str()?)))
 }
 

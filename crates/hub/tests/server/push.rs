@@ -26,6 +26,8 @@ pub enum Fault {
     HangUp,
     /// Do it, and hang up before the answer.
     LoseAnswer,
+    /// Say nothing, having done nothing.
+    Silence,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -102,6 +104,10 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) {
     let fault = fault.map(|i| state.faults.remove(i).1);
     let (status, headers, body) = match fault {
         Some(Fault::HangUp) => return,
+        Some(Fault::Silence) => {
+            drop(state);
+            return super::wait_for_the_end(&stream);
+        }
         Some(Fault::Status(status)) => (status, String::new(), json!({"error": "out of order"})),
         _ => state.respond(&request),
     };
