@@ -24,12 +24,17 @@ fn bars() -> &'static MultiProgress {
 
 /// Send `tracing` events to stderr, and to `log.jsonl` once [`log_to`] has named it.
 ///
-/// `verbose` 0 shows information, 1 details, 2 everything; `RUST_LOG` overrides it.
+/// `verbose` 0 shows information, 1 details, 2 everything; `RUST_LOG` overrides it, but for the HTTP client's own
+/// log: the headers and addresses in it may repeat a token.
 pub fn init_logs(verbose: u8) {
     let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
     let ours =
         format!("warn,proxykv_train={level},{}", OUR_CRATES.map(|c| format!("pkv_{c}={level}")).join(","));
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(ours));
+    let filter = ["ureq=warn", "ureq_proto=warn", "rustls=warn"]
+        .iter()
+        .fold(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(ours)), |filter, quiet| {
+            filter.add_directive(quiet.parse().expect("the directives are constant"))
+        });
     let terminal =
         fmt::layer().with_writer(Stderr).with_target(false).with_ansi(color()).compact().without_time();
     let file = fmt::layer().json().with_writer(LogFile);
