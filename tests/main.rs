@@ -6,6 +6,7 @@
 //! - `infer`: answers from a pruned cache are those of `eval`; regimes agree; faults end as they are said to
 //! - `compare`: runs side by side have their own numbers and paired differences; what is not comparable is refused
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
+//! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
 //! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing with it
 //! - `sources`: features of the target, alone and beside the proxy's
 //! - `sandbox`: the folder, the small recipe and the command that the others share
@@ -13,6 +14,7 @@
 mod bad_input;
 mod bench;
 mod compare;
+mod fetch;
 mod infer;
 mod kill;
 mod pipeline;
