@@ -7,6 +7,7 @@
 mod load;
 mod manifest;
 mod method;
+mod mistake;
 pub mod plan;
 mod section;
 
@@ -19,6 +20,7 @@ pub use section::data::DataSection;
 pub use section::eval::{AnswerMatch, EvalSection, Task};
 pub use section::export::ExportSection;
 pub use section::extract::ExtractSection;
+pub use section::facts::{FactPlace, FactsSection};
 pub use section::label::{LabelPreset, LabelSection, Sink};
 pub use section::loss::{FineLoss, LossSection};
 pub use section::mapper::{MapperSection, Variant};

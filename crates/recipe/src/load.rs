@@ -8,9 +8,10 @@ use pkv_core::{Seed, Source, hinted};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use crate::mistake;
 use crate::{
-    DataSection, EvalSection, ExportSection, ExtractSection, LabelSection, LossSection, MapperSection,
-    ModelSection, TrainSection,
+    DataSection, EvalSection, ExportSection, ExtractSection, FactsSection, LabelSection, LossSection,
+    MapperSection, ModelSection, TrainSection,
 };
 
 /// Recipes that may be based on one another in a row.
@@ -29,6 +30,8 @@ pub struct Recipe {
     /// The small model, whose attention is read; the target, if features come from it alone.
     pub proxy: ModelSection,
     pub data: DataSection,
+    #[serde(default)]
+    pub facts: FactsSection,
     #[serde(default)]
     pub label: LabelSection,
     #[serde(default)]
@@ -55,36 +58,61 @@ pub struct Recipe {
 /// The file is absent or no TOML; a key is unknown or has the wrong type; a value is out of range.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
     let invalid = || format!("invalid recipe `{}`", path.display());
-    let (text, own) = read(path)?;
-    let derived = own.contains_key("base");
-    let mut table = based(path, own, MOST_BASES)?;
-    for assignment in overrides {
-        set(&mut table, assignment).with_context(|| format!("cannot apply `--set {assignment}`"))?;
-    }
-    let filled = proxy_of_one_model(&mut table);
-    let mut recipe: Recipe = if overrides.is_empty() && !derived && !filled {
-        // From the text, so that errors show line and column.
-        toml::from_str(&text).map_err(unknown_key_hint).with_context(invalid)?
-    } else {
-        table.try_into().map_err(unknown_key_hint).with_context(invalid)?
+    let mut files = Vec::new();
+    let own = based(path, MOST_BASES, &mut files)?;
+    let with = |assignments: &mut dyn Iterator<Item = &String>| -> Result<Table> {
+        let mut table = own.clone();
+        for assignment in assignments {
+            set(&mut table, assignment).with_context(|| format!("cannot apply `--set {assignment}`"))?;
+        }
+        proxy_of_one_model(&mut table);
+        Ok(table)
+    };
+    let table = with(&mut overrides.iter())?;
+    let mut recipe: Recipe = match table.try_into() {
+        Ok(recipe) => recipe,
+        Err(error) => {
+            let error: toml::de::Error = error;
+            // The assignment without which it would be right, or wrong in another way.
+            for (i, assignment) in overrides.iter().enumerate() {
+                let others =
+                    with(&mut overrides.iter().enumerate().filter(|(k, _)| *k != i).map(|(_, o)| o))?;
+                if others.try_into::<Recipe>().map_or_else(|e| e.to_string() != error.to_string(), |_| true) {
+                    return Err(mistake::in_assignment(error, assignment)).with_context(invalid);
+                }
+            }
+            return Err(in_files(error, path, &files));
+        }
     };
     recipe.path = path.to_path_buf();
-    recipe.check().with_context(invalid)?;
+    recipe.check().map_err(|e| {
+        mistake::or_hint(e, invalid(), "change the value in the recipe, or with `--set key=value`")
+    })?;
     Ok(recipe)
 }
 
+/// The error of a recipe that `files` make together, the recipe's own first.
+fn in_files(error: toml::de::Error, path: &Path, files: &[(PathBuf, String)]) -> anyhow::Error {
+    let invalid = format!("invalid recipe `{}`", path.display());
+    if let [(_, text)] = files {
+        // From the text, so that the error shows line and column; a proxy that may be absent is no mistake of it.
+        let no_proxy = |e: &toml::de::Error| e.message().contains("missing field `proxy`");
+        let shown = toml::from_str::<Recipe>(text).err().filter(|e| !no_proxy(e) || no_proxy(&error));
+        return mistake::in_file(shown.unwrap_or(error), invalid);
+    }
+    let place = mistake::line_of(&error, files);
+    let place = place.map(|(file, line)| format!("{invalid}: line {line} of `{}`", file.display()));
+    mistake::in_file(error, place.unwrap_or(invalid))
+}
+
 /// A recipe whose features come from the target alone needs no proxy; where none is named, the target takes its place, so
-/// that every recipe has both. Returns whether it did.
-fn proxy_of_one_model(table: &mut Table) -> bool {
+/// that every recipe has both.
+fn proxy_of_one_model(table: &mut Table) {
     let from = table.get("extract").and_then(|extract| extract.get("from"));
     let alone = from.is_some_and(|from| *from == Value::from(vec![Source::Target.name()]));
-    match table.get("target") {
-        Some(target) if alone && !table.contains_key("proxy") => {
-            let target = target.clone();
-            table.insert("proxy".to_owned(), target);
-            true
-        }
-        _ => false,
+    if let Some(target) = table.get("target").filter(|_| alone && !table.contains_key("proxy")) {
+        let target = target.clone();
+        table.insert("proxy".to_owned(), target);
     }
 }
 
@@ -96,15 +124,21 @@ fn read(path: &Path) -> Result<(String, Table)> {
             "recipes live in `recipes/`; pass one with `--recipe`",
         )
     })?;
-    let table = toml::from_str(&text).with_context(|| format!("invalid recipe `{}`", path.display()))?;
+    let table = toml::from_str(&text)
+        .map_err(|e| mistake::in_file(e, format!("invalid recipe `{}`", path.display())))?;
     Ok((text, table))
 }
 
-/// `table`, the recipe of `path`, on top of the recipe that its `base` names, which may have a base itself.
-fn based(path: &Path, mut table: Table, deeper: usize) -> Result<Table> {
+/// The recipe of `path` on top of the recipe that its `base` names, which may have a base itself; all their texts are
+/// added to `files`.
+fn based(path: &Path, deeper: usize, files: &mut Vec<(PathBuf, String)>) -> Result<Table> {
+    let (text, mut table) = read(path)?;
+    files.push((path.to_path_buf(), text));
     let Some(base) = table.remove("base") else { return Ok(table) };
     let named = || format!("`base` of recipe `{}`", path.display());
-    let base = base.as_str().with_context(|| format!("{} is no text", named()))?;
+    let base = base.as_str().with_context(|| {
+        hinted(format!("{} is no text", named()), "name a recipe beside it: `base = \"other.toml\"`")
+    })?;
     ensure!(
         deeper > 0,
         hinted(
@@ -114,8 +148,7 @@ fn based(path: &Path, mut table: Table, deeper: usize) -> Result<Table> {
     );
     // Beside the recipe that names it.
     let base = path.parent().unwrap_or(Path::new("")).join(base);
-    let (_, under) = read(&base).with_context(named)?;
-    let mut under = based(&base, under, deeper - 1)?;
+    let mut under = based(&base, deeper - 1, files).with_context(named)?;
     merge(&mut under, table);
     Ok(under)
 }
@@ -173,18 +206,16 @@ impl Recipe {
 
 /// Set the dotted key of `key=value` in `table`, creating sections on the way.
 fn set(table: &mut Table, assignment: &str) -> Result<()> {
+    const FORM: &str = "write `--set section.key=value`, such as `--set train.steps=500`";
     let Some((key, value)) = assignment.split_once('=') else {
-        bail!(hinted(
-            "there is no `=` in it",
-            "write `--set section.key=value`, such as `--set train.steps=500`"
-        ));
+        bail!(hinted("there is no `=` in it", FORM));
     };
     let mut at = table;
     let mut parts: Vec<&str> = key.trim().split('.').collect();
-    let last = parts.pop().filter(|k| !k.is_empty()).context("the key is empty")?;
+    let last = parts.pop().filter(|k| !k.is_empty()).with_context(|| hinted("the key is empty", FORM))?;
     for part in parts {
         let entry = at.entry(part).or_insert_with(|| Value::Table(Table::new()));
-        at = entry.as_table_mut().with_context(|| format!("`{part}` is no section"))?;
+        at = entry.as_table_mut().with_context(|| hinted(format!("`{part}` is no section"), FORM))?;
     }
     at.insert(last.to_owned(), parse_value(value.trim()));
     Ok(())
@@ -196,18 +227,6 @@ fn parse_value(text: &str) -> Value {
         .ok()
         .and_then(|mut t| t.remove("v"))
         .unwrap_or_else(|| Value::String(text.to_owned()))
-}
-
-fn unknown_key_hint(error: toml::de::Error) -> anyhow::Error {
-    let text = error.to_string();
-    if text.contains("unknown field") {
-        anyhow::Error::from(error).context(hinted(
-            "it has a key that no stage reads",
-            "remove or rename the key; `expected` above lists the keys of that section",
-        ))
-    } else {
-        error.into()
-    }
 }
 
 fn default_seed() -> Seed {

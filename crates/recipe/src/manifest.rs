@@ -9,6 +9,8 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
 use serde::{Deserialize, Serialize};
 
+use crate::mistake;
+
 /// The documents of a mixture.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -68,8 +70,8 @@ pub enum SourceFormat {
     Json,
 }
 
-/// Planted-fact augmentation: sentences such as "The owner of the silver lantern is Alice Tall." at
-/// random places of a document, so that examples hold what questions are asked about.
+/// Planted-fact augmentation: sentences such as "The owner of the silver lantern is Alice Tall." in
+/// a document, so that examples hold what questions are asked about. Their places are the recipe's `facts.place`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Facts {
@@ -94,10 +96,10 @@ pub fn load_manifest(path: &Path) -> Result<Manifest> {
             "check `data.manifest`; manifests live in `data-manifests/`",
         )
     })?;
-    let mut manifest: Manifest =
-        toml::from_str(&text).with_context(|| format!("invalid data manifest `{}`", path.display()))?;
+    let invalid = || format!("invalid data manifest `{}`", path.display());
+    let mut manifest: Manifest = toml::from_str(&text).map_err(|e| mistake::in_file(e, invalid()))?;
     manifest.folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
-    manifest.check().with_context(|| format!("invalid data manifest `{}`", path.display()))?;
+    manifest.check().map_err(|e| mistake::or_hint(e, invalid(), "change it in the manifest"))?;
     Ok(manifest)
 }
 

@@ -5,6 +5,7 @@ pub mod data;
 pub mod eval;
 pub mod export;
 pub mod extract;
+pub mod facts;
 pub mod label;
 pub mod loss;
 pub mod mapper;

@@ -98,6 +98,37 @@ fn training_keys_have_ranges() {
 }
 
 #[test]
+fn assignments_of_the_wrong_type_are_answered_with_the_right_form() {
+    for (assignment, expected) in [
+        ("eval.methods=mapper", r#"`--set 'eval.methods=["mapper"]'`"#),
+        ("eval.methods=mapper,kvzip", r#"`--set 'eval.methods=["mapper", "kvzip"]'`"#),
+        ("eval.methods=[mapper]", r#"`--set 'eval.methods=["mapper"]'`"#),
+        ("data.window_tokens=300", "`--set 'data.window_tokens=[300]'`"),
+        ("target.model=3", "`--set 'target.model=\"3\"'`"),
+        ("train.steps=many", "`--set train.steps=3`"),
+        ("train.steps=-3", "`--set train.steps=3`"),
+        ("train.lr=fast", "`--set train.lr=0.5`"),
+        ("facts.place=sentense", "did you mean `sentence`?"),
+        ("trian.steps=3", "did you mean `train`?"),
+        ("train.stepz=3", "did you mean `steps`?"),
+        ("mapper=3", "`--set mapper=VALUE`"),
+    ] {
+        // Others beside it are right.
+        let (text, hint) = texts(overridden(&["seed=4", assignment, "train.batch=3"]));
+        assert!(
+            text.contains("invalid recipe") && text.contains(&format!("cannot apply `--set {assignment}`")),
+            "{text}"
+        );
+        assert!(hint.contains(expected), "{assignment}: {hint}");
+    }
+    // What an assignment supplies need not be in the file, and what is wrong there is no assignment's fault.
+    assert!(with("train = 10\n", "", &["data.train=5"]).is_ok());
+    let (text, hint) = texts(with("seed = 3", "sed = 3", &["train.batch=3"]));
+    assert!(!text.contains("--set") && text.contains("line 3"), "{text}");
+    assert!(hint.contains("did you mean `seed`?"), "{hint}");
+}
+
+#[test]
 fn overrides_reach_every_section_and_need_no_quotes() {
     let recipe = overridden(&[
         "train.steps=7",
@@ -155,8 +186,9 @@ fn numbers_out_of_range_are_refused() {
         ("eval.context_tokens=100", "`eval.context_tokens` is 100; 8 facts need at least 320"),
         ("label.chunk_tokens=0", "`label.chunk_tokens` is 0"),
     ] {
-        let (text, _) = texts(overridden(&[assignment]));
+        let (text, hint) = texts(overridden(&[assignment]));
         assert!(text.contains("invalid recipe") && text.contains(expected), "{assignment}: {text}");
+        assert!(!hint.is_empty(), "{assignment} has no hint");
     }
 }
 
@@ -165,8 +197,17 @@ fn absent_files_and_missing_keys_say_where_to_look() {
     let (text, hint) = texts(load(std::path::Path::new("none.toml"), &[]));
     assert!(text.starts_with("cannot read recipe `none.toml`: No such file"), "{text}");
     assert!(hint.contains("recipes/"), "{hint}");
-    assert!(texts(with("train = 10\n", "", &[])).0.contains("missing field `train`"));
-    assert!(texts(with("name = \"pair\"", "name = pair", &[])).0.contains("TOML parse error at line 2"));
+    let (text, hint) = texts(with("train = 10\n", "", &[]));
+    assert!(text.contains("missing field `train`") && hint.contains("add the key"), "{text}, {hint}");
+    for broken in
+        ["name = pair", "name = \"pair", "name = [\"a\"", "name \"pair\"", "name = \"a\"\nname = \"b\""]
+    {
+        let (text, hint) = texts(with("name = \"pair\"", broken, &[]));
+        assert!(text.contains("pair.toml`") && text.contains("TOML parse error at line "), "{text}");
+        assert!(hint.contains("quotes"), "{hint}");
+    }
+    let (text, hint) = texts(with("train = 10", "train = \"10\"", &[]));
+    assert!(text.contains("line 12") && hint.contains("usize"), "{text}, {hint}");
     let (text, hint) = texts(load_manifest(std::path::Path::new("none.toml")));
     assert!(text.starts_with("cannot read data manifest `none.toml`"), "{text}");
     assert!(hint.contains("data.manifest"), "{hint}");
@@ -210,7 +251,12 @@ fn mistaken_manifests_are_refused() {
         (SOURCE.replace("name", "title"), "unknown field `title`"),
         (format!("{SOURCE}[facts]\nmin = 3\nmax = 2\n"), "`facts.min` = 3 is more than `facts.max` = 2"),
     ] {
-        let error = format!("{:#}", read(&text).unwrap_err());
+        let error = read(&text).unwrap_err();
+        assert!(
+            error.downcast_ref::<Hinted>().is_some() || error.chain().any(|c| c.is::<Hinted>()),
+            "{error:#}"
+        );
+        let error = format!("{error:#}");
         assert!(error.contains("invalid data manifest `") && error.contains(expected), "{text}: {error}");
     }
     assert!(format!("{:#}", read("source = []\n").unwrap_err()).contains("it has no `[[source]]`"));
@@ -234,7 +280,18 @@ fn a_recipe_may_be_based_on_another() {
 
     put("wrong.toml", "base = \"pair.toml\"\nname = \"wrong\"\ntrain.stepps = 7\n");
     let (text, hint) = texts(load(&dir.path().join("wrong.toml"), &[]));
-    assert!(text.contains("wrong.toml") && text.contains("stepps") && !hint.is_empty(), "{text}");
+    assert!(text.contains("line 3 of `") && text.contains("wrong.toml") && text.contains("stepps"), "{text}");
+    assert!(hint.contains("did you mean `steps`?"), "{hint}");
+    put("under.toml", "base = \"wrong.toml\"\nname = \"under\"\n");
+    let (text, _) = texts(load(&dir.path().join("under.toml"), &[]));
+    assert!(text.contains("invalid recipe `") && text.contains("under.toml`: line 3 of `"), "{text}");
+    put("broken.toml", "base = \"pair.toml\"\nname = \"broken\n");
+    put("on-broken.toml", "base = \"broken.toml\"\nname = \"on\"\n");
+    let (text, hint) = texts(load(&dir.path().join("on-broken.toml"), &[]));
+    assert!(
+        text.contains("broken.toml") && text.contains("line 2") && hint.contains("quotes"),
+        "{text}, {hint}"
+    );
     put("lost.toml", "base = \"absent.toml\"\nname = \"lost\"\n");
     let (text, _) = texts(load(&dir.path().join("lost.toml"), &[]));
     assert!(text.contains("`base` of recipe") && text.contains("absent.toml"), "{text}");
