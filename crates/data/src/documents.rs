@@ -1,9 +1,10 @@
 //! Documents of a source, one after another, whatever format they lie in.
 //!
 //! Formats differ in how they name the place of an error; all skip empty documents, count them, and
-//! call a file without any document an error.
+//! call a file without any document an error. Text may be compressed.
 
 mod jsonl;
+mod open;
 mod parquet;
 mod txt;
 
@@ -17,6 +18,9 @@ use pkv_recipe::{Source, SourceFormat};
 const BATCH_BYTES: usize = 4 << 20;
 /// Documents after which a batch is full, however short they are.
 const BATCH_DOCUMENTS: usize = 256;
+
+/// Most bytes of one document: what is longer is no document, and may be more than memory holds.
+const MOST_BYTES: u64 = 1 << 30;
 
 /// Texts of one file, in order; empty ones included.
 type Texts = Box<dyn Iterator<Item = Result<String>>>;
@@ -118,12 +122,27 @@ fn open(source: &Source, path: &Path) -> Result<Texts> {
 fn utf8(bytes: Vec<u8>, path: &Path, offset: u64) -> Result<String> {
     String::from_utf8(bytes).map_err(|e| {
         let at = offset + e.utf8_error().valid_up_to() as u64;
+        let wide = offset == 0 && matches!(e.as_bytes(), [0xff, 0xfe, ..] | [0xfe, 0xff, ..]);
+        let encoding = if wide { "utf-16" } else { "latin1" };
         hinted(
             format!("`{}` is not UTF-8 text: byte {at} fits no character", path.display()),
-            "convert it first, for instance with `iconv -f latin1 -t utf-8`",
+            format!("convert it first, for instance with `iconv -f {encoding} -t utf-8`"),
         )
         .into()
     })
+}
+
+/// # Errors
+/// A document has more than `most` bytes.
+fn check_length(bytes: &[u8], most: u64) -> Result<()> {
+    ensure!(
+        bytes.len() as u64 <= most,
+        hinted(
+            format!("a document of it has more than {most} bytes"),
+            "cut it into documents: one per line of a jsonl file, or with `separator` in a txt file"
+        )
+    );
+    Ok(())
 }
 
 /// Names as a list in a message.

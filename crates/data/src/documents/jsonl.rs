@@ -1,19 +1,22 @@
 //! JSON lines: one object per line, the text under one of its keys.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use pkv_core::hinted;
-use serde_json::{Map, Value};
+use pkv_core::{hinted, json_kind, parse_json};
+use serde_json::Value;
 
-use super::{Texts, listed, utf8};
+use super::open::{Reader, damaged, open};
+use super::{MOST_BYTES, Texts, check_length, listed, utf8};
+
+/// Repair of what is not in lines.
+const ONE_PER_LINE: &str = "a jsonl file has one object per line; `jq -c '.[]' array.json > lines.jsonl` makes one of an array, \
+                            `jq -c . objects.json > lines.jsonl` of objects over several lines";
 
 pub(super) fn texts(path: &Path, key: &str) -> Result<Texts> {
-    let file = File::open(path).with_context(|| format!("cannot open `{}`", path.display()))?;
     Ok(Box::new(Lines {
-        reader: BufReader::with_capacity(1 << 16, file),
+        reader: open(path)?,
         path: path.to_path_buf(),
         key: key.to_owned(),
         line: 0,
@@ -23,7 +26,7 @@ pub(super) fn texts(path: &Path, key: &str) -> Result<Texts> {
 }
 
 struct Lines {
-    reader: BufReader<File>,
+    reader: Reader,
     path: PathBuf,
     key: String,
     /// Lines read so far.
@@ -37,17 +40,21 @@ impl Lines {
     fn read(&mut self) -> Result<Option<String>> {
         loop {
             let mut bytes = Vec::new();
-            if self.reader.read_until(b'\n', &mut bytes)? == 0 {
+            let mut reader = self.reader.by_ref().take(MOST_BYTES + 1);
+            if reader.read_until(b'\n', &mut bytes).with_context(damaged)? == 0 {
                 self.done = true;
                 return Ok(None);
             }
+            check_length(&bytes, MOST_BYTES)?;
             let start = self.offset;
             self.offset += bytes.len() as u64;
             self.line += 1;
             let line = utf8(bytes, &self.path, start)?;
+            // A byte order mark is no text.
+            let line = if start == 0 { line.trim_start_matches('\u{feff}') } else { &line };
             if !line.trim().is_empty() {
                 return self
-                    .text(&line)
+                    .text(line)
                     .with_context(|| format!("line {} is no document", self.line))
                     .map(Some);
             }
@@ -55,11 +62,21 @@ impl Lines {
     }
 
     fn text(&self, line: &str) -> Result<String> {
-        let mut object: Map<String, Value> = serde_json::from_str(line)?;
+        // The beginning of an array over several lines is no JSON by itself.
+        if line.trim_start().starts_with('[') {
+            bail!(hinted("it begins a JSON array", ONE_PER_LINE));
+        }
+        let mut object = match parse_json(line, ONE_PER_LINE)? {
+            Value::Object(object) => object,
+            other => bail!(hinted(format!("it is {}, not an object", json_kind(&other)), ONE_PER_LINE)),
+        };
         match object.remove(&self.key) {
             Some(Value::String(text)) => Ok(text),
             Some(Value::Null) => Ok(String::new()),
-            Some(_) => bail!("its key `{}` holds no string", self.key),
+            Some(other) => bail!(hinted(
+                format!("its key `{}` holds {}, not text", self.key, json_kind(&other)),
+                "name a key that holds text: `text = \"...\"` in the manifest's source"
+            )),
             None => bail!(hinted(
                 format!(
                     "it has no key `{}`; its keys are {}",
@@ -103,18 +120,41 @@ mod tests {
     }
 
     #[test]
+    fn a_byte_order_mark_is_no_text() {
+        assert_eq!(
+            read(b"\xef\xbb\xbf{\"text\": \"one\"}\r\n\r\n{\"text\": \"two\"}\r\n").unwrap(),
+            ["one", "two"]
+        );
+        assert_eq!(read(b"\xef\xbb\xbf\n{\"text\": \"one\"}").unwrap(), ["one"]);
+    }
+
+    #[test]
     fn errors_name_line_and_keys() {
         for (content, expected) in [
             (
                 &b"{\"text\": \"a\"}\n{\"body\": \"b\", \"id\": 2}\n"[..],
                 "line 2 is no document: it has no key `text`; its keys are `body`, `id`",
             ),
-            (b"{\"text\": 3}\n", "line 1 is no document: its key `text` holds no string"),
-            (b"{\"text\": \"a\"}\n\n{\"text\": \n", "line 3 is no document: EOF while parsing"),
+            (b"{\"text\": 3}\n", "line 1 is no document: its key `text` holds a number, not text"),
+            (
+                b"{\"text\": \"a\"}\n\n{\"text\": \n",
+                "line 3 is no document: it is no JSON: EOF while parsing",
+            ),
             (b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}\n", "is not UTF-8 text: byte 24"),
+            (b"\xff\xfe{\x00", "is not UTF-8 text: byte 0"),
+            (b"[{\"text\": \"a\"}]", "line 1 is no document: it begins a JSON array"),
+            (b"[\n {\"text\": \"a\"}\n]", "line 1 is no document: it begins a JSON array"),
+            (b"\n\"a\"\n", "line 2 is no document: it is text, not an object"),
+            (b"{\n \"text\": \"a\"\n}", "line 1 is no document: it is no JSON: EOF"),
+            (b"{\"text\": \"a \\ud83d b\"}\n", "line 1 is no document: `\\ud83d` is half of a character"),
         ] {
-            let error = format!("{:#}", read(content).unwrap_err());
-            assert!(error.contains(expected), "expected {expected}, found {error}");
+            let error = read(content).unwrap_err();
+            let text = format!("{error:#}");
+            assert!(text.contains("a.jsonl") && text.contains(expected), "expected {expected}, found {text}");
+            assert!(
+                error.chain().any(|c| c.is::<pkv_core::Hinted>()) || error.is::<pkv_core::Hinted>(),
+                "no hint: {text}"
+            );
         }
     }
 }

@@ -69,7 +69,10 @@ impl Iterator for Rows {
                 Some(Ok(batch)) => self.batch = Some((batch.column(0).clone(), 0)),
                 Some(Err(e)) => {
                     self.done = true;
-                    let context = format!("cannot read `{}`", self.path.display());
+                    let context = hinted(
+                        format!("cannot read `{}`", self.path.display()),
+                        "copy the file again, or write it anew with another codec, such as zstd",
+                    );
                     return Some(Err(anyhow::Error::from(e).context(context)));
                 }
                 None => self.done = true,

@@ -1,17 +1,16 @@
 //! Plain text: one document per file, or as many as a separator makes.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::{Texts, utf8};
+use super::open::{Reader, damaged, open};
+use super::{MOST_BYTES, Texts, check_length, utf8};
 
 pub(super) fn texts(path: &Path, separator: Option<&str>) -> Result<Texts> {
-    let file = File::open(path).with_context(|| format!("cannot open `{}`", path.display()))?;
     Ok(Box::new(Pieces {
-        reader: BufReader::with_capacity(1 << 16, file),
+        reader: open(path)?,
         path: path.to_path_buf(),
         separator: separator.map(|s| s.as_bytes().to_vec()),
         offset: 0,
@@ -20,7 +19,7 @@ pub(super) fn texts(path: &Path, separator: Option<&str>) -> Result<Texts> {
 }
 
 struct Pieces {
-    reader: BufReader<File>,
+    reader: Reader,
     path: PathBuf,
     separator: Option<Vec<u8>>,
     /// Byte of the file where the next piece begins.
@@ -32,17 +31,19 @@ impl Pieces {
     fn read(&mut self) -> Result<Option<String>> {
         let mut bytes = Vec::new();
         let mut whole = false;
+        let mut reader = self.reader.by_ref().take(MOST_BYTES + 1);
         match self.separator.as_deref() {
             None => {
-                self.reader.read_to_end(&mut bytes)?;
+                reader.read_to_end(&mut bytes).with_context(damaged)?;
             }
             Some(separator) => {
                 let last = *separator.last().expect("manifests have no empty separator");
-                while !whole && self.reader.read_until(last, &mut bytes)? > 0 {
+                while !whole && reader.read_until(last, &mut bytes).with_context(damaged)? > 0 {
                     whole = bytes.ends_with(separator);
                 }
             }
         }
+        check_length(&bytes, MOST_BYTES)?;
         self.done = !whole;
         let start = self.offset;
         self.offset += bytes.len() as u64;
