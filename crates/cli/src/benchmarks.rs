@@ -93,6 +93,7 @@ impl Material {
                 let made =
                     Generator::new(task, section.ruler_tokens, frame, &self.sources, count, s.recipe.seed);
                 let generator = made.with_context(|| format!("cannot make RULER's `{}`", task.name()))?;
+                warn_if_short(task, generator.tokens(), section.ruler_tokens);
                 all.push(Benchmark {
                     suite: "ruler",
                     task: task.name().to_owned(),
@@ -106,9 +107,9 @@ impl Material {
         let limit = section.examples;
         if asked(Task::Longbench) {
             let names: Vec<&str> = longbench::Task::all().iter().map(|t| t.name).collect();
-            for (name, path) in self.files.of_suite("longbench", &names, &section.longbench_tasks)? {
+            for (name, files) in self.files.of_suite("longbench", &names, &section.longbench_tasks)? {
                 let task = longbench::Task::of_name(name).expect("it is one of LongBench's names");
-                let examples = task.read(&path, limit)?;
+                let examples = task.read(&files, limit)?;
                 all.push(self.of_examples("longbench", name, examples, section.prompt_tokens, json!({})));
             }
         }
@@ -118,9 +119,9 @@ impl Material {
                 SharedContext::MultiRequest => (scbench::Mode::MultiRequest, "multi-request"),
             };
             let names = scbench::Task::ALL.map(scbench::Task::name);
-            for (name, path) in self.files.of_suite("scbench", &names, &section.scbench_tasks)? {
+            for (name, files) in self.files.of_suite("scbench", &names, &section.scbench_tasks)? {
                 let task = scbench::Task::of_name(name).expect("it is one of SCBench's names");
-                let examples = task.read(&path, mode, limit)?;
+                let examples = task.read(&files, mode, limit)?;
                 let settings = json!({ "mode": mode_name });
                 all.push(self.of_examples("scbench", name, examples, section.prompt_tokens, settings));
             }
@@ -164,6 +165,7 @@ impl Material {
         prompt_tokens: usize,
         settings: serde_json::Value,
     ) -> Benchmark<'a> {
+        warn_of_lost_turns(suite, task, &examples);
         Benchmark {
             suite,
             task: task.to_owned(),
@@ -178,6 +180,39 @@ impl Material {
 
     fn identity(&self, settings: serde_json::Value) -> String {
         self.files.identity.clone().with("settings", settings).hash()
+    }
+}
+
+/// RULER's lists and documents end; what is asked of a shorter context says nothing about the length in the recipe.
+fn warn_if_short(task: RulerTask, tokens: usize, wanted: usize) {
+    if 10 * tokens < 9 * wanted {
+        let more = match task {
+            RulerTask::Cwe => {
+                "; a source `words` in the manifest of `eval.benchmark.manifest` makes longer ones"
+            }
+            _ => "",
+        };
+        tracing::warn!(
+            "RULER's `{}`: contexts come out at about {tokens} tokens, `eval.benchmark.ruler_tokens` is {wanted}{more}",
+            task.name()
+        );
+    }
+}
+
+/// Say which questions no answer can be right for: they would count as 0 for every method.
+fn warn_of_lost_turns(suite: &str, task: &str, examples: &[pkv_tasks::Example]) {
+    let lost: Vec<(&str, &str)> = examples
+        .iter()
+        .flat_map(|e| e.turns.iter().map(move |t| (e.id.as_str(), t)))
+        .filter(|(_, turn)| !turn.can_score())
+        .map(|(id, turn)| (id, turn.given.as_str()))
+        .collect();
+    if let Some((id, answer)) = lost.first() {
+        tracing::warn!(
+            "{suite}/{task}: {} questions score 0 whatever is answered: the metric reads nothing in the right answer, \
+             such as {answer:?} of `{id}`",
+            lost.len()
+        );
     }
 }
 
@@ -217,13 +252,13 @@ impl Files {
         Ok(files.first().map(PathBuf::as_path))
     }
 
-    /// The file of each of a suite's tasks: those in `named`, or all there are.
+    /// The files of each of a suite's tasks: those in `named`, or all there are. A task's shards are in order.
     fn of_suite<'n>(
         &self,
         suite: &str,
         names: &[&'n str],
         named: &[String],
-    ) -> Result<Vec<(&'n str, PathBuf)>> {
+    ) -> Result<Vec<(&'n str, Vec<PathBuf>)>> {
         for name in named {
             ensure!(names.contains(&name.as_str()), unknown(suite, name, names));
         }
@@ -235,32 +270,78 @@ impl Files {
         };
         let mut of_tasks = Vec::new();
         for &name in names {
-            // `trec.jsonl`, or `scbench_kv/test-00000-of-00001.parquet` as hub data sets are laid out.
-            let is_its = |file: &&PathBuf| {
-                file.file_stem().is_some_and(|stem| stem == name)
-                    || file.parent().and_then(Path::file_name).is_some_and(|folder| folder == name)
-            };
-            let wanted = named.is_empty() || named.iter().any(|n| n == name);
-            match files.iter().find(is_its) {
-                Some(file) if wanted => of_tasks.push((name, file.clone())),
-                None if wanted && !named.is_empty() => bail!(hinted(
-                    format!("there is no file of `{name}` among the {} of source `{suite}`", files.len()),
-                    format!(
-                        "files are found by name: `{name}.jsonl`, or a folder `{name}` with a Parquet file"
-                    )
-                )),
-                _ => {}
+            if !named.is_empty() && !named.iter().any(|n| n == name) {
+                continue;
             }
+            let own: Vec<PathBuf> = files.iter().filter(|file| is_of_task(file, name)).cloned().collect();
+            if own.is_empty() {
+                ensure!(
+                    named.is_empty(),
+                    hinted(
+                        format!("there is no file of `{name}` among the {} of source `{suite}`", files.len()),
+                        format!(
+                            "files are found by name: `{name}.jsonl`, or a folder `{name}` with Parquet files"
+                        )
+                    )
+                );
+                continue;
+            }
+            check_shards(&own)?;
+            of_tasks.push((name, own));
         }
+        let unknown: Vec<String> = files
+            .iter()
+            .filter(|file| !names.iter().any(|name| is_of_task(file, name)))
+            .map(|file| format!("`{}`", file.display()))
+            .collect();
+        let some = unknown.iter().take(3).map(String::as_str).collect::<Vec<_>>().join(", ");
         ensure!(
             !of_tasks.is_empty(),
             hinted(
-                format!("none of the {} files of source `{suite}` is named as one of its tasks", files.len()),
-                format!("files are found by name: `{}.jsonl`, or a folder of that name", names[0])
+                format!(
+                    "none of the {} files of source `{suite}` is named as one of its tasks: {some}",
+                    files.len()
+                ),
+                format!(
+                    "files are found by name: `{0}.jsonl`, or a folder `{0}`; the tasks are {1}",
+                    names[0],
+                    names.join(", ")
+                )
             )
         );
+        if named.is_empty() && !unknown.is_empty() {
+            tracing::warn!(
+                "{} files of source `{suite}` are named as none of its tasks and are not read: {some}",
+                unknown.len()
+            );
+        }
         Ok(of_tasks)
     }
+}
+
+/// `trec.jsonl`, or `scbench_kv/test-00000-of-00001.parquet` as hub data sets are laid out.
+fn is_of_task(file: &Path, name: &str) -> bool {
+    let own = file.file_name().and_then(|n| n.to_str()).and_then(|n| n.split('.').next());
+    own == Some(name) || file.parent().and_then(Path::file_name).is_some_and(|folder| folder == name)
+}
+
+/// # Errors
+/// Files say that they are some of more shards than there are.
+fn check_shards(files: &[PathBuf]) -> Result<()> {
+    let total = |file: &PathBuf| {
+        let stem = file.file_stem()?.to_str()?;
+        stem.rsplit_once("-of-")?.1.parse::<usize>().ok()
+    };
+    let shards: Vec<usize> = files.iter().filter_map(total).collect();
+    let Some(&total) = shards.first() else { return Ok(()) };
+    ensure!(
+        shards.len() == total,
+        hinted(
+            format!("`{}` is one of {total} shards, {} are named", files[0].display(), shards.len()),
+            "name all shards of a task, and no other data set's, in the manifest of `eval.benchmark.manifest`"
+        )
+    );
+    Ok(())
 }
 
 fn unknown(suite: &str, name: &str, names: &[&str]) -> pkv_core::Hinted {
@@ -297,8 +378,10 @@ mod tests {
             let named: Vec<String> = named.iter().map(|n| (*n).to_owned()).collect();
             files.of_suite("longbench", &names, &named).map_err(|e| e.to_string())
         };
-        let all =
-            vec![("trec", PathBuf::from("d/trec.jsonl")), ("lcc", PathBuf::from("h/lcc/test-0.parquet"))];
+        let all = vec![
+            ("trec", vec![PathBuf::from("d/trec.jsonl")]),
+            ("lcc", vec![PathBuf::from("h/lcc/test-0.parquet")]),
+        ];
         assert_eq!(of(&[]).unwrap(), all);
         assert_eq!(of(&["lcc"]).unwrap(), all[1..]);
         assert!(of(&["vcsum"]).unwrap_err().contains("no file of `vcsum` among the 4"));
@@ -306,6 +389,23 @@ mod tests {
         assert!(
             files.of_suite("scbench", &names, &[]).unwrap_err().to_string().contains("files are not named")
         );
+        let shards = |paths: &[&str]| {
+            let paths = paths.iter().map(PathBuf::from).collect();
+            let files = Files { found: vec![("longbench".to_owned(), paths)], identity: Fingerprint::new() };
+            files.of_suite("longbench", &names, &[]).map(|found| found[0].1.len()).map_err(|e| e.to_string())
+        };
+        assert_eq!(shards(&["lcc/a-00000-of-00002.parquet", "lcc/a-00001-of-00002.parquet"]), Ok(2));
+        assert_eq!(
+            shards(&["lcc/a-00000-of-00002.parquet"]).unwrap_err(),
+            "`lcc/a-00000-of-00002.parquet` is one of 2 shards, 1 are named"
+        );
+        assert!(
+            shards(&["scbench_kv/a.parquet"])
+                .unwrap_err()
+                .contains("is named as one of its tasks: `scbench_kv/a")
+        );
+        // Read by name, and then refused by what it is.
+        assert_eq!(shards(&["d/trec.jsonl.gz"]), Ok(1));
         assert!(files.one("longbench").is_err() && files.one("squad").unwrap().is_none());
     }
 }

@@ -1,5 +1,7 @@
 //! One example of a benchmark: a context and what is asked of it.
 
+use anyhow::{Result, ensure};
+use pkv_core::hinted;
 use serde::{Deserialize, Serialize};
 
 use crate::metric::Metric;
@@ -49,5 +51,36 @@ impl Turn {
             false => answer,
         };
         self.metric.score(answer, &self.wanted, &self.others)
+    }
+
+    /// Whether the right answer is worth anything; where it is not, every answer would score 0.
+    pub fn can_score(&self) -> bool {
+        // Whether a function is near enough to itself says nothing, and takes long to find out.
+        if self.metric == Metric::Function {
+            return true;
+        }
+        let all = self.wanted.join(", ");
+        [&self.given, &all].into_iter().chain(&self.wanted).any(|answer| self.score(answer) > 0.0)
+    }
+
+    /// # Errors
+    /// The wanted answer has not the form that the metric reads.
+    pub(crate) fn check_form(&self, column: &str) -> Result<()> {
+        let form = match self.metric {
+            Metric::Retrieval => "`Paragraph` and a number",
+            Metric::RetrievalZh => "`段落` and a number",
+            Metric::Count | Metric::FirstNumber | Metric::MathFind => "a number",
+            Metric::Classification => "one of `all_classes`",
+            Metric::Choice => "one of the options",
+            _ => return Ok(()),
+        };
+        ensure!(
+            self.can_score(),
+            hinted(
+                format!("column `{column}` holds {:?}, expected {form}: no answer could score", self.given),
+                "give the data set's own file, unchanged"
+            )
+        );
+        Ok(())
     }
 }

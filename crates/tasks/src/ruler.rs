@@ -137,6 +137,8 @@ pub struct Generator<'a> {
     seed: Seed,
     /// Size that fits an example drawn for the purpose.
     size: usize,
+    /// Tokens that this example takes, the answer's room and the frame included.
+    tokens: usize,
 }
 
 /// The generators; each turns a size (sentences, words, documents) into text.
@@ -176,7 +178,8 @@ impl<'a> Generator<'a> {
             )
         };
         let limit = tokens.checked_sub(task.max_new_tokens() + frame_tokens).with_context(short)?;
-        let mut g = Self { task, kind: Kind::of(task, tokens, limit, sources)?, limit, count, seed, size: 0 };
+        let mut g =
+            Self { task, kind: Kind::of(task, tokens, limit, sources)?, limit, count, seed, size: 0, tokens };
         if let Kind::Vt(vt) = &mut g.kind {
             vt.make_example(count, &mut seed.stream("ruler vt example", 0))?;
         }
@@ -192,7 +195,15 @@ impl<'a> Generator<'a> {
             g.length(&g.draft(least, 0, &mut rng)?)?;
         }
         g.size = size.with_context(short)?;
+        let mut rng = seed.stream(&format!("ruler {} size", task.name()), 0);
+        g.tokens = tokens - limit + g.length(&g.draft(g.size, 0, &mut rng)?)?;
         Ok(g)
+    }
+
+    /// About how many tokens an example takes, the answer's room and the chat template's included. Less than was asked
+    /// for where there is not enough to make a longer one of.
+    pub fn tokens(&self) -> usize {
+        self.tokens
     }
 
     /// Example number `index`; the same one whatever was made before.

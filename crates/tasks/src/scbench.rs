@@ -8,7 +8,7 @@
 //! conversation see the wanted answers of the turns before them (its default, golden context).
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::hinted;
@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::example::{Example, Turn};
 use crate::metric::Metric;
-use crate::rows;
+use crate::rows::{self, Row};
 
 /// How the turns of a context hang together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,29 +118,46 @@ impl Task {
         }
     }
 
-    /// The examples of a task's file, at most `limit`.
+    /// The examples of a task's files, one after the other, at most `limit`.
     ///
     /// # Errors
-    /// The file is absent, damaged, or its rows are of another task.
-    pub fn read(self, path: &Path, mode: Mode, limit: usize) -> Result<Vec<Example>> {
-        let rows = rows::read(path)?;
+    /// A file is absent or damaged, or a row is not one of this task: it lacks a column, or one is empty, of another
+    /// type, or of a form that the metric cannot read.
+    pub fn read(self, paths: &[PathBuf], mode: Mode, limit: usize) -> Result<Vec<Example>> {
+        let of_code = matches!(self, Self::Repoqa | Self::RepoqaAndKv);
+        let rows = rows::read_all(paths, if of_code { usize::MAX } else { limit })?;
+        let unfit = |row: &Row| {
+            hinted(
+                format!("{} is none of SCBench's `{}`", row.place, self.name()),
+                "give the files of the hub's microsoft/SCBench: each row has `context` and `multi_turns`, a list of \
+                 objects with `input` and `answer`",
+            )
+        };
         // Functions of one repository compete, those asked in other rows too.
         let mut functions: HashMap<&str, Vec<String>> = HashMap::new();
-        if matches!(self, Self::Repoqa | Self::RepoqaAndKv) {
+        if of_code {
             for row in &rows {
-                let of_repo = functions.entry(rows::text(row, "repo")?).or_default();
-                for turn in rows::list(row, "multi_turns") {
-                    if self.part(turn)? == Part::Repoqa {
-                        of_repo.push(rows::text(turn, "answer")?.to_owned());
-                    }
-                }
+                let (repo, own) = self.functions(&row.value).with_context(|| unfit(row))?;
+                functions.entry(repo).or_default().extend(own);
             }
         }
-        let example = |(i, row): (usize, &Value)| {
-            self.example(i, row, mode, &functions)
-                .with_context(|| format!("row {} of `{}`", i + 1, path.display()))
+        let example = |(i, row): (usize, &Row)| {
+            self.example(i, &row.value, mode, &functions).with_context(|| unfit(row))
         };
         rows.iter().take(limit).enumerate().map(example).collect()
+    }
+
+    /// The repository of a row, and the functions that its turns want.
+    fn functions(self, row: &Value) -> Result<(&str, Vec<String>)> {
+        let repo = rows::filled(row, "repo")?;
+        let mut wanted = Vec::new();
+        for (i, turn) in rows::list(row, "multi_turns")?.iter().enumerate() {
+            let turn_of = || format!("`multi_turns[{i}]`");
+            if self.part(turn).with_context(turn_of)? == Part::Repoqa {
+                wanted.push(rows::filled(turn, "answer").with_context(turn_of)?.to_owned());
+            }
+        }
+        Ok((repo, wanted))
     }
 
     fn example(
@@ -150,9 +167,9 @@ impl Task {
         mode: Mode,
         functions: &HashMap<&str, Vec<String>>,
     ) -> Result<Example> {
-        let context = rows::text(row, "context").or_else(|_| rows::text(row, "input"))?;
-        let asked = rows::list(row, "multi_turns");
-        ensure!(!asked.is_empty(), "column `multi_turns` is absent or empty");
+        let other = row.get("context").is_none() && row.get("input").is_some();
+        let context = rows::filled(row, if other { "input" } else { "context" })?;
+        let asked = rows::list(row, "multi_turns")?;
         let others = match row.get("repo").and_then(Value::as_str) {
             Some(repo) => functions.get(repo).cloned().unwrap_or_default(),
             None => Vec::new(),
@@ -160,13 +177,13 @@ impl Task {
         let mut before = self.before().to_owned();
         if self == Self::Mf {
             // The first question stands before the numbers too: by itself in requests, in its own words in conversations.
-            let input = rows::text(&asked[0], "input")?;
+            let input = rows::filled(&asked[0], "input").context("`multi_turns[0]`")?;
             let first = if mode == Mode::MultiRequest { input.to_owned() } else { mf_question(input)? };
             before = format!("{first}\n\n");
         }
         let turn = |(i, turn): (usize, &Value)| {
             self.turn(turn, i == 0 || mode == Mode::MultiRequest, &others)
-                .with_context(|| format!("turn {}", i + 1))
+                .with_context(|| format!("`multi_turns[{i}]`"))
         };
         Ok(Example {
             id: row.get("id").map_or_else(|| format!("{}-{index}", self.name()), rows::spell),
@@ -180,12 +197,12 @@ impl Task {
     /// `first`: whether the turn follows the context and not another turn.
     fn turn(self, turn: &Value, first: bool, others: &[String]) -> Result<Turn> {
         let part = self.part(turn)?;
-        let input = rows::text(turn, "input")?;
+        let input = rows::filled(turn, "input")?;
         let gap = if first { "\n\n" } else { "" };
         let question = match self {
             Self::ChoiceEng => {
-                let options: Vec<String> = rows::list(turn, "options").iter().map(rows::spell).collect();
-                ensure!(options.len() == 4, "expected 4 options, found {}", options.len());
+                let options = rows::scalars(turn, "options")?;
+                ensure!(options.len() == 4, "column `options` has {} entries, expected 4", options.len());
                 let [a, b, c, d] = [0, 1, 2, 3].map(|i| &options[i]);
                 format!("Question: {input}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\n\nThe the correct answer is")
             }
@@ -194,13 +211,9 @@ impl Task {
             Self::Mf => format!("{}\n\n{input}", mf_question(input)?),
             _ => input.to_owned(),
         };
-        let answer = turn.get("answer").context("column `answer` is absent")?;
-        let mut wanted: Vec<String> = match answer {
-            Value::Array(all) => all.iter().map(rows::spell).collect(),
-            one => vec![rows::spell(one)],
-        };
+        let mut wanted = rows::scalars(turn, "answer")?;
         // As Python spells a list: what the reference's conversations contain.
-        let given = match answer {
+        let given = match rows::column(turn, "answer")? {
             Value::Array(_) => {
                 format!("[{}]", wanted.iter().map(|w| format!("'{w}'")).collect::<Vec<_>>().join(", "))
             }
@@ -208,12 +221,13 @@ impl Task {
         };
         if part == Part::Choice {
             // `get_ground_truth`: the option's text and its letter.
-            let options = rows::list(turn, "options");
-            let at = options.iter().position(|o| rows::spell(o) == wanted[0]);
-            let at = at.with_context(|| format!("the answer {:?} is none of the options", wanted[0]))?;
+            let options = rows::scalars(turn, "options")?;
+            let at = options.iter().position(|o| *o == wanted[0]);
+            let at =
+                at.with_context(|| format!("column `answer` holds {:?}, none of `options`", wanted[0]))?;
             wanted.push(char::from(b"ABCD"[at.min(3)]).to_string());
         }
-        Ok(Turn {
+        let turn = Turn {
             question: format!("{gap}{question}"),
             answer_prefix: String::new(),
             given,
@@ -226,7 +240,9 @@ impl Task {
                 Self::SummaryWithNeedles | Self::RepoqaAndKv => rows::text(turn, "task")?.to_owned(),
                 _ => self.name().to_owned(),
             },
-        })
+        };
+        turn.check_form("answer")?;
+        Ok(turn)
     }
 
     fn part(self, turn: &Value) -> Result<Part> {
@@ -246,7 +262,7 @@ impl Task {
                 (Self::RepoqaAndKv, "scbench_repoqa") => Part::Repoqa,
                 (Self::RepoqaAndKv, "scbench_kv") => Part::Kv,
                 (_, other) => bail!(hinted(
-                    format!("a turn of `{}` is of task `{other}`, which it does not mix", self.name()),
+                    format!("column `task` says `{other}`, which `{}` does not mix", self.name()),
                     "check that the file is this task's"
                 )),
             },
@@ -296,7 +312,7 @@ fn mf_question(input: &str) -> Result<String> {
         let end = line.rfind(" is").filter(|end| *end > start + 4)?;
         Some(&line[start..end])
     });
-    let line = line.with_context(|| format!("expected `The ... is` in {input:?}"))?;
+    let line = line.with_context(|| format!("column `input` holds {input:?}, expected `The ... is`"))?;
     Ok(format!("What is {}?", line.to_lowercase()))
 }
 

@@ -1,28 +1,15 @@
 //! English prose into sentences, where RULER puts needles between them.
 
-/// Sentences of `text`, which has single spaces: a sentence ends with `.`, `!` or `?` (and closing quotes or
-/// brackets) before a space and a capital, a digit or an opening quote.
+use pkv_core::sentence_gaps;
+
+/// Sentences of `text`, which has single spaces.
 ///
-/// The reference uses NLTK's trained splitter, which also knows abbreviations; a needle after `Mr.` does
-/// no harm.
+/// Differs: the reference uses NLTK's trained splitter; `pkv_core` goes by marks, capitals and common abbreviations.
 pub fn split(text: &str) -> Vec<&str> {
-    let mut sentences = Vec::new();
-    let mut start = 0;
-    for (at, _) in text.match_indices(' ') {
-        let before = text[start..at].trim_end_matches(['"', '\'', ')', ']', '”', '’']);
-        let ends = before.ends_with(['.', '!', '?']);
-        let begins = text[at + 1..].chars().next().is_some_and(|c| {
-            c.is_uppercase() || c.is_ascii_digit() || matches!(c, '"' | '\'' | '(' | '[' | '“' | '‘')
-        });
-        if ends && begins {
-            sentences.push(&text[start..at]);
-            start = at + 1;
-        }
-    }
-    if start < text.len() {
-        sentences.push(&text[start..]);
-    }
-    sentences
+    let gaps = sentence_gaps(text);
+    let starts = std::iter::once(0).chain(gaps.iter().map(|g| g.end));
+    let ends = gaps.iter().map(|g| g.start).chain(std::iter::once(text.len()));
+    starts.zip(ends).map(|(start, end)| &text[start..end]).filter(|sentence| !sentence.is_empty()).collect()
 }
 
 #[cfg(test)]
@@ -39,5 +26,6 @@ mod tests {
         );
         assert_eq!(split.join(" "), text);
         assert!(super::split("").is_empty());
+        assert_eq!(super::split("Ask Mr. Smith in the U.S. Army."), ["Ask Mr. Smith in the U.S. Army."]);
     }
 }

@@ -52,14 +52,15 @@ impl QaSet {
             let mut paragraphs: Vec<(String, String)> = Vec::new();
             match original(path)? {
                 Some(file) => {
-                    for (i, article) in rows::list(&file, "data").iter().enumerate() {
-                        for paragraph in rows::list(article, "paragraphs") {
-                            let context = rows::text(paragraph, "context")?.to_owned();
-                            for qa in rows::list(paragraph, "qas") {
-                                let answers = rows::list(qa, "answers").iter();
-                                let answers = answers.map(|a| Ok(rows::text(a, "text")?.to_owned()));
-                                let answers = answers.collect::<Result<Vec<_>>>()?;
-                                let question = rows::text(qa, "question")?.to_owned();
+                    for (i, article) in rows::list(&file, "data")?.iter().enumerate() {
+                        for (k, paragraph) in rows::list(article, "paragraphs")?.iter().enumerate() {
+                            let place = || format!("`data[{i}].paragraphs[{k}]`");
+                            let context = rows::filled(paragraph, "context").with_context(place)?.to_owned();
+                            let qas = rows::column(paragraph, "qas").with_context(place)?;
+                            for (n, qa) in qas.as_array().into_iter().flatten().enumerate() {
+                                let place = || format!("`data[{i}].paragraphs[{k}].qas[{n}]`");
+                                let answers = squad_answers(qa).with_context(place)?;
+                                let question = rows::filled(qa, "question").with_context(place)?.to_owned();
                                 asked.push((i.to_string(), context.clone(), question, answers));
                             }
                             paragraphs.push((i.to_string(), context));
@@ -67,17 +68,18 @@ impl QaSet {
                     }
                 }
                 None => {
-                    for row in rows::read(path)? {
-                        let answers = row.get("answers").map(|a| rows::list(a, "text")).unwrap_or_default();
-                        let (title, context) = (rows::text(&row, "title")?, rows::text(&row, "context")?);
-                        if paragraphs.last().is_none_or(|(_, last)| last != context) {
-                            paragraphs.push((title.to_owned(), context.to_owned()));
+                    for (i, row) in rows::read(path)?.iter().enumerate() {
+                        let place = || format!("row {}", i + 1);
+                        let column = |name| rows::filled(row, name).map(str::to_owned).with_context(place);
+                        let (title, context) = (column("title")?, column("context")?);
+                        if paragraphs.last().is_none_or(|(_, last)| *last != context) {
+                            paragraphs.push((title.clone(), context.clone()));
                         }
                         asked.push((
-                            title.to_owned(),
-                            context.to_owned(),
-                            rows::text(&row, "question")?.to_owned(),
-                            answers.iter().map(rows::spell).collect(),
+                            title,
+                            context,
+                            column("question")?,
+                            squad_answers(row).with_context(place)?,
                         ));
                     }
                 }
@@ -114,13 +116,17 @@ impl QaSet {
     pub fn hotpotqa(path: &Path) -> Result<Self> {
         let read = || -> Result<Self> {
             let rows = rows::read(path)?;
-            let texts = rows.iter().map(hotpot_documents).collect::<Result<Vec<_>>>()?;
+            let place = |i: usize| format!("row {}", i + 1);
+            let texts =
+                rows.iter().enumerate().map(|(i, row)| hotpot_documents(row).with_context(|| place(i)));
+            let texts = texts.collect::<Result<Vec<_>>>()?;
             let documents = sorted(texts.iter().flatten().cloned());
             let index = index_of(&documents);
-            let questions = rows.iter().zip(&texts).map(|(row, texts)| {
+            let questions = rows.iter().zip(&texts).enumerate().map(|(i, (row, texts))| {
+                let column = |name| rows::filled(row, name).map(str::to_owned).with_context(|| place(i));
                 Ok(Question {
-                    question: rows::text(row, "question")?.to_owned(),
-                    answers: vec![rows::text(row, "answer")?.to_owned()],
+                    question: column("question")?,
+                    answers: vec![column("answer")?],
                     documents: texts.iter().map(|t| index[t.as_str()]).collect(),
                     related: Vec::new(),
                 })
@@ -192,21 +198,43 @@ fn original(path: &Path) -> Result<Option<Value>> {
     Ok(Some(rows::json(path)?).filter(Value::is_object))
 }
 
+/// The texts of `answers`, a list of objects in the original, an object of lists on the hub; none where a question has
+/// no answer, as SQuAD 2.0 asks some.
+fn squad_answers(qa: &Value) -> Result<Vec<String>> {
+    let answers = rows::column(qa, "answers")?;
+    match answers {
+        Value::Array(all) => all.iter().map(|a| Ok(rows::filled(a, "text")?.to_owned())).collect(),
+        Value::Object(_) if rows::column(answers, "text")?.as_array().is_some_and(Vec::is_empty) => {
+            Ok(Vec::new())
+        }
+        _ => rows::texts(answers, "text").context("column `answers`"),
+    }
+}
+
 /// `title`, a line break, and the sentences; the original has pairs, the hub two lists.
 fn hotpot_documents(row: &Value) -> Result<Vec<String>> {
-    let context = row.get("context").context("column `context` is absent")?;
-    let join = |title: &Value, sentences: &Value| {
-        let sentences: String = sentences.as_array().into_iter().flatten().map(rows::spell).collect();
-        format!("{}\n{sentences}", rows::spell(title))
+    let context = rows::column(row, "context")?;
+    let join = |(i, (title, sentences)): (usize, (&Value, &Value))| {
+        let lines = sentences.as_array().map(|all| all.iter().map(Value::as_str).collect::<Option<String>>());
+        match (title.as_str(), lines.flatten()) {
+            (Some(title), Some(lines)) if !lines.trim().is_empty() => Ok(format!("{title}\n{lines}")),
+            _ => bail!("column `context`: document {} is not a title with a list of sentences", i + 1),
+        }
     };
     if let Some(pairs) = context.as_array() {
-        let pair =
-            |p: &Value| Ok(join(p.get(0).context("a document has no title")?, p.get(1).context("nor text")?));
-        return pairs.iter().map(pair).collect();
+        let pair = |p: (usize, &Value)| join((p.0, (&p.1[0], &p.1[1])));
+        ensure!(!pairs.is_empty(), "column `context` is an empty list");
+        return pairs.iter().enumerate().map(pair).collect();
     }
-    let (titles, sentences) = (rows::list(context, "title"), rows::list(context, "sentences"));
-    ensure!(titles.len() == sentences.len(), "{} titles, {} documents", titles.len(), sentences.len());
-    Ok(titles.iter().zip(sentences).map(|(t, s)| join(t, s)).collect())
+    let part = |name| rows::list(context, name).context("column `context`");
+    let (titles, sentences) = (part("title")?, part("sentences")?);
+    ensure!(
+        titles.len() == sentences.len(),
+        "column `context` has {} titles, {} documents",
+        titles.len(),
+        sentences.len()
+    );
+    titles.iter().zip(sentences).enumerate().map(join).collect()
 }
 
 fn sorted(texts: impl Iterator<Item = String>) -> Vec<String> {

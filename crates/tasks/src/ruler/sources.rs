@@ -1,9 +1,9 @@
 //! Text that RULER takes from elsewhere: essays, questions, more words.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use pkv_core::hinted;
 
 use super::RulerTask;
 use super::niah::{Haystack, Parameters};
@@ -39,13 +39,18 @@ impl Sources {
     /// # Errors
     /// The file is absent or holds no word.
     pub fn read_essay(path: &Path) -> Result<Vec<String>> {
+        let form = || {
+            hinted(
+                format!("`{}` holds no words", path.display()),
+                "give a text file, or a JSON object as RULER's scripts make it, with the text under the key `text`",
+            )
+        };
         let text = match path.extension().and_then(|e| e.to_str()) {
-            Some("json") => rows::text(&rows::json(path)?, "text")?.to_owned(),
-            _ => fs::read_to_string(path)
-                .with_context(|| format!("cannot read essays `{}`", path.display()))?,
+            Some("json") => rows::filled(&rows::json(path)?, "text").with_context(form)?.to_owned(),
+            _ => rows::utf8(path)?,
         };
         let words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
-        ensure!(!words.is_empty(), "`{}` holds no word of an essay", path.display());
+        ensure!(!words.is_empty(), form());
         Ok(words)
     }
 
@@ -58,7 +63,13 @@ impl Sources {
             return Self::read_essay(path);
         }
         let json = rows::json(path)?;
-        let object = json.as_object().with_context(|| format!("`{}` is no JSON object", path.display()))?;
-        Ok(object.values().map(rows::spell).collect())
+        let words: Option<Vec<String>> =
+            json.as_object().and_then(|o| o.values().map(|v| v.as_str().map(str::to_owned)).collect());
+        words.filter(|words| words.iter().any(|w| !w.trim().is_empty())).with_context(|| {
+            hinted(
+                format!("`{}` holds no words", path.display()),
+                "give a text file, or a JSON object whose values are words, such as RULER's `english_words.json`",
+            )
+        })
     }
 }

@@ -156,6 +156,62 @@ fn needles_lie_anywhere() {
 }
 
 #[test]
+fn needles_in_essays_are_between_whole_sentences() {
+    // niah.py: needle i before sentence int(n * depth / 100) of n, depths drawn from 40 without repetition; essays are
+    // cut after a number of words, so that the last piece alone may be no whole sentence.
+    for task in [
+        RulerTask::NiahSingle2,
+        RulerTask::NiahSingle3,
+        RulerTask::NiahMultikey1,
+        RulerTask::NiahMultivalue,
+        RulerTask::NiahMultiquery,
+    ] {
+        with(task, 2000, |g| {
+            let mut inside = 0;
+            for i in 0..100 {
+                let e = g.example(i).unwrap();
+                let prose = e.context.split_once('\n').unwrap().1;
+                let pieces: Vec<&str> = prose.split("One of the special magic ").collect();
+                for (k, piece) in pieces.iter().enumerate().take(pieces.len() - 1) {
+                    // What is before the next needle, the needle before it taken off.
+                    let before = if k == 0 { piece } else { piece.split_once(".").unwrap().1 };
+                    let last = k + 2 == pieces.len() && pieces[k + 1].trim_end().matches(' ').count() <= 4;
+                    assert!(
+                        before.trim().is_empty() || before.ends_with(". ") || last,
+                        "{}: {before:?}",
+                        e.id
+                    );
+                    inside += usize::from(before.ends_with("says little. "));
+                }
+            }
+            assert!(inside > 80, "{task:?}: {inside}");
+        });
+    }
+    // Needles among noise and among needles are lines of their own.
+    for task in [RulerTask::NiahSingle1, RulerTask::NiahMultikey2, RulerTask::NiahMultikey3] {
+        with(task, 2000, |g| {
+            for i in 0..50 {
+                let e = g.example(i).unwrap();
+                let (_, hay) = e.context.split_once('\n').unwrap();
+                let is_needle = |l: &str| l.starts_with("One of the special magic ") && l.ends_with('.');
+                assert!(hay.lines().all(|l| l == NOISE || is_needle(l)), "{}", e.id);
+            }
+        });
+    }
+}
+
+#[test]
+fn a_context_that_comes_out_short_says_so() {
+    for task in RulerTask::ALL {
+        let got = with(task, 4096, |g: &Generator| g.tokens());
+        assert!((3970..=4096).contains(&got), "{}: {got}", task.name());
+    }
+    // There are 8,166 words: their list is shorter than half a million tokens.
+    let got = with(RulerTask::Cwe, 500_000, |g: &Generator| g.tokens());
+    assert!((50_000..450_000).contains(&got), "{got}");
+}
+
+#[test]
 fn prompts_read_as_the_references() {
     let e = with(RulerTask::NiahSingle1, 1000, |g| g.example(3).unwrap());
     let (key, value) = (key_of(&e), &e.turns[0].wanted[0]);
@@ -344,4 +400,57 @@ fn questions_are_read_from_either_form() {
     assert_eq!(set.questions[0].documents, [1, 0]);
     let error = format!("{:#}", QaSet::hotpotqa(&write("bad.json", "{}")).unwrap_err());
     assert!(error.contains("is no file of HotpotQA"), "{error}");
+}
+
+#[test]
+fn files_of_questions_that_do_not_fit_are_named_by_row_and_column() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let row = r#"{"title": "T", "context": "p", "question": "q", "answers": {"text": ["a"]}}"#;
+    for (from, to, expected) in [
+        (r#""question": "q""#, r#""question": """#, "row 2: column `question` is empty"),
+        (r#""context": "p""#, r#""context": 3"#, "row 2: column `context` holds a number, expected text"),
+        (r#""title": "T", "#, "", "row 2: column `title` is absent"),
+        (r#"{"text": ["a"]}"#, "null", "row 2: column `answers` is absent"),
+        (r#"{"text": ["a"]}"#, r#""a""#, "row 2: column `answers`: column `text` is absent"),
+        (r#"["a"]"#, r#"[""]"#, "column `text[0]` holds empty text"),
+        (r#"["a"]"#, r#""a""#, "column `text` holds text, expected a list"),
+    ] {
+        let file = path("squad.jsonl", &format!("{row}\n{}\n", row.replace(from, to)));
+        let error = QaSet::squad(&file).unwrap_err();
+        let text = format!("{error:#}");
+        assert!(text.contains("squad.jsonl") && text.contains(expected), "expected {expected}, found {text}");
+        assert!(error.is::<pkv_core::Hinted>());
+    }
+    let qa = r#"{"question": "q", "answers": [{"text": ""}]}"#;
+    let file =
+        path("dev.json", &format!(r#"{{"data": [{{"paragraphs": [{{"context": "p", "qas": [{qa}]}}]}}]}}"#));
+    let text = format!("{:#}", QaSet::squad(&file).unwrap_err());
+    assert!(text.contains("`data[0].paragraphs[0].qas[0]`: column `text` is empty"), "{text}");
+    let row = r#"{"question": "q", "answer": "a", "context": [["T", ["one."]]]}"#;
+    for (from, to, expected) in [
+        (r#""answer": "a""#, r#""answer": """#, "row 2: column `answer` is empty"),
+        (r#"[["T", ["one."]]]"#, "[]", "row 2: column `context` is an empty list"),
+        (r#"[["T", ["one."]]]"#, "3", "row 2: column `context`"),
+        (r#"["one."]"#, r#""one.""#, "row 2: column `context`: document 1 is not a title"),
+        (r#"["one."]"#, "[]", "row 2: column `context`: document 1 is not a title"),
+        (r#""question": "q", "#, "", "row 2: column `question` is absent"),
+    ] {
+        let file = path("hotpot.json", &format!("[{row},\n{}]\n", row.replace(from, to)));
+        let text = format!("{:#}", QaSet::hotpotqa(&file).unwrap_err());
+        assert!(text.contains("hotpot.json") && text.contains(expected), "expected {expected}, found {text}");
+    }
+    for (name, text) in [("e.json", "{\"words\": 3}"), ("e.txt", " \n"), ("e.json", "[1]")] {
+        assert!(Sources::read_essay(&path(name, text)).unwrap_err().to_string().contains("holds no words"));
+    }
+    assert!(
+        Sources::read_words(&path("w.json", "{\"1\": 3}"))
+            .unwrap_err()
+            .to_string()
+            .contains("holds no words")
+    );
 }

@@ -7,7 +7,7 @@ fn read(task: Task, mode: Mode, rows: &[Value]) -> Result<Vec<Example>> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("rows.jsonl");
     std::fs::write(&path, rows.iter().map(|r| format!("{r}\n")).collect::<String>()).unwrap();
-    task.read(&path, mode, 10)
+    task.read(&[path], mode, 10)
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn mixed_tasks_have_parts() {
     assert_eq!(turns[0].score(&code("g")), 0.0);
     let wrong = json!({"id": 1, "context": "C", "multi_turns": [{"task": "scbench_kv", "input": "Key", "answer": "v"}]});
     let error = format!("{:#}", read(Task::SummaryWithNeedles, Mode::MultiTurn, &[wrong]).unwrap_err());
-    assert!(error.contains("row 1 of") && error.contains("is of task `scbench_kv`"), "{error}");
+    assert!(error.contains("row 1 of") && error.contains("column `task` says `scbench_kv`"), "{error}");
 }
 
 #[test]
@@ -76,7 +76,11 @@ fn every_task_has_room_and_a_metric() {
     for task in Task::ALL {
         assert_eq!(Task::of_name(task.name()), Some(task));
         let options = ["a", "b", "c", "d"];
-        let turn = |part: &str| json!({"task": part, "input": "The sum is", "answer": "a", "options": options, "name": "f"});
+        let turn = |part: &str| {
+            // Passkeys and sums are numbers.
+            let answer = if part == "scbench_passkey" || task == Task::Mf { "7" } else { "a" };
+            json!({"task": part, "input": "The sum is", "answer": answer, "options": options, "name": "f"})
+        };
         let parts: &[&str] = match task {
             Task::SummaryWithNeedles => &["scbench_summary", "scbench_passkey"],
             Task::RepoqaAndKv => &["scbench_repoqa", "scbench_kv"],
@@ -90,5 +94,85 @@ fn every_task_has_room_and_a_metric() {
             "{}",
             task.name()
         );
+    }
+}
+
+#[test]
+fn rows_that_do_not_fit_are_named_in_every_task() {
+    let turn = |task: Task| {
+        let part = match task {
+            Task::SummaryWithNeedles => "scbench_passkey",
+            _ => "scbench_repoqa",
+        };
+        let answer = if matches!(task, Task::Mf | Task::SummaryWithNeedles) { "7" } else { "a" };
+        json!({"task": part, "input": "The sum is", "answer": answer, "options": ["a", "b", "c", "d"]})
+    };
+    for task in Task::ALL {
+        let row = json!({"id": 1, "repo": "r", "context": "C", "multi_turns": [turn(task), turn(task)]});
+        let check = |row: Value, named: &str, what: &str| {
+            let good = json!({"id": 0, "repo": "r", "context": "C", "multi_turns": [turn(task)]});
+            let error = read(task, Mode::MultiTurn, &[good, row]).err();
+            let error = error.unwrap_or_else(|| panic!("{}: {what} was accepted", task.name()));
+            let text = format!("{error:#}");
+            assert!(
+                text.contains("row 2 of `")
+                    && text.contains("rows.jsonl")
+                    && text.contains(&format!("`{named}")),
+                "{}: {what}: {text}",
+                task.name()
+            );
+            assert!(error.downcast_ref::<pkv_core::Hinted>().unwrap().hint().contains("microsoft/SCBench"));
+        };
+        assert_eq!(
+            read(task, Mode::MultiTurn, std::slice::from_ref(&row)).unwrap().len(),
+            1,
+            "{}",
+            task.name()
+        );
+        let mut wrong = vec![
+            ("context", json!("")),
+            ("context", json!(["C"])),
+            ("context", json!(null)),
+            ("multi_turns", json!([])),
+            ("multi_turns", json!(null)),
+            ("multi_turns", json!("x")),
+        ];
+        if matches!(task, Task::Repoqa | Task::RepoqaAndKv) {
+            wrong.extend([("repo", json!(null)), ("repo", json!(""))]);
+        }
+        for (column, value) in wrong {
+            let mut row = row.clone();
+            row[column] = value.clone();
+            check(row, column, &format!("{column} = {value}"));
+        }
+        let mut of_turns = vec![
+            ("input", json!("")),
+            ("input", json!(null)),
+            ("input", json!(3)),
+            ("answer", json!(null)),
+            ("answer", json!("")),
+            ("answer", json!([])),
+            ("answer", json!([null])),
+            ("answer", json!(true)),
+            ("answer", json!({"a": 1})),
+        ];
+        match task {
+            Task::ChoiceEng => of_turns.extend([
+                ("answer", json!("z")),
+                ("options", json!(["a", "b"])),
+                ("options", json!(null)),
+                ("options", json!("abcd")),
+            ]),
+            Task::Mf => of_turns.extend([("answer", json!("seven")), ("input", json!("What?"))]),
+            Task::SummaryWithNeedles => of_turns.extend([("answer", json!("seven")), ("task", json!(null))]),
+            Task::RepoqaAndKv => of_turns.extend([("task", json!("scbench_mf")), ("task", json!(3))]),
+            _ => {}
+        }
+        for (column, value) in of_turns {
+            let mut row = row.clone();
+            row["multi_turns"][1][column] = value.clone();
+            check(row.clone(), column, &format!("turn's {column} = {value}"));
+            check(row, "multi_turns[1]", column);
+        }
     }
 }
