@@ -25,6 +25,7 @@ use serde::Serialize;
 use tch::{Device, Kind};
 
 use crate::args::{BenchArgs, BenchWhat, Cli};
+use crate::output;
 use crate::pair::Role;
 use crate::session::{choose_device, device_name, load_recipe};
 
@@ -61,12 +62,7 @@ struct Job<'a> {
 impl Job<'_> {
     /// Print a report: as JSON if that was asked for, else as `text` puts it.
     fn print<R: Serialize>(&self, report: &R, text: impl FnOnce(&R) -> String) -> Result<()> {
-        if self.json {
-            println!("{}", serde_json::to_string_pretty(report)?);
-        } else {
-            print!("{}", text(report));
-        }
-        Ok(())
+        output::print_either(self.json, report, || text(report))
     }
 }
 

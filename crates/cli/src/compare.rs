@@ -7,6 +7,7 @@ use pkv_core::hinted;
 use pkv_eval::compare::{Run, compare, text};
 
 use crate::args::{Cli, CompareArgs};
+use crate::output;
 
 pub fn run(cli: &Cli, args: &CompareArgs) -> Result<()> {
     let folders: Vec<PathBuf> = args.folders.iter().map(|r| run_folder(cli, r)).collect();
@@ -17,11 +18,6 @@ pub fn run(cli: &Cli, args: &CompareArgs) -> Result<()> {
         );
     }
     let comparison = compare(&Run::read_all(&folders)?)?;
-    if cli.json {
-        println!("{}", serde_json::to_string_pretty(&comparison)?);
-    } else {
-        print!("{}", text(&comparison));
-    }
     if let Some(path) = &args.out {
         pkv_report::write_comparison(&comparison, path).with_context(|| {
             hinted(
@@ -31,7 +27,8 @@ pub fn run(cli: &Cli, args: &CompareArgs) -> Result<()> {
         })?;
         tracing::info!("comparison: {}", path.display());
     }
-    Ok(())
+    // Last, so that the page is there whatever reads the table.
+    output::print_either(cli.json, &comparison, || text(&comparison))
 }
 
 /// A run folder as it was named, or of that name among the run folders.

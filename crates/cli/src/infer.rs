@@ -26,6 +26,7 @@ pub use self::output::{Trace, write_traces};
 
 use self::output::{Output, Summary};
 use crate::args::{Cli, DtypeArg, InferArgs, PolicyName, RegimeArg};
+use crate::output::Lost;
 use crate::render::{FELL_BACK, INTERRUPTED, Interrupted, REPAIRABLE, exit_code};
 use crate::session::{choose_device, device_name, kind_on, next_gpu};
 
@@ -187,7 +188,7 @@ fn answer_all(
                 }
             }
             // The other questions are none the worse for one that is too long.
-            Err(e) if exit_code(&e) == REPAIRABLE => {
+            Err(e) if exit_code(&e) == REPAIRABLE && !e.is::<Lost>() => {
                 summary.refused += 1;
                 output.refused(index, &text, &e)?;
             }

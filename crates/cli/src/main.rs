@@ -3,6 +3,9 @@
 //! stdout carries results (JSON with `--json`), stderr progress and logs. Everything that computes
 //! lives in the crates below; this one wires them, and is the only one that prints.
 
+// They panic when stdout is closed or full; `output` and `terminal` do not.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod args;
 mod bench;
 mod benchmarks;
@@ -11,6 +14,7 @@ mod doctor;
 mod infer;
 mod inspect;
 mod mapper_source;
+mod output;
 mod pair;
 mod push;
 mod render;
@@ -31,15 +35,21 @@ use crate::session::Session;
 use crate::stages::eval::EvalOptions;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version are results.
+        Err(e) if !e.use_stderr() => return end(output::check(e.print()).map(|()| ExitCode::SUCCESS)),
+        Err(e) => e.exit(),
+    };
     terminal::init_logs(cli.verbose);
-    match run(&cli) {
-        Ok(code) => code,
-        Err(e) => {
-            eprint!("{}", render::error(&e));
-            ExitCode::from(render::exit_code(&e))
-        }
-    }
+    end(run(&cli))
+}
+
+fn end(result: Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|e| {
+        terminal::print(&render::error(&e));
+        ExitCode::from(render::exit_code(&e))
+    })
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
@@ -66,10 +76,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Compare(a) => compare::run(cli, a)?,
         Command::Push(a) => push::run(cli, a, stop)?,
         Command::Bench(a) => bench::run(cli, a, stop)?,
-        Command::Inspect { path, against: None } => print!("{}", inspect::inspect(path)?),
-        Command::Inspect { path, against: Some(other) } => print!("{}", inspect::against(path, other)?),
+        Command::Inspect { path, against: None } => output::print(&inspect::inspect(path)?)?,
+        Command::Inspect { path, against: Some(other) } => output::print(&inspect::against(path, other)?)?,
         Command::Completions { shell } => {
-            clap_complete::generate(*shell, &mut Cli::command(), "proxykv-train", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "proxykv-train", &mut script);
+            output::print(&String::from_utf8_lossy(&script))?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -115,10 +127,6 @@ fn doctor_command(cli: &Cli, recipe: Option<&std::path::Path>, overrides: &[Stri
     let recipe = recipe.map(|path| session::load_recipe(path, overrides)).transpose()?;
     let device = pkv_gpu::device(cli.device)?;
     let checks = doctor::checks(recipe.as_ref(), device, &cli.runs);
-    if cli.json {
-        println!("{}", serde_json::to_string_pretty(&checks)?);
-    } else {
-        print!("{}", doctor::table(&checks));
-    }
+    output::print_either(cli.json, &checks, || doctor::table(&checks))?;
     Ok(if doctor::all_well(&checks) { ExitCode::SUCCESS } else { ExitCode::from(render::REPAIRABLE) })
 }

@@ -13,6 +13,7 @@ use pkv_recipe::plan::human_bytes;
 use serde_json::{Value, json};
 
 use crate::args::{Cli, PushArgs};
+use crate::output;
 use crate::render::Interrupted;
 use crate::terminal::Bar;
 
@@ -32,8 +33,7 @@ pub fn run(cli: &Cli, args: &PushArgs, stop: Arc<AtomicBool>) -> Result<()> {
     push.check()?;
     let hub = Hub::from_env();
     if !args.yes {
-        show(cli, || dry_run(&hub, &push, &folder), || as_json(&hub, &push, &folder));
-        return Ok(());
+        return show(cli, || dry_run(&hub, &push, &folder), || as_json(&hub, &push, &folder));
     }
     let check_stop = || if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) };
     let done = hub.push(&push, &Bar::new(), &check_stop)?;
@@ -50,16 +50,11 @@ pub fn run(cli: &Cli, args: &PushArgs, stop: Arc<AtomicBool>) -> Result<()> {
             value["kept"] = json!(done.kept);
             value
         },
-    );
-    Ok(())
+    )
 }
 
-fn show(cli: &Cli, text: impl FnOnce() -> String, json: impl FnOnce() -> Value) {
-    if cli.json {
-        println!("{:#}", json());
-    } else {
-        print!("{}", text());
-    }
+fn show(cli: &Cli, text: impl FnOnce() -> String, json: impl FnOnce() -> Value) -> Result<()> {
+    if cli.json { output::print_json(&json()) } else { output::print(&text()) }
 }
 
 /// The export that `source` is, or that the run folder `source` holds.

@@ -5,12 +5,16 @@ use std::fmt::Write;
 use anyhow::Error;
 use pkv_core::Hinted;
 
-/// Exit codes: 0 done, 1 the user can repair it, 2 anything else, 3 answered without pruning because
-/// the proxy failed, 130 interrupted.
+use crate::output::Lost;
+
+/// Exit codes: 0 done, 1 the user can repair it, 2 anything else (and, as is usual, arguments that are no command line),
+/// 3 answered without pruning because the proxy failed, 130 interrupted, 141 stdout was closed.
 pub const REPAIRABLE: u8 = 1;
 pub const UNEXPECTED: u8 = 2;
 pub const FELL_BACK: u8 = 3;
 pub const INTERRUPTED: u8 = 130;
+/// What a shell reports of a program that SIGPIPE ends: not all of the output was read, which a script may want to know.
+pub const CLOSED: u8 = 141;
 
 /// The work was stopped by the user; what was done is on disk.
 #[derive(Debug)]
@@ -24,9 +28,12 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`.
+/// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`; nothing of a reader that went away.
 pub fn error(e: &Error) -> String {
     let mut out = String::new();
+    if is_closed(e) {
+        return out;
+    }
     let mut last = String::new();
     for (i, cause) in e.chain().enumerate() {
         // A library may repeat its source's text as its own; once is enough.
@@ -53,11 +60,17 @@ pub fn error(e: &Error) -> String {
 pub fn exit_code(e: &Error) -> u8 {
     if e.downcast_ref::<Interrupted>().is_some() {
         INTERRUPTED
+    } else if is_closed(e) {
+        CLOSED
     } else if hint(e).is_some() {
         REPAIRABLE
     } else {
         UNEXPECTED
     }
+}
+
+fn is_closed(e: &Error) -> bool {
+    matches!(e.downcast_ref::<Lost>(), Some(Lost::Closed))
 }
 
 /// The outermost hint of the chain.

@@ -78,16 +78,22 @@ fn color() -> bool {
     io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
-/// Writes above the bars.
+/// Text on stderr. If stderr is closed or full, there is no other place for it.
+pub fn print(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Writes above the bars, and never fails: the work goes on without its log.
 struct Stderr;
 
 impl Write for Stderr {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        bars().suspend(|| io::stderr().write_all(buf))?;
+        let _ = bars().suspend(|| io::stderr().write_all(buf));
         Ok(buf.len())
     }
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        let _ = io::stderr().flush();
+        Ok(())
     }
 }
 

@@ -4,7 +4,6 @@
 //! `pruned`, `token`s and an `answer` or `refused` per question, and at last a `summary`.
 
 use std::fmt::Write as _;
-use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 
 use anyhow::{Context, Error, Result};
@@ -13,7 +12,8 @@ use pkv_recipe::plan::human_bytes;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::render::{self, Interrupted};
+use crate::output::print;
+use crate::{render, terminal};
 
 /// The end of a run, for programs and for people.
 #[derive(Debug, Serialize)]
@@ -77,7 +77,7 @@ impl Output {
         if self.json || !self.many {
             return Ok(());
         }
-        say(&format!("> {question}\n"))
+        print(&format!("> {question}\n"))
     }
 
     /// # Errors
@@ -86,14 +86,14 @@ impl Output {
         if self.json {
             return event(&json!({"event": "token", "question": index, "text": text}));
         }
-        say(text)
+        print(text)
     }
 
     /// # Errors
     /// stdout is closed or full.
     pub fn answered(&self, index: usize, question: &str, answer: &Answer) -> Result<()> {
         if !self.json {
-            return say(if self.many { "\n\n" } else { "\n" });
+            return print(if self.many { "\n\n" } else { "\n" });
         }
         let mut value = serde_json::to_value(answer)?;
         if let Value::Object(fields) = &mut value {
@@ -112,7 +112,7 @@ impl Output {
                 &json!({"event": "refused", "question": index, "question_text": question, "error": format!("{error:#}")}),
             );
         }
-        eprint!("{}", render::error(error));
+        terminal::print(&render::error(error));
         Ok(())
     }
 
@@ -120,7 +120,7 @@ impl Output {
     /// stdout is closed or full.
     pub fn summary(&self, summary: &Summary) -> Result<()> {
         if !self.json {
-            eprint!("{}", table(summary));
+            terminal::print(&table(summary));
             return Ok(());
         }
         let mut value = serde_json::to_value(summary)?;
@@ -132,17 +132,7 @@ impl Output {
 }
 
 fn event(value: &Value) -> Result<()> {
-    say(&format!("{value}\n"))
-}
-
-/// Print at once. Who closed stdout wants no more: that is an interruption, not a failure.
-fn say(text: &str) -> Result<()> {
-    let mut out = io::stdout().lock();
-    let done = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    match done {
-        Err(e) if e.kind() == ErrorKind::BrokenPipe => Err(Interrupted.into()),
-        other => other.context("cannot write to stdout"),
-    }
+    print(&format!("{value}\n"))
 }
 
 /// What was kept, and phases with their times and memory.

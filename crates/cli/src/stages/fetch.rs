@@ -8,6 +8,7 @@ use anyhow::Result;
 use pkv_hub::Hub;
 
 use crate::args::{Cli, RecipeArgs};
+use crate::output;
 use crate::render::Interrupted;
 use crate::session::{benchmark_manifest_path, load_recipe, manifest_path, recipe_root};
 use crate::terminal::Bar;
@@ -29,7 +30,8 @@ pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool, stop: Arc<AtomicBool
     }
     if cli.json {
         let folder = |r: &pkv_hub::Resolved| serde_json::json!({"folder": r.folder, "revision": r.revision});
-        println!("{}", serde_json::json!({"target": folder(&target), "proxy": folder(&proxy)}));
+        let models = serde_json::json!({"target": folder(&target), "proxy": folder(&proxy)});
+        output::print(&format!("{models}\n"))?;
     }
     Ok(())
 }

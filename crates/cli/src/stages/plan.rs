@@ -5,13 +5,13 @@ use pkv_recipe::plan::{Machine, Plan};
 use tch::Device;
 
 use crate::args::{Cli, PlanMachine, RecipeArgs};
+use crate::output;
 use crate::session::{choose_device, load_recipe, manifest_path};
 
 pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -> Result<()> {
     let recipe = load_recipe(&args.recipe, &args.overrides)?;
     if resolved {
-        print!("{}", recipe.to_toml());
-        return Ok(());
+        return output::print(&recipe.to_toml());
     }
     // A manifest that cannot be read is a mistake worth hearing about now.
     pkv_recipe::load_manifest(&manifest_path(&recipe))?;
@@ -23,10 +23,5 @@ pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -
         PlanMachine::Here => Machine::h200(),
     };
     let plan = Plan::new(&recipe, machine);
-    if cli.json {
-        println!("{}", serde_json::to_string_pretty(&plan)?);
-    } else {
-        print!("{}", plan.table());
-    }
-    Ok(())
+    output::print_either(cli.json, &plan, || plan.table())
 }
