@@ -37,8 +37,31 @@ fn unknown_recipe_key_is_named() {
 #[test]
 fn misspelt_override_is_named() {
     let s = Sandbox::new();
-    s.run(&["plan", "--set", "train.stepz=3"]).fails_with(&["stepz"]);
+    s.run(&["plan", "--set", "train.stepz=3"]).fails_with(&["stepz", "did you mean `steps`?"]);
     s.run(&["plan", "--set", "train"]).fails_with(&["cannot apply `--set train`"]);
+    s.run(&["plan", "--set", "=3"]).fails_with(&["the key is empty"]);
+    s.run(&["plan", "--set", "eval.methods=mapper"])
+        .fails_with(&["cannot apply `--set eval.methods=mapper`", r#"'eval.methods=["mapper"]'"#]);
+    s.run(&["plan", "--set", "train.lr=-1"]).fails_with(&["`train.lr` is -1"]);
+}
+
+#[test]
+fn broken_toml_has_file_line_and_hint() {
+    for (file, from, to, line) in [
+        ("recipe.toml", "name = \"small\"", "name = small", "line 2"),
+        ("recipe.toml", "steps = 24", "steps = \"24\"", "line "),
+        ("recipe.toml", "[eval]", "[eval", "line "),
+        ("manifest.toml", "format = \"txt\"", "format = txt", "line 6"),
+        ("manifest.toml", "max = 3", "max = -3", "line "),
+        ("manifest.toml", "max = 3", "maxx = 3", "did you mean `max`?"),
+    ] {
+        let s = Sandbox::new();
+        s.edit(file, from, to);
+        s.run(&["plan"]).fails_with(&[&format!("`{file}`"), line]);
+    }
+    let s = Sandbox::new();
+    s.write("recipe.lock.toml", "version = 1\nmodels = [\n");
+    s.run(&["prepare"]).fails_with(&["recipe.lock.toml", "line ", "fetch"]);
 }
 
 #[test]
@@ -177,6 +200,128 @@ fn empty_and_tiny_documents() {
     let s = Sandbox::new();
     s.write("documents.txt", "a");
     s.run(&["prepare"]).fails_with(&["min_tokens"]);
+}
+
+/// Bytes as another program compresses them.
+fn compressed(program: &str, text: &str) -> Option<Vec<u8>> {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+    let mut child =
+        Command::new(program).arg("-c").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().ok()?;
+    let mut stdin = child.stdin.take().unwrap();
+    let text = text.to_owned();
+    let writer = std::thread::spawn(move || stdin.write_all(text.as_bytes()));
+    let out = child.wait_with_output().unwrap().stdout;
+    writer.join().unwrap().unwrap();
+    Some(out)
+}
+
+#[test]
+fn json_lines_as_others_write_them() {
+    let lines: Vec<String> = crate::sandbox::documents()
+        .split('\0')
+        .map(|d| serde_json::json!({ "text": d }).to_string())
+        .collect();
+    let s = Sandbox::new();
+    s.edit("manifest.toml", "separator = \"\\u0000\"\n", "");
+    s.edit("manifest.toml", "\"txt\"", "\"jsonl\"");
+    let all = lines.join("\r\n");
+    for text in [all.clone(), format!("\u{feff}{all}\r\n\r\n")] {
+        s.write("documents.txt", &text);
+        s.run(&["prepare", "--redo", "prepare"]).ok();
+    }
+    fs::write(s.path("documents.txt"), compressed("gzip", &all).unwrap()).unwrap();
+    s.run(&["prepare", "--redo", "prepare"]).ok();
+    for (program, what) in [("bzip2", "bzip2"), ("xz", "xz")] {
+        if let Some(bytes) = compressed(program, &all) {
+            fs::write(s.path("documents.txt"), bytes).unwrap();
+            s.run(&["prepare", "--redo", "prepare"]).fails_with(&["documents.txt` is compressed with", what]);
+        }
+    }
+    for (text, expected) in [
+        (format!("[{}]", lines.join(",")), "begins a JSON array"),
+        (format!("[\n{}\n]", lines.join(",\n")), "begins a JSON array"),
+        (all.replacen("Notes", "Notes \\ud83d", 1), "lone surrogate"),
+        (all.replacen("{\"text\"", "{\"body\"", 1), "no key `text`"),
+        (all[..all.len() - 10].to_owned(), "line 40"),
+        ("3\n".to_owned(), "a number, not an object"),
+    ] {
+        s.write("documents.txt", &text);
+        s.run(&["prepare", "--redo", "prepare"]).fails_with(&["documents.txt", "line ", expected]);
+    }
+}
+
+#[test]
+fn facts_placed_otherwise_are_other_examples() {
+    let s = Sandbox::new();
+    let anywhere = ["prepare", "--set", "facts.place=anywhere"];
+    s.run(&anywhere).ok();
+    // As fingerprints were before there was a choice.
+    let index = fs::read_to_string(s.path("runs/small/examples/index.json")).unwrap();
+    assert!(index.contains("vocab") && !index.contains("place"), "{index}");
+    s.run(&["prepare"]).fails_with(&["facts.place", "sentence", "--redo prepare"]);
+    s.run(&["prepare", "--redo", "prepare"]).ok();
+    s.run(&anywhere).fails_with(&["facts.place", "--redo prepare"]);
+    // Without facts there is nothing to place.
+    s.edit("manifest.toml", "[facts]\nmin = 0\nmax = 3\n", "");
+    s.run(&["prepare", "--redo", "prepare"]).ok();
+    let ran = s.run(&anywhere).ok();
+    assert!(ran.stderr.contains("skipped"), "{}", ran.stderr);
+    s.run(&["prepare", "--set", "facts.place=middle"]).fails_with(&["unknown variant `middle`"]);
+}
+
+#[test]
+fn benchmark_rows_that_do_not_fit_are_named() {
+    let s = crate::infer::trained();
+    s.write(
+        "bench.toml",
+        "description = \"b\"\n[[source]]\nname = \"longbench\"\nfiles = [\"lb/*\"]\nformat = \"jsonl\"\nlicence = \"CC0-1.0\"\n\
+         [[source]]\nname = \"scbench\"\nfiles = [\"sc/*\"]\nformat = \"jsonl\"\nlicence = \"CC0-1.0\"\n",
+    );
+    let eval = |tasks: &str, file: &str, text: &str| {
+        for folder in ["lb", "sc"] {
+            let _ = fs::remove_dir_all(s.path(folder));
+            fs::create_dir(s.path(folder)).unwrap();
+        }
+        s.write(file, text);
+        s.run(&["eval", "--tasks", tasks, "--set", "eval.benchmark.manifest=bench.toml"])
+    };
+    let row = r#"{"input": "Q?", "context": "C", "answers": ["x"], "all_classes": null, "_id": "a"}"#;
+    for (from, to, column) in [
+        (r#"["x"]"#, "null", "`answers`"),
+        (r#"["x"]"#, r#""x""#, "`answers`"),
+        (r#""C""#, r#""""#, "`context`"),
+        ("input", "question", "`input`"),
+    ] {
+        let text = format!("{row}\n{}\n", row.replace(from, to));
+        eval("longbench", "lb/qasper.jsonl", &text).fails_with(&[
+            "row 2 of `",
+            "qasper.jsonl`",
+            column,
+            "THUDM/LongBench",
+        ]);
+    }
+    eval("longbench", "lb/trec.jsonl", row).fails_with(&["row 1 of `", "`all_classes`"]);
+    eval("longbench", "lb/qasper.jsonl", "").fails_with(&["qasper.jsonl", "holds no row"]);
+    eval("longbench", "lb/qasper.jsonl.gz", "x").fails_with(&["qasper.jsonl.gz", "decompress"]);
+    eval("longbench", "lb/scbench_kv.jsonl", row)
+        .fails_with(&["scbench_kv.jsonl", "named as one of its tasks"]);
+    eval("longbench/qasperr", "lb/qasper.jsonl", row).fails_with(&["`qasperr` is no task of longbench"]);
+    let row = r#"{"id": 1, "context": "C", "multi_turns": [{"input": "Q?", "answer": "x"}]}"#;
+    for (from, to, column) in [
+        (r#""x""#, "null", "`answer`"),
+        (r#""x""#, "[]", "`answer`"),
+        (r#""C""#, "null", "`context`"),
+        ("multi_turns", "turns", "`multi_turns`"),
+    ] {
+        let text = format!("{row}\n{}\n", row.replace(from, to));
+        eval("scbench", "sc/scbench_kv.jsonl", &text).fails_with(&[
+            "row 2 of `",
+            "scbench_kv.jsonl`",
+            column,
+            "microsoft/SCBench",
+        ]);
+    }
 }
 
 #[test]

@@ -22,7 +22,7 @@ use crate::sandbox::{Ran, Sandbox, documents, root};
 const QUESTIONS: [&str; 2] = ["What opens the harbour?", "What does the river need?"];
 
 /// A sandbox whose run is finished; made once.
-fn trained() -> &'static Sandbox {
+pub fn trained() -> &'static Sandbox {
     static TRAINED: OnceLock<Sandbox> = OnceLock::new();
     TRAINED.get_or_init(|| {
         let s = Sandbox::new();
@@ -193,7 +193,9 @@ fn compare_with_eval(recipe: &Path, run: &Path, most_contexts: usize, command: i
     let tokenizer = pkv_lm::TextTokenizer::open(&folder).unwrap();
     let examples = StageReader::<Example>::open(&run.join("examples")).unwrap();
     let test: Vec<Example> = examples.iter().map(Result::unwrap).filter(|e| e.split == Split::Test).collect();
-    let contexts = pkv_data::fact_contexts(&test, &words, &recipe.eval, &tokenizer, recipe.seed).unwrap();
+    let contexts =
+        pkv_data::fact_contexts(&test, &words, &recipe.eval, recipe.facts.place, &tokenizer, recipe.seed)
+            .unwrap();
     let expected = evaluated(&run.join("eval/answers.parquet"));
     assert!(!expected.is_empty());
     let scratch = tempfile::tempdir().unwrap();

@@ -3,6 +3,7 @@
 //! - `pipeline`: a recipe in, a trained, evaluated and exported mapper out; stages are skipped when complete
 //! - `kill`: a run killed at random moments ends with the same bytes as an unbroken one
 //! - `bad_input`: what is wrong is said, with a hint, without a panic, and nothing written before is lost
+//! - `stdout`: a reader that goes away ends a command quietly, a full disk with an error; neither with a panic
 //! - `infer`: answers from a pruned cache are those of `eval`; regimes agree; faults end as they are said to
 //! - `compare`: runs side by side have their own numbers and paired differences; what is not comparable is refused
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
@@ -23,3 +24,4 @@ mod sandbox;
 #[path = "../crates/hub/tests/server/mod.rs"]
 mod server;
 mod sources;
+mod stdout;

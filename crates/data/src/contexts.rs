@@ -3,12 +3,12 @@
 use anyhow::{Result, ensure};
 use pkv_core::{Seed, Split, hinted};
 use pkv_lm::TextTokenizer;
-use pkv_recipe::EvalSection;
+use pkv_recipe::{EvalSection, FactPlace};
 use pkv_shard::Example;
 use rand::Rng as _;
 
-use crate::facts::{self, TokenizedFact, WordLists};
-use crate::tokens::Encode;
+use crate::facts::{self, WordLists};
+use crate::planting::Planter;
 
 /// A context of the evaluation, prefix left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,19 +41,23 @@ pub fn fact_contexts(
     test: &[Example],
     words: &WordLists,
     eval: &EvalSection,
+    place: FactPlace,
     tokenizer: &TextTokenizer,
     seed: Seed,
 ) -> Result<Vec<FactContext>> {
-    contexts(test, words, eval, &|text| tokenizer.encode(text), seed)
+    let encode = |text: &str| tokenizer.encode(text);
+    let decode = |tokens: &[u32]| tokenizer.decode(tokens);
+    contexts(test, words, eval, Planter { place, encode: &encode, decode: &decode }, seed)
 }
 
 fn contexts(
     test: &[Example],
     words: &WordLists,
     eval: &EvalSection,
-    encode: &Encode,
+    planter: Planter,
     seed: Seed,
 ) -> Result<Vec<FactContext>> {
+    let encode = planter.encode;
     if let Some(other) = test.iter().find(|e| e.split != Split::Test) {
         anyhow::bail!("example `{}` is of the {} split, not of test", other.id, other.split.name());
     }
@@ -68,31 +72,35 @@ fn contexts(
     (0..eval.contexts)
         .map(|i| {
             let mut rng = seed.stream("eval.facts", i as u64);
-            let mut planted = Vec::new();
-            for fact in facts::generate(&mut rng, words, eval.facts_per_context)? {
-                let tokens = encode(&format!(" {}", fact.sentence))?;
-                planted.push(TokenizedFact { fact, tokens });
+            let facts = facts::generate(&mut rng, words, eval.facts_per_context)?;
+            let mut taken = 0;
+            for fact in &facts {
+                taken += planter.room(fact)?;
             }
-            let taken: usize = planted.iter().map(|f| f.tokens.len()).sum();
             ensure!(
                 taken < eval.context_tokens,
                 hinted(
                     format!(
                         "{} facts take {taken} tokens, `eval.context_tokens` is {}",
-                        planted.len(),
+                        facts.len(),
                         eval.context_tokens
                     ),
                     "raise `eval.context_tokens`, or lower `eval.facts_per_context`"
                 )
             );
-            let mut body = Vec::with_capacity(eval.context_tokens - taken);
-            while body.len() < eval.context_tokens - taken {
+            let wanted = match planter.place {
+                FactPlace::Anywhere => eval.context_tokens - taken,
+                // Facts may take less than their room; what is too much of the text falls away.
+                FactPlace::Sentence => eval.context_tokens,
+            };
+            let mut body = Vec::with_capacity(wanted);
+            while body.len() < wanted {
                 let text = &bodies[rng.random_range(0..bodies.len())];
-                let window = text.len().min(eval.context_tokens - taken - body.len());
+                let window = text.len().min(wanted - body.len());
                 let start = rng.random_range(0..=text.len() - window);
                 body.extend_from_slice(&text[start..start + window]);
             }
-            let (tokens, planted) = facts::plant(&mut rng, &body, planted);
+            let (tokens, planted) = planter.plant(&mut rng, &body, eval.context_tokens, facts)?;
             let question = |fact: pkv_shard::PlantedFact| {
                 Ok(FactQuestion {
                     question: encode(&format!("\n\n{}", fact.question))?,
@@ -127,6 +135,32 @@ mod tests {
         Ok(text.chars().map(|c| 10_000 + c as u32).collect())
     }
 
+    /// Tokens of a document are words, those of a fact letters.
+    fn decode(tokens: &[u32]) -> Result<String> {
+        let one =
+            |t: &u32| t.checked_sub(10_000).and_then(char::from_u32).map_or(" word".to_owned(), String::from);
+        Ok(tokens.iter().map(one).collect())
+    }
+
+    fn contexts(
+        test: &[Example],
+        words: &WordLists,
+        eval: &EvalSection,
+        seed: Seed,
+    ) -> Result<Vec<FactContext>> {
+        contexts_at(FactPlace::Sentence, test, words, eval, seed)
+    }
+
+    fn contexts_at(
+        place: FactPlace,
+        test: &[Example],
+        words: &WordLists,
+        eval: &EvalSection,
+        seed: Seed,
+    ) -> Result<Vec<FactContext>> {
+        super::contexts(test, words, eval, Planter { place, encode: &encode, decode: &decode }, seed)
+    }
+
     fn example(id: usize, length: u32) -> Example {
         let mut tokens: Vec<u32> = (0..length).map(|t| id as u32 * 1000 + t).collect();
         let sentence = [9_999; 5];
@@ -158,7 +192,14 @@ mod tests {
     fn contexts_have_their_length_and_their_facts() {
         let test: Vec<_> = (0..4).map(|i| example(i, 300)).collect();
         let words = WordLists::built_in();
-        let made = contexts(&test, &words, &section(20, 700, 4), &encode, Seed(3)).unwrap();
+        for place in [FactPlace::Anywhere, FactPlace::Sentence] {
+            check(place, &test, &words);
+        }
+    }
+
+    fn check(place: FactPlace, test: &[Example], words: &WordLists) {
+        let contexts = |s: &EvalSection| contexts_at(place, test, words, s, Seed(3)).unwrap();
+        let made = contexts(&section(20, 700, 4));
         assert_eq!(made.len(), 20);
         for context in &made {
             assert_eq!((context.tokens.len(), context.questions.len()), (700, 4));
@@ -180,17 +221,16 @@ mod tests {
             let body: Vec<_> = context.tokens.iter().filter(|t| **t < 10_000).collect();
             assert!(body.windows(2).filter(|w| *w[0] + 1 != *w[1]).count() <= 3);
         }
-        assert_eq!(contexts(&test, &words, &section(20, 700, 4), &encode, Seed(3)).unwrap(), made);
+        assert_eq!(contexts(&section(20, 700, 4)), made);
         // More contexts leave the first ones as they were.
-        assert_eq!(contexts(&test, &words, &section(25, 700, 4), &encode, Seed(3)).unwrap()[..20], made);
+        assert_eq!(contexts(&section(25, 700, 4))[..20], made);
     }
 
     #[test]
     fn bad_input_is_an_error() {
         let words = WordLists::built_in();
-        let error = |test: &[Example], s: &EvalSection| {
-            contexts(test, &words, s, &encode, Seed(1)).unwrap_err().to_string()
-        };
+        let error =
+            |test: &[Example], s: &EvalSection| contexts(test, &words, s, Seed(1)).unwrap_err().to_string();
         assert_eq!(error(&[], &section(1, 700, 4)), "there is no test example to ask questions about");
         let crowded = error(&[example(0, 300)], &section(1, 160, 4));
         assert!(

@@ -35,7 +35,7 @@ pub struct Fact {
     pub answer: String,
 }
 
-/// A fact with the tokens of its sentence, a space before it.
+/// A fact with the tokens of its sentence and of the white space around it.
 pub struct TokenizedFact {
     pub fact: Fact,
     pub tokens: Vec<u32>,
@@ -130,10 +130,19 @@ pub fn generate(rng: &mut Rng, words: &WordLists, count: usize) -> Result<Vec<Fa
     Ok(facts)
 }
 
-/// `body` with the facts' tokens at random places, and where each stands now, in order of position.
+/// `body` with the facts' tokens between any two of its own, and where each is now, in order of position.
 pub fn plant(rng: &mut Rng, body: &[u32], facts: Vec<TokenizedFact>) -> (Vec<u32>, Vec<PlantedFact>) {
     let mut cuts: Vec<usize> = facts.iter().map(|_| rng.random_range(0..body.len().max(1))).collect();
     cuts.sort_unstable();
+    insert(body, cuts, facts)
+}
+
+/// `body` with each fact's tokens before the token that its cut names; cuts ascend.
+pub(crate) fn insert(
+    body: &[u32],
+    cuts: Vec<usize>,
+    facts: Vec<TokenizedFact>,
+) -> (Vec<u32>, Vec<PlantedFact>) {
     let mut tokens = Vec::with_capacity(body.len() + facts.iter().map(|f| f.tokens.len()).sum::<usize>());
     let mut planted = Vec::with_capacity(facts.len());
     let mut from = 0;

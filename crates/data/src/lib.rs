@@ -11,6 +11,8 @@ mod documents;
 pub mod facts;
 mod files;
 mod identity;
+mod places;
+mod planting;
 mod prepare;
 mod scan;
 mod summary;

@@ -4,17 +4,18 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use pkv_core::{Progress, Seed, Split, hinted};
+use pkv_core::{Progress, Split, hinted};
 use pkv_hub::Hub;
 use pkv_lm::TextTokenizer;
-use pkv_recipe::{DataSection, Manifest, Source};
+use pkv_recipe::{Manifest, Recipe, Source};
 use pkv_shard::Example;
 use rand::Rng as _;
 
 use crate::documents::Documents;
-use crate::facts::{self, TokenizedFact, WordLists};
+use crate::facts::{self, WordLists};
 use crate::files::files;
 use crate::identity::DocumentHash;
+use crate::planting::Planter;
 use crate::scan::{Chosen, Reading, Scan, choose, scan};
 use crate::summary::PrepareSummary;
 use crate::tokens::encode_all;
@@ -27,22 +28,24 @@ const TOKENS_PER_FACT: usize = 40;
 /// test; within a split by source, then by document.
 ///
 /// Documents are read twice or more and never held: a first pass counts, later ones cut. Tokens are
-/// cut, not text, so an example may begin or end within a word.
+/// cut, not text, so an example may begin or end within a word. The recipe's `facts.place` says where facts are put.
 ///
 /// # Errors
 /// A file is absent or not what the manifest says; there are fewer windows than examples asked for;
 /// or `sink` fails.
 pub fn prepare(
-    data: &DataSection,
+    recipe: &Recipe,
     manifest: &Manifest,
     hub: &Hub,
     tokenizer: &TextTokenizer,
-    seed: Seed,
     progress: &dyn Progress,
     sink: &mut dyn FnMut(Example) -> Result<()>,
 ) -> Result<PrepareSummary> {
     let encode = |text: &str| tokenizer.encode(text);
-    Preparation::new(manifest, hub, Reading { data, seed, encode: &encode, progress })?.run(sink)
+    let decode = |tokens: &[u32]| tokenizer.decode(tokens);
+    let planter = Planter { place: recipe.facts.place, encode: &encode, decode: &decode };
+    let reading = Reading { data: &recipe.data, seed: recipe.seed, encode: &encode, progress };
+    Preparation::new(manifest, hub, reading, planter)?.run(sink)
 }
 
 /// Everything that making examples needs.
@@ -52,13 +55,14 @@ struct Preparation<'a> {
     files: Vec<Vec<PathBuf>>,
     words: Option<WordLists>,
     reading: Reading<'a>,
+    planter: Planter<'a>,
 }
 
 impl<'a> Preparation<'a> {
-    fn new(manifest: &'a Manifest, hub: &Hub, reading: Reading<'a>) -> Result<Self> {
+    fn new(manifest: &'a Manifest, hub: &Hub, reading: Reading<'a>, planter: Planter<'a>) -> Result<Self> {
         let files = manifest.sources.iter().map(|s| files(manifest, s, hub)).collect::<Result<_>>()?;
         let words = manifest.facts.as_ref().map(|_| word_lists(manifest)).transpose()?;
-        Ok(Self { manifest, files, words, reading })
+        Ok(Self { manifest, files, words, reading, planter })
     }
 
     fn run(&self, sink: &mut dyn FnMut(Example) -> Result<()>) -> Result<PrepareSummary> {
@@ -157,15 +161,15 @@ impl<'a> Preparation<'a> {
         let mut planted = Vec::new();
         let mut body = tokens.len();
         for fact in facts::generate(&mut rng, words, count)? {
-            let sentence = (self.reading.encode)(&format!(" {}", fact.sentence))?;
+            let room = self.planter.room(&fact)?;
             // A tokenizer that knows no English may need very many tokens.
-            if sentence.len() + tokens.len() / 2 > body {
+            if room + tokens.len() / 2 > body {
                 break;
             }
-            body -= sentence.len();
-            planted.push(TokenizedFact { fact, tokens: sentence });
+            body -= room;
+            planted.push(fact);
         }
-        Ok(facts::plant(&mut rng, &tokens[..body], planted))
+        self.planter.plant(&mut rng, tokens, tokens.len(), planted)
     }
 
     /// # Errors

@@ -3,13 +3,13 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use pkv_core::{NoProgress, Split};
+use pkv_core::{Fingerprint, NoProgress, Split, sentence_gaps};
 use pkv_data::facts::WordLists;
-use pkv_data::{PrepareSummary, fact_contexts, inputs, prepare};
+use pkv_data::{FactContext, PrepareSummary, fact_contexts, inputs, prepare};
 use pkv_gpu::DeviceChoice;
 use pkv_hub::Hub;
 use pkv_lm::TextTokenizer;
-use pkv_recipe::{Manifest, Recipe};
+use pkv_recipe::{FactPlace, Manifest, Recipe};
 use pkv_shard::Example;
 
 fn root() -> PathBuf {
@@ -37,13 +37,17 @@ impl Demo {
 
     fn examples(&self) -> (Vec<Example>, PrepareSummary) {
         let mut examples = Vec::new();
-        let (data, seed) = (&self.recipe.data, self.recipe.seed);
         let summary =
-            prepare(data, &self.manifest, &self.hub, &self.tokenizer, seed, &NoProgress, &mut |e| {
+            prepare(&self.recipe, &self.manifest, &self.hub, &self.tokenizer, &NoProgress, &mut |e| {
                 examples.push(e);
                 Ok(())
             });
         (examples, summary.unwrap())
+    }
+
+    fn contexts(&self, test: &[Example]) -> Vec<FactContext> {
+        let Recipe { eval, facts, seed, .. } = &self.recipe;
+        fact_contexts(test, &WordLists::built_in(), eval, facts.place, &self.tokenizer, *seed).unwrap()
     }
 }
 
@@ -64,7 +68,7 @@ fn the_demo_has_enough_text_and_splits_it_by_page() {
         assert!((256..=512).contains(&e.tokens.len()) && e.facts.len() <= 6);
         for fact in &e.facts {
             let span = &e.tokens[fact.start as usize..(fact.start + fact.len) as usize];
-            assert_eq!(demo.tokenizer.decode(span).unwrap(), format!(" {}", fact.sentence));
+            assert_eq!(demo.tokenizer.decode(span).unwrap().trim(), fact.sentence);
         }
     }
     // Examples are spread over the pages of their split, and none is made twice.
@@ -83,14 +87,95 @@ fn the_demo_has_enough_text_and_splits_it_by_page() {
     assert!(again == examples, "the same seed gave other examples");
 }
 
+/// Each fact of `tokens` in the decoded text: what is before it, the fact, what is after it.
+fn around(tokenizer: &TextTokenizer, tokens: &[u32], facts: &[(u32, u32)]) -> Vec<[String; 3]> {
+    let decode = |t: &[u32]| tokenizer.decode(t).unwrap();
+    let whole = decode(tokens);
+    let parts = facts.iter().map(|&(start, len)| {
+        let (start, end) = (start as usize, (start + len) as usize);
+        let parts = [&tokens[..start], &tokens[start..end], &tokens[end..]].map(decode);
+        assert_eq!(parts.concat(), whole, "a fact broke a character");
+        parts
+    });
+    parts.collect()
+}
+
+/// Facts are surrounded by white space. They are after a sentence or another fact, unless the text has no sentence that
+/// ends inside it; how many are.
+fn check_places(tokenizer: &TextTokenizer, tokens: &[u32], facts: &[(u32, u32)]) -> usize {
+    let mut bare = tokens.to_vec();
+    for &(start, len) in facts.iter().rev() {
+        bare.drain(start as usize..(start + len) as usize);
+    }
+    let text = tokenizer.decode(&bare).unwrap();
+    // Near the end there may be no place: facts may displace the text there.
+    let mut sentences = sentence_gaps(&text);
+    sentences.retain(|gap| gap.end + 40 * facts.len() < text.len());
+    let mut after_sentences = 0;
+    for [before, fact, after] in around(tokenizer, tokens, facts) {
+        let spaced =
+            |a: &str, b: &str| a.ends_with(char::is_whitespace) || b.starts_with(char::is_whitespace);
+        assert!(spaced(&before, &fact) && spaced(&fact, &after), "{before}|{fact}|{after}");
+        let closing = |c: char| "\"')]`*_”’".contains(c);
+        let ends = before.trim_end().trim_end_matches(closing).ends_with(['.', '!', '?', '…']);
+        assert!(ends || sentences.is_empty(), "{before}|{fact}|{after}");
+        after_sentences += usize::from(ends);
+    }
+    after_sentences
+}
+
+#[test]
+fn facts_are_between_sentences_and_break_no_text() {
+    let mut demo = Demo::open();
+    let (examples, summary) = demo.examples();
+    let mut after_sentences = 0;
+    for e in &examples {
+        let facts: Vec<_> = e.facts.iter().map(|f| (f.start, f.len)).collect();
+        after_sentences += check_places(&demo.tokenizer, &e.tokens, &facts);
+    }
+    // Some windows are tables and lists without a sentence.
+    assert!(after_sentences > 600, "{after_sentences} of {}", summary.facts);
+
+    // The text is the one without facts, less what they displaced.
+    demo.manifest.facts = None;
+    let (bare, _) = demo.examples();
+    for (with, without) in examples.iter().zip(&bare) {
+        assert_eq!(
+            (&with.document, with.window, with.tokens.len()),
+            (&without.document, without.window, without.tokens.len())
+        );
+        let mut tokens = with.tokens.clone();
+        for fact in with.facts.iter().rev() {
+            tokens.drain(fact.start as usize..(fact.start + fact.len) as usize);
+        }
+        assert_eq!(tokens, without.tokens[..tokens.len()]);
+    }
+}
+
+#[test]
+fn facts_placed_anywhere_are_those_of_old() {
+    let mut demo = Demo::open();
+    demo.recipe.facts.place = FactPlace::Anywhere;
+    let (examples, _) = demo.examples();
+    let mut hash = Fingerprint::new();
+    for e in &examples {
+        let facts: Vec<_> = e.facts.iter().map(|f| (f.start, f.len, &f.sentence)).collect();
+        hash = hash.with(&e.id, (&e.tokens, facts));
+    }
+    let test: Vec<_> = examples.into_iter().filter(|e| e.split == Split::Test).collect();
+    for (i, c) in demo.contexts(&test).iter().enumerate() {
+        hash = hash.with(&i.to_string(), (&c.tokens, c.questions.iter().map(|q| q.fact).collect::<Vec<_>>()));
+    }
+    assert_eq!(&hash.hash()[..16], "11d66b2e3edc37f0");
+}
+
 #[test]
 fn questions_are_asked_about_test_pages_alone() {
     let demo = Demo::open();
     let (examples, _) = demo.examples();
     let test: Vec<_> = examples.into_iter().filter(|e| e.split == Split::Test).collect();
     let eval = &demo.recipe.eval;
-    let contexts =
-        fact_contexts(&test, &WordLists::built_in(), eval, &demo.tokenizer, demo.recipe.seed).unwrap();
+    let contexts = demo.contexts(&test);
     assert_eq!(contexts.len(), eval.contexts);
     for context in &contexts {
         assert_eq!(
@@ -102,12 +187,14 @@ fn questions_are_asked_about_test_pages_alone() {
             let (start, len) = (q.fact.0 as usize, q.fact.1 as usize);
             let sentence = demo.tokenizer.decode(&context.tokens[start..start + len]).unwrap();
             assert!(
-                sentence.ends_with(&format!("{}.", q.answer_text)) && text.contains(&sentence),
+                sentence.trim().ends_with(&format!("{}.", q.answer_text)) && text.contains(&sentence),
                 "{sentence}"
             );
             assert_eq!(demo.tokenizer.decode(&q.question).unwrap(), format!("\n\n{}", q.question_text));
             assert_eq!(demo.tokenizer.decode(&q.answer).unwrap(), q.answer_text);
         }
+        let facts: Vec<_> = context.questions.iter().map(|q| q.fact).collect();
+        check_places(&demo.tokenizer, &context.tokens, &facts);
         // What is asked has one answer.
         let asked: HashSet<_> = context.questions.iter().map(|q| &q.question_text).collect();
         assert_eq!(asked.len(), context.questions.len());

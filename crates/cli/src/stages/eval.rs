@@ -12,9 +12,10 @@ use pkv_shard::durable::WriteBudget;
 use pkv_shard::{Example, StageReader};
 use serde_json::json;
 
-use super::{Outcome, train};
+use super::{Outcome, prepare, train};
 use crate::benchmarks::Material;
 use crate::mapper_source::{Trained, from_checkpoint, from_export};
+use crate::output;
 use crate::session::Session;
 
 /// File of the kept sets, in the results' folder.
@@ -99,12 +100,13 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
 
 /// The results' choices: the mapper, the recipe's `eval`, the step it was taken at.
 fn fingerprint(s: &Session, trained: &Trained, eval: &EvalSection) -> Fingerprint {
-    Fingerprint::new()
+    let fingerprint = Fingerprint::new()
         .with("mapper", &trained.fingerprint)
         .with("step", trained.step)
         .with("eval", eval)
         .with("seed", s.recipe.seed)
-        .with("source", &trained.source)
+        .with("source", &trained.source);
+    prepare::with_places(fingerprint, &s.recipe)
 }
 
 /// The choices of a single context: not which tasks there are, how many contexts, how they are summed up.
@@ -134,6 +136,7 @@ fn contexts(s: &Session, upstream: &train::Upstream) -> Result<Vec<FactContext>>
         &test,
         &pkv_data::word_lists(&s.manifest)?,
         &s.recipe.eval,
+        s.recipe.facts.place,
         &upstream.target.tokenizer,
         s.recipe.seed,
     )
@@ -147,10 +150,5 @@ fn contexts(s: &Session, upstream: &train::Upstream) -> Result<Vec<FactContext>>
 pub fn print(s: &Session, options: &EvalOptions) -> Result<()> {
     let path = folder(s, options).join(RESULTS_FILE);
     let results = Results::read(&path)?;
-    if s.json {
-        println!("{}", serde_json::to_string_pretty(&results)?);
-    } else {
-        print!("{}", pkv_eval::table::all_tables(&results));
-    }
-    Ok(())
+    output::print_either(s.json, &results, || pkv_eval::table::all_tables(&results))
 }

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, Split, StoreDtype};
+use pkv_recipe::{FactPlace, Recipe};
 use pkv_shard::{Example, StageDir, StageReader, StageWriter};
 
 use super::Outcome;
@@ -19,25 +20,18 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let mut writer =
         StageWriter::<Example>::new(stage, s.recipe.data.shard_examples, StoreDtype::F32, Some(total))?;
     let mut seen = 0;
-    let summary = pkv_data::prepare(
-        &s.recipe.data,
-        &s.manifest,
-        &s.hub,
-        &target.tokenizer,
-        s.recipe.seed,
-        &s.bar,
-        &mut |example| {
+    let summary =
+        pkv_data::prepare(&s.recipe, &s.manifest, &s.hub, &target.tokenizer, &s.bar, &mut |example| {
             s.check_stop()?;
             seen += 1;
             // Examples come in the same order every time; those written before an interruption are not written twice.
             if seen <= done { Ok(()) } else { writer.push(example) }
-        },
-    )?;
+        })?;
     writer.finish()?;
     Ok(Outcome::Done(serde_json::to_value(summary)?))
 }
 
-/// The examples' choices: the recipe's `data`, the manifest, the tokenizer, the seed.
+/// The examples' choices: the recipe's `data`, the manifest, the places of its facts, the tokenizer, the seed.
 pub fn fingerprint(s: &Session, target: &pair::Found) -> Result<Fingerprint> {
     let fingerprint = Fingerprint::new()
         .with("data", &s.recipe.data)
@@ -46,7 +40,17 @@ pub fn fingerprint(s: &Session, target: &pair::Found) -> Result<Fingerprint> {
         .with("vocab", target.tokenizer.vocab_hash())
         .with("seed", s.recipe.seed);
     // Windows of every split overlapped once; examples of that time are not these.
-    Ok(if s.recipe.data.stride < 1.0 { fingerprint.with("overlapping", Split::Train) } else { fingerprint })
+    let fingerprint =
+        if s.recipe.data.stride < 1.0 { fingerprint.with("overlapping", Split::Train) } else { fingerprint };
+    Ok(if s.manifest.facts.is_some() { with_places(fingerprint, &s.recipe) } else { fingerprint })
+}
+
+/// `fingerprint` with the places of facts; "anywhere" is what fingerprints without them mean.
+pub fn with_places(fingerprint: Fingerprint, recipe: &Recipe) -> Fingerprint {
+    match recipe.facts.place {
+        FactPlace::Anywhere => fingerprint,
+        place => fingerprint.with("facts.place", place),
+    }
 }
 
 /// The examples of this run, which must be complete and match the recipe.

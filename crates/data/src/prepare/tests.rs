@@ -3,8 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 
-use pkv_core::NoProgress;
+use pkv_core::{NoProgress, Seed};
 use pkv_hub::HubOptions;
+use pkv_recipe::{DataSection, FactPlace};
 use tempfile::TempDir;
 
 use super::*;
@@ -14,9 +15,18 @@ fn encode(text: &str) -> Result<Vec<u32>> {
     Ok(text.split_whitespace().map(|w| w.parse().unwrap_or(u32::MAX)).collect())
 }
 
+fn decode(tokens: &[u32]) -> Result<String> {
+    Ok(tokens.iter().map(|t| if *t == u32::MAX { " word".to_owned() } else { format!(" {t}") }).collect())
+}
+
+fn planter(place: FactPlace) -> Planter<'static> {
+    Planter { place, encode: &encode, decode: &decode }
+}
+
 struct Setting {
     dir: TempDir,
     data: DataSection,
+    place: FactPlace,
 }
 
 impl Setting {
@@ -29,7 +39,7 @@ impl Setting {
         fs::write(dir.path().join("r.toml"), recipe).unwrap();
         fs::write(dir.path().join("m.toml"), format!("description = \"test\"\n{manifest}")).unwrap();
         let data = pkv_recipe::load(&dir.path().join("r.toml"), &[]).unwrap().data;
-        Self { dir, data }
+        Self { dir, data, place: FactPlace::Sentence }
     }
 
     fn write(&self, name: &str, content: impl AsRef<[u8]>) {
@@ -42,7 +52,7 @@ impl Setting {
             Hub::new(HubOptions { cache: self.dir.path().into(), offline: true, ..HubOptions::from_env() });
         let reading = Reading { data: &self.data, seed: Seed(seed), encode: &encode, progress: &NoProgress };
         let mut examples = Vec::new();
-        let summary = Preparation::new(&manifest, &hub, reading)?.run(&mut |e| {
+        let summary = Preparation::new(&manifest, &hub, reading, planter(self.place))?.run(&mut |e| {
             examples.push(e);
             Ok(())
         })?;
@@ -168,7 +178,14 @@ fn a_mixture_keeps_its_weights() {
 #[test]
 fn planted_facts_keep_the_length_and_are_where_they_say() {
     let data = DATA.replace("[20, 30]", "[200]").replace("min_tokens = 10", "min_tokens = 120");
-    let setting = Setting::new(&data, &format!("{SOURCE}[facts]\nmin = 1\nmax = 9\n"));
+    let mut setting = Setting::new(&data, &format!("{SOURCE}[facts]\nmin = 1\nmax = 9\n"));
+    for place in [FactPlace::Anywhere, FactPlace::Sentence] {
+        setting.place = place;
+        check_planted(&setting);
+    }
+}
+
+fn check_planted(setting: &Setting) {
     setting.write("docs.txt", (1..=80).map(|d| document(d, 500)).collect::<Vec<_>>().join("\0"));
     let (examples, summary) = setting.run(1).unwrap();
     let mut counts = HashSet::new();
@@ -244,7 +261,7 @@ fn a_sink_that_fails_ends_the_stage() {
     let hub = Hub::new(HubOptions::from_env());
     let reading = Reading { data: &setting.data, seed: Seed(1), encode: &encode, progress: &NoProgress };
     let mut calls = 0;
-    let result = Preparation::new(&manifest, &hub, reading).unwrap().run(&mut |_| {
+    let result = Preparation::new(&manifest, &hub, reading, planter(setting.place)).unwrap().run(&mut |_| {
         calls += 1;
         ensure!(calls < 3, "disk full");
         Ok(())

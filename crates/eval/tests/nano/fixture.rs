@@ -11,7 +11,7 @@ use pkv_lm::{LanguageModel, TextTokenizer};
 use pkv_mapper::{Mapper, MapperDims, RidgeAccumulator, StandardizationAccumulator};
 use pkv_prune::{log_odds, pool_targets};
 use pkv_recipe::{
-    EvalSection, ExtractSection, LabelSection, LossSection, MapperSection, TargetPool, Variant,
+    EvalSection, ExtractSection, FactPlace, LabelSection, LossSection, MapperSection, TargetPool, Variant,
 };
 use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureFolders, FeatureRow, LabelRow, Row, StageDir, StageWriter};
@@ -69,7 +69,9 @@ impl Nano {
         };
         let mapper = stages.write(run.path(), &examples);
         let test: Vec<Example> = examples.iter().filter(|e| e.split == Split::Test).cloned().collect();
-        let contexts = fact_contexts(&test, &WordLists::built_in(), &section, &tokenizer, Seed(11)).unwrap();
+        let contexts =
+            fact_contexts(&test, &WordLists::built_in(), &section, FactPlace::Sentence, &tokenizer, Seed(11))
+                .unwrap();
         Self { target, proxy, tokenizer, mapper, contexts, section, label, extract, run }
     }
 
