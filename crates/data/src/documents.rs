@@ -150,3 +150,16 @@ fn listed<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     let quoted: Vec<_> = names.into_iter().map(|n| format!("`{n}`")).collect();
     if quoted.is_empty() { "none".to_owned() } else { quoted.join(", ") }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_document_has_a_most_length() {
+        assert!(check_length(b"abc", 3).is_ok());
+        let error = check_length(b"abcd", 3).unwrap_err();
+        assert_eq!(error.to_string(), "a document of it has more than 3 bytes");
+        assert!(error.is::<pkv_core::Hinted>());
+    }
+}
