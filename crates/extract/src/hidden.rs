@@ -26,6 +26,17 @@ pub struct HiddenProjection {
 }
 
 impl HiddenProjection {
+    /// # Shapes
+    /// - `weight_lmh`: f32 `[layers, hidden, KV heads]`; `bias_lh`: f32 `[layers, KV heads]`, same device
+    pub fn new(weight_lmh: Tensor, bias_lh: Tensor) -> Self {
+        Self { weight_lmh, bias_lh }
+    }
+
+    /// Weight and bias, as in [`Self::new`].
+    pub fn parts(&self) -> [&Tensor; 2] {
+        [&self.weight_lmh, &self.bias_lh]
+    }
+
     /// Log-odds of one layer's new context tokens, f32 `[h, s]`.
     ///
     /// `x_sm`: f32 `[s, hidden]`, what the layer's attention reads ([`of_context`]).
@@ -46,7 +57,7 @@ impl HiddenProjection {
 
     /// By name, for a file.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let both = NAMES.iter().zip([&self.weight_lmh, &self.bias_lh]);
+        let both = NAMES.iter().zip(self.parts());
         both.map(|(name, x)| ((*name).to_owned(), x.to_device(Device::Cpu).contiguous())).collect()
     }
 
@@ -132,10 +143,16 @@ impl HiddenFit {
         let _no_grad = tch::no_grad_guard();
         let ids = [prefix, context].concat();
         let mut cache = model.new_cache(ids.len());
-        let mut tap = FitTap { sums: &mut self.sums, prefix: prefix.len(), y_lht };
-        model.prefill_for_tap(&ids, &mut cache, chunk_tokens, &mut tap)?;
+        model.prefill_for_tap(&ids, &mut cache, chunk_tokens, &mut self.tap(prefix.len(), y_lht))
+    }
+
+    /// Learns from a context while the model prefills it after `prefix` tokens; `y` as in [`Self::add`], layers and KV
+    /// heads as two axes or as one.
+    pub fn tap(&mut self, prefix: usize, y: &Tensor) -> HiddenFitTap<'_> {
         self.contexts += 1;
-        Ok(())
+        let positions = y.size().last().copied().unwrap_or(0);
+        let y_lht = y.view([self.sums.len() as i64, -1, positions]);
+        HiddenFitTap { sums: &mut self.sums, prefix, y_lht }
     }
 
     /// The ridge regression of every layer; the intercept is not penalized.
@@ -163,13 +180,14 @@ impl HiddenFit {
     }
 }
 
-struct FitTap<'a> {
+/// A context that a [`HiddenFit`] learns from.
+pub struct HiddenFitTap<'a> {
     sums: &'a mut [(Tensor, Tensor)],
     prefix: usize,
-    y_lht: &'a Tensor,
+    y_lht: Tensor,
 }
 
-impl Tap for FitTap<'_> {
+impl Tap for HiddenFitTap<'_> {
     fn layer(&mut self, view: &LayerView) -> Result<()> {
         let Some(x_sm) = of_context(view, self.prefix) else { return Ok(()) };
         let n = x_sm.size()[0];

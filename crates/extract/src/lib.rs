@@ -17,7 +17,7 @@ mod stream;
 mod tap;
 
 pub use extractor::{ContextFeatures, Extractor};
-pub use hidden::{HiddenFit, HiddenProjection};
+pub use hidden::{HiddenFit, HiddenProjection, of_context};
 pub use sources::{SourceExtractors, join_features};
 pub use statistics::QueryStatistics;
 pub use stream::FeatureStream;

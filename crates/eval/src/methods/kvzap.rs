@@ -24,9 +24,10 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::Fingerprint;
+use pkv_extract::{HiddenProjection, of_context};
 use pkv_lm::{LayerView, Tap};
 use pkv_recipe::MethodName;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use self::fit::KvzapFit;
 use self::sample::Sample;
@@ -83,7 +84,7 @@ fn start<'a>(
 /// A fitted scorer of every layer.
 enum Scorer {
     /// y = x W + b.
-    Linear { weight_lmh: Tensor, bias_lh: Tensor },
+    Linear(HiddenProjection),
     /// y = gelu(x U + a) D + b.
     Mlp { up_lmw: Tensor, up_bias_l1w: Tensor, down_lwh: Tensor, down_bias_l1h: Tensor },
 }
@@ -94,7 +95,7 @@ impl Scorer {
     /// `x_sm`: f32 `[s, hidden]`, what the layer's attention reads.
     fn layer(&self, layer: i64, x_sm: &Tensor) -> Tensor {
         let y_sh = match self {
-            Self::Linear { weight_lmh, bias_lh } => x_sm.matmul(&weight_lmh.get(layer)) + bias_lh.get(layer),
+            Self::Linear(projection) => return projection.layer(layer as usize, x_sm),
             Self::Mlp { up_lmw, up_bias_l1w, down_lwh, down_bias_l1h } => {
                 let hidden = (x_sm.matmul(&up_lmw.get(layer)) + up_bias_l1w.get(layer)).gelu("none");
                 hidden.matmul(&down_lwh.get(layer)) + down_bias_l1h.get(layer)
@@ -140,11 +141,4 @@ impl Watch for KvzapWatch {
         let layers: Vec<Tensor> = self.layers.iter().map(|pieces| Tensor::cat(pieces, 1)).collect();
         Ok(Tensor::stack(&layers, 0))
     }
-}
-
-/// What the attention of a layer reads of the context's new tokens, f32 `[s, hidden]`; nothing if there are none.
-fn of_context(view: &LayerView, prefix: usize) -> Option<Tensor> {
-    let skipped = prefix.saturating_sub(view.start) as i64;
-    let n = view.normed_sm.size()[0] - skipped;
-    (n > 0).then(|| view.normed_sm.narrow(0, skipped, n).to_kind(Kind::Float))
 }

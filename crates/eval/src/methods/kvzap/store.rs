@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use pkv_checkpoint::{read_tensors, write_tensors};
 use pkv_core::Fingerprint;
+use pkv_extract::HiddenProjection;
 use pkv_recipe::MethodName;
 use pkv_shard::durable::WriteBudget;
 use tch::{Device, Tensor};
@@ -66,7 +67,7 @@ impl KvzapStore {
         };
         let cost = take(COST)?;
         let scorer = if self.method == LINEAR_NAME {
-            Scorer::Linear { weight_lmh: take("linear.weight")?, bias_lh: take("linear.bias")? }
+            Scorer::Linear(HiddenProjection::new(take("linear.weight")?, take("linear.bias")?))
         } else {
             Scorer::Mlp {
                 up_lmw: take("mlp.up")?,
@@ -82,8 +83,8 @@ impl KvzapStore {
     /// The file cannot be written; one that was there stays.
     pub fn save(&self, scorer: &Scorer, cost: [usize; 2]) -> Result<()> {
         let parts = match scorer {
-            Scorer::Linear { weight_lmh, bias_lh } => {
-                vec![("linear.weight", weight_lmh), ("linear.bias", bias_lh)]
+            Scorer::Linear(projection) => {
+                ["linear.weight", "linear.bias"].into_iter().zip(projection.parts()).collect()
             }
             Scorer::Mlp { up_lmw, up_bias_l1w, down_lwh, down_bias_l1h } => vec![
                 ("mlp.up", up_lmw),
@@ -112,7 +113,7 @@ mod tests {
     }
 
     fn linear() -> Scorer {
-        Scorer::Linear { weight_lmh: of(3), bias_lh: of(2).squeeze_dim(0) }
+        Scorer::Linear(HiddenProjection::new(of(3), of(2).squeeze_dim(0)))
     }
 
     fn mlp() -> Scorer {
@@ -126,8 +127,8 @@ mod tests {
 
     fn is_the_same(a: &Scorer, b: &Scorer) -> bool {
         match (a, b) {
-            (Scorer::Linear { weight_lmh: w, bias_lh: b }, Scorer::Linear { weight_lmh, bias_lh }) => {
-                w.equal(weight_lmh) && b.equal(bias_lh)
+            (Scorer::Linear(a), Scorer::Linear(b)) => {
+                a.parts().iter().zip(b.parts()).all(|(a, b)| a.equal(b))
             }
             (Scorer::Mlp { up_lmw: u, down_bias_l1h: d, .. }, Scorer::Mlp { up_lmw, down_bias_l1h, .. }) => {
                 u.equal(up_lmw) && d.equal(down_bias_l1h)
