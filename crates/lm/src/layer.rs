@@ -8,7 +8,7 @@ use pkv_gpu::{CacheSlot, gated_silu, has_elementwise, rotate};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::LmConfig;
-use crate::rope::Rotation;
+use crate::rope::{Rotation, exact_kind};
 use crate::weights::Places;
 
 /// Weights of a layer. Matrices that read the same input are stored as one.
@@ -172,11 +172,11 @@ impl Layer {
             }
         }
         let qkv = qkv.view(size.as_slice());
-        let mut qk = qkv.narrow(-2, 0, heads + kv);
+        let mut qk = qkv.narrow(-2, 0, heads + kv).to_kind(exact_kind(qkv.kind()));
         if let Some(weight) = &self.qk_norm {
             qk = unit_rms(&qk, self.eps) * weight;
         }
-        let qk = rotation.apply(qk);
+        let qk = rotation.apply(&qk).to_kind(qkv.kind());
         Ok(Projected {
             q: qk.narrow(-2, 0, heads),
             k: qk.narrow(-2, heads, kv),
@@ -230,9 +230,9 @@ fn gated(gate_up: &Tensor) -> Result<Tensor> {
     if wide % 8 == 0 && has_elementwise(gate_up.device(), gate_up.kind(), 64) {
         return gated_silu(gate_up);
     }
-    let mut gated = gate_up.narrow(1, 0, wide).silu();
+    let mut gated = gate_up.narrow(1, 0, wide).to_kind(exact_kind(gate_up.kind())).silu();
     gated *= gate_up.narrow(1, wide, wide);
-    Ok(gated)
+    Ok(gated.to_kind(gate_up.kind()))
 }
 
 /// x / sqrt(mean(x^2) + eps) * weight, statistics in f32, over the last axis.
@@ -244,4 +244,19 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
 fn unit_rms(x: &Tensor, eps: f64) -> Tensor {
     let width = x.size().last().copied().unwrap_or(0);
     x.rms_norm::<Tensor>([width], None, eps)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gate_in_half_precision_rounds_nothing_but_the_result() {
+        tch::manual_seed(1);
+        for kind in [Kind::BFloat16, Kind::Half] {
+            let gate_up = (Tensor::randn([30, 2 * 24], (Kind::Float, Device::Cpu)) * 3.0).to_kind(kind);
+            let exact = gated(&gate_up.to_kind(Kind::Float)).unwrap();
+            assert!(gated(&gate_up).unwrap().equal(&exact.to_kind(kind)), "{kind:?}");
+        }
+    }
 }

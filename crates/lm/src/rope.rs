@@ -158,6 +158,11 @@ fn unknown_type(what: &str, key: &str) -> pkv_core::Hinted {
     )
 }
 
+/// What values of `kind` are computed in between two roundings: bf16 and f16 in f32, as on a GPU.
+pub(crate) fn exact_kind(kind: Kind) -> Kind {
+    if matches!(kind, Kind::BFloat16 | Kind::Half) { Kind::Float } else { kind }
+}
+
 /// Frequencies on a device, ready to turn positions into rotations.
 #[derive(Debug)]
 pub(crate) struct Rope {
@@ -182,13 +187,13 @@ impl Rope {
     ///
     /// # Shapes
     /// - `positions`: f32, any shape `[..]`; exact below 2^24
-    /// - returns cosine and sine in the model's kind
+    /// - returns cosine and sine; a model of bf16 or f16 rotates in f32, as our kernel does
     pub fn at(&self, positions: &Tensor) -> Rotation {
         let angles = positions.unsqueeze(-1) * &self.frequencies_d;
         let exact = |t: Tensor| if self.attention_factor == 1.0 { t } else { t * self.attention_factor };
         Rotation {
             exact_sd: [exact(angles.cos()), exact(angles.sin())],
-            kind: self.kind,
+            kind: exact_kind(self.kind),
             portable: OnceCell::new(),
         }
     }
@@ -204,12 +209,13 @@ impl Rope {
 pub(crate) struct Rotation {
     /// Cosine and sine, f32 `[.., head_dim / 2]`.
     exact_sd: [Tensor; 2],
+    /// What [`Rotation::apply`] computes in.
     kind: Kind,
     /// What [`Rotation::apply`] reads; made when first asked for, as kernels do without it.
     portable: OnceCell<Portable>,
 }
 
-/// In the model's kind.
+/// In the kind of the computation.
 struct Portable {
     /// `[.., 1, head_dim]`: both halves are the same.
     cos_sd: Tensor,
@@ -226,8 +232,9 @@ impl Rotation {
         of_all.then(|| [0, 1].map(|i| self.exact_sd[i].reshape([rows, half])))
     }
 
-    /// Rotate heads `[.., heads, head_dim]`, positions in the leading dimensions as in [`Rope::at`].
-    pub fn apply(&self, x: Tensor) -> Tensor {
+    /// Rotate heads `[.., heads, head_dim]`, positions in the leading dimensions as in [`Rope::at`]. `x` and what returns are
+    /// of the kind of [`exact_kind`]: rounded to bf16 are the results alone, not the terms and the angles.
+    pub fn apply(&self, x: &Tensor) -> Tensor {
         let half = x.size().last().copied().unwrap_or(0) / 2;
         let Portable { cos_sd, sin_sd, minus_sin_sd } = self.portable.get_or_init(|| {
             let [cos, sin] = [0, 1].map(|i| self.exact_sd[i].to_kind(self.kind));
@@ -237,7 +244,7 @@ impl Rotation {
                 sin_sd: sin.unsqueeze(-2),
             }
         });
-        let out = &x * cos_sd;
+        let out = x * cos_sd;
         // Halves are written in place: x is read twice and its rotation written twice, no more.
         let _ = out.narrow(-1, 0, half).addcmul_(&x.narrow(-1, half, half), minus_sin_sd);
         let _ = out.narrow(-1, half, half).addcmul_(&x.narrow(-1, 0, half), sin_sd);
@@ -300,7 +307,7 @@ mod tests {
         let rope = RopeConfig { theta: 100.0, scaling: RopeScaling::None };
         let rotation = Rope::new(&rope, 4, Device::Cpu, Kind::Double).range(2, 2);
         let x = Tensor::from_slice(&[1.0f64, 2.0, 3.0, 4.0]).expand([2, 1, 4], false);
-        let turned = Vec::<f64>::try_from(rotation.apply(x).reshape([-1])).unwrap();
+        let turned = Vec::<f64>::try_from(rotation.apply(&x).reshape([-1])).unwrap();
         for (row, position) in [2.0f64, 3.0].iter().enumerate() {
             for (pair, frequency) in [1.0, 0.1].iter().enumerate() {
                 let (sin, cos) = (position * frequency).sin_cos();
@@ -308,6 +315,21 @@ mod tests {
                 assert!((turned[row * 4 + pair] - (a * cos - b * sin)).abs() < 1e-6);
                 assert!((turned[row * 4 + pair + 2] - (b * cos + a * sin)).abs() < 1e-6);
             }
+        }
+    }
+
+    /// Angles in bf16 are off by up to 0.004 each, and so is a pair's product with them.
+    #[test]
+    fn half_precision_rounds_nothing_but_the_result() {
+        let rope = RopeConfig { theta: 10_000.0, scaling: RopeScaling::None };
+        tch::manual_seed(1);
+        for kind in [Kind::BFloat16, Kind::Half] {
+            let x = Tensor::randn([40, 2, 16], (Kind::Float, Device::Cpu)).to_kind(kind);
+            let rotated = |kind| {
+                let rotation = Rope::new(&rope, 16, Device::Cpu, kind).range(1000, 40);
+                rotation.apply(&x.to_kind(exact_kind(kind))).to_kind(kind)
+            };
+            assert!(rotated(kind).equal(&rotated(Kind::Float).to_kind(kind)), "{kind:?}");
         }
     }
 

@@ -1,8 +1,11 @@
 //! The forward pass over a cache: chunks, taps, generation, and refusals.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 use pkv_lm::{LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
 use tch::{Device, Kind, Tensor};
+use tempfile::TempDir;
 
 use crate::support::*;
 
@@ -262,20 +265,69 @@ fn random_models_depend_on_their_seed_alone() {
     assert!((0.1..10.0).contains(&std), "logits of deviation {std}");
 }
 
+/// bf16 and f16 are as far from f32 as their rounding alone explains, on every CPU and GPU.
+///
+/// The yardstick is f32 with every weight off by a random share of half a unit in the last place of the kind: rounding, and
+/// nothing else. It says how far each row goes for how little. One of these rows (105) goes very far, KL 0.0003 to 0.012 by
+/// the draw where the median row goes 0.00015, so the worst row says which roundings it met, not how good they are. Hence
+/// quantiles over rows, and over several ways to split the text into chunks, which round differently.
+///
+/// Measured in bf16 on AVX2, AVX-512 and without either: 1.1 to 1.5 times the yardstick at these quantiles. Matrix products
+/// that sum blocks of 32 in bf16 give 2.0 to 2.6, norms in bf16 throughout 2.0 to 2.8.
 #[test]
 fn half_precision_follows_f32() {
     let folder = nano("target");
     let ids = &golden_ids("nano-llama-target")[..200];
-    let logits = |kind| {
-        let model = LanguageModel::load(&folder, device(), kind).unwrap();
+    let logits = |folder: &Path, kind, chunk: usize| {
+        let model = LanguageModel::load(folder, device(), kind).unwrap();
         let mut cache = model.new_cache(200);
         assert_eq!(cache.keys(0).kind(), kind);
-        let hidden = model.prefill(ids, &mut cache, 90, &mut NoTap).unwrap();
-        assert_eq!(hidden.kind(), kind);
-        model.logits(&hidden).log_softmax(-1, Kind::Float)
+        let chunks: Vec<Tensor> = ids
+            .chunks(chunk)
+            .map(|ids| model.forward(&model.ids(ids), &mut cache, &mut NoTap).unwrap())
+            .collect();
+        assert_eq!(chunks[0].kind(), kind);
+        model.logits(&Tensor::cat(&chunks, 0)).log_softmax(-1, Kind::Float)
     };
-    let (reference, half) = (logits(Kind::Float), logits(Kind::BFloat16));
-    let divergence = (reference.exp() * (&reference - &half)).sum_dim_intlist(-1, false, Kind::Float);
-    let worst = divergence.max().double_value(&[]);
-    assert!(worst < 0.02, "KL divergence of bf16 from f32: {worst}");
+    let reference = logits(&folder, Kind::Float, 200);
+    // Of all rows of several forwards, nats.
+    let divergence = |forwards: Vec<Tensor>| {
+        let of =
+            |other: &Tensor| (reference.exp() * (&reference - other)).sum_dim_intlist(-1, false, Kind::Float);
+        Tensor::cat(&forwards.iter().map(of).collect::<Vec<_>>(), 0)
+    };
+    for (kind, half_unit) in [(Kind::BFloat16, (-8f64).exp2()), (Kind::Half, (-11f64).exp2())] {
+        let off = |seed| logits(off_by(&folder, half_unit, seed).path(), Kind::Float, 200);
+        let rounded = divergence((0..12).map(off).collect());
+        let half = divergence([33, 61, 90, 200].map(|chunk| logits(&folder, kind, chunk)).into());
+        let times = |of: &dyn Fn(&Tensor) -> Tensor| (of(&half) / of(&rounded)).double_value(&[]);
+        for share in [0.5, 0.75, 0.9] {
+            let times = times(&|t| t.quantile_scalar(share, None, false, "linear"));
+            assert!(
+                times < 1.8,
+                "{kind:?}: {times} times the KL divergence of rounding alone at quantile {share}"
+            );
+        }
+        let times = times(&|t| t.mean(None));
+        assert!(times < 3.0, "{kind:?}: {times} times the mean KL divergence of rounding alone");
+    }
+}
+
+/// A copy of a model, each weight times 1 plus a random number of `-most..most`, in f32.
+fn off_by(folder: &Path, most: f64, seed: i64) -> TempDir {
+    tch::manual_seed(seed);
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.join("config.json"), copy.path().join("config.json")).unwrap();
+    let mut weights = Tensor::read_safetensors(folder.join("model.safetensors")).unwrap();
+    weights.sort_by(|a, b| a.0.cmp(&b.0));
+    let weights: Vec<(String, Tensor)> = weights
+        .into_iter()
+        .map(|(name, weight)| {
+            let weight = weight.to_kind(Kind::Float);
+            let noise = weight.rand_like() * 2.0 - 1.0;
+            (name, &weight * (noise * most + 1.0))
+        })
+        .collect();
+    Tensor::write_safetensors(&weights, copy.path().join("model.safetensors")).unwrap();
+    copy
 }
