@@ -6,6 +6,7 @@
 //! - `stdout`: a reader that goes away ends a command quietly, a full disk with an error; neither with a panic
 //! - `infer`: answers from a pruned cache are those of `eval`; regimes agree; faults end as they are said to
 //! - `compare`: runs side by side have their own numbers and paired differences; what is not comparable is refused
+//! - `completion`: TAB in bash, zsh and fish offers what may come next
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
 //! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing with it
@@ -15,6 +16,7 @@
 mod bad_input;
 mod bench;
 mod compare;
+mod completion;
 mod fetch;
 mod infer;
 mod kill;

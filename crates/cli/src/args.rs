@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use pkv_gpu::DeviceChoice;
+
+use crate::completion::values;
 
 /// Train a mapper that lets a small proxy model tell which KV pairs of a big target's cache may be evicted.
 ///
@@ -14,7 +16,7 @@ use pkv_gpu::DeviceChoice;
 #[command(name = "proxykv-train", version, max_term_width = 100, arg_required_else_help = true)]
 pub struct Cli {
     /// Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1.
-    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE", add = values::devices())]
     pub device: DeviceChoice,
 
     /// CPU threads of libtorch; all cores if absent.
@@ -22,7 +24,7 @@ pub struct Cli {
     pub threads: Option<u32>,
 
     /// Folder that holds the run folders.
-    #[arg(long, global = true, default_value = "runs", value_name = "FOLDER")]
+    #[arg(long, global = true, default_value = "runs", value_name = "FOLDER", value_hint = ValueHint::DirPath)]
     pub runs: PathBuf,
 
     /// More on stderr: once for details, twice for debugging.
@@ -42,9 +44,10 @@ pub enum Command {
     /// Check libtorch, CUDA, memory, disk, hub and what a recipe needs.
     Doctor {
         /// Also check that this recipe's models and data can be had and fit.
-        #[arg(long)]
+        #[arg(long, value_name = "FILE", add = values::recipe())]
         recipe: Option<PathBuf>,
-        #[arg(long = "set", value_name = "KEY=VALUE")]
+        /// Override a key of the recipe, such as `train.steps=500`; may be repeated.
+        #[arg(long = "set", value_name = "KEY=VALUE", add = values::assignment())]
         overrides: Vec<String>,
     },
     /// Validate a recipe and estimate tokens, bytes, FLOPs, memory and time of each stage; reads no weights.
@@ -83,7 +86,7 @@ pub enum Command {
         #[command(flatten)]
         stage: StageArgs,
         /// Evaluate this export in place of the run's best checkpoint.
-        #[arg(long, value_name = "FOLDER")]
+        #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
         mapper: Option<PathBuf>,
         /// Write `kept.safetensors` beside the results: tokens, features, scores and what the mapper
         /// keeps of the first N contexts with facts, which a port is held against.
@@ -111,24 +114,24 @@ pub enum Command {
         path: PathBuf,
         /// How far its labels or features are from those of another folder, made otherwise from the same examples: in another
         /// dtype, on another device, with another preset.
-        #[arg(long, value_name = "FOLDER")]
+        #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
         against: Option<PathBuf>,
     },
-    /// Print a shell completion script.
+    /// Print the script that lets a shell complete this command: `source <(proxykv-train completions bash)`.
     Completions { shell: clap_complete::Shell },
 }
 
 /// What `infer` reads, keeps and answers.
 #[derive(Clone, Debug, Args)]
 pub struct InferArgs {
-    /// Export of the mapper (`proxykv-train export`).
-    #[arg(long, value_name = "FOLDER")]
+    /// Export of the mapper (`proxykv-train export`), or the run folder that holds it.
+    #[arg(long, value_name = "FOLDER", add = values::run_path())]
     pub mapper: PathBuf,
     /// Target: hub name or folder; the one that the mapper was made for if absent.
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
     pub target: Option<String>,
     /// Proxy: hub name or folder; the one that the mapper was made for if absent.
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
     pub proxy: Option<String>,
     /// Share of the context's KV pairs that stays, above 0, up to 1.
     #[arg(long, value_name = "RATIO", conflicts_with = "budget", default_value_t = 0.2)]
@@ -143,7 +146,7 @@ pub struct InferArgs {
     #[arg(long, value_enum, default_value = "sequential")]
     pub regime: RegimeArg,
     /// Device of proxy and mapper, for `--regime dual`: the GPU behind the target's if absent.
-    #[arg(long, value_name = "DEVICE")]
+    #[arg(long, value_name = "DEVICE", add = values::devices())]
     pub proxy_device: Option<DeviceChoice>,
     /// Let the mapper score windows of features as they become final, beside the proxy.
     #[arg(long)]
@@ -181,7 +184,7 @@ pub struct InferArgs {
 #[derive(Clone, Debug, Args)]
 pub struct CompareArgs {
     /// Run folders, or names of folders below `--runs`; differences are from the first one.
-    #[arg(value_name = "RUN", num_args = 2.., required = true)]
+    #[arg(value_name = "RUN", num_args = 2.., required = true, add = values::run_name())]
     pub folders: Vec<PathBuf>,
     /// Also write one self-contained HTML page.
     #[arg(long, value_name = "FILE")]
@@ -192,7 +195,7 @@ pub struct CompareArgs {
 #[derive(Clone, Debug, Args)]
 pub struct PushArgs {
     /// A run folder, whose export is meant, or an export.
-    #[arg(value_name = "RUN_OR_EXPORT")]
+    #[arg(value_name = "RUN_OR_EXPORT", add = values::run_path())]
     pub source: PathBuf,
     /// Repository on the hub; made if it is not there.
     #[arg(long, value_name = "OWNER/NAME")]
@@ -347,10 +350,10 @@ pub enum PlanMachine {
 #[derive(Clone, Debug, Args)]
 pub struct RecipeArgs {
     /// Recipe (TOML) of the pair.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", add = values::recipe())]
     pub recipe: PathBuf,
     /// Override a key of the recipe, such as `train.steps=500`; may be repeated.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
+    #[arg(long = "set", value_name = "KEY=VALUE", add = values::assignment())]
     pub overrides: Vec<String>,
 }
 
@@ -368,10 +371,10 @@ pub struct StageArgs {
 #[derive(Clone, Debug, Default, Args)]
 pub struct EvalChoices {
     /// Tasks in place of the recipe's: facts, perplexity, ruler, longbench, scbench; or single tasks of a benchmark, such as ruler/vt.
-    #[arg(long, value_delimiter = ',', value_name = "TASK,...")]
+    #[arg(long, value_delimiter = ',', value_name = "TASK,...", add = values::tasks())]
     pub tasks: Vec<String>,
     /// Methods in place of the recipe's, such as mapper,kvzip,snapkv.
-    #[arg(long, value_delimiter = ',', value_name = "METHOD,...", value_parser = method_names())]
+    #[arg(long, value_delimiter = ',', value_name = "METHOD,...", value_parser = method_names(), add = values::methods())]
     pub methods: Vec<String>,
     /// At most this many contexts of each task.
     #[arg(long, value_name = "N")]

@@ -10,6 +10,7 @@ mod args;
 mod bench;
 mod benchmarks;
 mod compare;
+mod completion;
 mod doctor;
 mod infer;
 mod inspect;
@@ -28,13 +29,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 
 use crate::args::{Cli, Command, Stage, StageArgs};
 use crate::session::Session;
 use crate::stages::eval::EvalOptions;
 
 fn main() -> ExitCode {
+    completion::answer();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         // Help and version are results.
@@ -78,11 +80,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Bench(a) => bench::run(cli, a, stop)?,
         Command::Inspect { path, against: None } => output::print(&inspect::inspect(path)?)?,
         Command::Inspect { path, against: Some(other) } => output::print(&inspect::against(path, other)?)?,
-        Command::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Cli::command(), "proxykv-train", &mut script);
-            output::print(&String::from_utf8_lossy(&script))?;
-        }
+        Command::Completions { shell } => output::print(&completion::script(*shell)?)?,
     }
     Ok(ExitCode::SUCCESS)
 }

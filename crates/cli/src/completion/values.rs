@@ -1,0 +1,255 @@
+//! Values that exist only here and now: recipes, runs and keys, and the names that lists of words are made of.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap_complete::engine::{
+    ArgValueCandidates, ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter,
+};
+use pkv_recipe::Recipe;
+use serde_json::{Value, json};
+
+/// The words of `--tasks` that are no single tasks.
+const SUITES: [&str; 5] = ["facts", "perplexity", "ruler", "longbench", "scbench"];
+/// Folders below `recipes/` are looked through this deep.
+const DEEPEST: usize = 3;
+
+fn words<'a>(names: impl IntoIterator<Item = &'a str>) -> Vec<CompletionCandidate> {
+    names.into_iter().map(CompletionCandidate::new).collect()
+}
+
+/// `--device`.
+pub fn devices() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| words(["auto", "cpu", "cuda", "cuda:0", "cuda:1"]))
+}
+
+/// `--methods`.
+pub fn methods() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| words(pkv_eval::methods::names()))
+}
+
+/// `--tasks`: whole suites, then single tasks.
+pub fn tasks() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        let of = |suite: &str, tasks: Vec<&str>| -> Vec<String> {
+            tasks.into_iter().map(|task| format!("{suite}/{task}")).collect()
+        };
+        SUITES
+            .map(str::to_owned)
+            .into_iter()
+            .chain(of("ruler", pkv_tasks::ruler::RulerTask::ALL.map(|t| t.name()).to_vec()))
+            .chain(of("longbench", pkv_tasks::longbench::Task::all().iter().map(|t| t.name).collect()))
+            .chain(of("scbench", pkv_tasks::scbench::Task::ALL.map(|t| t.name()).to_vec()))
+            .map(CompletionCandidate::new)
+            .collect()
+    })
+}
+
+/// `--recipe`: the recipes below `recipes/`, and the way to any other TOML file.
+pub fn recipe() -> ArgValueCompleter {
+    ArgValueCompleter::new(|current: &OsStr| {
+        let mut found = Vec::new();
+        toml_files(Path::new("recipes"), DEEPEST, &mut found);
+        let mut all = starting_with(current, found.into_iter().map(PathBuf::into_os_string));
+        if all.is_empty() || !current.is_empty() {
+            let is_toml = |p: &Path| p.extension().is_some_and(|e| e == "toml");
+            let paths = PathCompleter::any().filter(is_toml).complete(current);
+            // All below `recipes/` are listed already.
+            all.extend(paths.into_iter().filter(|p| !Path::new(p.get_value()).starts_with("recipes")));
+        }
+        all
+    })
+}
+
+fn toml_files(folder: &Path, deeper: usize, found: &mut Vec<PathBuf>) {
+    let mut entries: Vec<PathBuf> =
+        fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    entries.sort();
+    for path in entries {
+        if path.extension().is_some_and(|e| e == "toml") {
+            found.push(path);
+        } else if deeper > 0 && path.is_dir() {
+            toml_files(&path, deeper - 1, found);
+        }
+    }
+}
+
+fn starting_with(current: &OsStr, all: impl Iterator<Item = OsString>) -> Vec<CompletionCandidate> {
+    let fits = |value: &OsString| value.as_encoded_bytes().starts_with(current.as_encoded_bytes());
+    all.filter(fits).map(CompletionCandidate::new).collect()
+}
+
+fn leads_to(path: &OsStr, all: &[CompletionCandidate]) -> bool {
+    all.iter().any(|c| c.get_value().as_encoded_bytes().starts_with(path.as_encoded_bytes()))
+}
+
+/// A run by its name below `--runs` (`compare`), or a folder.
+pub fn run_name() -> ArgValueCompleter {
+    ArgValueCompleter::new(|current: &OsStr| {
+        let names = run_folders().into_iter().filter_map(|p| p.file_name().map(OsStr::to_owned));
+        or_folders(current, starting_with(current, names))
+    })
+}
+
+/// A run folder below `--runs`, whose export is meant (`push`, `infer --mapper`), or any other folder.
+pub fn run_path() -> ArgValueCompleter {
+    ArgValueCompleter::new(|current: &OsStr| {
+        or_folders(current, starting_with(current, run_folders().into_iter().map(PathBuf::into_os_string)))
+    })
+}
+
+fn or_folders(current: &OsStr, mut all: Vec<CompletionCandidate>) -> Vec<CompletionCandidate> {
+    if all.is_empty() || !current.is_empty() {
+        let new: Vec<_> = PathCompleter::dir()
+            .complete(current)
+            .into_iter()
+            // A run with a slash after it is the same run.
+            .filter(|p| !leads_to(Path::new(p.get_value()).as_os_str(), &all) && !is_one_of(p, &all))
+            .collect();
+        all.extend(new);
+    }
+    all
+}
+
+fn is_one_of(path: &CompletionCandidate, all: &[CompletionCandidate]) -> bool {
+    all.iter().any(|c| Path::new(c.get_value()) == Path::new(path.get_value()))
+}
+
+/// Folders with a run.json below the `--runs` of the line so far.
+fn run_folders() -> Vec<PathBuf> {
+    let runs = typed("--runs").unwrap_or_else(|| "runs".into());
+    let mut all: Vec<PathBuf> = fs::read_dir(runs)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.join("run.json").is_file())
+        .collect();
+    all.sort();
+    all
+}
+
+/// What was given to an option in the words that are being completed, `--option value` or `--option=value`.
+fn typed(option: &str) -> Option<PathBuf> {
+    let words: Vec<String> = std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect();
+    let at = words.iter().rposition(|w| w == option || w.starts_with(&format!("{option}=")))?;
+    let value = match words[at].split_once('=') {
+        Some((_, value)) => value,
+        // bash has the `=` as a word.
+        None => words.get(at + 1..)?.iter().find(|w| *w != "=")?,
+    };
+    Some(PathBuf::from(value))
+}
+
+/// `--set`: the keys of a recipe, with what they are in the recipe that was named.
+pub fn assignment() -> ArgValueCompleter {
+    ArgValueCompleter::new(|current: &OsStr| {
+        let named = typed("--recipe").and_then(|path| pkv_recipe::load(&path, &[]).ok());
+        let known = named.and_then(|recipe| serde_json::to_value(recipe).ok());
+        let current = current.to_string_lossy();
+        keys()
+            .into_iter()
+            .map(|key| {
+                let now = known.as_ref().and_then(|r| r.pointer(&format!("/{}", key.replace('.', "/"))));
+                let help = now.map(|value| value.to_string().into());
+                (format!("{key}="), help)
+            })
+            .filter(|(key, _)| key.starts_with(&*current))
+            .map(|(key, help)| CompletionCandidate::new(key).help(help))
+            .collect()
+    })
+}
+
+/// Every dotted key of a recipe, in the order of its sections.
+fn keys() -> Vec<String> {
+    let mut keys = Vec::new();
+    if let Some(recipe) = any_recipe() {
+        leaves(&recipe, "", &mut keys);
+    }
+    keys
+}
+
+fn leaves(value: &Value, path: &str, keys: &mut Vec<String>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+                leaves(value, &path, keys);
+            }
+        }
+        _ => keys.push(path.to_owned()),
+    }
+}
+
+/// A recipe of defaults, with every key that may be absent.
+fn any_recipe() -> Option<Value> {
+    let shape = json!({"layers": 1, "kv_heads": 1, "query_heads": 1, "head_dim": 1, "hidden": 1, "intermediate": 1, "vocab": 1});
+    let model = json!({"model": "", "shape": shape});
+    let least = json!({
+        "name": "", "target": model, "proxy": model,
+        "data": {"manifest": "", "train": 1, "validation": 1, "test": 1},
+    });
+    let mut recipe: Recipe = serde_json::from_value(least).ok()?;
+    // Left out of a written recipe where they are absent.
+    recipe.train.contexts = Some(1);
+    recipe.train.seed = Some(recipe.seed);
+    recipe.label.pack_tokens = Some(1);
+    serde_json::to_value(recipe).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// serde names the keys that it knows when it meets one that it does not.
+    #[test]
+    fn every_key_that_a_recipe_may_have_is_offered() {
+        let recipe = any_recipe().unwrap();
+        let offered = keys();
+        let mut sections = 0;
+        let mut look = vec![String::new()];
+        while let Some(section) = look.pop() {
+            let mut changed = recipe.clone();
+            let object = changed.pointer_mut(&section).unwrap().as_object_mut().unwrap();
+            for (name, value) in object.iter() {
+                if value.is_object() {
+                    look.push(format!("{section}/{name}"));
+                }
+            }
+            object.insert("no_such_key".to_owned(), Value::Null);
+            let error = serde_json::from_value::<Recipe>(changed).unwrap_err().to_string();
+            assert!(error.contains("unknown field"), "`{section}` takes any key: {error}");
+            let known = error.split("expected").nth(1).unwrap();
+            for name in known.split('`').skip(1).step_by(2) {
+                let key = format!("{section}/{name}")[1..].replace('/', ".");
+                let is_there = offered.iter().any(|o| *o == key || o.starts_with(&format!("{key}.")));
+                assert!(is_there, "`{key}` is not offered");
+            }
+            sections += 1;
+        }
+        assert!(sections > 10, "{sections} sections");
+        assert!(
+            offered.contains(&"train.steps".to_owned()) && offered.contains(&"train.contexts".to_owned())
+        );
+    }
+
+    #[test]
+    fn the_suites_are_those_of_a_recipe() {
+        let error = serde_json::from_value::<pkv_recipe::Task>(json!("none")).unwrap_err().to_string();
+        let known: Vec<&str> = error.split('`').skip(3).step_by(2).collect();
+        assert_eq!(known, SUITES, "{error}");
+    }
+
+    #[test]
+    fn recipes_below_the_folder_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir_all(folder.path().join("more/deep")).unwrap();
+        for name in ["a.toml", "more/b.toml", "more/deep/c.toml", "d.md"] {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        let mut found = Vec::new();
+        toml_files(folder.path(), DEEPEST, &mut found);
+        assert_eq!(found.len(), 3, "{found:?}");
+    }
+}
