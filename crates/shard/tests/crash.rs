@@ -98,7 +98,7 @@ fn two_processes_do_not_write_one_folder() {
 #[test]
 fn a_killed_process_is_continued_by_the_next() {
     let whole = files(unbroken(MANY_ROWS).path());
-    let dir = tempdir().unwrap();
+    let mut dir = tempdir().unwrap();
     let mut seen = Vec::new();
     for attempt in 0u64.. {
         assert!(attempt < 60, "no progress: {seen:?}");
@@ -119,8 +119,13 @@ fn a_killed_process_is_continued_by_the_next() {
         child.wait().unwrap();
         let rows = if dir.path().join("index.json").exists() { open(&dir).rows() } else { 0 };
         seen.push(rows);
-        if rows == MANY_ROWS as u64 {
+        if rows == MANY_ROWS as u64 && seen.len() > 2 {
             break;
+        }
+        if rows == MANY_ROWS as u64 {
+            // On a busy machine it may be done before this process gets to kill it.
+            dir = tempdir().unwrap();
+            seen.clear();
         }
     }
     if !open(&dir).is_complete() {

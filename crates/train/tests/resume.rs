@@ -138,7 +138,12 @@ fn a_killed_process_is_continued_by_the_next() {
         child.wait().unwrap();
         if let Some(status) = ended {
             assert!(status.success());
-            break;
+            if kills > 0 {
+                break;
+            }
+            // On a busy machine it may be done before this process gets to kill it.
+            fs::remove_dir_all(setup.stage("killed")).unwrap();
+            continue;
         }
         kills += 1;
     }
