@@ -149,6 +149,10 @@ fn decoding_is_measured_by_what_is_kept_and_by_batch() {
         // 6 layers of 2 KV heads of 32 in f32, keys and values, and room for a block of 256 tokens.
         let pairs = number("batch") * 12.0 * ((700.0 * number("retain")) + 256.0);
         assert!((number("cache_bytes") / (pairs * 256.0) - 1.0).abs() < 0.01, "{row}");
+        let held = number("batch") * 12.0 * 700.0 * number("retain") * 256.0;
+        assert!((number("kept_bytes") / held - 1.0).abs() < 0.001, "{row}");
+        assert_eq!(number("cache_bytes"), number("kept_bytes") + number("room_bytes"));
+        assert!((number("cache_share") / number("retain") - 1.0).abs() < 0.001, "{row}");
         // Timed apart, so that the part may seem longer than the whole on a busy machine.
         assert!(number("attention_s") > 0.0 && number("step_s") > 0.0, "{row}");
         let tokens = number("batch") / number("step_s");

@@ -65,7 +65,12 @@ fn answers_are_streamed_and_the_rest_is_said() {
     assert_eq!(summary["event"], "summary");
     assert_eq!((&summary["questions"], &summary["refused"]), (&json!(2), &json!(0)));
     assert!((summary["kept"]["ratio"].as_f64().unwrap() - 0.25).abs() < 0.01, "{summary}");
-    assert!(summary["kept"]["cache_bytes"].as_u64().unwrap() > 0);
+    let bytes = |name: &str| summary["kept"][name].as_u64().unwrap();
+    // Keys and values of 32 dimensions in f32.
+    assert_eq!(bytes("kept_bytes"), (bytes("pairs") + bytes("prefix_pairs")) * 256, "{summary}");
+    assert_eq!(bytes("full_cache_bytes"), (bytes("of_pairs") + bytes("prefix_pairs")) * 256, "{summary}");
+    assert!(bytes("room_bytes") > 0);
+    assert_eq!(bytes("cache_bytes"), bytes("kept_bytes") + bytes("room_bytes"));
     assert!(summary["dual_critical_secs"].as_f64().unwrap() > 0.0);
     let phases: Vec<_> =
         summary["phases"].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap()).collect();
@@ -137,6 +142,10 @@ fn regimes_and_overlap_answer_alike_and_leave_a_trace() {
     let trace: Value = serde_json::from_str(&fs::read_to_string(s.path("trace.json")).unwrap()).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();
     assert!(events.iter().any(|e| e["ph"] == "X" && e["name"] == "prefill"));
+    // All is all, whatever room there is beside it.
+    let all = infer(s, &on_context(&["--json", "--retain", "100%", "--max-new-tokens", "3"])).ok();
+    let summary: Value = serde_json::from_str(all.stdout.lines().last().unwrap()).unwrap();
+    assert_eq!(summary["kept"]["kept_bytes"], summary["kept"]["full_cache_bytes"]);
     // A budget of tokens, and one beyond the context, which then stays whole.
     let (_, summary) = run_budget(s, "10", "pair-uniform");
     assert_eq!(summary["kept"]["most_in_head"], 10);
@@ -275,6 +284,9 @@ fn what_cannot_be_used_is_refused_before_any_work() {
         &["opening the questions `absent.jsonl`"],
     );
     fails(&["--context", "-", "--questions", "-"], &["from stdin"]);
+    fails(&["--context", "context.txt"], &["there is no question", "--questions"]);
+    fails(&["--context", "context.txt", "--question", " "], &["`--question` is empty"]);
+    fails(&["--context", "context.txt", "--questions", "."], &["opening the questions `.`"]);
     fails(&on_context(&["--target", "nowhere/at-all"]), &["cannot open the target `nowhere/at-all`"]);
     // A proxy as target: the shape tells.
     fails(&on_context(&["--target", &nano("proxy")]), &["the shape of the target", "made for", "found"]);
@@ -357,13 +369,113 @@ fn a_question_too_long_leaves_the_others_alone() {
     assert_eq!(refused[0]["question"], 1);
     assert!(refused[0]["error"].as_str().unwrap().contains("of 4096"), "{}", refused[0]["error"]);
     assert_eq!(all.last().unwrap()["refused"], 1);
-    // A line that is no question ends it with a hint.
+    // A line that is no question, alone.
     s.write("bad.jsonl", "{\"q\": 1}\n");
     infer(s, &["--context", "context.txt", "--questions", "bad.jsonl"])
         .fails_with(&["reading line 1 of the questions `bad.jsonl`"]);
     // A context beyond the position range.
     s.write("long.txt", &long);
     infer(s, &["--context", "long.txt"]).fails_with(&["the target was made for 4096"]);
+}
+
+/// Bad JSON, wrong types, what is no text and nothing at all: each has its error, and the next line its answer.
+#[test]
+fn a_line_that_is_no_question_leaves_the_others_alone() {
+    let s = trained();
+    let bad: [&[u8]; 7] =
+        [b"{\"question\": ", b"", b"17", b"{\"q\": \"Who?\"}", b"{\"question\": 5}", b"\"caf\xe9\"", b"[]"];
+    let mut lines = b"\xef\xbb\xbf".to_vec();
+    for line in bad {
+        lines.extend_from_slice(line);
+        lines.extend_from_slice(b"\r\n");
+    }
+    lines.extend_from_slice(json!({"question": QUESTIONS[0]}).to_string().as_bytes());
+    fs::write(s.path("mixed.jsonl"), lines).unwrap();
+    let run = |args: &[&str]| {
+        let args = [
+            &["infer", "--mapper", "runs/small/export", "--context", "context.txt", "--max-new-tokens", "5"]
+                [..],
+            &["--questions", "-"],
+            args,
+        ]
+        .concat();
+        let mut command = s.command(&args);
+        Ran::new(command.stdin(File::open(s.path("mixed.jsonl")).unwrap()).output().unwrap())
+    };
+    let ran = run(&["--json"]);
+    assert_eq!(ran.code, 1, "{}", ran.stderr);
+    let all = events(&ran.stdout);
+    let errors = of(&all, "error");
+    let numbers: Vec<_> = errors.iter().map(|e| e["line"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7]);
+    for error in errors {
+        let text = error["error"].as_str().unwrap();
+        assert!(text.contains(&format!("line {}", error["line"])), "{text}");
+        assert!(error["hint"].as_str().unwrap().contains("one question per line"), "{error}");
+    }
+    let answer = of(&all, "answer")[0];
+    assert_eq!((&answer["question"], &answer["question_text"]), (&json!(0), &json!(QUESTIONS[0])));
+    let summary = all.last().unwrap();
+    assert_eq!((&summary["questions"], &summary["refused"]), (&json!(1), &json!(7)));
+
+    // As text: errors on stderr, answers on stdout.
+    let plain = run(&[]);
+    assert_eq!(plain.code, 1);
+    assert_eq!(plain.stderr.matches("error: reading line").count(), 7, "{}", plain.stderr);
+    assert!(plain.stdout.starts_with(&format!("> {}\n", QUESTIONS[0])), "{}", plain.stdout);
+}
+
+#[test]
+fn a_byte_order_mark_is_no_text_and_a_run_folder_names_its_export() {
+    let s = trained();
+    let text = fs::read_to_string(s.path("context.txt")).unwrap();
+    s.write("marked.txt", &format!("\u{feff}{text}"));
+    let run = |args: &[&str]| {
+        let args = [args, &["--question", QUESTIONS[0], "--json", "--max-new-tokens", "3"]].concat();
+        let ran = Ran::new(s.command(&[&["infer"], &args[..]].concat()).output().unwrap()).ok();
+        let tokens = events(&ran.stdout)[0]["context_tokens"].clone();
+        (tokens, texts(&events(&ran.stdout)), ran.stderr)
+    };
+    let plain = run(&["--mapper", "runs/small/export", "--context", "context.txt"]);
+    assert_eq!(plain.0, run(&["--mapper", "runs/small", "--context", "marked.txt"]).0);
+    assert_eq!(plain.1, run(&["--mapper", "runs/small", "--context", "context.txt"]).1);
+    // The recipe's longest window has 128 tokens; what is longer is said once.
+    let said = |stderr: &str| stderr.matches("trained on contexts of at most 128").count();
+    assert!(plain.0.as_u64().unwrap() > 128, "{}", plain.0);
+    assert_eq!(said(&plain.2), 1, "{}", plain.2);
+    s.write("short.txt", "The tower stores what the harbour needs.");
+    assert_eq!(said(&run(&["--mapper", "runs/small", "--context", "short.txt"]).2), 0);
+}
+
+/// Interrupted while it waits for a context that does not come.
+#[test]
+fn an_interruption_before_the_context_ends_it() {
+    let s = trained();
+    let mut child = s
+        .command(&["infer", "--mapper", "runs/small/export", "--context", "-", "--question", QUESTIONS[0]])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stdin = child.stdin.take();
+    // The handler is there once the command reads: its threads tell, however busy the machine is.
+    let status = format!("/proc/{}/status", child.id());
+    let catches = || {
+        let text = fs::read_to_string(&status).unwrap();
+        let mask = text.lines().find_map(|l| l.strip_prefix("SigCgt:")).unwrap();
+        u64::from_str_radix(mask.trim(), 16).unwrap() & (1 << (libc::SIGINT - 1)) != 0
+    };
+    while !catches() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    // SAFETY: a signal to a child that is not waited for yet.
+    assert_eq!(unsafe { libc::kill(i32::try_from(child.id()).unwrap(), libc::SIGINT) }, 0);
+    let ran = Ran::new(child.wait_with_output().unwrap());
+    assert_eq!(ran.code, 130, "{}", ran.stderr);
+    assert_eq!(ran.stdout, "");
+    drop(stdin);
 }
 
 /// Interrupted while it waits for the next question: a clean end, with the summary.

@@ -62,6 +62,9 @@ pub struct ExportConfig {
     /// Mean validation recall at `train.best_by`.
     pub validation: Option<f64>,
     pub seed: Seed,
+    /// Tokens of the longest training contexts; absent in older exports.
+    #[serde(default)]
+    pub trained_tokens: Option<usize>,
     /// Size and hash of the other files; filled in by [`Export::write`].
     #[serde(default)]
     pub files: BTreeMap<String, ExportFile>,

@@ -81,6 +81,7 @@ fn config(section: &MapperSection, loss: &LossSection) -> ExportConfig {
         step: 1400,
         validation: Some(0.7123),
         seed: Seed(3),
+        trained_tokens: Some(2048),
         files: Default::default(),
     }
 }

@@ -39,6 +39,10 @@ pub struct Cli {
     pub command: Command,
 }
 
+const INFER_EXIT_CODES: &str = "Exit codes: 0 all questions were answered; 1 an argument, a file or a question was \
+    refused, with a hint; 2 an unexpected error, or an option that does not exist; 3 answered from the full cache, because the \
+    proxy failed; 130 interrupted.";
+
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Check libtorch, CUDA, memory, disk, hub and what a recipe needs.
@@ -102,6 +106,7 @@ pub enum Command {
     /// All stages in order; what is complete and matches the recipe is skipped.
     Run(StageArgs),
     /// Read a context with both models, prune the target's cache once, and answer questions from it.
+    #[command(after_help = INFER_EXIT_CODES)]
     Infer(InferArgs),
     /// Put evaluated runs of one target side by side, with paired differences from the first.
     Compare(CompareArgs),
@@ -133,8 +138,8 @@ pub struct InferArgs {
     /// Proxy: hub name or folder; the one that the mapper was made for if absent.
     #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
     pub proxy: Option<String>,
-    /// Share of the context's KV pairs that stays, above 0, up to 1.
-    #[arg(long, value_name = "RATIO", conflicts_with = "budget", default_value_t = 0.2)]
+    /// Share of the context's KV pairs that stays, above 0, up to 1; `20%` is `0.2`.
+    #[arg(long, value_name = "RATIO", conflicts_with = "budget", default_value_t = 0.2, value_parser = share)]
     pub retain: f64,
     /// Tokens that stay in every KV head, or as many KV pairs as these are together (`pair`).
     #[arg(long, value_name = "TOKENS")]
@@ -160,7 +165,8 @@ pub struct InferArgs {
     /// A question; may be repeated.
     #[arg(long = "question", value_name = "TEXT")]
     pub questions: Vec<String>,
-    /// Questions as JSON lines, `{"question": "..."}` or strings; `-` for stdin, answered as they come.
+    /// Questions as JSON lines, `{"question": "..."}` or strings; `-` for stdin, answered as they come. A line that is no
+    /// question is refused, and the next one is read.
     #[arg(long = "questions", value_name = "FILE")]
     pub question_file: Option<PathBuf>,
     /// Longest answer, tokens.
@@ -178,6 +184,14 @@ pub struct InferArgs {
     /// Write the phases as a trace that ui.perfetto.dev shows.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+}
+
+/// A share, as a number or in percent.
+fn share(text: &str) -> Result<f64, String> {
+    let text = text.trim();
+    let (number, unit) = text.strip_suffix('%').map_or((text, 1.0), |percent| (percent.trim_end(), 100.0));
+    let share: f64 = number.parse().map_err(|_| format!("`{text}` is no share: write `0.2` to keep 20%"))?;
+    Ok(share / unit)
 }
 
 /// What `compare` compares.
@@ -456,6 +470,16 @@ impl Stage {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_share_may_be_in_percent() {
+        for (text, expected) in [("0.2", 0.2), ("20%", 0.2), (" 2.5 %", 0.025), ("1", 1.0), ("200%", 2.0)] {
+            assert_eq!(share(text), Ok(expected), "{text}");
+        }
+        for text in ["", "%", "20%%", "half"] {
+            assert!(share(text).unwrap_err().contains("`0.2`"), "{text}");
+        }
+    }
 
     #[test]
     fn choices_are_overrides() {

@@ -3,7 +3,7 @@
 mod input;
 mod output;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,8 +14,9 @@ use pkv_core::{Policy, RetentionRatio, Source, hinted};
 use pkv_extract::HiddenProjection;
 use pkv_hub::Hub;
 use pkv_infer::{
-    Answer, Budget, Finish, Keep, NoProxy, Parallel, Prefilled, ProxyMapper, ProxyParts, Question, Regime,
-    RegimeName, Sequential, Side, TargetSide, answer, check_devices, check_fit,
+    Answer, Budget, Finish, Keep, NoProxy, Parallel, Prefilled, ProxyMapper, ProxyParts, Question,
+    QuestionRefused, Regime, RegimeName, Sequential, Side, TargetSide, answer, check_devices, check_fit,
+    check_length,
 };
 use pkv_lm::{LanguageModel, LmConfig, TextTokenizer};
 use pkv_recipe::DtypeName;
@@ -24,10 +25,10 @@ use tch::{Device, Kind};
 
 pub use self::output::{Trace, write_traces};
 
+use self::input::Asked;
 use self::output::{Output, Summary};
 use crate::args::{Cli, DtypeArg, InferArgs, PolicyName, RegimeArg};
-use crate::output::Lost;
-use crate::render::{FELL_BACK, INTERRUPTED, Interrupted, REPAIRABLE, exit_code};
+use crate::render::{FELL_BACK, INTERRUPTED, Interrupted, REPAIRABLE};
 use crate::session::{choose_device, device_name, kind_on, next_gpu};
 
 /// A model of the pair on disk, weights unread.
@@ -50,7 +51,7 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
     let proxy_device = proxy_device(args, regime_name, device)?;
     check_devices(regime_name, device, proxy_device)?;
 
-    let export = Export::read(&args.mapper)?;
+    let export = Export::read(&export_folder(&args.mapper))?;
     let config = export.config();
     let target = find("target", args.target.as_deref(), &config.target)?;
     let sources = &config.extract.from;
@@ -73,9 +74,18 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
     {
         tracing::warn!("{difference}");
     }
-    let context = input::context(args, &target.tokenizer)?;
+    let context = input::context(args, &target.tokenizer, &stop)?;
+    check_length(target.tokenizer.prefix().len() + context.len(), target.config.max_positions)?;
     // Opened now, so that a wrong name is told before minutes of work.
     let questions = input::questions(args, &stop)?;
+    let trained_tokens = config.trained_tokens.or(config.train.window_tokens);
+    if let Some(most) = trained_tokens.filter(|most| context.len() > *most) {
+        tracing::warn!(
+            "the context has {} tokens, the mapper was trained on contexts of at most {most}: what it keeps of longer ones was \
+             not learned",
+            context.len()
+        );
+    }
 
     let kind = kind_on(device, dtype(args.dtype));
     let target_side = match sources.contains(&Source::Target) {
@@ -139,6 +149,7 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
         dtype: if kind == Kind::BFloat16 { "bf16" } else { "f32" },
         keep: keep.to_string(),
         context_tokens: context.len(),
+        trained_tokens,
         kept: prefilled.kept.clone(),
         prefill_secs: prefilled.timeline.phases().iter().map(|p| p.end_secs).fold(0.0, f64::max),
         waited_secs: prefilled.waited_secs,
@@ -164,20 +175,29 @@ fn answer_all(
     model: &LanguageModel,
     tokenizer: &TextTokenizer,
     mut prefilled: Prefilled,
-    questions: impl Iterator<Item = Result<String>>,
+    questions: impl Iterator<Item = Result<Asked>>,
     stop: &AtomicBool,
     output: &Output,
     mut summary: Summary,
 ) -> Result<ExitCode> {
     let stopped = || stop.load(Ordering::Relaxed);
     let (mut decode_tokens, mut decode_secs) = (0, 0.0);
-    for (index, text) in questions.enumerate() {
-        let text = text?;
+    for asked in questions {
+        let text = match asked? {
+            Asked::Question(text) => text,
+            Asked::Malformed { line, error } => {
+                summary.refused += 1;
+                output.malformed(line, &error)?;
+                continue;
+            }
+        };
+        let index = summary.questions;
         output.asked(&text)?;
-        let question = Question::new(&text, tokenizer, args.max_new_tokens)?;
         let told = &mut |piece: &str| output.piece(index, piece);
         summary.questions += 1;
-        match answer(model, tokenizer, &mut prefilled.cache, &question, &stopped, told) {
+        let answered = Question::new(&text, tokenizer, args.max_new_tokens)
+            .and_then(|q| answer(model, tokenizer, &mut prefilled.cache, &q, &stopped, told));
+        match answered {
             Ok(a) => {
                 output.answered(index, &text, &a)?;
                 summary.answer_tokens += a.answer_tokens;
@@ -188,7 +208,7 @@ fn answer_all(
                 }
             }
             // The other questions are none the worse for one that is too long.
-            Err(e) if exit_code(&e) == REPAIRABLE && !e.is::<Lost>() => {
+            Err(e) if e.downcast_ref::<QuestionRefused>().is_some() => {
                 summary.refused += 1;
                 output.refused(index, &text, &e)?;
             }
@@ -216,6 +236,12 @@ fn steps(a: &Answer) -> usize {
         Finish::Stop => a.answer_tokens,
         _ => a.answer_tokens.saturating_sub(1),
     }
+}
+
+/// The export that was named, or that of the run folder that was named. What is neither is [`Export::read`]'s to refuse.
+fn export_folder(named: &Path) -> PathBuf {
+    let below = named.join("export");
+    if !named.join("config.json").exists() && below.is_dir() { below } else { named.to_path_buf() }
 }
 
 fn keep(args: &InferArgs) -> Result<Keep> {

@@ -74,7 +74,7 @@ fn is_closed(e: &Error) -> bool {
 }
 
 /// The outermost hint of the chain.
-fn hint(e: &Error) -> Option<&str> {
+pub fn hint(e: &Error) -> Option<&str> {
     e.downcast_ref::<Hinted>()
         .or_else(|| e.chain().find_map(|c| c.downcast_ref::<Hinted>()))
         .map(Hinted::hint)

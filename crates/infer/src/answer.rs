@@ -1,9 +1,11 @@
 //! Greedy answers from a pruned cache, token by token.
 
+use std::error::Error;
+use std::fmt;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use pkv_core::hinted;
+use pkv_core::{Hinted, hinted};
 use pkv_lm::{LanguageModel, RaggedCache, TextTokenizer};
 use serde::Serialize;
 use tch::Kind;
@@ -16,6 +18,29 @@ pub struct Question {
     /// Tokens behind the context: an empty line, the question, the template's turn to the model.
     pub tokens: Vec<u32>,
     pub max_new_tokens: usize,
+}
+
+/// A question that cannot be asked, while the cache and all other questions are none the worse.
+#[derive(Debug)]
+pub struct QuestionRefused(Hinted);
+
+impl QuestionRefused {
+    pub const fn new(why: Hinted) -> Self {
+        Self(why)
+    }
+}
+
+impl fmt::Display for QuestionRefused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Error for QuestionRefused {
+    /// With the hint.
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&self.0)
+    }
 }
 
 /// Why an answer ended.
@@ -52,8 +77,12 @@ impl Question {
     /// template's switch to the model.
     ///
     /// # Errors
-    /// The tokenizer cannot encode it.
+    /// It is empty ([`QuestionRefused`]), or the tokenizer cannot encode it.
     pub fn new(text: &str, tokenizer: &TextTokenizer, max_new_tokens: usize) -> Result<Self> {
+        ensure!(
+            !text.trim().is_empty(),
+            QuestionRefused::new(hinted("the question is empty", "write what is to be answered"))
+        );
         let mut tokens = tokenizer.encode(&format!("\n\n{text}"))?;
         tokens.extend_from_slice(tokenizer.switch());
         Ok(Self { tokens, max_new_tokens })
@@ -67,8 +96,8 @@ impl Question {
 /// token; the answer then ends, and is none the worse for it.
 ///
 /// # Errors
-/// The question is longer than what is left of the position range, or there is no memory for it; errors
-/// of `told`. The cache can be asked again after all of them.
+/// [`QuestionRefused`] where the question is longer than what is left of the position range, or there is no memory for it;
+/// errors of `told`. The cache can be asked again after all of them.
 pub fn answer(
     target: &LanguageModel,
     tokenizer: &TextTokenizer,
@@ -85,17 +114,20 @@ pub fn answer(
     let left = limit.saturating_sub(at);
     ensure!(
         question.tokens.len() < left,
-        hinted(
+        QuestionRefused::new(hinted(
             format!(
                 "the question has {} tokens, the context ends at position {at} of {limit}: {left} are left for \
                  question and answer",
                 question.tokens.len()
             ),
             "shorten the question or the context"
-        )
+        ))
     );
     let begun = Instant::now();
-    cache.reserve(question.tokens.len())?;
+    cache.reserve(question.tokens.len()).map_err(|e| match e.downcast::<Hinted>() {
+        Ok(no_room) => QuestionRefused::new(no_room).into(),
+        Err(other) => other,
+    })?;
     let stop = tokenizer.stop_tokens();
     let mut text = TextStream::new(tokenizer);
     let mut whole = String::new();

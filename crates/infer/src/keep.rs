@@ -42,10 +42,14 @@ pub struct Kept {
     /// Fewest and most context pairs of a (layer, KV head).
     pub fewest_in_head: usize,
     pub most_in_head: usize,
-    /// Keys and values of the pruned cache, room for new tokens included.
-    pub cache_bytes: usize,
-    /// Keys and values of the full cache.
+    /// Keys and values of the kept pairs, the prefix's included.
+    pub kept_bytes: usize,
+    /// Keys and values of the full cache by the same rule: of its pairs, the prefix's included, without room.
     pub full_cache_bytes: usize,
+    /// What is allocated beside the kept pairs, for the tokens of questions and answers.
+    pub room_bytes: usize,
+    /// All that is allocated: `kept_bytes + room_bytes`.
+    pub cache_bytes: usize,
 }
 
 impl Keep {
@@ -82,15 +86,20 @@ impl Kept {
         let heads: Vec<usize> =
             (0..cache.layers()).flat_map(|l| cache.kept(l).iter().map(|n| n - prefix)).collect();
         let (pairs, of_pairs) = (heads.iter().sum::<usize>(), heads.len() * positions);
+        let prefix_pairs = heads.len() * prefix;
+        let pair_bytes = full_cache_bytes / (of_pairs + prefix_pairs).max(1);
+        let kept_bytes = (pairs + prefix_pairs) * pair_bytes;
         Self {
             pairs,
             of_pairs,
             ratio: pairs as f64 / of_pairs.max(1) as f64,
-            prefix_pairs: heads.len() * prefix,
+            prefix_pairs,
             fewest_in_head: heads.iter().min().copied().unwrap_or(0),
             most_in_head: heads.iter().max().copied().unwrap_or(0),
-            cache_bytes: cache.bytes(),
+            kept_bytes,
             full_cache_bytes,
+            room_bytes: cache.bytes() - kept_bytes,
+            cache_bytes: cache.bytes(),
         }
     }
 }

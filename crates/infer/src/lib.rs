@@ -20,12 +20,12 @@ mod text;
 mod timeline;
 mod worker;
 
-pub use answer::{Answer, Finish, Question, answer};
+pub use answer::{Answer, Finish, Question, QuestionRefused, answer};
 pub use fit::{Side, check_fit};
 pub use keep::{Budget, Keep, Kept};
 pub use lane::Lane;
 pub use proxy::{Given, NoProxy, ProxyMapper, ProxyParts, ScoreSource, Situation};
-pub use regime::{Context, Parallel, Prefilled, Regime, RegimeName, Sequential, check_devices};
+pub use regime::{Context, Parallel, Prefilled, Regime, RegimeName, Sequential, check_devices, check_length};
 pub use target_side::TargetSide;
 pub use text::TextStream;
 pub use timeline::{Phase, PhaseTotal, Timeline};

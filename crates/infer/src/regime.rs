@@ -104,6 +104,21 @@ pub fn check_devices(regime: RegimeName, target: Device, proxy: Device) -> Resul
     Ok(())
 }
 
+/// Refuse a context of `tokens`, the chat template's prefix included, that fills the target's positions.
+///
+/// # Errors
+/// There is no position left for a question.
+pub fn check_length(tokens: usize, limit: usize) -> Result<()> {
+    ensure!(
+        tokens < limit,
+        hinted(
+            format!("the context takes {tokens} positions, the target was made for {limit}"),
+            "shorten the context, so that a question has room behind it"
+        )
+    );
+    Ok(())
+}
+
 impl Context<'_> {
     /// The target's full cache of prefix and context, and nothing more; beside it the target's features, where the
     /// mapper reads them. An extraction that fails costs the pruning alone: the target then prefills once more without.
@@ -165,15 +180,7 @@ impl Context<'_> {
                 "give a file with text as `--context`"
             )
         );
-        let (tokens, limit) = (self.prefix.len() + self.tokens.len(), self.target.config().max_positions);
-        ensure!(
-            tokens < limit,
-            hinted(
-                format!("the context takes {tokens} positions, the target was made for {limit}"),
-                "shorten the context, so that a question has room behind it"
-            )
-        );
-        Ok(())
+        check_length(self.prefix.len() + self.tokens.len(), self.target.config().max_positions)
     }
 
     /// Prune the full cache by the scores, or keep it whole and say why.

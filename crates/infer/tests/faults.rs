@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use pkv_core::{Hinted, Policy};
-use pkv_infer::{Context, Finish, Parallel, Question, Regime, Sequential, answer};
+use pkv_infer::{Context, Finish, Parallel, Question, QuestionRefused, Regime, Sequential, answer};
 use pkv_lm::NoTap;
 use pkv_recipe::ExtractSection;
 
@@ -79,12 +79,12 @@ fn a_slow_source_is_waited_for_and_said() {
     let (target, tokenizer) = (load("target"), tokenizer());
     let tokens = text(40);
     let context = context(&target, tokenizer.prefix(), &tokens, keep(0.5, Policy::Pair));
-    let slow = || Misbehaving(Misbehaviour::Slow(Duration::from_millis(700)));
-    let prefilled = Parallel::streams(slow()).unwrap().prefill(&context).unwrap();
+    let late = Misbehaving(Misbehaviour::Late(Duration::from_millis(700)));
+    let prefilled = Parallel::streams(late).unwrap().prefill(&context).unwrap();
     assert!(prefilled.fallback.is_none());
     assert_eq!(prefilled.kept.pairs, 240);
     assert!(prefilled.waited_secs > 0.1, "{}", prefilled.waited_secs);
-    let prefilled = Sequential::new(slow()).prefill(&context).unwrap();
+    let prefilled = Sequential::new(Misbehaving(Misbehaviour::Nothing)).prefill(&context).unwrap();
     assert!(prefilled.waited_secs == 0.0, "nothing waits where all is in order");
 }
 
@@ -123,7 +123,7 @@ fn questions_end_where_the_positions_end() {
     let (target, tokenizer) = (load("target"), tokenizer());
     let tokens = text(4000);
     let context = context(&target, tokenizer.prefix(), &tokens, keep(0.02, Policy::Pair));
-    let slow = Misbehaving(Misbehaviour::Slow(Duration::ZERO));
+    let slow = Misbehaving(Misbehaviour::Nothing);
     let mut prefilled = Sequential::new(slow).prefill(&context).unwrap();
     let left = 4096 - prefilled.cache.next_position(0);
     let mut ask = |tokens: usize, max_new_tokens| {
@@ -135,7 +135,8 @@ fn questions_end_where_the_positions_end() {
         let told = error.to_string();
         assert!(told.contains(&format!("the question has {tokens} tokens")), "{told}");
         assert!(told.contains(&format!("{left} are left")), "{told}");
-        assert!(error.downcast_ref::<Hinted>().is_some());
+        assert!(error.downcast_ref::<QuestionRefused>().is_some());
+        assert!(error.chain().any(|cause| cause.downcast_ref::<Hinted>().is_some()));
     }
     // The last position but one, then the last: an answer of two predictions at most.
     let near = ask(left - 1, 50).unwrap();
@@ -150,7 +151,7 @@ fn an_answer_can_be_interrupted_and_asked_again() {
     let (target, tokenizer) = (load("target"), tokenizer());
     let tokens = text(120);
     let context = context(&target, tokenizer.prefix(), &tokens, keep(1.0, Policy::Pair));
-    let slow = Misbehaving(Misbehaviour::Slow(Duration::ZERO));
+    let slow = Misbehaving(Misbehaviour::Nothing);
     let mut prefilled = Sequential::new(slow).prefill(&context).unwrap();
     let question = Question { tokens: text(30), max_new_tokens: 20 };
     let pieces = Cell::new(0);

@@ -58,6 +58,7 @@ fn config(target: &Found, proxy: &Found) -> ExportConfig {
         step: 1,
         validation: None,
         seed: Seed(0),
+        trained_tokens: Some(1000),
         files: BTreeMap::new(),
     }
 }

@@ -160,8 +160,10 @@ pub enum Misbehaviour {
     Panic,
     NotFinite,
     WrongShape,
-    /// Right scores, late.
-    Slow(std::time::Duration),
+    /// Right scores, at once.
+    Nothing,
+    /// Right scores, so long after the target has done its part.
+    Late(std::time::Duration),
 }
 
 pub struct Misbehaving(pub Misbehaviour);
@@ -171,7 +173,7 @@ impl ScoreSource for Misbehaving {
         device()
     }
 
-    fn score(&mut self, context: &[u32], _: &Situation) -> Result<Given> {
+    fn score(&mut self, context: &[u32], at: &Situation) -> Result<Given> {
         let scores = Tensor::arange(12 * context.len() as i64, (Kind::Float, device())).view([6, 2, -1]);
         match self.0 {
             Misbehaviour::Error => bail!("the proxy's GPU fell off the bus"),
@@ -181,7 +183,11 @@ impl ScoreSource for Misbehaving {
                 Ok(Given::Scores(scores))
             }
             Misbehaviour::WrongShape => Ok(Given::Scores(scores.view([2, 6, -1]))),
-            Misbehaviour::Slow(time) => {
+            Misbehaviour::Nothing => Ok(Given::Scores(scores)),
+            Misbehaviour::Late(time) => {
+                while !at.timeline.phases().iter().any(|p| (p.lane, p.name) == ("target", "prefill")) {
+                    std::thread::yield_now();
+                }
                 std::thread::sleep(time);
                 Ok(Given::Scores(scores))
             }

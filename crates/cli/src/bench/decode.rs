@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use pkv_core::{ModelShape, Policy, RetentionRatio};
 use pkv_gpu::unless_exhausted;
 use pkv_infer::{Budget, Keep};
-use pkv_lm::{KvCache, LanguageModel, NoTap, RaggedCache};
+use pkv_lm::{LanguageModel, NoTap, RaggedCache};
 use pkv_recipe::plan::human_bytes;
 use serde::Serialize;
 use tch::{Kind, Tensor};
@@ -53,10 +53,16 @@ struct DecodeRow {
     step_s: Option<f64>,
     /// Of a step, the attention of all layers alone, by the device's clock.
     attention_s: Option<f64>,
+    /// All that is allocated for keys and values: `kept_bytes + room_bytes`.
     cache_bytes: Option<usize>,
+    /// Of the KV pairs that are held.
+    kept_bytes: Option<usize>,
+    /// For the tokens that follow.
+    room_bytes: Option<usize>,
     /// Against the ragged cache that keeps all, same context and batch.
     speed_up: Option<f64>,
     attention_speed_up: Option<f64>,
+    /// Of `kept_bytes`.
     cache_share: Option<f64>,
 }
 
@@ -107,7 +113,11 @@ impl Bench<'_> {
         let Some(mut cache) = unless_exhausted(|| Ok(self.model.noise_cache(t, STEPS)))? else {
             return Ok(row);
         };
-        let bytes = full_bytes(&cache);
+        let keys = cache.keys(0);
+        // Caches are allocated in blocks of rows: a view's stride tells.
+        let rows = keys.stride()[0] / keys.size()[2];
+        let row_bytes = self.pair_bytes() * cache.layers() * keys.size()[0] as usize;
+        let bytes = [t, rows as usize - t].map(|n| n * row_bytes);
         let timed = self.clock.time(Row::new("full cache", t, 0.0), || {
             cache.truncate(t);
             let mut id_s = self.first(1).squeeze_dim(0);
@@ -151,7 +161,9 @@ impl Bench<'_> {
             }
             Ok(())
         })?;
-        Ok(row.timed(&timed, attention, cache.bytes()))
+        let pairs: usize = (0..cache.layers()).map(|l| cache.kept(l).iter().sum::<usize>()).sum();
+        let held = pairs * self.pair_bytes();
+        Ok(row.timed(&timed, attention, [held, cache.bytes() - held]))
     }
 
     fn ragged(&self, t: usize, batch: usize, ratio: f64) -> Result<RaggedCache> {
@@ -166,6 +178,11 @@ impl Bench<'_> {
             RaggedCache::prune(self.model.noise_cache(t, 0), &keep.mask(&scores_lht, 0)?, STEPS)
         };
         RaggedCache::join((0..batch).map(one).collect::<Result<_>>()?)
+    }
+
+    /// Key and value of one position in one KV head.
+    fn pair_bytes(&self) -> usize {
+        2 * self.model.shape().head_dim * self.model.kind().elt_size_in_bytes()
     }
 
     /// Queries.
@@ -190,26 +207,23 @@ impl DecodeRow {
             step_s: None,
             attention_s: None,
             cache_bytes: None,
+            kept_bytes: None,
+            room_bytes: None,
             speed_up: None,
             attention_speed_up: None,
             cache_share: None,
         }
     }
 
-    /// `steps` and `attention` (seconds) are of [`STEPS`] steps.
-    fn timed(mut self, steps: &Row, attention: Option<f64>, bytes: usize) -> Self {
+    /// `steps` and `attention` (seconds) are of [`STEPS`] steps; bytes of kept pairs, and of the room beside them.
+    fn timed(mut self, steps: &Row, attention: Option<f64>, [kept, room]: [usize; 2]) -> Self {
         self.step_s = steps.measured.as_ref().map(|m| m.median_s / STEPS as f64);
         self.tokens_per_s = self.step_s.map(|s| self.batch as f64 / s);
         self.attention_s = attention.map(|s| s / STEPS as f64);
-        self.cache_bytes = Some(bytes);
+        (self.kept_bytes, self.room_bytes) = (Some(kept), Some(room));
+        self.cache_bytes = Some(kept + room);
         self
     }
-}
-
-/// Keys and values of the context.
-fn full_bytes(cache: &KvCache) -> usize {
-    let keys = cache.keys(0);
-    2 * cache.layers() * keys.numel() * keys.kind().elt_size_in_bytes()
 }
 
 /// Set every row beside the ragged cache that keeps all; where that does not fit, beside nothing.
@@ -221,7 +235,7 @@ fn compare(rows: &mut [DecodeRow]) {
         let ratio = |a: Option<f64>, b: Option<f64>| Some(a? / b?);
         row.speed_up = ratio(whole.step_s, row.step_s);
         row.attention_speed_up = ratio(whole.attention_s, row.attention_s);
-        row.cache_share = ratio(row.cache_bytes.map(|b| b as f64), whole.cache_bytes.map(|b| b as f64));
+        row.cache_share = ratio(row.kept_bytes.map(|b| b as f64), whole.kept_bytes.map(|b| b as f64));
     }
 }
 
@@ -235,16 +249,28 @@ fn text(report: &Report) -> String {
     );
     let _ = writeln!(
         out,
-        "  {:<11} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6}",
-        "", "context", "batch", "kept", "tokens/s", "step", "faster", "attention", "faster", "cache", "share"
+        "  {:<11} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6} {:>11}",
+        "",
+        "context",
+        "batch",
+        "kept",
+        "tokens/s",
+        "step",
+        "faster",
+        "attention",
+        "faster",
+        "cache",
+        "share",
+        "room"
     );
     for r in &report.rows {
         let dash = || "-".to_owned();
         let ms = |x: Option<f64>| x.map_or_else(dash, |x| format!("{:.3} ms", 1e3 * x));
+        let bytes = |n: Option<usize>| n.map_or_else(dash, |n| human_bytes(n as u64));
         let times = |x: Option<f64>| x.map_or_else(dash, |x| format!("{x:.2}"));
         let _ = writeln!(
             out,
-            "  {:<11} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6}",
+            "  {:<11} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6} {:>11}",
             r.what,
             r.context,
             r.batch,
@@ -254,8 +280,9 @@ fn text(report: &Report) -> String {
             times(r.speed_up),
             ms(r.attention_s),
             times(r.attention_speed_up),
-            r.cache_bytes.map_or_else(dash, |b| human_bytes(b as u64)),
+            bytes(r.kept_bytes),
             times(r.cache_share),
+            bytes(r.room_bytes),
         );
     }
     out

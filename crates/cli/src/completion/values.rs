@@ -26,7 +26,7 @@ pub fn devices() -> ArgValueCandidates {
 
 /// `--methods`.
 pub fn methods() -> ArgValueCandidates {
-    ArgValueCandidates::new(|| words(pkv_eval::methods::names()))
+    ArgValueCandidates::new(|| words(pkv_eval::methods::names().map(|name| name.name())))
 }
 
 /// `--tasks`: whole suites, then single tasks.

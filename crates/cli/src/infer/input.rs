@@ -1,4 +1,6 @@
 //! What is read: a context, and questions from arguments, a file or stdin.
+//!
+//! Lines of the questions are untrusted: a line that is no question is refused alone, and reading goes on.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
@@ -8,12 +10,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use pkv_core::hinted;
 use pkv_lm::TextTokenizer;
 use serde_json::Value;
 
 use crate::args::InferArgs;
+use crate::render::Interrupted;
+
+/// Some editors put it first; it is no text.
+const BYTE_ORDER_MARK: &str = "\u{feff}";
+
+/// What comes next from the questions.
+pub enum Asked {
+    Question(String),
+    /// A line that is no question, counted from 1.
+    Malformed {
+        line: usize,
+        error: Error,
+    },
+}
 
 /// `-` is stdin.
 fn is_stdin(path: &Path) -> bool {
@@ -23,16 +39,16 @@ fn is_stdin(path: &Path) -> bool {
 /// The context's tokens, without the chat template's prefix.
 ///
 /// # Errors
-/// The file cannot be read, is no UTF-8 or no list of ids, or holds nothing.
-pub fn context(args: &InferArgs, tokenizer: &TextTokenizer) -> Result<Vec<u32>> {
+/// The file cannot be read, is no UTF-8 or no list of ids, or holds nothing; the user stopped.
+pub fn context(args: &InferArgs, tokenizer: &TextTokenizer, stop: &Arc<AtomicBool>) -> Result<Vec<u32>> {
     let stdin_twice = |path: &Path| is_stdin(path) && args.question_file.as_deref().is_some_and(is_stdin);
     let tokens = match (&args.context, &args.context_ids) {
         (Some(path), _) | (None, Some(path)) if stdin_twice(path) => bail!(hinted(
             "both context and questions are to come from stdin",
             "give one of them as a file, or the questions as `--question`"
         )),
-        (Some(path), _) => tokenizer.encode(&text(path)?)?,
-        (None, Some(path)) => serde_json::from_str::<Vec<u32>>(&text(path)?).with_context(|| {
+        (Some(path), _) => tokenizer.encode(&text(path, stop)?)?,
+        (None, Some(path)) => serde_json::from_str::<Vec<u32>>(&text(path, stop)?).with_context(|| {
             hinted(
                 format!("reading token ids from `{}`", path.display()),
                 "expected a JSON list of numbers, such as [12, 7, 4011]",
@@ -47,84 +63,116 @@ pub fn context(args: &InferArgs, tokenizer: &TextTokenizer) -> Result<Vec<u32>> 
     Ok(tokens)
 }
 
-fn text(path: &Path) -> Result<String> {
+fn text(path: &Path, stop: &Arc<AtomicBool>) -> Result<String> {
     let reading = || {
         hinted(
             format!("reading the context `{}`", path.display()),
             "the context is a text file in UTF-8, or `-` for stdin",
         )
     };
-    if is_stdin(path) {
-        let mut text = String::new();
-        io::stdin().lock().read_to_string(&mut text).with_context(reading)?;
-        return Ok(text);
-    }
-    fs::read_to_string(path).with_context(reading)
+    let bytes = if is_stdin(path) {
+        let mut whole = OnStdin::new(stop, |stdin, to| {
+            let mut bytes = Vec::new();
+            let _ = to(stdin.read_to_end(&mut bytes).map(|_| bytes));
+        });
+        match whole.next() {
+            Some(bytes) => bytes.with_context(reading)?,
+            None => bail!(Interrupted),
+        }
+    } else {
+        fs::read(path).with_context(reading)?
+    };
+    let text = String::from_utf8(bytes).with_context(reading)?;
+    Ok(text.strip_prefix(BYTE_ORDER_MARK).map(str::to_owned).unwrap_or(text))
 }
 
 /// The questions, those of the arguments first; a file's are read one by one. Those of stdin may be
-/// long in coming: waiting for one ends when the user wants to stop.
+/// long in coming: waiting for one ends when the user wants to stop. Blank lines of a file are passed over; on stdin every line
+/// asks for something, and has its answer or its error.
 ///
 /// # Errors
-/// The file cannot be opened.
+/// There is nothing to ask, a question of the arguments is empty, or the file cannot be opened.
 pub fn questions(
     args: &InferArgs,
     stop: &Arc<AtomicBool>,
-) -> Result<Box<dyn Iterator<Item = Result<String>>>> {
-    let given = args.questions.clone().into_iter().map(Ok);
-    let Some(path) = &args.question_file else { return Ok(Box::new(given)) };
-    let lines: Box<dyn Iterator<Item = io::Result<String>>> = if is_stdin(path) {
-        Box::new(StdinLines::new(Arc::clone(stop)))
+) -> Result<Box<dyn Iterator<Item = Result<Asked>>>> {
+    let repair = "ask with `--question \"...\"`, or name JSON lines with `--questions FILE` (`-` for stdin)";
+    ensure!(args.questions.iter().all(|q| !q.trim().is_empty()), hinted("`--question` is empty", repair));
+    let given = args.questions.clone().into_iter().map(|q| Ok(Asked::Question(q)));
+    let Some(path) = &args.question_file else {
+        ensure!(!args.questions.is_empty(), hinted("there is no question", repair));
+        return Ok(Box::new(given));
+    };
+    let from_stdin = is_stdin(path);
+    let lines: Box<dyn Iterator<Item = io::Result<Vec<u8>>>> = if from_stdin {
+        Box::new(OnStdin::new(stop, |stdin, to| {
+            for line in stdin.split(b'\n') {
+                if !to(line) {
+                    return;
+                }
+            }
+        }))
     } else {
-        let file = File::open(path).with_context(|| {
+        let opening = || {
             hinted(
                 format!("opening the questions `{}`", path.display()),
                 "name a file of JSON lines, or ask with `--question`",
             )
-        })?;
-        Box::new(BufReader::new(file).lines())
+        };
+        let file = File::open(path).with_context(opening)?;
+        ensure!(!file.metadata().with_context(opening)?.is_dir(), opening());
+        Box::new(BufReader::new(file).split(b'\n'))
     };
     let name = path.display().to_string();
-    let asked = lines.enumerate().filter_map(move |(index, line)| match line {
-        Ok(line) if line.trim().is_empty() => None,
-        Ok(line) => Some(question(&line).with_context(|| {
-            hinted(
-                format!("reading line {} of the questions `{name}`", index + 1),
-                "write one question per line, as {\"question\": \"...\"} or \"...\"",
-            )
-        })),
-        Err(e) => Some(Err(e).with_context(|| format!("reading the questions `{name}`"))),
+    let asked = lines.enumerate().filter_map(move |(index, line)| {
+        let line = match line {
+            Ok(line) => line,
+            Err(e) => return Some(Err(e).with_context(|| format!("reading the questions `{name}`"))),
+        };
+        let line =
+            if index == 0 { line.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(&line) } else { &line };
+        if line.trim_ascii().is_empty() && !from_stdin {
+            return None;
+        }
+        Some(Ok(match question(line) {
+            Ok(text) => Asked::Question(text),
+            Err(e) => Asked::Malformed {
+                line: index + 1,
+                error: e.context(hinted(
+                    format!("reading line {} of the questions `{name}`", index + 1),
+                    "write one question per line, as {\"question\": \"...\"} or \"...\"",
+                )),
+            },
+        }))
     });
     Ok(Box::new(given.chain(asked)))
 }
 
-/// Lines of stdin, read on another thread: a blocked read does not hear Ctrl-C.
-struct StdinLines {
-    lines: Receiver<io::Result<String>>,
+/// What comes from stdin, read on another thread: a blocked read does not hear Ctrl-C. Ends with stdin, or when the user stops.
+struct OnStdin {
+    parts: Receiver<io::Result<Vec<u8>>>,
     stop: Arc<AtomicBool>,
 }
 
-impl StdinLines {
-    fn new(stop: Arc<AtomicBool>) -> Self {
-        let (to, lines) = channel();
-        std::thread::spawn(move || {
-            for line in io::stdin().lock().lines() {
-                if to.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        Self { lines, stop }
+impl OnStdin {
+    /// `read` hands over parts until that returns false: they are not wanted any more.
+    fn new(
+        stop: &Arc<AtomicBool>,
+        read: impl FnOnce(&mut io::StdinLock, &dyn Fn(io::Result<Vec<u8>>) -> bool) + Send + 'static,
+    ) -> Self {
+        let (to, parts) = channel();
+        std::thread::spawn(move || read(&mut io::stdin().lock(), &|part| to.send(part).is_ok()));
+        Self { parts, stop: Arc::clone(stop) }
     }
 }
 
-impl Iterator for StdinLines {
-    type Item = io::Result<String>;
+impl Iterator for OnStdin {
+    type Item = io::Result<Vec<u8>>;
 
     fn next(&mut self) -> Option<Self::Item> {
         while !self.stop.load(Ordering::Relaxed) {
-            match self.lines.recv_timeout(Duration::from_millis(50)) {
-                Ok(line) => return Some(line),
+            match self.parts.recv_timeout(Duration::from_millis(50)) {
+                Ok(part) => return Some(part),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return None,
             }
@@ -133,10 +181,30 @@ impl Iterator for StdinLines {
     }
 }
 
-fn question(line: &str) -> Result<String> {
-    let value: Value = serde_json::from_str(line)?;
-    let text = value.as_str().or_else(|| value.get("question").and_then(Value::as_str));
-    Ok(text.context("expected a string, or an object with the string `question`")?.to_owned())
+fn question(line: &[u8]) -> Result<String> {
+    let expected = "expected a string, or an object with the string `question`";
+    ensure!(!line.trim_ascii().is_empty(), "{expected}, found an empty line");
+    let found = match serde_json::from_slice::<Value>(line)? {
+        Value::String(text) => return Ok(text),
+        Value::Object(mut fields) => match fields.remove("question") {
+            Some(Value::String(text)) => return Ok(text),
+            Some(other) => format!("{} as `question`", kind(&other)),
+            None => "an object without it".to_owned(),
+        },
+        other => kind(&other).to_owned(),
+    };
+    bail!("{expected}, found {found}")
+}
+
+const fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a truth value",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
 }
 
 #[cfg(test)]
@@ -145,9 +213,19 @@ mod tests {
 
     #[test]
     fn questions_are_strings_or_objects() {
-        assert_eq!(question(r#"{"question": "Who?", "id": 3}"#).unwrap(), "Who?");
-        assert_eq!(question(r#""Who?""#).unwrap(), "Who?");
-        assert!(question(r#"{"q": "Who?"}"#).is_err());
-        assert!(question("Who?").is_err());
+        assert_eq!(question(br#"{"question": "Who?", "id": 3}"#).unwrap(), "Who?");
+        assert_eq!(question(b"\"Who?\"\r").unwrap(), "Who?");
+        for (line, part) in [
+            (&br#"{"q": "Who?"}"#[..], "found an object without it"),
+            (br#"{"question": 7}"#, "found a number as `question`"),
+            (br#"{"question": null}"#, "found null as `question`"),
+            (br#"["Who?"]"#, "found a list"),
+            (b"  ", "found an empty line"),
+            (b"Who?", "expected value"),
+            (b"\"caf\xe9\"", "unicode"),
+        ] {
+            let error = question(line).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
     }
 }

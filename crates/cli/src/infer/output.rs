@@ -1,7 +1,8 @@
 //! What is told: answers as they come, then what was kept and what it took.
 //!
 //! As text, answers go to stdout and the rest to stderr. With `--json` every event is a line on stdout:
-//! `pruned`, `token`s and an `answer` or `refused` per question, and at last a `summary`.
+//! `pruned`, `token`s and an `answer` or `refused` per question, an `error` with its `line` for what is no question, and at
+//! last a `summary`.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -13,6 +14,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::output::print;
+use crate::render::hint;
 use crate::{render, terminal};
 
 /// The end of a run, for programs and for people.
@@ -24,6 +26,8 @@ pub struct Summary {
     pub dtype: &'static str,
     pub keep: String,
     pub context_tokens: usize,
+    /// The longest contexts that the mapper was trained on, where its export says so.
+    pub trained_tokens: Option<usize>,
     pub kept: Kept,
     /// From the beginning of the prefill to the pruned cache.
     pub prefill_secs: f64,
@@ -34,7 +38,9 @@ pub struct Summary {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dual_critical_secs: Option<f64>,
     pub phases: Vec<PhaseTotal>,
+    /// Answered, refused or interrupted; lines that are no question are not among them.
     pub questions: usize,
+    /// Questions that were refused, and lines that are no question.
     pub refused: usize,
     pub answer_tokens: usize,
     pub decode_tokens_per_s: Option<f64>,
@@ -109,7 +115,21 @@ impl Output {
     pub fn refused(&self, index: usize, question: &str, error: &Error) -> Result<()> {
         if self.json {
             return event(
-                &json!({"event": "refused", "question": index, "question_text": question, "error": format!("{error:#}")}),
+                &json!({"event": "refused", "question": index, "question_text": question, "error": chain(error), "hint": hint(error)}),
+            );
+        }
+        eprint!("{}", render::error(error));
+        Ok(())
+    }
+
+    /// A line of the questions that is none.
+    ///
+    /// # Errors
+    /// stdout is closed or full.
+    pub fn malformed(&self, line: usize, error: &Error) -> Result<()> {
+        if self.json {
+            return event(
+                &json!({"event": "error", "line": line, "error": chain(error), "hint": hint(error)}),
             );
         }
         terminal::print(&render::error(error));
@@ -131,6 +151,13 @@ impl Output {
     }
 }
 
+/// An error and its causes in one line, each once: an error may say what its source says.
+fn chain(error: &Error) -> String {
+    let mut texts: Vec<String> = error.chain().map(ToString::to_string).collect();
+    texts.dedup();
+    texts.join(": ")
+}
+
 fn event(value: &Value) -> Result<()> {
     print(&format!("{value}\n"))
 }
@@ -139,16 +166,21 @@ fn event(value: &Value) -> Result<()> {
 fn table(s: &Summary) -> String {
     let mut out = String::new();
     let k = &s.kept;
+    let prefix = match k.prefix_pairs {
+        0 => String::new(),
+        n => format!(" (with {n} KV pairs of the chat template)"),
+    };
     let _ = writeln!(
         out,
-        "kept {} of {} KV pairs ({:.1}%), {} to {} per KV head; cache {} of {}",
+        "kept {} of {} KV pairs ({:.1}%), {} to {} per KV head; cache {} of {}{prefix}, and {} of room for new tokens",
         k.pairs,
         k.of_pairs,
         100.0 * k.ratio,
         k.fewest_in_head,
         k.most_in_head,
-        human_bytes(k.cache_bytes as u64),
+        human_bytes(k.kept_bytes as u64),
         human_bytes(k.full_cache_bytes as u64),
+        human_bytes(k.room_bytes as u64),
     );
     let _ = writeln!(
         out,

@@ -62,6 +62,7 @@ fn config(s: &Session, upstream: &train::Upstream, trained: &Trained) -> ExportC
         step: trained.step,
         validation: trained.validation,
         seed: r.seed,
+        trained_tokens: r.data.window_tokens.iter().max().copied(),
         files: BTreeMap::new(),
     }
 }
