@@ -75,9 +75,16 @@ impl Lock {
         Ok(lock)
     }
 
-    /// Write the lock beside `of`: a new file renamed over the old one.
+    /// Write the lock beside `of`: a new file renamed over the old one. A file that says the same stays, so that a folder
+    /// which may only be read is no obstacle.
+    ///
+    /// # Errors
+    /// The folder cannot be written to.
     pub fn write_beside(&self, of: &Path) -> Result<()> {
         let path = lock_path(of);
+        if fs::read_to_string(&path).is_ok_and(|text| text == self.to_toml()) {
+            return Ok(());
+        }
         let temporary = path.with_extension("toml.tmp");
         fs::write(&temporary, self.to_toml())
             .and_then(|()| fs::rename(&temporary, &path))
@@ -169,6 +176,22 @@ mod tests {
         lock("c0").write_beside(&recipe).unwrap();
         assert!(dir.path().join("llama-3.1-8b.lock.toml").exists());
         assert_eq!(Lock::beside(&recipe).unwrap(), lock("c0"));
+    }
+
+    #[test]
+    fn a_lock_that_says_the_same_is_not_written() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let recipe = dir.path().join("a.toml");
+        let written = |commit| {
+            lock(commit).write_beside(&recipe).unwrap();
+            fs::metadata(lock_path(&recipe)).unwrap().ino()
+        };
+        // A written file is a new one that is renamed.
+        let first = written("c0");
+        assert_eq!(written("c0"), first);
+        assert_ne!(written("c1"), first);
+        assert_eq!(Lock::beside(&recipe).unwrap(), lock("c1"));
     }
 
     #[test]
