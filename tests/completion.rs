@@ -31,7 +31,9 @@ impl Terminal {
     fn new(shell: &'static str) -> Option<Self> {
         for program in ["tmux", shell] {
             if !has(program) {
-                writeln!(std::io::stderr(), "SKIPPED: completion in {shell}; there is no {program}").unwrap();
+                // Past the harness, which shows the output of failing tests only.
+                let text = format!("SKIPPED: completion in {shell}; there is no {program}\n");
+                std::io::stderr().write_all(text.as_bytes()).unwrap();
                 return None;
             }
         }

@@ -27,7 +27,11 @@ const HELD_BY: [(&str, &str, &str); 14] = [
     ("mapper", "../mapper/tests/goldens.rs", "fn forward_and_every_term_agree"),
     ("kvzip", "../score/tests/score/goldens.rs", "fn nano_target"),
     ("kvzip-pooled", "../prune/src/target.rs", "fn pooling_equals_a_naive_window"),
-    ("kvzap-linear", "src/methods/kvzap/fit.rs", "fn the_linear_scorer_is_the_ridge_solution"),
+    (
+        "kvzap-linear",
+        "../extract/tests/extract/hidden.rs",
+        "fn the_map_is_the_ridge_solution_and_the_channel_its_values",
+    ),
     ("kvzap-mlp", "src/methods/kvzap/network.rs", "fn the_network_learns_what_the_linear_scorer_cannot"),
     ("linear", "src/methods/ridge.rs", "fn a_linear_target_is_found_exactly"),
     ("proxy-linear", "src/methods/ridge.rs", "fn a_linear_target_is_found_exactly"),
