@@ -41,7 +41,7 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOption
     s.check_stop()?;
     let start = Instant::now();
     if redo.contains(&stage) {
-        clear(s, stage)?;
+        clear(s, stage, options)?;
         s.run.forget_stage(stage.name())?;
     }
     let result = match stage {
@@ -94,7 +94,7 @@ pub fn require(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<()>
 }
 
 /// Remove a stage's output.
-fn clear(s: &Session, stage: Stage) -> Result<()> {
+fn clear(s: &Session, stage: Stage, options: &eval::EvalOptions) -> Result<()> {
     let remove = |path: std::path::PathBuf| -> Result<()> {
         let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
         match gone {
@@ -117,7 +117,7 @@ fn clear(s: &Session, stage: Stage) -> Result<()> {
             remove(root.join("train"))?;
             remove(root.join("tb"))
         }
-        Stage::Eval => remove(s.run.eval()),
+        Stage::Eval => remove(eval::folder(s, options)),
         Stage::Export => remove(s.run.export()),
         Stage::Report => remove(s.run.report()),
     }

@@ -8,28 +8,30 @@ use std::sync::Arc;
 use anyhow::Result;
 use arrow::array::{Float64Array, StringArray};
 
+use crate::cell::Cell;
 use crate::columns::write_columns;
-use crate::labels::{LabelOutcome, Plan};
+use crate::labels::LabelOutcome;
 
 /// File of the agreement in the evaluation's folder.
 pub const AGREEMENT_FILE: &str = "agreement.parquet";
 
-/// Write one row per context and cell; `ids` name the contexts of `outcomes`.
+/// Write one row per context and cell.
 ///
 /// # Errors
 /// The folder cannot be written to.
-pub fn write(path: &Path, plan: &Plan, ids: &[String], outcomes: &[LabelOutcome]) -> Result<()> {
-    let cells = plan.cells();
+pub fn write(path: &Path, outcomes: &[(usize, LabelOutcome)]) -> Result<()> {
+    let cells = Cell::union(outcomes.iter().flat_map(|(_, o)| o.cells.cells()));
     let (mut context, mut method, mut policy) = (Vec::new(), Vec::new(), Vec::new());
     let (mut ratio, mut recall, mut mass) = (Vec::new(), Vec::new(), Vec::new());
-    for (id, outcome) in ids.iter().zip(outcomes) {
-        for (cell, (found, kept_mass)) in cells.iter().zip(outcome.agreement()) {
-            context.push(id.as_str());
+    for (_, outcome) in outcomes {
+        for cell in &cells {
+            let Some(found) = outcome.cells.get(cell) else { continue };
+            context.push(outcome.context_id.as_str());
             method.push(cell.method.name());
             policy.push(cell.policy.name());
             ratio.push(cell.ratio.get());
-            recall.push(found);
-            mass.push(kept_mass);
+            recall.push(found.recall);
+            mass.push(found.mass);
         }
     }
     write_columns(

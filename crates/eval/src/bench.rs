@@ -7,17 +7,18 @@
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
 use pkv_lm::TextTokenizer;
-use pkv_recipe::MethodName;
 use pkv_tasks::{Example, cut_middle};
 use serde::{Deserialize, Serialize};
 
 use crate::asking::{Asking, Question, Said};
-use crate::bootstrap::Bootstrap;
-use crate::cell::Cell;
+use crate::bootstrap::Draws;
+use crate::cell::{Cell, Cells};
+use crate::clock;
 use crate::columns::context_id;
 use crate::context::{PrunedContext, forward_bytes};
 use crate::forced::Continuation;
-use crate::results::{BenchmarkCell, BenchmarkResults, Interval, Timing};
+use crate::results::{BenchmarkCell, BenchmarkResults, Interval, Made, Timing};
+use crate::store::Outcome;
 
 /// Makes example number `index` of a task; the same one whenever it is asked for.
 pub type MakeExample<'a> = Box<dyn Fn(usize) -> Result<Example> + 'a>;
@@ -46,11 +47,17 @@ pub struct BenchOutcome {
     /// The full cache's answers, one per turn.
     pub full: Vec<BenchAnswer>,
     /// Answers of each cell.
-    pub cells: Vec<Vec<BenchAnswer>>,
+    pub cells: Cells<Vec<BenchAnswer>>,
     pub timings: Vec<Timing>,
-    /// [`context_id`]; empty in outcomes of earlier versions.
-    #[serde(default)]
+    /// [`context_id`].
     pub context_id: String,
+}
+
+impl Outcome for BenchOutcome {
+    fn add(&mut self, new: Self) {
+        self.cells.add(new.cells);
+        clock::add_all(&mut self.timings, &new.timings);
+    }
 }
 
 /// A turn as it was asked.
@@ -128,7 +135,7 @@ pub fn tokenize(e: &Example, prompt_tokens: Option<usize>, tokenizer: &TextToken
 }
 
 impl Asking<'_> {
-    /// Ask every turn of the full cache and of every cell's pruned one; times are left to the caller.
+    /// Ask every turn of the full cache and of the pruned one of each of `cells`; times are left to the caller.
     ///
     /// # Errors
     /// A forward pass fails.
@@ -173,7 +180,7 @@ impl Asking<'_> {
             cut: tokenized.cut,
             asked: asked.collect(),
             full,
-            cells: rows.collect(),
+            cells: cells.iter().copied().zip(rows).collect(),
             timings: Vec::new(),
             context_id: context_id(&tokenized.context),
         })
@@ -199,69 +206,73 @@ impl Asking<'_> {
     }
 }
 
-/// All contexts of a task together; tasks that mix parts give one result for each.
+/// All contexts of a task together, each cell over those that have it; tasks that mix parts give one result for each.
 pub fn summarize(
-    benchmark: &Benchmark,
-    cells: &[Cell],
-    outcomes: &[BenchOutcome],
-    bootstrap: &Bootstrap,
+    made: &Made,
+    (suite, task): (&str, &str),
+    outcomes: &[(usize, BenchOutcome)],
+    draws: &Draws,
 ) -> Vec<BenchmarkResults> {
+    let all = || outcomes.iter().map(|(_, o)| o);
     let mut parts: Vec<&str> = Vec::new();
-    for asked in outcomes.iter().flat_map(|o| &o.asked) {
+    for asked in all().flat_map(|o| &o.asked) {
         if !parts.contains(&asked.part.as_str()) {
             parts.push(&asked.part);
         }
     }
+    let cells = Cell::union(all().flat_map(|o| o.cells.cells()));
+    let share = |above: &[f64], below: &[f64]| {
+        draws.of(above.len()).ratio(above, below).unwrap_or(Interval::exact(0.0))
+    };
     let one = |part: &str| {
-        let turns = |o: &BenchOutcome| -> Vec<usize> {
-            (0..o.asked.len()).filter(|&i| o.asked[i].part == part).collect()
+        // Sum over a context's turns of this part.
+        let sum = |o: &BenchOutcome, row: &[BenchAnswer], of: &dyn Fn(&BenchAnswer) -> f64| -> f64 {
+            o.asked.iter().zip(row).filter(|(asked, _)| asked.part == part).map(|(_, a)| of(a)).sum()
         };
-        let total =
-            |row: &dyn Fn(&BenchOutcome) -> Vec<BenchAnswer>, of: &dyn Fn(&BenchAnswer) -> f64| -> Vec<f64> {
-                outcomes
-                    .iter()
-                    .map(|o| {
-                        let row = row(o);
-                        turns(o).into_iter().map(|i| of(&row[i])).sum()
-                    })
-                    .collect()
+        let score = |a: &BenchAnswer| a.score;
+        let cell = |cell: &Cell| {
+            let mine: Vec<(&BenchOutcome, &Vec<BenchAnswer>)> =
+                all().filter_map(|o| Some((o, o.cells.get(cell)?))).collect();
+            let total = |of: &dyn Fn(&BenchAnswer) -> f64| -> Vec<f64> {
+                mine.iter().map(|(o, row)| sum(o, row, of)).collect()
             };
-        let full_row = |o: &BenchOutcome| o.full.clone();
-        let n = total(&full_row, &|_| 1.0);
-        let tokens = total(&full_row, &|a| f64::from(a.tokens));
-        let full = total(&full_row, &|a| a.score);
-        let share =
-            |above: &[f64], below: &[f64]| bootstrap.ratio(above, below).unwrap_or(Interval::exact(0.0));
-        let of_cell = |i: usize| total(&|o| o.cells[i].clone(), &|a| a.score);
-        let cell = |(i, c): (usize, &Cell)| {
-            let row = |o: &BenchOutcome| o.cells[i].clone();
-            let mine = of_cell(i);
-            let kvzip = cells
+            let full = |of: &dyn Fn(&BenchAnswer) -> f64| -> Vec<f64> {
+                mine.iter().map(|(o, _)| sum(o, &o.full, of)).collect()
+            };
+            let (scores, tokens) = (total(&score), full(&|a| f64::from(a.tokens)));
+            let (of_both, of_kvzip): (Vec<f64>, Vec<f64>) = mine
                 .iter()
-                .position(|k| (k.method, k.policy, k.ratio) == (MethodName::KVZIP, c.policy, c.ratio));
+                .filter_map(|(o, row)| {
+                    let kvzip = o.cells.get(&cell.of_kvzip())?;
+                    Some((sum(o, row, &score), sum(o, kvzip, &score)))
+                })
+                .unzip();
             BenchmarkCell {
-                method: c.method,
-                policy: c.policy,
-                ratio: c.ratio.get(),
-                score: share(&mine, &n),
-                kl: share(&total(&row, &|a| a.kl), &tokens),
-                flips: share(&total(&row, &|a| f64::from(a.flipped)), &tokens),
-                of_kvzip: kvzip.and_then(|k| bootstrap.ratio(&mine, &of_cell(k))),
-                of_full: bootstrap.ratio(&mine, &full),
+                method: cell.method,
+                policy: cell.policy,
+                ratio: cell.ratio.get(),
+                contexts: (mine.len() < outcomes.len()).then_some(mine.len()),
+                score: share(&scores, &full(&|_| 1.0)),
+                kl: share(&total(&|a| a.kl), &tokens),
+                flips: share(&total(&|a| f64::from(a.flipped)), &tokens),
+                of_kvzip: draws.of(of_both.len()).ratio(&of_both, &of_kvzip),
+                of_full: draws.of(mine.len()).ratio(&scores, &full(&score)),
             }
         };
-        let task =
-            if part == benchmark.task { part.to_owned() } else { format!("{}/{part}", benchmark.task) };
+        let full =
+            |of: &dyn Fn(&BenchAnswer) -> f64| -> Vec<f64> { all().map(|o| sum(o, &o.full, of)).collect() };
+        let n = full(&|_| 1.0);
         BenchmarkResults {
-            suite: benchmark.suite.to_owned(),
-            task,
+            made: made.clone(),
+            suite: suite.to_owned(),
+            task: if part == task { part.to_owned() } else { format!("{task}/{part}") },
             contexts: outcomes.len(),
             questions: n.iter().sum::<f64>() as usize,
-            mean_context_tokens: outcomes.iter().map(|o| o.context_tokens as f64).sum::<f64>()
+            mean_context_tokens: all().map(|o| o.context_tokens as f64).sum::<f64>()
                 / outcomes.len().max(1) as f64,
-            cut: outcomes.iter().filter(|o| o.cut).count(),
-            full: share(&full, &n),
-            cells: cells.iter().enumerate().map(cell).collect(),
+            cut: all().filter(|o| o.cut).count(),
+            full: share(&full(&score), &n),
+            cells: cells.iter().map(cell).collect(),
         }
     };
     parts.into_iter().map(one).collect()

@@ -4,10 +4,33 @@
 //! questions, are drawn. The same draws serve every method, so that ratios of two methods compare
 //! the same contexts.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
 use pkv_core::Seed;
 use rand::Rng;
 
 use crate::results::Interval;
+
+/// The draws of one evaluation, by the number of contexts.
+pub struct Draws {
+    resamples: usize,
+    seed: Seed,
+    made: RefCell<HashMap<usize, Rc<Bootstrap>>>,
+}
+
+impl Draws {
+    pub fn new(resamples: usize, seed: Seed) -> Self {
+        Self { resamples, seed, made: RefCell::default() }
+    }
+
+    /// Those of `contexts` contexts.
+    pub fn of(&self, contexts: usize) -> Rc<Bootstrap> {
+        let make = || Rc::new(Bootstrap::new(contexts, self.resamples, self.seed));
+        self.made.borrow_mut().entry(contexts).or_insert_with(make).clone()
+    }
+}
 
 /// Draws with replacement from the contexts of one task.
 pub struct Bootstrap {

@@ -29,16 +29,26 @@ impl Clock {
     }
 
     pub fn add(&mut self, timing: &Timing) {
-        match self.timings.iter_mut().find(|t| t.what == timing.what) {
-            Some(t) => {
-                t.secs += timing.secs;
-                t.times += timing.times;
-            }
-            None => self.timings.push(timing.clone()),
-        }
+        add(&mut self.timings, timing);
     }
 
     pub fn into_timings(self) -> Vec<Timing> {
         self.timings
     }
+}
+
+/// Count `timing` among others of its kind.
+pub fn add(timings: &mut Vec<Timing>, timing: &Timing) {
+    match timings.iter_mut().find(|t| t.what == timing.what) {
+        Some(t) => {
+            t.secs += timing.secs;
+            t.times += timing.times;
+        }
+        None => timings.push(timing.clone()),
+    }
+}
+
+/// Count all of `others`.
+pub fn add_all(timings: &mut Vec<Timing>, others: &[Timing]) {
+    others.iter().for_each(|t| add(timings, t));
 }

@@ -1,4 +1,6 @@
-//! The evaluation from end to end: shards, models and mapper in, results and answers out.
+//! The evaluation from end to end: shards, models and mapper in, what the store lacks out.
+//!
+//! Which contexts and cells those are is `asked`'s; summing them up, with all that was there before, is `gather`'s.
 
 use std::path::{Path, PathBuf};
 
@@ -8,32 +10,28 @@ use pkv_data::{FactContext, FactQuestion};
 use pkv_extract::{HiddenProjection, SourceExtractors};
 use pkv_lm::{LanguageModel, TextTokenizer};
 use pkv_mapper::Mapper;
-use pkv_recipe::{EvalSection, ExtractSection, LabelSection, TargetPool, Task};
+use pkv_recipe::{EvalSection, ExtractSection, LabelSection, TargetPool};
 use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, PlantedFact, StageReader};
 
-use crate::agreement::{self, AGREEMENT_FILE};
-use crate::answers::AnswerTable;
+use crate::asked::{Asked, AskedTask, CONTEXTS_FOLDER};
 use crate::asking::Asking;
 use crate::bench::{self, BenchOutcome, Benchmark};
-use crate::bootstrap::Bootstrap;
+use crate::cell::Cell;
 use crate::clock::Clock;
 use crate::columns::context_id;
 use crate::context::Reader;
 use crate::facts::FactsOutcome;
+use crate::gather::{MethodsOutcome, publish};
 use crate::labels::{LabelOutcome, Plan};
 use crate::methods::{
     self, Draw, Methods, Setup, Target, TrainingSet, feature_tensors, label_tensor, read_pair,
 };
-use crate::perplexity::PerplexityOutcome;
-use crate::results::{
-    BenchmarkResults, FactSpan, FactsResults, LabelResults, ModelName, PerplexityResults, RESULTS_VERSION,
-    Results, WorkedExample,
-};
+use crate::perplexity::{self, PerplexityOutcome};
+use crate::results::{FactSpan, Results};
 use crate::share::share;
-use crate::store::{Claim, ContextStore};
-use crate::worked::work_example;
-use crate::{facts, perplexity};
+use crate::store::{About, ContextStore, Identity, TaskStore};
+use crate::worked::{ExampleOutcome, work_example};
 
 /// File of the results in the evaluation's folder.
 pub const RESULTS_FILE: &str = "results.json";
@@ -71,15 +69,17 @@ pub struct EvalInputs<'a> {
     /// Span pooling that the mapper was trained with.
     pub pool: TargetPool,
     pub seed: Seed,
-    /// Every choice that the results depend on, the stages read included.
+    /// Every choice of this evaluation, to be recognised by.
     pub fingerprint: Fingerprint,
-    /// The choices that a single context's outcome depends on: neither which tasks there are nor how many contexts, so
-    /// that more of either continue what is there.
-    pub context_fingerprint: Fingerprint,
+    /// What the numbers of every task depend on: the mapper and the stages read, but nothing of `section`, so that other
+    /// tasks, methods, policies, ratios and limits add to what is there.
+    pub base: Fingerprint,
     /// Folder of the results; made if absent.
     pub out: &'a Path,
     /// Asked after every context; its error ends the evaluation, which the next one continues.
     pub check_stop: &'a dyn Fn() -> Result<()>,
+    /// Gets a sentence about results of other choices that were there.
+    pub warn: &'a dyn Fn(&str),
 }
 
 impl<'a> EvalInputs<'a> {
@@ -92,16 +92,12 @@ impl<'a> EvalInputs<'a> {
     }
 }
 
-/// Whether `out` holds the results of exactly this evaluation.
-pub fn is_complete(out: &Path, fingerprint: &Fingerprint) -> bool {
-    Results::read(&out.join(RESULTS_FILE)).is_ok_and(|r| r.fingerprint == fingerprint.hash())
-}
-
-/// Measure, write `results.json` and `answers.parquet`, and return the results.
+/// Measure what is not there yet, write `results.json` and its tables, and return the results: everything that was ever
+/// measured with these choices.
 ///
 /// An interrupted evaluation continues after its last whole context and ends with the same numbers;
-/// only times differ. Several processes may evaluate into one folder: they share the contexts, and each returns all
-/// results.
+/// only times differ. Several processes may evaluate into one folder: they share the contexts, and the last one's results
+/// are those of all.
 ///
 /// # Errors
 /// Shards are absent, damaged or of other models; a model fails; the folder cannot be written to.
@@ -116,7 +112,10 @@ struct Evaluation<'a> {
     features: FeatureSet,
     train: std::ops::Range<u64>,
     test: std::ops::Range<u64>,
+    asked: Vec<AskedTask>,
     store: ContextStore,
+    /// Folder for what takes long to fit.
+    scorers: PathBuf,
 }
 
 impl<'a> Evaluation<'a> {
@@ -143,19 +142,58 @@ impl<'a> Evaluation<'a> {
         let splits = examples.iter().map(|e| Ok(e?.split)).collect::<Result<Vec<_>>>()?;
         let range = |split| rows_of(&splits, split);
         let (train, test) = (range(Split::Train)?, range(Split::Test)?);
-        let store = ContextStore::open(inputs.out.join("contexts"), inputs.context_fingerprint.hash())?;
-        Ok(Self { inputs, examples, labels, features, train, test, store })
+        let asked = Asked {
+            section: inputs.section,
+            base: &inputs.base,
+            test_examples: (test.end - test.start) as usize,
+            fact_contexts: inputs.fact_contexts.len(),
+            benchmarks: inputs.benchmarks,
+        }
+        .tasks()?;
+        let store = ContextStore::open(inputs.out.join(CONTEXTS_FOLDER))?;
+        let scorers = inputs.out.join("scorers");
+        Ok(Self { inputs, examples, labels, features, train, test, asked, store, scorers })
     }
 
     fn run(self, progress: &dyn Progress) -> Result<Results> {
         let _no_grad = tch::no_grad_guard();
         let i = self.inputs;
-        let mut clock = Clock::new(i.target.device());
         let target = Target {
             model: i.target,
             prefix: i.tokenizer.prefix(),
             prefill_chunk_tokens: i.label.prefill_chunk_tokens,
         };
+        let reader = Reader {
+            target,
+            scorer: Scorer::new(i.target, i.tokenizer, i.label)?.maxima_only(),
+            extractor: i.extractors()?,
+            methods: self.methods(target)?,
+            seed: i.seed,
+        };
+        for asked in &self.asked {
+            let task = self.store.task(asked.identity.clone())?;
+            progress.start(&asked.what(), asked.contexts as u64, 0);
+            self.measure(asked, &task, &reader, progress)?;
+            progress.finish();
+        }
+        drop(reader);
+        let results = publish(i, &self.asked, &self.store)?;
+        self.store.close();
+        Ok(results)
+    }
+
+    /// The methods that some context lacks, ready to score.
+    fn methods(&'a self, target: Target<'a>) -> Result<Methods<'a>> {
+        let i = self.inputs;
+        let mut lacking = Vec::new();
+        for asked in &self.asked {
+            let task = self.store.task(asked.identity.clone())?;
+            for index in 0..asked.contexts {
+                lacking.extend(task.missing(index, &asked.cells).iter().map(|cell| cell.method));
+            }
+        }
+        let mut names = i.section.methods.clone();
+        names.retain(|name| lacking.contains(name));
         let setup = Setup {
             target,
             mapper: i.mapper,
@@ -168,260 +206,141 @@ impl<'a> Evaluation<'a> {
                 rows: self.train.clone(),
             },
             seed: i.seed,
-            scorers: &i.out.join("scorers"),
+            scorers: &self.scorers,
         };
+        let mut clock = Clock::new(i.target.device());
         let methods = clock
-            .time("baselines: fit", || Methods::prepare(methods::REGISTRY, &i.section.methods, &setup))
+            .time("baselines: fit", || Methods::prepare(methods::REGISTRY, &names, &setup))
             .context("fitting baselines on the training examples")?;
-        let notes = methods.notes().to_vec();
-        let reader = Reader {
-            target,
-            scorer: Scorer::new(i.target, i.tokenizer, i.label)?.maxima_only(),
-            extractor: i.extractors()?,
-            methods,
-            seed: i.seed,
-        };
-        let labels = self.labels(&reader, &mut clock, progress)?;
-        let mut answers = AnswerTable::default();
-        let facts = match i.section.tasks.contains(&Task::Facts) {
-            true => Some(self.facts(&reader, &mut answers, &mut clock, progress)?),
-            false => None,
-        };
-        let perplexity = match i.section.tasks.contains(&Task::Perplexity) {
-            true => Some(self.perplexity(&reader, &mut clock, progress)?),
-            false => None,
-        };
-        let mut benchmarks = Vec::new();
-        for benchmark in i.benchmarks {
-            benchmarks.extend(self.benchmark(benchmark, &reader, &mut answers, &mut clock, progress)?);
+        if !names.is_empty() {
+            let task = self.store.task(Identity::new(&i.base, About::Methods, ()))?;
+            let _claim = task.wait_for(0)?;
+            task.add(0, MethodsOutcome { notes: methods.notes().to_vec(), timings: clock.into_timings() })?;
         }
-        let worked_example = self.worked_example(&reader)?;
-        let name = |shape: ModelShape, name: &str| ModelName {
-            name: name.to_owned(),
-            layers: shape.layers,
-            kv_heads: shape.kv_heads,
-        };
-        let results = Results {
-            schema_version: RESULTS_VERSION,
-            fingerprint: i.fingerprint.hash(),
-            seed: i.seed.0,
-            mapper: i.mapper_source.clone(),
-            target: name(i.target.shape(), &i.target_name),
-            proxy: name(i.proxy_shape, &i.proxy_name),
-            notes,
-            labels,
-            facts,
-            perplexity,
-            benchmarks,
-            worked_example,
-            timings: clock.into_timings(),
-        };
-        drop(reader);
-        self.publish(results, answers)
+        Ok(methods)
     }
 
-    /// Predictions against labels, over the test split.
-    fn labels(&self, reader: &Reader, clock: &mut Clock, progress: &dyn Progress) -> Result<LabelResults> {
-        let i = self.inputs;
-        let plan = Plan::new(i.section)?;
-        let total = (self.test.end - self.test.start) as usize;
-        progress.start("test examples against their labels", total as u64, 0);
-        let outcomes: Vec<LabelOutcome> =
-            share(&self.store, "labels", total, progress, i.check_stop, |index| {
-                let row = self.test.start + index as u64;
-                let (label, features) = read_pair(&self.labels, &self.features, row)?;
-                let label_lht = label_tensor(&label, i.target.device());
-                let features = feature_tensors(&features, i.target.device());
-                let draw = Draw { task: "labels", index: row };
-                let tokens = self.examples.get(row)?.tokens;
-                let scored = reader.score_stored(&tokens, &label_lht, &features, draw)?;
-                clock.time("labels: metrics", || plan.compare(&scored, &label_lht))
-            })?;
-        progress.finish();
-        let tokens = |row: u64| Ok(context_id(&self.examples.get(row)?.tokens));
-        let ids = self.test.clone().map(tokens).collect::<Result<Vec<_>>>()?;
-        {
-            let _claim = self.publishing()?;
-            agreement::write(&self.path(AGREEMENT_FILE), &plan, &ids, &outcomes)?;
-        }
-        let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
-        let shape = i.target.shape();
-        Ok(plan.summarize(&outcomes, shape.layers, shape.kv_heads, &bootstrap))
-    }
-
-    /// Planted facts; every answer goes into `table`.
-    fn facts(
+    /// Have everything that is asked of one task.
+    fn measure(
         &self,
+        asked: &AskedTask,
+        task: &TaskStore,
         reader: &Reader,
-        table: &mut AnswerTable,
-        clock: &mut Clock,
         progress: &dyn Progress,
-    ) -> Result<FactsResults> {
+    ) -> Result<()> {
         let i = self.inputs;
-        ensure!(
-            !i.fact_contexts.is_empty(),
-            hinted(
-                "there is no context for the `facts` task",
-                "raise `eval.contexts`, or leave `facts` out of `eval.tasks`"
-            )
-        );
-        let asking = Asking { target: i.target, tokenizer: i.tokenizer };
-        let cells = facts::cells(i.section)?;
-        let contexts = i.fact_contexts;
-        progress.start("contexts asked for planted facts", contexts.len() as u64, 0);
-        let outcomes: Vec<FactsOutcome> =
-            share(&self.store, "facts", contexts.len(), progress, i.check_stop, |index| {
-                let mut clock = Clock::new(i.target.device());
-                let draw = Draw { task: "facts", index: index as u64 };
-                let pruned = reader.read(&contexts[index].tokens, draw, &mut clock)?;
-                let mut outcome = clock
-                    .time("facts: questions", || asking.facts(&contexts[index], i.section, &pruned))
-                    .with_context(|| format!("asking context {index} for its facts"))?;
-                outcome.timings = clock.into_timings();
-                Ok(outcome)
-            })?;
-        progress.finish();
-        for (index, outcome) in outcomes.iter().enumerate() {
-            outcome.timings.iter().for_each(|t| clock.add(t));
-            table.of_context(&context_id(&contexts[index].tokens));
-            for (q, asked) in outcome.asked.iter().enumerate() {
-                table.push("facts", (index, q), asked, None, &outcome.full[q]);
-                for (cell, answers) in cells.iter().zip(&outcome.cells) {
-                    table.push("facts", (index, q), asked, Some(cell), &answers[q]);
-                }
+        let (n, cells, stop) = (asked.contexts, &asked.cells, i.check_stop);
+        match &asked.identity.about {
+            About::Methods => Ok(()),
+            About::Labels => {
+                let plan = Plan::new(i.section)?;
+                share(task, n, cells, progress, stop, |index, cells| self.label(&plan, reader, index, cells))
             }
+            About::Facts { .. } => {
+                share(task, n, cells, progress, stop, |index, cells| self.facts(reader, index, cells))
+            }
+            About::Perplexity { .. } => {
+                share(task, n, cells, progress, stop, |index, cells| self.perplexity(reader, index, cells))
+            }
+            About::Benchmark { suite, name } => {
+                let is_it = |b: &&Benchmark| b.suite == suite && b.task == *name;
+                let benchmark = i.benchmarks.iter().find(is_it).context("no such benchmark was asked for")?;
+                let task_name = asked.identity.about.name();
+                share(task, n, cells, progress, stop, |index, cells| {
+                    self.benchmark(benchmark, &task_name, reader, index, cells)
+                        .with_context(|| format!("asking example {index} of `{task_name}`"))
+                })
+            }
+            About::Example { of_facts } => share(task, n, cells, progress, stop, |_, cells| {
+                self.worked_example(*of_facts, reader, cells)
+            }),
         }
-        let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
-        facts::summarize(i.section, &outcomes, &bootstrap)
     }
 
-    /// One task of a benchmark; every answer goes into `table`.
+    /// Predictions against the labels of one test example.
+    fn label(&self, plan: &Plan, reader: &Reader, index: usize, cells: &[Cell]) -> Result<LabelOutcome> {
+        let device = self.inputs.target.device();
+        let row = self.test.start + index as u64;
+        let (label, features) = read_pair(&self.labels, &self.features, row)?;
+        let label_lht = label_tensor(&label, device);
+        let features = feature_tensors(&features, device);
+        let draw = Draw { task: "labels", index: row };
+        let tokens = self.examples.get(row)?.tokens;
+        let scored = reader.score_stored(&tokens, &label_lht, &features, draw)?;
+        let mut clock = Clock::new(device);
+        let mut outcome = clock
+            .time("labels: metrics", || plan.compare(context_id(&tokens), cells, &scored, &label_lht))?;
+        outcome.timings = clock.into_timings();
+        Ok(outcome)
+    }
+
+    /// Planted facts asked of one context.
+    fn facts(&self, reader: &Reader, index: usize, cells: &[Cell]) -> Result<FactsOutcome> {
+        let i = self.inputs;
+        let context = &i.fact_contexts[index];
+        let asking = Asking { target: i.target, tokenizer: i.tokenizer };
+        let mut clock = Clock::new(i.target.device());
+        let draw = Draw { task: "facts", index: index as u64 };
+        let pruned = reader.read(&context.tokens, draw, &mut clock)?;
+        let mut outcome = clock
+            .time("facts: questions", || asking.facts(context, i.section, cells, &pruned))
+            .with_context(|| format!("asking context {index} for its facts"))?;
+        outcome.timings = clock.into_timings();
+        Ok(outcome)
+    }
+
+    /// One example of a benchmark.
     fn benchmark(
         &self,
         benchmark: &Benchmark,
+        task: &str,
         reader: &Reader,
-        table: &mut AnswerTable,
-        clock: &mut Clock,
-        progress: &dyn Progress,
-    ) -> Result<Vec<BenchmarkResults>> {
+        index: usize,
+        cells: &[Cell],
+    ) -> Result<BenchOutcome> {
         let i = self.inputs;
         let asking = Asking { target: i.target, tokenizer: i.tokenizer };
-        let cells = facts::cells(i.section)?;
-        let name = format!("{}.{}", benchmark.suite, benchmark.task);
-        // Outcomes of other settings lie beside each other.
-        let identity = Fingerprint::new()
-            .with("context", i.context_fingerprint.hash())
-            .with("task", &benchmark.identity);
-        let stored = format!("{name}-{}", &identity.hash()[..8]);
-        progress.start(&format!("contexts of {name}"), benchmark.examples as u64, 0);
-        let outcomes: Vec<BenchOutcome> =
-            share(&self.store, &stored, benchmark.examples, progress, i.check_stop, |index| {
-                let one = || -> Result<BenchOutcome> {
-                    let example = (benchmark.example)(index)?;
-                    let tokenized = bench::tokenize(&example, benchmark.prompt_tokens, i.tokenizer)?;
-                    let mut clock = Clock::new(i.target.device());
-                    let draw = Draw { task: &name, index: index as u64 };
-                    let pruned = reader.read(&tokenized.context, draw, &mut clock)?;
-                    let what = format!("{}: questions", benchmark.suite);
-                    let mut outcome =
-                        clock.time(&what, || asking.bench(&example, &tokenized, &cells, &pruned))?;
-                    outcome.timings = clock.into_timings();
-                    Ok(outcome)
-                };
-                one().with_context(|| format!("asking example {index} of `{name}`"))
-            })?;
-        progress.finish();
-        for (index, outcome) in outcomes.iter().enumerate() {
-            outcome.timings.iter().for_each(|t| clock.add(t));
-            table.of_context(&outcome.context_id);
-            for (q, asked) in outcome.asked.iter().enumerate() {
-                table.push_benchmark(&name, (index, q), asked, None, &outcome.full[q]);
-                for (cell, answers) in cells.iter().zip(&outcome.cells) {
-                    table.push_benchmark(&name, (index, q), asked, Some(cell), &answers[q]);
-                }
-            }
-        }
-        let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
-        Ok(bench::summarize(benchmark, &cells, &outcomes, &bootstrap))
+        let example = (benchmark.example)(index)?;
+        let tokenized = bench::tokenize(&example, benchmark.prompt_tokens, i.tokenizer)?;
+        let mut clock = Clock::new(i.target.device());
+        let draw = Draw { task, index: index as u64 };
+        let pruned = reader.read(&tokenized.context, draw, &mut clock)?;
+        let what = format!("{}: questions", benchmark.suite);
+        let mut outcome = clock.time(&what, || asking.bench(&example, &tokenized, cells, &pruned))?;
+        outcome.timings = clock.into_timings();
+        Ok(outcome)
     }
 
-    /// Write results and answers, by one process at a time.
-    fn publish(self, results: Results, answers: AnswerTable) -> Result<Results> {
-        let claim = self.publishing()?;
-        if !answers.is_empty() {
-            answers.write(&self.path(ANSWERS_FILE))?;
-        }
-        results.write(&self.path(RESULTS_FILE))?;
-        drop(claim);
-        // Benchmarks are widened (more examples, other methods back again); the other tasks' contexts have served.
-        if self.inputs.benchmarks.is_empty() {
-            self.store.clear()?;
-        }
-        Ok(results)
-    }
-
-    /// The right to write into the evaluation's folder, which one process has at a time.
-    fn publishing(&self) -> Result<Claim> {
-        loop {
-            match self.store.claim("publish", 0)? {
-                Some(claim) => return Ok(claim),
-                None => std::thread::sleep(std::time::Duration::from_millis(100)),
-            }
-        }
-    }
-
-    /// Continuations of test examples, as many as `facts` has contexts.
-    fn perplexity(
-        &self,
-        reader: &Reader,
-        clock: &mut Clock,
-        progress: &dyn Progress,
-    ) -> Result<PerplexityResults> {
+    /// The continuation of one test example; `None` if it is too short to have one.
+    fn perplexity(&self, reader: &Reader, index: usize, cells: &[Cell]) -> Result<Option<PerplexityOutcome>> {
         let i = self.inputs;
-        let cells = facts::cells(i.section)?;
-        let rows: Vec<u64> = self.test.clone().take(i.section.contexts).collect();
-        progress.start("continuations of test examples", rows.len() as u64, 0);
-        let outcomes: Vec<Option<PerplexityOutcome>> =
-            share(&self.store, "perplexity", rows.len(), progress, i.check_stop, |index| {
-                let row = rows[index];
-                let example = self.examples.get(row)?;
-                let split = perplexity::split(&example.tokens, i.section.continuation_tokens);
-                let Some((context, continuation)) = split else { return Ok(None) };
-                let mut clock = Clock::new(i.target.device());
-                let draw = Draw { task: "perplexity", index: row };
-                let pruned = reader.read(context, draw, &mut clock)?;
-                let (full, cells) = clock
-                    .time("perplexity: continuations", || {
-                        perplexity::read(i.target, continuation, &pruned, &cells)
-                    })
-                    .with_context(|| format!("reading the continuation of `{}`", example.id))?;
-                Ok(Some(PerplexityOutcome { full, cells, timings: clock.into_timings() }))
-            })?;
-        let outcomes: Vec<PerplexityOutcome> = outcomes.into_iter().flatten().collect();
-        outcomes.iter().flat_map(|o| &o.timings).for_each(|t| clock.add(t));
-        progress.finish();
-        let bootstrap = Bootstrap::new(outcomes.len(), i.section.bootstrap, i.seed);
-        Ok(perplexity::summarize(i.section, &cells, &outcomes, &bootstrap))
+        let row = self.test.start + index as u64;
+        let example = self.examples.get(row)?;
+        let split = perplexity::split(&example.tokens, i.section.continuation_tokens);
+        let Some((context, continuation)) = split else { return Ok(None) };
+        let mut clock = Clock::new(i.target.device());
+        let draw = Draw { task: "perplexity", index: row };
+        let pruned = reader.read(context, draw, &mut clock)?;
+        let mut outcome = clock
+            .time("perplexity: continuations", || perplexity::read(i.target, continuation, &pruned, cells))
+            .with_context(|| format!("reading the continuation of `{}`", example.id))?;
+        outcome.timings = clock.into_timings();
+        Ok(Some(outcome))
     }
 
-    /// The first context of the `facts` task, or the first test example without it.
-    fn worked_example(&self, reader: &Reader) -> Result<Option<WorkedExample>> {
+    /// The first context of the `facts` task, or the first test example.
+    fn worked_example(&self, of_facts: bool, reader: &Reader, cells: &[Cell]) -> Result<ExampleOutcome> {
         let i = self.inputs;
-        let (id, tokens, facts) = if let Some(context) = i.fact_contexts.first() {
+        let (id, tokens, facts) = if of_facts {
+            let context = &i.fact_contexts[0];
             ("facts-0".to_owned(), context.tokens.clone(), facts_of(context))
-        } else if !self.test.is_empty() {
+        } else {
             let example = self.examples.get(self.test.start)?;
             (example.id.clone(), example.tokens, example.facts.iter().map(span).collect())
-        } else {
-            return Ok(None);
         };
         let draw = Draw { task: "facts", index: 0 };
         let pruned = reader.read(&tokens, draw, &mut Clock::new(i.target.device()))?;
-        work_example(id, &tokens, facts, &pruned, i.tokenizer, i.section).map(Some)
-    }
-
-    fn path(&self, file: &str) -> PathBuf {
-        self.inputs.out.join(file)
+        work_example(id, &tokens, facts, cells, &pruned, i.tokenizer)
     }
 }
 

@@ -6,29 +6,41 @@
 use anyhow::Result;
 use pkv_core::RetentionRatio;
 use pkv_data::{FactContext, FactQuestion};
-use pkv_recipe::{AnswerMatch, EvalSection, MethodName};
+use pkv_recipe::{AnswerMatch, EvalSection};
 use serde::{Deserialize, Serialize};
 
 use crate::answers::{Answer, Asked};
 use crate::asking::{Asking, Question, Said};
-use crate::bootstrap::Bootstrap;
-use crate::cell::Cell;
+use crate::bootstrap::Draws;
+use crate::cell::{Cell, Cells};
+use crate::clock;
+use crate::columns::context_id;
 use crate::context::PrunedContext;
 use crate::forced::Continuation;
-use crate::results::{FactsCell, FactsResults, Timing};
+use crate::results::{FactsCell, FactsResults, Interval, Made, Timing};
+use crate::store::Outcome;
 
 /// What one context says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FactsOutcome {
+    /// [`crate::columns::context_id`].
+    pub context_id: String,
     pub asked: Vec<Asked>,
     /// The full cache's answers, one per question.
     pub full: Vec<Answer>,
     /// Answers of each cell.
-    pub cells: Vec<Vec<Answer>>,
+    pub cells: Cells<Vec<Answer>>,
     pub timings: Vec<Timing>,
 }
 
-/// The section's cells, in the order of [`FactsOutcome::cells`].
+impl Outcome for FactsOutcome {
+    fn add(&mut self, new: Self) {
+        self.cells.add(new.cells);
+        clock::add_all(&mut self.timings, &new.timings);
+    }
+}
+
+/// The section's cells.
 ///
 /// # Errors
 /// A ratio is out of range; a recipe that was checked has none such.
@@ -39,7 +51,7 @@ pub fn cells(section: &EvalSection) -> Result<Vec<Cell>> {
 }
 
 impl Asking<'_> {
-    /// Ask every question of the full cache and of every cell's pruned one; times are left to the caller.
+    /// Ask every question of the full cache and of the pruned one of each of `cells`; times are left to the caller.
     ///
     /// # Errors
     /// The context has no question, or a forward pass fails.
@@ -47,9 +59,9 @@ impl Asking<'_> {
         &self,
         context: &FactContext,
         section: &EvalSection,
+        cells: &[Cell],
         pruned: &PrunedContext,
     ) -> Result<FactsOutcome> {
-        let cells = cells(section)?;
         let questions: Vec<Question> = context
             .questions
             .iter()
@@ -72,57 +84,68 @@ impl Asking<'_> {
             let text = said.text.unwrap_or_else(|| wanted.clone());
             Answer { text, correct, kl: said.kl, flipped: said.flipped, tokens: said.tokens }
         };
-        let rows = self.ask(&questions, &cells, pruned)?.into_iter();
+        let rows = self.ask(&questions, cells, pruned)?.into_iter();
         let mut rows = rows.map(|row| row.into_iter().zip(&context.questions).map(answer).collect());
         let full = rows.next().unwrap_or_default();
         let asked = context
             .questions
             .iter()
             .map(|q| Asked { question: q.question_text.clone(), wanted: q.answer_text.clone() });
-        Ok(FactsOutcome { asked: asked.collect(), full, cells: rows.collect(), timings: Vec::new() })
+        Ok(FactsOutcome {
+            context_id: context_id(&context.tokens),
+            asked: asked.collect(),
+            full,
+            cells: cells.iter().copied().zip(rows).collect(),
+            timings: Vec::new(),
+        })
     }
 }
 
-/// All contexts together.
-///
-/// # Errors
-/// As [`cells`].
+/// All contexts together; each cell over those that have it.
 pub fn summarize(
-    section: &EvalSection,
-    outcomes: &[FactsOutcome],
-    bootstrap: &Bootstrap,
-) -> Result<FactsResults> {
-    let cells = cells(section)?;
-    let total = |f: &dyn Fn(&FactsOutcome) -> f64| outcomes.iter().map(f).collect::<Vec<f64>>();
+    made: Made,
+    answer_match: AnswerMatch,
+    outcomes: &[(usize, FactsOutcome)],
+    draws: &Draws,
+) -> FactsResults {
     let correct = |answers: &[Answer]| answers.iter().filter(|a| a.correct).count() as f64;
-    let questions = total(&|o| o.asked.len() as f64);
-    let tokens = total(&|o| o.full.iter().map(|a| f64::from(a.tokens)).sum());
+    let tokens = |o: &FactsOutcome| o.full.iter().map(|a| f64::from(a.tokens)).sum::<f64>();
+    let all = || outcomes.iter().map(|(_, o)| o);
     let share = |above: &[f64], below: &[f64]| {
-        bootstrap.ratio(above, below).unwrap_or(crate::results::Interval::exact(0.0))
+        draws.of(above.len()).ratio(above, below).unwrap_or(Interval::exact(0.0))
     };
-    let full = total(&|o| correct(&o.full));
-    let of_cell = |i: usize| total(&|o| correct(&o.cells[i]));
-    let results = cells.iter().enumerate().map(|(i, cell)| {
-        let mine = of_cell(i);
-        let kvzip = cells
+    let results = Cell::union(all().flat_map(|o| o.cells.cells())).into_iter().map(|cell| {
+        let mine: Vec<(&FactsOutcome, &Vec<Answer>)> =
+            all().filter_map(|o| Some((o, o.cells.get(&cell)?))).collect();
+        let total = |f: &dyn Fn(&FactsOutcome, &[Answer]) -> f64| -> Vec<f64> {
+            mine.iter().map(|(o, answers)| f(o, answers)).collect()
+        };
+        let tokens = total(&|o, _| tokens(o));
+        let accuracy = total(&|_, a| correct(a));
+        let (of_both, of_kvzip): (Vec<f64>, Vec<f64>) = mine
             .iter()
-            .position(|c| (c.method, c.policy, c.ratio) == (MethodName::KVZIP, cell.policy, cell.ratio));
+            .filter_map(|(o, a)| Some((correct(a), correct(o.cells.get(&cell.of_kvzip())?))))
+            .unzip();
         FactsCell {
             method: cell.method,
             policy: cell.policy,
             ratio: cell.ratio.get(),
-            accuracy: share(&mine, &questions),
-            kl: share(&total(&|o| o.cells[i].iter().map(|a| a.kl).sum()), &tokens),
-            flips: share(&total(&|o| o.cells[i].iter().map(|a| f64::from(a.flipped)).sum()), &tokens),
-            of_kvzip: kvzip.and_then(|k| bootstrap.ratio(&mine, &of_cell(k))),
-            of_full: bootstrap.ratio(&mine, &full),
+            contexts: (mine.len() < outcomes.len()).then_some(mine.len()),
+            accuracy: share(&accuracy, &total(&|o, _| o.asked.len() as f64)),
+            kl: share(&total(&|_, a| a.iter().map(|a| a.kl).sum()), &tokens),
+            flips: share(&total(&|_, a| a.iter().map(|a| f64::from(a.flipped)).sum()), &tokens),
+            of_kvzip: draws.of(of_both.len()).ratio(&of_both, &of_kvzip),
+            of_full: draws.of(mine.len()).ratio(&accuracy, &total(&|o, _| correct(&o.full))),
         }
     });
-    Ok(FactsResults {
+    let full: Vec<f64> = all().map(|o| correct(&o.full)).collect();
+    let questions: Vec<f64> = all().map(|o| o.asked.len() as f64).collect();
+    FactsResults {
         contexts: outcomes.len(),
-        questions: outcomes.iter().map(|o| o.asked.len()).sum(),
-        answer_match: section.answer_match,
+        questions: all().map(|o| o.asked.len()).sum(),
+        answer_match,
         full: share(&full, &questions),
         cells: results.collect(),
-    })
+        made,
+    }
 }

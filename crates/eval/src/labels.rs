@@ -2,7 +2,7 @@
 //!
 //! Dimension key: l layer, h KV head, o layers x KV heads flattened, t position.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
 use pkv_prune::keep_mask;
 use pkv_prune::metrics::{kendall_tau_b, mass, realised_ratio, recall, spearman};
@@ -10,32 +10,34 @@ use pkv_recipe::{EvalSection, MethodName};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::bootstrap::Bootstrap;
-use crate::cell::{Cell, nearest};
+use crate::bootstrap::Draws;
+use crate::cell::{Cell, Cells, nearest};
+use crate::clock;
 use crate::methods::Scored;
-use crate::results::{HeadRecall, LabelCell, LabelResults, MethodHeads, RankCell};
+use crate::results::{HeadRecall, LabelCell, LabelResults, Made, MethodHeads, RankCell, Timing};
+use crate::store::Outcome;
 
 /// Ratio of the heat maps, or the nearest one that is measured.
 const HEAT_MAP_RATIO: f64 = 0.05;
 
-/// What one test example says; orders as in [`Plan`].
+/// What one test example says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LabelOutcome {
+    /// [`crate::columns::context_id`].
+    pub context_id: String,
     positions: u64,
-    cells: Vec<Agreement>,
-    ranks: Vec<Ranks>,
-    /// KV pairs of each head that KVzip keeps, flat.
-    oracle_heads: Vec<u32>,
-    /// Per method, how many of them the method keeps too.
-    method_heads: Vec<Vec<u32>>,
-    /// Per method, how many the method keeps.
-    method_kept: Vec<Vec<u32>>,
+    pub cells: Cells<Agreement>,
+    ranks: Vec<(MethodName, Ranks)>,
+    /// At the policies and ratios of heat maps: KV pairs of each head that KVzip keeps, flat.
+    oracle_heads: Vec<(Policy, RetentionRatio, Vec<u32>)>,
+    heads: Cells<Heads>,
+    pub timings: Vec<Timing>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-struct Agreement {
-    recall: f64,
-    mass: f64,
+pub struct Agreement {
+    pub recall: f64,
+    pub mass: f64,
     realised: f64,
 }
 
@@ -45,19 +47,37 @@ struct Ranks {
     kendall: f64,
 }
 
-/// The cells and heat maps that a section asks for.
-pub struct Plan {
-    methods: Vec<MethodName>,
-    policies: Vec<Policy>,
-    ratios: Vec<RetentionRatio>,
-    heat_map: (Policy, RetentionRatio),
+/// KV pairs of each head, flat.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Heads {
+    /// Those that the method keeps and KVzip too.
+    both: Vec<u32>,
+    /// All that the method keeps.
+    kept: Vec<u32>,
 }
 
-impl LabelOutcome {
-    /// Recall and mass of each cell.
-    pub fn agreement(&self) -> impl Iterator<Item = (f64, f64)> {
-        self.cells.iter().map(|c| (c.recall, c.mass))
+impl Outcome for LabelOutcome {
+    fn add(&mut self, new: Self) {
+        self.cells.add(new.cells);
+        self.heads.add(new.heads);
+        for rank in new.ranks {
+            if self.ranks.iter().all(|(method, _)| *method != rank.0) {
+                self.ranks.push(rank);
+            }
+        }
+        for heads in new.oracle_heads {
+            if self.oracle_heads.iter().all(|(p, r, _)| (*p, *r) != (heads.0, heads.1)) {
+                self.oracle_heads.push(heads);
+            }
+        }
+        clock::add_all(&mut self.timings, &new.timings);
     }
+}
+
+/// The cells and the heat map that a section asks for.
+pub struct Plan {
+    pub cells: Vec<Cell>,
+    heat_map: (Policy, RetentionRatio),
 }
 
 impl Plan {
@@ -69,115 +89,161 @@ impl Plan {
         let policy =
             if section.policies.contains(&Policy::Pair) { Policy::Pair } else { section.policies[0] };
         let heat_map = (policy, nearest(&ratios, HEAT_MAP_RATIO));
-        Ok(Self { methods: section.methods.clone(), policies: section.policies.clone(), ratios, heat_map })
+        Ok(Self { cells: Cell::all(&section.methods, &section.policies, &ratios), heat_map })
     }
 
-    /// Every cell, in the order of an outcome's.
-    pub fn cells(&self) -> Vec<Cell> {
-        Cell::all(&self.methods, &self.policies, &self.ratios)
-    }
-
-    /// Compare every method's scores of one example with its labels.
+    /// Compare the scores of one example with its labels in `cells`.
     ///
     /// # Shapes
-    /// - `scored`: one per method of the section, in its order, `[layers, KV heads, positions]`
+    /// - `scored`: of the cells' methods and maybe others, `[layers, KV heads, positions]`
     /// - `label_lht`: KVzip's raw scores, f32 of the same shape
-    pub fn compare(&self, scored: &[Scored], label_lht: &Tensor) -> Result<LabelOutcome> {
+    ///
+    /// # Errors
+    /// A cell's method did not score.
+    pub fn compare(
+        &self,
+        context_id: String,
+        cells: &[Cell],
+        scored: &[Scored],
+        label_lht: &Tensor,
+    ) -> Result<LabelOutcome> {
         let positions = label_lht.size()[2];
         let label = numbers(label_lht)?;
-        let oracle: Vec<(Policy, RetentionRatio, Tensor, f64)> = self
-            .policies
-            .iter()
-            .flat_map(|&p| self.ratios.iter().map(move |&r| (p, r)))
-            .map(|(p, r)| {
-                let keep = keep_mask(label_lht, p, r);
-                let kept_mass = mass(label_lht, &keep);
-                (p, r, keep, kept_mass)
-            })
-            .collect();
-        let mut cells = Vec::new();
-        let mut ranks = Vec::new();
-        let mut method_heads = Vec::new();
-        let mut method_kept = Vec::new();
-        let mut oracle_heads = Vec::new();
-        for s in scored {
-            for (policy, ratio, oracle_keep, oracle_mass) in &oracle {
-                let keep = keep_mask(&s.scores_lht, *policy, *ratio);
-                let kept_mass = mass(label_lht, &keep);
-                cells.push(Agreement {
-                    recall: recall(&keep, oracle_keep),
-                    mass: if *oracle_mass > 0.0 { kept_mass / oracle_mass } else { 1.0 },
-                    realised: realised_ratio(&keep),
-                });
-                if (*policy, *ratio) == self.heat_map {
-                    oracle_heads = per_head(oracle_keep)?;
-                    method_heads.push(per_head(&keep.logical_and(oracle_keep))?);
-                    method_kept.push(per_head(&keep)?);
+        let of = |method| {
+            let found = scored.iter().find(|s| s.method == method);
+            found.with_context(|| format!("`{method}` has not scored this example"))
+        };
+        let mut oracle: Vec<(Policy, RetentionRatio, Tensor, f64)> = Vec::new();
+        let mut ranks: Vec<(MethodName, Ranks)> = Vec::new();
+        let (mut agreement, mut heads, mut oracle_heads) = (Vec::new(), Vec::new(), Vec::new());
+        for &cell in cells {
+            let at = (cell.policy, cell.ratio);
+            let place = match oracle.iter().position(|(p, r, ..)| (*p, *r) == at) {
+                Some(place) => place,
+                None => {
+                    let keep = keep_mask(label_lht, cell.policy, cell.ratio);
+                    let kept_mass = mass(label_lht, &keep);
+                    if at == self.heat_map {
+                        oracle_heads.push((cell.policy, cell.ratio, per_head(&keep)?));
+                    }
+                    oracle.push((cell.policy, cell.ratio, keep, kept_mass));
+                    oracle.len() - 1
                 }
+            };
+            let (_, _, oracle_keep, oracle_mass) = &oracle[place];
+            let scores_lht = &of(cell.method)?.scores_lht;
+            let keep = keep_mask(scores_lht, cell.policy, cell.ratio);
+            let kept_mass = mass(label_lht, &keep);
+            let found = Agreement {
+                recall: recall(&keep, oracle_keep),
+                mass: if *oracle_mass > 0.0 { kept_mass / oracle_mass } else { 1.0 },
+                realised: realised_ratio(&keep),
+            };
+            agreement.push((cell, found));
+            if at == self.heat_map {
+                let both = per_head(&keep.logical_and(oracle_keep))?;
+                heads.push((cell, Heads { both, kept: per_head(&keep)? }));
             }
-            ranks.push(rank_correlation(&numbers(&s.scores_lht)?, &label, positions as usize));
+            if ranks.iter().all(|(method, _)| *method != cell.method) {
+                let found = rank_correlation(&numbers(scores_lht)?, &label, positions as usize);
+                ranks.push((cell.method, found));
+            }
         }
         Ok(LabelOutcome {
+            context_id,
             positions: positions as u64,
-            cells,
+            cells: agreement.into_iter().collect(),
             ranks,
             oracle_heads,
-            method_heads,
-            method_kept,
+            heads: heads.into_iter().collect(),
+            timings: Vec::new(),
         })
     }
+}
 
-    /// All examples together; `layers` and `kv_heads` give heat maps their form.
-    pub fn summarize(
-        &self,
-        outcomes: &[LabelOutcome],
-        layers: usize,
-        kv_heads: usize,
-        bootstrap: &Bootstrap,
-    ) -> LabelResults {
-        if outcomes.is_empty() {
-            return LabelResults::default();
-        }
-        let over = |f: &dyn Fn(&LabelOutcome) -> f64| outcomes.iter().map(f).collect::<Vec<f64>>();
-        let cells = self.cells().into_iter().enumerate().map(|(i, cell)| LabelCell {
+/// All examples together, each cell over those that have it; `layers` and `kv_heads` give heat maps their form.
+pub fn summarize(
+    made: Made,
+    outcomes: &[(usize, LabelOutcome)],
+    layers: usize,
+    kv_heads: usize,
+    draws: &Draws,
+) -> LabelResults {
+    let all = || outcomes.iter().map(|(_, o)| o);
+    let cells = Cell::union(all().flat_map(|o| o.cells.cells()));
+    let mut methods: Vec<MethodName> = cells.iter().map(|c| c.method).collect();
+    methods.dedup();
+    let cell = |cell: &Cell| {
+        let mine: Vec<&Agreement> = all().filter_map(|o| o.cells.get(cell)).collect();
+        let over = |f: fn(&Agreement) -> f64| mine.iter().map(|a| f(a)).collect::<Vec<f64>>();
+        let draws = draws.of(mine.len());
+        LabelCell {
             method: cell.method,
             policy: cell.policy,
             ratio: cell.ratio.get(),
-            recall: bootstrap.mean(&over(&|o| o.cells[i].recall)),
-            mass: bootstrap.mean(&over(&|o| o.cells[i].mass)),
-            realised: mean(&over(&|o| o.cells[i].realised)),
-        });
-        let ranks = self.methods.iter().enumerate().map(|(i, &method)| RankCell {
-            method,
-            spearman: mean(&over(&|o| o.ranks[i].spearman)),
-            kendall: mean(&over(&|o| o.ranks[i].kendall)),
-        });
-        let positions: u64 = outcomes.iter().map(|o| o.positions).sum();
-        let oracle = sum_heads(outcomes.iter().map(|o| &o.oracle_heads));
-        let heads = self.methods.iter().enumerate().map(|(i, &method)| {
-            let both = sum_heads(outcomes.iter().map(|o| &o.method_heads[i]));
-            let recall = |o: usize| (oracle[o] > 0).then(|| both[o] as f64 / oracle[o] as f64);
-            let kept = sum_heads(outcomes.iter().map(|o| &o.method_kept[i]));
-            let share = |o: usize| kept[o] as f64 / positions as f64;
-            MethodHeads {
-                method,
-                recall: grid(layers, kv_heads, recall),
-                kept: grid(layers, kv_heads, share),
-            }
-        });
-        LabelResults {
-            contexts: outcomes.len(),
-            positions,
-            cells: cells.collect(),
-            ranks: ranks.collect(),
-            heads: Some(HeadRecall {
-                policy: self.heat_map.0,
-                ratio: self.heat_map.1.get(),
-                kvzip_kept: grid(layers, kv_heads, |o| oracle[o] as f64 / positions as f64),
-                methods: heads.collect(),
-            }),
+            contexts: (mine.len() < outcomes.len()).then_some(mine.len()),
+            recall: draws.mean(&over(|a| a.recall)),
+            mass: draws.mean(&over(|a| a.mass)),
+            realised: mean(&over(|a| a.realised)),
         }
+    };
+    let rank = |&method: &MethodName| {
+        let mine: Vec<Ranks> =
+            all().flat_map(|o| &o.ranks).filter(|(m, _)| *m == method).map(|(_, r)| *r).collect();
+        RankCell {
+            method,
+            spearman: mean(&mine.iter().map(|r| r.spearman).collect::<Vec<_>>()),
+            kendall: mean(&mine.iter().map(|r| r.kendall).collect::<Vec<_>>()),
+        }
+    };
+    LabelResults {
+        made,
+        contexts: outcomes.len(),
+        positions: all().map(|o| o.positions).sum(),
+        cells: cells.iter().map(cell).collect(),
+        ranks: methods.iter().map(rank).collect(),
+        heads: head_recall(&all().collect::<Vec<_>>(), layers, kv_heads),
     }
+}
+
+/// The heat maps of the policy and ratio at which most methods have one; of those the ratio nearest to the usual one.
+fn head_recall(outcomes: &[&LabelOutcome], layers: usize, kv_heads: usize) -> Option<HeadRecall> {
+    let cells = Cell::union(outcomes.iter().flat_map(|o| o.heads.cells()));
+    let methods_at =
+        |at: &Cell| cells.iter().filter(|c| (c.policy, c.ratio) == (at.policy, at.ratio)).count();
+    let off = |at: &Cell| (at.ratio.get() / HEAT_MAP_RATIO).ln().abs();
+    let chosen = cells.iter().min_by(|a, b| {
+        let by_ratio = || off(a).total_cmp(&off(b)).then(a.policy.cmp(&b.policy));
+        methods_at(b).cmp(&methods_at(a)).then_with(by_ratio)
+    })?;
+    let oracle = |o: &&LabelOutcome| -> Option<(u64, Vec<u32>)> {
+        let found = o.oracle_heads.iter().find(|(p, r, _)| (*p, *r) == (chosen.policy, chosen.ratio))?;
+        Some((o.positions, found.2.clone()))
+    };
+    let kvzip: Vec<(u64, Vec<u32>)> = outcomes.iter().filter_map(oracle).collect();
+    let positions = |of: &[(u64, Vec<u32>)]| of.iter().map(|(n, _)| *n).sum::<u64>() as f64;
+    let methods = cells.iter().filter(|c| (c.policy, c.ratio) == (chosen.policy, chosen.ratio));
+    let methods = methods.map(|cell| {
+        let mine: Vec<(&Heads, (u64, Vec<u32>))> =
+            outcomes.iter().filter_map(|o| Some((o.heads.get(cell)?, oracle(o)?))).collect();
+        let (mine, kvzip): (Vec<&Heads>, Vec<(u64, Vec<u32>)>) = mine.into_iter().unzip();
+        let both = sum_heads(mine.iter().map(|h| &h.both));
+        let kept = sum_heads(mine.iter().map(|h| &h.kept));
+        let (oracle, positions) = (sum_heads(kvzip.iter().map(|k| &k.1)), positions(&kvzip));
+        let recall = |o: usize| (oracle[o] > 0).then(|| both[o] as f64 / oracle[o] as f64);
+        MethodHeads {
+            method: cell.method,
+            recall: grid(layers, kv_heads, recall),
+            kept: grid(layers, kv_heads, |o| kept[o] as f64 / positions),
+        }
+    });
+    let (oracle, positions) = (sum_heads(kvzip.iter().map(|k| &k.1)), positions(&kvzip));
+    Some(HeadRecall {
+        policy: chosen.policy,
+        ratio: chosen.ratio.get(),
+        kvzip_kept: grid(layers, kv_heads, |o| oracle[o] as f64 / positions),
+        methods: methods.collect(),
+    })
 }
 
 /// Mean over heads of `positions` numbers each; heads are shared out to all cores, because Kendall's
@@ -248,8 +314,13 @@ mod tests {
             Scored { method: MethodName::RANDOM, scores_lht: -&label },
         ];
         let plan = Plan::new(&section()).unwrap();
-        let outcome = plan.compare(&scored, &label).unwrap();
-        let results = plan.summarize(&[outcome.clone(), outcome], 2, 1, &Bootstrap::new(2, 50, Seed(1)));
+        let outcome = plan.compare("a".to_owned(), &plan.cells, &scored, &label).unwrap();
+        // Measured in two parts, it is the same.
+        let mut parts = plan.compare("a".to_owned(), &plan.cells[..3], &scored, &label).unwrap();
+        parts.add(plan.compare("a".to_owned(), &plan.cells[3..], &scored, &label).unwrap());
+        assert_eq!(parts, outcome);
+        let draws = Draws::new(50, Seed(1));
+        let results = summarize(Made::default(), &[(0, outcome), (1, parts)], 2, 1, &draws);
         assert_eq!((results.contexts, results.positions), (2, 8));
         for policy in [Policy::Pair, Policy::Token] {
             for ratio in [0.5, 0.25] {

@@ -11,6 +11,7 @@
 
 mod agreement;
 mod answers;
+mod asked;
 mod asking;
 mod bench;
 mod bootstrap;
@@ -22,6 +23,7 @@ mod context;
 mod evaluate;
 mod facts;
 mod forced;
+mod gather;
 mod kept;
 mod labels;
 pub mod methods;
@@ -33,11 +35,12 @@ pub mod table;
 mod worked;
 
 pub use agreement::AGREEMENT_FILE;
+pub use asked::{Asked, CONTEXTS_FOLDER};
 pub use bench::{Benchmark, MakeExample};
-pub use evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE, evaluate, is_complete};
+pub use evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE, evaluate};
 pub use kept::kept_sets;
 pub use results::{
     BenchmarkCell, BenchmarkResults, FactSpan, FactsCell, FactsResults, HeadRecall, Interval, KeptCounts,
-    LabelCell, LabelResults, MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults,
+    LabelCell, LabelResults, Made, MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults,
     RESULTS_VERSION, RankCell, Results, Timing, WorkedExample,
 };

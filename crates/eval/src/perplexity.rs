@@ -6,22 +6,29 @@
 
 use anyhow::Result;
 use pkv_lm::LanguageModel;
-use pkv_recipe::EvalSection;
 use serde::{Deserialize, Serialize};
 
-use crate::bootstrap::Bootstrap;
-use crate::cell::Cell;
+use crate::bootstrap::Draws;
+use crate::cell::{Cell, Cells};
+use crate::clock;
 use crate::context::{PrunedContext, forward_bytes};
 use crate::forced::{Batch, Continuation, surprisal};
-use crate::results::{PerplexityCell, PerplexityResults, Timing};
+use crate::results::{Made, PerplexityCell, PerplexityResults, Timing};
+use crate::store::Outcome;
 
 /// What one test example says: nats per token.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PerplexityOutcome {
     pub full: f64,
-    /// One per cell.
-    pub cells: Vec<f64>,
+    pub cells: Cells<f64>,
     pub timings: Vec<Timing>,
+}
+
+impl Outcome for PerplexityOutcome {
+    fn add(&mut self, new: Self) {
+        self.cells.add(new.cells);
+        clock::add_all(&mut self.timings, &new.timings);
+    }
 }
 
 /// The context and the continuation of an example; `None` if it is too short to have both.
@@ -32,7 +39,7 @@ pub fn split(tokens: &[u32], continuation_tokens: usize) -> Option<(&[u32], &[u3
     (tokens.len() >= 2 * held_out).then(|| tokens.split_at(tokens.len() - held_out))
 }
 
-/// Nats per token of `continuation` behind the full cache and behind each cell's pruned one.
+/// Nats per token of `continuation` behind the full cache and behind each cell's pruned one; times are left to the caller.
 ///
 /// # Errors
 /// A forward pass fails.
@@ -41,7 +48,7 @@ pub fn read(
     continuation: &[u32],
     pruned: &PrunedContext,
     cells: &[Cell],
-) -> Result<(f64, Vec<f64>)> {
+) -> Result<PerplexityOutcome> {
     let (first, rest) = continuation.split_at(1);
     let continuation = Continuation { prompt: first.to_vec(), wanted: rest.to_vec() };
     let batch = Batch::new(&[continuation], target.device())?;
@@ -54,29 +61,38 @@ pub fn read(
         let log_probs = batch.log_probs(target, &pruned.cache, Some(&keep_nlhk))?;
         out.extend(surprisal(&log_probs, batch.wanted())?.iter().map(mean));
     }
-    Ok((mean(&full[0]), out))
+    let cells = cells.iter().copied().zip(out).collect();
+    Ok(PerplexityOutcome { full: mean(&full[0]), cells, timings: Vec::new() })
 }
 
-/// All examples together.
+/// All examples together; each cell over those that have it.
 pub fn summarize(
-    section: &EvalSection,
-    cells: &[Cell],
+    made: Made,
+    continuation_tokens: usize,
     outcomes: &[PerplexityOutcome],
-    bootstrap: &Bootstrap,
+    draws: &Draws,
 ) -> PerplexityResults {
-    let over = |f: &dyn Fn(&PerplexityOutcome) -> f64| outcomes.iter().map(f).collect::<Vec<f64>>();
-    let cell = |(i, cell): (usize, &Cell)| PerplexityCell {
-        method: cell.method,
-        policy: cell.policy,
-        ratio: cell.ratio.get(),
-        nll: bootstrap.mean(&over(&|o| o.cells[i])),
-        excess: bootstrap.mean(&over(&|o| o.cells[i] - o.full)),
+    let cell = |cell: Cell| {
+        let mine: Vec<(f64, f64)> =
+            outcomes.iter().filter_map(|o| Some((*o.cells.get(&cell)?, o.full))).collect();
+        let over = |f: fn(&(f64, f64)) -> f64| mine.iter().map(f).collect::<Vec<f64>>();
+        let draws = draws.of(mine.len());
+        PerplexityCell {
+            method: cell.method,
+            policy: cell.policy,
+            ratio: cell.ratio.get(),
+            contexts: (mine.len() < outcomes.len()).then_some(mine.len()),
+            nll: draws.mean(&over(|(nll, _)| *nll)),
+            excess: draws.mean(&over(|(nll, full)| nll - full)),
+        }
     };
+    let full: Vec<f64> = outcomes.iter().map(|o| o.full).collect();
     PerplexityResults {
+        made,
         contexts: outcomes.len(),
-        continuation_tokens: section.continuation_tokens.max(2) - 1,
-        full: bootstrap.mean(&over(&|o| o.full)),
-        cells: cells.iter().enumerate().map(cell).collect(),
+        continuation_tokens: continuation_tokens.max(2) - 1,
+        full: draws.of(full.len()).mean(&full),
+        cells: Cell::union(outcomes.iter().flat_map(|o| o.cells.cells())).into_iter().map(cell).collect(),
     }
 }
 

@@ -58,6 +58,18 @@ pub struct MethodNote {
     pub note: String,
 }
 
+/// What a task's numbers were made with.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Made {
+    /// Hash of every choice that they depend on; empty in results of earlier versions.
+    pub fingerprint: String,
+    /// `YYYY-MM-DD` of the last addition, UTC.
+    pub measured: String,
+    /// Cells of single contexts that they sum up.
+    pub outcomes: usize,
+}
+
 /// A mean over contexts with its bootstrap 95% interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
@@ -69,11 +81,13 @@ pub struct Interval {
 /// Agreement with KVzip's raw scores.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LabelResults {
+    #[serde(flatten)]
+    pub made: Made,
     /// Test examples.
     pub contexts: usize,
     /// Positions in them.
     pub positions: u64,
-    /// Per method, policy and retention ratio, in the recipe's order.
+    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
     pub cells: Vec<LabelCell>,
     /// Per method.
     pub ranks: Vec<RankCell>,
@@ -86,6 +100,9 @@ pub struct LabelCell {
     pub method: MethodName,
     pub policy: Policy,
     pub ratio: f64,
+    /// Contexts that it was measured on, where these are not all of the task's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contexts: Option<usize>,
     /// |kept by the method and by KVzip| / |kept by KVzip|.
     pub recall: Interval,
     /// Score mass that the method keeps / score mass that KVzip keeps. Above 1 is possible where KVzip
@@ -127,13 +144,15 @@ pub struct MethodHeads {
 /// Planted facts asked of a pruned cache; several questions per context, unknown while pruning.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FactsResults {
+    #[serde(flatten)]
+    pub made: Made,
     pub contexts: usize,
     pub questions: usize,
     /// When an answer counted.
     pub answer_match: AnswerMatch,
     /// Share of questions that the full cache answers.
     pub full: Interval,
-    /// Per method, policy and retention ratio, in the recipe's order.
+    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
     pub cells: Vec<FactsCell>,
 }
 
@@ -142,6 +161,9 @@ pub struct FactsCell {
     pub method: MethodName,
     pub policy: Policy,
     pub ratio: f64,
+    /// Contexts that it was measured on, where these are not all of the task's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contexts: Option<usize>,
     /// Share of questions answered.
     pub accuracy: Interval,
     /// KL(full || pruned) of the answer tokens' distributions, nats per token.
@@ -157,6 +179,8 @@ pub struct FactsCell {
 /// One task of a standard benchmark, asked of a pruned cache.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BenchmarkResults {
+    #[serde(flatten)]
+    pub made: Made,
     /// `ruler`, `longbench` or `scbench`.
     pub suite: String,
     /// The task; where one mixes several kinds of question, `task/kind`.
@@ -168,7 +192,7 @@ pub struct BenchmarkResults {
     pub cut: usize,
     /// Score of the full cache by the task's own metric, in [0, 1].
     pub full: Interval,
-    /// Per method, policy and retention ratio, in the recipe's order.
+    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
     pub cells: Vec<BenchmarkCell>,
 }
 
@@ -177,6 +201,9 @@ pub struct BenchmarkCell {
     pub method: MethodName,
     pub policy: Policy,
     pub ratio: f64,
+    /// Contexts that it was measured on, where these are not all of the task's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contexts: Option<usize>,
     /// By the task's own metric, in [0, 1].
     pub score: Interval,
     /// KL(full || pruned) along the full cache's answer, nats per token.
@@ -192,12 +219,14 @@ pub struct BenchmarkCell {
 /// The document's own continuation after a pruned context.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PerplexityResults {
+    #[serde(flatten)]
+    pub made: Made,
     pub contexts: usize,
     /// Tokens of each continuation.
     pub continuation_tokens: usize,
     /// Nats per token with the full cache.
     pub full: Interval,
-    /// Per method, policy and retention ratio, in the recipe's order.
+    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
     pub cells: Vec<PerplexityCell>,
 }
 
@@ -206,6 +235,9 @@ pub struct PerplexityCell {
     pub method: MethodName,
     pub policy: Policy,
     pub ratio: f64,
+    /// Contexts that it was measured on, where these are not all of the task's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contexts: Option<usize>,
     /// Nats per token.
     pub nll: Interval,
     /// Nats per token above the full cache's, context by context.
@@ -288,6 +320,21 @@ impl Results {
         write_file(path, text.as_bytes(), &WriteBudget::from_env()).map(drop)
     }
 
+    /// What each task was made with, by its name in `answers.parquet`; the labels' is `labels`.
+    pub fn made(&self) -> Vec<(String, &Made)> {
+        let mut all = vec![("labels".to_owned(), &self.labels.made)];
+        all.extend(self.facts.iter().map(|f| ("facts".to_owned(), &f.made)));
+        all.extend(self.perplexity.iter().map(|p| ("perplexity".to_owned(), &p.made)));
+        for b in &self.benchmarks {
+            let task = b.task.split('/').next().unwrap_or_default();
+            let name = format!("{}.{task}", b.suite);
+            if all.last().is_none_or(|(last, _)| *last != name) {
+                all.push((name, &b.made));
+            }
+        }
+        all
+    }
+
     /// What a reader must know about `method`, if anything.
     pub fn note(&self, method: MethodName) -> Option<&str> {
         self.notes.iter().find(|n| n.method == method).map(|n| n.note.as_str())
@@ -365,12 +412,14 @@ mod tests {
                 note: "from `max_all`".to_owned(),
             }],
             labels: LabelResults {
+                made: Made { fingerprint: "a".to_owned(), measured: "2026-01-31".to_owned(), outcomes: 1 },
                 contexts: 1,
                 positions: 9,
                 cells: vec![LabelCell {
                     method: MethodName::MAPPER,
                     policy: Policy::PairUniform,
                     ratio: 0.05,
+                    contexts: None,
                     recall: Interval { mean: 0.5, low: 0.4, high: 0.6 },
                     mass: Interval::exact(0.9),
                     realised: 0.05,

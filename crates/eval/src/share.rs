@@ -4,97 +4,115 @@ use std::time::Duration;
 
 use anyhow::Result;
 use pkv_core::Progress;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 
-use crate::store::ContextStore;
+use crate::cell::Cell;
+use crate::store::{Outcome, TaskStore};
 
 /// How long to wait for other processes before looking again.
 const PAUSE: Duration = Duration::from_millis(300);
 
-/// The outcomes of contexts `0..n` of `task`, in order: those that are stored, those that others compute, and the
-/// rest from `make`. `advance` is told of each outcome once.
+/// Have every one of the cells `asked` in contexts `0..n` of a task: those that are stored, those that others compute,
+/// and the rest from `make`, which gets a context's index and the cells that it lacks. Progress counts each context once.
 ///
 /// # Errors
 /// `make` or `check_stop` fail, or the store.
-pub fn share<T: Serialize + DeserializeOwned>(
-    store: &ContextStore,
-    task: &str,
+pub fn share<T: Outcome>(
+    task: &TaskStore,
     n: usize,
+    asked: &[Cell],
     progress: &dyn Progress,
     check_stop: &dyn Fn() -> Result<()>,
-    mut make: impl FnMut(usize) -> Result<T>,
-) -> Result<Vec<T>> {
-    let mut outcomes: Vec<Option<T>> = (0..n).map(|_| None).collect();
-    loop {
-        let (mut elsewhere, mut worked) = (0, false);
-        for (index, slot) in outcomes.iter_mut().enumerate() {
-            if slot.is_some() {
-                continue;
-            }
-            *slot = store.get(task, index);
-            if slot.is_none() {
-                let Some(_claim) = store.claim(task, index)? else {
-                    elsewhere += 1;
+    mut make: impl FnMut(usize, &[Cell]) -> Result<T>,
+) -> Result<()> {
+    let mut pending: Vec<usize> = (0..n).collect();
+    while !pending.is_empty() {
+        let (mut elsewhere, mut worked) = (Vec::new(), false);
+        for index in pending {
+            if !task.missing(index, asked).is_empty() {
+                let Some(_claim) = task.claim(index)? else {
+                    elsewhere.push(index);
                     continue;
                 };
-                // Who held the claim before may have stored it.
-                *slot = match store.get(task, index) {
-                    Some(outcome) => Some(outcome),
-                    None => Some(store.put(task, index, make(index)?)?),
-                };
+                // Who held the claim before may have stored them.
+                let missing = task.missing(index, asked);
+                if !missing.is_empty() {
+                    task.add(index, make(index, &missing)?)?;
+                }
                 worked = true;
             }
             progress.advance(1);
             check_stop()?;
         }
-        if elsewhere == 0 {
-            return Ok(outcomes.into_iter().flatten().collect());
-        }
-        if !worked {
+        if !worked && !elsewhere.is_empty() {
             check_stop()?;
             std::thread::sleep(PAUSE);
         }
+        pending = elsewhere;
     }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::path::Path;
+    use std::sync::Mutex;
 
     use pkv_core::NoProgress;
+    use pkv_recipe::MethodName;
 
     use super::*;
+    use crate::store::tests::{Plain, cell, plain, task};
 
     #[test]
-    fn workers_share_the_contexts_and_all_get_all_of_them() {
+    fn workers_share_the_contexts_and_their_cells_add_up() {
         let dir = tempfile::tempdir().unwrap();
-        let made = AtomicUsize::new(0);
-        let work = || {
-            let store = ContextStore::open(dir.path().join("c"), "f".to_owned()).unwrap();
-            share(&store, "t", 20, &NoProgress, &|| Ok(()), |i| {
-                made.fetch_add(1, Ordering::Relaxed);
+        let made = Mutex::new(Vec::new());
+        let work = |method: MethodName| {
+            let (_store, task) = task(dir.path(), "f");
+            share(&task, 20, &[cell(method)], &NoProgress, &|| Ok(()), |i, missing| {
+                assert_eq!(missing, [cell(method)]);
+                made.lock().unwrap().push((i, method.name()));
                 std::thread::sleep(Duration::from_millis(5));
-                Ok(i * i)
+                Ok(plain(method, i as f64))
             })
-            .unwrap()
+            .unwrap();
         };
         std::thread::scope(|s| {
-            let workers: Vec<_> = (0..3).map(|_| s.spawn(work)).collect();
-            for worker in workers {
-                assert_eq!(worker.join().unwrap(), (0..20).map(|i| i * i).collect::<Vec<_>>());
+            for method in [MethodName::MAPPER, MethodName::RANDOM, MethodName::MAPPER] {
+                s.spawn(move || work(method));
             }
         });
-        assert_eq!(made.load(Ordering::Relaxed), 20, "nothing was done twice");
+        let mut made = made.into_inner().unwrap();
+        made.sort_unstable();
+        let once = made.len();
+        made.dedup();
+        assert_eq!(
+            (once, made.len()),
+            (40, 40),
+            "each cell of each context was made, and nothing was done twice"
+        );
+        let (_store, task) = task(dir.path(), "f");
+        for (i, outcome) in task.outcomes::<Plain>().all {
+            for method in [MethodName::MAPPER, MethodName::RANDOM] {
+                assert_eq!(outcome.cells.get(&cell(method)), Some(&(i as f64)));
+            }
+        }
     }
 
     #[test]
     fn a_claim_ends_with_the_failure_of_its_holder() {
         let dir = tempfile::tempdir().unwrap();
-        let store = ContextStore::open(dir.path().join("c"), "f".to_owned()).unwrap();
-        let all =
-            |make: &dyn Fn(usize) -> Result<usize>| share(&store, "t", 3, &NoProgress, &|| Ok(()), make);
-        assert!(all(&|i| if i == 1 { anyhow::bail!("no") } else { Ok(i) }).is_err());
-        assert_eq!(all(&|i| Ok(10 + i)).unwrap(), [0, 11, 12], "what was done is kept");
+        let all = |dir: &Path, make: &dyn Fn(usize) -> Result<f64>| {
+            let (_store, task) = task(dir, "f");
+            let asked = [cell(MethodName::MAPPER)];
+            share(&task, 3, &asked, &NoProgress, &|| Ok(()), |i, _| Ok(plain(MethodName::MAPPER, make(i)?)))
+        };
+        assert!(all(dir.path(), &|i| if i == 1 { anyhow::bail!("no") } else { Ok(i as f64) }).is_err());
+        all(dir.path(), &|i| Ok(10.0 + i as f64)).unwrap();
+        let (_store, task) = task(dir.path(), "f");
+        let found = task.outcomes::<Plain>().all;
+        let found: Vec<_> =
+            found.iter().map(|(_, o)| o.cells.get(&cell(MethodName::MAPPER)).copied()).collect();
+        assert_eq!(found, [Some(0.0), Some(11.0), Some(12.0)], "what was done is kept");
     }
 }

@@ -408,6 +408,7 @@ mod tests {
     #[test]
     fn tasks_stand_side_by_side_with_their_mean() {
         let cell = |method, score: f64| pkv_eval::BenchmarkCell {
+            contexts: None,
             method,
             policy: Policy::Pair,
             ratio: 0.05,
@@ -418,6 +419,7 @@ mod tests {
             of_full: None,
         };
         let task = |task: &str, mapper: f64| BenchmarkResults {
+            made: Default::default(),
             suite: "ruler".to_owned(),
             task: task.to_owned(),
             contexts: 5,

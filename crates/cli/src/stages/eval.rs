@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use pkv_checkpoint::write_tensors;
-use pkv_core::{Fingerprint, Source, Split};
+use pkv_core::{Fingerprint, Source, Split, sha256_hex};
 use pkv_data::{FactContext, fact_contexts};
-use pkv_eval::{EvalInputs, RESULTS_FILE, Results};
-use pkv_recipe::{EvalSection, Task};
+use pkv_eval::{Asked, EvalInputs, RESULTS_FILE, Results};
+use pkv_recipe::Task;
 use pkv_shard::durable::WriteBudget;
 use pkv_shard::{Example, StageReader};
 use serde_json::json;
+use tch::{Device, Kind};
 
 use super::{Outcome, prepare, train};
 use crate::benchmarks::Material;
@@ -31,7 +32,7 @@ pub struct EvalOptions {
 }
 
 /// Where the results go: an export's beside the checkpoint's.
-fn folder(s: &Session, options: &EvalOptions) -> PathBuf {
+pub fn folder(s: &Session, options: &EvalOptions) -> PathBuf {
     if options.mapper.is_some() { s.run.root().join("eval-export") } else { s.run.eval() }
 }
 
@@ -47,13 +48,22 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     let count = |text: &str| Ok(tokenizer.encode(text)?.len());
     let benchmarks = material.benchmarks(s, tokenizer, &count)?;
     let identities: Vec<&str> = benchmarks.iter().map(|b| b.identity.as_str()).collect();
-    let fingerprint = fingerprint(s, &trained, &s.recipe.eval).with("benchmarks", identities);
-    let complete = pkv_eval::is_complete(&out, &fingerprint);
-    let skipped = format!("results of the {} match the recipe", trained.source);
+    let fingerprint = fingerprint(s, &trained).with("benchmarks", identities);
+    let base = base(s, &upstream, &trained)?;
+    let test = test_examples(s)?;
+    let contexts = contexts(s, &upstream, &test)?;
+    let asked = Asked {
+        section: &s.recipe.eval,
+        base: &base,
+        test_examples: test.len(),
+        fact_contexts: contexts.len(),
+        benchmarks: &benchmarks,
+    };
+    let complete = asked.is_complete(&out, &fingerprint)?;
+    let skipped = format!("everything asked for was measured with the {}", trained.source);
     if complete && options.kept.is_none() {
         return Ok(Outcome::Skipped(skipped));
     }
-    let contexts = contexts(s, &upstream)?;
     let target = upstream.target.load(s)?;
     let reads_proxy = s.recipe.extract.from.contains(&Source::Proxy);
     let proxy = reads_proxy.then(|| upstream.proxy.load(s)).transpose()?;
@@ -79,9 +89,10 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         pool: trained.pool,
         seed: s.recipe.seed,
         fingerprint,
-        context_fingerprint: context_fingerprint(s, &trained),
+        base: base.clone(),
         out: &out,
         check_stop: &|| s.check_stop(),
+        warn: &|text| tracing::warn!("{text}"),
     };
     let results = if complete { None } else { Some(pkv_eval::evaluate(&inputs, &s.bar)?) };
     if let Some(n) = options.kept {
@@ -98,42 +109,47 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     })))
 }
 
-/// The results' choices: the mapper, the recipe's `eval`, the step it was taken at.
-fn fingerprint(s: &Session, trained: &Trained, eval: &EvalSection) -> Fingerprint {
+/// All choices of this call: the mapper, the recipe's `eval`, the step it was taken at.
+fn fingerprint(s: &Session, trained: &Trained) -> Fingerprint {
     let fingerprint = Fingerprint::new()
         .with("mapper", &trained.fingerprint)
         .with("step", trained.step)
-        .with("eval", eval)
+        .with("eval", &s.recipe.eval)
         .with("seed", s.recipe.seed)
         .with("source", &trained.source);
     prepare::with_places(fingerprint, &s.recipe)
 }
 
-/// The choices of a single context: not which tasks there are, how many contexts, how they are summed up.
-fn context_fingerprint(s: &Session, trained: &Trained) -> Fingerprint {
-    let defaults = EvalSection::default();
-    let eval = EvalSection {
-        tasks: Vec::new(),
-        contexts: 0,
-        bootstrap: 0,
-        benchmark: defaults.benchmark,
-        ..s.recipe.eval.clone()
-    };
-    fingerprint(s, trained, &eval)
+/// What the numbers of every task depend on: the mapper's weights, the stages that were read, the seed.
+fn base(s: &Session, upstream: &train::Upstream, trained: &Trained) -> Result<Fingerprint> {
+    let mut weights = Vec::new();
+    for (name, tensor) in trained.mapper.parameters().iter().chain(&trained.mapper.buffers()) {
+        let flat = tensor.to_kind(Kind::Double).to_device(Device::Cpu).contiguous().view(-1);
+        let numbers = Vec::<f64>::try_from(flat).with_context(|| format!("cannot read `{name}`"))?;
+        weights.extend(name.bytes());
+        weights.extend(numbers.iter().flat_map(|x| x.to_le_bytes()));
+    }
+    let fingerprint = Fingerprint::new()
+        .with("mapper", &trained.fingerprint)
+        .with("step", trained.step)
+        .with("weights", sha256_hex(&weights))
+        .with("stages", &upstream.fingerprint)
+        .with("seed", s.recipe.seed);
+    Ok(prepare::with_places(fingerprint, &s.recipe))
+}
+
+fn test_examples(s: &Session) -> Result<Vec<Example>> {
+    let reader = StageReader::<Example>::open(&s.run.examples())?;
+    reader.iter().filter(|e| e.as_ref().map_or(true, |e| e.split == Split::Test)).collect()
 }
 
 /// Contexts with planted facts, from the documents of the test split.
-fn contexts(s: &Session, upstream: &train::Upstream) -> Result<Vec<FactContext>> {
+fn contexts(s: &Session, upstream: &train::Upstream, test: &[Example]) -> Result<Vec<FactContext>> {
     if !s.recipe.eval.tasks.contains(&Task::Facts) {
         return Ok(Vec::new());
     }
-    let reader = StageReader::<Example>::open(&s.run.examples())?;
-    let test = reader
-        .iter()
-        .filter(|e| e.as_ref().map_or(true, |e| e.split == Split::Test))
-        .collect::<Result<Vec<_>>>()?;
     fact_contexts(
-        &test,
+        test,
         &pkv_data::word_lists(&s.manifest)?,
         &s.recipe.eval,
         s.recipe.facts.place,

@@ -22,6 +22,7 @@ type Right = [usize; 2];
 fn results(target: &str) -> Results {
     let exact = Interval::exact(0.5);
     let label = |ratio| LabelCell {
+        contexts: None,
         method: MethodName::MAPPER,
         policy: Policy::Pair,
         ratio,
@@ -30,6 +31,7 @@ fn results(target: &str) -> Results {
         realised: ratio,
     };
     let fact = |ratio| FactsCell {
+        contexts: None,
         method: MethodName::MAPPER,
         policy: Policy::Pair,
         ratio,
@@ -48,6 +50,7 @@ fn results(target: &str) -> Results {
         proxy: ModelName { name: "p".to_owned(), layers: 1, kv_heads: 1 },
         notes: Vec::new(),
         labels: LabelResults {
+            made: Default::default(),
             contexts: 7,
             cells: RATIOS.map(label).to_vec(),
             heads: Some(HeadRecall {
@@ -63,6 +66,7 @@ fn results(target: &str) -> Results {
             ..LabelResults::default()
         },
         facts: Some(FactsResults {
+            made: Default::default(),
             contexts: 7,
             questions: 28,
             answer_match: Default::default(),

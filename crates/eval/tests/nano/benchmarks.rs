@@ -80,7 +80,6 @@ fn benchmarks_are_answered_from_the_same_caches_and_continued() {
         let mut inputs = nano.inputs(&stages, &[], &out);
         inputs.benchmarks = &benchmarks;
         inputs.fingerprint = Fingerprint::new().with("n", n);
-        inputs.context_fingerprint = Fingerprint::new();
         evaluate(&inputs, &NoProgress).unwrap()
     };
     let results = run(2);

@@ -3,8 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
-use pkv_core::{NoProgress, Policy};
-use pkv_eval::{AGREEMENT_FILE, ANSWERS_FILE, RESULTS_FILE, Results, evaluate, is_complete, methods, table};
+use pkv_core::{Fingerprint, NoProgress, Policy};
+use pkv_eval::{
+    AGREEMENT_FILE, ANSWERS_FILE, CONTEXTS_FOLDER, EvalInputs, RESULTS_FILE, Results, evaluate, methods,
+    table,
+};
 use pkv_recipe::{EvalSection, MethodName, Task};
 
 use crate::fixture::Nano;
@@ -16,17 +19,20 @@ fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() 
     let out = nano.stage("eval");
     let stages = nano.stages();
     let inputs = nano.inputs(&stages, &nano.contexts, &out);
-    assert!(!is_complete(&out, &inputs.fingerprint));
+    let is_complete =
+        |inputs: &EvalInputs| Nano::asked(inputs).is_complete(&out, &inputs.fingerprint).unwrap();
+    assert!(!is_complete(&inputs));
     let results = evaluate(&inputs, &NoProgress).unwrap();
 
     // What is on disk is what was returned, and nothing else stays.
-    assert!(is_complete(&out, &inputs.fingerprint));
-    assert!(!is_complete(&out, &pkv_core::Fingerprint::new()));
+    assert!(is_complete(&inputs));
+    let other = EvalInputs { base: Fingerprint::new(), ..nano.inputs(&stages, &nano.contexts, &out) };
+    assert!(!is_complete(&other));
     assert!(Results::read(&out.join(RESULTS_FILE)).unwrap() == results, "read back, the results differ");
     let mut files: Vec<_> =
         std::fs::read_dir(&out).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
     files.sort();
-    assert_eq!(files, [AGREEMENT_FILE, ANSWERS_FILE, RESULTS_FILE, "scorers"]);
+    assert_eq!(files, [AGREEMENT_FILE, ANSWERS_FILE, CONTEXTS_FOLDER, RESULTS_FILE, "scorers"]);
 
     let facts = results.facts.as_ref().unwrap();
     assert_eq!((facts.contexts, facts.questions), (6, 18));

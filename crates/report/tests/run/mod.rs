@@ -101,6 +101,7 @@ pub fn results() -> Results {
                         3.0 * p as f64 * (1.0 - recall[i] / 110.0)
                     };
                 labels.cells.push(LabelCell {
+                    contexts: None,
                     method,
                     policy,
                     ratio,
@@ -115,6 +116,7 @@ pub fn results() -> Results {
             let half = 1.96 * (share * (1.0 - share) / 300.0).sqrt();
             let accuracy = around(answers[i], half);
             facts.push(FactsCell {
+                contexts: None,
                 method,
                 policy: Policy::Pair,
                 ratio,
@@ -134,6 +136,7 @@ pub fn results() -> Results {
             });
             let excess = 0.9 * (1.0 - recall[i + 2] / 100.0) * (1.0 + 0.05 / ratio);
             perplexity.push(PerplexityCell {
+                contexts: None,
                 method,
                 policy: Policy::Pair,
                 ratio,
@@ -161,6 +164,7 @@ pub fn results() -> Results {
         }],
         labels,
         facts: Some(FactsResults {
+            made: Default::default(),
             contexts: 60,
             questions: 480,
             answer_match: AnswerMatch::default(),
@@ -168,6 +172,7 @@ pub fn results() -> Results {
             cells: facts,
         }),
         perplexity: Some(PerplexityResults {
+            made: Default::default(),
             contexts: 60,
             continuation_tokens: 64,
             full: Interval { mean: 1.5, low: 1.4, high: 1.6 },

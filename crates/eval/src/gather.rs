@@ -1,0 +1,304 @@
+//! From the store to `results.json` and its tables: everything that was measured with the choices of one evaluation.
+//!
+//! Tasks that this evaluation asks for come with its own settings; other tasks of the same mapper come with the settings
+//! that they were last measured with. Results that were made with other choices are set aside, never mixed in and never
+//! removed.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use pkv_core::{ModelShape, sha256_hex};
+use pkv_recipe::AnswerMatch;
+use pkv_shard::durable::{WriteBudget, write_file};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::agreement::{self, AGREEMENT_FILE};
+use crate::answers::AnswerTable;
+use crate::asked::AskedTask;
+use crate::bench::BenchOutcome;
+use crate::bootstrap::Draws;
+use crate::cell::Cell;
+use crate::evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE};
+use crate::facts::FactsOutcome;
+use crate::labels::LabelOutcome;
+use crate::perplexity::PerplexityOutcome;
+use crate::results::{Made, MethodNote, ModelName, RESULTS_VERSION, Results, Timing};
+use crate::store::{About, ContextStore, Identity, Outcome, Outcomes};
+use crate::worked::ExampleOutcome;
+use crate::{bench, clock, facts, labels, perplexity, worked};
+
+/// The order of benchmarks in results.
+const SUITES: [&str; 3] = ["ruler", "longbench", "scbench"];
+
+/// How the methods were made ready.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MethodsOutcome {
+    pub notes: Vec<MethodNote>,
+    pub timings: Vec<Timing>,
+}
+
+impl Outcome for MethodsOutcome {
+    fn add(&mut self, new: Self) {
+        for note in new.notes {
+            if self.notes.iter().all(|n| n.method != note.method) {
+                self.notes.push(note);
+            }
+        }
+        clock::add_all(&mut self.timings, &new.timings);
+    }
+}
+
+/// Sum up the store, set aside what was made with other choices, and write results and tables; one process at a time.
+///
+/// # Errors
+/// The folder cannot be written to.
+pub fn publish(inputs: &EvalInputs, asked: &[AskedTask], store: &ContextStore) -> Result<Results> {
+    let _claim = store.publishing()?;
+    let path = |file: &str| inputs.out.join(file);
+    let before = path(RESULTS_FILE).exists().then(|| Results::read(&path(RESULTS_FILE)));
+    let known = before.as_ref().and_then(|b| b.as_ref().ok());
+    let mut gathered = Gathered::new(inputs);
+    for identity in chosen(inputs, asked, store, known) {
+        gathered.add(identity, store)?;
+    }
+    if let Some(before) = &before {
+        if let Some(warning) = set_aside(inputs.out, before, &gathered.results)? {
+            (inputs.warn)(&warning);
+        }
+    }
+    if gathered.answers.is_empty() {
+        remove_if_there(&path(ANSWERS_FILE))?;
+    } else {
+        gathered.answers.write(&path(ANSWERS_FILE))?;
+    }
+    agreement::write(&path(AGREEMENT_FILE), &gathered.labels)?;
+    gathered.results.write(&path(RESULTS_FILE))?;
+    Ok(gathered.results)
+}
+
+/// The tasks that belong into the results, in their order.
+fn chosen(
+    inputs: &EvalInputs,
+    asked: &[AskedTask],
+    store: &ContextStore,
+    before: Option<&Results>,
+) -> Vec<Identity> {
+    let base = inputs.base.hash();
+    let mut all: Vec<Identity> = asked.iter().map(|a| a.identity.clone()).collect();
+    let named = |all: &[Identity], name: &str| all.iter().any(|i| i.about.name() == name);
+    let others: Vec<Identity> =
+        store.tasks().into_iter().filter(|i| i.base == base && !named(&all, &i.about.name())).collect();
+    let was_there = |i: &Identity| {
+        before.is_some_and(|b| b.made().iter().any(|(_, made)| made.fingerprint == i.fingerprint))
+    };
+    for identity in &others {
+        if named(&all, &identity.about.name()) {
+            continue;
+        }
+        // Of several settings those of the results that are there, or else the last that were measured.
+        let rivals = others.iter().filter(|i| i.about.name() == identity.about.name());
+        let last = |i: &Identity| {
+            let task = store.task(i.clone()).ok();
+            task.map(|t| t.outcomes::<serde::de::IgnoredAny>().measured)
+        };
+        all.extend(rivals.max_by_key(|i| (was_there(i), last(i))).cloned());
+    }
+    let place = |about: &About| match about {
+        About::Methods => 0,
+        About::Labels => 1,
+        About::Facts { .. } => 2,
+        About::Perplexity { .. } => 3,
+        About::Benchmark { suite, .. } => 4 + SUITES.iter().position(|s| s == suite).unwrap_or(SUITES.len()),
+        // The one with facts is preferred.
+        About::Example { of_facts: true } => 5 + SUITES.len(),
+        About::Example { of_facts: false } => 6 + SUITES.len(),
+    };
+    all.sort_by_key(|i| place(&i.about));
+    all
+}
+
+/// Results in the making.
+struct Gathered {
+    results: Results,
+    answers: AnswerTable,
+    labels: Vec<(usize, LabelOutcome)>,
+    shape: ModelShape,
+    draws: Draws,
+}
+
+impl Gathered {
+    fn new(i: &EvalInputs) -> Self {
+        let name = |shape: ModelShape, name: &str| ModelName {
+            name: name.to_owned(),
+            layers: shape.layers,
+            kv_heads: shape.kv_heads,
+        };
+        let results = Results {
+            schema_version: RESULTS_VERSION,
+            fingerprint: i.fingerprint.hash(),
+            seed: i.seed.0,
+            mapper: i.mapper_source.clone(),
+            target: name(i.target.shape(), &i.target_name),
+            proxy: name(i.proxy_shape, &i.proxy_name),
+            notes: Vec::new(),
+            labels: Default::default(),
+            facts: None,
+            perplexity: None,
+            benchmarks: Vec::new(),
+            worked_example: None,
+            timings: Vec::new(),
+        };
+        Self {
+            results,
+            answers: AnswerTable::default(),
+            labels: Vec::new(),
+            shape: i.target.shape(),
+            draws: Draws::new(i.section.bootstrap, i.seed),
+        }
+    }
+
+    /// Sum up one task.
+    fn add(&mut self, identity: Identity, store: &ContextStore) -> Result<()> {
+        let task = store.task(identity.clone())?;
+        let name = identity.about.name();
+        let made = |measured: String| Made {
+            fingerprint: identity.fingerprint.clone(),
+            measured,
+            outcomes: task.count(),
+        };
+        fn read<T: DeserializeOwned>(task: &crate::store::TaskStore) -> (Vec<(usize, T)>, String) {
+            let Outcomes { all, measured } = task.outcomes();
+            (all, measured)
+        }
+        match &identity.about {
+            About::Methods => {
+                for (_, o) in read::<MethodsOutcome>(&task).0 {
+                    self.results.notes.extend(o.notes);
+                    clock::add_all(&mut self.results.timings, &o.timings);
+                }
+            }
+            About::Labels => {
+                let (all, measured) = read::<LabelOutcome>(&task);
+                self.time(all.iter().map(|(_, o)| &o.timings));
+                let (layers, kv_heads) = (self.shape.layers, self.shape.kv_heads);
+                self.results.labels = labels::summarize(made(measured), &all, layers, kv_heads, &self.draws);
+                self.labels = all;
+            }
+            About::Facts { answer_match } => self.facts(*answer_match, read(&task), made),
+            About::Perplexity { continuation_tokens } => {
+                let (all, measured) = read::<Option<PerplexityOutcome>>(&task);
+                let all: Vec<PerplexityOutcome> = all.into_iter().filter_map(|(_, o)| o).collect();
+                self.time(all.iter().map(|o| &o.timings));
+                let summed = perplexity::summarize(made(measured), *continuation_tokens, &all, &self.draws);
+                self.results.perplexity = Some(summed);
+            }
+            About::Benchmark { suite, name: own_name } => {
+                let (all, measured) = read::<BenchOutcome>(&task);
+                self.time(all.iter().map(|(_, o)| &o.timings));
+                let cells = Cell::union(all.iter().flat_map(|(_, o)| o.cells.cells()));
+                for (index, o) in &all {
+                    self.answers.of_context(&o.context_id);
+                    for (q, asked) in o.asked.iter().enumerate() {
+                        let place = (*index, q);
+                        self.answers.push_benchmark(&name, place, asked, None, &o.full[q]);
+                        for cell in &cells {
+                            let Some(answers) = o.cells.get(cell) else { continue };
+                            self.answers.push_benchmark(&name, place, asked, Some(cell), &answers[q]);
+                        }
+                    }
+                }
+                let summed = bench::summarize(&made(measured), (suite, own_name), &all, &self.draws);
+                self.results.benchmarks.extend(summed);
+            }
+            About::Example { .. } => {
+                if self.results.worked_example.is_none() {
+                    let first = read::<ExampleOutcome>(&task).0.into_iter().next();
+                    self.results.worked_example = first.and_then(|(_, o)| worked::summarize(o));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn facts(
+        &mut self,
+        answer_match: AnswerMatch,
+        (all, measured): (Vec<(usize, FactsOutcome)>, String),
+        made: impl Fn(String) -> Made,
+    ) {
+        self.time(all.iter().map(|(_, o)| &o.timings));
+        let cells = Cell::union(all.iter().flat_map(|(_, o)| o.cells.cells()));
+        for (index, o) in &all {
+            self.answers.of_context(&o.context_id);
+            for (q, asked) in o.asked.iter().enumerate() {
+                let place = (*index, q);
+                self.answers.push("facts", place, asked, None, &o.full[q]);
+                for cell in &cells {
+                    let Some(answers) = o.cells.get(cell) else { continue };
+                    self.answers.push("facts", place, asked, Some(cell), &answers[q]);
+                }
+            }
+        }
+        self.results.facts = Some(facts::summarize(made(measured), answer_match, &all, &self.draws));
+    }
+
+    fn time<'t>(&mut self, of: impl Iterator<Item = &'t Vec<Timing>>) {
+        of.for_each(|timings| clock::add_all(&mut self.results.timings, timings));
+    }
+}
+
+/// Keep the results `before` under other names if a part of them is not in `now`; says which part.
+fn set_aside(out: &Path, before: &Result<Results>, now: &Results) -> Result<Option<String>> {
+    let now = now.made();
+    let is_in =
+        |name: &str, made: &Made| now.iter().any(|(n, m)| n == name && m.fingerprint == made.fingerprint);
+    let (hash, why) = match before {
+        Ok(before) => {
+            let made = before.made();
+            let gone = made.iter().filter(|(name, made)| !is_in(name, made));
+            let gone: Vec<String> = gone.map(|(name, _)| format!("`{name}`")).collect();
+            if gone.is_empty() {
+                return Ok(None);
+            }
+            let why = match made.iter().all(|(_, made)| made.fingerprint.is_empty()) {
+                true => format!("{} of an earlier version", gone.join(", ")),
+                false => format!("{} measured with other choices", gone.join(", ")),
+            };
+            (before.fingerprint.clone(), why)
+        }
+        Err(_) => {
+            (sha256_hex(&fs::read(out.join(RESULTS_FILE)).unwrap_or_default()), "unreadable".to_owned())
+        }
+    };
+    let hash = hash.get(..8).unwrap_or(&hash);
+    let mut kept = Vec::new();
+    for file in [RESULTS_FILE, ANSWERS_FILE, AGREEMENT_FILE] {
+        let path = out.join(file);
+        if !path.exists() {
+            continue;
+        }
+        let bytes = fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+        let (stem, extension) = file.split_once('.').unwrap_or((file, ""));
+        let name = format!("{stem}-{hash}.{extension}");
+        write_file(&out.join(&name), &bytes, &WriteBudget::from_env())?;
+        kept.push(format!("`{name}`"));
+    }
+    Ok(Some(format!(
+        "`{}` held results that are not added up with the new ones: {why}. They are kept in {}; what lies in `{}` comes \
+         back with the same choices",
+        out.join(RESULTS_FILE).display(),
+        kept.join(", "),
+        crate::asked::CONTEXTS_FOLDER,
+    )))
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("cannot remove `{}`", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
