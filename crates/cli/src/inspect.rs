@@ -4,6 +4,7 @@
 //! them. Numbers come from the crates that own the formats.
 
 mod against;
+mod files;
 mod run;
 mod shards;
 mod weights;
@@ -19,22 +20,19 @@ use pkv_shard::INDEX_FILE;
 
 pub use against::against;
 use run::{results, run};
-use shards::{shard, stage};
+use shards::stage;
 use weights::{checkpoint, checkpoints, export, model};
 
-/// Describe `path`: a shard, a stage's folder, a run folder, one checkpoint or a folder of them, an
-/// export, the results of an evaluation, or a model.
+/// Describe `path`: any file or folder that this program writes, or a model.
 ///
 /// # Errors
 /// It is none of them, or what it holds is damaged.
 pub fn inspect(path: &Path) -> Result<String> {
     let has = |name: &str| path.join(name).is_file();
-    let extension = path.extension().and_then(|e| e.to_str());
     if path.is_file() {
-        return match extension {
-            Some("parquet") => shard(path),
-            Some("json") if path.file_name().is_some_and(|n| n == RESULTS_FILE) => results(path),
-            _ => unknown(path),
+        return match files::file(path)? {
+            Some(text) => Ok(text),
+            None => unknown(path),
         };
     }
     if !path.exists() {
@@ -55,6 +53,8 @@ pub fn inspect(path: &Path) -> Result<String> {
         model(path)
     } else if has(RESULTS_FILE) {
         results(&path.join(RESULTS_FILE))
+    } else if let Some(text) = files::folder(path)? {
+        Ok(text)
     } else if !CheckpointStore::read_only(path)?.list()?.is_empty() {
         checkpoints(path)
     } else {
@@ -65,7 +65,8 @@ pub fn inspect(path: &Path) -> Result<String> {
 fn unknown(path: &Path) -> Result<String> {
     bail!(hinted(
         format!("`{}` is nothing that this program writes", path.display()),
-        "pass a shard (`.parquet`), a stage's folder, a run folder, a checkpoint, an export, `eval/results.json` or a model"
+        "pass a run folder, or a file or folder in it: a shard (`.parquet`), a stage's folder, a checkpoint, an export, \
+         `eval/results.json`; or a model"
     ))
 }
 

@@ -93,6 +93,9 @@ fn one(
     stop: Arc<AtomicBool>,
     options: &EvalOptions,
 ) -> Result<()> {
+    if stage == Stage::Report {
+        stages::report::check_run(cli, &args.recipe)?;
+    }
     let session = Session::open(cli, &args.recipe, stop)?;
     stages::run(&session, stage, &args.redo, options)?;
     if stage == Stage::Eval {

@@ -37,6 +37,7 @@ mod worked;
 pub use agreement::AGREEMENT_FILE;
 pub use asked::{Asked, CONTEXTS_FOLDER};
 pub use bench::{Benchmark, MakeExample};
+pub use columns::Columns;
 pub use evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE, evaluate};
 pub use kept::kept_sets;
 pub use results::{

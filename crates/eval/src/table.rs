@@ -6,7 +6,7 @@
 use pkv_core::Policy;
 use pkv_recipe::MethodName;
 
-use crate::results::{BenchmarkResults, Interval, Results};
+use crate::results::{BenchmarkCell, BenchmarkResults, Interval, LabelCell, Results};
 
 /// Every table that `results` has numbers for, each under a heading.
 pub fn all_tables(results: &Results) -> String {
@@ -64,9 +64,10 @@ fn facts_title(results: &Results, policy: Policy) -> String {
 /// Answers in percent with their intervals; the full cache in the first row. `None` without the task or policy.
 pub fn answers_table(results: &Results, policy: Policy) -> Option<String> {
     let facts = results.facts.as_ref()?;
-    let cells = facts.cells.iter().filter(|c| c.policy == policy);
-    let grid = Grid::new(cells.map(|c| (c.method, c.ratio, percent(c.accuracy))));
-    grid.render(Some(("full cache", percent(facts.full))))
+    let cells = || facts.cells.iter().filter(|c| c.policy == policy);
+    let grid = Grid::new(cells().map(|c| (c.method, c.ratio, percent(c.accuracy))));
+    let table = grid.render(Some(("full cache", percent(facts.full))));
+    noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
 }
 
 /// The benchmarks that were asked, each once.
@@ -91,9 +92,10 @@ fn benchmark_title(b: &BenchmarkResults, policy: Policy) -> String {
 
 /// Scores of one task in percent with their intervals; the full cache in the first row. `None` without the policy.
 pub fn benchmark_table(benchmark: &BenchmarkResults, policy: Policy) -> Option<String> {
-    let cells = benchmark.cells.iter().filter(|c| c.policy == policy);
-    let grid = Grid::new(cells.map(|c| (c.method, c.ratio, percent(c.score))));
-    grid.render(Some(("full cache", percent(benchmark.full))))
+    let cells = || benchmark.cells.iter().filter(|c| c.policy == policy);
+    let grid = Grid::new(cells().map(|c| (c.method, c.ratio, percent(c.score))));
+    let table = grid.render(Some(("full cache", percent(benchmark.full))));
+    noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
 }
 
 /// Mean scores in percent with their intervals, every task of a suite counting alike. `None` if it has one task only, or
@@ -105,7 +107,9 @@ pub fn suite_table(results: &Results, suite: &str, policy: Policy) -> Option<Str
         let all: Option<Vec<Interval>> = tasks.iter().map(|b| of(b)).collect();
         all.as_deref().and_then(Interval::mean_of).map_or_else(|| "-".to_owned(), percent)
     };
-    let cells = first.cells.iter().filter(|c| c.policy == policy).map(|c| {
+    // What one task lacks has no mean.
+    let shared = |c: &&BenchmarkCell| tasks.iter().all(|b| b.cell(c.method, policy, c.ratio).is_some());
+    let cells = first.cells.iter().filter(|c| c.policy == policy).filter(shared).map(|c| {
         let score = |b: &BenchmarkResults| b.cell(c.method, policy, c.ratio).map(|c| c.score);
         (c.method, c.ratio, mean(&score))
     });
@@ -114,8 +118,10 @@ pub fn suite_table(results: &Results, suite: &str, policy: Policy) -> Option<Str
 
 /// Recall of KVzip's kept set in percent. `None` if the policy was not measured.
 pub fn recall_table(results: &Results, policy: Policy) -> Option<String> {
-    let cells = results.labels.cells.iter().filter(|c| c.policy == policy);
-    Grid::new(cells.map(|c| (c.method, c.ratio, format!("{:.1}", 100.0 * c.recall.mean)))).render(None)
+    let cells = || results.labels.cells.iter().filter(|c| c.policy == policy);
+    let recall = |c: &LabelCell| (c.method, c.ratio, format!("{:.1}", 100.0 * c.recall.mean));
+    let table = Grid::new(cells().map(recall)).render(None);
+    noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
 }
 
 /// KL(full || pruned) in nats per answer token. `None` without the task or policy.
@@ -126,8 +132,11 @@ pub fn kl_table(results: &Results, policy: Policy) -> Option<String> {
 
 /// Nats per continuation token above the full cache's. `None` without the task or policy.
 pub fn perplexity_table(results: &Results, policy: Policy) -> Option<String> {
-    let cells = results.perplexity.as_ref()?.cells.iter().filter(|c| c.policy == policy);
-    Grid::new(cells.map(|c| (c.method, c.ratio, format!("{:+.3}", c.excess.mean)))).render(None)
+    let perplexity = results.perplexity.as_ref()?;
+    let cells = || perplexity.cells.iter().filter(|c| c.policy == policy);
+    let table =
+        Grid::new(cells().map(|c| (c.method, c.ratio, format!("{:+.3}", c.excess.mean)))).render(None);
+    noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
 }
 
 /// Spearman's and Kendall's coefficients. `None` if no method was measured.
@@ -140,7 +149,35 @@ pub fn rank_table(results: &Results) -> Option<String> {
     (!ranks.is_empty()).then(|| markdown(&head, &rows.collect::<Vec<_>>()))
 }
 
-/// Cells by method and ratio, each in the order of first sight.
+/// What a table does not show: the methods that were measured on fewer contexts than others, each with its ratios and
+/// contexts. `None` where all were measured on all.
+pub fn fewer_contexts(cells: impl Iterator<Item = (MethodName, f64, Option<usize>)>) -> Option<String> {
+    let mut found: Vec<(MethodName, usize, Vec<String>)> = Vec::new();
+    for (method, ratio, contexts) in cells {
+        let Some(contexts) = contexts else { continue };
+        let ratio = format!("{}%", trimmed(100.0 * ratio));
+        match found.iter_mut().find(|f| (f.0, f.1) == (method, contexts)) {
+            Some(f) => f.2.push(ratio),
+            None => found.push((method, contexts, vec![ratio])),
+        }
+    }
+    let one = |(method, contexts, ratios): &(MethodName, usize, Vec<String>)| {
+        format!("{method} on {contexts} (at {} kept)", ratios.join(", "))
+    };
+    (!found.is_empty())
+        .then(|| format!("Fewer contexts: {}.", found.iter().map(one).collect::<Vec<_>>().join("; ")))
+}
+
+/// A table with the sentence of [`fewer_contexts`] below it.
+fn noted(
+    table: Option<String>,
+    cells: impl Iterator<Item = (MethodName, f64, Option<usize>)>,
+) -> Option<String> {
+    let note = fewer_contexts(cells).map(|note| format!("\n{note}\n"));
+    table.map(|table| table + &note.unwrap_or_default())
+}
+
+/// Cells by method, in the order of first sight, and ratio, from the most kept to the least.
 struct Grid {
     methods: Vec<MethodName>,
     ratios: Vec<f64>,
@@ -159,6 +196,7 @@ impl Grid {
                 ratios.push(*ratio);
             }
         }
+        ratios.sort_by(|a, b| b.total_cmp(a));
         Self { methods, ratios, cells }
     }
 
@@ -237,6 +275,19 @@ mod tests {
 ";
         assert_eq!(text, expected);
         assert!(Grid::new(std::iter::empty()).render(None).is_none());
+    }
+
+    #[test]
+    fn fewer_contexts_are_named_by_method_and_ratio() {
+        let cells = [
+            (MethodName::MAPPER, 0.05, None),
+            (MethodName::RANDOM, 0.05, Some(3)),
+            (MethodName::RANDOM, 0.005, Some(3)),
+            (MethodName::RANDOM, 0.2, Some(1)),
+        ];
+        let note = fewer_contexts(cells.into_iter()).unwrap();
+        assert_eq!(note, "Fewer contexts: random on 3 (at 5%, 0.5% kept); random on 1 (at 20% kept).");
+        assert!(fewer_contexts(cells[..1].iter().copied()).is_none());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! - `benchmarks`: tasks of standard benchmarks, conversations, more examples later
 //! - `continued`: an interrupted evaluation ends with the same numbers
 //! - `refused`: shards that do not belong together
+//! - `union`: other tasks, methods, ratios and limits add to what is there
 
 #[path = "nano/answers.rs"]
 mod answers;
@@ -17,5 +18,7 @@ mod continued;
 mod fixture;
 #[path = "nano/refused.rs"]
 mod refused;
+#[path = "nano/union.rs"]
+mod union;
 #[path = "nano/whole.rs"]
 mod whole;

@@ -46,12 +46,22 @@ pub fn write(run: &Path) -> Result<Written> {
     let data = RunData::read(run)?;
     let html = run.join("report.html");
     write_whole(&html, &page::render(&data)?)?;
-    let svg = answers(&data).map(|text| -> Result<PathBuf> {
-        let path = run.join("answers.svg");
-        write_whole(&path, &text)?;
-        Ok(path)
-    });
-    Ok(Written { html, svg: svg.transpose()? })
+    let picture = run.join("answers.svg");
+    let svg = match answers(&data) {
+        Some(text) => {
+            write_whole(&picture, &text)?;
+            Some(picture)
+        }
+        // One of earlier results would say what the page does not.
+        None => {
+            if picture.exists() {
+                fs::remove_file(&picture)
+                    .with_context(|| format!("cannot remove `{}`", picture.display()))?;
+            }
+            None
+        }
+    };
+    Ok(Written { html, svg })
 }
 
 /// The page of the run folder `run`.

@@ -48,9 +48,12 @@ pub fn facts(facts: &FactsResults, policy: Policy) -> Vec<Table> {
     let cells = || facts.cells.iter().filter(|c| c.policy == policy);
     let mut answers = build(
         "Questions answered, percent",
-        &format!(
-            "{} questions about {} contexts, asked after pruning. Small type: 95% interval over contexts.",
-            facts.questions, facts.contexts
+        &noted(
+            format!(
+                "{} questions about {} contexts, asked after pruning. Small type: 95% interval over contexts.",
+                facts.questions, facts.contexts
+            ),
+            cells().map(|c| (c.method, c.ratio, c.contexts)),
         ),
         cells().map(|c| (c.method, c.ratio, c.accuracy)),
         Best::Highest,
@@ -144,7 +147,9 @@ fn across_tasks(
 ) -> Option<Table> {
     let [first, _, ..] = benchmarks else { return None };
     let policy = first.cells.first()?.policy;
-    let ratios = first.cells.iter().filter(|c| c.policy == policy).map(|c| c.ratio);
+    let everywhere =
+        |r: &f64| benchmarks.iter().all(|b| b.cells.iter().any(|c| (c.policy, c.ratio) == (policy, *r)));
+    let ratios = first.cells.iter().filter(|c| c.policy == policy).map(|c| c.ratio).filter(everywhere);
     let ratio = ratios.min_by(|a, b| (a / 0.05).ln().abs().total_cmp(&(b / 0.05).ln().abs()))?;
     let of = |b: &BenchmarkResults, m| value(b, b.cell(m, policy, ratio)?);
     let occurring = method::oracles_first(benchmarks.iter().flat_map(|b| &b.cells).map(|c| c.method));
@@ -189,18 +194,21 @@ fn across_tasks(
 
 /// Scores of one task of a benchmark, for one policy.
 pub fn benchmark(b: &BenchmarkResults, policy: Policy) -> Option<Table> {
-    let cells = b.cells.iter().filter(|c| c.policy == policy);
+    let cells = || b.cells.iter().filter(|c| c.policy == policy);
     let cut = if b.cut > 0 { format!(" Of {} the middle was cut out.", b.cut) } else { String::new() };
     let mut table = build(
         &format!("{} {}, score in percent", b.suite, b.task),
-        &format!(
-            "{} questions about {} contexts of {:.0} tokens; policy {}. Small type: 95% interval over contexts.{cut}",
-            b.questions,
-            b.contexts,
-            b.mean_context_tokens,
-            policy.name()
+        &noted(
+            format!(
+                "{} questions about {} contexts of {:.0} tokens; policy {}. Small type: 95% interval over contexts.{cut}",
+                b.questions,
+                b.contexts,
+                b.mean_context_tokens,
+                policy.name()
+            ),
+            cells().map(|c| (c.method, c.ratio, c.contexts)),
         ),
-        cells.map(|c| (c.method, c.ratio, c.score)),
+        cells().map(|c| (c.method, c.ratio, c.score)),
         Best::Highest,
         points,
     );
@@ -218,7 +226,13 @@ pub fn labels(labels: &LabelResults, policy: Policy) -> Vec<Table> {
     let cells = || labels.cells.iter().filter(|c| c.policy == policy && c.method != MethodName::KVZIP);
     let recall = build(
         "Recall of the KV pairs that KVzip keeps, percent",
-        &format!("{} contexts of the test split. Small type: 95% interval over contexts.", labels.contexts),
+        &noted(
+            format!(
+                "{} contexts of the test split. Small type: 95% interval over contexts.",
+                labels.contexts
+            ),
+            cells().map(|c| (c.method, c.ratio, c.contexts)),
+        ),
         cells().map(|c| (c.method, c.ratio, c.recall)),
         Best::Highest,
         points,
@@ -267,18 +281,29 @@ pub fn ranks(labels: &LabelResults) -> Option<Table> {
 
 /// Nats per token above the full cache, for one policy.
 pub fn perplexity(results: &PerplexityResults, policy: Policy) -> Option<Table> {
-    let cells = results.cells.iter().filter(|c| c.policy == policy);
+    let cells = || results.cells.iter().filter(|c| c.policy == policy);
     let table = build(
         "Likelihood lost on the continuation, nats per token above the full cache",
-        &format!(
-            "{} contexts, {} tokens of each continuation; {:.3} nats per token with the full cache.",
-            results.contexts, results.continuation_tokens, results.full.mean
+        &noted(
+            format!(
+                "{} contexts, {} tokens of each continuation; {:.3} nats per token with the full cache.",
+                results.contexts, results.continuation_tokens, results.full.mean
+            ),
+            cells().map(|c| (c.method, c.ratio, c.contexts)),
         ),
-        cells.map(|c| (c.method, c.ratio, c.excess)),
+        cells().map(|c| (c.method, c.ratio, c.excess)),
         Best::Lowest,
         thousandths,
     );
     (!table.rows.is_empty()).then_some(table)
+}
+
+/// `note`, and which methods were measured on fewer contexts.
+fn noted(note: String, cells: impl Iterator<Item = (MethodName, f64, Option<usize>)>) -> String {
+    match pkv_eval::table::fewer_contexts(cells) {
+        Some(fewer) => format!("{note} {fewer}"),
+        None => note,
+    }
 }
 
 fn build(

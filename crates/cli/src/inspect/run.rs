@@ -6,15 +6,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use pkv_checkpoint::CheckpointStore;
-use pkv_core::hinted;
-use pkv_eval::{RESULTS_FILE, Results};
+use pkv_core::{Policy, hinted};
+use pkv_eval::{Interval, RESULTS_FILE, Results};
 use pkv_recipe::MethodName;
 use pkv_recipe::plan::{human_bytes, human_secs};
 use pkv_shard::StageDir;
 use serde_json::Value;
 
-use super::Lines;
 use super::shards::rows;
+use super::{Lines, short};
 
 /// Stages whose folders lie in a run folder, in order.
 const STAGE_FOLDERS: [&str; 3] = ["examples", "labels", "features"];
@@ -120,28 +120,45 @@ pub fn results(path: &Path) -> Result<String> {
             format!("{} contexts, full cache {:.3} nats per token", p.contexts, p.full.mean),
         );
     }
+    for b in &r.benchmarks {
+        out.add(
+            &b.suite,
+            format!(
+                "{}: {} questions about {} contexts, full cache {:.1}%",
+                b.task,
+                b.questions,
+                b.contexts,
+                100.0 * b.full.mean
+            ),
+        );
+    }
+    for (task, made) in r.made().iter().filter(|(_, made)| !made.fingerprint.is_empty()) {
+        out.add("measured", format!("{task} on {}, choices {}", made.measured, short(&made.fingerprint)));
+    }
     if let Some(f) = &r.facts {
         out.block("answers");
         for c in &f.cells {
-            let at = format!(
-                "{:.1}% [{:.1}, {:.1}]",
-                100.0 * c.accuracy.mean,
-                100.0 * c.accuracy.low,
-                100.0 * c.accuracy.high
-            );
-            let _ =
-                writeln!(out.text, "  {:<14} {:<13} {:<6} {at}", c.method.name(), c.policy.name(), c.ratio);
+            out.cell(c.method, c.policy, c.ratio, c.accuracy, c.contexts);
+        }
+    }
+    for b in &r.benchmarks {
+        out.block(&format!("{} {}", b.suite, b.task));
+        for c in &b.cells {
+            out.cell(c.method, c.policy, c.ratio, c.score, c.contexts);
         }
     }
     out.block("recall");
     for c in &r.labels.cells {
-        let at = format!(
-            "{:.1}% [{:.1}, {:.1}]",
-            100.0 * c.recall.mean,
-            100.0 * c.recall.low,
-            100.0 * c.recall.high
-        );
-        let _ = writeln!(out.text, "  {:<14} {:<13} {:<6} {at}", c.method.name(), c.policy.name(), c.ratio);
+        out.cell(c.method, c.policy, c.ratio, c.recall, c.contexts);
     }
     Ok(out.text)
+}
+
+impl Lines {
+    /// One number of a table; `contexts` where it is of fewer than the others.
+    fn cell(&mut self, method: MethodName, policy: Policy, ratio: f64, v: Interval, contexts: Option<usize>) {
+        let on = contexts.map_or_else(String::new, |n| format!(", {n} contexts only"));
+        let at = format!("{:.1}% [{:.1}, {:.1}]{on}", 100.0 * v.mean, 100.0 * v.low, 100.0 * v.high);
+        let _ = writeln!(self.text, "  {:<14} {:<13} {ratio:<6} {at}", method.name(), policy.name());
+    }
 }

@@ -157,6 +157,8 @@ fn limits(s: &Session, results: Option<&Results>) -> Vec<String> {
              not summaries or reasoning.",
             facts.questions, facts.contexts, r.eval.context_tokens
         ));
+        let cells = facts.cells.iter().filter(|c| c.policy == Policy::Pair);
+        limits.extend(pkv_eval::table::fewer_contexts(cells.map(|c| (c.method, c.ratio, c.contexts))));
     }
     limits
 }

@@ -7,7 +7,7 @@ use pkv_recipe::MethodName;
 
 use super::answers::{Answers, ContextScores};
 use super::{Budgets, Difference, Metric, Reference, Run, TaskScores, draws};
-use crate::bootstrap::{Bootstrap, interval};
+use crate::bootstrap::{Bootstrap, Draws, interval};
 use crate::results::Interval;
 use crate::table::trimmed;
 
@@ -54,10 +54,11 @@ fn bootstrap(run: &Run, task: usize, contexts: usize) -> Bootstrap {
     Bootstrap::new(contexts, resamples, Seed(seed.0.wrapping_add(task as u64)))
 }
 
-/// A column of `contexts`, which must have it.
+/// A column of those of `contexts` that have it; `None` if none has.
 fn column(contexts: &[ContextScores], of: impl Fn(&ContextScores) -> Option<f64>) -> Option<Scores> {
-    let above = contexts.iter().map(of).collect::<Option<Vec<_>>>()?;
-    Some(Scores { above, below: contexts.iter().map(|c| c.weight).collect() })
+    let (above, below): (Vec<f64>, Vec<f64>) =
+        contexts.iter().filter_map(|c| Some((of(c)?, c.weight))).unzip();
+    (!above.is_empty()).then_some(Scores { above, below })
 }
 
 /// Contexts that two runs share, by their identities; one that occurs twice pairs twice.
@@ -85,8 +86,12 @@ type Tasks<'a> = Vec<&'a [ContextScores]>;
 /// Ratios of the mapper that all runs have, from the most kept to the least.
 fn common_ratios<'a>(runs: &[&'a [ContextScores]], policy: Policy) -> Vec<f64> {
     let of = |contexts: &'a [ContextScores]| -> Vec<f64> {
-        let cells = contexts.first().into_iter().flat_map(|c| &c.cells);
-        cells.filter(|c| (c.0, c.1) == (MethodName::MAPPER, policy)).map(|c| c.2).collect()
+        let cells = contexts.iter().flat_map(|c| &c.cells);
+        let mut ratios: Vec<f64> =
+            cells.filter(|c| (c.0, c.1) == (MethodName::MAPPER, policy)).map(|c| c.2).collect();
+        ratios.sort_by(|a, b| b.total_cmp(a));
+        ratios.dedup();
+        ratios
     };
     let Some((first, rest)) = runs.split_first() else { return Vec::new() };
     let mut ratios = of(first);
@@ -108,7 +113,7 @@ impl Of<'_> {
     fn own(&self, run: usize, of: impl Fn(&ContextScores) -> Option<f64>) -> Option<Vec<Group>> {
         let group = |(t, contexts): (usize, &&[ContextScores])| {
             let scores = column(contexts, &of)?;
-            Some(Group { bootstrap: bootstrap(&self.runs[run], t, contexts.len()), scores })
+            Some(Group { bootstrap: bootstrap(&self.runs[run], t, scores.above.len()), scores })
         };
         self.tasks[run].iter().enumerate().map(group).collect()
     }
@@ -132,10 +137,11 @@ impl Of<'_> {
             // Tasks of which nothing is shared say nothing about the difference.
             let groups =
                 shared.iter().enumerate().filter(|(_, pairs)| !pairs.is_empty()).map(|(t, pairs)| {
-                    let above =
-                        pairs.iter().map(|(a, b)| Some(cell(b)? - cell(a)?)).collect::<Option<Vec<_>>>()?;
-                    let scores = Scores { above, below: pairs.iter().map(|(a, _)| a.weight).collect() };
-                    Some(Group { bootstrap: bootstrap(&self.runs[0], t, pairs.len()), scores })
+                    let (above, below): (Vec<f64>, Vec<f64>) =
+                        pairs.iter().filter_map(|(a, b)| Some((cell(b)? - cell(a)?, a.weight))).unzip();
+                    let draws = bootstrap(&self.runs[0], t, above.len());
+                    let scores = Scores { above, below };
+                    (!scores.above.is_empty()).then_some(Group { bootstrap: draws, scores })
                 });
             summed(&groups.collect::<Option<Vec<_>>>()?)
         };
@@ -166,8 +172,12 @@ impl Of<'_> {
     /// The mapper's mean over KVzip's, at the ratios where KVzip answers anything.
     fn recovered(&self, notes: &mut Vec<String>) -> Option<Metric> {
         let one = |run: usize, r: f64| {
-            let (mine, above) = mean_of(&self.own(run, |c| c.cell(MethodName::MAPPER, self.policy, r))?)?;
-            let (oracle, below) = mean_of(&self.own(run, |c| c.cell(MethodName::KVZIP, self.policy, r))?)?;
+            let both = |c: &ContextScores| {
+                let of = |method| c.cell(method, self.policy, r);
+                Some((of(MethodName::MAPPER)?, of(MethodName::KVZIP)?))
+            };
+            let (mine, above) = mean_of(&self.own(run, |c| Some(both(c)?.0))?)?;
+            let (oracle, below) = mean_of(&self.own(run, |c| Some(both(c)?.1))?)?;
             let ratios = above.iter().zip(below).map(|(a, b)| a / b).filter(|v| v.is_finite());
             (oracle > 0.0).then(|| interval(mine / oracle, ratios.collect()))
         };
@@ -331,14 +341,19 @@ pub fn mapper_lead(
     resamples: usize,
 ) -> Vec<(MethodName, f64, Interval)> {
     let contexts = answers.task(task).unwrap_or_default();
-    let bootstrap = Bootstrap::new(contexts.len(), resamples, seed);
-    let cells = contexts.first().into_iter().flat_map(|c| &c.cells);
-    let rivals = cells.filter(|c| c.0 != MethodName::MAPPER && c.1 == policy);
-    let lead = |&(method, policy, ratio, _): &(MethodName, Policy, f64, f64)| {
+    let draws = Draws::new(resamples, seed);
+    let mut rivals: Vec<(MethodName, f64)> = Vec::new();
+    for (method, of_policy, ratio, _) in contexts.iter().flat_map(|c| &c.cells) {
+        let rival = (*method, *ratio);
+        if *method != MethodName::MAPPER && *of_policy == policy && !rivals.contains(&rival) {
+            rivals.push(rival);
+        }
+    }
+    let lead = |(method, ratio): (MethodName, f64)| {
         let scores = column(contexts, |c| {
             Some(c.cell(MethodName::MAPPER, policy, ratio)? - c.cell(method, policy, ratio)?)
         })?;
-        Some((method, ratio, bootstrap.ratio(&scores.above, &scores.below)?))
+        Some((method, ratio, draws.of(scores.above.len()).ratio(&scores.above, &scores.below)?))
     };
-    rivals.filter_map(lead).collect()
+    rivals.into_iter().filter_map(lead).collect()
 }

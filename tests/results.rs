@@ -1,0 +1,130 @@
+//! Results add up: evaluations of other tasks, methods, ratios and limits take nothing away.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::sandbox::{Ran, Sandbox};
+
+const RUN: &str = "runs/small";
+
+/// `eval` with a part of the recipe's choices.
+fn eval(s: &Sandbox, choices: &[&str]) -> Ran {
+    let mut args = vec!["eval"];
+    for choice in choices {
+        args.extend(["--set", choice]);
+    }
+    s.run(&args).ok()
+}
+
+fn results(s: &Sandbox) -> Value {
+    let text = fs::read_to_string(s.path(RUN).join("eval/results.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Every cell of one task, as written.
+fn cells(task: &Value) -> Vec<Value> {
+    task["cells"].as_array().unwrap().clone()
+}
+
+/// The cells of `before` are in `now`, bit for bit.
+fn assert_holds(now: &Value, before: &Value) {
+    for task in ["labels", "facts", "perplexity"] {
+        let found = cells(&now[task]);
+        for cell in cells(&before[task]) {
+            assert!(found.contains(&cell), "{task} lost or changed {cell}");
+        }
+    }
+    for task in before["benchmarks"].as_array().unwrap() {
+        assert!(now["benchmarks"].as_array().unwrap().contains(task), "{task} is lost or changed");
+    }
+}
+
+#[test]
+fn evaluations_add_up_until_they_are_made_anew() {
+    let s = Sandbox::new();
+    // Nothing is there, and asking for it makes nothing.
+    s.run(&["report"]).fails_with(&["there is no run"]);
+    Ran::new(s.command(&["inspect", RUN]).output().unwrap()).fails_with(&["there is no"]);
+    assert!(!s.path(RUN).exists());
+
+    for stage in ["prepare", "label", "extract", "train"] {
+        s.run(&[stage]).ok();
+    }
+    let full = ["eval.methods=[\"mapper\",\"kvzip\"]", "eval.policies=[\"pair\"]"];
+    eval(&s, &full);
+    let first = results(&s);
+    for task in ["labels", "facts", "perplexity"] {
+        assert_eq!(first[task]["fingerprint"].as_str().map(str::len), Some(64), "{task}");
+        assert_eq!(first[task]["measured"].as_str().map(str::len), Some("2026-01-31".len()), "{task}");
+    }
+
+    // Another task, without the others.
+    let ruler = [
+        full[1],
+        "eval.methods=[\"kvzip\"]",
+        "eval.tasks=[\"ruler\"]",
+        "eval.benchmark.ruler_tasks=[\"niah_single_1\"]",
+        "eval.benchmark.ruler_tokens=480",
+        "eval.benchmark.examples=1",
+    ];
+    eval(&s, &ruler);
+    let second = results(&s);
+    assert_holds(&second, &first);
+    assert_eq!(second["benchmarks"].as_array().unwrap().len(), 1);
+
+    // A new method and a new ratio on fewer contexts.
+    let some = [
+        full[1],
+        "eval.methods=[\"random\",\"mapper\"]",
+        "eval.tasks=[\"facts\"]",
+        "eval.contexts=1",
+        "eval.answer_ratios=[0.05,0.5]",
+    ];
+    eval(&s, &some);
+    let third = results(&s);
+    assert_holds(&third, &second);
+    let random = cells(&third["facts"]).into_iter().filter(|c| c["method"] == "random").collect::<Vec<_>>();
+    assert_eq!((random.len(), &random[0]["contexts"]), (2, &Value::from(1)));
+    assert_eq!(third["facts"]["contexts"], 2);
+
+    // What is there already is not asked again, whatever part of it is named.
+    for choices in [&some[..], &ruler[..], &full[..]] {
+        let again = eval(&s, choices);
+        assert!(again.stderr.contains("skipped"), "{}", again.stderr);
+    }
+    assert_eq!(results(&s), third);
+
+    s.run(&["report"]).ok();
+    let page = fs::read_to_string(s.path(RUN).join("report.html")).unwrap();
+    for part in ["Questions answered, percent", "niah_single_1", "Likelihood lost", "random on 1 (at"] {
+        assert!(page.contains(part), "{part} is not in the report");
+    }
+    assert!(s.path(RUN).join("answers.svg").exists());
+    every_file_is_known(&s);
+
+    // With another seed of the same run nothing is mixed: the mapper's results are kept under another name.
+    s.run(&["eval", "--redo", "eval", "--set", full[1], "--set", "eval.tasks=[\"perplexity\"]"]).ok();
+    let anew = results(&s);
+    assert!(anew["facts"].is_null() && anew["benchmarks"].as_array().unwrap().is_empty());
+    s.run(&["report"]).ok();
+    assert!(!s.path(RUN).join("answers.svg").exists(), "a chart of results that are gone");
+}
+
+/// `inspect` says something of every file and folder of the run.
+fn every_file_is_known(s: &Sandbox) {
+    let mut open = vec![s.path(RUN)];
+    let mut known = 0;
+    while let Some(path) = open.pop() {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if path.is_dir() {
+            open.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+        } else if name.ends_with(".lock") {
+            continue;
+        }
+        let ran = Ran::new(s.command(&["inspect", path.to_str().unwrap()]).output().unwrap()).ok();
+        assert!(!ran.stdout.is_empty(), "{}", path.display());
+        known += 1;
+    }
+    assert!(known > 40, "{known}");
+}
