@@ -10,6 +10,7 @@
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
 //! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing with it
+//! - `results`: evaluations of other tasks, methods, ratios and limits add up
 //! - `sources`: features of the target, alone and beside the proxy's
 //! - `sandbox`: the folder, the small recipe and the command that the others share
 
@@ -22,6 +23,7 @@ mod infer;
 mod kill;
 mod pipeline;
 mod push;
+mod results;
 mod sandbox;
 #[path = "../crates/hub/tests/server/mod.rs"]
 mod server;

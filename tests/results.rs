@@ -1,6 +1,8 @@
 //! Results add up: evaluations of other tasks, methods, ratios and limits take nothing away.
 
 use std::fs;
+use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -95,6 +97,7 @@ fn evaluations_add_up_until_they_are_made_anew() {
     }
     assert_eq!(results(&s), third);
 
+    s.run(&["export"]).ok();
     s.run(&["report"]).ok();
     let page = fs::read_to_string(s.path(RUN).join("report.html")).unwrap();
     for part in ["Questions answered, percent", "niah_single_1", "Likelihood lost", "random on 1 (at"] {
@@ -103,12 +106,40 @@ fn evaluations_add_up_until_they_are_made_anew() {
     assert!(s.path(RUN).join("answers.svg").exists());
     every_file_is_known(&s);
 
-    // With another seed of the same run nothing is mixed: the mapper's results are kept under another name.
+    // Only making them anew drops what was measured.
     s.run(&["eval", "--redo", "eval", "--set", full[1], "--set", "eval.tasks=[\"perplexity\"]"]).ok();
     let anew = results(&s);
     assert!(anew["facts"].is_null() && anew["benchmarks"].as_array().unwrap().is_empty());
     s.run(&["report"]).ok();
     assert!(!s.path(RUN).join("answers.svg").exists(), "a chart of results that are gone");
+    processes_at_once_end_with_the_same_union(&s, full[1]);
+}
+
+/// Two evaluations of other methods into one folder, and one that is killed between.
+fn processes_at_once_end_with_the_same_union(s: &Sandbox, policies: &str) {
+    let start = |methods: &str| {
+        let methods = format!("eval.methods=[{methods}]");
+        let args = ["eval", "--recipe", "recipe.toml", "--set", policies, "--set", &methods];
+        s.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let (mapper, random, mut killed) =
+        (start("\"mapper\",\"kvzip\""), start("\"random\",\"mapper\""), start("\"streaming-llm\""));
+    std::thread::sleep(Duration::from_millis(900));
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    for child in [mapper, random] {
+        Ran::new(child.wait_with_output().unwrap()).ok();
+    }
+    let union = results(s);
+    for task in ["labels", "facts", "perplexity"] {
+        let methods: Vec<Value> = cells(&union[task]).into_iter().map(|c| c["method"].clone()).collect();
+        for method in ["mapper", "kvzip", "random"] {
+            assert!(methods.contains(&method.into()), "{task} has no {method}");
+        }
+    }
+    let all = eval(s, &[policies, "eval.methods=[\"mapper\",\"kvzip\",\"random\",\"streaming-llm\"]"]);
+    assert!(!all.stderr.contains("skipped"), "{}", all.stderr);
+    assert_holds(&results(s), &union);
 }
 
 /// `inspect` says something of every file and folder of the run.
