@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use pkv_core::{Fingerprint, hinted};
+use pkv_data::{FactContext, FactQuestion};
 use pkv_recipe::{EvalSection, Task};
 use serde_json::json;
 
@@ -26,7 +27,7 @@ pub struct Asked<'a> {
     /// Examples of the test split.
     pub test_examples: usize,
     /// Contexts of the `facts` task; none without it.
-    pub fact_contexts: usize,
+    pub fact_contexts: &'a [FactContext],
     pub benchmarks: &'a [Benchmark<'a>],
 }
 
@@ -54,11 +55,12 @@ impl Asked<'_> {
         let planted = json!({
             "context_tokens": section.context_tokens,
             "facts_per_context": section.facts_per_context,
+            "first": self.fact_contexts.first().map(content),
         });
         let mut all = vec![task(About::Labels, json!({}), self.test_examples, &Plan::new(section)?.cells)];
         if has(Task::Facts) {
             ensure!(
-                self.fact_contexts > 0,
+                !self.fact_contexts.is_empty(),
                 hinted(
                     "there is no context for the `facts` task",
                     "raise `eval.contexts`, or leave `facts` out of `eval.tasks`"
@@ -66,7 +68,7 @@ impl Asked<'_> {
             );
             let settings = json!({ "planted": planted, "max_answer_tokens": section.max_answer_tokens });
             let about = About::Facts { answer_match: section.answer_match };
-            all.push(task(about, settings, self.fact_contexts, &cells));
+            all.push(task(about, settings, self.fact_contexts.len(), &cells));
         }
         if has(Task::Perplexity) {
             let about = About::Perplexity { continuation_tokens: section.continuation_tokens };
@@ -77,7 +79,7 @@ impl Asked<'_> {
             all.push(task(about, json!(b.identity), b.examples, &cells));
         }
         let example = worked::cells(section)?;
-        if self.fact_contexts > 0 {
+        if !self.fact_contexts.is_empty() {
             all.push(task(About::Example { of_facts: true }, planted, 1, &example));
         } else if self.test_examples > 0 {
             all.push(task(About::Example { of_facts: false }, json!({}), 1, &example));
@@ -96,6 +98,10 @@ impl Asked<'_> {
             // Of an earlier version, which knows its own choices only.
             return Ok(results.fingerprint == fingerprint.hash());
         }
+        if results.bootstrap != Some(self.section.bootstrap) {
+            // The same outcomes with other intervals.
+            return Ok(false);
+        }
         let contexts = out.join(CONTEXTS_FOLDER);
         Ok(self.tasks()?.into_iter().all(|asked| {
             let store = TaskStore::at(&contexts, asked.identity);
@@ -111,6 +117,14 @@ impl Asked<'_> {
             is_summed_up && (0..asked.contexts).all(|index| store.missing(index, &asked.cells).is_empty())
         }))
     }
+}
+
+/// A hash of all that is in a context. How many there are changes none of them, so the first one stands for all: it
+/// changes with the documents, the lists of words and the places of facts.
+fn content(context: &FactContext) -> String {
+    let asked = |q: &FactQuestion| format!("{:?} {} {}", q.fact, q.question_text, q.answer_text);
+    let questions: Vec<String> = context.questions.iter().map(asked).collect();
+    Fingerprint::new().with("tokens", &context.tokens).with("questions", questions).hash()
 }
 
 impl AskedTask {

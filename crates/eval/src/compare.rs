@@ -256,6 +256,8 @@ fn warn_of_choices(recipe: &[RecipeKey], notes: &mut Vec<String>) {
 
 /// The seed and number of resamples of a run's own intervals.
 fn draws(run: &Run) -> (Seed, usize) {
-    let resamples = run.recipe.pointer("/eval/bootstrap").and_then(Value::as_u64).unwrap_or(1000);
+    // Every later command writes its recipe into `run.json`; results of earlier versions say nothing of their own.
+    let of_recipe = || run.recipe.pointer("/eval/bootstrap").and_then(Value::as_u64).unwrap_or(1000);
+    let resamples = run.results.bootstrap.map_or_else(of_recipe, |n| n as u64);
     (Seed(run.results.seed), resamples as usize)
 }

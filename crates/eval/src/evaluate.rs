@@ -146,7 +146,7 @@ impl<'a> Evaluation<'a> {
             section: inputs.section,
             base: &inputs.base,
             test_examples: (test.end - test.start) as usize,
-            fact_contexts: inputs.fact_contexts.len(),
+            fact_contexts: inputs.fact_contexts,
             benchmarks: inputs.benchmarks,
         }
         .tasks()?;

@@ -139,6 +139,7 @@ impl Gathered {
             schema_version: RESULTS_VERSION,
             fingerprint: i.fingerprint.hash(),
             seed: i.seed.0,
+            bootstrap: Some(i.section.bootstrap),
             mapper: i.mapper_source.clone(),
             target: name(i.target.shape(), &i.target_name),
             proxy: name(i.proxy_shape, &i.proxy_name),

@@ -23,6 +23,9 @@ pub struct Results {
     /// Hash of every choice that these numbers depend on.
     pub fingerprint: String,
     pub seed: u64,
+    /// Resamples of the intervals; absent in results of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bootstrap: Option<usize>,
     /// Where the mapper came from, in words: a checkpoint's step or an export's folder.
     pub mapper: String,
     pub target: ModelName,
@@ -404,6 +407,7 @@ mod tests {
             schema_version: RESULTS_VERSION,
             fingerprint: "f".to_owned(),
             seed: 1,
+            bootstrap: Some(1000),
             mapper: "step 10".to_owned(),
             target: ModelName { name: "t".to_owned(), layers: 2, kv_heads: 1 },
             proxy: ModelName { name: "p".to_owned(), layers: 1, kv_heads: 1 },

@@ -56,7 +56,7 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         section: &s.recipe.eval,
         base: &base,
         test_examples: test.len(),
-        fact_contexts: contexts.len(),
+        fact_contexts: &contexts,
         benchmarks: &benchmarks,
     };
     let complete = asked.is_complete(&out, &fingerprint)?;

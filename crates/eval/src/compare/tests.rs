@@ -45,6 +45,7 @@ fn results(target: &str) -> Results {
         schema_version: RESULTS_VERSION,
         fingerprint: "f".to_owned(),
         seed: 3,
+        bootstrap: Some(400),
         mapper: "checkpoint of step 9".to_owned(),
         target: ModelName { name: target.to_owned(), layers: 2, kv_heads: 2 },
         proxy: ModelName { name: "p".to_owned(), layers: 1, kv_heads: 1 },

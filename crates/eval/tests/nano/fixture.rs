@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use pkv_core::{Fingerprint, Seed, Split, StoreDtype};
 use pkv_data::facts::WordLists;
 use pkv_data::{FactContext, fact_contexts};
-use pkv_eval::{Asked, EvalInputs};
+use pkv_eval::EvalInputs;
 use pkv_extract::Extractor;
 use pkv_lm::{LanguageModel, TextTokenizer};
 use pkv_mapper::{Mapper, MapperDims, RidgeAccumulator, StandardizationAccumulator};
@@ -111,17 +111,6 @@ impl Nano {
             out,
             check_stop: &|| Ok(()),
             warn: &|_| {},
-        }
-    }
-
-    /// What an evaluation with these inputs asks for.
-    pub fn asked<'a>(inputs: &'a EvalInputs<'a>) -> Asked<'a> {
-        Asked {
-            section: inputs.section,
-            base: &inputs.base,
-            test_examples: TEST,
-            fact_contexts: inputs.fact_contexts.len(),
-            benchmarks: inputs.benchmarks,
         }
     }
 

@@ -5,14 +5,26 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use pkv_core::{Fingerprint, NoProgress, Policy, Seed};
+use pkv_data::FactContext;
 use pkv_eval::{
-    AGREEMENT_FILE, ANSWERS_FILE, Benchmark, Columns, EvalInputs, FactsCell, LabelCell, RESULTS_FILE,
+    AGREEMENT_FILE, ANSWERS_FILE, Asked, Benchmark, Columns, EvalInputs, FactsCell, LabelCell, RESULTS_FILE,
     Results, evaluate,
 };
 use pkv_recipe::{EvalSection, MethodName, Task};
 use pkv_tasks::ruler::{Generator, RulerTask, Sources};
 
 use crate::fixture::Nano;
+
+/// What an evaluation with these inputs asks for; the nano pair has four test examples.
+pub fn asked<'a>(inputs: &'a EvalInputs<'a>) -> Asked<'a> {
+    Asked {
+        section: inputs.section,
+        base: &inputs.base,
+        test_examples: 4,
+        fact_contexts: inputs.fact_contexts,
+        benchmarks: inputs.benchmarks,
+    }
+}
 
 /// Every row of a table by what it is of.
 fn rows(path: &Path) -> BTreeMap<String, String> {
@@ -112,7 +124,7 @@ impl World<'_> {
             ..self.nano.inputs(self.stages, contexts, &self.out)
         };
         let results = evaluate(&inputs, &NoProgress).unwrap();
-        assert!(Nano::asked(&inputs).is_complete(&self.out, &inputs.fingerprint).unwrap());
+        assert!(asked(&inputs).is_complete(&self.out, &inputs.fingerprint).unwrap());
         assert!(Results::read(&self.out.join(RESULTS_FILE)).unwrap() == results);
         Left {
             results,
@@ -205,6 +217,25 @@ fn results_add_up_over_tasks_methods_ratios_and_limits() {
         assert_eq!(parts.agreement[key], *row, "{key}");
     }
     assert!(world_warnings(&whole).is_empty());
+
+    // Other intervals of the same outcomes, and other facts in contexts of the same number and length.
+    let last = world.run(&full, "a", &[]);
+    let wider = EvalSection { bootstrap: full.bootstrap + 50, ..full.clone() };
+    let complete = |section: &EvalSection, contexts: &[FactContext]| {
+        let inputs = EvalInputs {
+            section,
+            base: Fingerprint::new().with("mapper", "a"),
+            ..nano.inputs(&stages, contexts, &world.out)
+        };
+        asked(&inputs).is_complete(&world.out, &inputs.fingerprint).unwrap()
+    };
+    assert!(complete(&full, &nano.contexts) && !complete(&wider, &nano.contexts));
+    let mut others = nano.contexts.clone();
+    others[0].questions[0].answer_text.push('s');
+    assert!(!complete(&full, &others));
+    let summed = world.run(&wider, "a", &[]);
+    assert_eq!(summed.results.bootstrap, Some(wider.bootstrap));
+    assert_eq!(summed.answers, last.answers);
 }
 
 fn world_warnings(world: &World) -> Vec<String> {

@@ -20,7 +20,7 @@ fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() 
     let stages = nano.stages();
     let inputs = nano.inputs(&stages, &nano.contexts, &out);
     let is_complete =
-        |inputs: &EvalInputs| Nano::asked(inputs).is_complete(&out, &inputs.fingerprint).unwrap();
+        |inputs: &EvalInputs| crate::union::asked(inputs).is_complete(&out, &inputs.fingerprint).unwrap();
     assert!(!is_complete(&inputs));
     let results = evaluate(&inputs, &NoProgress).unwrap();
 

@@ -155,6 +155,7 @@ pub fn results() -> Results {
         schema_version: RESULTS_VERSION,
         fingerprint: "9f3a6c".to_owned(),
         seed: 1,
+        bootstrap: Some(1000),
         mapper: "checkpoint of step 1400".to_owned(),
         target: ModelName { name: "models/tiny-llama-target".to_owned(), layers: LAYERS, kv_heads: KV_HEADS },
         proxy: ModelName { name: "models/tiny-llama-proxy".to_owned(), layers: 6, kv_heads: 2 },
