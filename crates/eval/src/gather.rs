@@ -63,10 +63,9 @@ pub fn publish(inputs: &EvalInputs, asked: &[AskedTask], store: &ContextStore) -
     for identity in chosen(inputs, asked, store, known) {
         gathered.add(identity, store)?;
     }
-    if let Some(before) = &before {
-        if let Some(warning) = set_aside(inputs.out, before, &gathered.results)? {
-            (inputs.warn)(&warning);
-        }
+    let warning = before.map(|before| set_aside(inputs.out, &before, &gathered.results)).transpose()?;
+    if let Some(warning) = warning.flatten() {
+        (inputs.warn)(&warning);
     }
     if gathered.answers.is_empty() {
         remove_if_there(&path(ANSWERS_FILE))?;
