@@ -118,7 +118,7 @@ impl Output {
                 &json!({"event": "refused", "question": index, "question_text": question, "error": chain(error), "hint": hint(error)}),
             );
         }
-        eprint!("{}", render::error(error));
+        terminal::print(&render::error(error));
         Ok(())
     }
 
