@@ -1,18 +1,18 @@
-"""Exports of proxykv-train in Python: mapper, proxy features, keep masks, and a press for kvpress.
+"""Exports of proxykv-train in Python: mapper, features, keep masks, and a press for kvpress.
 
     from proxykv import ProxyKVPress
     press = ProxyKVPress("path/or/hub-name/of/an/export", retention=0.1)
 
-One file without our binary: torch and safetensors for the mapper, transformers to run the proxy, kvpress for
+One file without our binary: torch and safetensors for the mapper, transformers to run the models, kvpress for
 the press, huggingface_hub for a hub name; each is imported when it is needed. An export is JSON and safetensors:
 nothing is unpickled and no code is downloaded.
 
 The numbers are those of the Rust crates `mapper`, `extract`, `score` and `prune`, in the same order of operations;
 what each means is written there.
 
-Dimension key: l layer, h KV head, g query heads per KV head, q query head, p proxy KV head (layers x heads,
-layer-major), o target KV head (same), c channel, t context position, k cached position, r row (query) of a block,
-s new token, d head_dim or width, b batch, m width of stage 2, n attention head of the mapper.
+Dimension key: l layer, h KV head, g query heads per KV head, q query head, p KV head of the sources of features
+(layers x heads, layer-major), o target KV head (same), c channel, t context position, k cached position, r row (query)
+of a block, s new token, d head_dim or width, b batch, m width of stage 2, n attention head of the mapper.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -262,7 +262,7 @@ class _Cross(_Tensors):
 
 
 class HybridAxialMapper(nn.Module):
-    """From a proxy's raw features to one score per KV pair of the target; higher means keep.
+    """From raw features of the sources to one score per KV pair of the target; higher means keep.
 
     All variants of a recipe's `[mapper]`: `hybrid-axial`, `conv`, `mlp`, `linear`. Standardization is part of it.
     """
@@ -301,13 +301,13 @@ class HybridAxialMapper(nn.Module):
         folder = export_folder(source, revision)
         config = read_config(folder, verify)
         mapper = cls(config["mapper"], config["dims"])
-        # Learned numbers of the loss are of no use here.
+        # Learned numbers of the loss are of no use here, and the map of hidden states makes a feature.
         tensors = read_tensors(folder / "model.safetensors")
-        mapper.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("loss.")})
+        mapper.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(("loss.", "hidden."))})
         return mapper.eval()
 
     def forward(self, heads_bpct: torch.Tensor, globals_bct: torch.Tensor) -> torch.Tensor:
-        """Raw features `[b, proxy heads, channels, t]` and `[b, globals, t]` to f32 `[b, outputs, t]`."""
+        """Raw features `[b, heads of all sources, channels, t]` and `[b, globals, t]` to f32 `[b, outputs, t]`."""
         expected = (self.dims["proxy_heads"], self.dims["channels"])
         if heads_bpct.dim() != 4 or tuple(heads_bpct.shape[1:3]) != expected or heads_bpct.shape[3] == 0:
             raise ValueError(f"head features have shape {tuple(heads_bpct.shape)}, expected [batch, {expected}, positions]")
@@ -429,7 +429,7 @@ def _ordered(scores):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Features of the proxy (crates/extract, crates/score)
+# Features of a source, which is the proxy or the target (crates/extract, crates/score)
 
 LOG_LIMIT = 16.0
 LOG_ODDS_LIMIT = 14.0
@@ -438,11 +438,15 @@ VALUE_NORM_FLOOR = 1e-4
 SMALLEST_F64 = 2.2250738585072014e-308
 # Most logits held at once while the surprisal is taken.
 LOGIT_ELEMENTS = 1 << 24
-# Elements of the mask that transformers makes for a prefill chunk behind a cache.
+# Elements of the mask that transformers makes for a prefill chunk after cached ones.
 MASK_ELEMENTS = 1 << 28
 QUOTED_TOKENS = 8
+# Positions whose hidden states are held in f32 at once.
+HIDDEN_ROWS = 1 << 13
 # Architectures whose attention modules the hooks know.
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
+PREFILL_CHANNELS = ("max_all", "mean_all", "max_window", "mean_window", "max_last", "mean_last", "key_norm", "value_norm")
+REPEAT_CHANNELS = ("recon_log", "recon_log_odds", "recon_mean")
 
 
 def _block_elements(device: torch.device) -> int:
@@ -469,6 +473,8 @@ def _tap(model: nn.Module, see):
     def hook(module, args, kwargs, output):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache = kwargs["past_key_values"].layers[module.layer_idx]
+        if hasattr(cache, "_quantized_keys"):
+            raise ValueError("features need a cache that holds keys and values as they are, this one is quantized")
         q = module.q_proj(hidden).view(*hidden.shape[:-1], -1, module.head_dim)
         if hasattr(module, "q_norm"):
             q = module.q_norm(q)
@@ -488,7 +494,7 @@ def _tap(model: nn.Module, see):
 
 
 def _exact_frequencies(model: nn.Module) -> None:
-    """Give a proxy the rotary frequencies of the Rust one: computed in f64, rounded to f32 once.
+    """Give a model the rotary frequencies of the Rust one: computed in f64, rounded to f32 once.
 
     transformers computes them in f32, which turns a query at position 500 by up to 5e-5 more or less, and one at
     100,000 by 1e-2. Scalings that are not known here keep transformers' numbers.
@@ -524,9 +530,8 @@ class _QueryStatistics:
 
     REACHES = {"all": ("max_all", "mean_all"), "last": ("max_last", "mean_last"), "window": ("max_window", "mean_window")}
 
-    def __init__(self, extract: dict, prefix: int, context: int):
+    def __init__(self, extract: dict):
         channels = extract["channels"]
-        self.prefix, self.context = prefix, context
         self.near, self.window = extract["min_distance"], extract["window_tokens"]
         self.last, self.block_tokens = extract["last_queries"], max(1, extract["block_tokens"])
         self.stride = extract["whole_range_stride"]
@@ -534,24 +539,43 @@ class _QueryStatistics:
         slots = {reach: tuple(map(at, names)) for reach, names in self.REACHES.items()}
         # The window comes last: it blanks what is out of its reach.
         self.slots = {reach: pair for reach, pair in slots.items() if pair != (None, None)}
+        # The last queries of each layer so far, `[q, up to last_queries, d]`.
+        self.tails: dict[int, torch.Tensor] = {}
 
-    def add(self, q_qsd, k_hkd, start: int, gathered_hct):
-        """Fold the attention of new queries into maxima and sums; no matrix of all queries times keys is held."""
+    def add(self, layer: _Layer, prefix: int, gathered_hct):
+        """Fold the attention of new queries into maxima and sums; no matrix of all queries times keys is held.
+
+        `gathered_hct`: the layer's, of all context positions so far, 0 where a position is new.
+        """
         if not self.slots:
             return
-        n_queries, s, d = q_qsd.shape
-        end = start + s
-        k_hdk = k_hkd.float().transpose(1, 2)
-        scale = 1.0 / math.sqrt(d)
-        row = max(start, self.prefix)
+        q_qsd, start = layer.q_qsd, layer.start
+        end = start + q_qsd.shape[1]
+        self.prefix, self.context = prefix, end - prefix
+        k_hdk = layer.k_hkd.float().transpose(1, 2)
+        if "last" in self.slots:
+            # The last queries so far: those of an earlier forward count again where this one is shorter than them.
+            slots = {"last": self.slots["last"]}
+            for slot in self.slots["last"]:
+                if slot is not None:
+                    gathered_hct[:, slot] = 0.0
+            tail_qsd = self.tails.get(layer.index, q_qsd[:, :0])
+            first = start - tail_qsd.shape[1]
+            self._rows(tail_qsd, k_hdk, first, max(first, prefix, end - self.last), start, slots, gathered_hct)
+            self.tails[layer.index] = torch.cat([tail_qsd, q_qsd[:, -self.last :]], 1)[:, -self.last :]
+        self._rows(q_qsd, k_hdk, start, max(start, prefix), end, self.slots, gathered_hct)
+
+    def _rows(self, q_qsd, k_hdk, start: int, row: int, end: int, slots, gathered_hct):
+        """Queries of the positions from `row` to `end`, in blocks; `q_qsd` begins at `start`."""
+        scale = 1.0 / math.sqrt(q_qsd.shape[2])
         while row < end:
-            budget = _block_elements(q_qsd.device) // (n_queries * end)
+            budget = _block_elements(q_qsd.device) // (q_qsd.shape[0] * end)
             stop = min(end, row + max(1, min(self.block_tokens, budget)))
             q_qrd = q_qsd[:, row - start : stop - start].float() * scale
-            self._block(q_qrd, k_hdk, row, stop, gathered_hct)
+            self._block(q_qrd, k_hdk, row, stop, slots, gathered_hct)
             row = stop
 
-    def _block(self, q_qrd, k_hdk, row: int, stop: int, gathered_hct):
+    def _block(self, q_qrd, k_hdk, row: int, stop: int, slots, gathered_hct):
         h, d, _ = k_hdk.shape
         n, device = stop - row, k_hdk.device
         q_hrd = q_qrd.reshape(h, -1, d)
@@ -566,21 +590,21 @@ class _QueryStatistics:
         if columns <= 0:
             return
         self._zero(weights_hgrt, first, max(0, first + 1 - self.near), columns, lambda x: x < self.near)
-        for reach, slots in self.slots.items():
+        for reach, pair in slots.items():
             if reach == "all":
                 skipped = -first % self.stride
                 if skipped < n:
-                    _gather(slots, weights_hgrt[:, :, skipped :: self.stride], 0, columns, gathered_hct)
+                    _gather(pair, weights_hgrt[:, :, skipped :: self.stride], 0, columns, gathered_hct)
             elif reach == "last":
                 start = max(first, self.context - self.last)
                 if start < end:
-                    _gather(slots, weights_hgrt[:, :, start - first :], 0, columns, gathered_hct)
+                    _gather(pair, weights_hgrt[:, :, start - first :], 0, columns, gathered_hct)
             else:
                 start = max(0, first - self.window)
                 if start < columns:
                     too_far = min(columns, max(0, end - self.window))
                     self._zero(weights_hgrt, first, start, too_far, lambda x: x > self.window)
-                    _gather(slots, weights_hgrt, start, columns, gathered_hct)
+                    _gather(pair, weights_hgrt, start, columns, gathered_hct)
 
     @staticmethod
     def _zero(weights_hgrt, first: int, start: int, end: int, blank):
@@ -591,8 +615,10 @@ class _QueryStatistics:
         distance_rt = row_r.unsqueeze(1) - torch.arange(start, end, device=device)
         weights_hgrt[..., start:end].masked_fill_(blank(distance_rt), 0.0)
 
-    def finish(self, gathered_hct, group: int):
+    def finish(self, gathered_pct, group: int):
         """Maxima to logs, sums to logs of means, in place."""
+        if not self.slots:
+            return
         t = torch.arange(self.context)
         near = t + self.near
         for reach, (maximum, mean) in self.slots.items():
@@ -604,10 +630,10 @@ class _QueryStatistics:
             elif reach == "last":
                 start = near.clamp_min(max(0, self.context - self.last))
             if maximum is not None:
-                gathered_hct[:, maximum].log_().clamp_(-LOG_LIMIT, LOG_LIMIT)
+                gathered_pct[:, maximum].log_().clamp_(-LOG_LIMIT, LOG_LIMIT)
             if mean is not None:
-                counts = ((end - start).clamp_min(0) * group).clamp_min(1).float().to(gathered_hct.device)
-                gathered_hct[:, mean].div_(counts).add_(MEAN_FLOOR).log_().clamp_(-LOG_LIMIT, LOG_LIMIT)
+                counts = ((end - start).clamp_min(0) * group).clamp_min(1).float().to(gathered_pct.device)
+                gathered_pct[:, mean].div_(counts).add_(MEAN_FLOOR).log_().clamp_(-LOG_LIMIT, LOG_LIMIT)
 
 
 def _gather(slots, weights_hgrt, start: int, end: int, gathered_hct):
@@ -659,7 +685,7 @@ def _chunk_scores(layer: _Layer, sink: int, start: int, end: int, plus: bool):
 
 
 class Frame(NamedTuple):
-    """Tokens around a user's text, by the chat template."""
+    """Tokens around a user's text, by the chat template; without one the bos token, if there is one, as in kvpress."""
 
     prefix: list[int]
     switch: list[int]
@@ -667,14 +693,22 @@ class Frame(NamedTuple):
     @classmethod
     def of(cls, tokenizer) -> Frame:
         if getattr(tokenizer, "chat_template", None) is None:
-            prefix, switch = "", "\n"
+            prefix, switch = tokenizer.bos_token or "", "\n"
         else:
             mark = "\u0001"
             message = [{"role": "user", "content": mark}]
             options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
-            prefix, _, switch = tokenizer.apply_chat_template(message, **options).partition(mark)
+            text = tokenizer.apply_chat_template(message, **options)
+            if text.count(mark) != 1:
+                raise ValueError("the chat template must render the text of a user's message once")
+            prefix, switch = text.split(mark)
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
         return cls(encode(prefix), encode(switch))
+
+
+def _check_type(model: nn.Module) -> None:
+    if model.config.model_type not in MODEL_TYPES:
+        raise ValueError(f"features of `{model.config.model_type}` are not supported, only of {', '.join(MODEL_TYPES)}")
 
 
 def vocab_hash(tokenizer) -> str:
@@ -684,25 +718,194 @@ def vocab_hash(tokenizer) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-class ProxyKV:
-    """An export with its proxy: from token ids to features, scores and keep masks of the target's KV pairs."""
+class Reading:
+    """Features of one model's prefill of one context, gathered while it runs; see `ProxyKV.tap`.
 
-    def __init__(self, config: dict, mapper: HybridAxialMapper, proxy: nn.Module, tokenizer):
-        self.config, self.proxy, self.tokenizer = config, proxy.eval(), tokenizer
-        self.mapper = mapper.to(proxy.device)
-        _exact_frequencies(proxy)
-        shape, found = config["proxy"]["shape"], proxy.config
+    The context may come in several forwards that share a cache. What is held is bounded: the features, and of each
+    layer the last queries.
+    """
+
+    def __init__(self, model: nn.Module, extract: dict, prefix: int, hidden: tuple | None = None):
+        # `hidden`: weight `[l, d, h]` and bias `[l, h]` of the channel `hidden_linear`.
+        self.model, self.extract, self.prefix, self.hidden = model, extract, prefix, hidden
+        self.ids = torch.empty(0, dtype=torch.long)
+        self.statistics = _QueryStatistics(extract)
+        # Of each layer `[h, c, t]`, of the tokens so far.
+        self.layers: list[torch.Tensor | None] = [None] * model.config.num_hidden_layers
+        self.nats, self.state_1d = [], None
+        _exact_frequencies(model)
+
+    @contextmanager
+    def gathering(self):
+        hook = self.model.model.register_forward_hook(self._tokens, with_kwargs=True)
+        try:
+            with _tap(self.model, self._layer):
+                yield self
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def prefill(self, ids: list[int] | torch.Tensor):
+        """Let the model read `ids` in chunks; its cache."""
+        from transformers import DynamicCache
+
+        ids, cache = torch.as_tensor(ids, dtype=torch.long, device=self.model.device).reshape(1, -1), DynamicCache()
+        total, chunk = ids.numel(), max(1, self.extract["prefill_chunk_tokens"])
+        self._context(total)
+        if total > chunk:
+            chunk = min(chunk, max(256, MASK_ELEMENTS // total))
+        with self.gathering():
+            for part in ids.split(chunk, 1):
+                self.model.model(input_ids=part, past_key_values=cache, use_cache=True)
+        return cache
+
+    @torch.no_grad()
+    def features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the tokens so far, those of the prefix left out: f32 `[p, channels, t]` and `[globals, t]`."""
+        context, device = self._context(self.ids.numel()), self.model.device
+        heads_pct = torch.cat([x.to(device) for x in self.layers])
+        config = self.model.config
+        self.statistics.finish(heads_pct, config.num_attention_heads // config.num_key_value_heads)
+        heads_pct.clamp_(-LOG_LIMIT, LOG_LIMIT)
+        t = torch.arange(context, dtype=torch.float64, device=device)
+        of = {
+            "surprisal": lambda: torch.cat(self.nats)[self.prefix :],
+            "position": lambda: t / context,
+            "log_position": lambda: t.log1p(),
+            "log_remaining": lambda: (context - t).log(),
+        }
+        rows = [of[name]().float() for name in self.extract["globals"]]
+        return heads_pct, torch.stack(rows) if rows else torch.zeros(0, context, device=device)
+
+    def _context(self, total: int) -> int:
+        if total <= self.prefix:
+            raise ValueError(f"{total} tokens with a prefix of {self.prefix} leave no context")
+        return total - self.prefix
+
+    @torch.no_grad()
+    def _layer(self, layer: _Layer):
+        channels, context = self.extract["channels"], layer.k_hkd.shape[1] - self.prefix
+        if layer.start != self.ids.numel():
+            raise ValueError(
+                f"features need a prefill from an empty cache: layer {layer.index} has {layer.start} cached positions, "
+                f"of which {self.ids.numel()} were read here"
+            )
+        if context <= 0:
+            return
+        out_hct = self.layers[layer.index]
+        if out_hct is None:
+            out_hct = torch.zeros(layer.k_hkd.shape[0], len(channels), 0, device=layer.k_hkd.device)
+        n = context - out_hct.shape[-1]
+        self.layers[layer.index] = out_hct = F.pad(out_hct, (0, n))
+        self.statistics.add(layer, self.prefix, out_hct)
+        log_norms = lambda x_hkd, floor: x_hkd[:, -n:].float().norm(dim=-1).clamp_min(floor).log()  # noqa: E731
+        of = {
+            "key_norm": lambda: log_norms(layer.k_hkd, SMALLEST_F64),
+            "value_norm": lambda: log_norms(layer.v_hkd, VALUE_NORM_FLOOR),
+            "hidden_linear": lambda: self._projected(layer, n),
+        }
+        for slot, channel in enumerate(channels):
+            if channel in of:
+                out_hct[:, slot, -n:] = of[channel]()
+
+    def _projected(self, layer: _Layer, n: int):
+        """The fitted map of what the layer's attention reads, of its last `n` tokens: `[h, n]`."""
+        weight_dh, bias_h = (x[layer.index].to(layer.normed_sm.device) for x in self.hidden)
+        parts = layer.normed_sm[-n:].split(HIDDEN_ROWS)
+        return torch.cat([part_sd.float() @ weight_dh + bias_h for part_sd in parts]).T
+
+    @torch.no_grad()
+    def _tokens(self, module, args, kwargs, output):
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None or ids.shape[0] != 1:
+            raise ValueError("features need the context as `input_ids` of one sequence")
+        if "surprisal" in self.extract["globals"]:
+            # The state at a position predicts the next token; nothing predicts the first one of all.
+            state_sd, device = output[0][0], self.model.device
+            first = torch.zeros(1) if self.state_1d is None else self._surprisal(self.state_1d, ids[0, :1])
+            self.nats += [first.to(device), self._surprisal(state_sd[:-1], ids[0, 1:]).to(device)]
+            self.state_1d = state_sd[-1:].clone()
+        self.ids = torch.cat([self.ids, ids[0].cpu()])
+
+    def _surprisal(self, state_sd, next_s):
+        """Negative log-likelihoods, f32 `[s]`; the LM head is applied to blocks of positions."""
+        rows, head = max(1, LOGIT_ELEMENTS // self.model.config.vocab_size), self.model.get_output_embeddings()
+        logits = (head(block_sd).float() for block_sd in state_sd.split(rows))
+        pairs = zip(logits, next_s.split(rows))
+        return torch.cat([F.cross_entropy(x_sv, n_s.to(x_sv.device), reduction="none") for x_sv, n_s in pairs])
+
+
+def source_sections(extract: dict) -> dict[str, dict]:
+    """The models that features come from, in the mapper's order, each with what it is asked for in `channels`."""
+    channels = {"proxy": extract["channels"], "target": extract.get("target_channels", list(PREFILL_CHANNELS))}
+    known = {"proxy": PREFILL_CHANNELS + REPEAT_CHANNELS, "target": (*PREFILL_CHANNELS, "hidden_linear")}
+    sources = extract.get("from", ["proxy"])
+    unknown = [f"{s} {c}" for s in sources for c in channels.get(s, "?") if c not in known.get(s, ())]
+    if unknown:
+        raise ValueError(f"features `{', '.join(unknown)}` are not known; this file is older than the export")
+    return {source: {**extract, "channels": channels[source]} for source in sources}
+
+
+def join_features(parts: list[tuple[torch.Tensor, torch.Tensor]], sections: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of several sources as the mapper reads them: f32 `[p, channels, t]` and `[globals, t]`.
+
+    Each part has the heads, channels and globals of its source, each section its names of them. Heads of the sources follow one another. Channels are the union of their lists in the order of first mention, 0
+    where a source lacks one. Globals are all of the first source and, of the others, the surprisal.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    channels = list(dict.fromkeys(channel for section in sections for channel in section["channels"]))
+    heads, globals_, device = [], [], parts[0][0].device
+    for i, ((heads_pct, globals_ct), section) in enumerate(zip(parts, sections)):
+        all_pct = torch.zeros(heads_pct.shape[0], len(channels), heads_pct.shape[2], device=device)
+        all_pct[:, [channels.index(channel) for channel in section["channels"]]] = heads_pct.to(device)
+        rows = [row for row, name in enumerate(section["globals"]) if i == 0 or name == "surprisal"]
+        heads.append(all_pct)
+        globals_.append(globals_ct.to(device)[rows])
+    return torch.cat(heads), torch.cat(globals_)
+
+
+class ProxyKV:
+    """An export, with its proxy if it reads one: from token ids to features, scores and keep masks of KV pairs.
+
+    `sources` are the models that the mapper reads, `proxy` and `target` in its order, each with what it is asked for.
+    """
+
+    def __init__(
+        self,
+        config: dict,
+        mapper: HybridAxialMapper,
+        proxy: nn.Module | None = None,
+        tokenizer=None,
+        hidden: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        """`hidden`: weight `[l, d, h]` and bias `[l, h]` that the channel `hidden_linear` of the target needs."""
+        self.config, self.mapper, self.proxy, self.tokenizer, self.hidden = config, mapper, proxy, tokenizer, hidden
+        self.sources = source_sections(config["extract"])
+        if ("proxy" in self.sources) != (proxy is not None):
+            raise ValueError(f"the mapper reads features of {', '.join(self.sources)}; a proxy was {'' if proxy else 'not '}given")
+        if "target" in self.sources and "hidden_linear" in self.sources["target"]["channels"]:
+            shape = config["target"]["shape"]
+            l, d, h = shape["layers"], shape["hidden"], shape["kv_heads"]
+            found = [tuple(x.shape) for x in hidden or ()]
+            if found != [(l, d, h), (l, h)]:
+                raise ValueError(f"the export's map of hidden states has shapes {found}, expected {[(l, d, h), (l, h)]}")
+        if proxy is not None:
+            self._check_proxy()
+
+    def _check_proxy(self):
+        named, model = self.config["proxy"], self.proxy.eval()
+        self.mapper.to(model.device)
+        shape, found = named["shape"], model.config
         expected = (shape["layers"], shape["kv_heads"], shape["query_heads"], shape["vocab"])
         found = (found.num_hidden_layers, found.num_key_value_heads, found.num_attention_heads, found.vocab_size)
         if expected != found:
             raise ValueError(
-                f"the proxy has layers, KV heads, query heads, vocabulary {found}, the export's "
-                f"`{config['proxy']['model']}` has {expected}"
+                f"the proxy has layers, KV heads, query heads, vocabulary {found}, the export's `{named['model']}` has {expected}"
             )
-        if proxy.config.model_type not in MODEL_TYPES:
-            raise ValueError(f"proxies of type `{proxy.config.model_type}` are not supported, only {', '.join(MODEL_TYPES)}")
-        if vocab_hash(tokenizer) != config["proxy"]["vocab_hash"]:
-            raise ValueError(f"the proxy's vocabulary is not that of `{config['proxy']['model']}`, which the mapper knows")
+        _check_type(model)
+        if vocab_hash(self.tokenizer) != named["vocab_hash"]:
+            raise ValueError(f"the proxy's vocabulary is not that of `{named['model']}`, which the mapper knows")
 
     @classmethod
     def from_pretrained(
@@ -713,14 +916,22 @@ class ProxyKV:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> ProxyKV:
-        """Load an export (folder or hub name) and its proxy.
+        """Load an export (folder or hub name), and its proxy if it is a source of features.
 
-        `proxy` replaces the name or folder that the export has for it; `dtype` the one it was run in.
+        `proxy` replaces the name or folder that the export has for it, `dtype` the one it was run in; `device` is where
+        proxy and mapper run. Without a proxy, `self.proxy` and `self.tokenizer` are None.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         folder = export_folder(source, revision)
         config = read_config(folder)
+        mapper = HybridAxialMapper.from_export(folder, verify=False).to(device or "cpu")
+        tensors = read_tensors(folder / "model.safetensors")
+        hidden = tuple(tensors[name] for name in ("hidden.weight_lmh", "hidden.bias_lh") if name in tensors)
+        if "proxy" not in source_sections(config["extract"]):
+            if proxy is not None:
+                raise ValueError(f"the mapper reads the target alone; leave the proxy `{proxy}` out")
+            return cls(config, mapper, hidden=hidden or None)
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         named = config["proxy"]
         pinned = {}
         if proxy is None:
@@ -738,75 +949,57 @@ class ProxyKV:
         model = AutoModelForCausalLM.from_pretrained(
             proxy, dtype=dtype, trust_remote_code=False, use_safetensors=True, **pinned
         )
-        return cls(config, HybridAxialMapper.from_export(folder, verify=False), model.to(device or "cpu"), tokenizer)
+        return cls(config, mapper, model.to(device or "cpu"), tokenizer, hidden or None)
+
+    @contextmanager
+    def tap(self, target: nn.Module, prefix: int):
+        """Gather the target's features while it prefills, for `target=` of the other methods: no second forward.
+
+            with px.tap(target, prefix) as reading:
+                target.model(input_ids=ids, past_key_values=cache)
+            keep = px.keep(ids, prefix, 0.1, target=reading)
+        """
+        with self._reading_of(target, prefix).gathering() as reading:
+            yield reading
+
+    def _reading_of(self, target: nn.Module, prefix: int) -> Reading:
+        if "target" not in self.sources:
+            raise ValueError("the mapper reads the proxy alone")
+        self.check_target(target)
+        return Reading(target, self.sources["target"], prefix, self.hidden)
 
     @torch.no_grad()
-    def features(self, ids: list[int] | torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raw features of the tokens behind the first `prefix`: f32 `[p, channels, t]` and `[globals, t]`."""
-        from transformers import DynamicCache
+    def features(
+        self, ids: list[int] | torch.Tensor, prefix: int, target: nn.Module | Reading | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw features of the tokens after the first `prefix`: f32 `[p, channels, t]` and `[globals, t]`.
 
-        model, extract = self.proxy, self.config["extract"]
-        ids = torch.as_tensor(ids, dtype=torch.long, device=model.device).reshape(-1)
-        channels, total = extract["channels"], ids.numel()
-        context = total - prefix
-        if context <= 0:
-            raise ValueError(f"{total} tokens with a prefix of {prefix} leave no context")
-        heads, layers = model.config.num_key_value_heads, model.config.num_hidden_layers
-        heads_pct = torch.zeros(layers * heads, len(channels), context, device=model.device)
-        statistics = _QueryStatistics(extract, prefix, context)
+        `target` is needed where it is a source: what `tap` gathered, or the model, which then prefills here.
+        """
+        parts = [self._features_of(source, ids, prefix, target) for source in self.sources]
+        return join_features(parts, list(self.sources.values()))
 
-        def see(layer: _Layer):
-            out_hct = heads_pct[layer.index * heads : (layer.index + 1) * heads]
-            statistics.add(layer.q_qsd, layer.k_hkd, layer.start, out_hct)
-            start = max(layer.start, prefix)
-            norms = (("key_norm", layer.k_hkd, SMALLEST_F64), ("value_norm", layer.v_hkd, VALUE_NORM_FLOOR))
-            for channel, vectors, floor in norms:
-                if channel in channels and vectors.shape[1] > start:
-                    norm_ht = vectors[:, start:].float().norm(dim=-1).clamp_min(floor).log()
-                    out_hct[:, channels.index(channel), start - prefix : vectors.shape[1] - prefix] = norm_ht
-
-        cache = DynamicCache()
-        nats_t = torch.zeros(context, device=model.device)
-        chunk = max(1, extract["prefill_chunk_tokens"])
-        if total > chunk:
-            chunk = min(chunk, max(256, MASK_ELEMENTS // total))
-        with _tap(model, see):
-            for start in range(0, total, chunk):
-                hidden = model.model(
-                    input_ids=ids[start : start + chunk].unsqueeze(0), past_key_values=cache, use_cache=True
-                ).last_hidden_state[0]
-                if "surprisal" in extract["globals"]:
-                    self._surprisal(hidden, ids, start, prefix, nats_t)
-        statistics.finish(heads_pct, model.config.num_attention_heads // heads)
-        if any(channel.startswith("recon_") for channel in channels):
-            self._reconstruction(ids, prefix, cache, heads_pct)
-        heads_pct.clamp_(-LOG_LIMIT, LOG_LIMIT)
-
-        t = torch.arange(context, dtype=torch.float64, device=model.device)
-        of = {
-            "surprisal": lambda: nats_t,
-            "position": lambda: t / context,
-            "log_position": lambda: t.log1p(),
-            "log_remaining": lambda: (context - t).log(),
-        }
-        rows = [of[name]().float() for name in extract["globals"]]
-        return heads_pct, torch.stack(rows) if rows else torch.zeros(0, context, device=model.device)
-
-    def _surprisal(self, hidden_sm, ids, start: int, prefix: int, nats_t):
-        """Negative log-likelihood of each context token; the LM head is applied to blocks of positions."""
-        head = self.proxy.get_output_embeddings()
-        end = min(start + hidden_sm.shape[0], ids.numel() - 1)
-        at, rows = max(start, prefix - 1, 0), max(1, LOGIT_ELEMENTS // self.proxy.config.vocab_size)
-        while at < end:
-            n = min(rows, end - at)
-            logits_sv = head(hidden_sm[at - start : at - start + n]).float()
-            nats_s = F.cross_entropy(logits_sv, ids[at + 1 : at + 1 + n], reduction="none")
-            nats_t[at + 1 - prefix : at + 1 - prefix + n] = nats_s
-            at += n
+    def _features_of(self, source: str, ids, prefix: int, target):
+        if source == "proxy":
+            reading = Reading(self.proxy, self.sources["proxy"], prefix)
+            cache = reading.prefill(ids)
+            heads_pct, globals_ct = reading.features()
+            if any(channel in REPEAT_CHANNELS for channel in reading.extract["channels"]):
+                self._reconstruction(reading.ids, prefix, cache, heads_pct)
+            return heads_pct, globals_ct
+        if target is None:
+            raise ValueError("the mapper reads features of the target: give the model, or what `tap` gathered, as `target=`")
+        if not isinstance(target, Reading):
+            reading = self._reading_of(target, prefix)
+            reading.prefill(ids)
+            return reading.features()
+        if target.prefix != prefix or target.ids.tolist() != torch.as_tensor(ids).reshape(-1).tolist():
+            raise ValueError("the target read other tokens, or another prefix, than these")
+        return target.features()
 
     def _reconstruction(self, ids, prefix: int, cache, heads_pct):
         """Channels for which the proxy repeats its context, chunk by chunk, as KVzip scores do."""
-        model, label, channels = self.proxy, self.config["label"], self.config["extract"]["channels"]
+        model, label, channels = self.proxy, self.config["label"], self.sources["proxy"]["channels"]
         original, plus = label["preset"] == "original", label["preset"] == "plus"
         size = label["chunk_tokens"] or (2000 if original else 2048)
         sink = label["sink"] or ("prefix" if original else {"tokens": 4})
@@ -839,18 +1032,27 @@ class ProxyKV:
         }
         for slot, channel in enumerate(channels):
             if channel in of:
-                heads_pct[:, slot] = of[channel]()
+                heads_pct[:, slot] = of[channel]().clamp(-LOG_LIMIT, LOG_LIMIT)
 
     @torch.no_grad()
-    def scores(self, ids: list[int] | torch.Tensor, prefix: int) -> torch.Tensor:
-        """The mapper's scores of the target's KV pairs behind the prefix, f32 `[layers, KV heads, t]`."""
-        shape = self.config["target"]["shape"]
-        scores_ot = self.mapper.scores(*self.features(ids, prefix))
+    def scores(
+        self, ids: list[int] | torch.Tensor, prefix: int, target: nn.Module | Reading | None = None
+    ) -> torch.Tensor:
+        """The mapper's scores of the target's KV pairs after the prefix, f32 `[layers, KV heads, t]`."""
+        shape, device = self.config["target"]["shape"], self.mapper.standardize.heads_mean.device
+        scores_ot = self.mapper.scores(*(x.to(device) for x in self.features(ids, prefix, target)))
         return scores_ot.reshape(shape["layers"], shape["kv_heads"], -1)
 
-    def keep(self, ids: list[int] | torch.Tensor, prefix: int, retention: float, policy: str = "pair") -> torch.Tensor:
+    def keep(
+        self,
+        ids: list[int] | torch.Tensor,
+        prefix: int,
+        retention: float,
+        policy: str = "pair",
+        target: nn.Module | Reading | None = None,
+    ) -> torch.Tensor:
         """Which of the target's KV pairs stay, bool `[layers, KV heads, prefix + t]`; the prefix always does."""
-        keep_lht = keep_mask(self.scores(ids, prefix), policy, retention)
+        keep_lht = keep_mask(self.scores(ids, prefix, target), policy, retention)
         return torch.cat([torch.ones(*keep_lht.shape[:2], prefix, dtype=torch.bool, device=keep_lht.device), keep_lht], -1)
 
     def check_target(self, model: nn.Module) -> None:
@@ -867,6 +1069,8 @@ class ProxyKV:
         found = {name: getattr(found, name, None) for name in expected}
         if found != expected:
             raise ValueError(f"the mapper was trained for `{named['model']}` with {expected}; this model has {found}")
+        if "target" in self.sources:
+            _check_type(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -907,11 +1111,12 @@ def _make_press():
 
     @dataclass
     class ProxyKVPress(BasePress):
-        """Evicts what an export's mapper scores lowest, by one prefill of the small proxy.
+        """Evicts what an export's mapper scores lowest.
 
-        The target prefills as usual; when the context manager is left, the proxy reads the same tokens, the mapper
-        scores the target's KV pairs, and the lowest are evicted. Tokens of the chat template before the user's text
-        are never evicted and do not count. Batches hold one sequence.
+        The target prefills as usual. Where it is a source of features, they are gathered meanwhile, and its rotary
+        frequencies are rounded once from f64 from then on. When the context manager is left, the proxy reads the same
+        tokens, if it is a source; the mapper scores the target's KV pairs, and the lowest are evicted. Tokens of the
+        chat template before the user's text are never evicted and do not count. Batches hold one sequence.
 
         Parameters
         ----------
@@ -926,7 +1131,7 @@ def _make_press():
         revision : str, optional
             Revision of the export on the hub.
         device : str, optional
-            Where the proxy runs; the target's device by default.
+            Where proxy and mapper run; the target's device by default.
         retention : float, optional
             Share of the context's KV pairs to *keep*, in place of `compression_ratio`.
         """
@@ -970,16 +1175,14 @@ def _make_press():
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
                 if vocab_hash(tokenizer) != self._proxykv.config["target"]["vocab_hash"]:
                     raise ValueError(f"the vocabulary of `{name}` is not that of the target that the mapper knows")
-                prefix = Frame.of(tokenizer).prefix
-                # Without a template kvpress puts the start token there.
-                self._prefixes[name] = prefix or [tokenizer.bos_token_id]
+                self._prefixes[name] = Frame.of(tokenizer).prefix
             same = (a == b for a, b in zip(ids, self._prefixes[name]))
             return next((i for i, equal in enumerate(same) if not equal), min(len(ids), len(self._prefixes[name])))
 
         @contextmanager
         def __call__(self, model):
             self.post_init_from_model(model)
-            seen, caches = [], []
+            seen, caches, reading = [], [], None
 
             def before(module, args, kwargs):
                 ids = kwargs.get("input_ids", args[0] if args else None)
@@ -990,22 +1193,24 @@ def _make_press():
                     raise ValueError("ProxyKVPress needs an empty cache to prefill, given as `past_key_values`")
                 seen.extend(ids[0].tolist())
                 caches[:] = [cache]
+                if reading is not None:
+                    reading.prefix = self.prefix_of(model, seen)
 
-            hook = model.model.register_forward_pre_hook(before, with_kwargs=True)
-            try:
+            with ExitStack() as hooks:
+                hooks.callback(model.model.register_forward_pre_hook(before, with_kwargs=True).remove)
+                if self.compression_ratio > 0 and "target" in self._proxykv.sources:
+                    reading = hooks.enter_context(self._proxykv.tap(model, 0))
                 yield
-            finally:
-                hook.remove()
             if seen and self.compression_ratio > 0:
-                self._evict(model, caches[0], seen)
+                self._evict(model, caches[0], seen, reading)
 
-        def _evict(self, model, cache, ids: list[int]):
+        def _evict(self, model, cache, ids: list[int], reading: Reading | None):
             # 1 - 0.95 is not 0.05 to the last bit, which a count may round by.
             retention = round(1.0 - self.compression_ratio, 12)
             prefix = self.prefix_of(model, ids)
             if prefix == len(ids):
                 return
-            self.kept = self._proxykv.keep(ids, prefix, retention, self.policy)
+            self.kept = self._proxykv.keep(ids, prefix, retention, self.policy, reading)
             evict(model, cache, self.kept)
 
     ProxyKVPress.__qualname__ = "ProxyKVPress"

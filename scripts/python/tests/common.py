@@ -49,6 +49,11 @@ def pipe():
     return pipeline("kv-press-text-generation", model=TARGET, dtype=torch.float32, device="cpu")
 
 
+def target(run: str):
+    """The model that `features`, `scores` and `keep` need for this run's export, if it reads the target."""
+    return pipe().model if "target" in opened(run).sources else None
+
+
 def frame() -> proxykv.Frame:
     return proxykv.Frame.of(pipe().tokenizer)
 

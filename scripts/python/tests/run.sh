@@ -32,6 +32,18 @@ other=(--set name=other --set train.steps=2 --set eval.contexts=2 --set mapper.v
   --set 'extract.channels=["recon_log","max_all","mean_all","max_window","mean_window","max_last","mean_last","key_norm","value_norm","recon_log_odds","recon_mean"]')
 all "${other[@]}"
 train eval "${other[@]}" --kept 2
+# Features of the target alone, with the channel that is fitted to its hidden states.
+own=(--set name=own --set train.steps=30 --set eval.contexts=2 --set 'extract.from=["target"]'
+  --set 'extract.target_channels=["max_all","mean_all","max_window","mean_window","max_last","mean_last","key_norm","value_norm","hidden_linear"]'
+  --set 'eval.answer_policies=["pair","pair-uniform","token"]')
+all "${own[@]}"
+train eval "${own[@]}" --kept 2
+# Of both models, in another order than their channels have, which overlap.
+both=(--set name=both --set train.steps=30 --set eval.contexts=2 --set 'extract.from=["target","proxy"]' --set extract.prefill_chunk_tokens=200
+  --set 'extract.target_channels=["key_norm","hidden_linear","mean_last","max_window"]' --set 'extract.globals=["position","surprisal"]'
+  --set 'extract.channels=["recon_log","max_window","max_all","key_norm"]' --set 'eval.answer_policies=["pair","pair-uniform","token"]')
+all "${both[@]}"
+train eval "${both[@]}" --kept 2
 # The other variants need no stage before training of their own.
 for variant in mlp linear; do
   mkdir "$runs/$variant"

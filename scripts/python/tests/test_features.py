@@ -1,11 +1,16 @@
 """Features and keep masks against those of the Rust side."""
 
+import copy
+import json
+import shutil
+import tempfile
 import unittest
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-from common import PROXY, RUNS, contexts, kept, opened, proxykv
-from transformers import AutoConfig, AutoModelForCausalLM
+from common import PROXY, RUNS, contexts, export, frame, kept, opened, pipe, proxykv, target
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 
 class Features(unittest.TestCase):
@@ -13,14 +18,32 @@ class Features(unittest.TestCase):
         px = opened("demo-nano")
         self.assertEqual(len(proxykv.Frame.of(px.tokenizer).prefix), kept("demo-nano")["prefix"].item())
 
+    def test_the_frame_is_what_kvpress_puts_around_a_text(self):
+        given, tokenizer = pipe().tokenizer, copy.deepcopy(pipe().tokenizer)
+        template = given.chat_template
+        self.addCleanup(setattr, pipe(), "tokenizer", given)
+        pipe().tokenizer = tokenizer
+        named = {"default": template, "tool_use": "{{ messages[0].content }}!"}
+        for tokenizer.chat_template in (template, named, "<{{ messages[0].content }}>", None):
+            got, text = proxykv.Frame.of(tokenizer), "A text."
+            made = pipe().preprocess(text, [""], "", 10**9)
+            # As texts: a line break at the prefix' end may be one token with what follows.
+            self.assertEqual(tokenizer.decode(got.prefix) + text, tokenizer.decode(made["context_ids"][0]))
+            self.assertEqual(got.switch, made["questions_ids"][0][0].tolist())
+        self.assertEqual(got.prefix, [tokenizer.bos_token_id])
+        tokenizer.bos_token = None
+        self.assertEqual(proxykv.Frame.of(tokenizer).prefix, [])
+        for tokenizer.chat_template in ("no text", "{{ messages[0].content }} {{ messages[0].content }}"):
+            with self.assertRaisesRegex(ValueError, "once"):
+                proxykv.Frame.of(tokenizer)
+
     def test_channels_equal_the_rust_ones_in_f32(self):
-        # The second run has all eleven channels, KVzip+ scores, and chunks in prefill and repeat.
-        for run in ("demo-nano", "other"):
-            px, rust = opened(run), kept(run)
-            prefix = proxykv.Frame.of(px.tokenizer).prefix
+        # The second run has all channels of a proxy, KVzip+ scores, and chunks in prefill and repeat.
+        for run in ("demo-nano", "other", "own", "both"):
+            px, rust, prefix = opened(run), kept(run), frame().prefix
             worst = 0.0
             for i in contexts(run):
-                heads, globals_ = px.features(prefix + rust[f"{i}.tokens"].tolist(), len(prefix))
+                heads, globals_ = px.features(prefix + rust[f"{i}.tokens"].tolist(), len(prefix), target(run))
                 torch.testing.assert_close(heads, rust[f"{i}.heads_pct"], atol=1e-3, rtol=0)
                 torch.testing.assert_close(globals_, rust[f"{i}.globals_ct"], atol=1e-3, rtol=0)
                 worst = max(worst, (heads - rust[f"{i}.heads_pct"]).abs().max().item())
@@ -40,6 +63,71 @@ class Features(unittest.TestCase):
             torch.testing.assert_close(heads, stored, atol=1e-3, rtol=1e-3)
             torch.testing.assert_close(globals_, torch.tensor(features["globals"][i].as_py()), atol=1e-3, rtol=1e-3)
 
+    def test_a_tapped_prefill_gives_the_features_of_a_forward_of_its_own(self):
+        model, prefix = pipe().model, frame().prefix
+        ids = prefix + kept("own")["0.tokens"].tolist()
+        for run in ("own", "both"):
+            px = opened(run)
+            whole = px.features(ids, len(prefix), model)
+            # Some pieces are shorter than the prefix, than the 64 last queries, or one token.
+            for ends in ([len(ids)], [5, 300, len(ids)], [len(prefix), 301, len(ids) - 30, len(ids) - 1, len(ids)]):
+                cache, start = DynamicCache(), 0
+                with px.tap(model, len(prefix)) as reading:
+                    for end in ends:
+                        model.model(input_ids=torch.tensor([ids[start:end]]), past_key_values=cache)
+                        start = end
+                for ours, theirs in zip(px.features(ids, len(prefix), reading), whole):
+                    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+                # Reading them changes nothing.
+                keep = px.keep(ids, len(prefix), 0.1, target=reading)
+                self.assertTrue(torch.equal(keep, px.keep(ids, len(prefix), 0.1, target=reading)))
+                with self.assertRaisesRegex(ValueError, "other tokens"):
+                    px.keep(ids[:-1], len(prefix), 0.1, target=reading)
+            self.assertFalse(any(layer.self_attn._forward_hooks for layer in model.model.layers))
+
+    def test_a_target_that_is_a_source_is_asked_for(self):
+        ids, model = torch.arange(20), pipe().model
+        with self.assertRaisesRegex(ValueError, "`target=`"):
+            opened("own").keep(ids, 3, 0.5)
+        with self.assertRaisesRegex(ValueError, "mapper was trained for"):
+            opened("own").keep(ids, 3, 0.5, target=opened("both").proxy)
+        with self.assertRaisesRegex(ValueError, "reads the proxy alone"), opened("demo-nano").tap(model, 3):
+            pass
+        cache = DynamicCache()
+        model.model(input_ids=ids[None], past_key_values=cache)
+        with self.assertRaisesRegex(ValueError, "empty cache"), opened("own").tap(model, 3):
+            model.model(input_ids=ids[None], past_key_values=cache)
+        with self.assertRaisesRegex(ValueError, "one sequence"), opened("own").tap(model, 3):
+            model.model(input_ids=ids.view(2, 10), past_key_values=DynamicCache())
+        with opened("own").tap(model, 3) as reading:
+            model.model(input_ids=ids[None, :3], past_key_values=DynamicCache())
+        with self.assertRaisesRegex(ValueError, "no context"):
+            opened("own").keep(ids[:3], 3, 0.5, target=reading)
+
+    def test_a_proxy_that_is_no_source_is_not_looked_for(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(shutil.copytree(export("own"), Path(folder) / "export")) / "config.json"
+            config = json.loads(path.read_text())
+            config["proxy"]["model"] = "absent/proxy"
+            path.write_text(json.dumps(config))
+            px = proxykv.ProxyKV.from_pretrained(path.parent)
+            self.assertIsNone(px.proxy)
+            self.assertEqual(px.keep(torch.arange(30), 5, 0.2, target=pipe().model).sum(), 12 * 5 + 60)
+            with self.assertRaisesRegex(ValueError, "target alone"):
+                proxykv.ProxyKV.from_pretrained(path.parent, proxy=PROXY)
+            config["extract"]["target_channels"][0] = "of_tomorrow"
+            path.write_text(json.dumps(config))
+            with self.assertRaisesRegex(ValueError, "of_tomorrow"):
+                proxykv.ProxyKV.from_pretrained(path.parent)
+
+    def test_sources_are_joined_as_the_layout_of_the_rust_side_says(self):
+        sections = [{"channels": channels, "globals": ["position", "surprisal"]} for channels in (["a", "b"], ["c", "b"])]
+        parts = [(torch.arange(x, x + p * 6.0).view(p, 2, 3), torch.arange(x, x + 6.0).view(2, 3)) for x, p in ((100, 2), (500, 1))]
+        heads, globals_ = proxykv.join_features(parts, sections)
+        self.assertEqual(heads[0].tolist(), [[100, 101, 102], [103, 104, 105], [0, 0, 0]])
+        self.assertEqual(heads[2].tolist(), [[0, 0, 0], [503, 504, 505], [500, 501, 502]])
+        self.assertEqual(globals_.tolist(), [[100, 101, 102], [103, 104, 105], [503, 504, 505]])
+
     def test_rotary_frequencies_stay_those_of_the_scaling(self):
         base = {"rope_theta": 5e5}
         llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -58,7 +146,7 @@ class Features(unittest.TestCase):
 
 class Masks(unittest.TestCase):
     def test_masks_of_the_rust_scores_are_equal(self):
-        for run in ("demo-nano", "other"):
+        for run in ("demo-nano", "other", "own", "both"):
             rust = kept(run)
             for i in contexts(run):
                 for policy in proxykv.POLICIES:

@@ -9,18 +9,19 @@ from common import PROXY, RUNS, TARGET, contexts, export, frame, kept, opened, p
 from transformers import AutoModelForCausalLM, DynamicCache
 
 RUN = "demo-nano"
+SOURCES = {RUN: ["proxy"], "own": ["target"], "both": ["target", "proxy"]}
 
 
-def press(**options):
-    made = proxykv.ProxyKVPress(str(export(RUN)), **options)
+def press(run: str = RUN, **options):
+    made = proxykv.ProxyKVPress(str(export(run)), **options)
     # One proxy for all tests: loading it is most of a press's time here.
-    made._proxykv = opened(RUN)
+    made._proxykv = opened(run)
     return made
 
 
 class Press(unittest.TestCase):
-    def ids(self, context: int) -> list[int]:
-        return frame().prefix + kept(RUN)[f"{context}.tokens"].tolist()
+    def ids(self, context: int, run: str = RUN) -> list[int]:
+        return frame().prefix + kept(run)[f"{context}.tokens"].tolist()
 
     def prefill(self, ids: list[int], **options):
         made, cache = press(**options), DynamicCache()
@@ -29,14 +30,20 @@ class Press(unittest.TestCase):
         return made, cache
 
     def test_kept_sets_and_answers_are_those_of_eval(self):
-        rust, prefix = kept(RUN), len(frame().prefix)
-        table = pq.read_table(RUNS / RUN / "eval/answers.parquet").to_pylist()
+        for run, sources in SOURCES.items():
+            with self.subTest(run):
+                self.assertEqual(list(opened(run).sources), sources)
+                self.compare(run)
+
+    def compare(self, run: str):
+        rust, prefix = kept(run), len(frame().prefix)
+        table = pq.read_table(RUNS / run / "eval/answers.parquet").to_pylist()
         asked = answered = silent = 0
-        for i in contexts(RUN):
+        for i in contexts(run):
             rows = [r for r in table if r["context"] == i and r["method"] == "mapper"]
             for policy in proxykv.POLICIES:
                 for n, ratio in enumerate(rust["ratios"].tolist()):
-                    made = press(retention=ratio, policy=policy)
+                    made = press(run, retention=ratio, policy=policy)
                     cell = [r for r in rows if r["policy"] == policy and r["ratio"] == ratio]
                     encode = pipe().tokenizer.encode
                     questions = [
@@ -46,7 +53,7 @@ class Press(unittest.TestCase):
                     self.assertEqual(len(questions), 4)
                     with torch.inference_mode():
                         answers = pipe()._forward(
-                            {"context_ids": torch.tensor([self.ids(i)]), "questions_ids": questions},
+                            {"context_ids": torch.tensor([self.ids(i, run)]), "questions_ids": questions},
                             press=made,
                             max_new_tokens=24,
                         )
@@ -64,7 +71,7 @@ class Press(unittest.TestCase):
                             silent += 1
                             continue
                         self.assertEqual(answer, expected, f"context {i}, {policy} at {ratio}: {r['question_text']}")
-        print(f"\n  {asked - silent} answers agree, {answered} of them right; {silent} are empty", end="")
+        print(f"\n  {run}: {asked - silent} answers agree, {answered} of them right; {silent} are empty", end="")
         self.assertGreater(answered, 0)
         self.assertLess(silent, asked / 4)
 
@@ -89,12 +96,23 @@ class Press(unittest.TestCase):
 
     def test_a_context_in_pieces_is_one_context(self):
         ids = self.ids(1)
-        whole, _ = self.prefill(ids, retention=0.1)
-        made, cache = press(compression_ratio=0.9), DynamicCache()
-        with torch.inference_mode(), made(pipe().model):
-            for part in (ids[:300], ids[300:]):
-                pipe().model.model(input_ids=torch.tensor([part]), past_key_values=cache)
-        self.assertTrue(torch.equal(made.kept, whole.kept))
+        for run in SOURCES:
+            whole, _ = self.prefill(ids, run=run, retention=0.1)
+            made, cache = press(run, compression_ratio=0.9), DynamicCache()
+            with torch.inference_mode(), made(pipe().model):
+                # The first piece ends within the chat template.
+                for part in (ids[:5], ids[5:300], ids[300:]):
+                    pipe().model.model(input_ids=torch.tensor([part]), past_key_values=cache)
+            self.assertTrue(torch.equal(made.kept, whole.kept), run)
+
+    def test_the_target_is_run_once_whatever_it_is_read_for(self):
+        model, calls = pipe().model, []
+        hook = model.model.register_forward_hook(lambda *_: calls.append(1))
+        self.addCleanup(hook.remove)
+        for run in SOURCES:
+            self.prefill(self.ids(0), run=run, retention=0.1)
+            self.assertEqual(len(calls), 1, run)
+            calls.clear()
 
     def test_text_goes_through_the_pipeline(self):
         fact = " The access code for the silver lantern is 48213."

@@ -11,14 +11,14 @@ from common import ROOT, RUNS
 
 class Snippets(unittest.TestCase):
     def test_snippets_run(self):
-        for readme, least in (("README.md", 2), ("scripts/python/README.md", 2)):
+        for readme, least in (("README.md", 2), ("scripts/python/README.md", 3)):
             text = (ROOT / readme).read_text(encoding="utf-8")
             snippets = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
             self.assertGreaterEqual(len(snippets), least)
             for i, snippet in enumerate(snippets):
                 with self.subTest(f"{readme}, snippet {i}"):
                     self.assertLess(len(snippet.splitlines()), 15)
-                    code = snippet.replace("runs/demo-nano", str(RUNS / "demo-nano"))
+                    code = re.sub(r"runs/(?=demo-nano|own)", f"{RUNS}/", snippet)
                     env = {**os.environ, "PYTHONPATH": "scripts/python"}
                     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
                     self.assertEqual(run.returncode, 0, run.stderr[-2000:])
