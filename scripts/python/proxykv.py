@@ -684,6 +684,29 @@ def _chunk_scores(layer: _Layer, sink: int, start: int, end: int, plus: bool):
     return max_hgt.amax(1), sum_hgt.mean(1) / rows
 
 
+def text_encoder(tokenizer):
+    """A function from texts to ids as they are within a prompt.
+
+    A SentencePiece tokenizer puts a blank before every text it is given, but none after another character.
+    """
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None:
+        return encode
+
+    def pieces(text: str) -> str:
+        text = core.normalizer.normalize_str(text) if core.normalizer else text
+        return "".join(p for p, _ in core.pre_tokenizer.pre_tokenize_str(text)) if core.pre_tokenizer else text
+
+    for lead in ("", "\u0001", "\n", ".", "|"):
+        pairs = (("a", "b"), ("a", " b"), ("a ", "b"), ("a\n", "b"))
+        fits = all(pieces(a + b) == pieces(a) + pieces(lead + b).removeprefix(pieces(lead)) for a, b in pairs)
+        ids = encode(lead)
+        if fits and (not lead or all(encode(lead + x)[: len(ids)] == ids for x in ("a", " b", "1", "[", "\u00e9", "\u4eac"))):
+            return lambda text: encode(lead + text)[len(ids) :]
+    raise ValueError("the tokenizer reads a text as another one than its parts, which prompts are made of")
+
+
 class Frame(NamedTuple):
     """Tokens around a user's text, by the chat template; without one the bos token, if there is one, as in kvpress."""
 
@@ -702,8 +725,7 @@ class Frame(NamedTuple):
             if text.count(mark) != 1:
                 raise ValueError("the chat template must render the text of a user's message once")
             prefix, switch = text.split(mark)
-        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-        return cls(encode(prefix), encode(switch))
+        return cls(tokenizer.encode(prefix, add_special_tokens=False), text_encoder(tokenizer)(switch))
 
 
 def _check_type(model: nn.Module) -> None:
@@ -1004,7 +1026,7 @@ class ProxyKV:
         size = label["chunk_tokens"] or (2000 if original else 2048)
         sink = label["sink"] or ("prefix" if original else {"tokens": 4})
         sink = prefix if sink == "prefix" else min(sink["tokens"], prefix)
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+        encode = text_encoder(self.tokenizer)
         first = encode("\n\nRepeat the previous context exactly.")
         later = encode("\n\nRepeat the part of the previous context exactly, starting with" + " " * original)
         switch, context = Frame.of(self.tokenizer).switch, ids[prefix:].tolist()

@@ -1,6 +1,7 @@
 """Features and keep masks against those of the Rust side."""
 
 import copy
+import hashlib
 import json
 import shutil
 import tempfile
@@ -8,15 +9,19 @@ import unittest
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import tokenizers
 import torch
 from common import PROXY, RUNS, contexts, export, frame, kept, opened, pipe, proxykv, target
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 
 class Features(unittest.TestCase):
     def test_the_frame_is_the_rust_one(self):
         px = opened("demo-nano")
-        self.assertEqual(len(proxykv.Frame.of(px.tokenizer).prefix), kept("demo-nano")["prefix"].item())
+        got = proxykv.Frame.of(px.tokenizer)
+        self.assertEqual(len(got.prefix), kept("demo-nano")["prefix"].item())
+        text = "\u0001".join(px.tokenizer.decode(ids) for ids in got)
+        self.assertEqual(hashlib.sha256(text.encode()).hexdigest(), px.config["proxy"]["template_hash"])
 
     def test_the_frame_is_what_kvpress_puts_around_a_text(self):
         given, tokenizer = pipe().tokenizer, copy.deepcopy(pipe().tokenizer)
@@ -36,6 +41,18 @@ class Features(unittest.TestCase):
         for tokenizer.chat_template in ("no text", "{{ messages[0].content }} {{ messages[0].content }}"):
             with self.assertRaisesRegex(ValueError, "once"):
                 proxykv.Frame.of(tokenizer)
+
+    def test_a_tokenizer_that_puts_a_blank_before_texts_reads_parts_as_the_whole(self):
+        scores = [(token, -1.0) for token in ("<s>", "<0x01>", "<unk>", "\u2581", "a", "b", "\n", ".", "|", "1", "[", "\u00e9", "\u4eac")]
+        for scheme in ("always", "first", "never"):
+            core = tokenizers.Tokenizer(tokenizers.models.Unigram(scores, unk_id=2))
+            core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>")
+            got = proxykv.Frame.of(tokenizer)
+            self.assertEqual((got.prefix, got.switch), ([0], [6]), scheme)
+            encode = proxykv.text_encoder(tokenizer)
+            whole = tokenizer.encode("a\n\nb b", add_special_tokens=False)
+            self.assertEqual(tokenizer.encode("a", add_special_tokens=False) + encode("\n\nb") + encode(" b"), whole)
 
     def test_channels_equal_the_rust_ones_in_f32(self):
         # The second run has all channels of a proxy, KVzip+ scores, and chunks in prefill and repeat.
