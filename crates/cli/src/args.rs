@@ -86,6 +86,8 @@ pub enum Command {
     /// The mapper, from labels and features.
     Train(StageArgs),
     /// Predictions against labels, and answers with a pruned cache, beside the baselines.
+    ///
+    /// Other tasks, methods, policies, ratios and limits add to what was measured with the same mapper; `--redo eval` drops it.
     Eval {
         #[command(flatten)]
         stage: StageArgs,

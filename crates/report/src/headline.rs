@@ -102,8 +102,13 @@ fn purpose(data: &RunData, target: &str, proxy: &str) -> String {
 fn verdict(data: &RunData) -> Option<String> {
     let facts = data.results.as_ref()?.facts.as_ref()?;
     let (policy, ratio) = choice(facts)?;
-    let of = |m| facts.cell(m, policy, ratio);
-    let mapper = of(MethodName::MAPPER)?;
+    let mapper = facts.cell(MethodName::MAPPER, policy, ratio)?;
+    // What was asked of other contexts is not compared.
+    let of = |m| facts.cell(m, policy, ratio).filter(|c| c.contexts == mapper.contexts);
+    let questions = match mapper.contexts {
+        Some(contexts) => format!("the questions about facts in {contexts} of the texts"),
+        None => format!("{} questions about facts in the text", facts.questions),
+    };
     let mut beside = vec![format!("{} with the full cache", percent(facts.full.mean))];
     let names = [
         (MethodName::KVZIP, "with KVzip's own choice"),
@@ -116,11 +121,9 @@ fn verdict(data: &RunData) -> Option<String> {
         names.iter().filter_map(|(m, text)| Some(format!("{} {text}", percent(of(*m)?.accuracy.mean)))),
     );
     let mut text = format!(
-        "With {} of the KV pairs kept, the mapper's choice answers {} of {} questions about facts in the text. \
-         Beside it: {}.",
+        "With {} of the KV pairs kept, the mapper's choice answers {} of {questions}. Beside it: {}.",
         percent_text(ratio),
         percent(mapper.accuracy.mean),
-        facts.questions,
         join(&beside)
     );
     if let Some(floor) = of(MethodName::HEAD_PRIOR) {
@@ -156,10 +159,13 @@ fn compare(mapper: &FactsCell, floor: &FactsCell) -> Clear {
     }
 }
 
-/// Policy and ratio that the headline speaks of.
+/// Policy and ratio that the headline speaks of: where the mapper answered on most contexts.
 fn choice(facts: &FactsResults) -> Option<(Policy, f64)> {
-    let policy = facts.cells.first()?.policy;
-    let ratios = facts.cells.iter().filter(|c| c.policy == policy).map(|c| c.ratio);
+    let contexts = |c: &FactsCell| c.contexts.unwrap_or(facts.contexts);
+    let mapper = || facts.cells.iter().filter(|c| c.method == MethodName::MAPPER);
+    let most = mapper().map(contexts).max()?;
+    let policy = mapper().find(|c| contexts(c) == most)?.policy;
+    let ratios = mapper().filter(|c| c.policy == policy && contexts(c) == most).map(|c| c.ratio);
     Some((policy, nearest(ratios)?))
 }
 
@@ -208,7 +214,7 @@ fn answer_tiles(facts: &FactsResults) -> Vec<Tile> {
     let unharmed = facts
         .cells
         .iter()
-        .filter(|c| c.method == MethodName::MAPPER && c.policy == policy)
+        .filter(|c| c.method == MethodName::MAPPER && c.policy == policy && c.contexts == cell.contexts)
         .filter(|c| c.accuracy.mean >= UNHARMED * facts.full.mean)
         .map(|c| c.ratio)
         .reduce(f64::min);
