@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap_complete::engine::{
     ArgValueCandidates, ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter,
 };
+use pkv_core::Source;
 use pkv_recipe::Recipe;
 use serde_json::{Value, json};
 
@@ -191,10 +192,12 @@ fn any_recipe() -> Option<Value> {
         "data": {"manifest": "", "train": 1, "validation": 1, "test": 1},
     });
     let mut recipe: Recipe = serde_json::from_value(least).ok()?;
-    // Left out of a written recipe where they are absent.
+    // Left out of a written recipe where they are absent or at their defaults.
     recipe.train.contexts = Some(1);
     recipe.train.seed = Some(recipe.seed);
     recipe.label.pack_tokens = Some(1);
+    recipe.extract.from = vec![Source::Target, Source::Proxy];
+    recipe.extract.target_channels.truncate(1);
     serde_json::to_value(recipe).ok()
 }
 
