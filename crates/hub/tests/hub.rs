@@ -45,7 +45,7 @@ fn a_cache_written_by_python_is_read() {
     fs::remove_file(fs::canonicalize(&weights).unwrap()).unwrap();
     let (text, hint) = texts(hub.model(NAME, "main", &[]).unwrap_err());
     assert!(
-        text.contains("model.safetensors` is absent") && hint.contains("proxykv-train fetch"),
+        text.contains("lacks `model.safetensors`") && hint.contains("proxykv-train fetch"),
         "{text} {hint}"
     );
 
