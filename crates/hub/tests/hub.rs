@@ -51,7 +51,7 @@ fn a_cache_written_by_python_is_read() {
 
     fs::remove_file(snapshot.join("tokenizer.json")).unwrap();
     let (text, hint) = texts(hub.model(NAME, "main", &[]).unwrap_err());
-    assert!(text.contains("lacks `tokenizer.json`"), "{text}");
+    assert!(text.contains("lacks `model.safetensors`, `tokenizer.json`"), "{text}");
     assert!(hint.contains("proxykv-train fetch"), "{hint}");
 }
 
