@@ -1,4 +1,4 @@
-//! The three ways to let proxy and target work, behind one interface.
+//! The three ways to let proxy and target work, with one interface.
 //!
 //! `sequential`: the proxy's side first, then the target; the least memory. `streams`: both at once on
 //! one device, on two CUDA streams, or two threads of a CPU. `dual`: both at once on two devices, the

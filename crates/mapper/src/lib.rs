@@ -1,4 +1,4 @@
-//! The HybridAxialMapper: from a proxy's features to the target's scores.
+//! The HybridAxialMapper: from features of the proxy, the target or both to the target's scores.
 //!
 //! Owns the network and its variants, the ridge solution that training starts from, and the
 //! multi-granularity hybrid loss. Batching, the optimization loop and checkpoints are left to

@@ -16,9 +16,9 @@ const SMALLEST_STD: f64 = 1e-3;
 /// What goes into a mapper and comes out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapperDims {
-    /// KV heads of all layers of the proxy.
+    /// KV heads of all layers of all sources of features; exports call them proxy heads since there was no other source.
     pub proxy_heads: usize,
-    /// Features per proxy KV head and position.
+    /// Features per KV head of a source and position.
     pub channels: usize,
     /// Features per position; may be 0.
     pub globals: usize,
