@@ -69,8 +69,10 @@ impl<'a> Preparation<'a> {
         let Reading { data, seed, progress, .. } = self.reading;
         let counts = [data.train, data.validation, data.test];
         progress.start("preparing examples", counts.iter().sum::<usize>() as u64, 0);
-        let weights: Vec<f64> = self.manifest.sources.iter().map(|s| s.weight).collect();
-        let shares = counts.map(|n| apportion(n, &weights));
+        let shares = Split::ALL.map(|split| {
+            let weight = |s: &Source| if s.splits.contains(&split) { s.weight } else { 0.0 };
+            apportion(counts[split as usize], &self.manifest.sources.iter().map(weight).collect::<Vec<_>>())
+        });
 
         let mut seen = HashSet::new();
         let mut scans = Vec::new();

@@ -78,13 +78,13 @@ pub(crate) fn scan(
             let hash = DocumentHash::of(&document.text);
             if !seen.insert(hash) {
                 summary.duplicates += 1;
-            } else if !full(&summary, hash.split(data)) {
+            } else if !full(&summary, source.split(hash.split(data))) {
                 fresh.push((document, hash));
             }
         }
         let texts: Vec<_> = fresh.iter().map(|(d, _)| d.text.as_str()).collect();
         for ((document, hash), tokens) in fresh.iter().zip(encode_all(encode, &texts)?) {
-            let split = hash.split(data);
+            let split = source.split(hash.split(data));
             let found = windows(tokens.len(), hash.window(data, split, seed), split, data);
             if found.is_empty() {
                 summary.short += 1;

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::hinted;
+use pkv_core::{Split, hinted};
 use serde::{Deserialize, Serialize};
 
 use crate::mistake;
@@ -56,6 +56,10 @@ pub struct Source {
     /// Share of the examples, relative to the other sources' weights.
     #[serde(default = "one")]
     pub weight: f64,
+    /// What the documents are for. One kind of text held out of training is a source with `splits = ["test"]`. A
+    /// document whose hash puts it in a split that is not here goes to the first that is.
+    #[serde(default = "all_splits", skip_serializing_if = "is_all")]
+    pub splits: Vec<Split>,
     /// Licence of the text (SPDX name or a sentence).
     pub licence: String,
 }
@@ -130,7 +134,23 @@ impl Manifest {
                     "leave it out: each file is then one document"
                 )
             );
+            ensure!(
+                !s.splits.is_empty(),
+                hinted(
+                    format!("source `{}` serves no split", s.name),
+                    "name some of \"train\", \"validation\" and \"test\" in `splits`, or leave it out for all three"
+                )
+            );
             ensure!(s.weight > 0.0 && s.weight.is_finite(), "source `{}` has weight {}", s.name, s.weight);
+        }
+        for split in Split::ALL {
+            ensure!(
+                self.sources.iter().any(|s| s.splits.contains(&split)),
+                hinted(
+                    format!("no source serves the split \"{}\"", split.name()),
+                    "add it to the `splits` of a source, or leave `splits` out"
+                )
+            );
         }
         if let Some(f) = &self.facts {
             ensure!(f.min <= f.max, "`facts.min` = {} is more than `facts.max` = {}", f.min, f.max);
@@ -147,4 +167,17 @@ fn text() -> String {
 }
 fn one() -> f64 {
     1.0
+}
+fn all_splits() -> Vec<Split> {
+    Split::ALL.to_vec()
+}
+fn is_all(splits: &[Split]) -> bool {
+    Split::ALL.iter().all(|s| splits.contains(s))
+}
+
+impl Source {
+    /// Where a document goes whose hash puts it in `split`.
+    pub fn split(&self, split: Split) -> Split {
+        if self.splits.contains(&split) { split } else { *self.splits.iter().min().unwrap_or(&split) }
+    }
 }

@@ -238,6 +238,9 @@ fn mistaken_manifests_are_refused() {
         (format!("{SOURCE}{SOURCE}"), "two sources are named `a`"),
         (format!("{SOURCE}weight = 0\n"), "source `a` has weight 0"),
         (format!("{SOURCE}weight = nan\n"), "source `a` has weight NaN"),
+        (format!("{SOURCE}splits = []\n"), "source `a` serves no split"),
+        (format!("{SOURCE}splits = [\"train\", \"validation\"]\n"), "no source serves the split \"test\""),
+        (format!("{SOURCE}splits = [\"dev\"]\n"), "unknown variant `dev`"),
         (format!("{SOURCE}separator = \"\"\n"), "source `a` has an empty `separator`"),
         (
             SOURCE.replace("\"txt\"", "\"jsonl\"") + "separator = \"x\"\n",

@@ -176,6 +176,28 @@ fn a_mixture_keeps_its_weights() {
 }
 
 #[test]
+fn a_kind_of_text_can_be_held_out() {
+    let other = SOURCE.replace("docs", "more").replace("format", "splits = [\"test\"]\nformat");
+    let docs = SOURCE.replace("format", "splits = [\"train\", \"validation\"]\nformat");
+    let setting = Setting::new(DATA, &format!("{docs}{other}"));
+    setting.write("docs.txt", documents(80));
+    setting.write("more.txt", (101..=120).map(|d| document(d, 50)).collect::<Vec<_>>().join("\0"));
+    let (examples, summary) = setting.run(1).unwrap();
+    assert!(examples.iter().all(|e| (e.source == "more") == (e.split == Split::Test)));
+    assert_eq!(examples.len(), 30 + 8 + 8);
+    // Every document counts: none is lost because its hash points elsewhere.
+    let documents = |source: usize, split: usize| summary.sources[source].splits[split].documents;
+    assert_eq!(documents(1, 2), 20);
+    assert_eq!(documents(0, 0) + documents(0, 1), 80);
+    assert_eq!((documents(0, 2), documents(1, 0), documents(1, 1)), (0, 0, 0));
+    // Those of the other splits are the same as without the key.
+    let all = Setting::new(DATA, SOURCE);
+    all.write("docs.txt", self::documents(80));
+    let before = all.run(1).unwrap().1.sources[0].splits.each_ref().map(|s| s.documents);
+    assert_eq!(documents(0, 1), before[1]);
+}
+
+#[test]
 fn planted_facts_keep_the_length_and_are_where_they_say() {
     let data = DATA.replace("[20, 30]", "[200]").replace("min_tokens = 10", "min_tokens = 120");
     let mut setting = Setting::new(&data, &format!("{SOURCE}[facts]\nmin = 1\nmax = 9\n"));
