@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Long documents for a pair of real models: manuals and code out of Debian's packages, as `data/manuals.jsonl`.
+"""Long documents for a pair of real models out of Debian's packages: `data/manuals.jsonl` and `data/modules.jsonl`.
 
     python3 scripts/manuals_text.py [FOLDER]      # data/ if absent; needs apt-get and dpkg, downloads about 90 MB
 
@@ -20,6 +20,7 @@ from html.parser import HTMLParser
 MANUALS = ["debian-handbook", "postgresql-doc-15", "python3.11-doc", "developers-reference", "debian-reference-en",
            "git-doc", "octave-doc", "maxima-doc", "erlang-doc"]
 CODE = ["libpython3.11-stdlib"]
+FILES = {"prose": "manuals.jsonl", "code": "modules.jsonl"}
 # Characters of each kind: three quarters prose.
 MOST = {"prose": 11_000_000, "code": 4_000_000}
 # Folders of translations, which are beside those of the English pages.
@@ -98,21 +99,22 @@ def main():
     out = sys.argv[1] if len(sys.argv) > 1 else "data"
     os.makedirs(out, exist_ok=True)
     random.seed(7)
-    seen, count, path = set(), 0, os.path.join(out, "manuals.jsonl")
-    with tempfile.TemporaryDirectory() as root, open(path + ".tmp", "w", encoding="utf-8") as file:
+    seen = set()
+    with tempfile.TemporaryDirectory() as root:
         for kind, texts in documents(root).items():
             random.shuffle(texts)
-            size = 0
-            for text in texts:
-                # Pages that packages have twice begin alike.
-                if text[:2000] in seen or size > MOST[kind]:
-                    continue
-                seen.add(text[:2000])
-                size += len(text)
-                count += 1
-                file.write(json.dumps({"text": text, "kind": kind}, ensure_ascii=False) + "\n")
-    os.rename(path + ".tmp", path)
-    print(f"{path}: {count} documents, {os.path.getsize(path)} bytes")
+            path, size, count = os.path.join(out, FILES[kind]), 0, 0
+            with open(path + ".tmp", "w", encoding="utf-8") as file:
+                for text in texts:
+                    # Pages that packages have twice begin alike.
+                    if text[:2000] in seen or size > MOST[kind]:
+                        continue
+                    seen.add(text[:2000])
+                    size += len(text)
+                    count += 1
+                    file.write(json.dumps({"text": text, "kind": kind}, ensure_ascii=False) + "\n")
+            os.rename(path + ".tmp", path)
+            print(f"{path}: {count} documents, {os.path.getsize(path)} bytes")
 
 
 if __name__ == "__main__":
