@@ -17,15 +17,21 @@ pub fn nano(which: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama").join(which)
 }
 
+/// Trained models that goldens exist for; `scripts/real_models.py` makes their folders.
+pub const TRAINED: [&str; 2] = ["smollm2-135m", "qwen2.5-coder-0.5b"];
+
 /// The folder of a checkpoint that goldens exist for.
 ///
-/// The tiny pair is 48 MB and not part of the project: `PKV_FAMILY` names the folder that holds it.
+/// The tiny pair and the trained models are too large for the project: `PKV_FAMILY` names the folder that holds them.
 pub fn checkpoint(name: &str) -> Option<PathBuf> {
     match name {
         "nano-llama-target" => Some(nano("target")),
         "nano-llama-proxy" => Some(nano("proxy")),
         _ if name.starts_with("arch-") => Some(goldens().join(name)),
-        _ => std::env::var_os("PKV_FAMILY").map(|family| PathBuf::from(family).join(name)),
+        _ => {
+            let folder = PathBuf::from(std::env::var_os("PKV_FAMILY")?).join(name);
+            folder.is_dir().then_some(folder)
+        }
     }
 }
 

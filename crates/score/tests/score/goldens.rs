@@ -27,7 +27,7 @@ fn nano(which: &str) -> PathBuf {
 }
 
 /// Compare one model with its golden file.
-fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path) {
+fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path, presets: &[(LabelPreset, &str)]) {
     let model = LanguageModel::load(model_folder, device(), Kind::Float).unwrap();
     let tokenizer = TextTokenizer::open(tokenizer_folder).unwrap();
     let file = goldens().join(format!("{name}.safetensors"));
@@ -39,7 +39,7 @@ fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path) {
     let input = ids("input_ids").unwrap();
     let (prefix, context) = input.split_at(tokenizer.prefix().len());
     assert_eq!(prefix, tokenizer.prefix(), "{name}: prefix");
-    for (preset, key) in PRESETS {
+    for &(preset, key) in presets {
         let label = LabelSection { preset, chunk_tokens: Some(CHUNK_TOKENS), ..LabelSection::default() };
         let scorer = Scorer::new(&model, &tokenizer, &label).unwrap();
         let chunks: Vec<_> = scorer.requests().chunks(context.len()).collect();
@@ -69,12 +69,12 @@ fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path) {
 
 #[test]
 fn nano_target() {
-    check("nano-llama-target", &nano("target"), &nano("target"));
+    check("nano-llama-target", &nano("target"), &nano("target"), &PRESETS);
 }
 
 #[test]
 fn nano_proxy() {
-    check("nano-llama-proxy", &nano("proxy"), &nano("proxy"));
+    check("nano-llama-proxy", &nano("proxy"), &nano("proxy"), &PRESETS);
 }
 
 /// Random weights that cover branches of the configuration; they share the nano target's tokenizer.
@@ -82,21 +82,33 @@ fn nano_proxy() {
 fn architectures() {
     for name in ["llama3-rope-untied", "qwen2-bias", "qwen2-yarn", "qwen3-qknorm"] {
         let name = format!("arch-{name}");
-        check(&name, &goldens().join(&name), &nano("target"));
+        check(&name, &goldens().join(&name), &nano("target"), &PRESETS);
     }
 }
 
-/// The trained pair that is too large to ship: `PKV_FAMILY` names the folder that holds it.
+/// Models that are too large to ship: `PKV_FAMILY` names the folder that holds them.
+fn check_large(name: &str, presets: &[(LabelPreset, &str)]) {
+    let folder = std::env::var_os("PKV_FAMILY").map(|family| Path::new(&family).join(name));
+    match folder.filter(|f| f.is_dir()) {
+        Some(folder) => check(name, &folder, &folder, presets),
+        // Not by a macro: the test harness would hide it.
+        None => {
+            let note =
+                format!("SKIPPED: scores of {name}; set PKV_FAMILY to the folder that holds `{name}/`");
+            writeln!(std::io::stderr(), "{note}").unwrap();
+        }
+    }
+}
+
 #[test]
 fn tiny_pair() {
-    let Some(family) = std::env::var_os("PKV_FAMILY") else {
-        // Not by a macro: the test harness would hide it.
-        let note = "SKIPPED: goldens of the tiny pair; set PKV_FAMILY to the folder with tiny-llama-target";
-        writeln!(std::io::stderr(), "{note}").unwrap();
-        return;
-    };
-    for name in ["tiny-llama-target", "tiny-llama-proxy"] {
-        let folder = Path::new(&family).join(name);
-        check(name, &folder, &folder);
-    }
+    check_large("tiny-llama-target", &PRESETS);
+    check_large("tiny-llama-proxy", &PRESETS);
+}
+
+/// `scripts/real_models.py` makes their folders.
+#[test]
+fn trained_models() {
+    check_large("smollm2-135m", &PRESETS[..2]);
+    check_large("qwen2.5-coder-0.5b", &PRESETS[..2]);
 }
