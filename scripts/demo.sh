@@ -7,4 +7,4 @@ scripts/setup.sh
 [ -x "$HOME/.cargo/bin/cargo" ] && PATH="$HOME/.cargo/bin:$PATH"
 
 cargo build --release --package pkv-cli
-exec target/release/proxykv-train run --recipe recipes/demo-nano.toml "$@"
+exec target/release/proxykv-train run --recipe recipes/demo.toml "$@"
