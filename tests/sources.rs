@@ -8,7 +8,8 @@ const TARGET: [&str; 4] = [
     "--set",
     "extract.from=[\"target\"]",
     "--set",
-    "extract.target_channels=[\"max_window\", \"mean_window\", \"key_norm\", \"hidden_linear\"]",
+    "extract.target_channels=[\"max_window\", \"mean_window\", \"key_norm\", \"hidden_linear\", \"replay_unrun\", \
+     \"replay_unrun_mean\", \"key_diff\", \"mean_last_layer\"]",
 ];
 
 fn infer(s: &Sandbox) -> serde_json::Value {

@@ -864,7 +864,7 @@ def source_sections(extract: dict) -> dict[str, dict]:
     sources = extract.get("from", ["proxy"])
     unknown = [f"{s} {c}" for s in sources for c in channels.get(s, "?") if c not in known.get(s, ())]
     if unknown:
-        raise ValueError(f"features `{', '.join(unknown)}` are not known; this file is older than the export")
+        raise ValueError(f"features `{', '.join(unknown)}` are not known here: this file is older than the export, or they are proxykv-train's alone")
     return {source: {**extract, "channels": channels[source]} for source in sources}
 
 

@@ -306,10 +306,12 @@ pub enum FeatureSet {
     Window,
     /// The proxy's own KVzip scores.
     Reconstruction,
-    /// The target's own prefill: all channels, no surprisal.
+    /// The target's own prefill: the default channels, no surprisal.
     Target,
     /// The target's own prefill: those of a window of queries.
     TargetWindow,
+    /// The target's own prefill: every channel that a target gives.
+    TargetAll,
     /// The target's own prefill, and the proxy's with its KVzip scores.
     Both,
 }
@@ -322,6 +324,7 @@ impl FeatureSet {
             Self::Reconstruction => "reconstruction",
             Self::Target => "target",
             Self::TargetWindow => "target window",
+            Self::TargetAll => "target all",
             Self::Both => "both",
         }
     }

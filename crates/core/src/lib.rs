@@ -17,7 +17,7 @@ mod source;
 mod split;
 mod store;
 
-pub use channel::{Channel, GlobalChannel};
+pub use channel::{Channel, Final, GlobalChannel, Pass, PassLengths};
 pub use fingerprint::Fingerprint;
 pub use hint::{Hinted, hinted};
 pub use json::{json_kind, parse_json};

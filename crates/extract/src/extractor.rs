@@ -4,14 +4,13 @@
 //! t context position.
 
 use anyhow::{Context, Result};
-use pkv_core::Channel;
 use pkv_lm::{KvCache, LanguageModel, TextTokenizer};
 use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::{Requests, Scorer};
 use tch::Tensor;
 
 use crate::HiddenProjection;
-use crate::statistics::{LOG_LIMIT, MEAN_FLOOR};
+use crate::channels::{Compute, chosen};
 
 /// Features of one context, raw: `mapper` standardizes them.
 pub struct ContextFeatures {
@@ -26,6 +25,7 @@ pub struct Extractor<'a> {
     pub(crate) model: &'a LanguageModel,
     pub(crate) prefix: Vec<u32>,
     pub(crate) extract: ExtractSection,
+    pub(crate) requests: Requests,
     /// Present if a reconstruction channel is chosen.
     scorer: Option<Scorer<'a>>,
     /// For the channel that reads hidden states.
@@ -33,7 +33,7 @@ pub struct Extractor<'a> {
 }
 
 impl<'a> Extractor<'a> {
-    /// `label` is read by the reconstruction channels only: the proxy repeats as the target does.
+    /// `label` is read only by channels of a repeat, run or not: the proxy repeats as the target does.
     ///
     /// # Errors
     /// The tokenizer fails on the texts of the requests.
@@ -56,20 +56,22 @@ impl<'a> Extractor<'a> {
         label: &LabelSection,
     ) -> Self {
         let repeats = extract.channels.iter().any(|c| c.is_reconstruction());
-        let means = extract.channels.contains(&Channel::ReconMean);
+        let mut computed = chosen(&extract.channels);
+        let means = computed.any(|(_, c)| matches!(c, Compute::Replay { reads_means: true, .. }));
         let scorer = repeats.then(|| {
             let scorer = Scorer::with_requests(model, requests.clone(), prefix, label);
             if means { scorer } else { scorer.maxima_only() }
         });
-        Self { model, prefix: prefix.to_vec(), extract: extract.clone(), scorer, hidden: None }
+        let (prefix, requests) = (prefix.to_vec(), requests.clone());
+        Self { model, prefix, extract: extract.clone(), requests, scorer, hidden: None }
     }
 
-    /// With the map of hidden states that [`Channel::HiddenLinear`] needs, on the model's device.
+    /// With the map of hidden states that [`pkv_core::Channel::HiddenLinear`] needs, on the model's device.
     ///
     /// # Errors
     /// The channel is chosen and there is no map, or one of another model.
     pub fn with_hidden(mut self, hidden: Option<&'a HiddenProjection>) -> Result<Self> {
-        if self.extract.channels.contains(&Channel::HiddenLinear) {
+        if self.extract.channels.iter().any(|c| c.is_fitted()) {
             let hidden =
                 hidden.context("the channel `hidden_linear` is chosen, and its projection is absent")?;
             hidden.check(self.model)?;
@@ -92,19 +94,24 @@ impl<'a> Extractor<'a> {
     pub(crate) fn reconstruction(&self, context: &[u32], cache: &KvCache, heads_pct: &Tensor) -> Result<()> {
         let Some(scorer) = &self.scorer else { return Ok(()) };
         let scores = scorer.score_cached(context, cache)?;
-        // [layers, kv_heads, positions] flattened layer-major is p.
-        let max_pt = scores.max_lht.flatten(0, 1);
-        let mean_pt = scores.mean_lht.map(|mean_lht| mean_lht.flatten(0, 1));
-        for (slot, channel) in self.extract.channels.iter().enumerate() {
-            let values_pt = match channel {
-                Channel::ReconLog => max_pt.log().clamp(-LOG_LIMIT, 0.0),
-                Channel::ReconLogOdds => pkv_prune::log_odds(&max_pt),
-                Channel::ReconMean => {
-                    (mean_pt.as_ref().context("the scorer left out the means")? + MEAN_FLOOR).log()
-                }
-                _ => continue,
-            };
-            heads_pct.select(1, slot as i64).copy_(&values_pt);
+        for (slot, compute) in chosen(&self.extract.channels) {
+            if let Compute::Replay { values, .. } = compute {
+                heads_pct.select(1, slot).copy_(&values(&scores)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Fill in the channels that read all keys of a layer, if there are any.
+    pub(crate) fn of_keys(&self, cache: &KvCache, heads_pct: &Tensor) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        for (slot, compute) in chosen(&self.extract.channels) {
+            let Compute::Keys(values) = compute else { continue };
+            for layer in 0..cache.layers() {
+                let values_ht = values(&cache.keys(layer), self.prefix.len())?;
+                let heads = values_ht.size()[0];
+                heads_pct.narrow(0, layer as i64 * heads, heads).select(1, slot).copy_(&values_ht);
+            }
         }
         Ok(())
     }

@@ -6,8 +6,11 @@
 //! the proxy repeat its context as well; `score` does that. [`FeatureStream`] gives features as the
 //! model reads; [`SourceExtractors`] joins the features of several models.
 //!
+//! How each channel is computed is a file of `channels`, listed in a registry.
+//!
 //! Features leave here raw. Standardizing them belongs to `mapper`, storing them to `shard`.
 
+mod channels;
 mod extractor;
 mod globals;
 mod hidden;
@@ -16,6 +19,7 @@ mod statistics;
 mod stream;
 mod tap;
 
+pub use channels::{UnrunScores, key_diff, unrun_scores};
 pub use extractor::{ContextFeatures, Extractor};
 pub use hidden::{HiddenFit, HiddenProjection, of_context};
 pub use sources::{SourceExtractors, join_features};

@@ -11,11 +11,12 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
-use pkv_core::Channel;
 use pkv_gpu::{StatisticChannels, fused_query_statistics};
 use pkv_recipe::ExtractSection;
 use pkv_score::block_elements;
 use tch::{Device, Kind, Tensor};
+
+use crate::channels::{Compute, chosen};
 
 /// Added to a mean before its logarithm, so that a pair nobody looks at has one.
 pub(crate) const MEAN_FLOOR: f64 = 1e-7;
@@ -24,7 +25,7 @@ pub(crate) const LOG_LIMIT: f64 = 16.0;
 
 /// Which queries a channel reads; all of them at least `min_distance` later than the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reach {
+pub(crate) enum Reach {
     /// The whole causal range, at every `stride`-th context position.
     All,
     /// At most `window_tokens` later.
@@ -33,18 +34,15 @@ enum Reach {
     Last,
 }
 
-impl Reach {
-    const fn of(channel: Channel) -> Option<(Self, bool)> {
-        match channel {
-            Channel::MaxAll => Some((Self::All, true)),
-            Channel::MeanAll => Some((Self::All, false)),
-            Channel::MaxWindow => Some((Self::Window, true)),
-            Channel::MeanWindow => Some((Self::Window, false)),
-            Channel::MaxLast => Some((Self::Last, true)),
-            Channel::MeanLast => Some((Self::Last, false)),
-            _ => None,
-        }
-    }
+/// What a channel makes of its queries' weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fold {
+    /// The maximum over queries and the KV head's query group.
+    Max,
+    /// The mean over the same.
+    Mean,
+    /// The mean over queries and all query heads of the layer.
+    LayerMean,
 }
 
 /// Rows of the feature tensor that the statistics of one reach go to.
@@ -53,6 +51,14 @@ struct Slots {
     reach: Reach,
     max: Option<i64>,
     mean: Option<i64>,
+    layer_mean: Option<i64>,
+}
+
+impl Slots {
+    /// The row that sums are gathered in: a layer's mean is that of its KV heads' means.
+    fn sum(&self) -> Option<i64> {
+        self.mean.or(self.layer_mean)
+    }
 }
 
 /// The attention channels of one context.
@@ -76,11 +82,12 @@ impl QueryStatistics {
     /// Statistics of a context of `context` tokens behind `prefix` tokens of the chat template.
     pub fn new(extract: &ExtractSection, prefix: usize, context: usize) -> Self {
         let slots = [Reach::All, Reach::Window, Reach::Last].into_iter().map(|reach| {
-            let slot = |max| {
-                let at = extract.channels.iter().position(|c| Reach::of(*c) == Some((reach, max)));
-                at.map(|at| at as i64)
+            let slot = |wanted: Fold| {
+                let is_wanted =
+                    |c: &Compute| matches!(c, Compute::Statistic(r, f) if (*r, *f) == (reach, wanted));
+                chosen(&extract.channels).find(|(_, compute)| is_wanted(compute)).map(|(slot, _)| slot)
             };
-            Slots { reach, max: slot(true), mean: slot(false) }
+            Slots { reach, max: slot(Fold::Max), mean: slot(Fold::Mean), layer_mean: slot(Fold::LayerMean) }
         });
         Self {
             prefix,
@@ -91,7 +98,7 @@ impl QueryStatistics {
             stride: extract.whole_range_stride.max(1),
             block_tokens: extract.block_tokens.max(1),
             channels: extract.channels.len(),
-            slots: slots.filter(|s| s.max.is_some() || s.mean.is_some()).collect(),
+            slots: slots.filter(|s| s.max.is_some() || s.sum().is_some()).collect(),
         }
     }
 
@@ -245,7 +252,7 @@ impl QueryStatistics {
     ) -> Result<()> {
         let slot = |reach, max: bool| {
             let slots = self.slots.iter().find(|s| s.reach == reach)?;
-            if max { slots.max } else { slots.mean }.map(|slot| slot as usize)
+            if max { slots.max } else { slots.sum() }.map(|slot| slot as usize)
         };
         let channels = StatisticChannels {
             all_max: slot(Reach::All, true),
@@ -276,14 +283,20 @@ impl QueryStatistics {
     /// Maxima become logs, sums become `log(mean + 1e-7)` over the queries in reach and the query
     /// group; both are clamped to +-16, which is also what a pair without queries in reach gets.
     ///
-    /// `group` is the number of query heads per KV head; `gathered_hct` as in [`Self::add`], but its
-    /// first axis may hold the heads of all layers.
-    pub fn finish(&self, gathered_hct: &Tensor, group: usize) {
-        self.finish_range(gathered_hct, group, 0..self.context);
+    /// `heads` is the number of KV heads of a layer, `group` of query heads per KV head; `gathered_hct` as in [`Self::add`],
+    /// but its first axis may hold the heads of all layers.
+    pub fn finish(&self, gathered_hct: &Tensor, heads: usize, group: usize) {
+        self.finish_range(gathered_hct, heads, group, 0..self.context);
     }
 
     /// As [`Self::finish`], for the context positions of `range` alone; each once.
-    pub(crate) fn finish_range(&self, gathered_hct: &Tensor, group: usize, range: Range<usize>) {
+    pub(crate) fn finish_range(
+        &self,
+        gathered_hct: &Tensor,
+        heads: usize,
+        group: usize,
+        range: Range<usize>,
+    ) {
         let _no_grad = tch::no_grad_guard();
         let part = |slot: i64| gathered_hct.select(1, slot).narrow(1, range.start as i64, range.len() as i64);
         for slots in &self.slots {
@@ -291,11 +304,19 @@ impl QueryStatistics {
                 let mut max_ht = part(max);
                 let _ = max_ht.log_().clamp_(-LOG_LIMIT, LOG_LIMIT);
             }
-            if let Some(mean) = slots.mean {
+            let Some(sum) = slots.sum() else { continue };
+            if let Some(layer_mean) = slots.layer_mean {
+                // All query heads of a layer read the same queries, so the mean over its KV heads is the mean over all.
+                let sum_ht = part(sum);
+                let sum_lht = sum_ht.reshape([-1, heads as i64, range.len() as i64]);
+                let mean_lht = sum_lht.mean_dim([1i64].as_slice(), true, Kind::Float).expand_as(&sum_lht);
+                part(layer_mean).copy_(&mean_lht.reshape_as(&sum_ht));
+            }
+            let counts: Vec<f32> =
+                range.clone().map(|t| (self.queries(slots.reach, t) * group).max(1) as f32).collect();
+            let counts_t = Tensor::from_slice(&counts).to_device(gathered_hct.device());
+            for mean in [slots.mean, slots.layer_mean].into_iter().flatten() {
                 let mut mean_ht = part(mean);
-                let counts: Vec<f32> =
-                    range.clone().map(|t| (self.queries(slots.reach, t) * group).max(1) as f32).collect();
-                let counts_t = Tensor::from_slice(&counts).to_device(gathered_hct.device());
                 mean_ht /= &counts_t;
                 mean_ht += MEAN_FLOOR;
                 let _ = mean_ht.log_().clamp_(-LOG_LIMIT, LOG_LIMIT);
@@ -339,7 +360,7 @@ fn gather(slots: &Slots, weights_hgrt: &Tensor, columns: Range<usize>, gathered_
         let mut max_ht = row(slot);
         max_ht.copy_(&max_ht.maximum(&weights_hgrt.amax([1, 2], false)));
     }
-    if let Some(slot) = slots.mean {
+    if let Some(slot) = slots.sum() {
         let mut sum_ht = row(slot);
         sum_ht += weights_hgrt.sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Float);
     }

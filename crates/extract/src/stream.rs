@@ -1,8 +1,8 @@
 //! Features chunk by chunk, as the proxy reads its context.
 //!
 //! Not every feature can be told before the end. Norms, surprisal and positions settle with their
-//! token, the window's channels `window_tokens` later; channels of the whole causal range and of the
-//! last queries depend on the context's end, and so does the proxy's reconstruction. With the default
+//! token, the window's channels `window_tokens` later; all others depend on the context's end, or on that of their scoring
+//! chunk, and are called final at the context's. With the default
 //! channels everything therefore settles at the end; with the window's, norms and globals alone, all
 //! but the last `window_tokens` settle while the proxy reads on.
 //!
@@ -10,11 +10,12 @@
 //! t context position.
 
 use anyhow::{Result, ensure};
-use pkv_core::{GlobalChannel, hinted};
+use pkv_core::{Final, GlobalChannel, Pass, hinted};
 use pkv_gpu::has_fused_scores;
 use pkv_lm::{KvCache, prefill_chunk};
 use tch::Tensor;
 
+use crate::channels::UnrunReplay;
 use crate::extractor::{ContextFeatures, Extractor};
 use crate::globals::{Surprisal, globals};
 use crate::statistics::{LOG_LIMIT, QueryStatistics};
@@ -28,6 +29,7 @@ pub struct FeatureStream<'e, 'm> {
     cache: KvCache,
     statistics: QueryStatistics,
     surprisal: Option<Surprisal>,
+    unrun: Option<UnrunReplay>,
     /// Maxima and sums so far. The fused kernel folds into every position, so features that others
     /// read already must not lie here; where none is final before the end, it is `heads_pct` itself.
     gathered_pct: Tensor,
@@ -58,9 +60,11 @@ impl<'m> Extractor<'m> {
         let surprisal = wanted.then(|| Surprisal::new(self.model, &ids, self.prefix.len()));
         let room = || statistics.zeros(self.model.shape().total_kv_heads(), self.model.device());
         let heads_pct = room();
-        let repeats = self.extract.channels.iter().any(|c| c.is_reconstruction());
+        let at_end = self.extract.channels.iter().any(|c| c.pass().is_final() == Final::AtEnd);
+        let moved = self.extract.channels.iter().any(|c| c.pass() == Pass::ScoringChunk);
+        let layers = self.model.shape().layers;
         let in_pieces = prefill_chunk(0, ids.len(), self.extract.prefill_chunk_tokens).end < ids.len();
-        let early = in_pieces && !repeats && statistics.settled(context.len() - 1) > 0;
+        let early = in_pieces && !at_end && statistics.settled(context.len() - 1) > 0;
         Ok(FeatureStream {
             cache: self.model.new_cache(ids.len()),
             gathered_pct: if early { room() } else { heads_pct.shallow_clone() },
@@ -75,6 +79,7 @@ impl<'m> Extractor<'m> {
             ids,
             statistics,
             surprisal,
+            unrun: moved.then(|| UnrunReplay::new(&self.requests, self.prefix.len(), context.len(), layers)),
             settled: 0,
             early,
         })
@@ -98,10 +103,12 @@ impl FeatureStream<'_, '_> {
         let chunk = model.ids(&self.ids[chunk]);
         let fused = has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64);
         let mut tap = FeatureTap {
+            model,
             statistics: &self.statistics,
             channels: &extract.channels,
             prefix: prefix.len(),
             hidden: *hidden,
+            unrun: self.unrun.as_mut(),
             fused,
             heads_pct: &self.gathered_pct,
         };
@@ -133,8 +140,10 @@ impl FeatureStream<'_, '_> {
         if self.early {
             part(&self.heads_pct).copy_(&part(&self.gathered_pct));
         }
-        self.statistics.finish_range(&self.heads_pct, self.extractor.model.shape().group(), range.clone());
+        let shape = self.extractor.model.shape();
+        self.statistics.finish_range(&self.heads_pct, shape.kv_heads, shape.group(), range.clone());
         if at_end {
+            self.extractor.of_keys(&self.cache, &self.heads_pct)?;
             self.extractor.reconstruction(&self.ids[prefix..], &self.cache, &self.heads_pct)?;
         }
         let _ = part(&self.heads_pct).clamp_(-LOG_LIMIT, LOG_LIMIT);

@@ -1,26 +1,26 @@
 //! What prefill shows of each layer, written into the feature tensor as it passes.
 //!
 //! Dimension key: p proxy KV head (all layers x heads flattened, layer-major), c channel,
-//! t context position, h KV head of a layer, d head_dim.
+//! t context position, h KV head of a layer, d head_dim, s new context position.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use pkv_core::Channel;
-use pkv_gpu::{has_elementwise, log_norms};
-use pkv_lm::{LayerView, Tap};
-use tch::{Kind, Tensor};
+use pkv_lm::{LanguageModel, LayerView, Tap};
+use tch::Tensor;
 
-use crate::hidden::{HiddenProjection, of_context};
+use crate::channels::{Compute, NewPositions, UnrunReplay, chosen};
+use crate::hidden::HiddenProjection;
 use crate::statistics::QueryStatistics;
-
-/// Values shorter than this have the same feature: proxies zero some out entirely.
-const VALUE_NORM_FLOOR: f64 = 1e-4;
 
 /// Gathers the channels that one prefill gives.
 pub(crate) struct FeatureTap<'a> {
+    pub(crate) model: &'a LanguageModel,
     pub(crate) statistics: &'a QueryStatistics,
     pub(crate) channels: &'a [Channel],
     pub(crate) prefix: usize,
     pub(crate) hidden: Option<&'a HiddenProjection>,
+    /// Present if a channel moves the queries of scoring chunks.
+    pub(crate) unrun: Option<&'a mut UnrunReplay>,
     /// Do the fused kernels serve on this device, in this kind?
     pub(crate) fused: bool,
     /// `[p, c, t]`, f32.
@@ -33,6 +33,7 @@ impl Tap for FeatureTap<'_> {
     }
 
     fn layer(&mut self, view: &LayerView) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
         let heads = view.k_hkd.size()[0];
         let features_hct = self.heads_pct.narrow(0, view.layer as i64 * heads, heads);
         match view.lse_qs {
@@ -42,50 +43,27 @@ impl Tap for FeatureTap<'_> {
             }
             _ => self.statistics.add(view.q_qsd, view.k_hkd, view.start, &features_hct)?,
         }
-        self.norms(view, Channel::KeyNorm, view.k_hkd, f64::MIN_POSITIVE, &features_hct)?;
-        self.norms(view, Channel::ValueNorm, view.v_hkd, VALUE_NORM_FLOOR, &features_hct)?;
-        self.projected(view, &features_hct)
-    }
-}
-
-impl FeatureTap<'_> {
-    /// The map of the layer's hidden states, if its channel is chosen.
-    fn projected(&self, view: &LayerView, features_hct: &Tensor) -> Result<()> {
-        let Some(slot) = self.channels.iter().position(|c| *c == Channel::HiddenLinear) else {
-            return Ok(());
+        let new = NewPositions { view, prefix: self.prefix, hidden: self.hidden };
+        let row = |slot: i64, first: usize, n: usize| {
+            features_hct.select(1, slot).narrow(1, first as i64, n as i64)
         };
-        let hidden = self.hidden.context("the projection of hidden states is absent")?;
-        let _no_grad = tch::no_grad_guard();
-        let Some(x_sm) = of_context(view, self.prefix) else { return Ok(()) };
-        let first = (view.start.max(self.prefix) - self.prefix) as i64;
-        let projected_hs = hidden.layer(view.layer, &x_sm);
-        features_hct.select(1, slot as i64).narrow(1, first, x_sm.size()[0]).copy_(&projected_hs);
-        Ok(())
-    }
-
-    /// Log norms of the new context positions' keys or values, if the channel is chosen.
-    fn norms(
-        &self,
-        view: &LayerView,
-        channel: Channel,
-        vectors_hkd: &Tensor,
-        floor: f64,
-        features_hct: &Tensor,
-    ) -> Result<()> {
-        let Some(slot) = self.channels.iter().position(|c| *c == channel) else { return Ok(()) };
-        let _no_grad = tch::no_grad_guard();
-        let from = view.start.max(self.prefix);
-        let n = vectors_hkd.size()[1] - from as i64;
-        if n <= 0 {
-            return Ok(());
+        if new.len() > 0 {
+            for (slot, compute) in chosen(self.channels) {
+                if let Compute::Layer(compute) = compute {
+                    compute(&new, &mut row(slot, new.first() - self.prefix, new.len()))?;
+                }
+            }
         }
-        let new_htd = vectors_hkd.narrow(1, from as i64, n);
-        let mut to_ht = features_hct.select(1, slot as i64).narrow(1, (from - self.prefix) as i64, n);
-        if has_elementwise(new_htd.device(), new_htd.kind(), new_htd.size()[2]) {
-            return log_norms(&new_htd, floor, &to_ht);
+        if let Some(unrun) = &mut self.unrun {
+            let channels = self.channels;
+            unrun.layer(self.model, view, &mut |at, scores| {
+                for (slot, compute) in chosen(channels) {
+                    if let Compute::ScoringChunk(values) = compute {
+                        row(slot, at.start, at.len()).copy_(&values(scores));
+                    }
+                }
+            })?;
         }
-        let norms_ht = new_htd.to_kind(Kind::Float).norm_scalaropt_dim(2.0, [-1i64], false);
-        to_ht.copy_(&norms_ht.clamp_min(floor).log());
         Ok(())
     }
 }

@@ -290,6 +290,13 @@ impl LanguageModel {
         Ok(logits_sv.cross_entropy_loss::<Tensor>(next_s, None, Reduction::None, -100, 0.0))
     }
 
+    /// Queries or keys that were rotated at their positions, as they are `by` positions further on; f32, other dimensions as
+    /// they come.
+    pub fn moved(&self, x: &Tensor, by: i64) -> Tensor {
+        let _no_grad = tch::no_grad_guard();
+        self.rope.moved(x, by)
+    }
+
     /// Token ids as a tensor that forwards take: on the host, where they are checked.
     pub fn ids(&self, ids: &[u32]) -> Tensor {
         let ids: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();

@@ -198,6 +198,17 @@ impl Rope {
         }
     }
 
+    /// What was rotated at its positions, as it is `by` positions further on (f32). The attention factor is in it already.
+    ///
+    /// The angle of long distances is taken in f64, of the frequencies that [`Self::at`] uses.
+    pub fn moved(&self, x: &Tensor, by: i64) -> Tensor {
+        let angles_d = self.frequencies_d.to_kind(Kind::Double) * by;
+        let [cos_d, sin_d] = [angles_d.cos(), angles_d.sin()].map(|t| t.to_kind(Kind::Float));
+        let (x, half) = (x.to_kind(Kind::Float), self.frequencies_d.numel() as i64);
+        let (a, b) = (x.narrow(-1, 0, half), x.narrow(-1, half, half));
+        Tensor::cat(&[&a * &cos_d - &b * &sin_d, &b * &cos_d + &a * &sin_d], -1)
+    }
+
     /// The rotation at `len` positions from `start` on.
     pub fn range(&self, start: usize, len: usize) -> Rotation {
         let (start, end) = (start as i64, (start + len) as i64);

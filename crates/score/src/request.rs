@@ -56,15 +56,25 @@ impl Requests {
         (0..context_tokens).step_by(size).map(move |start| start..context_tokens.min(start + size))
     }
 
+    /// Tokens fed before those of `chunk` itself: request, quote and turn switch.
+    pub fn request_tokens(&self, chunk: &Range<usize>) -> usize {
+        let request = if chunk.start == 0 { &self.first } else { &self.later };
+        request.len() + self.quote(chunk).len() + self.switch.len()
+    }
+
+    /// Context positions before `chunk` that its request quotes: a chunk shorter than the quote is quoted whole, no further
+    /// back.
+    fn quote(&self, chunk: &Range<usize>) -> Range<usize> {
+        chunk.start.saturating_sub(self.chunk_tokens.min(QUOTED_TOKENS))..chunk.start
+    }
+
     /// The tokens fed after the cache to score `chunk`: request, turn switch, the chunk itself.
     ///
     /// # Panics
     /// If `chunk` does not lie in `context`; take it from [`Self::chunks`].
     pub fn ids(&self, context: &[u32], chunk: &Range<usize>) -> Vec<u32> {
         let request: &[u32] = if chunk.start == 0 { &self.first } else { &self.later };
-        // A chunk shorter than the quote is quoted whole, no further back.
-        let before = &context[chunk.start.saturating_sub(self.chunk_tokens.min(QUOTED_TOKENS))..chunk.start];
-        [request, before, &self.switch, &context[chunk.clone()]].concat()
+        [request, &context[self.quote(chunk)], &self.switch, &context[chunk.clone()]].concat()
     }
 }
 

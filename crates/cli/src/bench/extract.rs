@@ -26,7 +26,7 @@ pub fn rows(bench: &Bench, proxy: &Subject) -> Result<Vec<Row>> {
         let mut flops = prefill(shape, PREFIX_TOKENS + t);
         if let Some(section) = section {
             let repeats = section.channels.iter().any(|c| c.is_reconstruction());
-            flops += features(shape, section, t) + if repeats { repeat(shape, t, &by) } else { 0.0 };
+            flops += features(shape, section, t, &by) + if repeats { repeat(shape, t, &by) } else { 0.0 };
         }
         Row::new(what, t, flops)
     };

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use pkv_core::{Channel, GlobalChannel, ModelShape, Policy, RetentionRatio, Seed, Source};
+use pkv_core::{Channel, Final, GlobalChannel, ModelShape, Policy, RetentionRatio, Seed, Source};
 use pkv_extract::HiddenProjection;
 use pkv_infer::{
     Budget, Context, Keep, NoProxy, Parallel, Phase, PhaseTotal, ProxyMapper, ProxyParts, Regime, RegimeName,
@@ -40,9 +40,10 @@ const RETAIN: f64 = 0.2;
 /// Positions that the mapper scores in one forward.
 const WINDOW: usize = 16_384;
 
-/// Channels that read no further than a window of queries.
-const WINDOWED: [Channel; 4] =
-    [Channel::MaxWindow, Channel::MeanWindow, Channel::KeyNorm, Channel::ValueNorm];
+/// Channels of the prefill that are final before the context's end.
+fn windowed() -> Vec<Channel> {
+    Channel::PREFILL.into_iter().filter(|c| c.pass().is_final() != Final::AtEnd).collect()
+}
 
 /// What was measured.
 #[derive(Debug, Serialize)]
@@ -92,10 +93,14 @@ fn section(recipe: &Recipe, set: FeatureSet) -> ExtractSection {
         |section, target_channels| ExtractSection { from: vec![Source::Target], target_channels, ..section };
     match set {
         FeatureSet::Recipe => recipe.extract.clone(),
-        FeatureSet::Window => with(WINDOWED.to_vec()),
+        FeatureSet::Window => with(windowed()),
         FeatureSet::Reconstruction => with(vec![Channel::ReconLog, Channel::ReconLogOdds]),
         FeatureSet::Target => of_target(with(Vec::new()), Channel::PREFILL.to_vec()),
-        FeatureSet::TargetWindow => of_target(with(Vec::new()), WINDOWED.to_vec()),
+        FeatureSet::TargetWindow => of_target(with(Vec::new()), windowed()),
+        FeatureSet::TargetAll => {
+            let given = |c: &&Channel| c.sources().contains(&Source::Target);
+            of_target(with(Vec::new()), Channel::ALL.iter().filter(given).copied().collect())
+        }
         FeatureSet::Both => ExtractSection {
             from: vec![Source::Target, Source::Proxy],
             target_channels: Channel::PREFILL.to_vec(),
@@ -205,7 +210,7 @@ impl Bench<'_> {
         let mut flops = prefill(shapes.0, PREFIX_TOKENS + t) + MapperCost::new(&recipe).forward_flops(t);
         for &source in &section.from {
             let shape = source.shape(shapes.0, shapes.1);
-            flops += features(shape, &section.of(source), t);
+            flops += features(shape, &section.of(source), t, &by);
             flops += if section.repeats(source) { repeat(shape, t, &by) } else { 0.0 };
             flops += if source == Source::Proxy { prefill(shape, PREFIX_TOKENS + t) } else { 0.0 };
         }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use clap_complete::engine::{
     ArgValueCandidates, ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter,
 };
-use pkv_core::Source;
+use pkv_core::{Channel, Source};
 use pkv_recipe::Recipe;
 use serde_json::{Value, json};
 
@@ -149,6 +149,13 @@ pub fn assignment() -> ArgValueCompleter {
         let named = typed("--recipe").and_then(|path| pkv_recipe::load(&path, &[]).ok());
         let known = named.and_then(|recipe| serde_json::to_value(recipe).ok());
         let current = current.to_string_lossy();
+        if current.starts_with("extract.") && current.contains('=') {
+            let fits = |(value, _): &(String, &str)| value.starts_with(&*current);
+            let candidate = |(value, meaning): (String, &'static str)| {
+                CompletionCandidate::new(value).help(Some(meaning.into()))
+            };
+            return channel_lists().into_iter().filter(fits).map(candidate).collect();
+        }
         keys()
             .into_iter()
             .map(|key| {
@@ -160,6 +167,16 @@ pub fn assignment() -> ArgValueCompleter {
             .map(|(key, help)| CompletionCandidate::new(key).help(help))
             .collect()
     })
+}
+
+/// `extract.channels=` and `extract.target_channels=`, with each channel that the source gives.
+fn channel_lists() -> Vec<(String, &'static str)> {
+    let keys = [("extract.channels", Source::Proxy), ("extract.target_channels", Source::Target)];
+    let of = |(key, source): (&str, Source)| {
+        let given = Channel::ALL.iter().filter(move |c| c.sources().contains(&source));
+        given.map(|c| (format!("{key}=[\"{c}\"]"), c.meaning())).collect::<Vec<_>>()
+    };
+    keys.into_iter().flat_map(of).collect()
 }
 
 /// Every dotted key of a recipe, in the order of its sections.
@@ -235,6 +252,22 @@ mod tests {
         assert!(
             offered.contains(&"train.steps".to_owned()) && offered.contains(&"train.contexts".to_owned())
         );
+    }
+
+    #[test]
+    fn channels_are_offered_to_the_source_that_gives_them() {
+        let offered = channel_lists();
+        let has = |text: &str| offered.iter().any(|(value, meaning)| value == text && meaning.len() > 10);
+        assert!(
+            has("extract.channels=[\"recon_log\"]") && has("extract.target_channels=[\"hidden_linear\"]")
+        );
+        assert!(
+            !has("extract.target_channels=[\"recon_log\"]") && !has("extract.channels=[\"hidden_linear\"]")
+        );
+        for (value, _) in offered {
+            let key = value.split_once('=').unwrap().0.to_owned();
+            assert!(keys().contains(&key), "{key}");
+        }
     }
 
     #[test]

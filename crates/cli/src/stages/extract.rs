@@ -111,14 +111,14 @@ fn one(
     Ok(Some(times.add_to(json!({"examples": total, "tokens": tokens}))))
 }
 
-/// The choices of a source's features: the examples, its part of the recipe's `extract`, the model; `label` if it
-/// repeats its context; the labels if a channel is fitted to them.
+/// The choices of a source's features: the examples, its part of the recipe's `extract`, the model; `label` if a channel
+/// depends on how the context would be repeated; the labels if a channel is fitted to them.
 fn fingerprint(s: &Session, source: Source, found: &Found, examples: &Fingerprint) -> Fingerprint {
     let fingerprint = Fingerprint::new()
         .with("examples", examples)
         .with("extract", s.recipe.extract.of(source))
         .with(source.name(), found.fingerprint(s));
-    let fingerprint = match s.recipe.extract.repeats(source) {
+    let fingerprint = match s.recipe.extract.reads_label_section(source) {
         true => fingerprint.with("label", s.recipe.label.material()),
         false => fingerprint,
     };

@@ -1,11 +1,12 @@
 //! KeyDiff: keys that differ from the others are kept.
 //!
-//! Dimension key: h KV head, k cached position (prefix and context), d head_dim, t context position.
+//! The formula is `extract`'s, which has it as a channel.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
+use pkv_extract::key_diff;
 use pkv_lm::KvCache;
 use pkv_recipe::MethodName;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::method::{Method, Needs, Ready};
 
@@ -23,10 +24,7 @@ pub const METHOD: Method = Method {
     },
 };
 
-/// Shorter keys count as this long.
-const SHORTEST: f64 = 1e-12;
-
-/// Minus the cosine between each key and the mean of its head's normalized keys.
+/// The score of every layer: [`key_diff`], which is also the channel of that name.
 ///
 /// # Shapes
 /// - `cache`: the chat template's prefix (`prefix` positions) and then the context, nothing else
@@ -34,21 +32,7 @@ const SHORTEST: f64 = 1e-12;
 ///
 /// # Errors
 /// The cache holds no context.
-///
-/// # Source
-/// KeyDiff (arXiv 2504.15364); `presses/keydiff_press.py` in NVIDIA/kvpress 0.5.5, which scores the whole prompt at once, as
-/// here. Differs: cosines in f32 whatever the cache's kind; the paper evicts block by block while it reads.
 fn keydiff(cache: &KvCache, prefix: usize) -> Result<Tensor> {
-    let context = cache.len() as i64 - prefix as i64;
-    ensure!(context > 0, "a cache of {} positions holds no context after a prefix of {prefix}", cache.len());
-    let layer = |layer: usize| {
-        let k_hkd = cache.keys(layer).to_kind(Kind::Float);
-        let lengths = |x: &Tensor| x.norm_scalaropt_dim(2, [-1], true).clamp_min(SHORTEST);
-        let unit_hkd = &k_hkd / lengths(&k_hkd);
-        let mean_h1d = unit_hkd.mean_dim([1].as_slice(), true, Kind::Float);
-        let mean_h1d = &mean_h1d / lengths(&mean_h1d);
-        let cosine_hk = unit_hkd.matmul(&mean_h1d.transpose(1, 2)).squeeze_dim(-1);
-        -cosine_hk.narrow(1, prefix as i64, context)
-    };
-    Ok(Tensor::stack(&(0..cache.layers()).map(layer).collect::<Vec<_>>(), 0))
+    let layers = (0..cache.layers()).map(|layer| key_diff(&cache.keys(layer), prefix));
+    Ok(Tensor::stack(&layers.collect::<Result<Vec<_>>>()?, 0))
 }

@@ -48,8 +48,7 @@ fn proxy_slots(channels: &[Channel]) -> Result<Vec<usize>> {
 
 /// A channel's name in recipes, in backticks.
 pub fn channel_name(channel: Channel) -> String {
-    let value = serde_json::to_value(channel).ok();
-    format!("`{}`", value.as_ref().and_then(|v| v.as_str()).unwrap_or("channel"))
+    format!("`{channel}`")
 }
 
 #[cfg(test)]

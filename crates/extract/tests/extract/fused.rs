@@ -15,9 +15,9 @@ fn fused_statistics_equal_those_of_blocks() {
         writeln!(std::io::stderr(), "SKIPPED: fused statistics need a Hopper GPU").unwrap();
         return;
     }
-    let all = Channel::PREFILL.to_vec();
+    let all = [&Channel::PREFILL[..], &[Channel::MeanLastLayer]].concat();
     let windowed = vec![Channel::MaxWindow, Channel::MeanWindow, Channel::MaxLast, Channel::MeanLast];
-    let odd = vec![Channel::MaxAll, Channel::KeyNorm, Channel::MeanLast];
+    let odd = vec![Channel::MaxAll, Channel::KeyNorm, Channel::MeanLastLayer];
     for (number, (kind, heads, group, d, prefix, pieces, channels, stride)) in [
         (Kind::BFloat16, 2, 2, 64, 7, vec![1007], &all, 1),
         (Kind::BFloat16, 2, 3, 64, 3, vec![300, 200, 280], &all, 4),
@@ -56,8 +56,8 @@ fn fused_statistics_equal_those_of_blocks() {
             statistics.add_fused(&q_sqd, &k_hkd, &lse, start as usize, &fused).unwrap();
             start += n;
         }
-        statistics.finish(&plain, group as usize);
-        statistics.finish(&fused, group as usize);
+        statistics.finish(&plain, heads as usize, group as usize);
+        statistics.finish(&fused, heads as usize, group as usize);
         let off = (&plain - &fused).abs().max().double_value(&[]);
         assert!(off < 1e-3, "case {number}: features differ by {off:e}");
     }

@@ -12,3 +12,5 @@ mod naive;
 mod reference;
 /// Where the tests compute.
 mod support;
+/// The replay that is never run.
+mod unrun;

@@ -2,13 +2,14 @@
 //! against themselves with other block, chunk and context sizes.
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pkv_core::{Channel, GlobalChannel, Hinted};
 use pkv_extract::{ContextFeatures, Extractor};
 use pkv_lm::{LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
 use pkv_recipe::{ExtractSection, LabelSection};
-use pkv_score::Scorer;
+use pkv_score::{Requests, Scorer};
 use tch::{Kind, Tensor};
 
 use crate::reference::{Reference, difference};
@@ -51,10 +52,10 @@ impl Nano {
     }
 }
 
-/// Every channel; sizes small enough for short texts to have all kinds of positions.
+/// Every channel but the fitted one, which `hidden` holds; sizes small enough for short texts to have all kinds of positions.
 fn extract() -> ExtractSection {
     ExtractSection {
-        channels: [&Channel::RECONSTRUCTION[..], &Channel::PREFILL].concat(),
+        channels: Channel::ALL.iter().rev().filter(|c| !c.is_fitted()).copied().collect(),
         window_tokens: 16,
         last_queries: 9,
         ..ExtractSection::default()
@@ -83,6 +84,28 @@ impl Tap for Recorder {
     }
 }
 
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// A rotated vector, `by` positions further on: the pair (i, i + half) turned by `by` times its frequency.
+fn turned(x: &[f64], frequencies: &[f64], by: f64) -> Vec<f64> {
+    let half = x.len() / 2;
+    let turn = |d: usize| {
+        let (i, (sin, cos)) = (d % half, (by * frequencies[d % half]).sin_cos());
+        if d < half { x[i] * cos - x[i + half] * sin } else { x[i + half] * cos + x[i] * sin }
+    };
+    (0..x.len()).map(turn).collect()
+}
+
+/// Attention weights of a query over `keys`.
+fn softmax<'a>(query: &[f64], keys: impl Iterator<Item = &'a [f64]>) -> Vec<f64> {
+    let logits: Vec<f64> = keys.map(|key| dot(query, key) / (query.len() as f64).sqrt()).collect();
+    let top = logits.iter().copied().fold(f64::MIN, f64::max);
+    let total: f64 = logits.iter().map(|x| (x - top).exp()).sum();
+    logits.iter().map(|x| (x - top).exp() / total).collect()
+}
+
 /// All features by their definitions: `[proxy head, channel, position]` and `[global, position]`.
 fn naive(nano: &Nano, context: &[u32], extract: &ExtractSection) -> (Vec<f64>, Vec<f64>) {
     let shape = nano.model.shape();
@@ -104,6 +127,16 @@ fn naive(nano: &Nano, context: &[u32], extract: &ExtractSection) -> (Vec<f64>, V
     let hidden = nano.model.forward(&nano.model.ids(&ids), &mut cache, &mut recorder).unwrap();
 
     let repeated = Scorer::new(&nano.model, &nano.tokenizer, &label()).unwrap().score(context).unwrap();
+    let further: Vec<(Range<usize>, f64)> = {
+        let requests = Requests::new(&nano.tokenizer, &label()).unwrap();
+        let further = |c: Range<usize>| {
+            let at = requests.ids(context, &c).len() - c.len();
+            let further = (total + at - c.start) as f64;
+            (c, further)
+        };
+        requests.chunks(total).map(further).collect()
+    };
+    let frequencies = nano.model.config().rope.frequencies(shape.head_dim);
     let (max, mean) = (flat(&repeated.max_lht), flat(repeated.mean_lht.as_ref().unwrap()));
     let mut heads = Vec::new();
     for (l, [q, k, v]) in recorder.layers.iter().enumerate() {
@@ -115,12 +148,41 @@ fn naive(nano: &Nano, context: &[u32], extract: &ExtractSection) -> (Vec<f64>, V
         for (i, slot) in layer.iter_mut().enumerate() {
             let (t, c, h) =
                 (i % total, i / total % extract.channels.len(), i / total / extract.channels.len());
+            let key = |t: usize| &k[(h * ids.len() + prefix + t) * shape.head_dim..][..shape.head_dim];
+            let unrun = || {
+                let (chunk, further) = further.iter().find(|(c, _)| c.contains(&t)).unwrap();
+                let mut weights = Vec::new();
+                for q_head in h * shape.group()..(h + 1) * shape.group() {
+                    for i in chunk.clone() {
+                        let at = (q_head * ids.len() + prefix + i) * shape.head_dim;
+                        let query = turned(&q[at..][..shape.head_dim], &frequencies, *further);
+                        weights.push(softmax(&query, chunk.clone().map(key))[t - chunk.start]);
+                    }
+                }
+                weights
+            };
             let p = max[(l * shape.kv_heads + h) * total + t];
             *slot = match extract.channels[c] {
                 Channel::KeyNorm => norm(k, h, t).ln(),
                 Channel::ValueNorm => norm(v, h, t).max(1e-4).ln(),
                 Channel::ReconLog => p.ln().clamp(-16.0, 0.0),
                 Channel::ReconLogOdds => (p.ln() - (-p.min(1.0 - 1e-6)).ln_1p()).clamp(-14.0, 14.0),
+                Channel::ReplayUnrun => unrun().into_iter().map(f64::ln).fold(-16.0, f64::max),
+                Channel::ReplayUnrunMean => {
+                    let weights = unrun();
+                    (weights.iter().sum::<f64>() / weights.len() as f64 + 1e-7).ln().max(-16.0)
+                }
+                Channel::KeyDiff => {
+                    // All cached positions, prefix included.
+                    let unit = |i: usize| -> Vec<f64> {
+                        let key = &k[(h * ids.len() + i) * shape.head_dim..][..shape.head_dim];
+                        key.iter().map(|x| x / dot(key, key).sqrt()).collect()
+                    };
+                    let keys: Vec<Vec<f64>> = (0..ids.len()).map(unit).collect();
+                    let mean: Vec<f64> =
+                        (0..shape.head_dim).map(|d| keys.iter().map(|key| key[d]).sum()).collect();
+                    -dot(&keys[prefix + t], &mean) / dot(&mean, &mean).sqrt()
+                }
                 Channel::ReconMean => (mean[(l * shape.kv_heads + h) * total + t] + 1e-7).ln(),
                 _ => *slot,
             };
@@ -161,7 +223,7 @@ fn every_channel_matches_its_definition() {
         let context = nano.context(tokens);
         let found = nano.features(&extract(), &context);
         let shape = nano.model.shape();
-        assert_eq!(found.heads_pct.size(), [shape.total_kv_heads() as i64, 11, tokens as i64]);
+        assert_eq!(found.heads_pct.size(), [shape.total_kv_heads() as i64, 15, tokens as i64]);
         assert_eq!(found.globals_ct.size(), [4, tokens as i64]);
         assert_eq!((found.heads_pct.kind(), found.globals_ct.kind()), (Kind::Float, Kind::Float));
         compare(&format!("{tokens} tokens"), &found, &naive(&nano, &context, &extract()), 1e-5);

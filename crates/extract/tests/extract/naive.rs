@@ -10,7 +10,7 @@ use crate::reference::{Reference, difference};
 use crate::support::device;
 
 /// Out of the recipe's order on purpose, with channels between that the statistics must leave alone.
-const CHANNELS: [Channel; 8] = [
+const CHANNELS: [Channel; 9] = [
     Channel::MeanLast,
     Channel::KeyNorm,
     Channel::MaxAll,
@@ -19,6 +19,7 @@ const CHANNELS: [Channel; 8] = [
     Channel::ReconLog,
     Channel::MaxLast,
     Channel::MeanWindow,
+    Channel::MeanLastLayer,
 ];
 
 struct Case {
@@ -90,7 +91,7 @@ impl Case {
             let q = q.narrow(1, start as i64, (end - start) as i64);
             statistics.add(&q, &k.narrow(1, 0, end as i64), start, &gathered).unwrap();
         }
-        statistics.finish(&gathered, self.sizes.group);
+        statistics.finish(&gathered, self.sizes.heads, self.sizes.group);
         Vec::try_from(gathered.flatten(0, -1).to_kind(Kind::Double)).unwrap()
     }
 }
@@ -121,6 +122,8 @@ fn a_choice_of_channels_changes_no_channel() {
         vec![Channel::MeanWindow, Channel::MaxLast],
         vec![Channel::MeanAll],
         vec![Channel::ValueNorm],
+        vec![Channel::MeanLastLayer],
+        vec![Channel::MaxLast, Channel::MeanLastLayer, Channel::MeanLast],
     ] {
         let extract = ExtractSection { channels: chosen.clone(), ..case.section(10) };
         let found = case.found(&qs, &ks, &extract, 31);

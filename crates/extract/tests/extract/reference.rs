@@ -38,10 +38,11 @@ impl Reference {
     /// and keys `[heads, positions, head_dim]`; other channels are 0.
     pub fn channels(&self, channels: &[Channel], qs: &[f64], ks: &[f64]) -> Vec<f64> {
         let mut out = vec![0.0; self.heads * channels.len() * self.context];
+        let query_heads = self.heads * self.group;
+        let of_layer: Vec<Vec<Vec<f64>>> = (0..query_heads)
+            .map(|q| (self.prefix..self.positions()).map(|i| self.weights(qs, ks, q, i)).collect())
+            .collect();
         for h in 0..self.heads {
-            let rows: Vec<Vec<Vec<f64>>> = (h * self.group..(h + 1) * self.group)
-                .map(|q| (self.prefix..self.positions()).map(|i| self.weights(qs, ks, q, i)).collect())
-                .collect();
             for (c, channel) in channels.iter().enumerate() {
                 for t in 0..self.context {
                     let counts = |i: usize| {
@@ -52,6 +53,10 @@ impl Reference {
                                 _ => i + self.last >= self.context,
                             }
                     };
+                    let rows = match channel {
+                        Channel::MeanLastLayer => &of_layer[..],
+                        _ => &of_layer[h * self.group..(h + 1) * self.group],
+                    };
                     let queries: Vec<usize> = (t..self.context).filter(|i| counts(*i)).collect();
                     let weights =
                         || queries.iter().flat_map(|&i| rows.iter().map(move |r| r[i][self.prefix + t]));
@@ -61,6 +66,10 @@ impl Reference {
                         }
                         Channel::MeanAll | Channel::MeanWindow | Channel::MeanLast => {
                             let mean = weights().sum::<f64>() / (queries.len() * self.group).max(1) as f64;
+                            (mean + 1e-7).ln().max(-16.0)
+                        }
+                        Channel::MeanLastLayer => {
+                            let mean = weights().sum::<f64>() / (queries.len() * query_heads).max(1) as f64;
                             (mean + 1e-7).ln().max(-16.0)
                         }
                         _ => 0.0,

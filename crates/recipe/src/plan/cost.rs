@@ -1,6 +1,6 @@
 //! Floating-point operations and elements, from shapes. A multiply-add counts as two operations.
 
-use pkv_core::{Channel, GlobalChannel, ModelShape};
+use pkv_core::{GlobalChannel, ModelShape, Pass, PassLengths};
 
 use crate::{ExtractSection, LabelSection, Recipe, Variant};
 
@@ -74,22 +74,20 @@ pub fn repeat(shape: &ModelShape, t: usize, by: &Repeat) -> f64 {
     total
 }
 
-/// Statistics of a prefilled proxy: queries times keys once more for every range asked for, and
-/// the LM head for surprisal.
-pub fn features(shape: &ModelShape, section: &ExtractSection, t: usize) -> f64 {
-    let has = |a: Channel, b: Channel| section.channels.iter().any(|&c| c == a || c == b);
+/// Features of a prefilled model: queries times keys once more for every pass that a channel asks for, and the LM head for
+/// surprisal. A repeat is not counted: see [`repeat`].
+pub fn features(shape: &ModelShape, section: &ExtractSection, t: usize, by: &Repeat) -> f64 {
     let t_f = t as f64;
-    let window = (section.window_tokens + section.block_tokens).min(t) as f64;
-    let mut keys_per_position = 0.0;
-    if has(Channel::MaxAll, Channel::MeanAll) {
-        keys_per_position += t_f / 2.0 / section.whole_range_stride as f64;
-    }
-    if has(Channel::MaxWindow, Channel::MeanWindow) {
-        keys_per_position += window;
-    }
-    if has(Channel::MaxLast, Channel::MeanLast) {
-        keys_per_position += section.last_queries.min(t) as f64;
-    }
+    let lengths = PassLengths {
+        context: t,
+        window: section.window_tokens + section.block_tokens,
+        last_queries: section.last_queries,
+        whole_range_stride: section.whole_range_stride,
+        scoring_chunk: by.tokens,
+    };
+    let asked = |pass: &Pass| section.channels.iter().any(|c| c.pass() == *pass);
+    let keys_per_position: f64 =
+        Pass::ALL.into_iter().filter(asked).map(|pass| pass.keys_per_position(&lengths)).sum();
     let products = 2.0 * attention_width(shape) * keys_per_position * t_f * shape.layers as f64;
     let head = if section.globals.contains(&GlobalChannel::Surprisal) {
         2.0 * (shape.hidden * shape.vocab) as f64 * t_f

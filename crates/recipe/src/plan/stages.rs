@@ -1,6 +1,6 @@
 //! Tokens, bytes and operations of each stage.
 
-use pkv_core::{GlobalChannel, Source};
+use pkv_core::{GlobalChannel, Pass, Source};
 
 use super::cost::{self, Decode, MapperCost, Repeat, decode, features, prefill, repeat};
 use super::{InferPlan, Machine, StagePlan, element_bytes, parameters};
@@ -126,15 +126,16 @@ impl<'a> Reading<'a> {
     fn features_flops(&self, recipe: &Recipe, t: usize) -> f64 {
         let by = Repeat::new(&recipe.label, TEMPLATE_TOKENS);
         let repeats = if self.repeats { repeat(&self.model.shape, t, &by) } else { 0.0 };
-        features(&self.model.shape, &self.section, t) + repeats
+        features(&self.model.shape, &self.section, t, &by) + repeats
     }
 
     fn flops(&self, recipe: &Recipe, t: usize) -> f64 {
         prefill(&self.model.shape, t + TEMPLATE_TOKENS) + self.features_flops(recipe, t)
     }
 
-    /// Memory beside the weights and the cache, `chunk` tokens at a time: activations and features.
-    fn working_bytes(&self, context: usize, chunk: usize, machine: &Machine) -> u64 {
+    /// Memory beside the weights and the cache, `chunk` tokens at a time, `scoring` tokens in a scoring chunk: activations and
+    /// features.
+    fn working_bytes(&self, context: usize, chunk: usize, scoring: usize, machine: &Machine) -> u64 {
         let width = element_bytes(self.model.dtype, machine);
         let (shape, section) = (&self.model.shape, &self.section);
         let whole_range = section.channels.iter().any(|c| c.is_whole_range());
@@ -149,7 +150,10 @@ impl<'a> Reading<'a> {
         let block = 2
             * section.block_tokens.min(context)
             * (shape.query_heads * seen + usize::from(logits) * shape.vocab);
-        cost::activation_elements(shape, context.min(chunk)) * width
+        // Queries of a scoring chunk wait for its end, which a prefill chunk may cut off.
+        let waits = context > chunk && section.channels.iter().any(|c| c.pass() == Pass::ScoringChunk);
+        let waiting = if waits { scoring * shape.layers * shape.query_heads * shape.head_dim } else { 0 };
+        (cost::activation_elements(shape, context.min(chunk)) + waiting as u64) * width
             + 4 * (block + context * self.per_token()) as u64
     }
 
@@ -164,8 +168,9 @@ pub fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePl
         let weights = reading.weights(machine);
         let longest = lengths.longest();
         let chunk = recipe.extract.prefill_chunk_tokens;
-        let peak =
-            weights + reading.cache_bytes(longest, machine) + reading.working_bytes(longest, chunk, machine);
+        let peak = weights
+            + reading.cache_bytes(longest, machine)
+            + reading.working_bytes(longest, chunk, recipe.label.chunk(), machine);
         stage.tokens += lengths.tokens();
         stage.disk_bytes +=
             lengths.tokens() * reading.per_token() as u64 * recipe.extract.store.bytes() as u64;
@@ -200,7 +205,8 @@ pub fn infer(recipe: &Recipe, tokens: usize, machine: &Machine, mapper: &MapperC
                 weights += reading.weights(machine);
                 flops += reading.flops(recipe, tokens);
                 let bytes = |chunk| {
-                    reading.cache_bytes(tokens, machine) + reading.working_bytes(tokens, chunk, machine)
+                    reading.cache_bytes(tokens, machine)
+                        + reading.working_bytes(tokens, chunk, recipe.label.chunk(), machine)
                 };
                 (before, beside) = (bytes(chunk), bytes(chunk.min(SHARED_CHUNK)));
             }

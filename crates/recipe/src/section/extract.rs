@@ -1,7 +1,7 @@
 //! `[extract]`: which features of which models the mapper sees.
 
 use anyhow::{Result, ensure};
-use pkv_core::{Channel, FeatureLayout, GlobalChannel, Source, StoreDtype, hinted};
+use pkv_core::{Channel, FeatureLayout, GlobalChannel, Hinted, Pass, Source, StoreDtype, hinted};
 use serde::{Deserialize, Serialize};
 
 /// Features of each source, [layer, KV head, channel, position] and [global channel, position].
@@ -87,6 +87,11 @@ impl ExtractSection {
         self.channels_of(source).iter().any(|c| c.is_fitted())
     }
 
+    /// Whether a source's channels depend on `label`: on the repeat's scoring chunks and requests.
+    pub fn reads_label_section(&self, source: Source) -> bool {
+        self.channels_of(source).iter().any(|c| c.pass().reads_label_section())
+    }
+
     /// Whether a source repeats its context.
     pub fn repeats(&self, source: Source) -> bool {
         self.channels_of(source).iter().any(|c| c.is_reconstruction())
@@ -111,19 +116,13 @@ impl ExtractSection {
                 )
             );
         }
-        if let Some(i) = self.channels.iter().position(|c| c.is_fitted()) {
-            return Err(hinted(
-                format!("`extract.channels[{i}]` reads hidden states of the target"),
-                "name it in `extract.target_channels`, and `target` in `extract.from`",
-            )
-            .into());
-        }
-        if let Some(i) = self.target_channels.iter().position(|c| c.is_reconstruction()) {
-            return Err(hinted(
-                format!("`extract.target_channels[{i}]` makes the target repeat its context"),
-                "that is KVzip's own scoring: take reconstruction channels from the proxy, in `extract.channels`",
-            )
-            .into());
+        for (source, key) in [(Source::Proxy, "channels"), (Source::Target, "target_channels")] {
+            let foreign = |c: &Channel| !c.sources().contains(&source);
+            if let Some(i) = self.channels_of(source).iter().position(foreign) {
+                return Err(
+                    refusal(self.channels_of(source)[i], source, &format!("extract.{key}[{i}]")).into()
+                );
+            }
         }
         ensure!(
             self.window_tokens > self.min_distance,
@@ -137,6 +136,30 @@ impl ExtractSection {
         ensure!(self.prefill_chunk_tokens > 0, "`extract.prefill_chunk_tokens` is 0");
         Ok(())
     }
+}
+
+/// Why a source does not give a channel, which `key` names.
+fn refusal(channel: Channel, source: Source, key: &str) -> Hinted {
+    match channel.pass() {
+        Pass::HiddenStates => hinted(
+            format!("`{key}` reads hidden states of the target"),
+            "name it in `extract.target_channels`, and `target` in `extract.from`",
+        ),
+        Pass::Replay => hinted(
+            format!("`{key}` makes the target repeat its context"),
+            "that is KVzip's own scoring: take reconstruction channels from the proxy, in `extract.channels`",
+        ),
+        _ => hinted(
+            format!("`{key}` is `{channel}`, which the {} does not give", source.name()),
+            format!("of the {}, choose from {}", source.name(), names_for(source)),
+        ),
+    }
+}
+
+/// Names of the channels that a source gives.
+fn names_for(source: Source) -> String {
+    let given = Channel::ALL.iter().filter(|c| c.sources().contains(&source));
+    given.map(|c| c.name()).collect::<Vec<_>>().join(", ")
 }
 
 fn unique<T: PartialEq>(key: &str, list: &[T]) -> Result<()> {

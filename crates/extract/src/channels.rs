@@ -1,0 +1,100 @@
+//! How each channel is computed: a file for each way, and [`REGISTRY`], which lists them.
+//!
+//! Names, meanings, sources and costs are in the table of `core/src/channel.rs`, where the steps to add a channel are, too.
+//! When which is called belongs to `tap` (layer by layer), `stream` (the context's end) and `extractor` (after a repeat).
+//!
+//! Dimension key: h KV head of a layer, p KV head of all layers, d head_dim, k cached position, s new context position,
+//! t context position.
+
+mod attention;
+mod hidden_linear;
+mod key_diff;
+mod norms;
+mod reconstruction;
+mod replay_unrun;
+#[cfg(test)]
+mod tests;
+
+use anyhow::Result;
+use pkv_core::Channel;
+use pkv_lm::LayerView;
+use pkv_score::ContextScores;
+use tch::Tensor;
+
+use crate::hidden::HiddenProjection;
+use crate::statistics::{Fold, Reach};
+
+pub use key_diff::key_diff;
+pub use replay_unrun::{UnrunScores, unrun_scores};
+
+pub(crate) use replay_unrun::UnrunReplay;
+
+/// A channel and its way to values.
+pub(crate) struct Entry {
+    pub channel: Channel,
+    pub compute: Compute,
+}
+
+/// When a channel is computed, and of what.
+pub(crate) enum Compute {
+    /// With the other attention statistics, in one sweep over queries and keys.
+    Statistic(Reach, Fold),
+    /// As a layer's new context positions come: written into the channel's row of them, f32 `[h, s]`.
+    Layer(fn(&NewPositions, &mut Tensor) -> Result<()>),
+    /// Once a scoring chunk has been read: f32 `[h, positions of the chunk]`.
+    ScoringChunk(fn(&UnrunScores) -> Tensor),
+    /// From all of a layer's keys `[h, k]`, of which the first are the prefix: f32 `[h, t]`.
+    Keys(fn(&Tensor, usize) -> Result<Tensor>),
+    /// From the scores of a repeat: f32 `[p, t]`.
+    Replay { reads_means: bool, values: fn(&ContextScores) -> Result<Tensor> },
+}
+
+/// What a layer shows of new context positions.
+pub(crate) struct NewPositions<'a> {
+    pub view: &'a LayerView<'a>,
+    /// Cache positions before the context.
+    pub prefix: usize,
+    /// The map of hidden states, if a channel needs it.
+    pub hidden: Option<&'a HiddenProjection>,
+}
+
+impl NewPositions<'_> {
+    /// Cache position of the first.
+    pub fn first(&self) -> usize {
+        self.view.start.max(self.prefix)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        (self.view.k_hkd.size()[1] as usize).saturating_sub(self.first())
+    }
+}
+
+/// All channels.
+pub(crate) static REGISTRY: &[Entry] = &[
+    attention::MAX_ALL,
+    attention::MEAN_ALL,
+    attention::MAX_WINDOW,
+    attention::MEAN_WINDOW,
+    attention::MAX_LAST,
+    attention::MEAN_LAST,
+    attention::MEAN_LAST_LAYER,
+    norms::KEY,
+    norms::VALUE,
+    reconstruction::LOG,
+    reconstruction::LOG_ODDS,
+    reconstruction::MEAN,
+    hidden_linear::ENTRY,
+    replay_unrun::MAX,
+    replay_unrun::MEAN,
+    key_diff::ENTRY,
+];
+
+/// How `channels` are computed, each with its place in the list.
+pub(crate) fn chosen(channels: &[Channel]) -> impl Iterator<Item = (i64, &'static Compute)> {
+    channels.iter().enumerate().filter_map(|(slot, channel)| Some((slot as i64, find(*channel)?)))
+}
+
+fn find(channel: Channel) -> Option<&'static Compute> {
+    REGISTRY.iter().find(|entry| entry.channel == channel).map(|entry| &entry.compute)
+}

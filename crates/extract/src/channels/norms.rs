@@ -1,0 +1,32 @@
+//! Log norms of keys and values.
+
+use anyhow::Result;
+use pkv_core::Channel;
+use pkv_gpu::{has_elementwise, log_norms};
+use tch::{Kind, Tensor};
+
+use super::{Compute, Entry, NewPositions};
+
+/// Values shorter than this have the same feature: proxies zero some out entirely.
+const VALUE_NORM_FLOOR: f64 = 1e-4;
+
+pub(super) const KEY: Entry = Entry {
+    channel: Channel::KeyNorm,
+    compute: Compute::Layer(|new, into_hs| norms(new.view.k_hkd, new, f64::MIN_POSITIVE, into_hs)),
+};
+
+pub(super) const VALUE: Entry = Entry {
+    channel: Channel::ValueNorm,
+    compute: Compute::Layer(|new, into_hs| norms(new.view.v_hkd, new, VALUE_NORM_FLOOR, into_hs)),
+};
+
+/// Of the new positions' `vectors_hkd`, `[h, k, d]`.
+fn norms(vectors_hkd: &Tensor, new: &NewPositions, floor: f64, into_hs: &mut Tensor) -> Result<()> {
+    let new_hsd = vectors_hkd.narrow(1, new.first() as i64, new.len() as i64);
+    if has_elementwise(new_hsd.device(), new_hsd.kind(), new_hsd.size()[2]) {
+        return log_norms(&new_hsd, floor, into_hs);
+    }
+    let norms_hs = new_hsd.to_kind(Kind::Float).norm_scalaropt_dim(2.0, [-1i64], false);
+    into_hs.copy_(&norms_hs.clamp_min(floor).log());
+    Ok(())
+}

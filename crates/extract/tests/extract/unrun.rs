@@ -1,0 +1,112 @@
+//! The replay that is never run: its softmax against loops in f64, and its place against a repeat that is run.
+
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::Result;
+use pkv_core::{Rng, Seed};
+use pkv_extract::unrun_scores;
+use pkv_lm::{LanguageModel, LayerView, RepeatTap, RepeatView, Tap};
+use pkv_score::Requests;
+use rand::Rng as _;
+use tch::{Kind, Tensor};
+
+use crate::reference::difference;
+use crate::support::device;
+
+fn numbers(rng: &mut Rng, n: usize) -> Vec<f64> {
+    (0..n).map(|_| f64::from(rng.random_range(-2.5f32..2.5))).collect()
+}
+
+#[test]
+fn maxima_and_means_are_those_of_loops_in_f64() {
+    for (index, [heads, group, d, n]) in
+        [[1, 1, 4, 1], [2, 3, 5, 7], [3, 1, 8, 40], [2, 2, 6, 33]].into_iter().enumerate()
+    {
+        let rng = &mut Seed(8).stream("replay unrun", index as u64);
+        let (qs, ks) = (numbers(rng, heads * group * n * d), numbers(rng, heads * n * d));
+        let (mut max, mut mean) = (vec![0.0f64; heads * n], vec![0.0; heads * n]);
+        for q in 0..heads * group {
+            for i in 0..n {
+                let (query, h) = (&qs[(q * n + i) * d..][..d], q / group);
+                let logit = |t: usize| -> f64 {
+                    query.iter().zip(&ks[(h * n + t) * d..][..d]).map(|(a, b)| a * b).sum::<f64>()
+                        / (d as f64).sqrt()
+                };
+                let total: f64 = (0..n).map(|t| logit(t).exp()).sum();
+                for t in 0..n {
+                    let weight = logit(t).exp() / total;
+                    max[h * n + t] = max[h * n + t].max(weight);
+                    mean[h * n + t] += weight / (group * n) as f64;
+                }
+            }
+        }
+        let tensor = |values: &[f64], heads: usize| {
+            Tensor::from_slice(values)
+                .view([heads as i64, n as i64, d as i64])
+                .to_kind(Kind::Float)
+                .to_device(device())
+        };
+        let flat = |x: &Tensor| Vec::<f64>::try_from(x.flatten(0, -1).to_kind(Kind::Double)).unwrap();
+        for block in [1, 50, 1 << 20] {
+            let found = unrun_scores(&tensor(&qs, heads * group), &tensor(&ks, heads), block).unwrap();
+            assert!(difference(&max, &flat(&found.max_ht)) < 1e-5, "case {index}, blocks of {block}");
+            assert!(difference(&mean, &flat(&found.mean_ht)) < 1e-5, "case {index}, blocks of {block}");
+        }
+    }
+    let (q, k) = (
+        Tensor::zeros([3, 2, 4], (Kind::Float, device())),
+        Tensor::zeros([2, 2, 4], (Kind::Float, device())),
+    );
+    assert!(unrun_scores(&q, &k, 10).is_err(), "three query heads for two KV heads");
+}
+
+/// Queries of the first layer, `[q, s, d]`.
+struct First(Option<Tensor>);
+
+impl Tap for First {
+    fn layer(&mut self, view: &LayerView) -> Result<()> {
+        if view.layer == 0 {
+            self.0 = Some(view.q_qsd.copy());
+        }
+        Ok(())
+    }
+}
+
+impl RepeatTap for First {
+    fn layer(&mut self, view: &RepeatView) -> Result<()> {
+        if view.layer == 0 {
+            self.0 = Some(view.q_rqd.transpose(0, 1).copy());
+        }
+        Ok(())
+    }
+}
+
+/// Before the first layer no token has seen another, so a repeat that is run has the same queries there, but for their
+/// positions.
+#[test]
+fn queries_are_moved_to_where_the_repeat_has_them() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/target");
+    let model = LanguageModel::load(&folder, device(), Kind::Float).unwrap();
+    let prefix = [5u32, 6, 7];
+    let context: Vec<u32> = (0..100).map(|i| (11 + i * i * 7) % 4000).collect();
+    let requests = Requests::from_ids(vec![9, 8], vec![9, 8, 7, 6], vec![3], 40);
+    let ids = [&prefix[..], &context].concat();
+    let mut cache = model.new_cache(ids.len());
+    let mut prefill = First(None);
+    model.prefill_for_tap(&ids, &mut cache, ids.len(), &mut prefill).unwrap();
+    let q_qsd = prefill.0.unwrap();
+    let chunks: Vec<Range<usize>> = requests.chunks(context.len()).collect();
+    assert_eq!(chunks.len(), 3);
+    for chunk in chunks {
+        let mut repeat = First(None);
+        model.forward_repeats(&[&requests.ids(&context, &chunk)], &cache, &mut repeat).unwrap();
+        let request = requests.request_tokens(&chunk);
+        let run_qsd = repeat.0.unwrap().narrow(1, request as i64, chunk.len() as i64);
+        let own_qsd = q_qsd.narrow(1, (prefix.len() + chunk.start) as i64, chunk.len() as i64);
+        let further = (context.len() - chunk.start + request) as i64;
+        let off = |by: i64| (model.moved(&own_qsd, by) - &run_qsd).abs().max().double_value(&[]);
+        assert!(off(further) < 1e-3, "{chunk:?}: off by {}", off(further));
+        assert!(off(further + 1) > 0.1, "one position matters");
+    }
+}
