@@ -114,13 +114,13 @@ fn kth_largest(scores_bn: &Tensor, k: i64) -> Tensor {
 }
 
 /// Scores that compare the same everywhere: at least f32, no gradient, not-a-number lowest.
-fn ordered(scores: &Tensor) -> Tensor {
+pub(crate) fn ordered(scores: &Tensor) -> Tensor {
     let scores = scores.detach();
     let scores = if scores.kind() == Kind::Double { scores } else { scores.to_kind(Kind::Float) };
     scores.nan_to_num(f64::NEG_INFINITY, f64::INFINITY, f64::NEG_INFINITY)
 }
 
-trait Ranked {
+pub(crate) trait Ranked {
     fn searchsorted_of(&self, values: &Tensor, right: bool) -> Tensor;
 }
 

@@ -4,6 +4,7 @@
 //! Kendall's coefficients per KV head, computed in f64 on the CPU so that they are exact.
 
 mod rank;
+mod reference;
 
 use anyhow::{Result, ensure};
 use pkv_core::{Policy, RetentionRatio};
@@ -11,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{keep_mask, token_scores};
 pub use rank::{average_ranks, kendall_tau_b, spearman};
+pub use reference::{Agreement, Budgets, Reference};
 
 /// Two keep masks of one budget: the prediction's beside KVzip's.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -32,4 +32,4 @@ pub use dataset::{Context, Dataset};
 pub use journal::METRICS_FILE;
 pub use run::{TrainInputs, TrainSummary, is_complete, train};
 pub use schedule::learning_rate;
-pub use validate::{VALIDATION_RATIOS, Validation};
+pub use validate::{Ranking, VALIDATION_RATIOS, Validation, Validator};

@@ -25,7 +25,7 @@ use crate::schedule::learning_rate;
 use crate::start::{resume, start};
 use crate::step::{Stepper, Tf32, number_format};
 use crate::tensorboard::EventFile;
-use crate::validate::{Validation, validate};
+use crate::validate::{Ranking, Validation, Validator};
 
 /// What training reads and where it writes.
 #[derive(Clone, Debug)]
@@ -178,9 +178,8 @@ pub fn train(
 struct Run<'a> {
     inputs: &'a TrainInputs<'a>,
     store: &'a CheckpointStore,
-    dataset: &'a Dataset,
     progress: &'a dyn Progress,
-    validation_rows: Vec<u64>,
+    validator: Validator<'a>,
     mapper: Mapper,
     optimizer: Optimizer,
     stepper: Stepper<'a>,
@@ -240,9 +239,15 @@ impl<'a> Run<'a> {
         Ok(Self {
             inputs,
             store,
-            dataset,
             progress,
-            validation_rows,
+            validator: Validator::new(
+                dataset,
+                validation_rows,
+                inputs.loss,
+                inputs.train,
+                inputs.seed,
+                Ranking::of(device),
+            ),
             stepper: Stepper::new(inputs.loss, inputs.train, dataset.dims(), inputs.training_seed(), device),
             mapper,
             optimizer,
@@ -334,21 +339,19 @@ impl<'a> Run<'a> {
     }
 
     /// Validate the weights that would be exported; nothing without validation examples.
-    fn validate(&self) -> Result<Option<Validation>> {
-        if self.validation_rows.is_empty() {
+    fn validate(&mut self) -> Result<Option<Validation>> {
+        if self.validator.is_empty() {
             return Ok(None);
         }
         self.progress.note("validating");
-        let i = self.inputs;
         let ema = self.optimizer.ema();
-        let measure = || validate(&self.mapper, self.dataset, &self.validation_rows, i.loss, i.train, i.seed);
         if ema.is_empty() {
-            return measure().map(Some);
+            return self.validator.validate(&self.mapper).map(Some);
         }
         let own: Vec<_> =
             self.mapper.parameters().iter().map(|(name, p)| (name.clone(), p.detach().copy())).collect();
         self.mapper.load_parameters(&self.named(ema))?;
-        let result = measure();
+        let result = self.validator.validate(&self.mapper);
         self.mapper.load_parameters(&own)?;
         result.map(Some)
     }

@@ -1,22 +1,34 @@
 //! How good a mapper is on the validation split.
+//!
+//! Owns which contexts are measured, what of them is kept between validations, and the means. The metrics are `prune`'s.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
 
 use anyhow::{Context as _, Result};
 use pkv_core::{Policy, RetentionRatio, Seed};
 use pkv_mapper::{Mapper, hybrid_loss};
-use pkv_prune::metrics::{KeptAgreement, kendall_per_head, spearman_per_head};
+use pkv_prune::metrics::{Agreement, Budgets, KeptAgreement, Reference, kendall_per_head, spearman_per_head};
 use pkv_recipe::{LossSection, TrainSection};
 use serde_json::{Map, Value, json};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::dataset::Dataset;
+use crate::dataset::{Context, Dataset};
 
 /// Retention ratios that every validation reports.
 pub const VALIDATION_RATIOS: [f64; 8] = [0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01];
 
 /// Contexts that are read and compared side by side: what they hold together stays small.
 const THREADS: usize = 16;
+
+/// Most positions of one forward on a GPU: enough work to fill it, 50 MB of activations per 100 numbers that a position has.
+const POSITIONS_PER_FORWARD: usize = 1 << 15;
+
+/// Most bytes of decoded contexts that are kept between validations, and the share of the device's free memory that they
+/// may take, whichever is less. 60 contexts of 1,024 to 4,096 tokens, 56 heads, 9 channels: 0.5 GB. Contexts beyond it
+/// are read and ranked each time.
+const KEPT_BYTES: u64 = 4 << 30;
+const KEPT_SHARE: u64 = 4;
 
 /// Means over the validation contexts.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,89 +45,273 @@ pub struct Validation {
     pub score: f64,
 }
 
-/// Validate `mapper` on `rows` of `dataset`.
-///
-/// # Errors
-/// There are no rows, or a shard is damaged.
-pub fn validate(
-    mapper: &Mapper,
-    dataset: &Dataset,
-    rows: &[u64],
-    loss: &LossSection,
-    train: &TrainSection,
+/// Where predictions are ranked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ranking {
+    /// Threads of the host, a context each.
+    Host,
+    /// The mapper's device, in sorts and counts; one copy to the host in the end.
+    Device,
+}
+
+impl Ranking {
+    /// The faster one.
+    pub fn of(device: Device) -> Self {
+        if device.is_cuda() { Self::Device } else { Self::Host }
+    }
+}
+
+/// The validation contexts of a run, and what of them outlasts a validation.
+pub struct Validator<'a> {
+    dataset: &'a Dataset,
+    rows: Vec<u64>,
+    loss: &'a LossSection,
+    train: &'a TrainSection,
     seed: Seed,
-) -> Result<Validation> {
-    let _no_grad = tch::no_grad_guard();
-    let ratios = ratios(&train.best_by);
-    // Per policy and ratio: recall, mass, relative mass, realised ratio.
-    let mut sums = vec![[0.0; 4]; Policy::ALL.len() * ratios.len()];
-    let (mut loss_sum, mut spearman, mut kendall) = (0.0, 0.0, 0.0);
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(THREADS);
-    for (group, rows) in rows.chunks(threads).enumerate() {
-        let contexts = side_by_side(rows.to_vec(), |row| dataset.context(row))?;
-        let mut pairs = Vec::with_capacity(contexts.len());
-        for (i, context) in contexts.into_iter().enumerate() {
-            let scores_bot =
-                mapper.predict(&context.heads_pct.unsqueeze(0), &context.globals_ct.unsqueeze(0));
-            let y_bot = context.targets(&train.target_pool).unsqueeze(0);
-            let seed = seed.derive("validate.pairs", (group * threads + i) as u64);
-            loss_sum += hybrid_loss(mapper, &scores_bot, &y_bot, loss, seed)?.total.double_value(&[]);
-            pairs.push((scores_bot.squeeze_dim(0).to_device(Device::Cpu), context.scores_ot));
+    ratios: Vec<f64>,
+    ranking: Ranking,
+    /// By place in `rows`; filled up to `budget` bytes, which is settled by the first validation.
+    kept: HashMap<usize, Rc<Ready>>,
+    bytes: u64,
+    budget: Option<u64>,
+}
+
+/// A context as validations use it, on the mapper's device.
+struct Ready {
+    heads_pct: Tensor,
+    globals_ct: Tensor,
+    /// What the mapper learns.
+    y_ot: Tensor,
+    scores_ot: Tensor,
+    /// The scores ranked, where the device ranks.
+    reference: Option<Reference>,
+}
+
+impl Ready {
+    fn new(context: Context, validator: &Validator, device: Device) -> Result<Self> {
+        let to = |x: &Tensor| x.to_device(device);
+        let scores_ot = to(&context.scores_ot);
+        let reference = match validator.ranking {
+            Ranking::Host => None,
+            Ranking::Device => {
+                Some(Reference::new(&scores_ot, &scores_ot, &retention_ratios(&validator.ratios)?)?)
+            }
+        };
+        Ok(Self {
+            y_ot: to(&context.targets(&validator.train.target_pool)),
+            heads_pct: to(&context.heads_pct),
+            globals_ct: to(&context.globals_ct),
+            scores_ot,
+            reference,
+        })
+    }
+
+    fn bytes(&self) -> u64 {
+        let numbers = [&self.heads_pct, &self.globals_ct, &self.y_ot, &self.scores_ot].map(Tensor::numel);
+        let ranked =
+            self.reference.as_ref().map_or(0, |_| Reference::BYTES_PER_PAIR * self.scores_ot.numel());
+        (4 * numbers.iter().sum::<usize>() + ranked) as u64
+    }
+}
+
+impl<'a> Validator<'a> {
+    /// Validate on `rows` of `dataset`, which all have positions.
+    pub fn new(
+        dataset: &'a Dataset,
+        rows: Vec<u64>,
+        loss: &'a LossSection,
+        train: &'a TrainSection,
+        seed: Seed,
+        ranking: Ranking,
+    ) -> Self {
+        let ratios = ratios(&train.best_by);
+        let kept = HashMap::new();
+        Self { dataset, rows, loss, train, seed, ratios, ranking, kept, bytes: 0, budget: None }
+    }
+
+    /// Keep at most `bytes` of decoded and ranked contexts between validations.
+    #[must_use]
+    pub fn with_budget(mut self, bytes: u64) -> Self {
+        self.budget = Some(bytes);
+        self
+    }
+
+    /// What is kept between validations now.
+    pub fn kept_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Measure `mapper`.
+    ///
+    /// # Errors
+    /// A shard is damaged, or the device fails.
+    pub fn validate(&mut self, mapper: &Mapper) -> Result<Validation> {
+        let _no_grad = tch::no_grad_guard();
+        let n = self.rows.len();
+        let mut losses: Vec<Option<Tensor>> = (0..n).map(|_| None).collect();
+        let mut agreements: Vec<Option<Agreement>> = (0..n).map(|_| None).collect();
+        // Comparisons on the device, by context.
+        let mut compared: Vec<(usize, Budgets, Tensor)> = Vec::new();
+        for wave in self.waves() {
+            let ready = self.ready(&wave, mapper.device())?;
+            let mut pairs = Vec::new();
+            for forward in wave {
+                let of: Vec<&Rc<Ready>> = forward.iter().map(|i| &ready[i]).collect();
+                let stack =
+                    |x: fn(&Ready) -> &Tensor| Tensor::stack(&of.iter().map(|r| x(r)).collect::<Vec<_>>(), 0);
+                let scores_bot = mapper.predict(&stack(|r| &r.heads_pct), &stack(|r| &r.globals_ct));
+                for (b, (&i, ready)) in forward.iter().zip(of).enumerate() {
+                    let scores_bot = scores_bot.narrow(0, b as i64, 1);
+                    let seed = self.seed.derive("validate.pairs", i as u64);
+                    let y_bot = ready.y_ot.unsqueeze(0);
+                    losses[i] = Some(hybrid_loss(mapper, &scores_bot, &y_bot, self.loss, seed)?.total);
+                    let scores_ot = scores_bot.squeeze_dim(0);
+                    match &ready.reference {
+                        Some(r) => compared.push((i, r.budgets().clone(), r.compare(&scores_ot)?)),
+                        None => pairs.push((i, on_host(&scores_ot), on_host(&ready.scores_ot))),
+                    }
+                }
+            }
+            let ratios = &self.ratios;
+            let host = side_by_side(pairs, |(i, predicted_ot, oracle_ot)| {
+                Ok((i, compare(&predicted_ot, &oracle_ot, ratios)?))
+            })?;
+            host.into_iter().for_each(|(i, agreement)| agreements[i] = Some(agreement));
         }
-        // In the contexts' order, so that sums are the same for any number of threads.
-        for of in
-            side_by_side(pairs, |(predicted_ot, oracle_ot)| compare(&predicted_ot, &oracle_ot, &ratios))?
-        {
+        // All that the device was asked, in one copy.
+        let mut all: Vec<Tensor> = losses.into_iter().flatten().map(|x| x.reshape([1])).collect();
+        all.extend(compared.iter().map(|(_, _, numbers)| numbers.shallow_clone()));
+        let all: Vec<Tensor> = all.iter().map(|x| x.to_kind(Kind::Double)).collect();
+        let values: Vec<f64> = if all.is_empty() {
+            Vec::new()
+        } else {
+            Vec::try_from(Tensor::cat(&all, 0).to_device(Device::Cpu)).context("cannot read a validation")?
+        };
+        let (losses, mut rest) = values.split_at(n);
+        for (i, budgets, _) in &compared {
+            let (mine, others) = rest.split_at(budgets.numbers());
+            agreements[*i] = Some(budgets.read(mine)?);
+            rest = others;
+        }
+        Ok(self.means(losses, &agreements.into_iter().flatten().collect::<Vec<_>>()))
+    }
+
+    /// Places in `rows`: contexts that are prepared together, in those that one forward takes.
+    fn waves(&self) -> Vec<Vec<Vec<usize>>> {
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(THREADS);
+        let all: Vec<usize> = (0..self.rows.len()).collect();
+        if self.ranking == Ranking::Host {
+            return all.chunks(threads).map(|wave| wave.iter().map(|&i| vec![i]).collect()).collect();
+        }
+        let length = |i: &usize| self.dataset.positions(self.rows[*i]);
+        let mut by_length = all;
+        by_length.sort_by_key(length);
+        // Contexts of one length alone: padding would be seen by the convolutions.
+        let forwards = by_length.chunk_by(|a, b| length(a) == length(b)).flat_map(|same| {
+            let most = (POSITIONS_PER_FORWARD / length(&same[0]).max(1)).max(1);
+            same.chunks(most).map(<[usize]>::to_vec).collect::<Vec<_>>()
+        });
+        let mut waves: Vec<Vec<Vec<usize>>> = Vec::new();
+        for forward in forwards {
+            match waves.last_mut().filter(|w| w.iter().map(Vec::len).sum::<usize>() < threads) {
+                Some(wave) => wave.push(forward),
+                None => waves.push(vec![forward]),
+            }
+        }
+        waves
+    }
+
+    /// The contexts of a wave, those that are not kept read side by side.
+    fn ready(&mut self, wave: &[Vec<usize>], device: Device) -> Result<HashMap<usize, Rc<Ready>>> {
+        let budget = *self
+            .budget
+            .get_or_insert_with(|| free_bytes(device).map_or(0, |b| b / KEPT_SHARE).min(KEPT_BYTES));
+        let all: Vec<usize> = wave.concat();
+        let missing: Vec<usize> = all.iter().copied().filter(|i| !self.kept.contains_key(i)).collect();
+        let (dataset, rows) = (self.dataset, &self.rows);
+        let read = side_by_side(missing, |i| Ok((i, dataset.context(rows[i])?)))?;
+        let mut ready = HashMap::new();
+        for (i, context) in read {
+            let made = Rc::new(Ready::new(context, self, device)?);
+            if self.bytes + made.bytes() <= budget {
+                self.bytes += made.bytes();
+                self.kept.insert(i, made.clone());
+            }
+            ready.insert(i, made);
+        }
+        ready.extend(all.iter().filter_map(|i| Some((*i, self.kept.get(i)?.clone()))));
+        Ok(ready)
+    }
+
+    /// In the contexts' order, so that sums are the same for any number of threads.
+    fn means(&self, losses: &[f64], agreements: &[Agreement]) -> Validation {
+        // Per policy and ratio: recall, mass, relative mass, realised ratio.
+        let mut sums = vec![[0.0; 4]; Policy::ALL.len() * self.ratios.len()];
+        let (mut spearman, mut kendall) = (0.0, 0.0);
+        for of in agreements {
             for (sum, a) in sums.iter_mut().zip(&of.kept) {
                 for (sum, x) in sum.iter_mut().zip([a.recall, a.mass, a.mass_of_oracle, a.realised_ratio]) {
                     *sum += x;
                 }
             }
-            spearman += of.spearman;
-            kendall += of.kendall;
+            spearman += mean(&of.spearman);
+            kendall += mean(&of.kendall);
+        }
+        let n = self.rows.len() as f64;
+        let kept: Vec<_> = cells(&self.ratios)
+            .zip(sums)
+            .map(|((policy, ratio), s)| {
+                let [recall, mass, mass_of_oracle, realised_ratio] = s.map(|x| x / n);
+                (policy, ratio, KeptAgreement { recall, mass, mass_of_oracle, realised_ratio })
+            })
+            .collect();
+        let best: Vec<f64> = kept
+            .iter()
+            .filter(|(policy, ratio, _)| *policy == Policy::Pair && self.train.best_by.contains(ratio))
+            .map(|(_, _, a)| a.recall)
+            .collect();
+        Validation {
+            contexts: self.rows.len(),
+            loss: losses.iter().sum::<f64>() / n,
+            kept,
+            spearman: spearman / n,
+            kendall: kendall / n,
+            score: mean(&best),
         }
     }
-    let n = rows.len() as f64;
-    let kept: Vec<_> = cells(&ratios)
-        .zip(sums)
-        .map(|((policy, ratio), s)| {
-            let [recall, mass, mass_of_oracle, realised_ratio] = s.map(|x| x / n);
-            (policy, ratio, KeptAgreement { recall, mass, mass_of_oracle, realised_ratio })
-        })
-        .collect();
-    let best: Vec<f64> = kept
-        .iter()
-        .filter(|(policy, ratio, _)| *policy == Policy::Pair && train.best_by.contains(ratio))
-        .map(|(_, _, a)| a.recall)
-        .collect();
-    Ok(Validation {
-        contexts: rows.len(),
-        loss: loss_sum / n,
-        kept,
-        spearman: spearman / n,
-        kendall: kendall / n,
-        score: mean(&best),
-    })
 }
 
-/// One context's agreement with KVzip.
-struct Comparison {
-    /// Per policy and ratio.
-    kept: Vec<KeptAgreement>,
-    spearman: f64,
-    kendall: f64,
+fn on_host(x: &Tensor) -> Tensor {
+    x.to_device(Device::Cpu)
 }
 
-fn compare(predicted_ot: &Tensor, oracle_ot: &Tensor, ratios: &[f64]) -> Result<Comparison> {
+/// Memory that may still be taken where the mapper is.
+fn free_bytes(device: Device) -> Option<u64> {
+    match device {
+        Device::Cuda(i) => pkv_gpu::cuda_memory(i).ok().and_then(|m| u64::try_from(m.free).ok()),
+        _ => pkv_gpu::host_memory().map(|m| m.free),
+    }
+}
+
+fn retention_ratios(ratios: &[f64]) -> Result<Vec<RetentionRatio>> {
     let ratio = |r: &f64| RetentionRatio::new(*r).ok().with_context(|| format!("{r} is no retention ratio"));
-    let ratios = ratios.iter().map(ratio).collect::<Result<Vec<_>>>()?;
+    ratios.iter().map(ratio).collect()
+}
+
+/// One context's agreement with KVzip, on the host.
+fn compare(predicted_ot: &Tensor, oracle_ot: &Tensor, ratios: &[f64]) -> Result<Agreement> {
+    let ratios = retention_ratios(ratios)?;
     let kept = Policy::ALL
         .into_iter()
         .map(|policy| KeptAgreement::at_ratios(predicted_ot, oracle_ot, oracle_ot, policy, &ratios));
-    Ok(Comparison {
+    Ok(Agreement {
         kept: kept.collect::<Result<Vec<_>>>()?.concat(),
-        spearman: mean(&spearman_per_head(predicted_ot, oracle_ot)?),
-        kendall: mean(&kendall_per_head(predicted_ot, oracle_ot)?),
+        spearman: spearman_per_head(predicted_ot, oracle_ot)?,
+        kendall: kendall_per_head(predicted_ot, oracle_ot)?,
     })
 }
 

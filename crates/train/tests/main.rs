@@ -8,3 +8,5 @@ mod input;
 mod learn;
 /// Stopped, killed, damaged: the same bits in the end.
 mod resume;
+/// Validation, ranked on the host and on the device.
+mod validate;
