@@ -4,6 +4,7 @@
 //! - `kill`: a run killed at random moments ends with the same bytes as an unbroken one
 //! - `bad_input`: what is wrong is said, with a hint, without a panic, and nothing written before is lost
 //! - `stdout`: a reader that goes away ends a command quietly, a full disk with an error; neither with a panic
+//! - `beside`: labels and the target's features from one prefill, or from two, have the same bytes
 //! - `infer`: answers from a pruned cache are those of `eval`; regimes agree; faults end as they are said to
 //! - `compare`: runs side by side have their own numbers and paired differences; what is not comparable is refused
 //! - `completion`: TAB in bash, zsh and fish offers what may come next
@@ -16,6 +17,7 @@
 
 mod bad_input;
 mod bench;
+mod beside;
 mod compare;
 mod completion;
 mod fetch;

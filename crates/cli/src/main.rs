@@ -108,6 +108,7 @@ fn one(
 fn all(cli: &Cli, args: &StageArgs, stop: Arc<AtomicBool>) -> Result<()> {
     let session = Session::open(cli, &args.recipe, stop)?;
     let options = EvalOptions::default();
+    let mut redo = args.redo.clone();
     for stage in [
         Stage::Prepare,
         Stage::Label,
@@ -117,7 +118,12 @@ fn all(cli: &Cli, args: &StageArgs, stop: Arc<AtomicBool>) -> Result<()> {
         Stage::Export,
         Stage::Report,
     ] {
-        stages::run(&session, stage, &args.redo, &options)?;
+        // Labels may bring features along: those that are made again go before that.
+        if stage == Stage::Label && redo.contains(&Stage::Extract) {
+            stages::throw_away(&session, Stage::Extract, &options)?;
+            redo.retain(|&stage| stage != Stage::Extract);
+        }
+        stages::run(&session, stage, &redo, &options)?;
     }
     stages::eval::print(&session, &options)?;
     tracing::info!("report: {}", session.run.report().display());

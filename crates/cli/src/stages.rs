@@ -1,5 +1,6 @@
 //! The stages of a run, one file each, and what they have in common.
 
+mod beside;
 pub mod eval;
 pub mod export;
 pub mod extract;
@@ -41,8 +42,7 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOption
     s.check_stop()?;
     let start = Instant::now();
     if redo.contains(&stage) {
-        clear(s, stage, options)?;
-        s.run.forget_stage(stage.name())?;
+        throw_away(s, stage, options)?;
     }
     let result = match stage {
         Stage::Prepare => prepare::run(s),
@@ -65,6 +65,15 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOption
             Ok(())
         }
     }
+}
+
+/// Throw a stage's output away, so that it is made again.
+///
+/// # Errors
+/// A file cannot be removed, or another process writes the folder.
+pub fn throw_away(s: &Session, stage: Stage, options: &eval::EvalOptions) -> Result<()> {
+    clear(s, stage, options)?;
+    s.run.forget_stage(stage.name())
 }
 
 /// `key value, key value` of a flat JSON object.

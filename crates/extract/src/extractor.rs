@@ -85,9 +85,17 @@ impl<'a> Extractor<'a> {
     /// # Errors
     /// The context is empty, or the model fails on it.
     pub fn features(&self, context: &[u32]) -> Result<ContextFeatures> {
+        Ok(self.read(context)?.1)
+    }
+
+    /// The same, and the model's cache of prefix and context.
+    ///
+    /// # Errors
+    /// As [`Self::features`].
+    pub fn read(&self, context: &[u32]) -> Result<(KvCache, ContextFeatures)> {
         let mut stream = self.stream(context)?;
         while stream.step().with_context(|| format!("prefilling a context of {} tokens", context.len()))? {}
-        Ok(stream.into_features())
+        Ok(stream.into_cache_and_features())
     }
 
     /// Fill in the reconstruction channels, if there are any.

@@ -166,6 +166,18 @@ fn merge(under: &mut Table, over: Table) {
 }
 
 impl Recipe {
+    /// Whether `label` takes the target's features from its own prefill, behind a prefix of `prefix` tokens.
+    ///
+    /// A channel that is fitted to the labels needs a second pass when they are complete. Where prefill chunks of the two
+    /// stages differ, one prefill would round features or labels otherwise than the stage alone does.
+    pub fn labels_give_features(&self, prefix: usize) -> bool {
+        let chunks = [self.label.prefill_chunk_tokens, self.extract.prefill_chunk_tokens];
+        let longest = self.data.longest_window() + prefix;
+        self.extract.from.contains(&Source::Target)
+            && !self.extract.is_fitted(Source::Target)
+            && (chunks[0] == chunks[1] || chunks.iter().all(|&tokens| tokens >= longest))
+    }
+
     fn check(&self) -> Result<()> {
         ensure!(
             !self.name.is_empty()

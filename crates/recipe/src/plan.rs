@@ -14,7 +14,7 @@ mod table;
 use serde::{Deserialize, Serialize};
 
 use crate::{DtypeName, ModelSection, Recipe};
-use stages::{Lengths, eval, extract, fetch, infer, label, prepare, train};
+use stages::{Lengths, eval, extract, fetch, infer, label, prepare, target_reads, train};
 
 pub use cost::{MapperCost, Repeat, features, prefill, repeat};
 pub use human::{human_bytes, human_count, human_flops, human_secs};
@@ -32,6 +32,9 @@ pub struct Plan {
     pub stages: Vec<StagePlan>,
     /// What the mapper is made for, at the longest window.
     pub infer: InferPlan,
+    /// What else is good to know, in sentences.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 /// One of the two models.
@@ -118,7 +121,8 @@ impl Plan {
         let target = model_plan(&recipe.target, &machine);
         let proxy = model_plan(&recipe.proxy, &machine);
         let infer = infer(recipe, longest, &machine, &mapper_cost);
-        Self { name: recipe.name.clone(), machine, target, proxy, mapper, stages, infer }
+        let notes = target_reads(recipe).into_iter().collect();
+        Self { name: recipe.name.clone(), machine, target, proxy, mapper, stages, infer, notes }
     }
 
     pub fn stage(&self, name: &str) -> Option<&StagePlan> {
@@ -288,6 +292,30 @@ window_tokens = [2048, 8192]
         assert!(cpu.secs() > 100.0 * base.secs());
         let no_tasks = Plan::new(&recipe(&["eval.tasks=[]"]), Machine::h200());
         assert_eq!(stage(&no_tasks, "eval").flops, 0.0);
+    }
+
+    #[test]
+    fn labels_bring_the_features_of_the_target_along() {
+        let stage = |plan: &Plan, name: &str| plan.stage(name).unwrap().clone();
+        let plan = |set: &[&str]| {
+            let from = ["extract.from=[\"target\"]"];
+            Plan::new(&recipe(&[&from[..], set].concat()), Machine::h200())
+        };
+        let together = plan(&[]);
+        let apart = plan(&["label.prefill_chunk_tokens=512"]);
+        assert_eq!((stage(&together, "extract").flops, stage(&together, "extract").disk_bytes), (0.0, 0));
+        assert!(stage(&apart, "extract").disk_bytes > 0);
+        assert_eq!(together.run_bytes(), apart.run_bytes(), "the same is left on disk");
+        let flops = |plan: &Plan| plan.stages.iter().map(|s| s.flops).sum::<f64>();
+        // One prefill of 8B parameters for 1100 contexts of 5,120 tokens.
+        assert!(flops(&apart) - flops(&together) > 2.0 * 7e9 * 1100.0 * 5120.0);
+        assert!(together.table().contains("nothing left to make"), "{}", together.table());
+        assert!(apart.table().contains("chunks of different lengths"), "{}", apart.table());
+        // Longer chunks than any context are all the same.
+        assert_eq!(plan(&["label.prefill_chunk_tokens=16384"]).notes, together.notes);
+        let fitted = plan(&["extract.target_channels=[\"key_norm\", \"hidden_linear\"]"]);
+        assert!(fitted.table().contains("fitted to the labels"), "{}", fitted.table());
+        assert!(stage(&fitted, "extract").disk_bytes > 0);
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub struct TimingRow {
 const STAGES: [(&str, &str, &[&str]); 7] = [
     ("prepare", "documents to token ids", &["examples"]),
     ("label", "the target repeats each context: KVzip scores", &["labels"]),
-    ("extract", "the proxy reads each context: attention features", &["features"]),
+    ("extract", "the sources read each context: attention features", &["features", "features-target"]),
     ("train", "features to scores: the mapper", &["checkpoints", "train"]),
     ("eval", "against the labels, and answers with a pruned cache", &["eval"]),
     ("export", "the frozen mapper", &["export"]),

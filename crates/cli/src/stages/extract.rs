@@ -1,8 +1,8 @@
-//! `extract`: features of each source.
+//! `extract`: features of each source; those of the target may be there already, from the prefill of `label`.
 
 use anyhow::Result;
-use pkv_core::{Fingerprint, Progress, Source};
-use pkv_extract::Extractor;
+use pkv_core::{Fingerprint, ModelShape, Progress, Source};
+use pkv_extract::{ContextFeatures, Extractor};
 use pkv_score::Requests;
 use pkv_shard::{Example, FeatureRow, StageDir, StageReader, StageWriter};
 use serde_json::{Value, json};
@@ -78,9 +78,7 @@ fn one(
                 let extractor = Extractor::with_requests(model, requests, prefix, section, label)
                     .with_hidden(hidden.as_ref())?;
                 let features = extractor.features(&example.tokens)?;
-                let (heads, globals) =
-                    (ToHost::begin(&features.heads_pct)?, ToHost::begin(&features.globals_ct)?);
-                Ok((example.id, example.tokens.len(), heads, globals))
+                Ok((example.id, example.tokens.len(), OnHost::begin(&features)?))
             })
         }
     };
@@ -90,16 +88,8 @@ fn one(
         done..total,
         |i| examples.get(i),
         Lane::all(&model, n)?.into_iter().map(compute).collect(),
-        |(id, positions, heads, globals)| {
-            writer.push(FeatureRow {
-                id,
-                layers: shape.layers as u32,
-                kv_heads: shape.kv_heads as u32,
-                channels: section.channels.len() as u32,
-                positions: positions as u32,
-                heads: heads.wait()?,
-                globals: globals.wait()?,
-            })?;
+        |(id, positions, features)| {
+            writer.push(features.row(id, &shape, section.channels.len(), positions)?)?;
             tokens += positions;
             s.bar.advance(1);
             Ok(())
@@ -111,9 +101,45 @@ fn one(
     Ok(Some(times.add_to(json!({"examples": total, "tokens": tokens}))))
 }
 
+/// Features of one context on their way to the host.
+pub(super) struct OnHost {
+    heads: ToHost,
+    globals: ToHost,
+}
+
+impl OnHost {
+    /// # Errors
+    /// The GPU has failed, or the host has no memory left.
+    pub(super) fn begin(features: &ContextFeatures) -> Result<Self> {
+        Ok(Self { heads: ToHost::begin(&features.heads_pct)?, globals: ToHost::begin(&features.globals_ct)? })
+    }
+
+    /// As they are stored, once they are there.
+    ///
+    /// # Errors
+    /// The work that they come from failed on the GPU.
+    pub(super) fn row(
+        self,
+        id: String,
+        shape: &ModelShape,
+        channels: usize,
+        positions: usize,
+    ) -> Result<FeatureRow> {
+        Ok(FeatureRow {
+            id,
+            layers: shape.layers as u32,
+            kv_heads: shape.kv_heads as u32,
+            channels: channels as u32,
+            positions: positions as u32,
+            heads: self.heads.wait()?,
+            globals: self.globals.wait()?,
+        })
+    }
+}
+
 /// The choices of a source's features: the examples, its part of the recipe's `extract`, the model; `label` if a channel
 /// depends on how the context would be repeated; the labels if a channel is fitted to them.
-fn fingerprint(s: &Session, source: Source, found: &Found, examples: &Fingerprint) -> Fingerprint {
+pub(super) fn fingerprint(s: &Session, source: Source, found: &Found, examples: &Fingerprint) -> Fingerprint {
     let fingerprint = Fingerprint::new()
         .with("examples", examples)
         .with("extract", s.recipe.extract.of(source))

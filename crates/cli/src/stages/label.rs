@@ -1,4 +1,4 @@
-//! `label`: KVzip scores of the target.
+//! `label`: KVzip scores of the target; where the recipe takes features of the target, those of the same prefill as well.
 
 use anyhow::Result;
 use pkv_core::{Fingerprint, Progress};
@@ -6,6 +6,7 @@ use pkv_score::{Requests, Scorer};
 use pkv_shard::{Example, LabelRow, StageDir, StageWriter};
 use serde_json::json;
 
+use super::beside::{Beside, BesideWriter};
 use super::lanes::{Lane, lanes};
 use super::pump::pump;
 use super::to_host::ToHost;
@@ -26,44 +27,68 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let n = lanes(s.device, &shape, s.recipe.data.longest_window());
 
     let (done, total) = (stage.rows(), examples.len());
+    let (beside, mut features_writer) = Beside::open(s, &target, &upstream, total).unzip();
     let mut writer =
         StageWriter::<LabelRow>::new(stage, s.recipe.data.shard_examples, s.recipe.label.store, Some(total))?;
     let mut tokens = 0;
     let compute = |lane: Lane| {
-        let requests = &requests;
-        move |example: Example| {
+        let (requests, beside) = (&requests, beside.as_ref());
+        move |(row, example): (u64, Example)| {
             s.check_stop()?;
             lane.on(|model| {
-                let requests = requests.clone();
-                let scorer = Scorer::with_requests(model, requests, prefix, &s.recipe.label).maxima_only();
-                let scores = scorer.score(&example.tokens)?;
-                Ok((example.id, example.tokens.len(), ToHost::begin(&scores.max_lht)?))
+                let read = |beside: &Beside| beside.prefill(s, model, requests, prefix, (row, &example));
+                let (cache, features) = beside.map(read).transpose()?.flatten().unzip();
+                let scores = if row >= done {
+                    let scorer = Scorer::with_requests(model, requests.clone(), prefix, &s.recipe.label);
+                    let scorer = scorer.maxima_only();
+                    let scores = match &cache {
+                        Some(cache) => scorer.score_cached(&example.tokens, cache)?,
+                        None => scorer.score(&example.tokens)?,
+                    };
+                    Some(ToHost::begin(&scores.max_lht)?)
+                } else {
+                    None
+                };
+                Ok((row, example.id, example.tokens.len(), scores, features.flatten()))
             })
         }
     };
-    s.bar.start("label", total, done);
+    // After an interruption one of the two may lack a shard that the other has.
+    let lacking = features_writer.as_ref().and_then(BesideWriter::lacking);
+    let first = lacking.unwrap_or(done).min(done);
+    s.bar.start(if lacking.is_some() { "label, extract: target" } else { "label" }, total, first);
     let times = pump(
         s.device,
-        done..total,
-        |i| examples.get(i),
+        first..total,
+        |row| Ok((row, examples.get(row)?)),
         Lane::all(&model, n)?.into_iter().map(compute).collect(),
-        |(id, positions, scores)| {
-            writer.push(LabelRow {
-                id,
-                layers: shape.layers as u32,
-                kv_heads: shape.kv_heads as u32,
-                positions: positions as u32,
-                scores: scores.wait()?,
-            })?;
-            tokens += positions;
+        |(row, id, positions, scores, features)| {
+            if let Some(writer) = &mut features_writer {
+                writer.push((row, &id), &shape, positions, features)?;
+            }
+            if let Some(scores) = scores {
+                writer.push(LabelRow {
+                    id,
+                    layers: shape.layers as u32,
+                    kv_heads: shape.kv_heads as u32,
+                    positions: positions as u32,
+                    scores: scores.wait()?,
+                })?;
+                tokens += positions;
+            }
             s.bar.advance(1);
             Ok(())
         },
     )?;
     s.bar.finish();
     tracing::info!("label: {times}");
+    let features = features_writer.map(BesideWriter::finish).transpose()?;
     writer.finish()?;
-    Ok(Outcome::Done(times.add_to(json!({"examples": total, "tokens": tokens}))))
+    let mut summary = json!({"examples": total, "tokens": tokens});
+    if let Some(features) = features {
+        summary["target_features"] = json!(features);
+    }
+    Ok(Outcome::Done(times.add_to(summary)))
 }
 
 /// The labels' choices: the examples, the recipe's `label`, the target.

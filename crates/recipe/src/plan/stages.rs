@@ -81,7 +81,7 @@ pub fn label(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan
         + cache as u64 * width
         + cost::activation_elements(shape, new_tokens) * width
         + 4 * chunk.score_elements(shape, longest);
-    let stage = StagePlan {
+    let mut stage = StagePlan {
         examples: lengths.examples(),
         tokens: lengths.tokens(),
         disk_bytes: lengths.tokens() * shape.total_kv_heads() as u64 * section.store.bytes() as u64,
@@ -90,7 +90,18 @@ pub fn label(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan
         peak_bytes,
         ..StagePlan::nothing("label")
     };
+    for (_, reading) in Reading::all(recipe).filter(|(source, _)| is_beside(recipe, *source)) {
+        stage.disk_bytes += reading.disk_bytes(lengths);
+        stage.flops += lengths.sum(|t| reading.features_flops(recipe, t));
+        let working = reading.working_bytes(longest, section.prefill_chunk_tokens, machine);
+        stage.peak_bytes = stage.peak_bytes.max(weights + reading.cache_bytes(longest, machine) + working);
+    }
     stage.timed(machine, machine.efficiency.label)
+}
+
+/// Whether `label` takes the features of `source` from its own prefill.
+fn is_beside(recipe: &Recipe, source: Source) -> bool {
+    source == Source::Target && recipe.labels_give_features(TEMPLATE_TOKENS)
 }
 
 /// A model's reading of a context for features.
@@ -116,6 +127,10 @@ impl<'a> Reading<'a> {
     /// Numbers of a position.
     fn per_token(&self) -> usize {
         self.model.shape.total_kv_heads() * self.section.channels.len() + self.section.globals.len()
+    }
+
+    fn disk_bytes(&self, lengths: &Lengths) -> u64 {
+        lengths.tokens() * self.per_token() as u64 * self.section.store.bytes() as u64
     }
 
     fn weights(&self, machine: &Machine) -> u64 {
@@ -163,8 +178,9 @@ impl<'a> Reading<'a> {
 }
 
 pub fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan {
-    let mut stage = StagePlan { examples: lengths.examples(), ..StagePlan::nothing("extract") };
-    for (_, reading) in Reading::all(recipe) {
+    let mut stage = StagePlan::nothing("extract");
+    for (_, reading) in Reading::all(recipe).filter(|(source, _)| !is_beside(recipe, *source)) {
+        stage.examples = lengths.examples();
         let weights = reading.weights(machine);
         let longest = lengths.longest();
         let chunk = recipe.extract.prefill_chunk_tokens;
@@ -172,13 +188,32 @@ pub fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePl
             + reading.cache_bytes(longest, machine)
             + reading.working_bytes(longest, chunk, recipe.label.chunk(), machine);
         stage.tokens += lengths.tokens();
-        stage.disk_bytes +=
-            lengths.tokens() * reading.per_token() as u64 * recipe.extract.store.bytes() as u64;
+        stage.disk_bytes += reading.disk_bytes(lengths);
         stage.flops += lengths.sum(|t| reading.flops(recipe, t));
         stage.moved_bytes += lengths.examples() as f64 * weights as f64;
         stage.peak_bytes = stage.peak_bytes.max(peak);
     }
-    stage.timed(machine, machine.efficiency.extract)
+    // Nothing is left to time where labels bring all features along.
+    if stage.examples == 0 { stage } else { stage.timed(machine, machine.efficiency.extract) }
+}
+
+/// How many times the target reads an example, in words, where its features are wanted.
+pub fn target_reads(recipe: &Recipe) -> Option<String> {
+    let extract = &recipe.extract;
+    if !extract.from.contains(&Source::Target) {
+        return None;
+    }
+    Some(if is_beside(recipe, Source::Target) {
+        let left = if extract.from.contains(&Source::Proxy) { "those of the proxy" } else { "nothing" };
+        format!(
+            "`label` takes the target's features from its own prefill; `extract` has {left} left to make."
+        )
+    } else if extract.is_fitted(Source::Target) {
+        "`hidden_linear` is fitted to the labels: `extract` makes the target read every example once more."
+            .to_owned()
+    } else {
+        "`label` and `extract` prefill in chunks of different lengths: the target reads every example in both.".to_owned()
+    })
 }
 
 /// Tokens that the proxy reads at a time beside the target, so that both have room on one device.

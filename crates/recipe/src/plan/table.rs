@@ -60,6 +60,9 @@ impl fmt::Display for Plan {
             100.0 * self.machine.efficiency.train,
             100.0 * self.machine.efficiency.answer
         )?;
+        for note in &self.notes {
+            writeln!(f, "{note}")?;
+        }
         if let Some(memory) = self.machine.memory_bytes {
             for stage in self.stages.iter().filter(|s| s.peak_bytes > memory) {
                 writeln!(
