@@ -93,7 +93,7 @@ pub fn label(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan
     for (_, reading) in Reading::all(recipe).filter(|(source, _)| is_beside(recipe, *source)) {
         stage.disk_bytes += reading.disk_bytes(lengths);
         stage.flops += lengths.sum(|t| reading.features_flops(recipe, t));
-        let working = reading.working_bytes(longest, section.prefill_chunk_tokens, machine);
+        let working = reading.working_bytes(longest, section.prefill_chunk_tokens, section.chunk(), machine);
         stage.peak_bytes = stage.peak_bytes.max(weights + reading.cache_bytes(longest, machine) + working);
     }
     stage.timed(machine, machine.efficiency.label)
