@@ -94,8 +94,8 @@ fn check_large(name: &str, presets: &[(LabelPreset, &str)]) {
         // Not by a macro: the test harness would hide it.
         None => {
             let note =
-                format!("SKIPPED: scores of {name}; set PKV_FAMILY to the folder that holds `{name}/`");
-            writeln!(std::io::stderr(), "{note}").unwrap();
+                format!("SKIPPED: scores of {name}; set PKV_FAMILY to the folder that holds `{name}/`\n");
+            std::io::stderr().write_all(note.as_bytes()).unwrap();
         }
     }
 }
