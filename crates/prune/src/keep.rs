@@ -4,14 +4,87 @@
 //! ones with the lower index fill the rest. No sort's order of equal elements is relied upon, so
 //! the mask is the same on every device.
 
-use pkv_core::{Policy, RetentionRatio};
+use anyhow::{Result, ensure};
+use pkv_core::{Policy, RetentionRatio, hinted};
 use tch::{Device, Kind, Tensor};
 
-/// The KV pairs that `policy` keeps at `ratio`.
+use crate::HeadBudgets;
+
+/// The KV pairs that `policy` keeps at `ratio`; `budgets` are needed by `pair-budget` alone.
+///
+/// As [`keep_mask`]. Under `pair-budget` as many pairs stay in all as under `pair`, and each head keeps its own best
+/// positions, as many as its budget says.
+///
+/// # Errors
+/// `pair-budget` without budgets, or with budgets of other heads than the scores are of.
+pub fn keep_mask_by(
+    scores_lht: &Tensor,
+    policy: Policy,
+    ratio: RetentionRatio,
+    budgets: Option<&HeadBudgets>,
+) -> Result<Tensor> {
+    if policy != Policy::PairBudget {
+        return Ok(keep_mask(scores_lht, policy, ratio));
+    }
+    keep_within(scores_lht, budgets, ratio.count(scores_lht.numel()))
+}
+
+/// As [`keep_mask_by`], of a budget of `tokens` positions, as [`keep_mask_budget`] counts them.
+///
+/// # Errors
+/// As [`keep_mask_by`].
+pub fn keep_mask_budget_by(
+    scores_lht: &Tensor,
+    policy: Policy,
+    tokens: usize,
+    budgets: Option<&HeadBudgets>,
+) -> Result<Tensor> {
+    if policy != Policy::PairBudget {
+        return Ok(keep_mask_budget(scores_lht, policy, tokens));
+    }
+    let positions = scores_lht.size().last().copied().unwrap_or(1) as usize;
+    let heads = scores_lht.numel().checked_div(positions).unwrap_or(0);
+    keep_within(scores_lht, budgets, tokens.min(positions) * heads)
+}
+
+/// The best positions of every head: `kept` pairs in all, spread as `budgets` say.
+fn keep_within(scores_lht: &Tensor, budgets: Option<&HeadBudgets>, kept: usize) -> Result<Tensor> {
+    let Some(budgets) = budgets else {
+        return Err(hinted(
+            "policy `pair-budget` needs head budgets, and there are none",
+            "export the mapper again, which stores budgets; or use policy `pair-uniform`",
+        )
+        .into());
+    };
+    let shape = scores_lht.size();
+    let positions = shape.last().copied().unwrap_or(1);
+    if scores_lht.numel() == 0 {
+        return Ok(Tensor::zeros(&shape, (Kind::Bool, scores_lht.device())));
+    }
+    let scores_ot = scores_lht.reshape([-1, positions]);
+    ensure!(
+        scores_ot.size()[0] as usize == budgets.heads(),
+        hinted(
+            format!(
+                "head budgets are for {} KV heads, the scores have {}",
+                budgets.heads(),
+                scores_ot.size()[0]
+            ),
+            "use the budgets of the target that is pruned"
+        )
+    );
+    let counts = budgets.counts(kept, positions as usize);
+    Ok(top_mask_each(&scores_ot, &counts).reshape(&shape))
+}
+
+/// The KV pairs that `policy` keeps at `ratio`, of scores alone.
 ///
 /// Exactly `ratio.count(n)` of each n that compete: all pairs (`pair`), the positions of each head
 /// (`pair-uniform`), or the positions themselves (`token`, ranked by [`token_scores`]). Of equal
 /// scores the lower flat index stays. A score that is not a number counts as the lowest.
+///
+/// # Panics
+/// `policy` is not among [`Policy::OF_SCORES`]: [`keep_mask_by`] has all.
 ///
 /// # Shapes
 /// - `scores_lht`: `[.., positions]`, any float kind; the dimensions before are layers and KV heads,
@@ -25,6 +98,9 @@ pub fn keep_mask(scores_lht: &Tensor, policy: Policy, ratio: RetentionRatio) -> 
 ///
 /// As [`keep_mask`], with a count of `tokens` positions of every head (`pair-uniform`, `token`), or
 /// as many KV pairs as these are together (`pair`). A budget beyond the context keeps all of it.
+///
+/// # Panics
+/// As [`keep_mask`]: [`keep_mask_budget_by`] has all policies.
 pub fn keep_mask_budget(scores_lht: &Tensor, policy: Policy, tokens: usize) -> Tensor {
     keep(scores_lht, policy, |positions, competitors| {
         tokens.min(positions) * competitors.checked_div(positions).unwrap_or(0)
@@ -49,6 +125,7 @@ fn keep(scores_lht: &Tensor, policy: Policy, count: impl Fn(usize, usize) -> usi
             let keep_t = top_mask(&token_scores(scores_lht).unsqueeze(0), count(positions)).squeeze_dim(0);
             keep_t.expand(&shape, false).contiguous()
         }
+        Policy::PairBudget => panic!("scores alone have no head budgets"),
     }
 }
 
@@ -95,8 +172,39 @@ pub fn top_mask(scores_bn: &Tensor, k: usize) -> Tensor {
     }
     let scores_bn = ordered(scores_bn);
     let threshold_b1 = kth_largest(&scores_bn, k);
-    let above_bn = scores_bn.gt_tensor(&threshold_b1);
-    let equal_bn = scores_bn.eq_tensor(&threshold_b1);
+    with_ties(&scores_bn, &threshold_b1, &Tensor::full([1], k, (Kind::Int64, scores_bn.device())))
+}
+
+/// The `counts[b]` largest of row b; of equal scores the lower index.
+///
+/// # Shapes
+/// - `scores_bn`: `[rows, n]`, any float kind, n at least 1; a count for every row
+/// - returns `[rows, n]`, bool, same device
+fn top_mask_each(scores_bn: &Tensor, counts: &[usize]) -> Tensor {
+    let (n, device) = (scores_bn.size()[1], scores_bn.device());
+    let counts: Vec<i64> = counts.iter().map(|&k| (k as i64).min(n)).collect();
+    let scores_bn = ordered(scores_bn);
+    let threshold_b1 = match device {
+        // A selection by row, as in `kth_largest`. A row of which nothing stays has any threshold.
+        Device::Cpu => {
+            let rows = counts.iter().enumerate();
+            let of = rows.map(|(b, &k)| kth_largest(&scores_bn.narrow(0, b as i64, 1), k.max(1)));
+            Tensor::cat(&of.collect::<Vec<_>>(), 0)
+        }
+        _ => {
+            let last: Vec<i64> = counts.iter().map(|k| (k - 1).max(0)).collect();
+            let last_b1 = Tensor::from_slice(&last).to_device(device).unsqueeze(1);
+            scores_bn.sort(-1, true).0.gather(-1, &last_b1, false)
+        }
+    };
+    let counts_b1 = Tensor::from_slice(&counts).to_device(device).unsqueeze(1);
+    with_ties(&scores_bn, &threshold_b1, &counts_b1).logical_and(&counts_b1.gt(0))
+}
+
+/// What lies above each row's threshold, and as many of what equals it as make `k`, lower indices first.
+fn with_ties(scores_bn: &Tensor, threshold_b1: &Tensor, k: &Tensor) -> Tensor {
+    let above_bn = scores_bn.gt_tensor(threshold_b1);
+    let equal_bn = scores_bn.eq_tensor(threshold_b1);
     let room_b1 = above_bn.sum_dim_intlist(-1, true, Kind::Int64).neg() + k;
     let place_bn = equal_bn.cumsum(-1, Kind::Int64);
     above_bn.logical_or(&equal_bn.logical_and(&place_bn.le_tensor(&room_b1)))
@@ -172,6 +280,7 @@ mod tests {
             Policy::Pair => naive_top(&wide, count(wide.len())),
             Policy::PairUniform => wide.chunks(t).flat_map(|head| naive_top(head, count(t))).collect(),
             Policy::Token => naive_top(&naive_rank_means(scores, t), count(t)).repeat(scores.len() / t),
+            Policy::PairBudget => unreachable!("its naive version has budgets"),
         }
     }
 
@@ -188,7 +297,7 @@ mod tests {
                 let data = scores(seed as u64, l * h * t, levels);
                 let scores_lht =
                     Tensor::from_slice(&data).reshape([*l as i64, *h as i64, *t as i64]).to(device);
-                for policy in Policy::ALL {
+                for policy in Policy::OF_SCORES {
                     for ratio in [1.0, 0.5, 0.3, 0.05, 0.01] {
                         let ratio = RetentionRatio::new(ratio).unwrap();
                         let mask = keep_mask(&scores_lht, policy, ratio);
@@ -210,7 +319,7 @@ mod tests {
     fn counts_are_exact_and_flattened_heads_are_the_same_heads() {
         let data = scores(9, 36 * 1399, 50);
         let scores_ot = Tensor::from_slice(&data).reshape([36, 1399]).to(device());
-        for policy in Policy::ALL {
+        for policy in Policy::OF_SCORES {
             let ratio = RetentionRatio::new(0.03).unwrap();
             let mask = keep_mask(&scores_ot, policy, ratio);
             let per_head: Vec<i64> = Vec::try_from(mask.sum_dim_intlist(-1, false, Kind::Int64)).unwrap();
@@ -235,7 +344,7 @@ mod tests {
         assert_eq!(bools(&top_mask(&row, 5)), [true, true, false, true, true, true]);
         assert_eq!(bools(&top_mask(&row, 9)), [true; 6]);
         let empty = Tensor::zeros([2, 3, 0], (Kind::Float, device));
-        for policy in Policy::ALL {
+        for policy in Policy::OF_SCORES {
             assert_eq!(keep_mask(&empty, policy, RetentionRatio::new(0.5).unwrap()).size(), [2, 3, 0]);
         }
     }

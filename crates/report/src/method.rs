@@ -79,6 +79,9 @@ pub const fn policy_meaning(policy: Policy) -> &'static str {
     match policy {
         Policy::Pair => "all KV pairs of all layers and heads compete",
         Policy::PairUniform => "every layer and KV head keeps the same number of positions",
+        Policy::PairBudget => {
+            "every KV head keeps as many positions as its budget from the training labels says"
+        }
         Policy::Token => "the same positions are kept in all layers and heads",
     }
 }

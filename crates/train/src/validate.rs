@@ -250,7 +250,7 @@ impl<'a> Validator<'a> {
     /// In the contexts' order, so that sums are the same for any number of threads.
     fn means(&self, losses: &[f64], agreements: &[Agreement]) -> Validation {
         // Per policy and ratio: recall, mass, relative mass, realised ratio.
-        let mut sums = vec![[0.0; 4]; Policy::ALL.len() * self.ratios.len()];
+        let mut sums = vec![[0.0; 4]; Policy::OF_SCORES.len() * self.ratios.len()];
         let (mut spearman, mut kendall) = (0.0, 0.0);
         for of in agreements {
             for (sum, a) in sums.iter_mut().zip(&of.kept) {
@@ -305,7 +305,7 @@ fn retention_ratios(ratios: &[f64]) -> Result<Vec<RetentionRatio>> {
 /// One context's agreement with KVzip, on the host.
 fn compare(predicted_ot: &Tensor, oracle_ot: &Tensor, ratios: &[f64]) -> Result<Agreement> {
     let ratios = retention_ratios(ratios)?;
-    let kept = Policy::ALL
+    let kept = Policy::OF_SCORES
         .into_iter()
         .map(|policy| KeptAgreement::at_ratios(predicted_ot, oracle_ot, oracle_ot, policy, &ratios));
     Ok(Agreement {
@@ -400,7 +400,7 @@ fn ratios(best_by: &[f64]) -> Vec<f64> {
 }
 
 fn cells(ratios: &[f64]) -> impl Iterator<Item = (Policy, f64)> + '_ {
-    Policy::ALL.into_iter().flat_map(|policy| ratios.iter().map(move |&ratio| (policy, ratio)))
+    Policy::OF_SCORES.into_iter().flat_map(|policy| ratios.iter().map(move |&ratio| (policy, ratio)))
 }
 
 fn mean(x: &[f64]) -> f64 {

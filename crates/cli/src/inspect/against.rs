@@ -54,14 +54,14 @@ fn labels(path: &Path, other: &Path) -> Result<String> {
     let ratios =
         EvalSection::default().ratios.into_iter().map(RetentionRatio::new).collect::<Result<Vec<_>, _>>()?;
     let mut apart = Apart::default();
-    let mut recall = vec![vec![Vec::new(); ratios.len()]; Policy::ALL.len()];
+    let mut recall = vec![vec![Vec::new(); ratios.len()]; Policy::OF_SCORES.len()];
     while let Some((a, b)) = pairs.next()? {
         let shape = |r: &LabelRow| [r.layers, r.kv_heads, r.positions].map(i64::from);
         ensure!(shape(&a) == shape(&b), pairs.shapes(&a.id, &shape(&a), &shape(&b)));
         apart.add(&a.scores, &b.scores);
         let scores_lht = |r: &LabelRow| Tensor::from_slice(&r.scores).reshape(shape(r));
         let (mine, theirs) = (scores_lht(&a), scores_lht(&b));
-        for (policy, of_policy) in Policy::ALL.into_iter().zip(&mut recall) {
+        for (policy, of_policy) in Policy::OF_SCORES.into_iter().zip(&mut recall) {
             let agreement = KeptAgreement::at_ratios(&mine, &theirs, &theirs, policy, &ratios)?;
             for (all, agreement) in of_policy.iter_mut().zip(agreement) {
                 all.push(100.0 * agreement.recall);
@@ -74,7 +74,7 @@ fn labels(path: &Path, other: &Path) -> Result<String> {
         out.block(&format!("kept by both, of what `{}` keeps, %, {what}", other.display()));
         let head: String = ratios.iter().map(|r| format!("{:>7}", format!("{}%", 100.0 * r.get()))).collect();
         out.add("kept", head);
-        for (policy, of_policy) in Policy::ALL.into_iter().zip(&recall) {
+        for (policy, of_policy) in Policy::OF_SCORES.into_iter().zip(&recall) {
             let row: String = of_policy.iter().map(|v| format!("{:>7.2}", of(v))).collect();
             out.add(policy.name(), row);
         }

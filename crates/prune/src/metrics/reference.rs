@@ -19,7 +19,7 @@ use crate::keep::{Ranked as _, ordered, token_scores};
 #[derive(Debug)]
 pub struct Reference {
     ranks: Ranks,
-    /// Places of the pairs, in the order of [`Policy::ALL`].
+    /// Places of the pairs, in the order of [`Policy::OF_SCORES`].
     places: Vec<Tensor>,
     /// What mass is counted in, per policy.
     mass: Vec<Tensor>,
@@ -39,7 +39,7 @@ pub struct Budgets {
 /// A prediction's agreement with a [`Reference`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Agreement {
-    /// Policies in the order of [`Policy::ALL`], each at all ratios.
+    /// Policies in the order of [`Policy::OF_SCORES`], each at all ratios.
     pub kept: Vec<KeptAgreement>,
     /// Per KV head.
     pub spearman: Vec<f64>,
@@ -71,7 +71,7 @@ impl Reference {
         let mut this = Self {
             ranks: Ranks::new(oracle_ot),
             places: places(oracle_ot),
-            mass: Policy::ALL.map(mass_of).into(),
+            mass: Policy::OF_SCORES.map(mass_of).into(),
             kept: Tensor::new(),
             budgets: Budgets {
                 ratios: ratios.to_vec(),
@@ -80,7 +80,7 @@ impl Reference {
             },
         };
         let mut kept = Vec::new();
-        for (i, policy) in Policy::ALL.into_iter().enumerate() {
+        for (i, policy) in Policy::OF_SCORES.into_iter().enumerate() {
             let mass = this.mass[i].to_kind(Kind::Double);
             kept.push(mass.sum(Kind::Double));
             kept.extend(
@@ -104,7 +104,7 @@ impl Reference {
         );
         let mut numbers = Vec::new();
         for ((ours, theirs), (policy, mass)) in
-            places(predicted_ot).iter().zip(&self.places).zip(Policy::ALL.into_iter().zip(&self.mass))
+            places(predicted_ot).iter().zip(&self.places).zip(Policy::OF_SCORES.into_iter().zip(&self.mass))
         {
             let mass = mass.to_kind(Kind::Double);
             // Kept by both: the later of the two places is within the budget.
@@ -130,7 +130,7 @@ impl Reference {
 impl Budgets {
     /// Numbers of a comparison.
     pub fn numbers(&self) -> usize {
-        Policy::ALL.len() * (1 + 3 * self.ratios.len()) + 6 * self.heads
+        Policy::OF_SCORES.len() * (1 + 3 * self.ratios.len()) + 6 * self.heads
     }
 
     /// The numbers of [`Reference::compare`], on the host, as what they say.
@@ -145,8 +145,8 @@ impl Budgets {
             self.numbers()
         );
         let n = self.ratios.len();
-        let (oracle, rest) = numbers.split_at(Policy::ALL.len() * (1 + n));
-        let (ours, rest) = rest.split_at(Policy::ALL.len() * 2 * n);
+        let (oracle, rest) = numbers.split_at(Policy::OF_SCORES.len() * (1 + n));
+        let (ours, rest) = rest.split_at(Policy::OF_SCORES.len() * 2 * n);
         let share = |part: f64, of: f64| if of > 0.0 { part / of } else { 0.0 };
         // Roots and quotients here, as on a host: devices round them differently.
         let of_heads: Vec<&[f64]> = rest.chunks(self.heads).collect();
@@ -155,7 +155,7 @@ impl Budgets {
             (0..self.heads).map(over_norm).collect()
         };
         let mut kept = Vec::new();
-        for (i, policy) in Policy::ALL.into_iter().enumerate() {
+        for (i, policy) in Policy::OF_SCORES.into_iter().enumerate() {
             let oracle = &oracle[i * (1 + n)..][..1 + n];
             for (j, &ratio) in self.ratios.iter().enumerate() {
                 let [both, mass] = [ours[2 * (i * n + j)], ours[2 * (i * n + j) + 1]];
@@ -180,6 +180,7 @@ impl Budgets {
             Policy::Pair => (1, self.heads * self.positions),
             Policy::PairUniform => (self.heads, self.positions),
             Policy::Token => (1, self.positions),
+            Policy::PairBudget => panic!("{NO_BUDGETS}"),
         }
     }
 
@@ -190,7 +191,9 @@ impl Budgets {
     }
 }
 
-/// Every competitor's place, from 0, in the order of [`Policy::ALL`]: `[o, t]` twice, then `[t]`; i32.
+const NO_BUDGETS: &str = "policies of scores alone have no head budgets";
+
+/// Every competitor's place, from 0, in the order of [`Policy::OF_SCORES`]: `[o, t]` twice, then `[t]`; i32.
 fn places(scores_ot: &Tensor) -> Vec<Tensor> {
     let place = |scores: &Tensor| {
         // One zero: what compares equal must sort as equal on every device.
@@ -201,8 +204,9 @@ fn places(scores_ot: &Tensor) -> Vec<Tensor> {
         Policy::Pair => place(&scores_ot.reshape([-1])).reshape(scores_ot.size()),
         Policy::PairUniform => place(scores_ot),
         Policy::Token => place(&token_scores(scores_ot)),
+        Policy::PairBudget => panic!("{NO_BUDGETS}"),
     };
-    Policy::ALL.map(of).into()
+    Policy::OF_SCORES.map(of).into()
 }
 
 /// The sum of `mass` (f64) under a mask.
@@ -316,7 +320,7 @@ mod tests {
         let reference = Reference::new(&to(oracle_ot), &to(mass_ot), &ratios()).unwrap();
         let numbers = reference.compare(&to(predicted_ot)).unwrap().to_device(Device::Cpu);
         let got = reference.budgets().read(&Vec::try_from(numbers).unwrap()).unwrap();
-        let expected = Policy::ALL
+        let expected = Policy::OF_SCORES
             .into_iter()
             .flat_map(|p| KeptAgreement::at_ratios(predicted_ot, oracle_ot, mass_ot, p, &ratios()).unwrap())
             .collect::<Vec<_>>();
