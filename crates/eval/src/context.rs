@@ -2,11 +2,13 @@
 //!
 //! Dimension key: n keep mask, l layer, h KV head, t context position, k cached position.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Policy, RetentionRatio, Seed, hinted};
 use pkv_extract::{ContextFeatures, SourceExtractors};
 use pkv_lm::KvCache;
-use pkv_prune::keep_mask;
+use pkv_prune::{HeadBudgets, keep_mask_by};
 use pkv_recipe::MethodName;
 use pkv_score::Scorer;
 use tch::{Device, Kind, Tensor};
@@ -21,6 +23,8 @@ pub struct Reader<'a> {
     pub scorer: Scorer<'a>,
     pub extractor: SourceExtractors<'a>,
     pub methods: Methods<'a>,
+    /// There if a cell's policy needs them.
+    pub budgets: Option<Arc<HeadBudgets>>,
     pub seed: Seed,
 }
 
@@ -29,6 +33,7 @@ pub struct PrunedContext {
     /// Chat template's prefix and context.
     pub cache: KvCache,
     prefix: usize,
+    budgets: Option<Arc<HeadBudgets>>,
     pub scored: Vec<Scored>,
 }
 
@@ -59,7 +64,8 @@ impl<'a> Reader<'a> {
             ..self.view(context.len(), draw)
         };
         let scored = self.methods.score(&view, watches, clock)?;
-        Ok(PrunedContext { cache, prefix: self.target.prefix.len(), scored })
+        let budgets = self.budgets.clone();
+        Ok(PrunedContext { cache, prefix: self.target.prefix.len(), budgets, scored })
     }
 
     /// Score a context whose labels and features are there already. The target reads it where a method needs that.
@@ -145,11 +151,11 @@ impl PrunedContext {
     /// What one method keeps of the context: bool `[layers, KV heads, positions]`.
     ///
     /// # Errors
-    /// The method did not score.
+    /// The method did not score, or the policy lacks budgets.
     pub fn keep(&self, method: MethodName, policy: Policy, ratio: RetentionRatio) -> Result<Tensor> {
         let scored = self.scored.iter().find(|s| s.method == method);
         let scored = scored.with_context(|| format!("`{}` has not scored this context", method))?;
-        Ok(keep_mask(&scored.scores_lht, policy, ratio))
+        keep_mask_by(&scored.scores_lht, policy, ratio, self.budgets.as_deref())
     }
 }
 

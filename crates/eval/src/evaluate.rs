@@ -3,13 +3,15 @@
 //! Which contexts and cells those are is `asked`'s; summing them up, with all that was there before, is `gather`'s.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Fingerprint, ModelShape, Progress, Seed, Split, hinted};
+use pkv_core::{Fingerprint, ModelShape, Policy, Progress, Seed, Split, hinted};
 use pkv_data::{FactContext, FactQuestion};
 use pkv_extract::{HiddenProjection, SourceExtractors};
 use pkv_lm::{LanguageModel, TextTokenizer};
 use pkv_mapper::Mapper;
+use pkv_prune::HeadBudgets;
 use pkv_recipe::{EvalSection, ExtractSection, LabelSection, TargetPool};
 use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, PlantedFact, StageReader};
@@ -17,6 +19,7 @@ use pkv_shard::{Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, Plant
 use crate::asked::{Asked, AskedTask, CONTEXTS_FOLDER};
 use crate::asking::Asking;
 use crate::bench::{self, BenchOutcome, Benchmark};
+use crate::budgets::Budgets;
 use crate::cell::Cell;
 use crate::clock::Clock;
 use crate::columns::context_id;
@@ -68,6 +71,8 @@ pub struct EvalInputs<'a> {
     pub extract: &'a ExtractSection,
     /// Span pooling that the mapper was trained with.
     pub pool: TargetPool,
+    /// Of the policy `pair-budget`.
+    pub budgets: Budgets<'a>,
     pub seed: Seed,
     /// Every choice of this evaluation, to be recognised by.
     pub fingerprint: Fingerprint,
@@ -168,6 +173,7 @@ impl<'a> Evaluation<'a> {
             scorer: Scorer::new(i.target, i.tokenizer, i.label)?.maxima_only(),
             extractor: i.extractors()?,
             methods: self.methods(target)?,
+            budgets: self.budgets()?,
             seed: i.seed,
         };
         for asked in &self.asked {
@@ -182,16 +188,28 @@ impl<'a> Evaluation<'a> {
         Ok(results)
     }
 
-    /// The methods that some context lacks, ready to score.
-    fn methods(&'a self, target: Target<'a>) -> Result<Methods<'a>> {
-        let i = self.inputs;
+    /// What `of` says of the cells that some context lacks.
+    fn lacking<T>(&self, of: impl Fn(&Cell) -> T) -> Result<Vec<T>> {
         let mut lacking = Vec::new();
         for asked in &self.asked {
             let task = self.store.task(asked.identity.clone())?;
             for index in 0..asked.contexts {
-                lacking.extend(task.missing(index, &asked.cells).iter().map(|cell| cell.method));
+                lacking.extend(task.missing(index, &asked.cells).iter().map(&of));
             }
         }
+        Ok(lacking)
+    }
+
+    /// Head budgets, if some context lacks a cell that needs them.
+    fn budgets(&self) -> Result<Option<Arc<HeadBudgets>>> {
+        let needed = self.lacking(|cell| cell.policy)?.contains(&Policy::PairBudget);
+        needed.then(|| self.inputs.head_budgets().map(Arc::new)).transpose()
+    }
+
+    /// The methods that some context lacks, ready to score.
+    fn methods(&'a self, target: Target<'a>) -> Result<Methods<'a>> {
+        let i = self.inputs;
+        let lacking = self.lacking(|cell| cell.method)?;
         let mut names = i.section.methods.clone();
         names.retain(|name| lacking.contains(name));
         let setup = Setup {
@@ -268,8 +286,9 @@ impl<'a> Evaluation<'a> {
         let tokens = self.examples.get(row)?.tokens;
         let scored = reader.score_stored(&tokens, &label_lht, &features, draw)?;
         let mut clock = Clock::new(device);
-        let mut outcome = clock
-            .time("labels: metrics", || plan.compare(context_id(&tokens), cells, &scored, &label_lht))?;
+        let mut outcome = clock.time("labels: metrics", || {
+            plan.compare(context_id(&tokens), cells, &scored, &label_lht, reader.budgets.as_deref())
+        })?;
         outcome.timings = clock.into_timings();
         Ok(outcome)
     }
@@ -409,7 +428,7 @@ fn check_shapes(inputs: &EvalInputs, label: &LabelRow, feature: &FeatureRow) -> 
 }
 
 /// The rows of a split, which lie together.
-fn rows_of(splits: &[Split], split: Split) -> Result<std::ops::Range<u64>> {
+pub fn rows_of(splits: &[Split], split: Split) -> Result<std::ops::Range<u64>> {
     let Some(first) = splits.iter().position(|s| *s == split) else { return Ok(0..0) };
     let n = splits[first..].iter().take_while(|s| **s == split).count();
     ensure!(

@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
-use pkv_prune::keep_mask;
+use pkv_prune::keep_mask_by;
 use tch::Tensor;
 
 use crate::evaluate::EvalInputs;
@@ -32,6 +32,7 @@ pub fn kept_sets(inputs: &EvalInputs, contexts: usize) -> Result<Vec<(String, Te
     let prefix = Tensor::from(inputs.tokenizer.prefix().len() as i64);
     let mut named = vec![("ratios".to_owned(), Tensor::from_slice(ratios)), ("prefix".to_owned(), prefix)];
     let ratios = ratios.iter().map(|&r| Ok(RetentionRatio::new(r)?)).collect::<Result<Vec<_>>>()?;
+    let budgets = inputs.head_budgets()?;
     let shape = inputs.target.shape();
     for (index, context) in inputs.fact_contexts.iter().take(contexts).enumerate() {
         let features = extractor
@@ -43,7 +44,8 @@ pub fn kept_sets(inputs: &EvalInputs, contexts: usize) -> Result<Vec<(String, Te
         let tokens: Vec<i64> = context.tokens.iter().map(|&id| i64::from(id)).collect();
         put("tokens", Tensor::from_slice(&tokens));
         for policy in Policy::ALL {
-            let keep: Vec<Tensor> = ratios.iter().map(|&r| keep_mask(&scores_lht, policy, r)).collect();
+            let keep = ratios.iter().map(|&r| keep_mask_by(&scores_lht, policy, r, Some(&budgets)));
+            let keep = keep.collect::<Result<Vec<Tensor>>>()?;
             put(policy.name(), Tensor::stack(&keep, 0));
         }
         put("scores_lht", scores_lht);

@@ -4,8 +4,8 @@
 
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
-use pkv_prune::keep_mask;
 use pkv_prune::metrics::{kendall_tau_b, mass, realised_ratio, recall, spearman};
+use pkv_prune::{HeadBudgets, keep_mask, keep_mask_by};
 use pkv_recipe::{EvalSection, MethodName};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -39,6 +39,9 @@ pub struct Agreement {
     pub recall: f64,
     pub mass: f64,
     realised: f64,
+    /// Recall of what KVzip keeps under `pair`; absent in older outcomes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    of_pair: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -99,13 +102,14 @@ impl Plan {
     /// - `label_lht`: KVzip's raw scores, f32 of the same shape
     ///
     /// # Errors
-    /// A cell's method did not score.
+    /// A cell's method did not score, or its policy lacks `budgets`.
     pub fn compare(
         &self,
         context_id: String,
         cells: &[Cell],
         scored: &[Scored],
         label_lht: &Tensor,
+        budgets: Option<&HeadBudgets>,
     ) -> Result<LabelOutcome> {
         let positions = label_lht.size()[2];
         let label = numbers(label_lht)?;
@@ -114,6 +118,8 @@ impl Plan {
             found.with_context(|| format!("`{method}` has not scored this example"))
         };
         let mut oracle: Vec<(Policy, RetentionRatio, Tensor, f64)> = Vec::new();
+        // What KVzip keeps where all pairs compete.
+        let mut best: Vec<(RetentionRatio, Tensor)> = Vec::new();
         let mut ranks: Vec<(MethodName, Ranks)> = Vec::new();
         let (mut agreement, mut heads, mut oracle_heads) = (Vec::new(), Vec::new(), Vec::new());
         for &cell in cells {
@@ -121,7 +127,7 @@ impl Plan {
             let place = match oracle.iter().position(|(p, r, ..)| (*p, *r) == at) {
                 Some(place) => place,
                 None => {
-                    let keep = keep_mask(label_lht, cell.policy, cell.ratio);
+                    let keep = keep_mask_by(label_lht, cell.policy, cell.ratio, budgets)?;
                     let kept_mass = mass(label_lht, &keep);
                     if at == self.heat_map {
                         oracle_heads.push((cell.policy, cell.ratio, per_head(&keep)?));
@@ -130,14 +136,19 @@ impl Plan {
                     oracle.len() - 1
                 }
             };
+            if best.iter().all(|(ratio, _)| *ratio != cell.ratio) {
+                best.push((cell.ratio, keep_mask(label_lht, Policy::Pair, cell.ratio)));
+            }
+            let of_pair = best.iter().find(|(ratio, _)| *ratio == cell.ratio).map(|(_, keep)| keep);
             let (_, _, oracle_keep, oracle_mass) = &oracle[place];
             let scores_lht = &of(cell.method)?.scores_lht;
-            let keep = keep_mask(scores_lht, cell.policy, cell.ratio);
+            let keep = keep_mask_by(scores_lht, cell.policy, cell.ratio, budgets)?;
             let kept_mass = mass(label_lht, &keep);
             let found = Agreement {
                 recall: recall(&keep, oracle_keep),
                 mass: if *oracle_mass > 0.0 { kept_mass / oracle_mass } else { 1.0 },
                 realised: realised_ratio(&keep),
+                of_pair: of_pair.map(|best| recall(&keep, best)),
             };
             agreement.push((cell, found));
             if at == self.heat_map {
@@ -183,6 +194,11 @@ pub fn summarize(
             ratio: cell.ratio.get(),
             contexts: (mine.len() < outcomes.len()).then_some(mine.len()),
             recall: draws.mean(&over(|a| a.recall)),
+            recall_of_pair: mine
+                .iter()
+                .map(|a| a.of_pair)
+                .collect::<Option<Vec<f64>>>()
+                .map(|all| draws.mean(&all)),
             mass: draws.mean(&over(|a| a.mass)),
             realised: mean(&over(|a| a.realised)),
         }
@@ -314,10 +330,10 @@ mod tests {
             Scored { method: MethodName::RANDOM, scores_lht: -&label },
         ];
         let plan = Plan::new(&section()).unwrap();
-        let outcome = plan.compare("a".to_owned(), &plan.cells, &scored, &label).unwrap();
+        let outcome = plan.compare("a".to_owned(), &plan.cells, &scored, &label, None).unwrap();
         // Measured in two parts, it is the same.
-        let mut parts = plan.compare("a".to_owned(), &plan.cells[..3], &scored, &label).unwrap();
-        parts.add(plan.compare("a".to_owned(), &plan.cells[3..], &scored, &label).unwrap());
+        let mut parts = plan.compare("a".to_owned(), &plan.cells[..3], &scored, &label, None).unwrap();
+        parts.add(plan.compare("a".to_owned(), &plan.cells[3..], &scored, &label, None).unwrap());
         assert_eq!(parts, outcome);
         let draws = Draws::new(50, Seed(1));
         let results = summarize(Made::default(), &[(0, outcome), (1, parts)], 2, 1, &draws);

@@ -108,6 +108,9 @@ pub struct LabelCell {
     pub contexts: Option<usize>,
     /// |kept by the method and by KVzip| / |kept by KVzip|.
     pub recall: Interval,
+    /// The same of what KVzip keeps under `pair`, whatever the policy: what the policy costs. Absent in older results.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recall_of_pair: Option<Interval>,
     /// Score mass that the method keeps / score mass that KVzip keeps. Above 1 is possible where KVzip
     /// itself does not rank by mass: under `token`, which ranks positions by their ranks.
     pub mass: Interval,
@@ -425,6 +428,7 @@ mod tests {
                     ratio: 0.05,
                     contexts: None,
                     recall: Interval { mean: 0.5, low: 0.4, high: 0.6 },
+                    recall_of_pair: None,
                     mass: Interval::exact(0.9),
                     realised: 0.05,
                 }],

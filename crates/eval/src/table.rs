@@ -20,6 +20,7 @@ pub fn all_tables(results: &Results) -> String {
         add(facts_title(results, policy), answers_table(results, policy));
         add(format!("Recall of KVzip's kept set, {} (%)", policy.name()), recall_table(results, policy));
     }
+    add("What a policy costs: recall of what KVzip keeps under pair (%)".to_owned(), policy_table(results));
     add("Rank correlation with KVzip's scores, mean over heads".to_owned(), rank_table(results));
     for policy in Policy::ALL {
         add(
@@ -122,6 +123,33 @@ pub fn recall_table(results: &Results, policy: Policy) -> Option<String> {
     let recall = |c: &LabelCell| (c.method, c.ratio, format!("{:.1}", 100.0 * c.recall.mean));
     let table = Grid::new(cells().map(recall)).render(None);
     noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
+}
+
+/// What KVzip's and the mapper's choices under each policy hold of what KVzip keeps where all pairs compete, in percent.
+/// `None` where one policy was measured only, or an older version measured.
+pub fn policy_table(results: &Results) -> Option<String> {
+    let cells = &results.labels.cells;
+    let mut ratios: Vec<f64> = cells.iter().map(|c| c.ratio).collect();
+    ratios.sort_by(|a, b| b.total_cmp(a));
+    ratios.dedup();
+    let mut rows = Vec::new();
+    for method in [MethodName::KVZIP, MethodName::MAPPER] {
+        let of = |policy, ratio: &f64| results.labels.cell(method, policy, *ratio)?.recall_of_pair;
+        let measured: Vec<Policy> =
+            Policy::ALL.into_iter().filter(|p| ratios.iter().any(|r| of(*p, r).is_some())).collect();
+        if measured.len() < 2 {
+            continue;
+        }
+        rows.extend(measured.into_iter().map(|policy| {
+            let value =
+                |r| of(policy, r).map_or_else(|| "-".to_owned(), |i| format!("{:.1}", 100.0 * i.mean));
+            let name = format!("{}, {}", method.name(), policy.name());
+            std::iter::once(name).chain(ratios.iter().map(value)).collect()
+        }));
+    }
+    let columns = ratios.iter().map(|r| format!("{}%", trimmed(100.0 * r)));
+    let head: Vec<String> = std::iter::once("kept".to_owned()).chain(columns).collect();
+    (!rows.is_empty()).then(|| markdown(&head, &rows))
 }
 
 /// KL(full || pruned) in nats per answer token. `None` without the task or policy.

@@ -4,6 +4,7 @@
 //! - `whole`: every method and both tasks; what must hold at full and at small budgets
 //! - `answers`: what is written as an answer is what greedy decoding says
 //! - `benchmarks`: tasks of standard benchmarks, conversations, more examples later
+//! - `budgets`: where head budgets come from
 //! - `continued`: an interrupted evaluation ends with the same numbers
 //! - `refused`: shards that do not belong together
 //! - `union`: other tasks, methods, ratios and limits add to what is there
@@ -12,6 +13,8 @@
 mod answers;
 #[path = "nano/benchmarks.rs"]
 mod benchmarks;
+#[path = "nano/budgets.rs"]
+mod budgets;
 #[path = "nano/continued.rs"]
 mod continued;
 #[path = "nano/fixture.rs"]

@@ -25,4 +25,5 @@ pub use section::label::{LabelPreset, LabelSection, Sink};
 pub use section::loss::{FineLoss, LossSection};
 pub use section::mapper::{MapperSection, Variant};
 pub use section::model::{DtypeName, ModelSection};
+pub use section::prune::PruneSection;
 pub use section::train::{TargetPool, TrainDtype, TrainSection};

@@ -11,7 +11,7 @@ use toml::{Table, Value};
 use crate::mistake;
 use crate::{
     DataSection, EvalSection, ExportSection, ExtractSection, FactsSection, LabelSection, LossSection,
-    MapperSection, ModelSection, TrainSection,
+    MapperSection, ModelSection, PruneSection, TrainSection,
 };
 
 /// Recipes that may be based on one another in a row.
@@ -42,6 +42,8 @@ pub struct Recipe {
     pub loss: LossSection,
     #[serde(default)]
     pub train: TrainSection,
+    #[serde(default)]
+    pub prune: PruneSection,
     #[serde(default)]
     pub eval: EvalSection,
     #[serde(default)]
@@ -204,6 +206,7 @@ impl Recipe {
         self.mapper.check()?;
         self.loss.check()?;
         self.train.check()?;
+        self.prune.check()?;
         self.eval.check()
     }
 

@@ -10,4 +10,5 @@ pub mod label;
 pub mod loss;
 pub mod mapper;
 pub mod model;
+pub mod prune;
 pub mod train;

@@ -244,7 +244,15 @@ pub fn labels(labels: &LabelResults, policy: Policy) -> Vec<Table> {
         Best::Highest,
         points,
     );
-    [recall, mass].into_iter().filter(|t| !t.rows.is_empty()).collect()
+    let competing = labels.cells.iter().filter(|c| c.policy == policy && policy != Policy::Pair);
+    let of_pair = build(
+        "Recall of the KV pairs that KVzip keeps where all compete (policy pair), percent",
+        "KVzip's own row is what the policy costs without any error of prediction.",
+        competing.filter_map(|c| Some((c.method, c.ratio, c.recall_of_pair?))),
+        Best::Highest,
+        points,
+    );
+    [recall, mass, of_pair].into_iter().filter(|t| !t.rows.is_empty()).collect()
 }
 
 /// Rank correlations with KVzip's scores.

@@ -27,6 +27,7 @@ fn results(target: &str) -> Results {
         policy: Policy::Pair,
         ratio,
         recall: exact,
+        recall_of_pair: None,
         mass: exact,
         realised: ratio,
     };

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use pkv_core::{Fingerprint, Seed, Split, StoreDtype};
+use pkv_core::{Fingerprint, Policy, Seed, Split, StoreDtype};
 use pkv_data::facts::WordLists;
 use pkv_data::{FactContext, fact_contexts};
 use pkv_eval::EvalInputs;
@@ -49,6 +49,7 @@ impl Nano {
         let section = EvalSection {
             ratios: vec![0.2, 0.05],
             answer_ratios: vec![1.0, 0.2, 0.05],
+            answer_policies: vec![Policy::Pair],
             contexts,
             context_tokens: 300,
             facts_per_context: 3,
@@ -104,6 +105,7 @@ impl Nano {
             section: &self.section,
             label: &self.label,
             extract: &self.extract,
+            budgets: pkv_eval::Budgets::Learned(50),
             pool: POOL,
             seed: Seed(11),
             fingerprint: Fingerprint::new().with("eval", &self.section),

@@ -89,7 +89,7 @@ impl Default for EvalSection {
             ratios: vec![0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01],
             answer_ratios: vec![0.2, 0.1, 0.05, 0.03, 0.02, 0.01],
             policies: Policy::ALL.to_vec(),
-            answer_policies: vec![Policy::Pair],
+            answer_policies: vec![Policy::Pair, Policy::PairUniform],
             methods: DEFAULT_METHODS.to_vec(),
             tasks: vec![Task::Facts, Task::Perplexity],
             contexts: 60,
@@ -116,6 +116,14 @@ impl EvalSection {
                 !self.methods[..i].contains(name),
                 hinted(format!("`eval.methods` names `{name}` twice"), "name each method once")
             );
+        }
+        for (name, policies) in [("policies", &self.policies), ("answer_policies", &self.answer_policies)] {
+            for (i, policy) in policies.iter().enumerate() {
+                ensure!(
+                    !policies[..i].contains(policy),
+                    hinted(format!("`eval.{name}` names `{}` twice", policy.name()), "name each policy once")
+                );
+            }
         }
         for (name, n) in [
             ("max_answer_tokens", self.max_answer_tokens),

@@ -106,6 +106,7 @@ pub fn results() -> Results {
                     policy,
                     ratio,
                     recall: around(recall, 0.006),
+                    recall_of_pair: Some(around(recall - 5.0 * p as f64, 0.006)),
                     mass: around(60.0 + 0.4 * recall, 0.004),
                     realised: ratio,
                 });

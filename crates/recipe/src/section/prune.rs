@@ -1,0 +1,26 @@
+//! `[prune]`: what a policy needs beside scores.
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// Head budgets of the policy `pair-budget`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PruneSection {
+    /// Training contexts, evenly spread over the split, whose labels give each head its budget. Which heads KVzip prefers
+    /// hardly depends on the context: of 50 the mean is steady.
+    pub budget_contexts: u64,
+}
+
+impl Default for PruneSection {
+    fn default() -> Self {
+        Self { budget_contexts: 50 }
+    }
+}
+
+impl PruneSection {
+    pub(crate) fn check(&self) -> Result<()> {
+        ensure!(self.budget_contexts > 0, "`prune.budget_contexts` is 0");
+        Ok(())
+    }
+}
