@@ -88,6 +88,9 @@ fn an_unknown_method_is_named_before_any_work() {
     s.run(&["plan", "--set", "eval.methods=[\"a b\"]"])
         .fails_with(&["invalid recipe", "`a b`, which is no method"]);
     s.run(&["plan", "--set", "eval.methods=[\"iam\", \"iam\"]"]).fails_with(&["names `iam` twice"]);
+    s.run(&["plan", "--set", "prune.budget_contexts=0"]).fails_with(&["`prune.budget_contexts` is 0"]);
+    let twice = "eval.answer_policies=[\"pair\", \"pair\"]";
+    s.run(&["plan", "--set", twice]).fails_with(&["`eval.answer_policies` names `pair` twice"]);
 }
 
 #[test]

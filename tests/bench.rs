@@ -143,7 +143,9 @@ fn decoding_is_measured_by_what_is_kept_and_by_batch() {
         ["bench", "decode", "--random-weights", "--context", "700", "--repeats", "2", "--batch", "1,2"];
     let report: Value = serde_json::from_str(&s.run(&[&args[..], &["--json"]].concat()).ok().stdout).unwrap();
     let rows = report["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 6 + 5);
+    assert_eq!(rows.len(), 10 + 9);
+    let count = |policy: &str| rows.iter().filter(|r| r["policy"] == policy && r["what"] == "kept").count();
+    assert_eq!((count("pair"), count("pair-uniform")), (2 * 5, 2 * 4));
     for row in rows.iter().filter(|r| r["what"] == "kept") {
         let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("no `{key}` in {row}"));
         // 6 layers of 2 KV heads of 32 in f32, keys and values, and room for a block of 256 tokens.

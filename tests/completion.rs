@@ -150,7 +150,11 @@ fn tab_completes_in_every_shell() {
         t.completes("proxykv-train eval --meth", "proxykv-train eval --methods ");
         t.completes("proxykv-train --json train --rec", "--json train --recipe ");
         // Values of enums.
-        t.offers("proxykv-train infer --policy ", &["pair", "pair-uniform", "token"], &["recipes"]);
+        t.offers(
+            "proxykv-train infer --policy ",
+            &["pair", "pair-uniform", "pair-budget", "token"],
+            &["recipes"],
+        );
         t.completes("proxykv-train infer --policy=tok", "--policy=token ");
         t.completes("proxykv-train infer --regime str", "--regime streams ");
         t.completes("proxykv-train plan --machine h2", "--machine h200 ");
@@ -196,7 +200,7 @@ fn an_answer_is_words_and_nothing_else() {
         assert_eq!(String::from_utf8_lossy(&out.stderr), "", "{shell} {words:?}");
         String::from_utf8(out.stdout).unwrap()
     };
-    assert_eq!(ask("bash", &["proxykv-train", "infer", "--policy", "pair-"]), "pair-uniform\n");
+    assert_eq!(ask("bash", &["proxykv-train", "infer", "--policy", "pair-"]), "pair-uniform\npair-budget\n");
     assert_eq!(ask("bash", &["proxykv-train", "infer", "--policy", "=", "tok"]), "token\n");
     assert_eq!(ask("bash", &["proxykv-train", "--device", "cuda", ":", "1"]), "1\n");
     assert!(ask("zsh", &["proxykv-train", "inf"]).starts_with("infer:Read a context"));

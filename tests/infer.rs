@@ -26,7 +26,8 @@ pub fn trained() -> &'static Sandbox {
     static TRAINED: OnceLock<Sandbox> = OnceLock::new();
     TRAINED.get_or_init(|| {
         let s = Sandbox::new();
-        s.run(&["run"]).ok();
+        let policies = "eval.answer_policies=[\"pair\",\"pair-uniform\",\"pair-budget\"]";
+        s.run(&["run", "--set", policies]).ok();
         s.write("context.txt", documents().split('\0').next().unwrap());
         s.write("empty.txt", "");
         s
@@ -150,6 +151,11 @@ fn regimes_and_overlap_answer_alike_and_leave_a_trace() {
     let (_, summary) = run_budget(s, "10", "pair-uniform");
     assert_eq!(summary["kept"]["most_in_head"], 10);
     assert_eq!(summary["kept"]["fewest_in_head"], 10);
+    // As many pairs in all, spread by the export's budgets.
+    let uniform = summary["kept"]["pairs"].clone();
+    let (_, summary) = run_budget(s, "10", "pair-budget");
+    assert_eq!(summary["kept"]["pairs"], uniform);
+    assert_ne!(summary["kept"]["most_in_head"], summary["kept"]["fewest_in_head"]);
     let (_, summary) = run_budget(s, "100000", "token");
     assert_eq!(summary["kept"]["pairs"], summary["kept"]["of_pairs"]);
 }
@@ -316,6 +322,17 @@ fn what_cannot_be_used_is_refused_before_any_work() {
         let args = [&["infer", "--mapper", folder][..], &on_context(&[])].concat();
         Ran::new(s.command(&args).output().unwrap()).fails_with(&[part]);
     }
+    // An export from before there were head budgets serves the other policies.
+    copy("older");
+    fs::remove_file(s.path("older/budgets.json")).unwrap();
+    let older = |policy| {
+        let asked = on_context(&["--policy", policy, "--max-new-tokens", "1"]);
+        Ran::new(s.command(&[&["infer", "--mapper", "older"][..], &asked].concat()).output().unwrap())
+    };
+    older("pair-uniform").ok();
+    let refused =
+        older("pair-budget").fails_with(&["has no head budgets", "`pair-budget`", "proxykv-train export"]);
+    assert_eq!(refused.stdout, "");
     // What is no policy, regime or device is the command line's matter.
     for args in [["--policy", "pairs"], ["--regime", "both"]] {
         assert_eq!(infer(s, &on_context(&args)).code, 2);

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use crate::sandbox::{Ran, Sandbox};
 use crate::server::push::{Fault, PushServer, READER, WRITER};
 
-const FILES: [&str; 4] = ["README.md", "config.json", "model.safetensors", "parity.safetensors"];
+const FILES: [&str; 5] =
+    ["README.md", "budgets.json", "config.json", "model.safetensors", "parity.safetensors"];
 const REPO: &str = "somebody/small-mapper";
 
 /// A sandbox whose run has an export; made once.
@@ -90,7 +91,7 @@ fn an_export_is_sent_once() {
     // A token in a file, as the hub's own tools leave it.
     s.write("hf/token", &format!("{WRITER}\n"));
     push(s, &server, None, &["runs/small", "--yes", "--revision", "v2", "--message", "Another"]).ok();
-    assert_eq!(server.branch(REPO, "v2").files.len(), 4);
+    assert_eq!(server.branch(REPO, "v2").files.len(), 5);
     fs::remove_file(s.path("hf/token")).unwrap();
 }
 

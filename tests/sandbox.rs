@@ -171,6 +171,7 @@ ema = 0.9
 [eval]
 ratios = [0.2, 0.05]
 answer_ratios = [0.2, 0.05]
+answer_policies = ["pair"]
 contexts = 2
 context_tokens = 160
 facts_per_context = 2

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Fingerprint, ModelShape, Seed, hinted};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
+use pkv_prune::HeadBudgets;
 use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection};
 use pkv_shard::durable::{
     Published, TEMPORARY, WriteBudget, parent, sha256_file, sync_dir, write_error, write_file,
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Tensor};
 
+use crate::budgets::{self, BUDGETS_FILE};
 use crate::card::{self, ModelCard};
 use crate::tensors::{NamedTensors, pick, read_tensors, write_tensors};
 
@@ -29,7 +31,7 @@ const PARITY: &str = "parity.safetensors";
 const CONFIG: &str = "config.json";
 const CARD: &str = "README.md";
 
-/// Every file of an export, and no other.
+/// Every file of an export, but for [`BUDGETS_FILE`], which older exports lack.
 pub const EXPORT_FILES: [&str; 4] = [CARD, CONFIG, MODEL, PARITY];
 
 /// Largest difference from the parity vectors, as a share of their spread: devices round differently, while another
@@ -116,12 +118,21 @@ pub struct Parity {
     pub scores_ot: Tensor,
 }
 
+/// What an export holds beside the mapper.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Beside<'a> {
+    /// Stored with the weights: what extracting its features needs.
+    pub tensors: &'a [(String, Tensor)],
+    pub budgets: Option<&'a HeadBudgets>,
+}
+
 /// An export that was read and found whole.
 #[derive(Debug)]
 pub struct Export {
     folder: PathBuf,
     config: ExportConfig,
     tensors: NamedTensors,
+    budgets: Option<HeadBudgets>,
 }
 
 impl Parity {
@@ -138,8 +149,7 @@ impl Parity {
 }
 
 impl Export {
-    /// Write `mapper` to `folder`, replacing an export that is there; whole or not at all. `extra` is stored beside its
-    /// weights: what extracting its features needs.
+    /// Write `mapper` to `folder`, replacing an export that is there; whole or not at all.
     ///
     /// # Errors
     /// The disk is full or fails: the export that was there is still there.
@@ -147,11 +157,11 @@ impl Export {
         folder: &Path,
         config: &ExportConfig,
         mapper: &Mapper,
-        extra: &[(String, Tensor)],
+        beside: Beside,
         card: &ModelCard,
         parity: &Parity,
     ) -> Result<()> {
-        Self::write_within(folder, config, mapper, extra, card, parity, &WriteBudget::from_env())
+        Self::write_within(folder, config, mapper, beside, card, parity, &WriteBudget::from_env())
     }
 
     /// As [`Export::write`], on a disk that has `budget` left.
@@ -159,14 +169,14 @@ impl Export {
         folder: &Path,
         config: &ExportConfig,
         mapper: &Mapper,
-        extra: &[(String, Tensor)],
+        beside: Beside,
         card: &ModelCard,
         parity: &Parity,
         budget: &WriteBudget,
     ) -> Result<()> {
         let temporary = with_ending(folder, TEMPORARY);
         let context = || format!("cannot write export `{}`", folder.display());
-        let result = fill(&temporary, config, mapper, extra, card, parity, budget);
+        let result = fill(&temporary, config, mapper, beside, card, parity, budget);
         if result.is_err() && temporary.exists() {
             // Its bytes may be what the disk lacks.
             let _ = fs::remove_dir_all(&temporary);
@@ -191,7 +201,9 @@ impl Export {
                 );
             }
             let tensors = read_tensors(&folder.join(MODEL), Device::Cpu)?;
-            Ok(Self { folder: folder.to_path_buf(), config, tensors })
+            let weights = config.files.get(MODEL).map(|file| file.sha256.as_str());
+            let budgets = budgets::read(folder, &config.target.shape, weights)?;
+            Ok(Self { folder: folder.to_path_buf(), config, tensors, budgets })
         };
         read().with_context(|| {
             hinted(
@@ -212,6 +224,11 @@ impl Export {
     /// Weights and standardization, in the order of their names, on the host.
     pub fn tensors(&self) -> &NamedTensors {
         &self.tensors
+    }
+
+    /// Budgets of the policy `pair-budget`; none in older exports.
+    pub const fn budgets(&self) -> Option<&HeadBudgets> {
+        self.budgets.as_ref()
     }
 
     /// The mapper, bit for bit as it was written.
@@ -276,7 +293,7 @@ fn fill(
     temporary: &Path,
     config: &ExportConfig,
     mapper: &Mapper,
-    extra: &[(String, Tensor)],
+    beside: Beside,
     card: &ModelCard,
     parity: &Parity,
     budget: &WriteBudget,
@@ -288,7 +305,7 @@ fn fill(
     let mut tensors: NamedTensors =
         mapper.parameters().iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
     tensors.extend(mapper.buffers());
-    tensors.extend(extra.iter().map(|(name, t)| (name.clone(), t.shallow_clone())));
+    tensors.extend(beside.tensors.iter().map(|(name, t)| (name.clone(), t.shallow_clone())));
     let parity = [
         ("heads_pct".to_owned(), parity.heads_pct.shallow_clone()),
         ("globals_ct".to_owned(), parity.globals_ct.shallow_clone()),
@@ -300,7 +317,12 @@ fn fill(
     let mut add = |name: &str, p: Published| {
         config.files.insert(name.to_owned(), ExportFile { bytes: p.bytes, sha256: p.sha256 });
     };
-    add(MODEL, write_tensors(&temporary.join(MODEL), &tensors, budget)?);
+    let weights = write_tensors(&temporary.join(MODEL), &tensors, budget)?;
+    if let Some(budgets) = beside.budgets {
+        let text = budgets::render(budgets, &config.target.shape, &weights.sha256)?;
+        write_file(&temporary.join(BUDGETS_FILE), text.as_bytes(), budget)?;
+    }
+    add(MODEL, weights);
     add(PARITY, write_tensors(&temporary.join(PARITY), &parity, budget)?);
     write_file(&temporary.join(CARD), text.as_bytes(), budget)?;
     let mut text = serde_json::to_string_pretty(&config).context("cannot write the configuration as JSON")?;

@@ -4,16 +4,18 @@
 //! bit for bit, and the export, which needs nothing else to predict. When to save, and what a run's
 //! best checkpoint is measured by, are left to `train`.
 
+mod budgets;
 mod card;
 mod export;
 mod state;
 mod store;
 mod tensors;
 
+pub use budgets::BUDGETS_FILE;
 pub use card::{CardTable, DataSource, Licences, ModelCard, StageCost};
 pub use export::{
-    EXPORT_FILES, EXPORT_VERSION, Export, ExportConfig, ExportDims, ExportFile, ModelIdentity, Parity,
-    restore_mapper,
+    Beside, EXPORT_FILES, EXPORT_VERSION, Export, ExportConfig, ExportDims, ExportFile, ModelIdentity,
+    Parity, restore_mapper,
 };
 pub use state::{CHECKPOINT_VERSION, CheckpointInfo, FileHash, TrainingState};
 pub use store::CheckpointStore;

@@ -2,11 +2,12 @@ use std::fs;
 use std::path::Path;
 
 use pkv_checkpoint::{
-    CardTable, DataSource, EXPORT_FILES, Export, ExportConfig, Licences, ModelCard, ModelIdentity, Parity,
-    StageCost, restore_mapper,
+    BUDGETS_FILE, Beside, CardTable, DataSource, EXPORT_FILES, Export, ExportConfig, Licences, ModelCard,
+    ModelIdentity, Parity, StageCost, restore_mapper,
 };
 use pkv_core::{ModelShape, Seed};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
+use pkv_prune::BudgetFit;
 use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection, Variant};
 use pkv_shard::durable::WriteBudget;
 use tch::Tensor;
@@ -118,7 +119,7 @@ fn card() -> ModelCard {
 fn write(folder: &Path, section: &MapperSection, loss: &LossSection) -> Mapper {
     let mapper = mapper(section, loss);
     let parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
-    Export::write(folder, &config(section, loss), &mapper, &[], &card(), &parity).unwrap();
+    Export::write(folder, &config(section, loss), &mapper, Beside::default(), &card(), &parity).unwrap();
     mapper
 }
 
@@ -204,10 +205,12 @@ fn a_sound_export_gives_its_own_scores_and_has_a_card() {
     let mapper = mapper(&section, &loss);
     let mut parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
     parity.scores_ot = parity.scores_ot.roll(1, 1);
-    Export::write(&folder, &config(&section, &loss), &mapper, &[], &self::card(), &parity).unwrap();
+    Export::write(&folder, &config(&section, &loss), &mapper, Beside::default(), &self::card(), &parity)
+        .unwrap();
     unsound("scores are off");
     parity.scores_ot = parity.scores_ot.full_like(f64::NAN);
-    Export::write(&folder, &config(&section, &loss), &mapper, &[], &self::card(), &parity).unwrap();
+    Export::write(&folder, &config(&section, &loss), &mapper, Beside::default(), &self::card(), &parity)
+        .unwrap();
     unsound("scores are off");
 }
 
@@ -241,6 +244,52 @@ fn damage_is_named() {
 }
 
 #[test]
+fn head_budgets_lie_beside_what_older_readers_know() {
+    let dir = tempdir().unwrap();
+    let folder = dir.path().join("export");
+    let (section, loss) =
+        (MapperSection { variant: Variant::Linear, ..MapperSection::default() }, LossSection::default());
+    let mut fit = BudgetFit::new(6);
+    fit.add(&noise("budgets", &[6, 40])).unwrap();
+    let budgets = fit.finish().unwrap();
+    let write = |name: &str| {
+        let mapper = mapper(&section, &loss);
+        let parity = Parity::of(&mapper, noise(name, &[3, 8, 50]), noise("globals", &[4, 50]));
+        let beside = Beside { tensors: &[], budgets: Some(&budgets) };
+        Export::write(&folder, &config(&section, &loss), &mapper, beside, &card(), &parity).unwrap();
+    };
+    write("heads");
+    let export = Export::read(&folder).unwrap();
+    assert_eq!(export.budgets(), Some(&budgets));
+    // Older readers refuse keys that they do not know, and fetch the files alone that they know.
+    assert_eq!(export.config().files.keys().collect::<Vec<_>>(), ["model.safetensors", "parity.safetensors"]);
+    assert_eq!(names(&folder).len(), EXPORT_FILES.len() + 1);
+
+    let path = folder.join(BUDGETS_FILE);
+    let text = fs::read_to_string(&path).unwrap();
+    let refused = |text: &str, expected: &str| {
+        fs::write(&path, text).unwrap();
+        let (said, hint) = told(&Export::read(&folder).expect_err(expected));
+        assert!(said.contains("budgets.json") && said.contains(expected), "{expected}: {said}");
+        assert!(hint.contains("proxykv-train export"), "{hint}");
+    };
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let share = json["shares"][3][1][2].as_u64().unwrap();
+    refused(&text.replacen(&share.to_string(), &(share + 1).to_string(), 1), "is damaged");
+    refused(&text[..text.len() / 2], "EOF");
+    refused(&text.replace("\"schema_version\":1", "\"schema_version\":9"), "expected version 1, found 9");
+    let weights = export.config().files["model.safetensors"].sha256.clone();
+    refused(&text.replace(&weights, &"0".repeat(64)), "is damaged");
+    // Whole, but of another export: its weights and its hash are others.
+    let other = MapperSection { variant: Variant::Mlp, width: 32, ..MapperSection::default() };
+    self::write(&folder, &other, &loss);
+    refused(&text, "belongs to other weights");
+
+    fs::remove_file(&path).unwrap();
+    assert!(Export::read(&folder).unwrap().budgets().is_none(), "older exports have none");
+}
+
+#[test]
 fn weights_of_another_mapper_do_not_fit() {
     let section = MapperSection { width: 32, ..MapperSection::default() };
     let loss = LossSection::default();
@@ -270,7 +319,7 @@ fn a_full_disk_leaves_the_export_that_was_there() {
             &folder,
             &config(&section, &loss),
             &first,
-            &[],
+            Beside::default(),
             &card(),
             &parity,
             &WriteBudget::bytes(budget),
@@ -281,7 +330,7 @@ fn a_full_disk_leaves_the_export_that_was_there() {
         assert_eq!(names(dir.path()), ["export"]);
     }
     // A second export takes the place of the first.
-    Export::write(&folder, &config(&section, &loss), &first, &[], &card(), &parity).unwrap();
+    Export::write(&folder, &config(&section, &loss), &first, Beside::default(), &card(), &parity).unwrap();
     assert_ne!(files(&folder)["parity.safetensors"], before["parity.safetensors"]);
     assert_eq!(names(dir.path()), ["export"]);
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use pkv_core::Policy;
 use pkv_gpu::DeviceChoice;
 
 use crate::completion::values;
@@ -143,7 +144,7 @@ pub struct InferArgs {
     /// Share of the context's KV pairs that stays, above 0, up to 1; `20%` is `0.2`.
     #[arg(long, value_name = "RATIO", conflicts_with = "budget", default_value_t = 0.2, value_parser = share)]
     pub retain: f64,
-    /// Tokens that stay in every KV head, or as many KV pairs as these are together (`pair`).
+    /// Tokens that stay in every KV head, or as many KV pairs as these are together (`pair`, `pair-budget`).
     #[arg(long, value_name = "TOKENS")]
     pub budget: Option<usize>,
     /// Which KV pairs compete for a place.
@@ -237,8 +238,21 @@ pub enum PolicyName {
     Pair,
     /// The positions of each KV head.
     PairUniform,
+    /// The positions of each KV head, which keeps as many as the budget that the export has for it.
+    PairBudget,
     /// Positions, the same in all KV heads.
     Token,
+}
+
+impl PolicyName {
+    pub const fn policy(self) -> Policy {
+        match self {
+            Self::Pair => Policy::Pair,
+            Self::PairUniform => Policy::PairUniform,
+            Self::PairBudget => Policy::PairBudget,
+            Self::Token => Policy::Token,
+        }
+    }
 }
 
 /// A regime, as `--regime` spells it.
@@ -395,6 +409,9 @@ pub struct EvalChoices {
     /// Methods in place of the recipe's, such as mapper,kvzip,snapkv.
     #[arg(long, value_delimiter = ',', value_name = "METHOD,...", value_parser = method_names(), add = values::methods())]
     pub methods: Vec<String>,
+    /// Policies in place of the recipe's, of the metrics against labels and of the tasks.
+    #[arg(long, value_delimiter = ',', value_name = "POLICY,...", value_enum)]
+    pub policies: Vec<PolicyName>,
     /// At most this many contexts of each task.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
@@ -437,6 +454,11 @@ impl EvalChoices {
         if !self.methods.is_empty() {
             let methods: Vec<&str> = self.methods.iter().map(String::as_str).collect();
             out.push(format!("eval.methods={}", list(&methods)));
+        }
+        if !self.policies.is_empty() {
+            let policies = list(&self.policies.iter().map(|p| p.policy().name()).collect::<Vec<_>>());
+            out.push(format!("eval.policies={policies}"));
+            out.push(format!("eval.answer_policies={policies}"));
         }
         if let Some(n) = self.limit {
             out.push(format!("eval.contexts={n}"));
@@ -497,6 +519,8 @@ mod tests {
             "facts,ruler/vt,ruler/cwe",
             "--methods",
             "mapper",
+            "--policies",
+            "pair-uniform,pair-budget",
             "--limit",
             "7",
         ];
@@ -507,6 +531,8 @@ mod tests {
                 r#"eval.tasks=["facts", "ruler"]"#,
                 r#"eval.benchmark.ruler_tasks=["vt", "cwe"]"#,
                 r#"eval.methods=["mapper"]"#,
+                r#"eval.policies=["pair-uniform", "pair-budget"]"#,
+                r#"eval.answer_policies=["pair-uniform", "pair-budget"]"#,
                 "eval.contexts=7",
                 "eval.benchmark.examples=7",
             ]

@@ -27,7 +27,7 @@ pub use self::output::{Trace, write_traces};
 
 use self::input::Asked;
 use self::output::{Output, Summary};
-use crate::args::{Cli, DtypeArg, InferArgs, PolicyName, RegimeArg};
+use crate::args::{Cli, DtypeArg, InferArgs, RegimeArg};
 use crate::render::{FELL_BACK, INTERRUPTED, Interrupted, REPAIRABLE};
 use crate::session::{choose_device, device_name, kind_on, next_gpu};
 
@@ -45,7 +45,7 @@ struct Found {
 /// # Errors
 /// The mapper does not fit the pair, an input is no good, or the target fails.
 pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCode> {
-    let keep = keep(args)?;
+    let budget = budget(args)?;
     let regime_name = regime_name(args.regime);
     let device = choose_device(cli)?;
     let proxy_device = proxy_device(args, regime_name, device)?;
@@ -53,6 +53,18 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
 
     let export = Export::read(&export_folder(&args.mapper))?;
     let config = export.config();
+    let keep = Keep { budget, policy: args.policy.policy(), budgets: export.budgets() };
+    ensure!(
+        keep.policy != Policy::PairBudget || keep.budgets.is_some(),
+        hinted(
+            format!(
+                "the mapper `{}` has no head budgets, which policy `pair-budget` needs",
+                args.mapper.display()
+            ),
+            "it was exported before there were budgets: write it again with `proxykv-train export`, or use \
+             `--policy pair-uniform`"
+        )
+    );
     let target = find("target", args.target.as_deref(), &config.target)?;
     let sources = &config.extract.from;
     let proxy = match sources.contains(&Source::Proxy) {
@@ -244,21 +256,15 @@ fn export_folder(named: &Path) -> PathBuf {
     if !named.join("config.json").exists() && below.is_dir() { below } else { named.to_path_buf() }
 }
 
-fn keep(args: &InferArgs) -> Result<Keep> {
-    let budget = match args.budget {
+fn budget(args: &InferArgs) -> Result<Budget> {
+    Ok(match args.budget {
         Some(0) => return Err(hinted("`--budget` is 0", "keep 1 token or more per KV head").into()),
         Some(tokens) => Budget::Tokens(tokens),
         None => Budget::Ratio(
             RetentionRatio::new(args.retain)
                 .map_err(|e| hinted(format!("`--retain {}`: {e}", args.retain), e.hint()))?,
         ),
-    };
-    let policy = match args.policy {
-        PolicyName::Pair => Policy::Pair,
-        PolicyName::PairUniform => Policy::PairUniform,
-        PolicyName::Token => Policy::Token,
-    };
-    Ok(Keep { budget, policy })
+    })
 }
 
 const fn regime_name(regime: RegimeArg) -> RegimeName {

@@ -7,6 +7,7 @@ use pkv_checkpoint::{CheckpointStore, Export, ExportDims, NamedTensors, restore_
 use pkv_core::{Fingerprint, hinted};
 use pkv_extract::HiddenProjection;
 use pkv_mapper::{Mapper, MapperDims};
+use pkv_prune::HeadBudgets;
 use pkv_recipe::{Recipe, TargetPool};
 
 use crate::session::Session;
@@ -25,6 +26,8 @@ pub struct Trained {
     pub pool: TargetPool,
     /// Map of the target's hidden states, if a channel reads them.
     pub hidden: Option<HiddenProjection>,
+    /// Head budgets of an export that has them.
+    pub budgets: Option<HeadBudgets>,
 }
 
 /// The sizes that the recipe gives the mapper.
@@ -72,6 +75,7 @@ pub fn from_checkpoint(s: &Session, upstream: &Upstream) -> Result<Trained> {
         validation: state.validation,
         pool: s.recipe.train.target_pool,
         hidden: hidden::read(s, &upstream.target, &upstream.examples, s.device)?,
+        budgets: None,
     })
 }
 
@@ -121,6 +125,7 @@ pub fn from_export(s: &Session, upstream: &Upstream, folder: &Path) -> Result<Tr
         validation: c.validation,
         pool: c.train.target_pool,
         hidden: HiddenProjection::from_tensors(export.tensors(), s.device)?,
+        budgets: export.budgets().cloned(),
     })
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, bail};
-use pkv_checkpoint::{EXPORT_FILES, Export};
+use pkv_checkpoint::{BUDGETS_FILE, EXPORT_FILES, Export};
 use pkv_core::hinted;
 use pkv_hub::{Hub, Push, PushFile, Pushed};
 use pkv_recipe::plan::human_bytes;
@@ -23,12 +23,15 @@ pub fn run(cli: &Cli, args: &PushArgs, stop: Arc<AtomicBool>) -> Result<()> {
     export.check()?;
     let message =
         args.message.clone().unwrap_or_else(|| format!("Upload the mapper of `{}`", export.config().name));
+    let mut files: Vec<&str> =
+        EXPORT_FILES.into_iter().chain(export.budgets().map(|_| BUDGETS_FILE)).collect();
+    files.sort_unstable();
     let push = Push {
         repo: args.repo.clone(),
         revision: args.revision.clone(),
         private: args.private,
         message,
-        files: EXPORT_FILES.iter().map(|name| PushFile::read(&folder, name)).collect::<Result<_>>()?,
+        files: files.iter().map(|name| PushFile::read(&folder, name)).collect::<Result<_>>()?,
     };
     push.check()?;
     let hub = Hub::from_env();

@@ -7,7 +7,7 @@ use std::fmt;
 use anyhow::{Result, ensure};
 use pkv_core::{Policy, RetentionRatio, hinted};
 use pkv_lm::RaggedCache;
-use pkv_prune::{keep_mask, keep_mask_budget};
+use pkv_prune::{HeadBudgets, keep_mask_budget_by, keep_mask_by};
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
@@ -23,9 +23,11 @@ pub enum Budget {
 
 /// A budget and how it is spread.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Keep {
+pub struct Keep<'a> {
     pub budget: Budget,
     pub policy: Policy,
+    /// Of the target's heads; `pair-budget` needs them.
+    pub budgets: Option<&'a HeadBudgets>,
 }
 
 /// What stayed of a context.
@@ -52,7 +54,7 @@ pub struct Kept {
     pub cache_bytes: usize,
 }
 
-impl Keep {
+impl Keep<'_> {
     /// What of the full cache stays; the prefix always does.
     ///
     /// # Shapes
@@ -60,7 +62,7 @@ impl Keep {
     /// - returns bool `[layers, KV heads, prefix + context]`, same device
     ///
     /// # Errors
-    /// A score is not finite: a proxy that computes nonsense must not choose what is evicted.
+    /// A score is not finite: a proxy that computes nonsense must not choose what is evicted. Or the policy lacks budgets.
     pub fn mask(&self, scores_lht: &Tensor, prefix: usize) -> Result<Tensor> {
         let broken = scores_lht.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
         ensure!(
@@ -71,8 +73,8 @@ impl Keep {
             )
         );
         let keep_lht = match self.budget {
-            Budget::Ratio(ratio) => keep_mask(scores_lht, self.policy, ratio),
-            Budget::Tokens(tokens) => keep_mask_budget(scores_lht, self.policy, tokens),
+            Budget::Ratio(ratio) => keep_mask_by(scores_lht, self.policy, ratio, self.budgets)?,
+            Budget::Tokens(tokens) => keep_mask_budget_by(scores_lht, self.policy, tokens, self.budgets)?,
         };
         let (layers, heads, _) = keep_lht.size3()?;
         let prefix = Tensor::ones([layers, heads, prefix as i64], (Kind::Bool, keep_lht.device()));
@@ -104,7 +106,7 @@ impl Kept {
     }
 }
 
-impl fmt::Display for Keep {
+impl fmt::Display for Keep<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.budget {
             Budget::Ratio(ratio) => write!(f, "{ratio} of the KV pairs, policy {}", self.policy.name()),

@@ -42,7 +42,7 @@ pub struct Context<'a> {
     pub prefix: &'a [u32],
     /// At least one token.
     pub tokens: &'a [u32],
-    pub keep: Keep,
+    pub keep: Keep<'a>,
     /// Tokens per forward of the target.
     pub chunk_tokens: usize,
     /// Tokens that the pruned cache has room for before it must grow.

@@ -10,7 +10,7 @@ use arrow::datatypes::{Float64Type, UInt32Type};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use pkv_core::Policy;
 use pkv_eval::{ANSWERS_FILE, evaluate};
-use pkv_infer::{Parallel, Question, Regime, Sequential, answer};
+use pkv_infer::{Keep, Parallel, Question, Regime, Sequential, answer};
 use pkv_recipe::{MethodName, Task};
 
 use crate::fixture::Nano;
@@ -61,7 +61,8 @@ fn answers_are_those_of_the_evaluation() {
     let (stages, out) = (nano.stages(), tempfile::tempdir().unwrap());
     evaluate(&nano.inputs(&stages, &nano.contexts, out.path()), &Silent).unwrap();
     let expected = evaluated(&out.path().join(ANSWERS_FILE));
-    assert_eq!(expected.len(), 3 * 3 * 3 * 4);
+    assert_eq!(expected.len(), 3 * 3 * 4 * 4);
+    let budgets = pkv_eval::learn_budgets(&stages[0], &stages[1], 50, nano.target.device()).unwrap();
     let mut different: Vec<&String> = expected.values().collect();
     different.sort();
     different.dedup();
@@ -79,7 +80,7 @@ fn answers_are_those_of_the_evaluation() {
                     &nano.target,
                     nano.tokenizer.prefix(),
                     &context.tokens,
-                    keep(*ratio, policy),
+                    Keep { budgets: Some(&budgets), ..keep(*ratio, policy) },
                 );
                 // The second regime keeps the same pairs, as another test shows: a part of it suffices.
                 let n = if policy == Policy::Pair { 2 } else { 1 };

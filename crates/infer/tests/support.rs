@@ -116,8 +116,8 @@ pub fn target_side(mapper: &Mapper, extract: &ExtractSection, window: usize) -> 
     TargetSide::new(copy(mapper), extract, &label, requests, None, window)
 }
 
-pub fn keep(ratio: f64, policy: Policy) -> Keep {
-    Keep { budget: Budget::Ratio(RetentionRatio::new(ratio).unwrap()), policy }
+pub fn keep(ratio: f64, policy: Policy) -> Keep<'static> {
+    Keep { budget: Budget::Ratio(RetentionRatio::new(ratio).unwrap()), policy, budgets: None }
 }
 
 /// A context as regimes take it; never stopped.
@@ -125,7 +125,7 @@ pub fn context<'a>(
     target: &'a LanguageModel,
     prefix: &'a [u32],
     tokens: &'a [u32],
-    keep: Keep,
+    keep: Keep<'a>,
 ) -> Context<'a> {
     Context {
         target,

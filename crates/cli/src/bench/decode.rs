@@ -26,6 +26,8 @@ use crate::session::device_name;
 const STEPS: usize = 32;
 /// Shares that stay; 1 is the full cache, read as pruned ones are.
 const RATIOS: [f64; 5] = [1.0, 0.5, 0.2, 0.1, 0.05];
+/// Heads of different lengths, and of one: what a server with paged caches holds. Where all is kept they are the same.
+const POLICIES: [Policy; 2] = [Policy::Pair, Policy::PairUniform];
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -48,6 +50,8 @@ struct DecodeRow {
     context: usize,
     batch: usize,
     retain: f64,
+    /// How the kept pairs are spread.
+    policy: Policy,
     /// Absent if it does not fit.
     tokens_per_s: Option<f64>,
     step_s: Option<f64>,
@@ -81,8 +85,10 @@ pub(super) fn run(job: &Job) -> Result<()> {
             if batch == 1 {
                 rows.push(bench.full(t)?);
             }
-            for ratio in RATIOS {
-                rows.push(bench.kept(t, batch, ratio)?);
+            for policy in POLICIES {
+                for ratio in RATIOS.into_iter().filter(|r| *r < 1.0 || policy == Policy::Pair) {
+                    rows.push(bench.kept(t, batch, policy, ratio)?);
+                }
             }
         }
     }
@@ -109,7 +115,7 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// The prefill's own cache, batch 1.
     fn full(&self, t: usize) -> Result<DecodeRow> {
-        let row = DecodeRow::new("full cache", t, 1, 1.0);
+        let row = DecodeRow::new("full cache", t, 1, Policy::Pair, 1.0);
         let Some(mut cache) = unless_exhausted(|| Ok(self.model.noise_cache(t, STEPS)))? else {
             return Ok(row);
         };
@@ -140,9 +146,11 @@ impl Bench<'_> {
     }
 
     /// A ragged cache of `batch` contexts.
-    fn kept(&self, t: usize, batch: usize, ratio: f64) -> Result<DecodeRow> {
-        let row = DecodeRow::new("kept", t, batch, ratio);
-        let Some(mut cache) = unless_exhausted(|| self.ragged(t, batch, ratio))? else { return Ok(row) };
+    fn kept(&self, t: usize, batch: usize, policy: Policy, ratio: f64) -> Result<DecodeRow> {
+        let row = DecodeRow::new("kept", t, batch, policy, ratio);
+        let Some(mut cache) = unless_exhausted(|| self.ragged(t, batch, policy, ratio))? else {
+            return Ok(row);
+        };
         let timed = self.clock.time(Row::new("kept", t, 0.0), || {
             cache.rewind();
             let mut id_b1 = self.first(batch);
@@ -166,8 +174,8 @@ impl Bench<'_> {
         Ok(row.timed(&timed, attention, [held, cache.bytes() - held]))
     }
 
-    fn ragged(&self, t: usize, batch: usize, ratio: f64) -> Result<RaggedCache> {
-        let keep = Keep { budget: Budget::Ratio(RetentionRatio::new(ratio)?), policy: Policy::Pair };
+    fn ragged(&self, t: usize, batch: usize, policy: Policy, ratio: f64) -> Result<RaggedCache> {
+        let keep = Keep { budget: Budget::Ratio(RetentionRatio::new(ratio)?), policy, budgets: None };
         let shape = self.model.shape();
         let options = (Kind::Float, self.model.device());
         let one = |index: usize| -> Result<RaggedCache> {
@@ -197,12 +205,13 @@ impl Bench<'_> {
 }
 
 impl DecodeRow {
-    fn new(what: &'static str, context: usize, batch: usize, retain: f64) -> Self {
+    fn new(what: &'static str, context: usize, batch: usize, policy: Policy, retain: f64) -> Self {
         Self {
             what,
             context,
             batch,
             retain,
+            policy,
             tokens_per_s: None,
             step_s: None,
             attention_s: None,
@@ -249,8 +258,9 @@ fn text(report: &Report) -> String {
     );
     let _ = writeln!(
         out,
-        "  {:<11} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6} {:>11}",
+        "  {:<11} {:<12} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6} {:>11}",
         "",
+        "policy",
         "context",
         "batch",
         "kept",
@@ -270,8 +280,9 @@ fn text(report: &Report) -> String {
         let times = |x: Option<f64>| x.map_or_else(dash, |x| format!("{x:.2}"));
         let _ = writeln!(
             out,
-            "  {:<11} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6} {:>11}",
+            "  {:<11} {:<12} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6} {:>11}",
             r.what,
+            if r.retain < 1.0 { r.policy.name() } else { "" },
             r.context,
             r.batch,
             r.retain,

@@ -167,8 +167,9 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn keep(&self) -> Result<Keep> {
-        Ok(Keep { budget: Budget::Ratio(RetentionRatio::new(RETAIN)?), policy: Policy::Pair })
+    fn keep(&self) -> Result<Keep<'static>> {
+        let budget = Budget::Ratio(RetentionRatio::new(RETAIN)?);
+        Ok(Keep { budget, policy: Policy::Pair, budgets: None })
     }
 
     /// The target without a proxy: `prefill`, and `KVzip` to the same kind of pruned cache.

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use pkv_checkpoint::read_tensors;
+use pkv_checkpoint::{BUDGETS_FILE, read_tensors};
 use pkv_core::hinted;
 use pkv_eval::{CONTEXTS_FOLDER, Columns};
 use pkv_recipe::plan::human_bytes;
@@ -117,7 +117,7 @@ fn json(path: &Path) -> Result<Option<String>> {
         run(dir).map(Some)
     } else if name == "state.json" {
         checkpoint(dir).map(Some)
-    } else if name == "config.json" && dir.join("parity.safetensors").is_file() {
+    } else if (name == "config.json" || name == BUDGETS_FILE) && dir.join("parity.safetensors").is_file() {
         export(dir).map(Some)
     } else if name == "config.json" {
         model(dir).map(Some)

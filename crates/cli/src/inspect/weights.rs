@@ -5,7 +5,9 @@ use std::path::Path;
 
 use anyhow::Result;
 use pkv_checkpoint::{CheckpointInfo, CheckpointStore, Export, ExportConfig};
+use pkv_core::RetentionRatio;
 use pkv_lm::{LmConfig, TextTokenizer};
+use pkv_prune::HeadBudgets;
 use pkv_recipe::plan::{human_bytes, human_count};
 
 use super::{Lines, choices, short};
@@ -71,7 +73,29 @@ pub fn export(dir: &Path) -> Result<String> {
     for (name, file) in &config.files {
         out.add(name, format!("{}, sha256 {}, matches", human_bytes(file.bytes), short(&file.sha256)));
     }
+    if let Some(budgets) = export.budgets() {
+        head_budgets(&mut out, budgets, config.target.shape.kv_heads)?;
+    }
     Ok(out.text)
+}
+
+/// What each head keeps of a long context under `pair-budget`: what a server has to allocate, beside the chat template's
+/// prefix and the tokens that follow.
+fn head_budgets(out: &mut Lines, budgets: &HeadBudgets, kv_heads: usize) -> Result<()> {
+    const POSITIONS: usize = 32_768;
+    for ratio in [0.2, 0.1] {
+        let kept = RetentionRatio::new(ratio)?.count(budgets.heads() * POSITIONS);
+        out.block(&format!(
+            "head budgets of {} training contexts, policy pair-budget: positions kept of {POSITIONS} at {}%, by KV head",
+            budgets.contexts(),
+            100.0 * ratio
+        ));
+        for (layer, counts) in budgets.counts(kept, POSITIONS).chunks(kv_heads).enumerate() {
+            let cells: String = counts.iter().map(|n| format!("{n:>7}")).collect();
+            out.add(&format!("layer {layer}"), cells);
+        }
+    }
+    Ok(())
 }
 
 pub fn model(dir: &Path) -> Result<String> {

@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 use pkv_checkpoint::write_tensors;
 use pkv_core::{Fingerprint, Source, Split, sha256_hex};
 use pkv_data::{FactContext, fact_contexts};
-use pkv_eval::{Asked, EvalInputs, RESULTS_FILE, Results};
-use pkv_recipe::Task;
+use pkv_eval::{Asked, Budgets, EvalInputs, RESULTS_FILE, Results};
+use pkv_recipe::{PruneSection, Recipe, Task};
 use pkv_shard::durable::WriteBudget;
 use pkv_shard::{Example, StageReader};
 use serde_json::json;
@@ -87,6 +87,10 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         label: &s.recipe.label,
         extract: &s.recipe.extract,
         pool: trained.pool,
+        budgets: match &trained.budgets {
+            Some(budgets) => Budgets::Given(budgets),
+            None => Budgets::Learned(s.recipe.prune.budget_contexts),
+        },
         seed: s.recipe.seed,
         fingerprint,
         base: base.clone(),
@@ -117,7 +121,18 @@ fn fingerprint(s: &Session, trained: &Trained) -> Fingerprint {
         .with("eval", &s.recipe.eval)
         .with("seed", s.recipe.seed)
         .with("source", &trained.source);
-    prepare::with_places(fingerprint, &s.recipe)
+    with_budgets(prepare::with_places(fingerprint, &s.recipe), &s.recipe, trained)
+}
+
+/// `fingerprint` with the choice of head budgets; the usual one is what fingerprints without it mean.
+fn with_budgets(fingerprint: Fingerprint, recipe: &Recipe, trained: &Trained) -> Fingerprint {
+    match &trained.budgets {
+        Some(of_export) => {
+            fingerprint.with("budgets", sha256_hex(format!("{:?}", of_export.shares()).as_bytes()))
+        }
+        None if recipe.prune == PruneSection::default() => fingerprint,
+        None => fingerprint.with("prune", &recipe.prune),
+    }
 }
 
 /// What the numbers of every task depend on: the mapper's weights, the stages that were read, the seed.
@@ -135,7 +150,7 @@ fn base(s: &Session, upstream: &train::Upstream, trained: &Trained) -> Result<Fi
         .with("weights", sha256_hex(&weights))
         .with("stages", &upstream.fingerprint)
         .with("seed", s.recipe.seed);
-    Ok(prepare::with_places(fingerprint, &s.recipe))
+    Ok(with_budgets(prepare::with_places(fingerprint, &s.recipe), &s.recipe, trained))
 }
 
 fn test_examples(s: &Session) -> Result<Vec<Example>> {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use pkv_checkpoint::{
-    CardTable, DataSource, EXPORT_VERSION, Export, ExportConfig, Licences, ModelCard, ModelIdentity, Parity,
-    StageCost,
+    Beside, CardTable, DataSource, EXPORT_VERSION, Export, ExportConfig, Licences, ModelCard, ModelIdentity,
+    Parity, StageCost,
 };
 use pkv_core::{Policy, Split};
 use pkv_eval::{RESULTS_FILE, Results};
@@ -29,18 +29,21 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let results = Results::read(&s.run.eval().join(RESULTS_FILE)).ok();
     let config = config(s, &upstream, &trained);
     let card = card(s, results.as_ref())?;
+    let contexts = s.recipe.prune.budget_contexts;
+    let budgets = pkv_eval::learn_budgets(&s.run.examples(), &s.run.labels(), contexts, s.device)?;
     if let Ok(old) = Export::read(&folder) {
         let card_is_current =
             std::fs::read_to_string(folder.join("README.md")).is_ok_and(|t| t == card.render(&config));
         let same = ExportConfig { files: BTreeMap::new(), ..old.config().clone() } == config;
-        if same && card_is_current {
+        if same && card_is_current && old.budgets() == Some(&budgets) {
             return Ok(Outcome::Skipped(format!("`{}` holds this mapper and its results", folder.display())));
         }
     }
     let parity = parity(s, &trained)?;
     let hidden = hidden::read(s, &upstream.target, &upstream.examples, tch::Device::Cpu)?;
     let extra = hidden.map(|hidden| hidden.tensors()).unwrap_or_default();
-    Export::write(&folder, &config, &trained.mapper, &extra, &card, &parity)?;
+    let beside = Beside { tensors: &extra, budgets: Some(&budgets) };
+    Export::write(&folder, &config, &trained.mapper, beside, &card, &parity)?;
     Ok(Outcome::Done(json!({"folder": folder, "step": trained.step})))
 }
 
@@ -100,19 +103,24 @@ fn card(s: &Session, results: Option<&Results>) -> Result<ModelCard> {
         })
         .collect();
     let tables = results.map_or_else(Vec::new, |r| {
-        [
+        let answers = Policy::ALL.into_iter().map(|policy| {
+            let name = policy.name();
+            let caption = format!(
+                "Questions answered from the pruned cache, policy `{name}`, percent with 95% intervals"
+            );
+            (caption, pkv_eval::table::answers_table(r, policy))
+        });
+        let recall = [
             (
-                "Questions answered from the pruned cache, policy `pair`, percent with 95% intervals",
-                pkv_eval::table::answers_table(r, Policy::Pair),
-            ),
-            (
-                "Recall of KVzip's kept set, policy `pair`, percent",
+                "Recall of KVzip's kept set, policy `pair`, percent".to_owned(),
                 pkv_eval::table::recall_table(r, Policy::Pair),
             ),
-        ]
-        .into_iter()
-        .filter_map(|(caption, table)| card_table(caption, &table?))
-        .collect()
+            (
+                "What a policy costs: recall of what KVzip keeps under `pair`, percent".to_owned(),
+                pkv_eval::table::policy_table(r),
+            ),
+        ];
+        answers.chain(recall).filter_map(|(caption, table)| card_table(&caption, &table?)).collect()
     });
     let export = &s.recipe.export;
     let licences = Licences {
