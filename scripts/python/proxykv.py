@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 EXPORT_VERSION = 2
-POLICIES = ("pair", "pair-uniform", "token")
+POLICIES = ("pair", "pair-uniform", "pair-budget", "token")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def export_folder(source: str | Path, revision: str | None = None) -> Path:
         raise FileNotFoundError(f"there is no export at `{source}`: expected a folder or a hub name `owner/name`")
     from huggingface_hub import snapshot_download
 
-    files = ["config.json", "model.safetensors", "parity.safetensors"]
+    files = ["config.json", "model.safetensors", "parity.safetensors", "budgets.json"]
     return Path(snapshot_download(str(source), revision=revision, allow_patterns=files))
 
 
@@ -373,6 +373,12 @@ def check_parity(source: str | Path, revision: str | None = None) -> float:
 # Keep masks (crates/prune)
 
 
+NO_BUDGETS = (
+    "policy `pair-budget` needs head budgets, and the export has none; write it again with `proxykv-train export`, "
+    "or use `pair-uniform`"
+)
+
+
 def kept_count(n: int, retention: float) -> int:
     """How many of `n` KV pairs a retention ratio keeps: rounded half up, at least one."""
     if not 0.0 < retention <= 1.0:
@@ -382,17 +388,99 @@ def kept_count(n: int, retention: float) -> int:
     return min(n, max(min(n, 1), count + (exact - count >= 0.5)))
 
 
-def keep_mask(scores_lht: torch.Tensor, policy: str, retention: float) -> torch.Tensor:
+class HeadBudgets(NamedTuple):
+    """How many positions each KV head keeps under the policy `pair-budget`: an export's `budgets.json`.
+
+    Shares of a head's positions, at retention ratios, both in parts per million; between two ratios interpolated.
+    """
+
+    ratios: list[int]
+    # By ratio and head, layers x KV heads.
+    shares: list[list[int]]
+
+    @classmethod
+    def read(cls, source: str | Path, revision: str | None = None) -> HeadBudgets | None:
+        """Those of an export (folder or hub name); None where it is older than budgets are."""
+        folder = export_folder(source, revision)
+        path = folder / "budgets.json"
+        if not path.is_file():
+            return None
+        file = json.loads(path.read_text(encoding="utf-8"))
+        if file.get("schema_version") != 1:
+            raise ValueError(f"`{path}`: expected version 1, found {file.get('schema_version')}")
+        shares = [[share for layer in row for share in layer] for row in file["shares"]]
+        sizes = [file["contexts"], file["layers"], file["kv_heads"]]
+        lines = [file["model_sha256"], *(" ".join(map(str, row)) for row in [sizes, file["ratios"], *shares])]
+        found = hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+        if found != file["sha256"]:
+            raise ValueError(f"`{path}` is damaged: expected SHA-256 {file['sha256']}, found {found}")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if file["model_sha256"] != config["files"]["model.safetensors"]["sha256"]:
+            raise ValueError(f"`{path}` belongs to the weights of another export")
+        return cls(file["ratios"], shares)
+
+    def counts(self, kept: int, positions: int) -> list[int]:
+        """Positions that each head keeps of `positions`, `kept` pairs in all; it depends on nothing else."""
+        heads = len(self.shares[0])
+        at = kept / float(heads * positions) * 1e6 if positions else 0.0
+        high = next((i for i, ratio in enumerate(self.ratios) if ratio >= at), len(self.ratios) - 1)
+        start, low = (self.ratios[high - 1], self.shares[high - 1]) if high else (0, [0] * heads)
+        way = (at - start) / (float(self.ratios[high]) - start)
+        return _apportion([a + (float(b) - a) * way for a, b in zip(map(float, low), self.shares[high])], kept, positions)
+
+
+def _apportion(weights: list[float], total: int, cap: int) -> list[int]:
+    """`total` in proportion to `weights`, at most `cap` to each; rounded by largest remainder, then the lower index.
+
+    The same operations in the same order as in Rust: all readers count alike.
+    """
+    quota, full, left = [0.0] * len(weights), [False] * len(weights), total
+    while True:
+        still = [o for o in range(len(weights)) if not full[o]]
+        weight = 0.0
+        for o in still:  # `sum` compensates for rounding
+            weight += weights[o]
+        for o in still:
+            quota[o] = left * weights[o] / weight if weight > 0.0 else left / len(still)
+        beyond = [o for o in still if quota[o] > cap]
+        if not beyond:
+            break
+        for o in beyond:
+            full[o], quota[o] = True, float(cap)
+            left = max(0, left - cap)
+    counts = [math.floor(q) for q in quota]
+    order = sorted(range(len(weights)), key=lambda o: math.floor(quota[o]) - quota[o])
+    rest = max(0, total - sum(counts))
+    while rest > 0 and min(counts) < cap:
+        for o in order:
+            if rest > 0 and counts[o] < cap:
+                counts[o], rest = counts[o] + 1, rest - 1
+    return counts
+
+
+def keep_mask(
+    scores_lht: torch.Tensor, policy: str, retention: float, budgets: HeadBudgets | None = None
+) -> torch.Tensor:
     """The KV pairs that stay, bool of the scores' shape `[.., positions]`; of equal scores the lower index.
 
-    `pair`: all pairs compete; `pair-uniform`: the positions of each head; `token`: the positions, by the mean over
-    heads of their rank. The count is exact: `kept_count` of what competes.
+    `pair`: all pairs compete; `pair-uniform`: the positions of each head; `pair-budget`: the same, with as many of each
+    head as `budgets` say, and in all as many as `pair`; `token`: the positions, by the mean over heads of their rank.
+    The count is exact: `kept_count` of what competes.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy `{policy}` is not known; expected one of {', '.join(POLICIES)}")
     shape, t = scores_lht.shape, scores_lht.shape[-1]
     if policy == "pair":
         return top_mask(scores_lht.reshape(1, -1), kept_count(scores_lht.numel(), retention)).reshape(shape)
+    if policy == "pair-budget":
+        if budgets is None:
+            raise ValueError(NO_BUDGETS)
+        scores_ot = scores_lht.reshape(-1, t)
+        if scores_ot.shape[0] != len(budgets.shares[0]):
+            raise ValueError(f"head budgets are for {len(budgets.shares[0])} KV heads, the scores have {scores_ot.shape[0]}")
+        counts = budgets.counts(kept_count(scores_lht.numel(), retention), t)
+        rows = [top_mask(scores_ot[o : o + 1], k) for o, k in enumerate(counts)]
+        return torch.cat(rows).reshape(shape)
     k = kept_count(t, retention)
     if policy == "pair-uniform":
         return top_mask(scores_lht.reshape(-1, t), k).reshape(shape)
@@ -900,9 +988,14 @@ class ProxyKV:
         proxy: nn.Module | None = None,
         tokenizer=None,
         hidden: tuple[torch.Tensor, torch.Tensor] | None = None,
+        budgets: HeadBudgets | None = None,
     ):
-        """`hidden`: weight `[l, d, h]` and bias `[l, h]` that the channel `hidden_linear` of the target needs."""
+        """`hidden`: weight `[l, d, h]` and bias `[l, h]` that the channel `hidden_linear` of the target needs.
+
+        `budgets` are needed by the policy `pair-budget`.
+        """
         self.config, self.mapper, self.proxy, self.tokenizer, self.hidden = config, mapper, proxy, tokenizer, hidden
+        self.budgets = budgets
         self.sources = source_sections(config["extract"])
         if ("proxy" in self.sources) != (proxy is not None):
             raise ValueError(f"the mapper reads features of {', '.join(self.sources)}; a proxy was {'' if proxy else 'not '}given")
@@ -948,10 +1041,11 @@ class ProxyKV:
         mapper = HybridAxialMapper.from_export(folder, verify=False).to(device or "cpu")
         tensors = read_tensors(folder / "model.safetensors")
         hidden = tuple(tensors[name] for name in ("hidden.weight_lmh", "hidden.bias_lh") if name in tensors)
+        budgets = HeadBudgets.read(folder)
         if "proxy" not in source_sections(config["extract"]):
             if proxy is not None:
                 raise ValueError(f"the mapper reads the target alone; leave the proxy `{proxy}` out")
-            return cls(config, mapper, hidden=hidden or None)
+            return cls(config, mapper, hidden=hidden or None, budgets=budgets)
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         named = config["proxy"]
@@ -971,7 +1065,7 @@ class ProxyKV:
         model = AutoModelForCausalLM.from_pretrained(
             proxy, dtype=dtype, trust_remote_code=False, use_safetensors=True, **pinned
         )
-        return cls(config, mapper, model.to(device or "cpu"), tokenizer, hidden or None)
+        return cls(config, mapper, model.to(device or "cpu"), tokenizer, hidden or None, budgets)
 
     @contextmanager
     def tap(self, target: nn.Module, prefix: int):
@@ -1074,7 +1168,7 @@ class ProxyKV:
         target: nn.Module | Reading | None = None,
     ) -> torch.Tensor:
         """Which of the target's KV pairs stay, bool `[layers, KV heads, prefix + t]`; the prefix always does."""
-        keep_lht = keep_mask(self.scores(ids, prefix, target), policy, retention)
+        keep_lht = keep_mask(self.scores(ids, prefix, target), policy, retention, self.budgets)
         return torch.cat([torch.ones(*keep_lht.shape[:2], prefix, dtype=torch.bool, device=keep_lht.device), keep_lht], -1)
 
     def check_target(self, model: nn.Module) -> None:
@@ -1103,13 +1197,13 @@ def evict(model: nn.Module, cache, keep_lhk: torch.Tensor) -> None:
     """Evict what `keep_lhk` (bool `[layers, KV heads, cached positions]`) leaves out, of a cache of batch 1.
 
     Where all heads keep equally many pairs (policies `pair-uniform` and `token`), the cache really shrinks. Where
-    they do not (`pair`), it keeps its size and the attention patch that importing kvpress installs hides the evicted
+    they do not (`pair`, `pair-budget`), it keeps its size and the attention patch that importing kvpress installs hides the evicted
     pairs, as with its AdaKV and KVzip presses. Go on at position `keep_lhk.shape[-1]`.
     """
     counts = keep_lhk.sum(-1)
     shrinks = bool((counts == counts[0, 0]).all()) and not hasattr(cache.layers[0], "_quantized_keys")
     if not shrinks and model.config._attn_implementation == "eager":
-        raise ValueError("policy `pair` needs an attention implementation other than `eager`, such as `sdpa`")
+        raise ValueError("heads that keep unequally many pairs need an attention implementation other than `eager`, such as `sdpa`")
     for index, layer in enumerate(model.model.layers):
         held = cache.layers[index]
         layer.self_attn.masked_key_indices = None
@@ -1147,7 +1241,8 @@ def _make_press():
         compression_ratio : float
             Share of the context's KV pairs to *remove*, as everywhere in kvpress.
         policy : str
-            `pair` (all pairs compete), `pair-uniform` (the positions of each head), `token` (whole positions).
+            `pair` (all pairs compete), `pair-uniform` (the positions of each head), `pair-budget` (the same, with as many
+            of each head as the export's budgets say), `token` (whole positions).
         proxy : str, optional
             Folder or hub name of the proxy, if not the one that the export names.
         revision : str, optional
@@ -1186,6 +1281,8 @@ def _make_press():
             if self._proxykv is None:
                 device = self.device or model.device
                 self._proxykv = ProxyKV.from_pretrained(self.export, self.proxy, self.revision, device)
+            if self.policy == "pair-budget" and self._proxykv.budgets is None:
+                raise ValueError(NO_BUDGETS)
             self._proxykv.check_target(model)
 
         def prefix_of(self, model, ids: list[int]) -> int:

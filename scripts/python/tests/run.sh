@@ -23,7 +23,7 @@ train() { # COMMAND, then what differs from the demo
 all() { for stage in prepare label extract train export; do train "$stage" "$@"; done; }
 
 # The demo, shorter; all policies are asked for answers.
-demo=(--set train.steps=30 --set eval.contexts=4 --set 'eval.answer_policies=["pair","pair-uniform","token"]')
+demo=(--set train.steps=30 --set eval.contexts=4 --set 'eval.answer_policies=["pair","pair-uniform","pair-budget","token"]')
 all "${demo[@]}"
 train eval "${demo[@]}" --kept 4
 # All channels, short chunks of every kind, KVzip+ labels; the `conv` variant with attention over time.
@@ -35,13 +35,13 @@ train eval "${other[@]}" --kept 2
 # Features of the target alone, with the channel that is fitted to its hidden states.
 own=(--set name=own --set train.steps=30 --set eval.contexts=2 --set 'extract.from=["target"]'
   --set 'extract.target_channels=["max_all","mean_all","max_window","mean_window","max_last","mean_last","key_norm","value_norm","hidden_linear"]'
-  --set 'eval.answer_policies=["pair","pair-uniform","token"]')
+  --set 'eval.answer_policies=["pair","pair-uniform","pair-budget","token"]')
 all "${own[@]}"
 train eval "${own[@]}" --kept 2
 # Of both models, in another order than their channels have, which overlap.
 both=(--set name=both --set train.steps=30 --set eval.contexts=2 --set 'extract.from=["target","proxy"]' --set extract.prefill_chunk_tokens=200
   --set 'extract.target_channels=["key_norm","hidden_linear","mean_last","max_window"]' --set 'extract.globals=["position","surprisal"]'
-  --set 'extract.channels=["recon_log","max_window","max_all","key_norm"]' --set 'eval.answer_policies=["pair","pair-uniform","token"]')
+  --set 'extract.channels=["recon_log","max_window","max_all","key_norm"]' --set 'eval.answer_policies=["pair","pair-uniform","pair-budget","token"]')
 all "${both[@]}"
 train eval "${both[@]}" --kept 2
 # The other variants need no stage before training of their own.

@@ -1,5 +1,6 @@
 """The press in kvpress's pipeline: kept sets and answers equal those of `eval`."""
 
+import copy
 import re
 import unittest
 
@@ -139,6 +140,11 @@ class Press(unittest.TestCase):
         model = pipe().model
         with self.assertRaisesRegex(ValueError, "policy `head` is not known"):
             press(policy="head")
+        made = press(retention=0.1, policy="pair-budget")
+        made._proxykv = copy.copy(made._proxykv)
+        made._proxykv.budgets = None
+        with self.assertRaisesRegex(ValueError, "needs head budgets"), made(model):
+            pass
         with self.assertRaisesRegex(ValueError, "kept share"):
             press(retention=5)
         with self.assertRaisesRegex(ValueError, "not both"):
