@@ -151,10 +151,14 @@ impl ModelCard {
                 ratios.join(", ")
             )
         });
+        let of = match c.train.auto() {
+            None => format!(" of {}", c.train.most_steps()),
+            Some(_) => format!(" ({})", c.train.steps_in_words()),
+        };
         writeln!(
             out,
-            "Step {} of {}, batches of {} contexts, AdamW with peak learning rate {}, seed {}: {validation}.",
-            c.step, c.train.steps, c.train.batch, c.train.lr, c.seed.0
+            "Step {}{of}, batches of {} contexts, AdamW with peak learning rate {}, seed {}: {validation}.",
+            c.step, c.train.batch, c.train.lr, c.seed.0
         )?;
 
         self.write_cost(out)?;

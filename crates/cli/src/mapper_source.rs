@@ -59,9 +59,10 @@ pub fn from_checkpoint(s: &Session, upstream: &Upstream) -> Result<Trained> {
             "run `proxykv-train train --redo train`, or undo the change of the recipe"
         )
     );
+    let asked = &s.recipe.train;
     ensure!(
-        last.step >= s.recipe.train.steps,
-        hinted(format!("training has come to step {} of {}", last.step, s.recipe.train.steps), train)
+        pkv_train::Schedule::restore(asked, &last.extra)?.is_done(last.step),
+        hinted(format!("training has come to step {} of {}", last.step, asked.steps_in_words()), train)
     );
     let mut tensors: NamedTensors = state.weights();
     tensors.extend(state.buffers.iter().map(|(n, t)| (n.clone(), t.shallow_clone())));

@@ -26,4 +26,5 @@ pub use section::loss::{FineLoss, LossSection};
 pub use section::mapper::{MapperSection, Variant};
 pub use section::model::{DtypeName, ModelSection};
 pub use section::prune::PruneSection;
+pub use section::steps::{AutoSteps, Steps};
 pub use section::train::{TargetPool, TrainDtype, TrainSection};

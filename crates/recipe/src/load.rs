@@ -207,6 +207,13 @@ impl Recipe {
         self.loss.check()?;
         self.train.check()?;
         self.prune.check()?;
+        ensure!(
+            self.train.auto().is_none() || self.data.validation > 0,
+            hinted(
+                "`train.steps` is `auto`, and `data.validation` is 0: nothing would end the training",
+                "ask for validation examples, or set `train.steps` to a number"
+            )
+        );
         self.eval.check()
     }
 

@@ -78,7 +78,9 @@ fn hint(message: &str, set: Option<(&str, &str)>) -> String {
     }
     let expected = message.rsplit_once("expected ").map_or("", |(_, expected)| expected.trim());
     let list = expected.starts_with("a sequence") || expected.contains("array");
-    let number = ["u8", "u16", "u32", "u64", "usize", "i32", "i64"].contains(&expected);
+    let or_auto = if expected.ends_with(" or `auto`") { ", or `auto`" } else { "" };
+    let first = expected.trim_end_matches(" or `auto`");
+    let number = ["u8", "u16", "u32", "u64", "usize", "i32", "i64"].contains(&first);
     match set {
         Some((key, value)) if list => {
             format!("a list has brackets, and texts in it have quotes: `--set '{key}={}'`", as_list(value))
@@ -86,7 +88,9 @@ fn hint(message: &str, set: Option<(&str, &str)>) -> String {
         Some((key, value)) if expected == "a string" => {
             format!("a text has quotes: `--set '{key}=\"{value}\"'`")
         }
-        Some((key, _)) if number => format!("write a whole number that is not negative: `--set {key}=3`"),
+        Some((key, _)) if number => {
+            format!("write a whole number that is not negative: `--set {key}=3`{or_auto}")
+        }
         Some((key, _)) if expected.starts_with('f') => format!("write a number: `--set {key}=0.5`"),
         Some((key, _)) if expected == "a boolean" => {
             format!("write `--set {key}=true` or `--set {key}=false`")

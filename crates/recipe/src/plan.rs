@@ -28,6 +28,8 @@ pub struct Plan {
     pub target: ModelPlan,
     pub proxy: ModelPlan,
     pub mapper: MapperPlan,
+    /// A number, or `auto` and the most, which is what the stage's figures count.
+    pub train_steps: String,
     /// In the order they run.
     pub stages: Vec<StagePlan>,
     /// What the mapper is made for, at the longest window.
@@ -122,7 +124,8 @@ impl Plan {
         let proxy = model_plan(&recipe.proxy, &machine);
         let infer = infer(recipe, longest, &machine, &mapper_cost);
         let notes = target_reads(recipe).into_iter().collect();
-        Self { name: recipe.name.clone(), machine, target, proxy, mapper, stages, infer, notes }
+        let train_steps = recipe.train.steps_in_words();
+        Self { name: recipe.name.clone(), machine, target, proxy, mapper, train_steps, stages, infer, notes }
     }
 
     pub fn stage(&self, name: &str) -> Option<&StagePlan> {
@@ -243,6 +246,10 @@ window_tokens = [2048, 8192]
         // 8.03 G parameters, no more than the untied embeddings.
         assert!((plan.target.parameters as f64 / 8.03e9 - 1.0).abs() < 0.01);
         assert_eq!(plan.stage("train").unwrap().examples, 1500 * 16);
+        assert!(plan.table().contains("train   steps: 1500\n"));
+        let auto = Plan::new(&recipe(&["train.steps=auto", "train.max_steps=700"]), Machine::h200());
+        assert_eq!(auto.stage("train").unwrap().examples, 700 * 16);
+        assert!(auto.table().contains("train   steps: auto, at most 700\n"), "{}", auto.table());
     }
 
     #[test]

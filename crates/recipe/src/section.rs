@@ -11,4 +11,5 @@ pub mod loss;
 pub mod mapper;
 pub mod model;
 pub mod prune;
+pub mod steps;
 pub mod train;

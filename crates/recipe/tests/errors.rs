@@ -3,7 +3,7 @@
 use std::fs;
 
 use pkv_core::Hinted;
-use pkv_recipe::{Recipe, load, load_manifest};
+use pkv_recipe::{AutoSteps, Recipe, Steps, load, load_manifest};
 
 const RECIPE: &str = r#"
 name = "pair"
@@ -98,6 +98,53 @@ fn training_keys_have_ranges() {
 }
 
 #[test]
+fn steps_are_a_number_or_auto() {
+    let train = |overrides: &[&str]| overridden(overrides).map(|recipe| recipe.train);
+    let auto = train(&["train.steps=auto"]).unwrap();
+    assert_eq!((auto.steps, auto.most_steps()), (Steps::Auto, 20_000));
+    assert_eq!(auto.steps_in_words(), "auto, at most 20000");
+    assert_eq!(train(&["train.steps=\"auto\""]).unwrap(), auto);
+    let set =
+        ["train.steps=auto", "train.max_steps=90", "train.patience=2", "train.min_gain=0.5", "train.decay=1"];
+    let AutoSteps { max_steps, patience, min_gain, decay } = train(&set).unwrap().auto().unwrap();
+    assert_eq!((max_steps, patience, min_gain, decay), (90, 2, 0.5, 1.0));
+    // What is resolved is read back.
+    let resolved = overridden(&set).unwrap();
+    let text = resolved.to_toml();
+    assert!(text.contains("steps = \"auto\""), "{text}");
+    assert_eq!(toml::from_str::<pkv_recipe::Recipe>(&text).unwrap().train, resolved.train);
+
+    // Choices: a number is written as before, whatever `auto` would go by; a default of `auto` is spelt out.
+    let number = train(&["train.patience=2"]).unwrap();
+    assert_eq!(number.choices(), train(&[]).unwrap());
+    let written = serde_json::to_value(number.choices()).unwrap();
+    assert_eq!(written["steps"], 1500);
+    for key in ["max_steps", "patience", "min_gain", "decay"] {
+        assert!(written.get(key).is_none(), "`{key}` is new in the fingerprint of an old recipe");
+        assert!(serde_json::to_value(auto.choices()).unwrap().get(key).is_some(), "`{key}` is missing");
+    }
+    assert_eq!(auto.choices(), train(&["train.steps=auto", "train.patience=4"]).unwrap().choices());
+
+    for (assignment, expected) in [
+        ("train.max_steps=0", "`train.max_steps` is 0"),
+        ("train.patience=0", "`train.patience` is 0"),
+        ("train.min_gain=-0.1", "`train.min_gain` is -0.1"),
+        ("train.min_gain=nan", "`train.min_gain` is NaN"),
+        ("train.decay=0", "`train.decay` is 0"),
+        ("train.decay=1.5", "`train.decay` is 1.5"),
+        ("data.validation=0", "nothing would end the training"),
+    ] {
+        let (text, hint) = texts(overridden(&["train.steps=auto", assignment]));
+        assert!(text.contains(expected) && !hint.is_empty(), "{assignment}: {text}; {hint}");
+    }
+    for wrong in ["Auto", "automatic", "-1", "1.5", "[]"] {
+        let (text, hint) = texts(overridden(&[&format!("train.steps={wrong}")]));
+        assert!(text.contains("expected u64 or `auto`"), "{wrong}: {text}");
+        assert!(hint.contains("`--set train.steps=3`, or `auto`"), "{wrong}: {hint}");
+    }
+}
+
+#[test]
 fn assignments_of_the_wrong_type_are_answered_with_the_right_form() {
     for (assignment, expected) in [
         ("eval.methods=mapper", r#"`--set 'eval.methods=["mapper"]'`"#),
@@ -140,7 +187,7 @@ fn overrides_reach_every_section_and_need_no_quotes() {
         "seed=9",
     ])
     .unwrap();
-    assert_eq!((recipe.train.steps, recipe.seed.0, recipe.proxy.shape.layers), (7, 9, 3));
+    assert_eq!((recipe.train.most_steps(), recipe.seed.0, recipe.proxy.shape.layers), (7, 9, 3));
     assert_eq!(recipe.data.window_tokens, [300, 400]);
     assert_eq!(recipe.target.model, "models/other folder");
     assert_eq!((recipe.train.target_pool.width, recipe.train.target_pool.blend), (5, 0.5));
@@ -278,7 +325,7 @@ fn a_recipe_may_be_based_on_another() {
     put("tries/shorter.toml", "base = \"short.toml\"\nname = \"shorter\"\n[train]\nbatch = 3\n");
     let recipe = load(&dir.path().join("tries/shorter.toml"), &["train.batch=4".to_owned()]).unwrap();
     assert_eq!((recipe.name.as_str(), recipe.data.train, recipe.data.validation), ("shorter", 5, 2));
-    assert_eq!((recipe.train.steps, recipe.train.batch), (7, 4));
+    assert_eq!((recipe.train.most_steps(), recipe.train.batch), (7, 4));
     assert!(recipe.path.ends_with("tries/shorter.toml"));
 
     put("wrong.toml", "base = \"pair.toml\"\nname = \"wrong\"\ntrain.stepps = 7\n");

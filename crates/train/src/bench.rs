@@ -113,7 +113,7 @@ pub fn bench(o: &BenchOptions) -> Result<BenchReport> {
     cuda.map_or(Ok(()), pkv_gpu::reset_peak)?;
     let mut step = 0;
     let mut learn = |batch: &Loaded| -> Result<u64> {
-        let _ = stepper.step(&mapper, &mut optimizer, batch, step)?;
+        let _ = stepper.step(&mapper, &mut optimizer, batch, step, o.train.lr)?;
         step += 1;
         Ok(batch.tokens())
     };

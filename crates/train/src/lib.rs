@@ -31,5 +31,5 @@ pub use bench::{BenchOptions, BenchReport, bench};
 pub use dataset::{Context, Dataset};
 pub use journal::METRICS_FILE;
 pub use run::{TrainInputs, TrainSummary, is_complete, train};
-pub use schedule::learning_rate;
+pub use schedule::Schedule;
 pub use validate::{Ranking, VALIDATION_RATIOS, Validation, Validator};

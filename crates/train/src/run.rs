@@ -21,7 +21,7 @@ use crate::dataset::{Dataset, Samples};
 use crate::journal::Journal;
 use crate::loader::{Loaded, Loader};
 use crate::optimizer::Optimizer;
-use crate::schedule::learning_rate;
+use crate::schedule::Schedule;
 use crate::start::{resume, start};
 use crate::step::{Stepper, Tf32, number_format};
 use crate::tensorboard::EventFile;
@@ -59,6 +59,11 @@ pub struct TrainSummary {
     pub step: u64,
     /// The recipe's steps are done; false if it was asked to stop.
     pub finished: bool,
+    /// What the recipe asks for: a number, or `auto` and the most.
+    pub steps: String,
+    /// Steps done when the learning rate began to decay, if the steps are `auto` and it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay_from: Option<u64>,
     /// Trained numbers.
     pub parameters: usize,
     /// Step and score of the best validation.
@@ -89,8 +94,9 @@ pub fn is_complete(inputs: &TrainInputs) -> Result<Option<u64>> {
         return Ok(None);
     }
     // Read whole: a damaged last checkpoint is to be made again.
-    let latest = inputs.store()?.latest(Device::Cpu)?;
-    Ok(latest.map(|state| state.step).filter(|&step| step >= inputs.train.steps))
+    let Some(latest) = inputs.store()?.latest(Device::Cpu)? else { return Ok(None) };
+    let done = Schedule::restore(inputs.train, &latest.extra)?.is_done(latest.step);
+    Ok(done.then_some(latest.step))
 }
 
 /// Train until the recipe's steps are done or `stop` is raised, from the last checkpoint if there is one.
@@ -110,7 +116,7 @@ pub fn train(
     let store = inputs.store()?;
     let dataset = Dataset::open(inputs.examples, inputs.labels, &inputs.features)?;
     let mut run = Run::open(inputs, &store, &dataset, device, progress)?;
-    let (first, steps) = (run.step, inputs.train.steps);
+    let (first, most) = (run.step, run.schedule.most());
     let _tf32 = Tf32::set(number_format(inputs.train.dtype, dataset.dims(), device))?;
 
     let rows = dataset.training_rows(inputs.train.contexts, inputs.seed);
@@ -128,35 +134,41 @@ pub fn train(
         hinted("every training example is empty", "lower `data.min_tokens` and prepare again")
     );
     tracing::info!(
-        "training {} parameters on {} windows of {} contexts, {} per step, {} steps per epoch, from step {first} of \
-         {steps}",
+        "training {} parameters on {} windows of {} contexts, {} per step, {} steps per epoch, from step {first} of {}",
         run.mapper.parameter_count(),
         batches.windows(),
         rows.len(),
         inputs.train.batch.min(batches.windows()),
-        batches.per_epoch()
+        batches.per_epoch(),
+        inputs.train.steps_in_words()
     );
     let samples = Samples::new(&dataset, inputs.train.target_pool, inputs.train.cache_gb);
     let loader = Loader::new(&samples, &batches, inputs.loss, inputs.training_seed(), device);
-    progress.start("train", steps, first);
+    progress.start("train", most, first);
     std::thread::scope(|threads| -> Result<()> {
         let mut feed = loader.start(
             threads,
             loader.threads(inputs.train.loader_threads, batches.largest()),
             first,
-            steps,
+            most,
         );
-        let mut batch = if first < steps { Some(feed.take()?) } else { None };
+        let mut batch = if run.schedule.is_done(first) { None } else { Some(feed.take()?) };
         while let Some(now) = batch.take() {
             if stop.load(Ordering::Relaxed) {
-                tracing::info!("stopping at step {} of {steps}", run.step);
+                tracing::info!("stopping at step {} of {}", run.step, inputs.train.steps_in_words());
                 return run.save_once();
             }
             let queued = run.queue(&now)?;
             // On its way while the device is busy with this one.
-            batch = if run.step + 1 < steps { Some(feed.take()?) } else { None };
+            batch = if run.step + 1 < run.schedule.most() { Some(feed.take()?) } else { None };
+            let before = run.schedule.most();
             run.settle(queued, now.tokens())?;
             progress.advance(1);
+            if run.schedule.most() != before {
+                // The end is known now.
+                progress.finish();
+                progress.start("train", run.schedule.most(), run.step);
+            }
         }
         Ok(())
         // The feed is dropped here, and the loader's threads end with it.
@@ -165,7 +177,9 @@ pub fn train(
     let steps_done = run.step - first;
     Ok(TrainSummary {
         step: run.step,
-        finished: run.step >= steps,
+        finished: run.schedule.is_done(run.step),
+        steps: inputs.train.steps_in_words(),
+        decay_from: run.schedule.decay_from(),
         parameters: run.mapper.parameter_count(),
         best_step: run.best.map(|b| b.0),
         best_score: run.best.map(|b| b.1),
@@ -185,6 +199,7 @@ struct Run<'a> {
     stepper: Stepper<'a>,
     /// Steps taken.
     step: u64,
+    schedule: Schedule,
     /// Step and score of the best validation.
     best: Option<(u64, f64)>,
     /// Score of this step's validation, if it had one.
@@ -220,12 +235,13 @@ impl<'a> Run<'a> {
             )?,
         };
         let mut optimizer = Optimizer::new(&mapper, inputs.train)?;
-        let (mut step, mut window) = (0, Window::new());
+        let (mut step, mut window, mut schedule) = (0, Window::new(), Schedule::new(inputs.train));
         if let Some(s) = &saved {
             step = s.step;
             optimizer.restore(&s.first_moments, &s.second_moments, &s.ema, step)?;
-            window = Window::restore(&s.extra["window"], device)
-                .with_context(|| format!("cannot continue from the checkpoint of step {step}"))?;
+            let context = || format!("cannot continue from the checkpoint of step {step}");
+            window = Window::restore(&s.extra["window"], device).with_context(context)?;
+            schedule = Schedule::restore(inputs.train, &s.extra).with_context(context)?;
         }
         // Later checkpoints were damaged; their steps come again.
         store.discard_after(step)?;
@@ -234,6 +250,13 @@ impl<'a> Run<'a> {
             rows.filter(|&r| dataset.positions(r) > 0).collect()
         };
         if validation_rows.is_empty() {
+            ensure!(
+                inputs.train.auto().is_none(),
+                hinted(
+                    "`train.steps` is `auto`, and there is no validation example that would end the training",
+                    "raise `data.validation` and prepare again, or set `train.steps` to a number"
+                )
+            );
             tracing::warn!("there are no validation examples: the last checkpoint will count as the best");
         }
         Ok(Self {
@@ -252,6 +275,7 @@ impl<'a> Run<'a> {
             mapper,
             optimizer,
             step,
+            schedule,
             best: store.best_validation()?,
             score: saved.as_ref().and_then(|s| s.validation),
             saved: saved.map(|s| s.step),
@@ -264,29 +288,38 @@ impl<'a> Run<'a> {
 
     /// Queue the next step on the device.
     fn queue(&mut self, batch: &Loaded) -> Result<(LossTerms, Tensor)> {
-        self.stepper.step(&self.mapper, &mut self.optimizer, batch, self.step)
+        let lr = self.schedule.rate(self.step);
+        self.stepper.step(&self.mapper, &mut self.optimizer, batch, self.step, lr)
     }
 
     /// Count a step of `tokens` positions, and do what falls due after it.
     fn settle(&mut self, (loss, norm): (LossTerms, Tensor), tokens: u64) -> Result<()> {
         let train = self.inputs.train;
         self.window.add(&loss, &norm);
+        let lr = self.schedule.rate(self.step);
         self.step += 1;
+        self.schedule.stepped(self.step);
 
-        let due = |every: u64| self.step.is_multiple_of(every) || self.step == train.steps;
+        let due = |every: u64| self.step.is_multiple_of(every) || self.schedule.is_done(self.step);
         let (log, check, save) =
             (due(train.log_every), due(train.validate_every), due(train.checkpoint_every));
         // Reading the means waits for the device: its work is part of the step.
         let means = if log { Some(self.window.take()?) } else { None };
         self.clock.step(tokens);
         if let Some(means) = means {
-            self.log(means)?;
+            self.log(means, lr)?;
         }
         let validation = if check { self.validate()? } else { None };
         self.score = validation.as_ref().map(|v| v.score);
         let better = self.score.is_some_and(|score| self.best.is_none_or(|(_, best)| score > best));
         if let Some(v) = &validation {
             self.report(v, better)?;
+            if self.schedule.validated(self.step, v.score) {
+                let (step, end) = (self.step, self.schedule.most());
+                tracing::info!(
+                    "validation no longer gains at step {step}: the learning rate decays until step {end}"
+                );
+            }
         }
         if save || better {
             self.save_once()?;
@@ -296,9 +329,9 @@ impl<'a> Run<'a> {
     }
 
     /// Write the means since the last log line.
-    fn log(&mut self, means: Means) -> Result<()> {
+    fn log(&mut self, means: Means, lr: f64) -> Result<()> {
         let Means { loss, terms, gradient_norm } = means;
-        let (steps, lr) = (self.inputs.train.steps, learning_rate(self.inputs.train, self.step - 1));
+        let (most, known) = (self.schedule.most(), self.schedule.end().is_some());
         ensure!(
             loss.is_finite() && gradient_norm.is_finite(),
             hinted(
@@ -307,14 +340,16 @@ impl<'a> Run<'a> {
             )
         );
         let (ms, tokens) = self.clock.take();
-        let eta = Duration::from_secs_f64((steps - self.step) as f64 * ms / 1e3);
+        let eta = Duration::from_secs_f64(most.saturating_sub(self.step) as f64 * ms / 1e3);
         tracing::info!(
-            "step {}/{steps} loss {loss:.4} lr {lr:.2e} {ms:.0} ms/step {tokens:.0} tokens/s ETA {}",
+            "step {}/{most} loss {loss:.4} lr {lr:.2e} {ms:.0} ms/step {tokens:.0} tokens/s ETA {}{}",
             self.step,
+            if known { "" } else { "at most " },
             clock_text(eta)
         );
         let best = self.best.map_or(String::new(), |(_, score)| format!(", best {:.1}%", 100.0 * score));
-        self.progress.note(&format!("loss {loss:.3}, {tokens:.0} tokens/s{best}"));
+        let until = if known { "" } else { ", auto" };
+        self.progress.note(&format!("loss {loss:.3}, {tokens:.0} tokens/s{best}{until}"));
         let named: serde_json::Map<String, Value> =
             terms.iter().map(|(name, x)| (name.clone(), json!(x))).collect();
         self.journal.write(&json!({
@@ -381,6 +416,10 @@ impl<'a> Run<'a> {
         let (first_moments, second_moments) = self.optimizer.moments();
         let copy = |x: &[tch::Tensor]| x.iter().map(tch::Tensor::shallow_clone).collect::<Vec<_>>();
         let parameters = self.mapper.parameters().iter();
+        let mut extra = json!({"window": self.window.save()?});
+        if let Some(schedule) = self.schedule.save() {
+            extra["schedule"] = schedule;
+        }
         // The metrics first: a checkpoint must not know of steps that they lack.
         self.journal.sync()?;
         self.store.save(&TrainingState {
@@ -391,7 +430,7 @@ impl<'a> Run<'a> {
             second_moments,
             ema: copy(self.optimizer.ema()),
             validation: self.score,
-            extra: json!({"window": self.window.save()?}),
+            extra,
         })?;
         self.saved = Some(self.step);
         Ok(())

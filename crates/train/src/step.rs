@@ -11,7 +11,6 @@ use tch::{Device, Kind, Tensor};
 
 use crate::loader::Loaded;
 use crate::optimizer::Optimizer;
-use crate::schedule::learning_rate;
 
 /// Steps that the host may be ahead of the device: enough that the device never waits, few enough
 /// that the batches it still needs stay few, and that a step's time is the device's.
@@ -20,7 +19,6 @@ const AHEAD: usize = 2;
 /// How the steps of a run compute.
 pub struct Stepper<'a> {
     loss: &'a LossSection,
-    train: &'a TrainSection,
     seed: Seed,
     device: Device,
     how: Training,
@@ -30,7 +28,7 @@ pub struct Stepper<'a> {
 impl<'a> Stepper<'a> {
     pub fn new(
         loss: &'a LossSection,
-        train: &'a TrainSection,
+        train: &TrainSection,
         dims: MapperDims,
         seed: Seed,
         device: Device,
@@ -45,10 +43,10 @@ impl<'a> Stepper<'a> {
             drop_rows: train.feature_dropout,
             dropout: train.dropout,
         };
-        Self { loss, train, seed, device, how, queued: VecDeque::new() }
+        Self { loss, seed, device, how, queued: VecDeque::new() }
     }
 
-    /// Queue step `step` (from 0). Returns the loss and the gradient's norm, scalars on the device.
+    /// Queue step `step` (from 0) at learning rate `lr`. Returns the loss and the gradient's norm, scalars on the device.
     ///
     /// # Errors
     /// libtorch refuses, or a kernel queued before failed.
@@ -58,6 +56,7 @@ impl<'a> Stepper<'a> {
         optimizer: &mut Optimizer,
         batch: &Loaded,
         step: u64,
+        lr: f64,
     ) -> Result<(LossTerms, Tensor)> {
         if self.how.is_random() {
             // A step's randomness is its own, so that a run continues anywhere.
@@ -68,7 +67,7 @@ impl<'a> Stepper<'a> {
         let pairs = batch.pairs_2bq.as_ref();
         let loss = hybrid_loss_of_pairs(mapper, &scores_bot, &batch.y_bot, self.loss, pairs)?;
         loss.total.backward();
-        let norm = optimizer.step(step, learning_rate(self.train, step))?;
+        let norm = optimizer.step(step, lr)?;
         if self.device.is_cuda() {
             self.queued.push_back(Event::now(self.device)?);
             if self.queued.len() > AHEAD {

@@ -48,7 +48,7 @@ impl Setup {
             },
             loss: LossSection { fine: 0.3, global: 0.1, cosine: 0.3, ..LossSection::default() },
             train: TrainSection {
-                steps: 24,
+                steps: 24.into(),
                 batch: 4,
                 warmup_steps: 3,
                 lr: 5e-3,

@@ -11,13 +11,13 @@ fn of<'a>(metrics: &'a [Value], kind: &str) -> Vec<&'a Value> {
 #[test]
 fn it_learns_what_the_ridge_solution_cannot() {
     let mut setup = Setup::new(96, 8);
-    setup.train.steps = 150;
+    setup.train.steps = 150.into();
     // Validation looks at raw labels.
     setup.train.target_pool = TargetPool::OFF;
     (setup.train.validate_every, setup.train.log_every, setup.train.checkpoint_every) = (75, 10, 75);
     let summary = setup.finish("run").unwrap();
     setup.mapper.variant = Variant::Linear;
-    setup.train.steps = 1;
+    setup.train.steps = 1.into();
     setup.train.lr = 1e-9;
     let linear = setup.finish("linear").unwrap();
     let (trained, ridge) = (summary.best_score.unwrap(), linear.best_score.unwrap());
@@ -37,7 +37,7 @@ fn every_variant_and_loss_trains() {
             let mut setup = Setup::new(9, 2);
             setup.mapper.variant = variant;
             setup.mapper.linear_skip = lean;
-            setup.train.steps = 3;
+            setup.train.steps = 3.into();
             if lean {
                 // The binary term off: its learned scales get no gradient, and must not be missed.
                 setup.loss.binary = 0.0;
@@ -57,7 +57,7 @@ fn every_variant_and_loss_trains() {
 #[test]
 fn bf16_stages_learn_as_f32_ones_do() {
     let mut setup = Setup::new(48, 8);
-    setup.train.steps = 60;
+    setup.train.steps = 60.into();
     (setup.train.validate_every, setup.train.log_every, setup.train.checkpoint_every) = (60, 10, 60);
     let mut of_dtype = |dtype: TrainDtype| {
         setup.train.dtype = dtype;
@@ -124,7 +124,7 @@ fn without_validation_the_last_checkpoint_counts() {
 #[test]
 fn the_training_seed_changes_the_training_alone() {
     let mut setup = Setup::new(12, 3);
-    (setup.train.contexts, setup.train.steps) = (Some(6), 7);
+    (setup.train.contexts, setup.train.steps) = (Some(6), 7.into());
     let mut losses = |run: &str, seed: Option<u64>| {
         setup.train.seed = seed.map(pkv_core::Seed);
         setup.finish(run).unwrap();

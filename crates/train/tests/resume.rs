@@ -4,6 +4,8 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use pkv_recipe::Steps;
+
 use crate::common::*;
 
 /// The outcomes of a broken run and of an unbroken one: metrics, and the weights, moments and average
@@ -14,7 +16,8 @@ fn same(setup: &Setup, broken: &str, whole: &str) {
     let ((files, metrics), (expected, expected_metrics)) = (setup.outcome(broken), setup.outcome(whole));
     assert_eq!(metrics, expected_metrics);
     let best = metrics.iter().rfind(|m| m["best"] == true).expect("a validation");
-    for step in [best["step"].as_u64(), Some(setup.train.steps)].into_iter().flatten() {
+    for step in [best["step"].as_u64(), metrics.last().and_then(|m| m["step"].as_u64())].into_iter().flatten()
+    {
         let name = format!("step-{step:06}/model.safetensors");
         assert!(files.contains_key(&name) && expected.contains_key(&name), "{name} is missing");
     }
@@ -64,6 +67,76 @@ fn disturbed_features_and_crops_end_with_the_same_bits() {
     }
     setup.finish("broken").unwrap();
     same(&setup, "broken", "whole");
+}
+
+/// The learning rate falls from step 14 on, for 9 steps: the validation after 7 steps is what the next is measured from, and
+/// no later one gains 90 points.
+fn auto(setup: &mut Setup) {
+    let train = &mut setup.train;
+    train.steps = Steps::Auto;
+    (train.max_steps, train.patience, train.min_gain) = (Some(1000), Some(1), Some(0.9));
+    train.decay = Some(0.6);
+}
+
+#[test]
+fn automatic_steps_end_by_themselves_and_with_the_same_bits_wherever_broken() {
+    let mut setup = Setup::new(26, 5);
+    auto(&mut setup);
+    let whole = setup.finish("whole").unwrap();
+    assert_eq!((whole.step, whole.finished, whole.decay_from), (23, true, Some(14)));
+    assert_eq!(whole.steps, "auto, at most 1000");
+    assert_eq!(setup.is_complete("whole").unwrap(), Some(23));
+    let metrics = setup.metrics("whole");
+    let rates: Vec<f64> = metrics.iter().filter_map(|m| m["lr"].as_f64()).collect();
+    assert_eq!(rates.len(), 5, "steps 5, 10, 15, 20 and 23");
+    assert!(rates[..2].iter().all(|r| *r == setup.train.lr) && rates[1..].windows(2).all(|r| r[0] > r[1]));
+    assert!((rates[4] / setup.train.lr - 0.01).abs() < 1e-9, "{rates:?}");
+    assert_eq!(metrics.iter().filter(|m| m["kind"] == "validation").count(), 4, "the last weights, too");
+
+    for stops in [vec![3], vec![14], vec![13, 15], vec![17, 22]] {
+        let run = format!("stopped-{stops:?}");
+        for &step in &stops {
+            let stop = AtomicBool::new(false);
+            let at = At::new(step, || stop.store(true, Ordering::Relaxed));
+            assert_eq!(setup.run(&run, &at, &stop).unwrap().step, step);
+            assert_eq!(setup.is_complete(&run).unwrap(), None);
+        }
+        let summary = setup.finish(&run).unwrap();
+        assert_eq!((summary.step, summary.best_step), (23, whole.best_step));
+        same(&setup, &run, "whole");
+    }
+    let silent = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    for kills in [vec![6], vec![14, 15], vec![18, 22], vec![23]] {
+        let run = format!("killed-{kills:?}");
+        for &step in &kills {
+            let at = At::new(step, || panic!("killed"));
+            let result = catch_unwind(AssertUnwindSafe(|| setup.run(&run, &at, &AtomicBool::new(false))));
+            assert!(result.is_err(), "not killed at step {step}");
+        }
+        setup.finish(&run).unwrap();
+        same(&setup, &run, "whole");
+    }
+    std::panic::set_hook(silent);
+}
+
+#[test]
+fn automatic_steps_end_at_their_most_while_validation_gains() {
+    let mut setup = Setup::new(26, 5);
+    auto(&mut setup);
+    (setup.train.max_steps, setup.train.patience) = (Some(20), Some(100));
+    let summary = setup.finish("run").unwrap();
+    // 12 steps and 0.6 of them, rounded up.
+    assert_eq!((summary.step, summary.finished, summary.decay_from), (20, true, Some(12)));
+}
+
+#[test]
+fn automatic_steps_without_validation_are_refused() {
+    let mut setup = Setup::new(9, 0);
+    auto(&mut setup);
+    let (text, hint) = told(&setup.finish("run").unwrap_err());
+    assert!(text.contains("no validation example that would end the training"), "{text}");
+    assert!(hint.contains("data.validation"), "{hint}");
 }
 
 /// A panic takes the process out of a step without saving, as a kill does.

@@ -212,6 +212,8 @@ fn any_recipe() -> Option<Value> {
     // Left out of a written recipe where they are absent or at their defaults.
     recipe.train.contexts = Some(1);
     recipe.train.seed = Some(recipe.seed);
+    recipe.train.steps = pkv_recipe::Steps::Auto;
+    recipe.train = recipe.train.choices();
     recipe.label.pack_tokens = Some(1);
     recipe.extract.from = vec![Source::Target, Source::Proxy];
     recipe.extract.target_channels.truncate(1);

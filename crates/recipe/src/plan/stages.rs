@@ -258,15 +258,16 @@ pub fn infer(recipe: &Recipe, tokens: usize, machine: &Machine, mapper: &MapperC
 /// Most elements of one piece's tensor in stage 3 of the mapper.
 const PIECE_ELEMENTS: f64 = (1u64 << 26) as f64;
 
-/// Forward and backward are three forwards; parameters, gradients and both moments are f32.
+/// Forward and backward are three forwards; parameters, gradients and both moments are f32. Steps that are `auto` count as
+/// their most.
 pub fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &MapperCost) -> StagePlan {
     let (data, section) = (&recipe.data, &recipe.train);
     let mut of_train = Lengths(Vec::new());
     of_train.push(data.train, &data.window_tokens);
-    let contexts = section.steps as f64 * section.batch as f64;
+    let contexts = section.most_steps() as f64 * section.batch as f64;
     let passes = contexts / data.train as f64;
     // Validation is a forward over its split every `validate_every` steps; 1/3 of a training example.
-    let validations = (section.steps / section.validate_every) as f64 * data.validation as f64;
+    let validations = (section.most_steps() / section.validate_every) as f64 * data.validation as f64;
     let forward = of_train.sum(|t| mapper.forward_flops(t)) / data.train as f64;
     let values_per_token = (mapper.inputs_per_token() + mapper.outputs_per_token()) as f64;
     let kept = (section.keep_checkpoints + 2) as u64;

@@ -29,6 +29,7 @@ impl fmt::Display for Plan {
             human_flops(self.mapper.flops_per_token),
             100.0 * self.mapper.share_of_prefill
         )?;
+        writeln!(f, "  train   steps: {}", self.train_steps)?;
         writeln!(
             f,
             "  infer   a context of {} tokens: {} in sequence, {} on two streams, {}",

@@ -4,12 +4,27 @@ use anyhow::{Result, ensure};
 use pkv_core::Seed;
 use serde::{Deserialize, Serialize};
 
+use super::steps::{AutoSteps, Steps};
+
 /// AdamW over the training examples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainSection {
-    /// Optimizer steps.
-    pub steps: u64,
+    /// Optimizer steps: a number, or `auto`, until validation no longer gains. Of a new pair nobody knows how many it
+    /// wants: the tiny ones 1,500, the first real one more than twice as many.
+    pub steps: Steps,
+    /// `auto`: most steps, the decay included; absent: 20,000.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<u64>,
+    /// `auto`: validations in a row without a gain, after which the learning rate decays and training ends; absent: 4.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patience: Option<u64>,
+    /// `auto`: the least rise of the mean recall at `best_by` that counts as a gain; absent: 0.001.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_gain: Option<f64>,
+    /// `auto`: steps of the decay, as a share of those before it; absent: 0.25, a fifth of the whole.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay: Option<f64>,
     /// Training contexts to learn from, drawn by the recipe's seed; absent: all. Smaller draws are part of larger ones, so a
     /// learning curve needs one set of labels.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -34,7 +49,8 @@ pub struct TrainSection {
     pub feature_dropout: f64,
     /// Dropout inside the context encoder; 0 is off.
     pub dropout: f64,
-    /// Peak learning rate; cosine to 1% of it.
+    /// Peak learning rate. A number of steps: cosine to 1% of it. `auto`: constant after the warm-up, then the decay, by
+    /// the root of what is done of it, to 1%.
     pub lr: f64,
     /// Linear warm-up, steps.
     pub warmup_steps: u64,
@@ -104,7 +120,11 @@ impl TargetPool {
 impl Default for TrainSection {
     fn default() -> Self {
         Self {
-            steps: 1500,
+            steps: Steps::Number(1500),
+            max_steps: None,
+            patience: None,
+            min_gain: None,
+            decay: None,
             contexts: None,
             seed: None,
             batch: 16,
@@ -138,11 +158,65 @@ impl TrainSection {
     /// The choices that a trained mapper depends on: how batches are loaded is none of them.
     #[must_use]
     pub fn choices(&self) -> Self {
-        Self { cache_gb: None, loader_threads: None, ..self.clone() }
+        let all = Self { cache_gb: None, loader_threads: None, ..self.clone() };
+        match self.steps {
+            Steps::Number(_) => Self { max_steps: None, patience: None, min_gain: None, decay: None, ..all },
+            // Spelt out, since a default may change.
+            Steps::Auto => {
+                let AutoSteps { max_steps, patience, min_gain, decay } = self.auto_or_defaults();
+                let (max_steps, patience) = (Some(max_steps), Some(patience));
+                Self { max_steps, patience, min_gain: Some(min_gain), decay: Some(decay), ..all }
+            }
+        }
+    }
+
+    /// What ends training, if the steps are `auto`.
+    #[must_use]
+    pub fn auto(&self) -> Option<AutoSteps> {
+        (self.steps == Steps::Auto).then(|| self.auto_or_defaults())
+    }
+
+    fn auto_or_defaults(&self) -> AutoSteps {
+        let default = AutoSteps::default();
+        AutoSteps {
+            max_steps: self.max_steps.unwrap_or(default.max_steps),
+            patience: self.patience.unwrap_or(default.patience),
+            min_gain: self.min_gain.unwrap_or(default.min_gain),
+            decay: self.decay.unwrap_or(default.decay),
+        }
+    }
+
+    /// Steps that training never exceeds.
+    #[must_use]
+    pub fn most_steps(&self) -> u64 {
+        match self.steps {
+            Steps::Number(steps) => steps,
+            Steps::Auto => self.auto_or_defaults().max_steps,
+        }
+    }
+
+    /// `1500`, or `auto, at most 20000`.
+    #[must_use]
+    pub fn steps_in_words(&self) -> String {
+        match self.steps {
+            Steps::Number(steps) => steps.to_string(),
+            Steps::Auto => format!("auto, at most {}", self.most_steps()),
+        }
     }
 
     pub(crate) fn check(&self) -> Result<()> {
-        ensure!(self.steps > 0, "`train.steps` is 0");
+        ensure!(self.steps != Steps::Number(0), "`train.steps` is 0");
+        let AutoSteps { max_steps, patience, min_gain, decay } = self.auto_or_defaults();
+        ensure!(max_steps > 0, "`train.max_steps` is 0");
+        ensure!(patience > 0, "`train.patience` is 0; training would end at its first validation");
+        ensure!(
+            (0.0..1.0).contains(&min_gain),
+            "`train.min_gain` is {min_gain}; recall is a share, 0 <= min_gain < 1"
+        );
+        ensure!(
+            decay > 0.0 && decay <= 1.0,
+            "`train.decay` is {decay}; it is a share of the steps before it, 0 < decay <= 1"
+        );
         ensure!(
             self.contexts != Some(0),
             "`train.contexts` is 0; leave it out to learn from every training context"
