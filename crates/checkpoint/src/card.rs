@@ -4,7 +4,7 @@ mod front;
 
 use std::fmt::Write;
 
-use pkv_recipe::{LabelPreset, Variant};
+use pkv_recipe::Variant;
 
 use crate::export::ExportConfig;
 
@@ -104,7 +104,7 @@ impl ModelCard {
             out,
             "KVzip preset `{}`, scoring chunks of {} tokens, raw scores on the log-odds scale; span-pooled for \
              training with width {} and blend {}.",
-            preset(c.label.preset),
+            c.label.preset.name(),
             c.label.chunk(),
             c.train.target_pool.width,
             c.train.target_pool.blend
@@ -253,13 +253,5 @@ const fn variant(v: Variant) -> &'static str {
         Variant::Conv => "convolutional mapper",
         Variant::Mlp => "position-wise mapper",
         Variant::Linear => "linear mapper",
-    }
-}
-
-const fn preset(p: LabelPreset) -> &'static str {
-    match p {
-        LabelPreset::Original => "original",
-        LabelPreset::Kvpress => "kvpress",
-        LabelPreset::Plus => "plus",
     }
 }

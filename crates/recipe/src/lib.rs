@@ -21,7 +21,7 @@ pub use section::eval::{AnswerMatch, EvalSection, Task};
 pub use section::export::ExportSection;
 pub use section::extract::ExtractSection;
 pub use section::facts::{FactPlace, FactsSection};
-pub use section::label::{LabelPreset, LabelSection, Sink};
+pub use section::label::{LabelPreset, LabelSection, LabelWeighting, Preset, Sink};
 pub use section::loss::{FineLoss, LossSection};
 pub use section::mapper::{MapperSection, Variant};
 pub use section::model::{DtypeName, ModelSection};

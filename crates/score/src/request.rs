@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use anyhow::Result;
 use pkv_lm::TextTokenizer;
-use pkv_recipe::{LabelPreset, LabelSection};
+use pkv_recipe::LabelSection;
 
 /// Asks for the first scoring chunk (KVzip, `model/wrapper.py`).
 const FIRST: &str = "\n\nRepeat the previous context exactly.";
@@ -31,9 +31,9 @@ impl Requests {
     /// # Errors
     /// The tokenizer fails on the request's text.
     pub fn new(tokenizer: &TextTokenizer, label: &LabelSection) -> Result<Self> {
-        let later = match label.preset {
-            LabelPreset::Original => format!("{LATER} "),
-            LabelPreset::Kvpress | LabelPreset::Plus => LATER.to_owned(),
+        let later = match label.preset.preset().space_before_quote {
+            true => format!("{LATER} "),
+            false => LATER.to_owned(),
         };
         Ok(Self::from_ids(
             tokenizer.encode(FIRST)?,

@@ -12,11 +12,12 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
 use pkv_gpu::{ScoreOutput, ScoreRows, fused_chunk_scores, has_fused_scores};
 use pkv_lm::{KvCache, LanguageModel, NoTap, RepeatTap, RepeatView, TextTokenizer};
-use pkv_recipe::{LabelPreset, LabelSection};
+use pkv_recipe::LabelSection;
 use tch::{Kind, Tensor};
 
 use crate::pieces;
-use crate::{ChunkAttention, Requests, Weighting, block_elements, chunk_scores};
+use crate::weighting::{self, Factors};
+use crate::{ChunkAttention, Requests, block_elements, chunk_scores};
 
 /// Scores of a context's KV pairs; the chat template's prefix has none.
 pub struct ContextScores {
@@ -33,7 +34,8 @@ pub struct Scorer<'a> {
     requests: Requests,
     prefix: Vec<u32>,
     sink: usize,
-    plus: bool,
+    /// How to get the factors of softmax weights, where the preset has any.
+    factors: Option<Factors>,
     means: bool,
     prefill_chunk_tokens: usize,
     pack_tokens: usize,
@@ -59,7 +61,7 @@ impl<'a> Scorer<'a> {
             requests,
             sink: label.sink_tokens(prefix.len()),
             prefix: prefix.to_vec(),
-            plus: label.preset == LabelPreset::Plus,
+            factors: weighting::factors(label.preset.preset().weighting),
             means: true,
             prefill_chunk_tokens: label.prefill_chunk_tokens,
             pack_tokens: label.pack(model.device().is_cuda()),
@@ -204,7 +206,7 @@ impl PackTap<'_> {
                 keys: repeat.chunk.len(),
             })
             .collect();
-        let weights = if self.scorer.plus { Some(self.weights(view)?) } else { None };
+        let weights = self.scorer.factors.map(|factors| self.weights(view, factors)).transpose()?;
         fused_chunk_scores(
             view.q_rqd,
             view.k_cache_hkd,
@@ -220,13 +222,13 @@ impl PackTap<'_> {
         )
     }
 
-    /// KVzip+'s factors of all rows `[rows]` and of the context's positions `[query_heads, t]`, f32.
-    fn weights(&self, view: &RepeatView) -> Result<(Tensor, Tensor)> {
+    /// Factors of all rows `[rows]` and of the context's positions `[query_heads, t]`, f32.
+    fn weights(&self, view: &RepeatView, factors: Factors) -> Result<(Tensor, Tensor)> {
         let prefix = self.scorer.prefix.len() as i64;
         let context = view.v_cache_hkd.size()[1] - prefix;
         let v_htd = view.v_cache_hkd.narrow(1, prefix, context);
         let projection = self.scorer.model.output_projection(view.layer);
-        let both = Weighting::kvzip_plus(view.normed_rm, &v_htd, projection)?;
+        let both = factors(view.normed_rm, &v_htd, projection)?;
         Ok((both.rows_s.contiguous(), both.columns_qt.contiguous()))
     }
 
@@ -236,10 +238,10 @@ impl PackTap<'_> {
         let (start, len) = (chunk.start as i64, chunk.len() as i64);
         let sink = self.scorer.sink;
         let cached = self.scorer.prefix.len() as i64 + start;
-        let weighting = if self.scorer.plus {
+        let weighting = if let Some(factors) = self.scorer.factors {
             let v_htd = view.v_cache_hkd.narrow(1, cached, len);
             let projection = self.scorer.model.output_projection(view.layer);
-            Some(Weighting::kvzip_plus(&view.normed_rm.narrow(0, first_row, rows), &v_htd, projection)?)
+            Some(factors(&view.normed_rm.narrow(0, first_row, rows), &v_htd, projection)?)
         } else {
             None
         };

@@ -1,46 +1,47 @@
-//! KVzip+: a softmax weight becomes the size of what it writes into the residual stream.
+//! What softmax weights are multiplied with before the maximum: factors of rows and columns, a file for each kind, and
+//! [`REGISTRY`], which lists them.
 //!
-//! Each weight is divided by the norm of its row's attention input and multiplied by the norm of
-//! the value after the output projection. Where that happens is `chunk`'s business.
+//! Which preset has which is data of `recipe` (`section/label/preset.rs`, which has the steps to add one). Where the factors are
+//! applied is `chunk`'s business, and the fused kernel's.
 //!
 //! Dimension key: h KV head, g query heads per KV head, q query head (h x g), s new tokens (rows),
 //! t position in the scoring chunk, d head_dim, m hidden.
 
+mod kvzip_plus;
+mod plain;
+#[cfg(test)]
+mod tests;
+
 use anyhow::{Result, ensure};
+use pkv_recipe::LabelWeighting;
 use tch::{Kind, Tensor};
+
+/// Factors from the rows' attention inputs `[s, hidden]`, the values `[h, t, d]`, and W_O of the layer.
+pub(crate) type Factors = fn(&Tensor, &Tensor, &Tensor) -> Result<Weighting>;
+
+/// A kind of weighting and its way to factors; none where weights stay as they are.
+pub(crate) struct Entry {
+    pub weighting: LabelWeighting,
+    pub factors: Option<Factors>,
+}
+
+/// All kinds of weighting.
+pub(crate) static REGISTRY: &[Entry] = &[plain::ENTRY, kvzip_plus::ENTRY];
+
+/// How to compute a weighting's factors, if it has any.
+pub(crate) fn factors(weighting: LabelWeighting) -> Option<Factors> {
+    REGISTRY.iter().find(|entry| entry.weighting == weighting).and_then(|entry| entry.factors)
+}
 
 /// Factors of the softmax weights of one scoring chunk in one layer.
 pub struct Weighting {
-    /// `[s]`, f32: one over the norm of the row's attention input.
+    /// `[s]`, f32.
     pub rows_s: Tensor,
-    /// `[query_heads, t]`, f32, not negative: the norm of value x W_O of the query head.
+    /// `[query_heads, t]`, f32, not negative.
     pub columns_qt: Tensor,
 }
 
 impl Weighting {
-    /// KVzip+'s factors.
-    ///
-    /// # Shapes
-    /// - `normed_sm`: `[s, hidden]`, the layer's input after its norm, which attention reads
-    /// - `v_htd`: `[kv_heads, t, head_dim]`, values of the scoring chunk
-    /// - `projection`: `[hidden, query_heads * head_dim]`, W_O; all on one device
-    ///
-    /// # Errors
-    /// Shapes disagree.
-    ///
-    /// # Source
-    /// `KVzipPress(kvzip_plus_normalization=True)` of NVIDIA/kvpress 0.5.5; its "hidden states" are
-    /// what the attention module receives, so the norm is taken after `input_layernorm`.
-    /// Differs: everything in f32 whatever the model's kind is.
-    pub fn kvzip_plus(normed_sm: &Tensor, v_htd: &Tensor, projection: &Tensor) -> Result<Self> {
-        let _no_grad = tch::no_grad_guard();
-        let size = normed_sm.size();
-        ensure!(size.len() == 2, "the rows' attention inputs are {size:?}, expected [rows, hidden]");
-        // One dead row must not turn all scores into NaN; such a row's weights stay finite.
-        let norms_s = l2_norm(&normed_sm.to_kind(Kind::Float)).clamp_min(1e-30);
-        Ok(Self { rows_s: norms_s.reciprocal(), columns_qt: value_output_norms(v_htd, projection)? })
-    }
-
     pub(crate) fn check(&self, rows: i64, query_heads: i64, positions: i64) -> Result<()> {
         let (r, c) = (self.rows_s.size(), self.columns_qt.size());
         ensure!(

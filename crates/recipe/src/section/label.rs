@@ -1,8 +1,12 @@
 //! `[label]`: which KVzip score of the target becomes the label.
 
+mod preset;
+
 use anyhow::{Result, ensure};
 use pkv_core::StoreDtype;
 use serde::{Deserialize, Serialize};
+
+pub use preset::{LabelPreset, LabelWeighting, Preset};
 
 /// KVzip scoring of the target (arXiv 2505.23416).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,19 +27,6 @@ pub struct LabelSection {
     pub store: StoreDtype,
 }
 
-/// A published definition of the score.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LabelPreset {
-    /// snu-mllab/KVzip: chunks of 2000, the whole prefix as sink, a space after the request.
-    #[default]
-    Original,
-    /// NVIDIA/kvpress 0.5.5 `KVzipPress`: chunks of 2048, sink of 4.
-    Kvpress,
-    /// KVzip+: `kvpress` with each weight over the row's hidden norm, times the norm of the value through W_O.
-    Plus,
-}
-
 /// How many of the first cache positions every row of the repeat may attend to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -49,7 +40,7 @@ pub enum Sink {
 impl Default for LabelSection {
     fn default() -> Self {
         Self {
-            preset: LabelPreset::Original,
+            preset: LabelPreset::default(),
             chunk_tokens: None,
             sink: None,
             prefill_chunk_tokens: 32_768,
@@ -62,10 +53,7 @@ impl Default for LabelSection {
 impl LabelSection {
     /// Tokens per scoring chunk.
     pub fn chunk(&self) -> usize {
-        self.chunk_tokens.unwrap_or(match self.preset {
-            LabelPreset::Original => 2000,
-            LabelPreset::Kvpress | LabelPreset::Plus => 2048,
-        })
+        self.chunk_tokens.unwrap_or(self.preset.preset().chunk_tokens)
     }
 
     /// Tokens per forward while repeating, on a GPU or not; a scoring chunk is never cut.
@@ -85,10 +73,7 @@ impl LabelSection {
 
     /// Sink positions for a prefix of `prefix` tokens.
     pub fn sink_tokens(&self, prefix: usize) -> usize {
-        let sink = self.sink.unwrap_or(match self.preset {
-            LabelPreset::Original => Sink::Prefix,
-            LabelPreset::Kvpress | LabelPreset::Plus => Sink::Tokens(4),
-        });
+        let sink = self.sink.unwrap_or(self.preset.preset().sink);
         match sink {
             Sink::Prefix => prefix,
             Sink::Tokens(n) => n.min(prefix),

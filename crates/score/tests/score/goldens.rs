@@ -6,17 +6,17 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use pkv_lm::{LanguageModel, TextTokenizer};
-use pkv_recipe::{LabelPreset, LabelSection};
+use pkv_recipe::{LabelPreset, LabelSection, LabelWeighting};
 use pkv_score::Scorer;
 use tch::{Device, Kind, Tensor};
 
 use crate::support::device;
 
+/// Those that goldens of trained models hold.
+const PUBLISHED: [LabelPreset; 2] = [LabelPreset::Original, LabelPreset::Kvpress];
+
 /// Scoring chunk of the goldens.
 const CHUNK_TOKENS: usize = 160;
-
-const PRESETS: [(LabelPreset, &str); 3] =
-    [(LabelPreset::Original, "original"), (LabelPreset::Kvpress, "kvpress"), (LabelPreset::Plus, "plus")];
 
 fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../lm/tests/goldens")
@@ -27,7 +27,7 @@ fn nano(which: &str) -> PathBuf {
 }
 
 /// Compare one model with its golden file.
-fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path, presets: &[(LabelPreset, &str)]) {
+fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path, presets: &[LabelPreset]) {
     let model = LanguageModel::load(model_folder, device(), Kind::Float).unwrap();
     let tokenizer = TextTokenizer::open(tokenizer_folder).unwrap();
     let file = goldens().join(format!("{name}.safetensors"));
@@ -39,7 +39,8 @@ fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path, presets: &[(L
     let input = ids("input_ids").unwrap();
     let (prefix, context) = input.split_at(tokenizer.prefix().len());
     assert_eq!(prefix, tokenizer.prefix(), "{name}: prefix");
-    for &(preset, key) in presets {
+    for &preset in presets {
+        let key = preset.name();
         let label = LabelSection { preset, chunk_tokens: Some(CHUNK_TOKENS), ..LabelSection::default() };
         let scorer = Scorer::new(&model, &tokenizer, &label).unwrap();
         let chunks: Vec<_> = scorer.requests().chunks(context.len()).collect();
@@ -56,9 +57,9 @@ fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path, presets: &[(L
         let found_lht = scores.max_lht.to_device(Device::Cpu);
         let off = (found_lht - &expected_lht).abs().max().double_value(&[]);
         // Weighted scores have no scale of their own.
-        let tolerance = match preset {
-            LabelPreset::Plus => 1e-3 * expected_lht.max().double_value(&[]),
-            _ => 1e-4,
+        let tolerance = match preset.preset().weighting {
+            LabelWeighting::Plain => 1e-4,
+            _ => 1e-3 * expected_lht.max().double_value(&[]),
         };
         println!("{name} {key}: off by {off:.1e}, tolerance {tolerance:.1e}");
         assert!(off <= tolerance, "{name} {key}: off by {off:e}, tolerance {tolerance:e}");
@@ -69,12 +70,12 @@ fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path, presets: &[(L
 
 #[test]
 fn nano_target() {
-    check("nano-llama-target", &nano("target"), &nano("target"), &PRESETS);
+    check("nano-llama-target", &nano("target"), &nano("target"), LabelPreset::ALL);
 }
 
 #[test]
 fn nano_proxy() {
-    check("nano-llama-proxy", &nano("proxy"), &nano("proxy"), &PRESETS);
+    check("nano-llama-proxy", &nano("proxy"), &nano("proxy"), LabelPreset::ALL);
 }
 
 /// Random weights that cover branches of the configuration; they share the nano target's tokenizer.
@@ -82,12 +83,12 @@ fn nano_proxy() {
 fn architectures() {
     for name in ["llama3-rope-untied", "qwen2-bias", "qwen2-yarn", "qwen3-qknorm"] {
         let name = format!("arch-{name}");
-        check(&name, &goldens().join(&name), &nano("target"), &PRESETS);
+        check(&name, &goldens().join(&name), &nano("target"), LabelPreset::ALL);
     }
 }
 
 /// Models that are too large to ship: `PKV_FAMILY` names the folder that holds them.
-fn check_large(name: &str, presets: &[(LabelPreset, &str)]) {
+fn check_large(name: &str, presets: &[LabelPreset]) {
     let folder = std::env::var_os("PKV_FAMILY").map(|family| Path::new(&family).join(name));
     match folder.filter(|f| f.is_dir()) {
         Some(folder) => check(name, &folder, &folder, presets),
@@ -102,13 +103,13 @@ fn check_large(name: &str, presets: &[(LabelPreset, &str)]) {
 
 #[test]
 fn tiny_pair() {
-    check_large("tiny-llama-target", &PRESETS);
-    check_large("tiny-llama-proxy", &PRESETS);
+    check_large("tiny-llama-target", LabelPreset::ALL);
+    check_large("tiny-llama-proxy", LabelPreset::ALL);
 }
 
 /// `scripts/real_models.py` makes their folders.
 #[test]
 fn trained_models() {
-    check_large("smollm2-135m", &PRESETS[..2]);
-    check_large("qwen2.5-coder-0.5b", &PRESETS[..2]);
+    check_large("smollm2-135m", &PUBLISHED);
+    check_large("qwen2.5-coder-0.5b", &PUBLISHED);
 }

@@ -154,7 +154,7 @@ fn the_sink_can_be_chosen() {
 fn prefill_chunks_change_nothing_and_the_cache_stays() {
     let nano = Nano::load();
     let context = nano.context(31);
-    for preset in [LabelPreset::Original, LabelPreset::Kvpress, LabelPreset::Plus] {
+    for &preset in LabelPreset::ALL {
         let label = label(preset, 13);
         let whole = nano.scorer(&label).score(&context).unwrap();
         let expected = (flat(&whole.max_lht), flat(whole.mean_lht.as_ref().unwrap()));
@@ -180,7 +180,7 @@ fn prefill_chunks_change_nothing_and_the_cache_stays() {
 fn packs_change_nothing() {
     let nano = Nano::load();
     let context = nano.context(31);
-    for preset in [LabelPreset::Original, LabelPreset::Kvpress, LabelPreset::Plus] {
+    for &preset in LabelPreset::ALL {
         // Chunks of 7, 7, 7, 7 and 3 tokens.
         let packed = |pack_tokens| {
             let label = LabelSection { pack_tokens, ..label(preset, 7) };
