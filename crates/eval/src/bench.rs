@@ -15,8 +15,9 @@ use crate::bootstrap::Draws;
 use crate::cell::{Cell, Cells};
 use crate::clock;
 use crate::columns::context_id;
-use crate::context::{PrunedContext, forward_bytes};
+use crate::context::PrunedContext;
 use crate::forced::Continuation;
+use crate::groups::forward_bytes;
 use crate::results::{BenchmarkCell, BenchmarkResults, Interval, Made, Timing};
 use crate::store::Outcome;
 

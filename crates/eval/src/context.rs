@@ -8,10 +8,10 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::{Policy, RetentionRatio, Seed, hinted};
 use pkv_extract::{ContextFeatures, SourceExtractors};
 use pkv_lm::KvCache;
-use pkv_prune::{HeadBudgets, keep_mask_by};
+use pkv_prune::{HeadBudgets, keep_mask_by, keep_masks};
 use pkv_recipe::MethodName;
 use pkv_score::Scorer;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::cell::Cell;
 use crate::clock::Clock;
@@ -45,7 +45,22 @@ impl<'a> Reader<'a> {
     /// A model cannot read it.
     pub fn read(&self, context: &[u32], draw: Draw, clock: &mut Clock) -> Result<PrunedContext> {
         let needs = self.methods.needs();
-        let (cache, watches) = self.prefill(context, clock)?;
+        // Where the target is a source of features, its only prefill gives them.
+        let mut watches = self.methods.watches();
+        let tapped = match needs.features {
+            true => clock.time("target: prefill with features", || {
+                let capacity = self.scorer.cache_capacity(context.len());
+                self.extractor.prefill_target(context, capacity, &mut watches)
+            })?,
+            false => None,
+        };
+        let (cache, watches, of_target) = match tapped {
+            Some((cache, features)) => (cache, watches, Some(features)),
+            None => {
+                let (cache, watches) = self.prefill(context, clock)?;
+                (cache, watches, None)
+            }
+        };
         let label_lht =
             match needs.labels {
                 true => Some(clock.time("target: KVzip scores", || {
@@ -54,7 +69,7 @@ impl<'a> Reader<'a> {
                 false => None,
             };
         let features = match needs.features {
-            true => Some(clock.time("features", || self.extractor.features(context))?),
+            true => Some(clock.time("features", || self.extractor.features_beside(context, of_target))?),
             false => None,
         };
         let view = ContextView {
@@ -138,10 +153,14 @@ impl PrunedContext {
     /// - returns bool `[cells, layers, KV heads, prefix + context]`
     ///
     /// # Errors
-    /// A cell names a method that did not score.
+    /// A cell names a method that did not score, or the policy lacks budgets.
     pub fn keep_masks(&self, cells: &[Cell]) -> Result<Tensor> {
-        let masks =
-            cells.iter().map(|c| self.keep(c.method, c.policy, c.ratio)).collect::<Result<Vec<_>>>()?;
+        let mut masks = Vec::with_capacity(cells.len());
+        for alike in cells.chunk_by(|a, b| (a.method, a.policy) == (b.method, b.policy)) {
+            let ratios: Vec<RetentionRatio> = alike.iter().map(|cell| cell.ratio).collect();
+            let scores_lht = self.scores(alike[0].method)?;
+            masks.extend(keep_masks(scores_lht, alike[0].policy, &ratios, self.budgets.as_deref())?);
+        }
         let keep_nlht = Tensor::stack(&masks, 0);
         let size = keep_nlht.size();
         let prefix = [size[0], size[1], size[2], self.prefix as i64];
@@ -153,16 +172,11 @@ impl PrunedContext {
     /// # Errors
     /// The method did not score, or the policy lacks budgets.
     pub fn keep(&self, method: MethodName, policy: Policy, ratio: RetentionRatio) -> Result<Tensor> {
-        let scored = self.scored.iter().find(|s| s.method == method);
-        let scored = scored.with_context(|| format!("`{}` has not scored this context", method))?;
-        keep_mask_by(&scored.scores_lht, policy, ratio, self.budgets.as_deref())
+        keep_mask_by(self.scores(method)?, policy, ratio, self.budgets.as_deref())
     }
-}
 
-/// How much memory the largest intermediates of a forward over many masks may take.
-pub fn forward_bytes(device: Device) -> usize {
-    match device {
-        Device::Cpu => 256 << 20,
-        _ => 4 << 30,
+    fn scores(&self, method: MethodName) -> Result<&Tensor> {
+        let scored = self.scored.iter().find(|s| s.method == method);
+        Ok(&scored.with_context(|| format!("`{method}` has not scored this context"))?.scores_lht)
     }
 }

@@ -5,11 +5,13 @@
 //! most likely token is the wanted one, so a pass without decoding decides whether an answer is right.
 //!
 //! Dimension key: n keep mask, q continuation, s token, w wanted token of all continuations, m hidden,
-//! v vocabulary, l layer, h KV head, k cached position.
+//! v vocabulary.
 
 use anyhow::{Result, ensure};
-use pkv_lm::{Branches, KvCache, LanguageModel};
+use pkv_lm::{Branches, LanguageModel};
 use tch::{Device, Kind, Tensor};
+
+use crate::groups::forward_bytes;
 
 /// Tokens to read and the tokens that must follow.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,11 +75,6 @@ impl Batch {
         self.ids_qs.size()[1] as usize
     }
 
-    /// Wanted tokens, all continuations one after the other: i64 `[w]`.
-    pub fn wanted(&self) -> &Tensor {
-        &self.wanted_w
-    }
-
     /// Where the wanted tokens of each continuation lie in `[w]`.
     pub fn ranges(&self) -> Vec<std::ops::Range<usize>> {
         let mut end = 0;
@@ -88,65 +85,88 @@ impl Batch {
         self.wanted.iter().map(range).collect()
     }
 
-    /// Log-probabilities where wanted tokens are predicted.
-    ///
-    /// # Shapes
-    /// - `keep_nlhk`: bool `[masks, layers, KV heads, cached positions]`, or `None` for one full cache
-    /// - returns f32 `[masks, wanted, vocab]`
+    /// Read all continuations in every branch, mask-major: the hidden states where wanted tokens are predicted,
+    /// `[masks, wanted, hidden]`.
     ///
     /// # Errors
-    /// The mask does not fit the cache.
-    pub fn log_probs(
-        &self,
-        model: &LanguageModel,
-        cache: &KvCache,
-        keep_nlhk: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let masks = keep_nlhk.map_or(1, |k| k.size()[0]);
-        let mut branches = Branches::new(cache, keep_nlhk, self.continuations(), self.tokens())?;
-        let hidden_rsm = model.forward_branches(&self.ids_qs.repeat([masks, 1]), &mut branches)?;
+    /// The branches are of other continuations, or have no room.
+    pub fn read(&self, model: &LanguageModel, branches: &mut Branches) -> Result<Tensor> {
+        let masks = (branches.rows() / self.continuations()) as i64;
+        let hidden_rsm = model.forward_branches(&self.ids_qs.repeat([masks, 1]), branches)?;
         let width = hidden_rsm.size()[2];
-        let hidden_nwm = hidden_rsm.view([masks, -1, width]).index_select(1, &self.at_w);
-        Ok(model.logits(&hidden_nwm).log_softmax(-1, Kind::Float))
+        Ok(hidden_rsm.view([masks, -1, width]).index_select(1, &self.at_w))
     }
 
-    /// Keep masks that one forward may carry, so that its largest intermediates stay below `bytes`.
+    /// `look` at the log-probabilities of all masks, f32 `[some masks, wanted, vocab]`, as many at a time as fit into
+    /// [`forward_bytes`] with one copy.
+    fn log_probs<T>(
+        &self,
+        model: &LanguageModel,
+        hidden_nwm: &Tensor,
+        mut look: impl FnMut(&Tensor) -> Result<Vec<T>>,
+    ) -> Result<Vec<T>> {
+        let mask = 8 * self.wanted_w.numel() * model.shape().vocab;
+        let at_once = (forward_bytes(model.device()) / mask.max(1)).max(1);
+        let mut found = Vec::new();
+        for some_nwm in hidden_nwm.split(at_once as i64, 0) {
+            found.extend(look(&model.logits(&some_nwm).log_softmax(-1, Kind::Float))?);
+        }
+        Ok(found)
+    }
+
+    /// The full cache's log-probabilities, f32 `[wanted, vocab]`, of its hidden states `[1, wanted, hidden]`.
+    pub fn reference(&self, model: &LanguageModel, hidden_1wm: &Tensor) -> Tensor {
+        model.logits(&hidden_1wm.squeeze_dim(0)).log_softmax(-1, Kind::Float)
+    }
+
+    /// How each mask's predictions differ from `full_wv`, the full cache's.
     ///
-    /// These are the log-probabilities with one copy, and a layer's activations in f32; attention
-    /// weights are bounded by the model itself.
-    pub fn masks_per_forward(&self, model: &LanguageModel, bytes: usize) -> usize {
+    /// # Errors
+    /// The device fails.
+    pub fn drift(&self, model: &LanguageModel, hidden_nwm: &Tensor, full_wv: &Tensor) -> Result<Vec<Drift>> {
+        self.log_probs(model, hidden_nwm, |some_nwv| Drift::new(full_wv, some_nwv))
+    }
+
+    /// Negative log-likelihood of the wanted tokens: f64 `[n][w]`.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn surprisal(&self, model: &LanguageModel, hidden_nwm: &Tensor) -> Result<Vec<Vec<f64>>> {
+        self.log_probs(model, hidden_nwm, |some_nwv| surprisal(some_nwv, &self.wanted_w))
+    }
+
+    /// Bytes of a layer's activations of one mask, in f32; attention weights are bounded by the model itself.
+    pub fn mask_bytes(&self, model: &LanguageModel) -> usize {
         let shape = model.shape();
-        let logits = 8 * self.wanted_w.numel() * shape.vocab;
-        let tokens = self.continuations() * self.tokens();
-        let activations = 4 * tokens * (3 * shape.intermediate + 6 * shape.hidden);
-        (bytes / (logits + activations).max(1)).max(1)
+        4 * self.continuations() * self.tokens() * (3 * shape.intermediate + 6 * shape.hidden)
     }
 }
 
-/// How predictions differ from the full cache's.
+/// How one mask's predictions differ from the full cache's.
 pub struct Drift {
-    /// f64 `[n][w]`, KL(full || pruned), nats.
-    pub kl: Vec<Vec<f64>>,
-    /// `[n][w]`, the most likely token.
-    pub most_likely: Vec<Vec<i64>>,
+    /// f64 `[w]`, KL(full || pruned), nats.
+    pub kl: Vec<f64>,
+    /// `[w]`, the most likely token.
+    pub most_likely: Vec<i64>,
 }
 
 impl Drift {
+    /// One for each mask.
+    ///
     /// # Shapes
     /// - `full_wv`: f32 `[wanted, vocab]`, the full cache's log-probabilities
     /// - `pruned_nwv`: f32 `[masks, wanted, vocab]`
-    pub fn new(full_wv: &Tensor, pruned_nwv: &Tensor) -> Result<Self> {
+    fn new(full_wv: &Tensor, pruned_nwv: &Tensor) -> Result<Vec<Self>> {
         let kl_nw = (full_wv.exp() * (full_wv - pruned_nwv)).sum_dim_intlist(-1, false, Kind::Float);
-        Ok(Self {
-            // Rounding can leave a sum of almost nothing below 0.
-            kl: rows(&kl_nw.clamp_min(0.0).to_kind(Kind::Double))?,
-            most_likely: rows(&pruned_nwv.argmax(-1, false))?,
-        })
+        // Rounding can leave a sum of almost nothing below 0.
+        let kl = rows(&kl_nw.clamp_min(0.0).to_kind(Kind::Double))?;
+        let most_likely = rows(&pruned_nwv.argmax(-1, false))?;
+        Ok(kl.into_iter().zip(most_likely).map(|(kl, most_likely)| Self { kl, most_likely }).collect())
     }
 }
 
 /// Negative log-likelihood of the wanted tokens: f64 `[n][w]`.
-pub fn surprisal(log_probs_nwv: &Tensor, wanted_w: &Tensor) -> Result<Vec<Vec<f64>>> {
+fn surprisal(log_probs_nwv: &Tensor, wanted_w: &Tensor) -> Result<Vec<Vec<f64>>> {
     let n = log_probs_nwv.size()[0];
     let at_nw1 = wanted_w.view([1, -1, 1]).expand([n, -1, 1], false);
     let nll_nw = log_probs_nwv.gather(-1, &at_nw1, false).squeeze_dim(-1).neg();
@@ -174,7 +194,7 @@ mod tests {
         assert_eq!(batch.tokens(), 4);
         assert_eq!(Vec::<Vec<i64>>::try_from(&batch.ids_qs).unwrap(), [[5, 6, 7, 8], [1, 1, 1, 1]]);
         assert_eq!(Vec::<i64>::try_from(&batch.at_w).unwrap(), [2, 3, 4]);
-        assert_eq!(Vec::<i64>::try_from(batch.wanted()).unwrap(), [8, 9, 2]);
+        assert_eq!(Vec::<i64>::try_from(&batch.wanted_w).unwrap(), [8, 9, 2]);
         assert_eq!(batch.ranges(), [0..2, 2..3]);
         assert!(Batch::new(&[c(&[], &[2])], Device::Cpu).is_err());
         assert!(Batch::new(&[], Device::Cpu).is_err());
@@ -186,11 +206,11 @@ mod tests {
         let q = [[[0.5f32, 0.25, 0.25], [0.3, 0.3, 0.4]]];
         let full = Tensor::from_slice2(&p).log();
         let pruned = Tensor::from_slice2(&q[0]).unsqueeze(0).log();
-        let drift = Drift::new(&full, &pruned).unwrap();
+        let drift = Drift::new(&full, &pruned).unwrap().remove(0);
         let expected: f64 = (0..3).map(|i| f64::from(p[0][i]) * f64::from(p[0][i] / q[0][0][i]).ln()).sum();
-        assert!((drift.kl[0][0] - expected).abs() < 1e-6);
-        assert!(drift.kl[0][1] < 1e-7);
-        assert_eq!(drift.most_likely, [[0, 2]]);
+        assert!((drift.kl[0] - expected).abs() < 1e-6);
+        assert!(drift.kl[1] < 1e-7);
+        assert_eq!(drift.most_likely, [0, 2]);
         let nll = surprisal(&pruned, &Tensor::from_slice(&[1i64, 2])).unwrap();
         assert!((nll[0][0] - 4f64.ln()).abs() < 1e-6 && (nll[0][1] + 0.4f64.ln()).abs() < 1e-6, "{nll:?}");
     }

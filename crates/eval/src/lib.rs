@@ -25,6 +25,7 @@ mod evaluate;
 mod facts;
 mod forced;
 mod gather;
+mod groups;
 mod kept;
 mod labels;
 pub mod methods;

@@ -5,14 +5,15 @@
 //! is read but not counted.
 
 use anyhow::Result;
-use pkv_lm::LanguageModel;
+use pkv_lm::{Branches, LanguageModel};
 use serde::{Deserialize, Serialize};
 
 use crate::bootstrap::Draws;
 use crate::cell::{Cell, Cells};
 use crate::clock;
-use crate::context::{PrunedContext, forward_bytes};
-use crate::forced::{Batch, Continuation, surprisal};
+use crate::context::PrunedContext;
+use crate::forced::{Batch, Continuation};
+use crate::groups::Groups;
 use crate::results::{Made, PerplexityCell, PerplexityResults, Timing};
 use crate::store::Outcome;
 
@@ -53,16 +54,17 @@ pub fn read(
     let continuation = Continuation { prompt: first.to_vec(), wanted: rest.to_vec() };
     let batch = Batch::new(&[continuation], target.device())?;
     let mean = |nll: &Vec<f64>| nll.iter().sum::<f64>() / nll.len() as f64;
-    let full = surprisal(&batch.log_probs(target, &pruned.cache, None)?, batch.wanted())?;
-    let per_forward = batch.masks_per_forward(target, forward_bytes(target.device()));
-    let mut out = Vec::with_capacity(cells.len());
-    for group in cells.chunks(per_forward) {
-        let keep_nlhk = pruned.keep_masks(group)?;
-        let log_probs = batch.log_probs(target, &pruned.cache, Some(&keep_nlhk))?;
-        out.extend(surprisal(&log_probs, batch.wanted())?.iter().map(mean));
-    }
+    let capacity = batch.tokens();
+    let nll = |keep_nlhk: Option<&tch::Tensor>| -> Result<Vec<f64>> {
+        let mut branches = Branches::new(&pruned.cache, keep_nlhk, 1, capacity)?;
+        let hidden_nwm = batch.read(target, &mut branches)?;
+        Ok(batch.surprisal(target, &hidden_nwm)?.iter().map(mean).collect())
+    };
+    let full = nll(None)?[0];
+    let groups = Groups { model: target, batch: &batch, cached: pruned.cache.len(), capacity };
+    let out = groups.run(cells, |group| nll(Some(&pruned.keep_masks(group)?)))?;
     let cells = cells.iter().copied().zip(out).collect();
-    Ok(PerplexityOutcome { full: mean(&full[0]), cells, timings: Vec::new() })
+    Ok(PerplexityOutcome { full, cells, timings: Vec::new() })
 }
 
 /// All examples together; each cell over those that have it.

@@ -3,8 +3,8 @@
 //! Dimension key: p KV head (all sources, layers x heads, layer-major), c channel, t context position.
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{FeatureLayout, Source};
-use pkv_lm::{LanguageModel, TextTokenizer};
+use pkv_core::{FeatureLayout, Source, SourceLayout};
+use pkv_lm::{KvCache, LanguageModel, Tap, TextTokenizer};
 use pkv_recipe::{ExtractSection, LabelSection};
 use tch::Tensor;
 
@@ -51,7 +51,45 @@ impl<'a> SourceExtractors<'a> {
     /// # Errors
     /// The context is empty, or a model fails on it.
     pub fn features(&self, context: &[u32]) -> Result<ContextFeatures> {
-        let parts = self.extractors.iter().map(|e| e.features(context)).collect::<Result<Vec<_>>>()?;
+        self.features_beside(context, None)
+    }
+
+    /// The target's only prefill, if it is a source: its cache, with room for `capacity` positions, and its features, which
+    /// [`SourceExtractors::features_beside`] takes. `tap` looks on.
+    ///
+    /// # Errors
+    /// The context is empty, or the model or `tap` fails on it.
+    pub fn prefill_target(
+        &self,
+        context: &[u32],
+        capacity: usize,
+        tap: &mut dyn Tap,
+    ) -> Result<Option<(KvCache, ContextFeatures)>> {
+        let Some(at) = self.layout.sources().iter().position(|s| s.source == Source::Target) else {
+            return Ok(None);
+        };
+        let mut stream = self.extractors[at].stream_with_room(context, capacity)?;
+        while stream
+            .step_beside(tap)
+            .with_context(|| format!("prefilling a context of {} tokens", context.len()))?
+        {}
+        Ok(Some(stream.into_cache_and_features()))
+    }
+
+    /// As [`SourceExtractors::features`], those of the target's prefill given where they are there already.
+    ///
+    /// # Errors
+    /// As [`SourceExtractors::features`].
+    pub fn features_beside(
+        &self,
+        context: &[u32],
+        mut of_target: Option<ContextFeatures>,
+    ) -> Result<ContextFeatures> {
+        let one = |(extractor, source): (&Extractor, &SourceLayout)| match source.source {
+            Source::Target if of_target.is_some() => of_target.take().context("the target is a source once"),
+            _ => extractor.features(context),
+        };
+        let parts = self.extractors.iter().zip(self.layout.sources()).map(one).collect::<Result<Vec<_>>>()?;
         join_features(parts, &self.layout)
     }
 }

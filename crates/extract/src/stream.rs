@@ -12,7 +12,7 @@
 use anyhow::{Result, ensure};
 use pkv_core::{Final, GlobalChannel, Pass, hinted};
 use pkv_gpu::has_fused_scores;
-use pkv_lm::{KvCache, prefill_chunk};
+use pkv_lm::{KvCache, LayerView, NoTap, Tap, prefill_chunk};
 use tch::Tensor;
 
 use crate::channels::UnrunReplay;
@@ -46,6 +46,11 @@ impl<'m> Extractor<'m> {
     /// # Errors
     /// The context is empty.
     pub fn stream(&self, context: &[u32]) -> Result<FeatureStream<'_, 'm>> {
+        self.stream_with_room(context, 0)
+    }
+
+    /// As [`Extractor::stream`], into a cache with room for `capacity` positions, or for the context if that is less.
+    pub(crate) fn stream_with_room(&self, context: &[u32], capacity: usize) -> Result<FeatureStream<'_, 'm>> {
         ensure!(
             !context.is_empty(),
             hinted(
@@ -66,7 +71,7 @@ impl<'m> Extractor<'m> {
         let in_pieces = prefill_chunk(0, ids.len(), self.extract.prefill_chunk_tokens).end < ids.len();
         let early = in_pieces && !at_end && statistics.settled(context.len() - 1) > 0;
         Ok(FeatureStream {
-            cache: self.model.new_cache(ids.len()),
+            cache: self.model.new_cache(ids.len().max(capacity)),
             gathered_pct: if early { room() } else { heads_pct.shallow_clone() },
             heads_pct,
             globals_ct: globals(
@@ -92,6 +97,11 @@ impl FeatureStream<'_, '_> {
     /// # Errors
     /// The model fails on it.
     pub fn step(&mut self) -> Result<bool> {
+        self.step_beside(&mut NoTap)
+    }
+
+    /// As [`FeatureStream::step`]; `beside` sees the chunk, too.
+    pub(crate) fn step_beside(&mut self, beside: &mut dyn Tap) -> Result<bool> {
         let start = self.cache.len();
         if start >= self.ids.len() {
             return Ok(false);
@@ -102,7 +112,7 @@ impl FeatureStream<'_, '_> {
         let end = chunk.end;
         let chunk = model.ids(&self.ids[chunk]);
         let fused = has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64);
-        let mut tap = FeatureTap {
+        let features = FeatureTap {
             model,
             statistics: &self.statistics,
             channels: &extract.channels,
@@ -112,6 +122,7 @@ impl FeatureStream<'_, '_> {
             fused,
             heads_pct: &self.gathered_pct,
         };
+        let mut tap = Both { features, beside };
         match &mut self.surprisal {
             Some(surprisal) => {
                 let hidden_sm = model.forward(&chunk, &mut self.cache, &mut tap)?;
@@ -178,5 +189,22 @@ impl FeatureStream<'_, '_> {
     /// The features; the model's cache is dropped. Final where [`Self::settled`] says so.
     pub fn into_features(self) -> ContextFeatures {
         ContextFeatures { heads_pct: self.heads_pct, globals_ct: self.globals_ct }
+    }
+}
+
+/// Features and somebody else's tap on one forward.
+struct Both<'a, 'b> {
+    features: FeatureTap<'a>,
+    beside: &'b mut dyn Tap,
+}
+
+impl Tap for Both<'_, '_> {
+    fn wants_lse(&self) -> bool {
+        self.features.wants_lse() || self.beside.wants_lse()
+    }
+
+    fn layer(&mut self, view: &LayerView) -> Result<()> {
+        self.features.layer(view)?;
+        self.beside.layer(view)
     }
 }

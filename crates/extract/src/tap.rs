@@ -37,7 +37,7 @@ impl Tap for FeatureTap<'_> {
         let heads = view.k_hkd.size()[0];
         let features_hct = self.heads_pct.narrow(0, view.layer as i64 * heads, heads);
         match view.lse_qs {
-            Some(lse_qs) if self.fused => {
+            Some(lse_qs) if self.fused && !self.statistics.is_empty() => {
                 let q_rqd = view.q_qsd.transpose(0, 1);
                 self.statistics.add_fused(&q_rqd, view.k_hkd, lse_qs, view.start, &features_hct)?;
             }

@@ -4,8 +4,10 @@
 //! the others together once, head by head, because every head of every mask keeps another number.
 //! On CUDA that would be thousands of small kernels; there the mask is faster.
 //!
-//! Dimension key: n keep mask, l layer, h KV head, t context position, c kept position, x query row of
-//! a mask and KV head, o own token of a row, d head_dim.
+//! Dimension key: n keep mask, r row, l layer, h KV head, t context position, c kept position, x query of a
+//! row and KV head, o own token of a row, d head_dim.
+
+use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
@@ -55,24 +57,34 @@ impl KeptPairs {
     /// weights of own tokens.
     ///
     /// # Shapes
-    /// - `q_hnxd`: `[kv_heads, masks, x, d]`, scaled
-    /// - `own_hnxo`: `[kv_heads, masks, x, own]`, logits of own tokens, later ones at minus infinity
-    /// - returns `[kv_heads, masks, x, d]` and `[kv_heads, masks, x, own]`, kind of the queries
-    pub(crate) fn attend(&self, layer: usize, q_hnxd: &Tensor, own_hnxo: &Tensor) -> (Tensor, Tensor) {
-        let own = own_hnxo.size()[3];
-        let seen_hnxd = q_hnxd.empty_like();
-        let weights_hnxo = Tensor::empty(own_hnxo.size(), (q_hnxd.kind(), q_hnxd.device()));
+    /// - `q_hrxd`: `[kv_heads, rows, x, d]`, scaled
+    /// - `own_hrxo`: `[kv_heads, rows, x, own]`, logits of own tokens, later ones at minus infinity
+    /// - `rows_by_mask`: masks and the rows that see their pairs, all rows together
+    /// - returns `[kv_heads, rows, x, d]` and `[kv_heads, rows, x, own]`, kind of the queries
+    pub(crate) fn attend(
+        &self,
+        layer: usize,
+        q_hrxd: &Tensor,
+        own_hrxo: &Tensor,
+        rows_by_mask: &[(usize, Range<usize>)],
+    ) -> (Tensor, Tensor) {
+        let own = own_hrxo.size()[3];
+        let seen_hrxd = q_hrxd.empty_like();
+        let weights_hrxo = Tensor::empty(own_hrxo.size(), (q_hrxd.kind(), q_hrxd.device()));
         for (h, masks) in self.pairs[layer].iter().enumerate() {
-            let at = |all: &Tensor, n: usize| all.get(h as i64).get(n as i64);
-            for (n, Pairs { keys, values }) in masks.iter().enumerate() {
+            for (mask, rows) in rows_by_mask {
+                let at = |all: &Tensor| {
+                    all.get(h as i64).narrow(0, rows.start as i64, rows.len() as i64).flatten(0, 1)
+                };
+                let Pairs { keys, values } = &masks[*mask];
                 let kept = keys.size()[0];
-                let logits_xc = at(q_hnxd, n).matmul(&keys.transpose(0, 1));
-                let all = Tensor::cat(&[logits_xc, at(own_hnxo, n)], -1);
-                let weights = all.softmax(-1, Kind::Float).to_kind(q_hnxd.kind());
-                at(&seen_hnxd, n).copy_(&weights.narrow(-1, 0, kept).matmul(values));
-                at(&weights_hnxo, n).copy_(&weights.narrow(-1, kept, own));
+                let logits_xc = at(q_hrxd).matmul(&keys.transpose(0, 1));
+                let all = Tensor::cat(&[logits_xc, at(own_hrxo)], -1);
+                let weights = all.softmax(-1, Kind::Float).to_kind(q_hrxd.kind());
+                at(&seen_hrxd).copy_(&weights.narrow(-1, 0, kept).matmul(values));
+                at(&weights_hrxo).copy_(&weights.narrow(-1, kept, own));
             }
         }
-        (seen_hnxd, weights_hnxo)
+        (seen_hrxd, weights_hrxo)
     }
 }

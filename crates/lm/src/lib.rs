@@ -25,7 +25,7 @@ mod tokenizer;
 mod weights;
 
 pub use attention::{AttentionPolicy, Rectangle};
-pub use branches::Branches;
+pub use branches::{Branches, Storage, spare_bytes};
 pub use cache::KvCache;
 pub use config::{Family, LmConfig};
 pub use model::{LanguageModel, prefill_chunk};

@@ -4,13 +4,15 @@
 //! rotary positions they were computed with; what is read next gets the true next position. Behind
 //! each KV head's pairs there is room for a block of further tokens, and all rooms grow together.
 //! A cache may hold several sequences, which then decode as one batch. How attention reads it is
-//! [`attend`]'s subject, the forward pass is [`forward`]'s; which pairs are kept is `prune`'s.
+//! [`attend`]'s subject, the forward pass is [`forward`]'s, sequences that share a context are [`rows`]'s;
+//! which pairs are kept is `prune`'s.
 //!
 //! Dimension key: l layer, b sequence, h KV head, x segment (sequence x KV head, sequence-major),
 //! t position of the full cache, s new token, n row of a layer's packed storage, d head_dim.
 
 mod attend;
 mod forward;
+mod rows;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
@@ -22,6 +24,11 @@ use crate::cache::KvCache;
 /// Rooms grow by whole blocks of this many tokens: 0.8% of a context of 32,768.
 pub(crate) const ROOM_BLOCK: usize = 256;
 
+/// The room that a cache makes for `tokens`.
+pub(crate) fn room_for(tokens: usize) -> usize {
+    tokens.max(1).next_multiple_of(ROOM_BLOCK)
+}
+
 /// Kept KV pairs of one or several contexts, and the tokens read since.
 #[derive(Debug)]
 pub struct RaggedCache {
@@ -30,13 +37,15 @@ pub struct RaggedCache {
     /// Tokens that every segment has room for, beside its kept pairs.
     room: usize,
     sequences: Vec<Sequence>,
-    /// First row of each segment, i64 `[l, x]`; and with its kept pairs: the first row of its room.
+    /// Tokens that every sequence has read since they were last counted one by one.
+    appended: usize,
+    /// First row of each segment, its kept pairs and settled tokens passed, i64 `[l, x]`.
     room_start_lx: Tensor,
-    /// Kept pairs of each segment, i32 `[l, x]`.
+    /// Kept pairs and settled tokens of each segment, i32 `[l, x]`.
     kept_lx: Tensor,
     /// First row of each segment and the end of the last, i32 `[l, x + 1]`.
     bounds_lx: Tensor,
-    /// Position behind each context, evicted or not, f32 `[b]`.
+    /// Position behind each context and its settled tokens, evicted or not, f32 `[b]`.
     context_end_b: Tensor,
     /// What the kernel for one new token per sequence works in, once it has run.
     space: Option<DecodeSpace>,
@@ -55,8 +64,8 @@ struct RaggedLayer {
 /// How far one sequence has come.
 #[derive(Clone, Copy, Debug)]
 struct Sequence {
-    /// Tokens read since the context.
-    appended: usize,
+    /// Tokens read since the context, as far as sequences were not in step with each other.
+    settled: usize,
     /// The position behind the context, evicted or not.
     context_end: usize,
 }
@@ -131,7 +140,7 @@ impl RaggedCache {
         let _no_grad = tch::no_grad_guard();
         let (len, context_end) = (cache.len(), cache.next_position());
         ensure!(len > 0, "an empty KV cache has nothing to keep");
-        let room = room.max(1).next_multiple_of(ROOM_BLOCK);
+        let room = room_for(room);
         let (keys, values) = cache.into_layers();
         let heads = keys.first().map_or(0, |k| k.size()[0]) as usize;
         let mut layers = Vec::with_capacity(keys.len());
@@ -162,7 +171,7 @@ impl RaggedCache {
                 kept: if all_heads { vec![len; heads] } else { kept },
             });
         }
-        Ok(Self::assemble(layers, heads, room, vec![Sequence { appended: 0, context_end }]))
+        Ok(Self::assemble(layers, heads, room, vec![Sequence { settled: 0, context_end }]))
     }
 
     /// Several sequences as one batch, in the order given; they decode together.
@@ -186,6 +195,7 @@ impl RaggedCache {
         let mut sources = Vec::new();
         for mut cache in caches {
             cache.set_room(room)?;
+            cache.settle();
             sequences.extend_from_slice(&cache.sequences);
             sources.push(cache.layers.into_iter());
         }
@@ -211,6 +221,7 @@ impl RaggedCache {
             kv_heads,
             room,
             sequences,
+            appended: 0,
             room_start_lx: Tensor::empty([0], (Kind::Int64, device)),
             kept_lx: Tensor::empty([0], (Kind::Int, device)),
             bounds_lx: Tensor::empty([0], (Kind::Int, device)),
@@ -224,17 +235,21 @@ impl RaggedCache {
     /// Tell the device where segments lie.
     fn index(&mut self, device: Device) {
         let (mut starts, mut kept, mut bounds) = (Vec::new(), Vec::new(), Vec::new());
+        let heads = self.kv_heads;
         for layer in &self.layers {
             let edges = layer.bounds(self.room);
-            starts.extend(layer.kept.iter().zip(&edges).map(|(kept, start)| (start + kept) as i64));
-            kept.extend(layer.kept.iter().map(|kept| *kept as i32));
+            for (x, before) in layer.kept.iter().enumerate() {
+                let before = before + self.sequences[x / heads].settled;
+                starts.push((edges[x] + before) as i64);
+                kept.push(before as i32);
+            }
             bounds.extend(edges.iter().map(|edge| *edge as i32));
         }
         let l = self.layers.len() as i64;
         self.room_start_lx = Tensor::from_slice(&starts).view([l, -1]).to_device(device);
         self.kept_lx = Tensor::from_slice(&kept).view([l, -1]).to_device(device);
         self.bounds_lx = Tensor::from_slice(&bounds).view([l, -1]).to_device(device);
-        let ends: Vec<f32> = self.sequences.iter().map(|s| s.context_end as f32).collect();
+        let ends: Vec<f32> = self.sequences.iter().map(|s| (s.context_end + s.settled) as f32).collect();
         self.context_end_b = Tensor::from_slice(&ends).to_device(device);
     }
 
@@ -263,8 +278,18 @@ impl RaggedCache {
 
     /// The position that the next token of a sequence gets: how many tokens it has read, evicted or not.
     pub fn next_position(&self, sequence: usize) -> usize {
-        let s = self.sequences[sequence];
-        s.context_end + s.appended
+        self.sequences[sequence].context_end + self.read(sequence)
+    }
+
+    /// Tokens that a sequence has read since its context.
+    fn read(&self, sequence: usize) -> usize {
+        self.sequences[sequence].settled + self.appended
+    }
+
+    /// Count what was read in each sequence, so that sequences may differ; [`RaggedCache::index`] tells the device.
+    fn settle(&mut self) {
+        let appended = std::mem::take(&mut self.appended);
+        self.sequences.iter_mut().for_each(|s| s.settled += appended);
     }
 
     /// Bytes of keys and values, rooms included.
@@ -275,7 +300,11 @@ impl RaggedCache {
 
     /// Forget what was read since the contexts, so that the next question meets what the first met.
     pub fn rewind(&mut self) {
-        self.sequences.iter_mut().for_each(|s| s.appended = 0);
+        self.appended = 0;
+        if self.sequences.iter().any(|s| s.settled > 0) {
+            self.sequences.iter_mut().for_each(|s| s.settled = 0);
+            self.index(self.room_start_lx.device());
+        }
     }
 
     /// Make room for `tokens` further tokens of every sequence; nothing if there is room.
@@ -283,11 +312,11 @@ impl RaggedCache {
     /// # Errors
     /// The device has no memory for a larger copy of one layer; the cache is then as it was.
     pub fn reserve(&mut self, tokens: usize) -> Result<()> {
-        let appended = self.sequences.iter().map(|s| s.appended).max().unwrap_or(0);
-        if appended + tokens <= self.room {
+        let read = (0..self.sequences.len()).map(|b| self.read(b)).max().unwrap_or(0);
+        if read + tokens <= self.room {
             return Ok(());
         }
-        self.set_room((appended + tokens).next_multiple_of(ROOM_BLOCK)).with_context(|| {
+        self.set_room((read + tokens).next_multiple_of(ROOM_BLOCK)).with_context(|| {
             hinted(
                 format!(
                     "making room for {tokens} tokens behind {} KV pairs, {} MiB",
@@ -307,7 +336,6 @@ impl RaggedCache {
         let _no_grad = tch::no_grad_guard();
         let device = self.room_start_lx.device();
         let heads = self.kv_heads;
-        let appended: Vec<usize> = self.sequences.iter().map(|s| s.appended).collect();
         let mut grown = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let (old, new) = (layer.bounds(self.room), layer.bounds(room));
@@ -315,7 +343,7 @@ impl RaggedCache {
             let wider = |packed: &Tensor| -> Result<Tensor> {
                 let out = Tensor::f_empty([rows, packed.size()[1]], (packed.kind(), device))?;
                 for (x, kept) in layer.kept.iter().enumerate() {
-                    let used = (kept + appended[x / heads]) as i64;
+                    let used = (kept + self.read(x / heads)) as i64;
                     out.narrow(0, new[x] as i64, used).copy_(&packed.narrow(0, old[x] as i64, used));
                 }
                 Ok(out)

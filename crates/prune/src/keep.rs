@@ -91,7 +91,23 @@ fn keep_within(scores_lht: &Tensor, budgets: Option<&HeadBudgets>, kept: usize) 
 ///   flattened or not
 /// - returns the same shape, bool, same device, true = keep
 pub fn keep_mask(scores_lht: &Tensor, policy: Policy, ratio: RetentionRatio) -> Tensor {
-    keep(scores_lht, policy, |_, competitors| ratio.count(competitors))
+    keep(scores_lht, policy, |_, competitors| vec![ratio.count(competitors)]).remove(0)
+}
+
+/// [`keep_mask_by`] at each of `ratios`; what they share is computed once.
+///
+/// # Errors
+/// As [`keep_mask_by`].
+pub fn keep_masks(
+    scores_lht: &Tensor,
+    policy: Policy,
+    ratios: &[RetentionRatio],
+    budgets: Option<&HeadBudgets>,
+) -> Result<Vec<Tensor>> {
+    if policy == Policy::PairBudget {
+        return ratios.iter().map(|&ratio| keep_mask_by(scores_lht, policy, ratio, budgets)).collect();
+    }
+    Ok(keep(scores_lht, policy, |_, competitors| ratios.iter().map(|r| r.count(competitors)).collect()))
 }
 
 /// The KV pairs that `policy` keeps of a budget of `tokens` positions.
@@ -103,27 +119,28 @@ pub fn keep_mask(scores_lht: &Tensor, policy: Policy, ratio: RetentionRatio) -> 
 /// As [`keep_mask`]: [`keep_mask_budget_by`] has all policies.
 pub fn keep_mask_budget(scores_lht: &Tensor, policy: Policy, tokens: usize) -> Tensor {
     keep(scores_lht, policy, |positions, competitors| {
-        tokens.min(positions) * competitors.checked_div(positions).unwrap_or(0)
+        vec![tokens.min(positions) * competitors.checked_div(positions).unwrap_or(0)]
     })
+    .remove(0)
 }
 
-/// `count(positions, competitors)` of every group of competitors.
-fn keep(scores_lht: &Tensor, policy: Policy, count: impl Fn(usize, usize) -> usize) -> Tensor {
+/// A mask for each of `counts(positions, competitors)` of every group of competitors.
+fn keep(scores_lht: &Tensor, policy: Policy, counts: impl Fn(usize, usize) -> Vec<usize>) -> Vec<Tensor> {
     let shape = scores_lht.size();
     let total = scores_lht.numel();
-    if total == 0 {
-        return Tensor::zeros(&shape, (Kind::Bool, scores_lht.device()));
-    }
     let positions = shape.last().copied().unwrap_or(1) as usize;
-    let count = |competitors| count(positions, competitors);
+    if total == 0 {
+        let none = |_| Tensor::zeros(&shape, (Kind::Bool, scores_lht.device()));
+        return counts(positions, 0).into_iter().map(none).collect();
+    }
+    let masks = |scores_bn: &Tensor, competitors| top_masks(scores_bn, &counts(positions, competitors));
+    let shaped = |masks: Vec<Tensor>| masks.into_iter().map(|mask| mask.reshape(&shape)).collect();
     match policy {
-        Policy::Pair => top_mask(&scores_lht.reshape([1, -1]), count(total)).reshape(&shape),
-        Policy::PairUniform => {
-            top_mask(&scores_lht.reshape([-1, positions as i64]), count(positions)).reshape(&shape)
-        }
+        Policy::Pair => shaped(masks(&scores_lht.reshape([1, -1]), total)),
+        Policy::PairUniform => shaped(masks(&scores_lht.reshape([-1, positions as i64]), positions)),
         Policy::Token => {
-            let keep_t = top_mask(&token_scores(scores_lht).unsqueeze(0), count(positions)).squeeze_dim(0);
-            keep_t.expand(&shape, false).contiguous()
+            let keep_1t = masks(&token_scores(scores_lht).unsqueeze(0), positions);
+            keep_1t.into_iter().map(|keep| keep.squeeze_dim(0).expand(&shape, false).contiguous()).collect()
         }
         Policy::PairBudget => panic!("scores alone have no head budgets"),
     }
@@ -161,18 +178,7 @@ pub fn token_scores(scores_lht: &Tensor) -> Tensor {
 ///
 /// Gradients do not flow through a mask; the device is never waited for.
 pub fn top_mask(scores_bn: &Tensor, k: usize) -> Tensor {
-    let shape = scores_bn.size();
-    let (n, k) = (shape[1], k as i64);
-    let full = |value: bool| Tensor::full(&shape, i64::from(value), (Kind::Bool, scores_bn.device()));
-    if k <= 0 || n == 0 {
-        return full(false);
-    }
-    if k >= n {
-        return full(true);
-    }
-    let scores_bn = ordered(scores_bn);
-    let threshold_b1 = kth_largest(&scores_bn, k);
-    with_ties(&scores_bn, &threshold_b1, &Tensor::full([1], k, (Kind::Int64, scores_bn.device())))
+    top_masks(scores_bn, &[k]).remove(0)
 }
 
 /// The `counts[b]` largest of row b; of equal scores the lower index.
@@ -188,7 +194,7 @@ fn top_mask_each(scores_bn: &Tensor, counts: &[usize]) -> Tensor {
         // A selection by row, as in `kth_largest`. A row of which nothing stays has any threshold.
         Device::Cpu => {
             let rows = counts.iter().enumerate();
-            let of = rows.map(|(b, &k)| kth_largest(&scores_bn.narrow(0, b as i64, 1), k.max(1)));
+            let of = rows.map(|(b, &k)| kth_largest(&scores_bn.narrow(0, b as i64, 1), k.max(1), &mut None));
             Tensor::cat(&of.collect::<Vec<_>>(), 0)
         }
         _ => {
@@ -210,14 +216,35 @@ fn with_ties(scores_bn: &Tensor, threshold_b1: &Tensor, k: &Tensor) -> Tensor {
     above_bn.logical_or(&equal_bn.logical_and(&place_bn.le_tensor(&room_b1)))
 }
 
-/// The k-th largest of every row, `[rows, 1]`.
-fn kth_largest(scores_bn: &Tensor, k: i64) -> Tensor {
+/// [`top_mask`] for each of `counts`; where it takes a sort, one serves all.
+fn top_masks(scores_bn: &Tensor, counts: &[usize]) -> Vec<Tensor> {
+    let shape = scores_bn.size();
+    let n = shape[1];
+    let full = |value: bool| Tensor::full(&shape, i64::from(value), (Kind::Bool, scores_bn.device()));
+    let scores_bn = ordered(scores_bn);
+    let mut sorted_bn = None;
+    let one = |&k: &usize| {
+        let k = k as i64;
+        if k <= 0 || n == 0 {
+            return full(false);
+        }
+        if k >= n {
+            return full(true);
+        }
+        let threshold_b1 = kth_largest(&scores_bn, k, &mut sorted_bn);
+        with_ties(&scores_bn, &threshold_b1, &Tensor::full([1], k, (Kind::Int64, scores_bn.device())))
+    };
+    counts.iter().map(one).collect()
+}
+
+/// The k-th largest of every row, `[rows, 1]`; `sorted_bn` is for later calls.
+fn kth_largest(scores_bn: &Tensor, k: i64, sorted_bn: &mut Option<Tensor>) -> Tensor {
     let n = scores_bn.size()[1];
     match scores_bn.device() {
         // A selection, linear in n: 7 to 15 times faster than a sort of 36,000 to 50,000 pairs.
         Device::Cpu => scores_bn.kthvalue(n - k + 1, -1, true).0,
         // kthvalue is refused there when only deterministic kernels are allowed.
-        _ => scores_bn.sort(-1, true).0.narrow(-1, k - 1, 1),
+        _ => sorted_bn.get_or_insert_with(|| scores_bn.sort(-1, true).0).narrow(-1, k - 1, 1),
     }
 }
 
@@ -304,6 +331,11 @@ mod tests {
                         assert_eq!(mask.size(), scores_lht.size());
                         let want = naive(&data, *t, policy, |n| ratio.count(n));
                         assert_eq!(bools(&mask), want, "{policy:?} {ratio} {l}x{h}x{t} {levels}");
+                    }
+                    let ratios = [1.0, 0.3, 0.05].map(|r| RetentionRatio::new(r).unwrap());
+                    let masks = keep_masks(&scores_lht, policy, &ratios, None).unwrap();
+                    for (mask, ratio) in masks.iter().zip(ratios) {
+                        assert!(mask.equal(&keep_mask(&scores_lht, policy, ratio)), "{policy:?} {ratio}");
                     }
                     for tokens in [0, 1, 2, 1000] {
                         let mask = keep_mask_budget(&scores_lht, policy, tokens);

@@ -14,5 +14,7 @@ pub mod metrics;
 mod target;
 
 pub use budget::{BudgetFit, HeadBudgets};
-pub use keep::{keep_mask, keep_mask_budget, keep_mask_budget_by, keep_mask_by, token_scores, top_mask};
+pub use keep::{
+    keep_mask, keep_mask_budget, keep_mask_budget_by, keep_mask_by, keep_masks, token_scores, top_mask,
+};
 pub use target::{LOG_ODDS_LIMIT, log_odds, pool_targets};

@@ -66,7 +66,10 @@ fn choices(recipe: &Recipe) -> Vec<(String, String)> {
         "Training",
         format!(
             "{} steps of {} contexts, AdamW, peak learning rate {}, weight decay {}{ema}",
-            train.steps_in_words(), train.batch, train.lr, train.weight_decay
+            train.steps_in_words(),
+            train.batch,
+            train.lr,
+            train.weight_decay
         ),
     );
     let windows: Vec<String> = recipe.data.window_tokens.iter().map(ToString::to_string).collect();

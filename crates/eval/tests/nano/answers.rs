@@ -25,16 +25,23 @@ fn answers_equal_greedy_decoding_one_question_at_a_time() {
     let mut nano = Nano::new(2);
     nano.section.methods = vec![MethodName::KVZIP, MethodName::of("streaming-llm")];
     nano.section.policies = vec![Policy::Pair];
+    nano.section.answer_policies = Policy::ALL.to_vec();
+    nano.section.answer_ratios = vec![1.0, 0.3, 0.2, 0.1, 0.05];
     nano.section.tasks.truncate(1);
     let found = answers(&nano, "exact");
-    assert_eq!(found.len(), 2 * 3 * (1 + 2 * 3));
+    assert_eq!(found.len(), 2 * 3 * (1 + 2 * 3 * 5));
     let mut wrong = 0;
     for (c, context) in nano.contexts.iter().enumerate() {
-        for (cell, ratio) in
-            [("full", None), ("kvzip 1", Some(1.0)), ("kvzip 0.2", Some(0.2)), ("kvzip 0.05", Some(0.05))]
-        {
-            for (q, text) in greedy(&nano, context, ratio).into_iter().enumerate() {
-                let (written, correct) = &found[&(c as u32, q as u32, cell.to_owned())];
+        let ratios = &nano.section.answer_ratios;
+        let pruned =
+            Policy::ALL.into_iter().flat_map(|policy| ratios.iter().map(move |&r| Some((policy, r))));
+        for keep in [None].into_iter().chain(pruned) {
+            let cell = match keep {
+                Some((policy, ratio)) => format!("kvzip {} {ratio}", policy.name()),
+                None => "full".to_owned(),
+            };
+            for (q, text) in greedy(&nano, context, keep).into_iter().enumerate() {
+                let (written, correct) = &found[&(c as u32, q as u32, cell.clone())];
                 let gold = &context.questions[q].answer_text;
                 assert_eq!(*written, text, "context {c}, question {q}, {cell}");
                 assert_eq!(*correct, text == *gold, "context {c}, question {q}, {cell}: {text:?}");
@@ -72,7 +79,7 @@ fn read(path: &Path) -> Answers {
             let ratio = column("ratio").as_primitive::<Float64Type>().value(i);
             let cell = match text("method", i).as_str() {
                 "full" => "full".to_owned(),
-                method => format!("{method} {ratio}"),
+                method => format!("{method} {} {ratio}", text("policy", i)),
             };
             let verdict = column("correct").as_boolean().value(i);
             out.insert((number("context", i), number("question", i), cell), (text("answer", i), verdict));
@@ -82,7 +89,7 @@ fn read(path: &Path) -> Answers {
 }
 
 /// Answers of the cache as KVzip prunes it, each question in a cache of its own.
-fn greedy(nano: &Nano, context: &FactContext, ratio: Option<f64>) -> Vec<String> {
+fn greedy(nano: &Nano, context: &FactContext, keep: Option<(Policy, f64)>) -> Vec<String> {
     let _no_grad = tch::no_grad_guard();
     let (model, tokenizer) = (&nano.target, &nano.tokenizer);
     let prefix = tokenizer.prefix().len();
@@ -91,8 +98,8 @@ fn greedy(nano: &Nano, context: &FactContext, ratio: Option<f64>) -> Vec<String>
     let mut cache = model.new_cache(scorer.cache_capacity(context.tokens.len()));
     let _ = model.prefill(&ids, &mut cache, 16_000, &mut NoTap).unwrap();
     let scores_lht = scorer.score_cached(&context.tokens, &cache).unwrap().max_lht;
-    let keep = ratio.map(|r| {
-        let keep_lht = keep_mask(&scores_lht, Policy::Pair, RetentionRatio::new(r).unwrap());
+    let keep = keep.map(|(policy, ratio)| {
+        let keep_lht = keep_mask(&scores_lht, policy, RetentionRatio::new(ratio).unwrap());
         let size = keep_lht.size();
         let all = Tensor::ones([size[0], size[1], prefix as i64], (Kind::Bool, model.device()));
         Tensor::cat(&[all, keep_lht], -1).unsqueeze(0)

@@ -55,7 +55,7 @@ impl RaggedCache {
             starts_x: &self.bounds_lx.get(at),
             lengths_x: &step.used_lx.get(at),
         };
-        let new: usize = step.appended.iter().map(|appended| appended + 1).sum();
+        let new: usize = step.read.iter().map(|read| read + 1).sum();
         let rows = layer.kept.iter().sum::<usize>() + self.kv_heads * new;
         Ok(decode(&q_b1qd.select(1, 0), &kv, rows, space)?.unsqueeze(1))
     }
@@ -92,7 +92,7 @@ impl RaggedCache {
         let bounds = layer.bounds(self.room);
         let mut outs = Vec::with_capacity(layer.kept.len());
         for (x, kept) in layer.kept.iter().enumerate() {
-            let before = kept + step.appended[x / self.kv_heads];
+            let before = kept + step.read[x / self.kv_heads];
             let rows = |all: &Tensor| all.narrow(0, bounds[x] as i64, before as i64 + step.s).unsqueeze(0);
             let q_sgd = attention::arranged(&q_xsgd.get(x as i64));
             let (k, v) = (rows(&layer.keys), rows(&layer.values));
@@ -104,7 +104,7 @@ impl RaggedCache {
     /// Keys of a layer's longest segment, new ones included.
     fn longest(&self, index: usize, step: &Step) -> usize {
         let kept = self.layers[index].kept.iter().enumerate();
-        kept.map(|(x, kept)| kept + step.appended[x / self.kv_heads]).max().unwrap_or(0) + step.s as usize
+        kept.map(|(x, kept)| kept + step.read[x / self.kv_heads]).max().unwrap_or(0) + step.s as usize
     }
 }
 

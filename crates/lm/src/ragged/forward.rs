@@ -17,8 +17,8 @@ pub(super) struct Step {
     pub slot_ln: Tensor,
     /// Rows that each segment holds with the new ones, i32 `[l, x]`.
     pub used_lx: Tensor,
-    /// New tokens counted, tokens of each sequence.
-    pub appended: Vec<usize>,
+    /// Tokens that each sequence has read, new ones not counted.
+    pub read: Vec<usize>,
     pub reading: Reading,
 }
 
@@ -94,21 +94,10 @@ impl LanguageModel {
 impl RaggedCache {
     fn step(&mut self, s: i64, model: &LanguageModel) -> Result<Step> {
         let device = model.device();
-        let appended: Vec<usize> = self.sequences.iter().map(|q| q.appended).collect();
         let segments = (self.sequences.len() * self.kv_heads) as i64;
-        let (slot_lx, used_lx) = match appended.as_slice() {
-            // In step with each other, as they mostly are: nothing goes to the device.
-            [first, rest @ ..] if rest.iter().all(|n| n == first) => {
-                let n = *first as i64;
-                (&self.room_start_lx + n, &self.kept_lx + (n + s))
-            }
-            _ => {
-                let each: Vec<i64> =
-                    appended.iter().flat_map(|n| std::iter::repeat_n(*n as i64, self.kv_heads)).collect();
-                let appended_x = Tensor::from_slice(&each).to_device(device);
-                (&self.room_start_lx + &appended_x, &self.kept_lx + (appended_x + s).to_kind(Kind::Int))
-            }
-        };
+        // Sequences are in step with each other: nothing goes to the device.
+        let n = self.appended as i64;
+        let (slot_lx, used_lx) = (&self.room_start_lx + n, &self.kept_lx + (n + s));
         let slot_ln = match s {
             1 => slot_lx,
             _ => (slot_lx.unsqueeze(-1) + Tensor::arange(s, (Kind::Int64, device))).flatten(1, 2),
@@ -117,7 +106,8 @@ impl RaggedCache {
             Some(space) => Reading::Single(space),
             None => Reading::Segments(Tensor::arange(segments + 1, (Kind::Int, device)) * s),
         };
-        Ok(Step { s, slot_ln, used_lx, appended, reading })
+        let read = (0..self.sequences.len()).map(|b| self.read(b)).collect();
+        Ok(Step { s, slot_ln, used_lx, read, reading })
     }
 
     /// What the kernel for one new token per sequence works in, where there is one for `s` tokens.
@@ -134,19 +124,9 @@ impl RaggedCache {
         Ok(self.space.as_ref().map(DecodeSpace::share))
     }
 
-    /// Positions of the next `s` tokens, f32 `[b, s]`. Where sequences are in step with each other the device knows them but
-    /// for a number, and nothing waits for it.
+    /// Positions of the next `s` tokens, f32 `[b, s]`. The device knows them but for a number, and nothing waits for it.
     fn positions(&self, s: i64, device: Device) -> Tensor {
-        let first = self.sequences.first().map_or(0, |q| q.appended);
-        let next_b = match self.sequences.iter().all(|q| q.appended == first) {
-            true => &self.context_end_b + first as f64,
-            false => {
-                let next: Vec<f32> =
-                    (0..self.sequences.len()).map(|b| self.next_position(b) as f32).collect();
-                Tensor::from_slice(&next).to_device(device)
-            }
-        };
-        let next_b1 = next_b.unsqueeze(1);
+        let next_b1 = (&self.context_end_b + self.appended as f64).unsqueeze(1);
         if s == 1 { next_b1 } else { next_b1 + Tensor::arange(s, (Kind::Float, device)) }
     }
 
@@ -167,6 +147,6 @@ impl RaggedCache {
 
     /// Count `new` tokens that every layer has written.
     fn advance(&mut self, new: usize) {
-        self.sequences.iter_mut().for_each(|s| s.appended += new);
+        self.appended += new;
     }
 }

@@ -1,12 +1,13 @@
 //! Branches of a context: masking must equal eviction, and batches single sequences.
 
-use pkv_lm::{Branches, LanguageModel, NoTap, TextTokenizer};
+use pkv_lm::{Branches, LanguageModel, NoTap, Storage, TextTokenizer};
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
 
 use crate::support::*;
 
 const CONTEXT: usize = 150;
+const BOTH: [Storage; 2] = [Storage::Shared, Storage::Packed];
 
 fn prefilled(name: &str) -> (LanguageModel, pkv_lm::KvCache, Vec<u32>) {
     let model = load(&checkpoint(name).unwrap());
@@ -36,11 +37,12 @@ fn hiding_pairs_equals_evicting_them() {
     for name in ["nano-llama-target", "arch-llama3-rope-untied", "arch-qwen2-yarn", "arch-qwen3-qknorm"] {
         let (model, cache, rest) = prefilled(name);
         // Few pairs kept and many: on a CPU the former are gathered, the latter hide the others.
-        for counts in [[1, 20, CONTEXT - 1], [90, 100, CONTEXT - 1]] {
+        let counts = [[1, 20, CONTEXT - 1], [90, 100, CONTEXT - 1]];
+        for (counts, storage) in counts.into_iter().flat_map(|counts| BOTH.map(|storage| (counts, storage))) {
             let choices: Vec<Tensor> = counts.iter().map(|kept| random_choice(&model, *kept, 3)).collect();
             let keep = Tensor::stack(&choices.iter().map(mask_of).collect::<Vec<_>>(), 0);
             let questions = [&rest[..9], &rest[9..18]];
-            let mut branches = Branches::new(&cache, Some(&keep), 2, 12).unwrap();
+            let mut branches = Branches::with_storage(&cache, Some(&keep), 2, 12, storage).unwrap();
             assert_eq!(branches.rows(), 6);
             let rows: Vec<Tensor> = (0..6).map(|row| model.ids(questions[row % 2])).collect();
             let all = Tensor::stack(&rows, 0);
@@ -54,7 +56,7 @@ fn hiding_pairs_equals_evicting_them() {
                 let expected =
                     model.forward(&model.ids(questions[row % 2]), &mut evicted, &mut NoTap).unwrap();
                 assert_close(
-                    &format!("{name}, {counts:?}, row {row}"),
+                    &format!("{name}, {counts:?}, {storage:?}, row {row}"),
                     &hidden.get(row as i64),
                     &expected,
                     1e-4,
@@ -87,19 +89,21 @@ fn half_precision_branches_follow_f32() {
 fn a_head_may_lose_all_its_pairs() {
     let (model, cache, rest) = prefilled("nano-llama-target");
     let keep = Tensor::zeros([1, 6, 2, CONTEXT as i64], (Kind::Bool, Device::Cpu));
-    let mut branches = Branches::new(&cache, Some(&keep), 1, 8).unwrap();
-    let hidden = model.forward_branches(&model.ids(&rest[..8]).unsqueeze(0), &mut branches).unwrap();
     let none = Tensor::zeros([6, 2, 0], (Kind::Int64, Device::Cpu));
     let mut evicted = cache.evict(&none.to_device(device()), 8).unwrap();
     let expected = model.forward(&model.ids(&rest[..8]), &mut evicted, &mut NoTap).unwrap();
-    assert_close("empty heads", &hidden.get(0), &expected, 1e-4);
+    for storage in BOTH {
+        let mut branches = Branches::with_storage(&cache, Some(&keep), 1, 8, storage).unwrap();
+        let hidden = model.forward_branches(&model.ids(&rest[..8]).unsqueeze(0), &mut branches).unwrap();
+        assert_close(&format!("empty heads, {storage:?}"), &hidden.get(0), &expected, 1e-4);
+    }
 }
 
 #[test]
 fn without_a_mask_branches_equal_the_cache() {
-    for name in ARCHITECTURES {
+    for (name, storage) in ARCHITECTURES.into_iter().flat_map(|name| BOTH.map(|storage| (name, storage))) {
         let (model, mut cache, rest) = prefilled(name);
-        let mut branches = Branches::new(&cache, None, 3, 10).unwrap();
+        let mut branches = Branches::with_storage(&cache, None, 3, 10, storage).unwrap();
         let questions: Vec<&[u32]> = vec![&rest[..10], &rest[10..14], &rest[30..37]];
         let mut padded = Vec::new();
         for ids in &questions {
@@ -112,7 +116,7 @@ fn without_a_mask_branches_equal_the_cache() {
             let expected = model.forward(&model.ids(ids), &mut cache, &mut NoTap).unwrap();
             cache.truncate(CONTEXT);
             let found = hidden.get(row as i64).narrow(0, 0, ids.len() as i64);
-            assert_close(&format!("{name}, row {row}"), &found, &expected, 1e-4);
+            assert_close(&format!("{name}, {storage:?}, row {row}"), &found, &expected, 1e-4);
         }
         // Padding dropped, each row goes on at its own position.
         branches.truncate(&[10, 4, 7]).unwrap();
@@ -125,7 +129,7 @@ fn without_a_mask_branches_equal_the_cache() {
             let expected = model.forward(&model.ids(&ids), &mut cache, &mut NoTap).unwrap();
             cache.truncate(CONTEXT);
             assert_close(
-                &format!("{name}, row {row}, next"),
+                &format!("{name}, {storage:?}, row {row}, next"),
                 &hidden.get(row as i64).get(0),
                 &expected.get(-1),
                 1e-4,
@@ -147,15 +151,70 @@ fn answers_of_branches_equal_answers_of_evicted_caches() {
     let questions = [question("What is the access code for the silver harbour?"), rest[..5].to_vec()];
     let choices = [random_choice(&model, 140, 1), random_choice(&model, 15, 2)];
     let keep = Tensor::stack(&choices.iter().map(mask_of).collect::<Vec<_>>(), 0);
-    let mut branches = Branches::new(&cache, Some(&keep), 2, 80).unwrap();
     let rows: Vec<&[u32]> = (0..4).map(|row| questions[row % 2].as_slice()).collect();
-    let answers = model.generate_branches(&rows, &mut branches, 12, stop).unwrap();
-    for (row, answer) in answers.iter().enumerate() {
-        let mut evicted = cache.evict(&choices[row / 2].to_device(device()), 80).unwrap();
-        let expected = model.generate(rows[row], &mut evicted, 12, stop).unwrap();
-        assert_eq!(*answer, expected, "row {row}");
+    for storage in BOTH {
+        let mut branches = Branches::with_storage(&cache, Some(&keep), 2, 80, storage).unwrap();
+        let answers = model.generate_branches(&rows, &mut branches, 12, stop).unwrap();
+        for (row, answer) in answers.iter().enumerate() {
+            let mut evicted = cache.evict(&choices[row / 2].to_device(device()), 80).unwrap();
+            let expected = model.generate(rows[row], &mut evicted, 12, stop).unwrap();
+            assert_eq!(*answer, expected, "{storage:?}, row {row}");
+        }
+        let text = tokenizer.decode(&answers[0]).unwrap();
+        assert!(answers[0].len() < 12, "an answer to a question is short: {text}");
     }
-    assert!(answers[0].len() < 12, "an answer to a question is short: {:?}", tokenizer.decode(&answers[0]));
+}
+
+/// Any token may stop an answer, so that rows end at different times and leave while others go on.
+#[test]
+fn rows_that_leave_change_no_answer_of_others() {
+    for name in ["nano-llama-target", "arch-qwen2-bias", "arch-qwen3-qknorm"] {
+        let (model, cache, rest) = prefilled(name);
+        let questions: Vec<&[u32]> = vec![&rest[..6], &rest[6..9], &rest[9..20]];
+        let kept = [2, 15, 60, 149];
+        let masks: Vec<Tensor> =
+            kept.iter().map(|&kept| mask_of(&random_choice(&model, kept, kept as u64))).collect();
+        // One by one: what an answer is, without a batch; every token of one class ends it.
+        let stop: Vec<u32> = (0..model.shape().vocab as u32).filter(|id| id % 11 == 7).collect();
+        let alone = |mask: &Tensor, question: &[u32], new| {
+            let keep = mask.unsqueeze(0);
+            let mut branches = Branches::with_storage(&cache, Some(&keep), 1, 60, Storage::Shared).unwrap();
+            model.generate_branches(&[question], &mut branches, new, &stop).unwrap().remove(0)
+        };
+        let rows: Vec<&[u32]> = (0..12).map(|row| questions[row % 3]).collect();
+        let expected: Vec<Vec<u32>> = (0..12).map(|row| alone(&masks[row / 3], rows[row], 24)).collect();
+        let mut lengths: Vec<usize> = expected.iter().map(Vec::len).collect();
+        lengths.sort_unstable();
+        lengths.dedup();
+        // Random weights repeat one token, those that were trained do not.
+        assert!(lengths.len() > 2 || name.starts_with("arch"), "answers end at different times: {lengths:?}");
+        let keep = Tensor::stack(&masks, 0);
+        for storage in BOTH {
+            let mut branches = Branches::with_storage(&cache, Some(&keep), 3, 60, storage).unwrap();
+            let together = model.generate_branches(&rows, &mut branches, 24, &stop).unwrap();
+            assert_eq!(together, expected, "{name}, {storage:?}");
+
+            // A question and a known beginning are read, tried tokens are dropped, some rows leave, the others go on.
+            let open: Vec<usize> = (0..12).filter(|&row| expected[row].len() > 2 && row != 4).collect();
+            let mut branches = Branches::with_storage(&cache, Some(&keep), 3, 60, storage).unwrap();
+            let mut padded = vec![0i64; 12 * 15];
+            for (row, to) in padded.chunks_mut(15).enumerate() {
+                let read = rows[row].iter().chain(&expected[row]).chain(&[1, 2]).map(|id| i64::from(*id));
+                to.iter_mut().zip(read).for_each(|(to, id)| *to = id);
+            }
+            let padded = Tensor::from_slice(&padded).view([12, 15]);
+            let _ = model.forward_branches(&padded, &mut branches).unwrap();
+            branches.truncate(&(0..12).map(|row| rows[row].len() + 1).collect::<Vec<_>>()).unwrap();
+            branches.retain(&open).unwrap();
+            let next: Vec<u32> = open.iter().map(|&row| expected[row][1]).collect();
+            let limits: Vec<usize> = open.iter().map(|&row| row + 1).collect();
+            let found = model.continue_branches(&next, &mut branches, &limits, &stop).unwrap();
+            for (i, &row) in open.iter().enumerate() {
+                let wanted = &expected[row][2..expected[row].len().min(row + 3)];
+                assert_eq!(found[i], wanted, "{name}, {storage:?}, row {row}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -177,4 +236,11 @@ fn misshapen_branches_are_refused() {
         &["a branch holds 0 of 4 own tokens; 5 more"],
     );
     assert_error_text(branches.truncate(&[1, 0]), "row 0 holds 0 tokens, it cannot be cut to 1");
+    assert_error_text(branches.retain(&[1, 0]), "cannot keep rows [1, 0] of 2");
+    assert_error_text(branches.retain(&[]), "cannot keep rows [] of 2");
+    assert_error_text(branches.retain(&[0, 2]), "cannot keep rows [0, 2] of 2");
+    assert_error_text(
+        Branches::with_storage(&cache, Some(&keep([2, 3, 1, t - 1], Kind::Bool)), 1, 4, Storage::Packed),
+        "expected bool keep masks of shape [masks, 3, 1, 150]",
+    );
 }
