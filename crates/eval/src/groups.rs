@@ -59,7 +59,8 @@ impl Groups<'_> {
     /// Cells of `rest` to ask together; at least one.
     fn fitting(&self, rest: &[Cell]) -> Result<usize> {
         let device = self.model.device();
-        let (spare, forward) = (spare_bytes(device)?, forward_bytes(device));
+        // The masks themselves, and the prefix, which is kept whole, come on top.
+        let (spare, forward) = (spare_bytes(device)? / 4 * 3, forward_bytes(device));
         let pairs = (self.model.shape().total_kv_heads() * self.cached) as f64;
         let (mut copies, mut activations) = (0, 0);
         let fits = rest.iter().take_while(|cell| {

@@ -110,6 +110,8 @@ struct Step {
     slot_rs: Tensor,
     /// bool `[rows, s, own]`: own tokens that come later than the query, padding included.
     later_rso: Tensor,
+    /// i64 `[rows]`: which mask hides pairs of each row.
+    mask_r: Tensor,
     /// Own tokens to look at: the longest row's.
     own: i64,
 }
@@ -142,7 +144,8 @@ impl SharedBranches {
         let slot_rs =
             Tensor::from_slice(&lengths).to_device(device).unsqueeze(1) + Tensor::arange(s, options);
         let later_rso = Tensor::arange(own, options).gt_tensor(&slot_rs.unsqueeze(-1));
-        Step { slot_rs, later_rso, own }
+        let masks: Vec<i64> = self.masks.iter().map(|mask| *mask as i64).collect();
+        Step { slot_rs, later_rso, mask_r: Tensor::from_slice(&masks).to_device(device), own }
     }
 
     /// Put new keys and values `[rows, kv_heads, s, head_dim]` at their rows' ends.
@@ -185,9 +188,7 @@ impl SharedBranches {
                 let flat = q.reshape([heads, n * group * s, d]);
                 let mut context = logits(&flat, &k_htd.transpose(1, 2)).view([heads, n, group * s, t]);
                 if let Some(hidden) = &self.hidden_lhnt {
-                    let mask_r: Vec<i64> =
-                        self.masks[first as usize..][..n as usize].iter().map(|mask| *mask as i64).collect();
-                    let mask_r = Tensor::from_slice(&mask_r).to_device(q.device());
+                    let mask_r = step.mask_r.narrow(0, first, n);
                     let hidden_hrt = hidden[layer].index_select(1, &mask_r);
                     let _ = context.masked_fill_(&hidden_hrt.unsqueeze(2), f64::NEG_INFINITY);
                 }
