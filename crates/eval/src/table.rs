@@ -255,9 +255,9 @@ pub(crate) fn percent(i: Interval) -> String {
     if low == high { format!("{mean:.1}") } else { format!("{mean:.1} ({low:.0}-{high:.0})") }
 }
 
-/// At most two decimals, no trailing zeros.
+/// At most three decimals, no trailing zeros.
 pub(crate) fn trimmed(x: f64) -> String {
-    format!("{x:.2}").trim_end_matches('0').trim_end_matches('.').to_owned()
+    format!("{x:.3}").trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// A Markdown table; the first column to the left, the others to the right, padded to equal width.
@@ -322,6 +322,9 @@ mod tests {
     fn percentages_show_their_interval_where_there_is_one() {
         assert_eq!(percent(Interval { mean: 0.9755, low: 0.951, high: 0.99 }), "97.5 (95-99)");
         assert_eq!(percent(Interval::exact(1.0)), "100.0");
-        assert_eq!((trimmed(5.0), trimmed(0.5), trimmed(12.25)), ("5".into(), "0.5".into(), "12.25".into()));
+        assert_eq!(
+            (trimmed(5.0), trimmed(0.5), trimmed(12.5), trimmed(3.125)),
+            ("5".into(), "0.5".into(), "12.5".into(), "3.125".into())
+        );
     }
 }

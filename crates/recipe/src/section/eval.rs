@@ -11,7 +11,8 @@ use crate::method::MethodName;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvalSection {
-    /// Retention ratios of the metrics against labels.
+    /// Retention ratios of the metrics against labels. 0.125, 0.0625 and 0.03125 are the compressions by 8, 16 and 32 that others
+    /// report.
     pub ratios: Vec<f64>,
     /// Retention ratios of the tasks. Above 10% kept, nothing separates the methods.
     pub answer_ratios: Vec<f64>,
@@ -86,8 +87,8 @@ const DEFAULT_METHODS: [MethodName; 10] = [
 impl Default for EvalSection {
     fn default() -> Self {
         Self {
-            ratios: vec![0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01],
-            answer_ratios: vec![0.2, 0.1, 0.05, 0.03, 0.02, 0.01],
+            ratios: vec![0.5, 0.3, 0.2, 0.125, 0.1, 0.0625, 0.05, 0.03125, 0.03, 0.02, 0.01],
+            answer_ratios: vec![0.2, 0.125, 0.1, 0.0625, 0.05, 0.03125, 0.03, 0.02, 0.01],
             policies: Policy::ALL.to_vec(),
             answer_policies: vec![Policy::Pair, Policy::PairUniform],
             methods: DEFAULT_METHODS.to_vec(),

@@ -1,5 +1,8 @@
 //! From numbers to pixels, and the ticks along the way.
 
+/// Least distance of the ticks of ratios, as a share of the axis: room for a text such as `12.5%`.
+const TICKS_APART: f64 = 0.07;
+
 /// How values spread over an axis.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scale {
@@ -52,8 +55,19 @@ impl Axis {
         at.sort_by(|a, b| b.total_cmp(a));
         at.dedup();
         let (from, to) = (at.first().copied().unwrap_or(1.0), at.last().copied().unwrap_or(0.01));
-        let ticks = at.iter().map(|&r| (r, percent_text(r))).collect();
-        Self { label: label.to_owned(), scale: Scale::Log { from, to }, ticks }
+        let scale = Scale::Log { from, to };
+        // Where ratios lie close together, the one that is shorter to write has the tick: 3% rather than 3.125%.
+        let mut shortest = at.clone();
+        shortest.sort_by_key(|&r| percent_text(r).len());
+        let mut marked: Vec<f64> = Vec::new();
+        for r in shortest {
+            let apart = |m: &f64| (scale.share(*m) - scale.share(r)).abs() >= TICKS_APART;
+            if marked.iter().all(apart) {
+                marked.push(r);
+            }
+        }
+        let ticks = at.iter().filter(|r| marked.contains(r)).map(|&r| (r, percent_text(r))).collect();
+        Self { label: label.to_owned(), scale, ticks }
     }
 
     /// Round numbers that enclose `[low, high]`, about `count` of them.
@@ -132,6 +146,10 @@ mod tests {
     fn more_kept_is_further_left() {
         let axis = Axis::kept("kept", &[0.01, 0.1, 0.5, 0.1]);
         assert_eq!(axis.ticks.iter().map(|t| t.1.as_str()).collect::<Vec<_>>(), ["50%", "10%", "1%"]);
+        let close = [0.5, 0.3, 0.2, 0.125, 0.1, 0.0625, 0.05, 0.03125, 0.03, 0.02, 0.01];
+        let axis = Axis::kept("kept", &close);
+        let texts: Vec<&str> = axis.ticks.iter().map(|t| t.1.as_str()).collect();
+        assert_eq!(texts, ["50%", "30%", "20%", "10%", "5%", "3%", "2%", "1%"], "no two texts overlap");
         assert_eq!((axis.scale.share(0.5), axis.scale.share(0.01)), (0.0, 1.0));
         let middle = axis.scale.share(0.1);
         assert!((0.35..0.45).contains(&middle), "{middle}");
