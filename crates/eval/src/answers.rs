@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use arrow::array::{BooleanArray, Float64Array, StringArray, UInt32Array};
+use pkv_tasks::Squad;
 use serde::{Deserialize, Serialize};
 
 use crate::bench::{BenchAnswer, BenchAsked};
@@ -32,6 +33,13 @@ pub struct Asked {
     pub wanted: String,
 }
 
+impl Answer {
+    /// Exact match and token F1.
+    pub fn squad(&self, asked: &Asked) -> Squad {
+        Squad::of(&self.text, [asked.wanted.as_str()])
+    }
+}
+
 /// Rows of the file, in order.
 #[derive(Default)]
 pub struct AnswerTable {
@@ -46,6 +54,8 @@ pub struct AnswerTable {
     answer: Vec<String>,
     correct: Vec<bool>,
     score: Vec<f64>,
+    exact_match: Vec<Option<f64>>,
+    f1: Vec<Option<f64>>,
     kl: Vec<f64>,
     flipped: Vec<u32>,
     tokens: Vec<u32>,
@@ -75,6 +85,7 @@ impl AnswerTable {
             kl: a.kl,
             flipped: a.flipped,
             tokens: a.tokens,
+            squad: Some(a.squad(asked)),
         };
         self.row(task, place, &asked.question, asked.wanted.clone(), cell, &answer);
     }
@@ -119,6 +130,8 @@ impl AnswerTable {
         self.answer.push(a.text.clone());
         self.correct.push(a.score == 1.0);
         self.score.push(a.score);
+        self.exact_match.push(a.squad.map(|s| s.exact));
+        self.f1.push(a.squad.map(|s| s.f1));
         self.kl.push(a.kl);
         self.flipped.push(a.flipped);
         self.tokens.push(a.tokens);
@@ -144,6 +157,8 @@ impl AnswerTable {
                 ("answer", false, Arc::new(StringArray::from(self.answer))),
                 ("correct", false, Arc::new(BooleanArray::from(self.correct))),
                 ("score", false, Arc::new(Float64Array::from(self.score))),
+                ("exact_match", true, Arc::new(Float64Array::from(self.exact_match))),
+                ("f1", true, Arc::new(Float64Array::from(self.f1))),
                 ("kl", false, Arc::new(Float64Array::from(self.kl))),
                 ("flipped", false, Arc::new(UInt32Array::from(self.flipped))),
                 ("answer_tokens", false, Arc::new(UInt32Array::from(self.tokens))),
@@ -184,6 +199,8 @@ mod tests {
         assert_eq!(read.text("context_id").unwrap(), ["c0ffee", "c0ffee"]);
         assert_eq!(read.numbers("ratio").unwrap(), [1.0, 0.05]);
         assert_eq!(read.numbers("score").unwrap(), [1.0, 0.0]);
+        assert_eq!(read.numbers("exact_match").unwrap(), [1.0, 0.0]);
+        assert_eq!(read.numbers("f1").unwrap(), [1.0, 0.0]);
         assert_eq!(read.counts("question").unwrap(), [1, 1]);
         assert!(read.has("gold") && !read.has("nonsense"));
         assert!(read.text("ratio").is_err() && Columns::read(&dir.path().join("absent")).is_err());

@@ -7,7 +7,7 @@
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
 use pkv_lm::TextTokenizer;
-use pkv_tasks::{Example, cut_middle};
+use pkv_tasks::{Example, Squad, cut_middle};
 use serde::{Deserialize, Serialize};
 
 use crate::asking::{Asking, Question, Said};
@@ -80,6 +80,9 @@ pub struct BenchAnswer {
     /// Of these tokens, those whose most likely token differs from the full cache's.
     pub flipped: u32,
     pub tokens: u32,
+    /// Where a short answer is wanted; absent in outcomes of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub squad: Option<Squad>,
 }
 
 /// An example in tokens, ready to be read.
@@ -167,7 +170,8 @@ impl Asking<'_> {
         let answer = |(i, said): (usize, Said)| {
             let text = said.text.unwrap_or_else(|| own_texts[i].clone());
             let score = e.turns[i].score(&text);
-            BenchAnswer { text, score, kl: said.kl, flipped: said.flipped, tokens: said.tokens }
+            let squad = e.turns[i].squad(&text);
+            BenchAnswer { text, score, kl: said.kl, flipped: said.flipped, tokens: said.tokens, squad }
         };
         let mut rows = rows.into_iter().map(|row| row.into_iter().enumerate().map(answer).collect());
         let full = rows.next().unwrap_or_default();
@@ -231,6 +235,16 @@ pub fn summarize(
             o.asked.iter().zip(row).filter(|(asked, _)| asked.part == part).map(|(_, a)| of(a)).sum()
         };
         let score = |a: &BenchAnswer| a.score;
+        // Every turn of the part has exact match and F1, or the part has neither.
+        let squad = |rows: &[(&BenchOutcome, &Vec<BenchAnswer>)], of: fn(&Squad) -> f64| {
+            let mine = |(o, row): &(&BenchOutcome, &Vec<BenchAnswer>)| {
+                let turns = o.asked.iter().zip(row.iter()).filter(|(asked, _)| asked.part == part);
+                turns.map(|(_, a)| a.squad.as_ref().map(of)).sum::<Option<f64>>()
+            };
+            let sums = rows.iter().map(mine).collect::<Option<Vec<f64>>>()?;
+            let turns: Vec<f64> = rows.iter().map(|(o, row)| sum(o, row, &|_| 1.0)).collect();
+            draws.of(sums.len()).ratio(&sums, &turns)
+        };
         let cell = |cell: &Cell| {
             let mine: Vec<(&BenchOutcome, &Vec<BenchAnswer>)> =
                 all().filter_map(|o| Some((o, o.cells.get(cell)?))).collect();
@@ -254,6 +268,8 @@ pub fn summarize(
                 ratio: cell.ratio.get(),
                 contexts: (mine.len() < outcomes.len()).then_some(mine.len()),
                 score: share(&scores, &full(&|_| 1.0)),
+                exact_match: squad(&mine, |s| s.exact),
+                f1: squad(&mine, |s| s.f1),
                 kl: share(&total(&|a| a.kl), &tokens),
                 flips: share(&total(&|a| f64::from(a.flipped)), &tokens),
                 of_kvzip: draws.of(of_both.len()).ratio(&of_both, &of_kvzip),
@@ -263,6 +279,7 @@ pub fn summarize(
         let full =
             |of: &dyn Fn(&BenchAnswer) -> f64| -> Vec<f64> { all().map(|o| sum(o, &o.full, of)).collect() };
         let n = full(&|_| 1.0);
+        let of_full: Vec<_> = all().map(|o| (o, &o.full)).collect();
         BenchmarkResults {
             made: made.clone(),
             suite: suite.to_owned(),
@@ -273,6 +290,8 @@ pub fn summarize(
                 / outcomes.len().max(1) as f64,
             cut: all().filter(|o| o.cut).count(),
             full: share(&full(&score), &n),
+            full_exact_match: squad(&of_full, |s| s.exact),
+            full_f1: squad(&of_full, |s| s.f1),
             cells: cells.iter().map(cell).collect(),
         }
     };

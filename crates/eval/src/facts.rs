@@ -7,6 +7,7 @@ use anyhow::Result;
 use pkv_core::RetentionRatio;
 use pkv_data::{FactContext, FactQuestion};
 use pkv_recipe::{AnswerMatch, EvalSection};
+use pkv_tasks::Squad;
 use serde::{Deserialize, Serialize};
 
 use crate::answers::{Answer, Asked};
@@ -109,6 +110,9 @@ pub fn summarize(
     draws: &Draws,
 ) -> FactsResults {
     let correct = |answers: &[Answer]| answers.iter().filter(|a| a.correct).count() as f64;
+    let squad = |o: &FactsOutcome, answers: &[Answer], of: fn(&Squad) -> f64| -> f64 {
+        answers.iter().zip(&o.asked).map(|(answer, asked)| of(&answer.squad(asked))).sum()
+    };
     let tokens = |o: &FactsOutcome| o.full.iter().map(|a| f64::from(a.tokens)).sum::<f64>();
     let all = || outcomes.iter().map(|(_, o)| o);
     let share = |above: &[f64], below: &[f64]| {
@@ -122,6 +126,7 @@ pub fn summarize(
         };
         let tokens = total(&|o, _| tokens(o));
         let accuracy = total(&|_, a| correct(a));
+        let questions = total(&|o, _| o.asked.len() as f64);
         let (of_both, of_kvzip): (Vec<f64>, Vec<f64>) = mine
             .iter()
             .filter_map(|(o, a)| Some((correct(a), correct(o.cells.get(&cell.of_kvzip())?))))
@@ -131,7 +136,9 @@ pub fn summarize(
             policy: cell.policy,
             ratio: cell.ratio.get(),
             contexts: (mine.len() < outcomes.len()).then_some(mine.len()),
-            accuracy: share(&accuracy, &total(&|o, _| o.asked.len() as f64)),
+            accuracy: share(&accuracy, &questions),
+            exact_match: Some(share(&total(&|o, a| squad(o, a, |s| s.exact)), &questions)),
+            f1: Some(share(&total(&|o, a| squad(o, a, |s| s.f1)), &questions)),
             kl: share(&total(&|_, a| a.iter().map(|a| a.kl).sum()), &tokens),
             flips: share(&total(&|_, a| a.iter().map(|a| f64::from(a.flipped)).sum()), &tokens),
             of_kvzip: draws.of(of_both.len()).ratio(&of_both, &of_kvzip),
@@ -140,12 +147,51 @@ pub fn summarize(
     });
     let full: Vec<f64> = all().map(|o| correct(&o.full)).collect();
     let questions: Vec<f64> = all().map(|o| o.asked.len() as f64).collect();
+    let full_squad = |of: fn(&Squad) -> f64| {
+        let sums: Vec<f64> = all().map(|o| squad(o, &o.full, of)).collect();
+        Some(share(&sums, &questions))
+    };
     FactsResults {
         contexts: outcomes.len(),
         questions: all().map(|o| o.asked.len()).sum(),
         answer_match,
         full: share(&full, &questions),
+        full_exact_match: full_squad(|s| s.exact),
+        full_f1: full_squad(|s| s.f1),
         cells: results.collect(),
         made,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pkv_core::{Policy, Seed};
+    use pkv_recipe::MethodName;
+
+    use super::*;
+
+    /// Also of contexts that an earlier version asked: texts are all it takes.
+    #[test]
+    fn exact_match_and_f1_are_of_the_texts() {
+        let answer =
+            |text: &str, correct| Answer { text: text.to_owned(), correct, kl: 0.0, flipped: 0, tokens: 2 };
+        let asked = |wanted: &str| Asked { question: "?".to_owned(), wanted: wanted.to_owned() };
+        let ratio = RetentionRatio::new(0.1).unwrap();
+        let cell = Cell { method: MethodName::MAPPER, policy: Policy::Pair, ratio };
+        let outcome = FactsOutcome {
+            context_id: "c".to_owned(),
+            asked: vec![asked("4711"), asked("a silver bell")],
+            full: vec![answer("4711", true), answer("a silver bell", true)],
+            cells: [(cell, vec![answer("The 4711.", false), answer("Bell", false)])].into_iter().collect(),
+            timings: Vec::new(),
+        };
+        let draws = Draws::new(20, Seed(1));
+        let found = summarize(Made::default(), AnswerMatch::Exact, &[(0, outcome)], &draws);
+        let mean = |i: Option<Interval>| i.unwrap().mean;
+        assert_eq!((found.full.mean, mean(found.full_exact_match), mean(found.full_f1)), (1.0, 1.0, 1.0));
+        let cell = &found.cells[0];
+        assert_eq!((cell.accuracy.mean, mean(cell.exact_match)), (0.0, 0.5));
+        // 1, and a word of one against one of two.
+        assert!((mean(cell.f1) - (1.0 + 2.0 / 3.0) / 2.0).abs() < 1e-12);
     }
 }

@@ -4,7 +4,7 @@
 
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
-use pkv_prune::metrics::{kendall_tau_b, mass, realised_ratio, recall, spearman};
+use pkv_prune::metrics::{kendall_tau_b, log_r2, mass, realised_ratio, recall, spearman};
 use pkv_prune::{HeadBudgets, keep_mask, keep_mask_by};
 use pkv_recipe::{EvalSection, MethodName};
 use serde::{Deserialize, Serialize};
@@ -48,6 +48,9 @@ pub struct Agreement {
 struct Ranks {
     spearman: f64,
     kendall: f64,
+    /// Absent where the scores have no variance, and in outcomes of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    log_r2: Option<f64>,
 }
 
 /// KV pairs of each head, flat.
@@ -210,6 +213,9 @@ pub fn summarize(
             method,
             spearman: mean(&mine.iter().map(|r| r.spearman).collect::<Vec<_>>()),
             kendall: mean(&mine.iter().map(|r| r.kendall).collect::<Vec<_>>()),
+            log_r2: Some(mine.iter().filter_map(|r| r.log_r2).collect::<Vec<_>>())
+                .filter(|all| !all.is_empty())
+                .map(|all| mean(&all)),
         }
     };
     LabelResults {
@@ -276,7 +282,7 @@ fn rank_correlation(scores: &[f32], label: &[f32], positions: usize) -> Ranks {
         handles.into_iter().flat_map(|h| h.join().expect("rank correlations do not panic")).collect()
     });
     let (spearman, kendall): (Vec<f64>, Vec<f64>) = all.into_iter().unzip();
-    Ranks { spearman: mean(&spearman), kendall: mean(&kendall) }
+    Ranks { spearman: mean(&spearman), kendall: mean(&kendall), log_r2: log_r2(scores, label) }
 }
 
 /// All numbers in order, on the CPU.
@@ -350,6 +356,9 @@ mod tests {
         assert!((c.mass.mean - 1.0 / 3.0).abs() < 1e-6);
         assert_eq!((results.ranks[0].spearman, results.ranks[0].kendall), (1.0, 1.0));
         assert_eq!((results.ranks[1].spearman, results.ranks[1].kendall), (-1.0, -1.0));
+        // A line downwards fits as well as one upwards; the logarithm is no line.
+        let r2 = [0, 1].map(|i| results.ranks[i].log_r2.unwrap());
+        assert!((r2[0] - r2[1]).abs() < 1e-12 && r2[0] > 0.8 && r2[0] < 1.0, "{r2:?}");
         // The heat map is at 0.25, the ratio nearest to 0.05: two pairs, both in layer 0.
         let heads = results.heads.unwrap();
         assert_eq!((heads.policy, heads.ratio), (Policy::Pair, 0.25));

@@ -118,13 +118,17 @@ pub struct LabelCell {
     pub realised: f64,
 }
 
-/// Rank correlation with KVzip's raw scores: mean over (layer, KV head), then over contexts.
+/// Correlation with KVzip's raw scores: of ranks the mean over (layer, KV head), then over contexts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RankCell {
     pub method: MethodName,
     pub spearman: f64,
     /// Kendall's tau-b.
     pub kendall: f64,
+    /// Squared Pearson correlation with the logarithm of KVzip's scores, all KV pairs of a context together: how KVzap's
+    /// scorers are judged. Absent where the scores have no variance, and in results of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_r2: Option<f64>,
 }
 
 /// Recall of KVzip's kept set in each head, all test examples together.
@@ -158,6 +162,11 @@ pub struct FactsResults {
     pub answer_match: AnswerMatch,
     /// Share of questions that the full cache answers.
     pub full: Interval,
+    /// Its exact match and F1; absent in results of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_exact_match: Option<Interval>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_f1: Option<Interval>,
     /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
     pub cells: Vec<FactsCell>,
 }
@@ -172,6 +181,12 @@ pub struct FactsCell {
     pub contexts: Option<usize>,
     /// Share of questions answered.
     pub accuracy: Interval,
+    /// Share of answers that are the wanted one, as SQuAD compares them; absent in results of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exact_match: Option<Interval>,
+    /// Mean F1 of the answers' words, as SQuAD measures it; likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub f1: Option<Interval>,
     /// KL(full || pruned) of the answer tokens' distributions, nats per token.
     pub kl: Interval,
     /// Share of answer tokens whose most likely token differs from the full cache's.
@@ -198,6 +213,11 @@ pub struct BenchmarkResults {
     pub cut: usize,
     /// Score of the full cache by the task's own metric, in [0, 1].
     pub full: Interval,
+    /// Its exact match and F1; absent where no short answer is wanted, and in results of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_exact_match: Option<Interval>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_f1: Option<Interval>,
     /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
     pub cells: Vec<BenchmarkCell>,
 }
@@ -212,6 +232,11 @@ pub struct BenchmarkCell {
     pub contexts: Option<usize>,
     /// By the task's own metric, in [0, 1].
     pub score: Interval,
+    /// Exact match and F1 as SQuAD measures them; absent where no short answer is wanted, and in results of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exact_match: Option<Interval>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub f1: Option<Interval>,
     /// KL(full || pruned) along the full cache's answer, nats per token.
     pub kl: Interval,
     /// Share of that answer's tokens whose most likely token differs from the full cache's.
@@ -432,7 +457,12 @@ mod tests {
                     mass: Interval::exact(0.9),
                     realised: 0.05,
                 }],
-                ranks: vec![RankCell { method: MethodName::MAPPER, spearman: 0.6, kendall: 0.5 }],
+                ranks: vec![RankCell {
+                    method: MethodName::MAPPER,
+                    spearman: 0.6,
+                    kendall: 0.5,
+                    log_r2: Some(0.7),
+                }],
                 heads: Some(HeadRecall {
                     policy: Policy::Pair,
                     ratio: 0.05,
@@ -463,6 +493,34 @@ mod tests {
         assert!(back.labels.cell(MethodName::MAPPER, Policy::PairUniform, 0.05).is_some());
         assert!(back.labels.cell(MethodName::MAPPER, Policy::Pair, 0.05).is_none());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn what_earlier_versions_did_not_measure_is_absent_not_zero() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("results.json");
+        let mut old = serde_json::to_value(results()).unwrap();
+        assert!(old["labels"]["ranks"][0].as_object_mut().unwrap().remove("log_r2").is_some());
+        let zero = serde_json::json!({"mean": 0.5, "low": 0.5, "high": 0.5});
+        old["facts"] = serde_json::json!({
+            "contexts": 1, "questions": 1, "answer_match": "exact", "full": zero, "cells": [{
+                "method": "mapper", "policy": "pair", "ratio": 0.05, "accuracy": zero, "kl": zero, "flips": zero,
+                "of_kvzip": null, "of_full": null
+            }]
+        });
+        fs::write(&path, old.to_string()).unwrap();
+        let back = Results::read(&path).unwrap();
+        assert_eq!(back.labels.ranks[0].log_r2, None);
+        let facts = back.facts.as_ref().unwrap();
+        assert_eq!(
+            (facts.full_exact_match, facts.cells[0].exact_match, facts.cells[0].f1),
+            (None, None, None)
+        );
+        let tables = crate::table::all_tables(&back);
+        assert!(!tables.contains("Exact match") && !tables.contains("F1"), "{tables}");
+        back.write(&path).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(!text.contains("exact_match") && !text.contains("log_r2"), "{text}");
     }
 
     #[test]

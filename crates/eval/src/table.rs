@@ -6,7 +6,7 @@
 use pkv_core::Policy;
 use pkv_recipe::MethodName;
 
-use crate::results::{BenchmarkCell, BenchmarkResults, Interval, LabelCell, Results};
+use crate::results::{BenchmarkCell, BenchmarkResults, FactsCell, Interval, LabelCell, Results};
 
 /// Every table that `results` has numbers for, each under a heading.
 pub fn all_tables(results: &Results) -> String {
@@ -18,10 +18,15 @@ pub fn all_tables(results: &Results) -> String {
     };
     for policy in Policy::ALL {
         add(facts_title(results, policy), answers_table(results, policy));
+        add(format!("Exact match of these answers, {} (%)", policy.name()), exact_table(results, policy));
+        add(format!("Token F1 of these answers, {} (%)", policy.name()), f1_table(results, policy));
         add(format!("Recall of KVzip's kept set, {} (%)", policy.name()), recall_table(results, policy));
     }
     add("What a policy costs: recall of what KVzip keeps under pair (%)".to_owned(), policy_table(results));
-    add("Rank correlation with KVzip's scores, mean over heads".to_owned(), rank_table(results));
+    add(
+        "Correlation with KVzip's scores: of ranks by head, squared with their logarithm".to_owned(),
+        rank_table(results),
+    );
     for policy in Policy::ALL {
         add(
             format!("KL(full || pruned) of the answer tokens, {} (nats)", policy.name()),
@@ -44,6 +49,12 @@ pub fn all_tables(results: &Results) -> String {
         }
         for benchmark in &results.benchmarks {
             add(benchmark_title(benchmark, policy), benchmark_table(benchmark, policy));
+            let title = |figure: &str| format!("{figure} of these answers, {} (%)", policy.name());
+            add(
+                title("Exact match"),
+                squad_table(&benchmark.cells, policy, benchmark.full_exact_match, |c| c.exact_match),
+            );
+            add(title("Token F1"), squad_table(&benchmark.cells, policy, benchmark.full_f1, |c| c.f1));
         }
     }
     let notes: Vec<String> =
@@ -69,6 +80,46 @@ pub fn answers_table(results: &Results, policy: Policy) -> Option<String> {
     let grid = Grid::new(cells().map(|c| (c.method, c.ratio, percent(c.accuracy))));
     let table = grid.render(Some(("full cache", percent(facts.full))));
     noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
+}
+
+/// Exact match of the answers as SQuAD compares them, in percent. `None` without the task, the policy or the figure.
+pub fn exact_table(results: &Results, policy: Policy) -> Option<String> {
+    let facts = results.facts.as_ref()?;
+    squad_table(&facts.cells, policy, facts.full_exact_match, |c| c.exact_match)
+}
+
+/// F1 of the answers' words as SQuAD measures it, in percent; as [`exact_table`].
+pub fn f1_table(results: &Results, policy: Policy) -> Option<String> {
+    let facts = results.facts.as_ref()?;
+    squad_table(&facts.cells, policy, facts.full_f1, |c| c.f1)
+}
+
+fn squad_table<C: AnswerCell>(
+    cells: &[C],
+    policy: Policy,
+    full: Option<Interval>,
+    value: impl Fn(&C) -> Option<Interval>,
+) -> Option<String> {
+    let cells = cells.iter().filter(|c| c.place().1 == policy);
+    let shown = cells.filter_map(|c| Some((c.place().0, c.place().2, percent(value(c)?))));
+    Grid::new(shown).render(full.map(|full| ("full cache", percent(full))))
+}
+
+/// Cells of tasks that are answered.
+trait AnswerCell {
+    fn place(&self) -> (MethodName, Policy, f64);
+}
+
+impl AnswerCell for FactsCell {
+    fn place(&self) -> (MethodName, Policy, f64) {
+        (self.method, self.policy, self.ratio)
+    }
+}
+
+impl AnswerCell for BenchmarkCell {
+    fn place(&self) -> (MethodName, Policy, f64) {
+        (self.method, self.policy, self.ratio)
+    }
 }
 
 /// The benchmarks that were asked, each once.
@@ -167,13 +218,14 @@ pub fn perplexity_table(results: &Results, policy: Policy) -> Option<String> {
     noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
 }
 
-/// Spearman's and Kendall's coefficients. `None` if no method was measured.
+/// Spearman's and Kendall's coefficients, and the squared correlation with log scores. `None` if no method was measured.
 pub fn rank_table(results: &Results) -> Option<String> {
     let ranks = &results.labels.ranks;
-    let head = ["method", "Spearman", "Kendall tau-b"].map(str::to_owned).to_vec();
-    let rows = ranks
-        .iter()
-        .map(|r| vec![r.method.name().to_owned(), format!("{:.3}", r.spearman), format!("{:.3}", r.kendall)]);
+    let head = ["method", "Spearman", "Kendall tau-b", "r2 to log scores"].map(str::to_owned).to_vec();
+    let rows = ranks.iter().map(|r| {
+        let log_r2 = r.log_r2.map_or_else(|| "-".to_owned(), |r2| format!("{r2:.3}"));
+        vec![r.method.name().to_owned(), format!("{:.3}", r.spearman), format!("{:.3}", r.kendall), log_r2]
+    });
     (!ranks.is_empty()).then(|| markdown(&head, &rows.collect::<Vec<_>>()))
 }
 

@@ -1,8 +1,10 @@
 //! How well a prediction agrees with KVzip's scores.
 //!
 //! At a budget: [`KeptAgreement`] of two keep masks. Over the whole ranking: Spearman's and
-//! Kendall's coefficients per KV head, computed in f64 on the CPU so that they are exact.
+//! Kendall's coefficients per KV head, and the squared correlation with KVzip's log scores, computed in f64 on the CPU so that
+//! they are exact.
 
+mod log_r2;
 mod rank;
 mod reference;
 
@@ -11,6 +13,7 @@ use pkv_core::{Policy, RetentionRatio};
 use tch::{Device, Kind, Tensor};
 
 use crate::{keep_mask, token_scores};
+pub use log_r2::log_r2;
 pub use rank::{average_ranks, kendall_tau_b, spearman};
 pub use reference::{Agreement, Budgets, Reference};
 

@@ -209,7 +209,7 @@ fn perplexity(results: &Results) -> Vec<Figure> {
 
 /// Tasks of standard benchmarks, each under every policy.
 fn benchmarks(results: &Results) -> Vec<Table> {
-    let of = |b| policies_of(b).into_iter().filter_map(move |policy| tables::benchmark(b, policy));
+    let of = |b| policies_of(b).into_iter().flat_map(move |policy| tables::benchmark(b, policy));
     results.benchmarks.iter().flat_map(of).collect()
 }
 

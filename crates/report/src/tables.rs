@@ -59,15 +59,18 @@ pub fn facts(facts: &FactsResults, policy: Policy) -> Vec<Table> {
         Best::Highest,
         points,
     );
-    let full = Cell { value: points(facts.full.mean), interval: interval(facts.full, points), best: false };
-    answers.rows.insert(
-        0,
-        Row {
-            name: "full cache".to_owned(),
-            class: "full".to_owned(),
-            reference: true,
-            cells: answers.columns.iter().map(|_| Some(full.clone())).collect(),
-        },
+    add_full(&mut answers, facts.full);
+    let exact = squad(
+        "Exact match, percent",
+        "Answers that are the wanted one once lower-cased, without punctuation and articles, as SQuAD compares them.",
+        cells().filter_map(|c| Some((c.method, c.ratio, c.exact_match?))),
+        facts.full_exact_match,
+    );
+    let f1 = squad(
+        "Token F1, percent",
+        "F1 of the words of answer and wanted answer, as SQuAD measures it.",
+        cells().filter_map(|c| Some((c.method, c.ratio, c.f1?))),
+        facts.full_f1,
     );
     let relative = build(
         "Recovered: answers relative to KVzip's at the same budget, percent",
@@ -97,7 +100,29 @@ pub fn facts(facts: &FactsResults, policy: Policy) -> Vec<Table> {
         Best::Lowest,
         points,
     );
-    [answers, relative, of_full, kl, flips].into_iter().filter(|t| !t.rows.is_empty()).collect()
+    [answers, relative, of_full, exact, f1, kl, flips].into_iter().filter(|t| !t.rows.is_empty()).collect()
+}
+
+/// A table of shares whose first row, if it has any, is the full cache's.
+fn squad(
+    caption: &str,
+    note: &str,
+    cells: impl Iterator<Item = (MethodName, f64, Interval)>,
+    full: Option<Interval>,
+) -> Table {
+    let mut table = build(caption, note, cells, Best::Highest, points);
+    if let Some(full) = full.filter(|_| !table.rows.is_empty()) {
+        add_full(&mut table, full);
+    }
+    table
+}
+
+/// The full cache's share in the first row.
+fn add_full(table: &mut Table, full: Interval) {
+    let cell = Cell { value: points(full.mean), interval: interval(full, points), best: false };
+    let cells = table.columns.iter().map(|_| Some(cell.clone())).collect();
+    let row = Row { name: "full cache".to_owned(), class: "full".to_owned(), reference: true, cells };
+    table.rows.insert(0, row);
 }
 
 /// How far the mapper leads each other method, question for question.
@@ -192,8 +217,8 @@ fn across_tasks(
     })
 }
 
-/// Scores of one task of a benchmark, for one policy.
-pub fn benchmark(b: &BenchmarkResults, policy: Policy) -> Option<Table> {
+/// Scores of one task of a benchmark, for one policy; exact match and F1 where short answers are wanted.
+pub fn benchmark(b: &BenchmarkResults, policy: Policy) -> Vec<Table> {
     let cells = || b.cells.iter().filter(|c| c.policy == policy);
     let cut = if b.cut > 0 { format!(" Of {} the middle was cut out.", b.cut) } else { String::new() };
     let mut table = build(
@@ -212,13 +237,22 @@ pub fn benchmark(b: &BenchmarkResults, policy: Policy) -> Option<Table> {
         Best::Highest,
         points,
     );
-    let full = Cell { value: points(b.full.mean), interval: interval(b.full, points), best: false };
-    let cells = table.columns.iter().map(|_| Some(full.clone())).collect();
-    let row = Row { name: "full cache".to_owned(), class: "full".to_owned(), reference: true, cells };
-    (!table.rows.is_empty()).then(|| {
-        table.rows.insert(0, row);
-        table
-    })
+    if !table.rows.is_empty() {
+        add_full(&mut table, b.full);
+    }
+    let exact = squad(
+        &format!("{} {}, exact match in percent", b.suite, b.task),
+        "",
+        cells().filter_map(|c| Some((c.method, c.ratio, c.exact_match?))),
+        b.full_exact_match,
+    );
+    let f1 = squad(
+        &format!("{} {}, token F1 in percent", b.suite, b.task),
+        "",
+        cells().filter_map(|c| Some((c.method, c.ratio, c.f1?))),
+        b.full_f1,
+    );
+    [table, exact, f1].into_iter().filter(|t| !t.rows.is_empty()).collect()
 }
 
 /// Recall of KVzip's kept set and the share of its score mass, for one policy.
@@ -255,13 +289,14 @@ pub fn labels(labels: &LabelResults, policy: Policy) -> Vec<Table> {
     [recall, mass, of_pair].into_iter().filter(|t| !t.rows.is_empty()).collect()
 }
 
-/// Rank correlations with KVzip's scores.
+/// Correlations with KVzip's scores.
 pub fn ranks(labels: &LabelResults) -> Option<Table> {
     let cells = labels.ranks.iter().filter(|r| r.method != MethodName::KVZIP);
     let best = |of: fn(&pkv_eval::RankCell) -> f64| {
         cells.clone().filter(|r| !method::is_oracle(r.method)).map(of).fold(f64::NEG_INFINITY, f64::max)
     };
     let (spearman, kendall) = (best(|r| r.spearman), best(|r| r.kendall));
+    let log_r2 = best(|r| r.log_r2.unwrap_or(f64::NEG_INFINITY));
     let cell = |value: f64, best: f64, oracle: bool| {
         Some(Cell {
             value: thousandths(value),
@@ -274,15 +309,22 @@ pub fn ranks(labels: &LabelResults) -> Option<Table> {
         .map(|r| {
             let oracle = method::is_oracle(r.method);
             Row {
-                cells: vec![cell(r.spearman, spearman, oracle), cell(r.kendall, kendall, oracle)],
+                cells: vec![
+                    cell(r.spearman, spearman, oracle),
+                    cell(r.kendall, kendall, oracle),
+                    r.log_r2.and_then(|r2| cell(r2, log_r2, oracle)),
+                ],
                 ..row(r.method)
             }
         })
         .collect();
     (!rows.is_empty()).then(|| Table {
-        caption: "Rank correlation with KVzip's scores".to_owned(),
-        note: "Mean over (layer, KV head), then over contexts.".to_owned(),
-        columns: vec!["Spearman".to_owned(), "Kendall τ-b".to_owned()],
+        caption: "Correlation with KVzip's scores".to_owned(),
+        note: "Of ranks: mean over (layer, KV head), then over contexts. r² to log scores: squared Pearson correlation of the \
+               predictions, as each method gives them, with the logarithm of KVzip's scores, all KV pairs of a context together \
+               (KVzap's figure)."
+            .to_owned(),
+        columns: vec!["Spearman".to_owned(), "Kendall τ-b".to_owned(), "r² to log scores".to_owned()],
         rows,
     })
 }
@@ -446,6 +488,8 @@ mod tests {
             policy: Policy::Pair,
             ratio: 0.05,
             score: Interval::exact(score),
+            exact_match: None,
+            f1: None,
             kl: Interval::exact(0.0),
             flips: Interval::exact(0.0),
             of_kvzip: (method != MethodName::RANDOM).then_some(Interval::exact(score / 0.8)),
@@ -460,6 +504,8 @@ mod tests {
             mean_context_tokens: 100.0,
             cut: 0,
             full: Interval::exact(1.0),
+            full_exact_match: None,
+            full_f1: None,
             cells: vec![
                 cell(MethodName::KVZIP, 0.8),
                 cell(MethodName::MAPPER, mapper),

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use pkv_core::hinted;
 use serde::{Deserialize, Serialize};
 
-use crate::metric::Metric;
+use crate::metric::{Metric, Squad};
 
 /// A context and its questions. The context is prefilled and pruned before any question is known.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -46,11 +46,21 @@ pub struct Turn {
 impl Turn {
     /// What `answer` is worth, in [0, 1].
     pub fn score(&self, answer: &str) -> f64 {
-        let answer = match self.first_line {
+        self.metric.score(self.counted(answer), &self.wanted, &self.others)
+    }
+
+    /// Exact match and token F1 of `answer`; `None` where no short answer is wanted.
+    pub fn squad(&self, answer: &str) -> Option<Squad> {
+        let wanted = self.wanted.iter().map(String::as_str);
+        self.metric.is_short_answer(self.wanted.len()).then(|| Squad::of(self.counted(answer), wanted))
+    }
+
+    /// What of an answer counts.
+    fn counted<'a>(&self, answer: &'a str) -> &'a str {
+        match self.first_line {
             true => answer.trim_start_matches('\n').split('\n').next().unwrap_or_default(),
             false => answer,
-        };
-        self.metric.score(answer, &self.wanted, &self.others)
+        }
     }
 
     /// Whether the right answer is worth anything; where it is not, every answer would score 0.

@@ -18,5 +18,5 @@ mod sentences;
 mod words;
 
 pub use example::{Example, Turn};
-pub use metric::Metric;
+pub use metric::{Metric, Squad};
 pub use middle::cut_middle;

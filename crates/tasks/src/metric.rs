@@ -11,6 +11,9 @@ mod lcs;
 mod longbench;
 mod rouge;
 mod scbench;
+mod squad;
+
+pub use squad::Squad;
 
 use serde::{Deserialize, Serialize};
 
@@ -91,6 +94,15 @@ impl Metric {
             // Python's `round` takes halves to the even.
             Self::StringMatchAllRounded => (100.0 * string_match(answer, wanted)).round_ties_even() / 100.0,
             Self::Function => best(&|w| f64::from(scbench::function(answer, w, others))),
+        }
+    }
+
+    /// Whether each of so many wanted answers is a short one that counts alone: then exact match and token F1 say something.
+    pub fn is_short_answer(self, wanted: usize) -> bool {
+        match self {
+            Self::StringMatchPart | Self::QaF1 | Self::Contains | Self::ContainsAnyCase => true,
+            Self::StringMatchAll | Self::StringMatchAllRounded => wanted == 1,
+            _ => false,
         }
     }
 }

@@ -94,6 +94,8 @@ fn benchmarks_are_answered_from_the_same_caches_and_continued() {
         for method in [MethodName::KVZIP, MethodName::RANDOM] {
             let whole = b.cell(method, Policy::Pair, 1.0).unwrap();
             assert_eq!(whole.score, b.full, "{}", b.task);
+            assert!(whole.exact_match.is_some(), "one short answer is wanted");
+            assert_eq!((whole.exact_match, whole.f1), (b.full_exact_match, b.full_f1), "{}", b.task);
             assert!(whole.kl.mean < 1e-6 && whole.flips.mean == 0.0, "{}: {whole:?}", b.task);
         }
         let kl = |m, r| b.cell(m, Policy::Pair, r).unwrap().kl.mean;

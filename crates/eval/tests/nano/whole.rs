@@ -37,6 +37,10 @@ fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() 
     let facts = results.facts.as_ref().unwrap();
     assert_eq!((facts.contexts, facts.questions), (6, 18));
     assert!(facts.full.mean > 0.9, "the full cache answers {:?}", facts.full);
+    for cell in &facts.cells {
+        let (exact, f1) = (cell.exact_match.unwrap().mean, cell.f1.unwrap().mean);
+        assert!(cell.accuracy.mean <= exact + 1e-9 && exact <= f1 + 1e-9, "{cell:?}");
+    }
     let answers = |method, ratio| facts.cell(method, Policy::Pair, ratio).unwrap();
     let (oracle, chance) = (answers(MethodName::KVZIP, 0.2), answers(MethodName::RANDOM, 0.2));
     assert!(oracle.accuracy.mean > chance.accuracy.mean + 0.3, "{oracle:?} {chance:?}");

@@ -34,7 +34,7 @@ pub fn f1<T: Eq + Hash>(answer: &[T], wanted: &[T]) -> f64 {
 }
 
 /// `normalize_answer`: lower case, no ASCII punctuation, no articles.
-fn normalized(text: &str) -> String {
+pub(super) fn normalized(text: &str) -> String {
     let text = text.to_lowercase();
     let text: String = text.chars().filter(|c| !c.is_ascii_punctuation()).collect();
     // `\b(a|an|the)\b` as a whole word: letters, digits and `_` of any script are word characters.
