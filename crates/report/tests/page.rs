@@ -71,7 +71,7 @@ fn a_whole_run_fills_every_section() {
     );
     assert_eq!(section(&page, "training").matches("<svg").count(), 2);
     assert!(section(&page, "training").contains("The checkpoint of step 1400 did best"));
-    assert_eq!(section(&page, "recall").matches("<svg").count(), 3, "one chart per policy");
+    assert_eq!(section(&page, "recall").matches("<svg").count(), 4, "one chart per policy");
     assert!(page.contains("prefers-color-scheme:dark") && page.contains("@media print"));
     assert!(section(&page, "stages").contains("20 min 10 s"));
     assert!(section(&page, "limits").contains("proxykv-train run --recipe recipes&#x2f;tiny-llama.toml"));
