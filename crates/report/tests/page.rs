@@ -163,7 +163,7 @@ fn an_evaluation_without_tasks_or_mapper_is_shown_as_far_as_it_goes() {
         r.labels.cells.retain(|c| c.method == pkv_recipe::MethodName::RANDOM && c.ratio == 0.05);
     });
     assert!(section(&page, "answers").contains("No answers have been measured yet"));
-    assert_eq!(section(&page, "recall").matches("<svg").count(), 3);
+    assert_eq!(section(&page, "recall").matches("<svg").count(), 4);
     assert_no_broken_numbers(&page);
     let page = with_results(dir.path(), |r| {
         r.labels = pkv_eval::LabelResults::default();
