@@ -30,4 +30,5 @@ mod sandbox;
 #[path = "../crates/hub/tests/server/mod.rs"]
 mod server;
 mod sources;
+mod start_from;
 mod stdout;

@@ -221,6 +221,11 @@ impl Export {
         &self.config
     }
 
+    /// SHA-256 of the file of weights and standardization: what the mapper is, wherever the export lies.
+    pub fn weights_hash(&self) -> Option<&str> {
+        self.config.files.get(MODEL).map(|file| file.sha256.as_str())
+    }
+
     /// Weights and standardization, in the order of their names, on the host.
     pub fn tensors(&self) -> &NamedTensors {
         &self.tensors

@@ -12,6 +12,7 @@ pub mod plan;
 pub mod prepare;
 mod pump;
 pub mod report;
+mod start_from;
 mod to_host;
 pub mod train;
 

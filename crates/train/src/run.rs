@@ -41,6 +41,8 @@ pub struct TrainInputs<'a> {
     pub loss: &'a LossSection,
     pub train: &'a TrainSection,
     pub seed: Seed,
+    /// Parameters by name that training starts from, in place of the ridge solution and random numbers.
+    pub start_from: Option<&'a [(String, Tensor)]>,
     /// Every choice that the weights depend on, those of the stages before included.
     pub fingerprint: &'a Fingerprint,
 }
@@ -230,6 +232,7 @@ impl<'a> Run<'a> {
                 inputs.loss,
                 inputs.train,
                 inputs.training_seed(),
+                inputs.start_from,
                 device,
                 progress,
             )?,

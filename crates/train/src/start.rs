@@ -16,22 +16,25 @@ const SAMPLE_POSITIONS: usize = 1 << 19;
 const THRESHOLD_CONTEXTS: usize = 64;
 
 /// A mapper at its start: standardized by the training examples, its skip the best linear mapper,
-/// the binary term's offsets at the labels' mean thresholds.
+/// the binary term's offsets at the labels' mean thresholds. `from` has the parameters of another mapper: those replace the
+/// ridge solution and random numbers; standardization stays its own.
 ///
 /// # Errors
-/// A shard is damaged, or a feature or label is not finite.
+/// A shard is damaged, a feature or label is not finite, or `from` is of another network.
 pub fn start(
     dataset: &Dataset,
     section: &MapperSection,
     loss: &LossSection,
     train: &TrainSection,
     seed: Seed,
+    from: Option<&[(String, Tensor)]>,
     device: Device,
     progress: &dyn Progress,
 ) -> Result<Mapper> {
     let _no_grad = tch::no_grad_guard();
     let (pool, sample) = (&train.target_pool, sample(dataset, dataset.training_rows(train.contexts, seed)));
     let (dims, linear) = (dataset.dims(), section.linear_skip || section.variant == Variant::Linear);
+    let linear = linear && from.is_none();
     let passes = if linear { 2 } else { 1 };
     progress.start("training statistics", passes * sample.len() as u64, 0);
     let one = |x: &Tensor| x.unsqueeze(0);
@@ -61,8 +64,37 @@ pub fn start(
         mapper.set_linear(&weight_of, &bias_o)?;
     }
     mapper.calibrate(&thresholds)?;
+    if let Some(from) = from {
+        adopt(&mapper, from)?;
+    }
     progress.finish();
     Ok(mapper)
+}
+
+/// Give `mapper` the parameters in `from`. The loss may differ, so its learned numbers are taken where they fit.
+fn adopt(mapper: &Mapper, from: &[(String, Tensor)]) -> Result<()> {
+    let (mut all, mut own) = (Vec::new(), Vec::new());
+    for (name, mine) in mapper.parameters() {
+        let theirs = from.iter().find(|(n, _)| n == name).map(|(_, x)| x);
+        let fits = theirs.is_some_and(|x| x.size() == mine.size());
+        if !fits && name.starts_with("loss.") {
+            own.push(name.as_str());
+            all.push((name.clone(), mine.detach().copy()));
+        } else if let Some(theirs) = theirs {
+            // What is wrong with the others is said where they are loaded.
+            all.push((name.clone(), theirs.shallow_clone()));
+        }
+    }
+    mapper.load_parameters(&all).with_context(|| {
+        hinted(
+            "the mapper that training would start from is of another network",
+            "start from a mapper with the same sizes and `[mapper]` section, or leave `train.start_from` out",
+        )
+    })?;
+    let kept =
+        if own.is_empty() { String::new() } else { format!("; from this run's start: {}", own.join(", ")) };
+    tracing::info!("starting from another mapper's {} parameters{kept}", all.len() - own.len());
+    Ok(())
 }
 
 /// Some of the training rows evenly spread over them, within both limits.

@@ -22,6 +22,8 @@ pub struct Setup {
     pub mapper: MapperSection,
     pub loss: LossSection,
     pub train: TrainSection,
+    /// Parameters that training starts from.
+    pub start_from: Option<Vec<(String, tch::Tensor)>>,
     pub fingerprint: Fingerprint,
 }
 
@@ -60,6 +62,7 @@ impl Setup {
                 best_by: vec![0.1, 0.07],
                 ..TrainSection::default()
             },
+            start_from: None,
             fingerprint: Fingerprint::new().with("train", "as in this test"),
         }
     }
@@ -102,6 +105,7 @@ impl Setup {
             loss: &self.loss,
             train: &self.train,
             seed: Seed(11),
+            start_from: self.start_from.as_deref(),
             fingerprint: &self.fingerprint,
         }
     }

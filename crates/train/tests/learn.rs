@@ -136,3 +136,57 @@ fn the_training_seed_changes_the_training_alone() {
     assert_eq!(default, same, "the set-up's seed is 11");
     assert_ne!(default, other);
 }
+
+/// Parameters of the best checkpoint of a run.
+fn parameters(setup: &Setup, run: &str) -> Vec<(String, tch::Tensor)> {
+    let store = CheckpointStore::read_only(&setup.stage(run).join("checkpoints")).unwrap();
+    store.best(tch::Device::Cpu).unwrap().unwrap().weights()
+}
+
+#[test]
+fn a_start_from_another_mapper_takes_its_weights_and_its_own_statistics() {
+    let mut setup = Setup::new(48, 8);
+    setup.train.steps = 60.into();
+    (setup.train.validate_every, setup.train.checkpoint_every) = (60, 60);
+    let first = setup.finish("first").unwrap().best_score.unwrap();
+    let learnt = parameters(&setup, "first");
+
+    // A step of next to nothing: what is validated is what training starts from.
+    (setup.train.steps, setup.train.lr) = (1.into(), 1e-9);
+    let cold = setup.finish("cold").unwrap().best_score.unwrap();
+    setup.start_from = Some(learnt);
+    let warm = setup.finish("warm").unwrap().best_score.unwrap();
+    assert!((warm - first).abs() < 1e-6 && warm > cold + 0.02, "first {first}, cold {cold}, warm {warm}");
+    // On other contexts with other means and deviations, the weights are the same and those are not.
+    (setup.train.contexts, setup.train.seed) = (Some(5), None);
+    setup.finish("few").unwrap();
+    let buffers = |run: &str| {
+        let store = CheckpointStore::read_only(&setup.stage(run).join("checkpoints")).unwrap();
+        store.best(tch::Device::Cpu).unwrap().unwrap().buffers
+    };
+    let differ = |a: &[(String, tch::Tensor)], b: &[(String, tch::Tensor)]| {
+        a.iter().zip(b).map(|((_, x), (_, y))| (x - y).abs().max().double_value(&[])).fold(0.0, f64::max)
+    };
+    assert!(differ(&buffers("few"), &buffers("warm")) > 1e-3);
+    assert!(differ(&parameters(&setup, "few"), setup.start_from.as_ref().unwrap()) < 1e-6);
+}
+
+#[test]
+fn a_start_takes_the_losss_numbers_where_they_fit_and_no_other_network() {
+    let mut setup = Setup::new(12, 3);
+    setup.train.steps = 2.into();
+    setup.finish("first").unwrap();
+    setup.start_from = Some(parameters(&setup, "first"));
+    // One more ratio and no global term: the binary term's numbers are this run's own.
+    setup.loss.binary_ratios.push(0.33);
+    setup.loss.global = 0.0;
+    assert!(setup.finish("other-loss").unwrap().finished);
+
+    setup.mapper.width = 24;
+    let (text, hint) = told(&setup.finish("wider").unwrap_err());
+    assert!(text.contains("of another network") && text.contains("has shape"), "{text}");
+    assert!(hint.contains("train.start_from"), "{hint}");
+    setup.mapper.variant = Variant::Mlp;
+    let (text, _) = told(&setup.finish("mlp").unwrap_err());
+    assert!(text.contains("is missing"), "{text}");
+}

@@ -249,6 +249,7 @@ fn child() {
         loss: &own.loss,
         train: &own.train,
         seed: pkv_core::Seed(11),
+        start_from: None,
         fingerprint: &own.fingerprint,
     };
     pkv_train::train(&inputs, tch::Device::Cpu, &setup, &AtomicBool::new(false)).unwrap();

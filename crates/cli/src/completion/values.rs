@@ -214,6 +214,7 @@ fn any_recipe() -> Option<Value> {
     recipe.train.seed = Some(recipe.seed);
     recipe.train.steps = pkv_recipe::Steps::Auto;
     recipe.train = recipe.train.choices();
+    recipe.train.start_from = Some(String::new());
     recipe.label.pack_tokens = Some(1);
     recipe.extract.from = vec![Source::Target, Source::Proxy];
     recipe.extract.target_channels.truncate(1);

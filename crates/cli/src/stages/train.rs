@@ -1,10 +1,11 @@
 //! `train`: the mapper, from labels and features.
 
 use anyhow::Result;
+use pkv_checkpoint::Export;
 use pkv_core::Fingerprint;
 use serde_json::json;
 
-use super::{Outcome, extract, label, prepare, require};
+use super::{Outcome, extract, label, prepare, require, start_from};
 use crate::pair::{self, Found};
 use crate::session::Session;
 
@@ -14,6 +15,8 @@ pub struct Upstream {
     pub proxy: Found,
     /// Of the examples alone.
     pub examples: Fingerprint,
+    /// The mapper that training starts from, if it is another's.
+    pub start_from: Option<Export>,
     pub fingerprint: Fingerprint,
 }
 
@@ -29,6 +32,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
         loss: &r.loss,
         train: &r.train,
         seed: r.seed,
+        start_from: upstream.start_from.as_ref().map(|export| export.tensors().as_slice()),
         fingerprint: &upstream.fingerprint,
     };
     if let Some(step) = pkv_train::is_complete(&inputs)? {
@@ -57,5 +61,10 @@ pub fn upstream(s: &Session) -> Result<Upstream> {
         .with("loss", &r.loss)
         .with("train", r.train.choices())
         .with("seed", r.seed);
-    Ok(Upstream { target, proxy, examples, fingerprint })
+    let start_from = start_from::read(s)?;
+    let fingerprint = match &start_from {
+        Some(export) => fingerprint.with("start_from", export.weights_hash()),
+        None => fingerprint,
+    };
+    Ok(Upstream { target, proxy, examples, start_from, fingerprint })
 }

@@ -33,6 +33,11 @@ pub struct TrainSection {
     /// labels tell what one run's figures are worth.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<Seed>,
+    /// Export, run folder or name of a run beside this one whose mapper's weights training starts from, in place of the
+    /// ridge solution and random numbers. Layers, KV heads, sources, channels and `[mapper]` must be the same; means and
+    /// deviations are this run's own. Absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_from: Option<String>,
     /// Contexts of similar length per step.
     pub batch: usize,
     /// Most tokens of a context that a step reads; longer contexts give several windows per epoch, slices
@@ -127,6 +132,7 @@ impl Default for TrainSection {
             decay: None,
             contexts: None,
             seed: None,
+            start_from: None,
             batch: 16,
             window_tokens: None,
             crop: 1.0,
@@ -155,10 +161,11 @@ impl Default for TrainSection {
 }
 
 impl TrainSection {
-    /// The choices that a trained mapper depends on: how batches are loaded is none of them.
+    /// The choices that a trained mapper depends on: how batches are loaded is none of them. Nor is the place of the export
+    /// that training starts from: its hash goes into the fingerprint beside them.
     #[must_use]
     pub fn choices(&self) -> Self {
-        let all = Self { cache_gb: None, loader_threads: None, ..self.clone() };
+        let all = Self { cache_gb: None, loader_threads: None, start_from: None, ..self.clone() };
         match self.steps {
             Steps::Number(_) => Self { max_steps: None, patience: None, min_gain: None, decay: None, ..all },
             // Spelt out, since a default may change.
@@ -220,6 +227,10 @@ impl TrainSection {
         ensure!(
             self.contexts != Some(0),
             "`train.contexts` is 0; leave it out to learn from every training context"
+        );
+        ensure!(
+            self.start_from.as_deref() != Some(""),
+            "`train.start_from` is empty; leave it out to start from the ridge solution"
         );
         ensure!(self.batch > 0, "`train.batch` is 0");
         ensure!(
