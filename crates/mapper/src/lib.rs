@@ -21,6 +21,8 @@ mod loss;
 mod mapper;
 mod params;
 mod ridge;
+#[cfg(test)]
+mod speed;
 mod standardize;
 mod temporal;
 
