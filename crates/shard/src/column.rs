@@ -1,4 +1,4 @@
-//! Nested list columns of f16 or f32, in and out.
+//! Nested list columns of f16 or f32: their types, and how they are read. `page` writes them.
 //!
 //! Lists nest like the tensor's axes, so that `row[layer][head][position]` works in Python and SQL.
 //! List elements are called `element`, as the Parquet format asks.
@@ -7,10 +7,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
-use arrow::array::{Array, ArrayRef, AsArray, Float16Array, Float32Array, ListArray, RecordBatch};
+use arrow::array::{Array, ArrayRef, AsArray, ListArray, RecordBatch};
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, FieldRef, Float16Type, Float32Type};
-use half::f16;
 use half::slice::HalfFloatSliceExt;
 use pkv_core::StoreDtype;
 
@@ -26,32 +25,6 @@ pub fn nested_type(depth: usize, store: StoreDtype) -> DataType {
 /// The field inside a list.
 pub fn element(inner: DataType) -> FieldRef {
     Arc::new(Field::new("element", inner, false))
-}
-
-/// A tensor per row as nested lists.
-///
-/// `shapes[r]` are the row's axes, outermost first, all rows of the same rank; `values` are the
-/// rows' numbers one after another.
-pub fn encode_nested(shapes: &[Vec<usize>], values: &[f32], store: StoreDtype) -> Result<ArrayRef> {
-    let mut column: ArrayRef = match store {
-        StoreDtype::F16 => {
-            let mut narrow = vec![f16::ZERO; values.len()];
-            narrow.convert_from_f32_slice(values);
-            Arc::new(Float16Array::from(narrow))
-        }
-        StoreDtype::F32 => Arc::new(Float32Array::from(values.to_vec())),
-    };
-    let depth = shapes.first().map_or(0, Vec::len);
-    for axis in (0..depth).rev() {
-        // How many lists each row has at this level, each as long as the axis.
-        let lengths = shapes.iter().flat_map(|s| {
-            let lists: usize = s[..axis].iter().product();
-            std::iter::repeat_n(s[axis], lists)
-        });
-        let offsets = offsets(lengths)?;
-        column = Arc::new(ListArray::try_new(element(column.data_type().clone()), offsets, column, None)?);
-    }
-    Ok(column)
 }
 
 /// List offsets from list lengths.

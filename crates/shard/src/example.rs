@@ -10,7 +10,7 @@ use arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef, UInt32Type, U
 use pkv_core::{Split, StoreDtype};
 
 use crate::column::{element, get, number, offsets, text};
-use crate::row::Row;
+use crate::row::{Column, Row};
 
 /// A window of a document, tokenized.
 #[derive(Clone, Debug, PartialEq)]
@@ -92,7 +92,7 @@ impl Row for Example {
         Ok(())
     }
 
-    fn encode(rows: &[Self], store: StoreDtype) -> Result<RecordBatch> {
+    fn encode(rows: &[Self], _: StoreDtype) -> Result<Vec<Column>> {
         let tokens: ArrayRef =
             Arc::new(rows.iter().flat_map(|r| &r.tokens).map(|&t| Some(t)).collect::<UInt32Array>());
         let tokens = ListArray::try_new(
@@ -124,19 +124,17 @@ impl Row for Example {
             None,
         )?;
         let text = |f: fn(&Self) -> &str| Arc::new(StringArray::from_iter_values(rows.iter().map(f)));
-        Ok(RecordBatch::try_new(
-            Self::schema(store),
-            vec![
-                text(|r| &r.id),
-                text(|r| &r.document),
-                text(|r| &r.source),
-                text(|r| r.split.name()),
-                Arc::new(UInt32Array::from_iter_values(rows.iter().map(|r| r.window))),
-                Arc::new(UInt64Array::from_iter_values(rows.iter().map(|r| r.start))),
-                Arc::new(tokens),
-                Arc::new(facts),
-            ],
-        )?)
+        let arrays: [ArrayRef; 8] = [
+            text(|r| &r.id),
+            text(|r| &r.document),
+            text(|r| &r.source),
+            text(|r| r.split.name()),
+            Arc::new(UInt32Array::from_iter_values(rows.iter().map(|r| r.window))),
+            Arc::new(UInt64Array::from_iter_values(rows.iter().map(|r| r.start))),
+            Arc::new(tokens),
+            Arc::new(facts),
+        ];
+        Ok(arrays.map(Column::Array).into())
     }
 
     fn decode(batch: &RecordBatch, i: usize) -> Result<Self> {

@@ -7,8 +7,9 @@ use arrow::array::{RecordBatch, StringArray, UInt32Array};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt32Type};
 use pkv_core::StoreDtype;
 
-use crate::column::{decode_nested, encode_nested, nested_type, number, text};
-use crate::row::{Row, check_numbers};
+use crate::column::{decode_nested, nested_type, number, text};
+use crate::page::Numbers;
+use crate::row::{Column, Row, check_numbers};
 
 /// Raw (not standardized) features of every position of an example.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,25 +85,19 @@ impl Row for FeatureRow {
         check_numbers("global features", &self.globals, store)
     }
 
-    fn encode(rows: &[Self], store: StoreDtype) -> Result<RecordBatch> {
-        let shapes: Vec<_> = rows.iter().map(Self::shape).collect();
-        let global_shapes: Vec<_> =
-            rows.iter().map(|r| vec![r.global_channels(), r.positions as usize]).collect();
-        let heads = rows.iter().flat_map(|r| r.heads.iter().copied()).collect::<Vec<_>>();
-        let globals = rows.iter().flat_map(|r| r.globals.iter().copied()).collect::<Vec<_>>();
-        let count = |f: fn(&Self) -> u32| Arc::new(rows.iter().map(f).map(Some).collect::<UInt32Array>());
-        Ok(RecordBatch::try_new(
-            Self::schema(store),
-            vec![
-                Arc::new(rows.iter().map(|r| Some(r.id.as_str())).collect::<StringArray>()),
-                count(|r| r.layers),
-                count(|r| r.kv_heads),
-                count(|r| r.channels),
-                count(|r| r.positions),
-                encode_nested(&shapes, &heads, store)?,
-                encode_nested(&global_shapes, &globals, store)?,
-            ],
-        )?)
+    fn encode(rows: &[Self], store: StoreDtype) -> Result<Vec<Column>> {
+        let count =
+            |f: fn(&Self) -> u32| Column::Array(Arc::new(UInt32Array::from_iter_values(rows.iter().map(f))));
+        let globals = |r: &Self| vec![r.global_channels(), r.positions as usize];
+        Ok(vec![
+            Column::Array(Arc::new(StringArray::from_iter_values(rows.iter().map(|r| &r.id)))),
+            count(|r| r.layers),
+            count(|r| r.kv_heads),
+            count(|r| r.channels),
+            count(|r| r.positions),
+            Column::Numbers(Numbers::new(rows.iter().map(|r| (r.shape(), r.heads.as_slice())), store)),
+            Column::Numbers(Numbers::new(rows.iter().map(|r| (globals(r), r.globals.as_slice())), store)),
+        ])
     }
 
     fn decode(batch: &RecordBatch, i: usize) -> Result<Self> {

@@ -7,8 +7,9 @@ use arrow::array::{RecordBatch, StringArray, UInt32Array};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt32Type};
 use pkv_core::StoreDtype;
 
-use crate::column::{decode_nested, encode_nested, nested_type, number, text};
-use crate::row::{Row, check_numbers};
+use crate::column::{decode_nested, nested_type, number, text};
+use crate::page::Numbers;
+use crate::row::{Column, Row, check_numbers};
 
 /// Raw scores (never pooled, never log-odds) of every KV pair of an example.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,20 +66,16 @@ impl Row for LabelRow {
         check_numbers("scores", &self.scores, store)
     }
 
-    fn encode(rows: &[Self], store: StoreDtype) -> Result<RecordBatch> {
-        let shapes: Vec<_> = rows.iter().map(Self::shape).collect();
-        let scores = rows.iter().flat_map(|r| r.scores.iter().copied()).collect::<Vec<_>>();
-        let count = |f: fn(&Self) -> u32| Arc::new(rows.iter().map(f).map(Some).collect::<UInt32Array>());
-        Ok(RecordBatch::try_new(
-            Self::schema(store),
-            vec![
-                Arc::new(rows.iter().map(|r| Some(r.id.as_str())).collect::<StringArray>()),
-                count(|r| r.layers),
-                count(|r| r.kv_heads),
-                count(|r| r.positions),
-                encode_nested(&shapes, &scores, store)?,
-            ],
-        )?)
+    fn encode(rows: &[Self], store: StoreDtype) -> Result<Vec<Column>> {
+        let count =
+            |f: fn(&Self) -> u32| Column::Array(Arc::new(UInt32Array::from_iter_values(rows.iter().map(f))));
+        Ok(vec![
+            Column::Array(Arc::new(StringArray::from_iter_values(rows.iter().map(|r| &r.id)))),
+            count(|r| r.layers),
+            count(|r| r.kv_heads),
+            count(|r| r.positions),
+            Column::Numbers(Numbers::new(rows.iter().map(|r| (r.shape(), r.scores.as_slice())), store)),
+        ])
     }
 
     fn decode(batch: &RecordBatch, i: usize) -> Result<Self> {

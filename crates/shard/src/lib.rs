@@ -15,6 +15,7 @@ mod feature;
 mod feature_set;
 mod index;
 mod label;
+mod page;
 mod reader;
 mod row;
 mod writer;

@@ -1,9 +1,11 @@
 //! What can be stored: a row type with its Arrow schema.
 
 use anyhow::{Result, ensure};
-use arrow::array::RecordBatch;
+use arrow::array::{ArrayRef, RecordBatch};
 use arrow::datatypes::SchemaRef;
 use pkv_core::{StoreDtype, hinted};
+
+use crate::page::Numbers;
 
 /// A row of a stage's shards.
 pub trait Row: Sized + Send + 'static {
@@ -22,9 +24,11 @@ pub trait Row: Sized + Send + 'static {
     /// Lengths agree with each other, and `store` can hold every number.
     fn check(&self, store: StoreDtype) -> Result<()>;
 
+    /// The columns of `rows`, in the schema's order.
+    ///
     /// # Errors
-    /// More numbers than one batch can index (2^31); `rows` have passed [`Row::check`].
-    fn encode(rows: &[Self], store: StoreDtype) -> Result<RecordBatch>;
+    /// More elements than a list column can index (2^31); `rows` have passed [`Row::check`].
+    fn encode(rows: &[Self], store: StoreDtype) -> Result<Vec<Column>>;
 
     /// Row `i` of `batch`, in whichever width it was stored.
     ///
@@ -33,10 +37,26 @@ pub trait Row: Sized + Send + 'static {
     fn decode(batch: &RecordBatch, i: usize) -> Result<Self>;
 }
 
+/// A column of a row group.
+pub enum Column {
+    /// Whatever Arrow writes.
+    Array(ArrayRef),
+    /// Scores or features.
+    Numbers(Numbers),
+}
+
 /// Refuse what would be stored as infinity or NaN: a later ranking would be silently wrong.
 pub(crate) fn check_numbers(what: &str, values: &[f32], store: StoreDtype) -> Result<()> {
     /// The largest finite f16 plus half a unit in the last place, from where rounding gives infinity.
     const F16_OVERFLOW: f32 = 65_520.0;
+    let most = match store {
+        StoreDtype::F16 => F16_OVERFLOW,
+        StoreDtype::F32 => f32::INFINITY,
+    };
+    // Every row passes here before it is queued: without branches this is as fast as memory.
+    if values.iter().fold(true, |fits, x| fits & (x.abs() < most)) {
+        return Ok(());
+    }
     if let Some(i) = values.iter().position(|x| !x.is_finite()) {
         return Err(hinted(
             format!("number {i} of its {what} is {}", values[i]),

@@ -8,3 +8,5 @@ mod crash;
 mod damage;
 /// What goes in comes out, in any order, and the same bytes each time.
 mod round_trip;
+/// How long writing takes.
+mod speed;

@@ -1,5 +1,11 @@
+use std::fs::{self, File};
+
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::file::properties::WriterProperties;
 use pkv_core::StoreDtype;
-use pkv_shard::{Example, FeatureRow, LabelRow, Row, StageDir, StageReader, StageWriter};
+use pkv_shard::durable::sha256_file;
+use pkv_shard::{Example, FeatureRow, INDEX_FILE, LabelRow, Row, StageDir, StageReader, StageWriter};
 use tempfile::tempdir;
 
 use crate::common::*;
@@ -117,4 +123,49 @@ fn what_cannot_be_stored_is_refused_by_name() {
     refused(with(|s| s[5] = 7e4), "its scores reach 70000", "label.store");
     refused(with(|s| s.truncate(239)), "239 scores for 3 layers x 2 KV heads x 40 positions", "");
     writer.push(with(|s| s[5] = 65_504.0)).unwrap();
+}
+
+/// Scores and features were once written by Arrow, with other levels, encodings and pages; such shards stay readable.
+#[test]
+fn shards_that_arrow_wrote_hold_the_same_rows() {
+    for store in [StoreDtype::F16, StoreDtype::F32] {
+        let folder = tempdir().unwrap();
+        let stage = StageDir::open(folder.path(), "extract", &choices()).unwrap();
+        let mut writer = StageWriter::new(stage, 5, store, Some(5)).unwrap();
+        let mut rows: Vec<FeatureRow> = (0..5).map(|i| feature(i, i % 3)).collect();
+        // Axes of one and of none.
+        rows[1] =
+            FeatureRow { layers: 1, channels: 2, heads: rows[1].heads[..52].to_vec(), ..rows[1].clone() };
+        rows[3] = FeatureRow { channels: 0, heads: vec![], ..rows[3].clone() };
+        rows[4] = FeatureRow { positions: 0, heads: vec![], globals: vec![], ..rows[4].clone() };
+        for row in &rows {
+            writer.push(row.clone()).unwrap();
+        }
+        writer.finish().unwrap();
+        let read =
+            || StageReader::<FeatureRow>::open(folder.path()).unwrap().iter().collect::<Result<Vec<_>, _>>();
+        assert_eq!(read().unwrap(), rows);
+
+        let path = folder.path().join("features-00000.parquet");
+        let shard = ParquetRecordBatchReaderBuilder::try_new(File::open(&path).unwrap()).unwrap();
+        let (schema, metadata) = (shard.schema().clone(), shard.metadata().clone());
+        let batches = shard.build().unwrap().collect::<Result<Vec<_>, _>>().unwrap();
+        let properties = WriterProperties::builder()
+            .set_key_value_metadata(metadata.file_metadata().key_value_metadata().cloned())
+            .build();
+        let mut writer =
+            ArrowWriter::try_new(File::create(&path).unwrap(), schema, Some(properties)).unwrap();
+        for batch in &batches {
+            writer.write(batch).unwrap();
+        }
+        writer.close().unwrap();
+        let index = folder.path().join(INDEX_FILE);
+        let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&index).unwrap()).unwrap();
+        let before = json["shards"][0]["sha256"].clone();
+        json["shards"][0]["bytes"] = fs::metadata(&path).unwrap().len().into();
+        json["shards"][0]["sha256"] = sha256_file(&path).unwrap().into();
+        assert_ne!(json["shards"][0]["sha256"], before);
+        fs::write(&index, json.to_string()).unwrap();
+        assert_eq!(read().unwrap(), rows, "written by Arrow");
+    }
 }
