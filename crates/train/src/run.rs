@@ -49,7 +49,7 @@ pub struct TrainInputs<'a> {
 
 impl TrainInputs<'_> {
     /// Of all that training draws, but for which contexts it learns from.
-    fn training_seed(&self) -> Seed {
+    pub(crate) fn training_seed(&self) -> Seed {
         self.train.seed.unwrap_or(self.seed)
     }
 }
@@ -226,16 +226,7 @@ impl<'a> Run<'a> {
         let saved = store.latest(device)?;
         let mapper = match &saved {
             Some(state) => resume(inputs.mapper, inputs.loss, dataset, state, device)?,
-            None => start(
-                dataset,
-                inputs.mapper,
-                inputs.loss,
-                inputs.train,
-                inputs.training_seed(),
-                inputs.start_from,
-                device,
-                progress,
-            )?,
+            None => start(dataset, inputs, device, progress)?,
         };
         let mut optimizer = Optimizer::new(&mapper, inputs.train)?;
         let (mut step, mut window, mut schedule) = (0, Window::new(), Schedule::new(inputs.train));

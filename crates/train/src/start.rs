@@ -1,12 +1,13 @@
 //! Where training starts: standardization, the ridge solution, the thresholds.
 
 use anyhow::{Context as _, Result};
-use pkv_core::{Progress, Seed, hinted};
+use pkv_core::{Progress, hinted};
 use pkv_mapper::{Mapper, RidgeAccumulator, StandardizationAccumulator};
-use pkv_recipe::{LossSection, MapperSection, TrainSection, Variant};
+use pkv_recipe::{LossSection, MapperSection, Variant};
 use tch::{Device, Tensor};
 
 use crate::dataset::Dataset;
+use crate::run::TrainInputs;
 
 /// Most training contexts that statistics are taken of.
 const SAMPLE_CONTEXTS: usize = 512;
@@ -16,22 +17,20 @@ const SAMPLE_POSITIONS: usize = 1 << 19;
 const THRESHOLD_CONTEXTS: usize = 64;
 
 /// A mapper at its start: standardized by the training examples, its skip the best linear mapper,
-/// the binary term's offsets at the labels' mean thresholds. `from` has the parameters of another mapper: those replace the
+/// the binary term's offsets at the labels' mean thresholds. `inputs.start_from` has the parameters of another mapper: those replace the
 /// ridge solution and random numbers; standardization stays its own.
 ///
 /// # Errors
-/// A shard is damaged, a feature or label is not finite, or `from` is of another network.
+/// A shard is damaged, a feature or label is not finite, or `inputs.start_from` is of another network.
 pub fn start(
     dataset: &Dataset,
-    section: &MapperSection,
-    loss: &LossSection,
-    train: &TrainSection,
-    seed: Seed,
-    from: Option<&[(String, Tensor)]>,
+    inputs: &TrainInputs,
     device: Device,
     progress: &dyn Progress,
 ) -> Result<Mapper> {
     let _no_grad = tch::no_grad_guard();
+    let TrainInputs { mapper: section, loss, train, start_from: from, .. } = *inputs;
+    let seed = inputs.training_seed();
     let (pool, sample) = (&train.target_pool, sample(dataset, dataset.training_rows(train.contexts, seed)));
     let (dims, linear) = (dataset.dims(), section.linear_skip || section.variant == Variant::Linear);
     let linear = linear && from.is_none();
