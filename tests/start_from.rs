@@ -23,8 +23,8 @@ fn before_training(s: &Sandbox, name: &str, set: &[&str]) {
 /// Recall of the last validation.
 fn score(s: &Sandbox, name: &str) -> f64 {
     let text = fs::read_to_string(s.path("runs").join(name).join("train/metrics.jsonl")).unwrap();
-    let lines = text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
-    lines.filter(|l| l["kind"] == "validation").last().unwrap()["score"].as_f64().unwrap()
+    let mut lines = text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
+    lines.rfind(|l| l["kind"] == "validation").unwrap()["score"].as_f64().unwrap()
 }
 
 #[test]
