@@ -13,7 +13,7 @@ use pkv_core::{Policy, RetentionRatio};
 use tch::{Device, Kind, Tensor};
 
 use crate::{keep_mask, token_scores};
-pub use log_r2::log_r2;
+pub use log_r2::{LOG_FLOOR, log_r2};
 pub use rank::{average_ranks, kendall_tau_b, spearman};
 pub use reference::{Agreement, Budgets, Reference};
 

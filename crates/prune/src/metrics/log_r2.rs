@@ -5,11 +5,11 @@
 //! heads and positions alike. Differs: KVzap's log scores are those of KVzip+, ours of KVzip.
 
 /// Logarithms of scores below it are its own: that of the smallest f32 label, 0, is no number. e^-16, as in the features.
-const LOG_FLOOR: f64 = -16.0;
+pub const LOG_FLOOR: f64 = -16.0;
 
 /// Squared Pearson correlation of `predicted` with the logarithms of `scores`, all KV pairs together.
 ///
-/// Predictions are taken as they are: log-odds are nearly a logarithm, raw scores are not. `None` where one side has no
+/// Predictions are taken as they are: log-odds are nearly a logarithm; give raw scores as logarithms. `None` where one side has no
 /// variance or a number that is not finite. Lists of different lengths are compared as far as both go.
 pub fn log_r2(predicted: &[f32], scores: &[f32]) -> Option<f64> {
     let logs = || scores.iter().map(|&s| f64::from(s).ln().max(LOG_FLOOR));
