@@ -326,6 +326,15 @@ window_tokens = [2048, 8192]
     }
 
     #[test]
+    fn a_recipe_of_one_model_is_planned_with_one() {
+        let alone = ["extract.from=[\"target\"]", "proxy.model=meta-llama/Llama-3.1-8B-Instruct"];
+        let plan = Plan::new(&recipe(&alone), Machine::h200());
+        assert_eq!(plan.stage("fetch").unwrap().disk_bytes, 2 * plan.target.parameters);
+        assert!(!plan.table().contains("  proxy "), "{}", plan.table());
+        assert!(Plan::new(&recipe(&[]), Machine::h200()).table().contains("  proxy "));
+    }
+
+    #[test]
     fn the_table_names_every_stage_and_what_does_not_fit() {
         let small = Machine { memory_bytes: Some(1_000_000_000), ..Machine::h200() };
         let text = Plan::new(&recipe(&[]), small).table();

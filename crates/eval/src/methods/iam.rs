@@ -20,7 +20,7 @@ use super::training::TrainingContext;
 pub const METHOD: Method = Method {
     name: MethodName::of("iam"),
     label: "IAM-style",
-    meaning: "each KV head of the target takes the scores of the proxy's KV head that it matches best",
+    meaning: "each KV head of the target takes the scores of the source's KV head that it matches best",
     needs: Needs::FEATURES,
     start: |setup| {
         let (slot, channel) = opinion(setup.channels)?;
@@ -57,8 +57,7 @@ impl<'a> Fit<'a> for Sample {
 
     fn finish(self: Box<Self>) -> Result<Ready<'a>> {
         let fitted = Alignment::fit(&Tensor::cat(&self.x, 1), &Tensor::cat(&self.y, 1))?;
-        let (slot, note) =
-            (self.slot, format!("heads matched by the proxy's {}", channel_name(self.channel)));
+        let (slot, note) = (self.slot, format!("heads matched by {}", channel_name(self.channel)));
         let score =
             move |heads_pct: &Tensor| fitted.to_device(heads_pct.device()).scores(&heads_pct.select(1, slot));
         Ok(Ready::scores(move |view| Ok(score(&view.features()?.heads_pct))).noted(Some(note)))

@@ -1,4 +1,4 @@
-//! Ridge regression from all features of the proxy.
+//! Ridge regression from all features.
 
 use pkv_recipe::MethodName;
 
@@ -8,7 +8,7 @@ use super::ridge::RidgeFit;
 pub const METHOD: Method = Method {
     name: MethodName::LINEAR,
     label: "ridge, linear",
-    meaning: "ridge regression from all features of the proxy",
+    meaning: "ridge regression from all features",
     needs: Needs::FEATURES,
     start: |setup| Start::fit(RidgeFit::new(setup.mapper, None)?),
 };

@@ -12,7 +12,7 @@ use super::method::{Method, Needs, Ready};
 pub const METHOD: Method = Method {
     name: MethodName::MAPPER,
     label: "mapper",
-    meaning: "the trained network: the proxy's attention in, the target's scores out",
+    meaning: "the trained network: attention of the proxy or the target's own prefill in, the target's scores out",
     needs: Needs::FEATURES,
     start: |setup| {
         let mapper = setup.mapper;

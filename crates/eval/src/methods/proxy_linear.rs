@@ -1,4 +1,4 @@
-//! Ridge regression from the proxy's own scores, and which channels those are.
+//! Ridge regression from one kind of channel alone, the nearest to a score, and which that is.
 
 use anyhow::{Context, Result};
 use pkv_core::Channel;
@@ -9,13 +9,13 @@ use super::ridge::RidgeFit;
 
 pub const METHOD: Method = Method {
     name: MethodName::of("proxy-linear"),
-    label: "proxy scores, linear",
-    meaning: "ridge regression from the proxy's own scores",
+    label: "one channel, linear",
+    meaning: "ridge regression from the one channel that is nearest to a score",
     needs: Needs::FEATURES,
     start: |setup| {
         let slots = proxy_slots(setup.channels)?;
         let names: Vec<String> = slots.iter().map(|&s| channel_name(setup.channels[s])).collect();
-        let note = format!("ridge regression from the proxy's {}", names.join(", "));
+        let note = format!("ridge regression from {}", names.join(", "));
         Start::fit(RidgeFit::new(setup.mapper, Some(&slots))?.noted(note))
     },
 };

@@ -52,7 +52,9 @@ impl Lengths {
 
 /// Weights are on the hub in bf16, whatever they are computed in.
 pub fn fetch(recipe: &Recipe) -> StagePlan {
-    let disk_bytes = 2 * (parameters(&recipe.target) + parameters(&recipe.proxy));
+    // A recipe without a proxy has the target in its place.
+    let proxy = if recipe.proxy.model == recipe.target.model { 0 } else { parameters(&recipe.proxy) };
+    let disk_bytes = 2 * (parameters(&recipe.target) + proxy);
     StagePlan { disk_bytes, ..StagePlan::nothing("fetch") }
 }
 

@@ -10,7 +10,9 @@ const COLUMNS: [&str; 8] =
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "plan of `{}` on {}", self.name, self.machine.name)?;
-        for (role, model) in [("target", &self.target), ("proxy", &self.proxy)] {
+        let alone = self.proxy.model == self.target.model;
+        let proxy = (!alone).then_some(("proxy", &self.proxy));
+        for (role, model) in [("target", &self.target)].into_iter().chain(proxy) {
             writeln!(
                 f,
                 "  {role:<7} {}: at most {} parameters, {} of weights, {} of cache per token",
