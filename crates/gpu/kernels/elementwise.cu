@@ -1,5 +1,5 @@
-// What lies between a decoder layer's matrix products, the likelihood behind them, and the lengths of keys and values, each in
-// one pass over its bytes.
+// What lies between a decoder layer's matrix products, the likelihood behind them, and the lengths and moves of keys and values,
+// each in one pass over its bytes.
 //
 // Compiled with HEAD_DIM (a multiple of 8) and BF16 (1 for bf16, 0 for f16). Arithmetic is f32, rounded once.
 
@@ -80,6 +80,24 @@ extern "C" __global__ void rotate(half_t* qkv, const half_t* norm, const float* 
     ((u32*)to)[pair] = pack(l.x * c.x - h.x * s.x, l.y * c.y - h.y * s.y);
     ((u32*)(to + HALF))[pair] = pack(h.x * c.x + l.x * s.x, h.y * c.y + l.y * s.y);
   }
+}
+
+// out[head][row] = vectors[head][row], each pair of dimensions (i, i + HEAD_DIM / 2) turned by its angle, the same for all rows.
+//
+// cos, sin: f32 [HEAD_DIM / 2]. Rows of a head are contiguous; heads are vectors_head and out_head apart. A thread turns two pairs:
+// grid ceil(rows * HEAD_DIM / 4 / blockDim), heads.
+extern "C" __global__ void turn(const half_t* vectors, half_t* out, const float* cos, const float* sin, int rows,
+                                long long vectors_head, long long out_head) {
+  constexpr int TWOS = HEAD_DIM / 4;
+  const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x, row = at / TWOS;
+  const int two = at % TWOS;
+  if (row >= rows) return;
+  const u32* from = (const u32*)(vectors + blockIdx.y * vectors_head + row * HEAD_DIM);
+  u32* to = (u32*)(out + blockIdx.y * out_head + row * HEAD_DIM);
+  const float2 low = unpack(from[two]), high = unpack(from[TWOS + two]);
+  const float2 c = ((const float2*)cos)[two], s = ((const float2*)sin)[two];
+  to[two] = pack(low.x * c.x - high.x * s.x, low.y * c.y - high.y * s.y);
+  to[TWOS + two] = pack(high.x * c.x + low.x * s.x, high.y * c.y + low.y * s.y);
 }
 
 // The attention output of rows whose keys were seen in two parts, by the parts' outputs and log-sum-exps: into `a`.

@@ -12,7 +12,8 @@ struct Segment {
 
 extern __shared__ char shared_raw[];
 
-// The log-sum-exp of each row over the sink and its chunk, merged with `own`, that over the repeat's own keys (natural log).
+// The log-sum-exp of each row over the sink and its chunk, merged with `own`, that over the repeat's own keys (natural log; null
+// where there are none).
 //
 // lse2[head][row] = log2(exp(own) + sum over sink and chunk of exp(logit)) - log2(row_weight[row])
 // grid: row tiles, query heads, segments
@@ -67,7 +68,7 @@ row_lse(const half_t* q, const half_t* k, const float* own, const float* row_wei
     const float total = row_sum(sum[h] * exp2_fast(top[h] - all));
     if (row >= s.rows || threadIdx.x % 4) continue;
     const long long at = (long long)head * all_rows + s.first_row + row;
-    const float mine = own[at] * LOG2E, peak = fmaxf(all, mine);
+    const float mine = own ? own[at] * LOG2E : LOWEST, peak = fmaxf(all, mine);
     float lse = peak + log2f(total * exp2f(all - peak) + exp2f(mine - peak));
     if (row_weight) lse -= log2f(row_weight[s.first_row + row]);
     lse2[at] = lse;

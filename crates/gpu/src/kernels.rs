@@ -13,7 +13,9 @@ mod source;
 
 pub(crate) use cross::cross_kernels;
 pub use decode::{DecodeSpace, Segments, decode, has_decode};
-pub use elementwise::{CacheSlot, gated_silu, has_elementwise, log_norms, merge_attended, rotate, row_nats};
+pub use elementwise::{
+    CacheSlot, gated_silu, has_elementwise, log_norms, merge_attended, rotate, row_nats, turn,
+};
 pub use scores::{
     QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels, fused_chunk_scores, fused_query_statistics,
     has_fused_scores,

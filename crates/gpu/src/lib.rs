@@ -27,7 +27,7 @@ pub use host::{HostMemory, host_memory};
 pub use kernels::{
     CacheSlot, DecodeSpace, QueryStatistics, ScoreOutput, ScoreRows, Segments, StatisticChannels, decode,
     fused_chunk_scores, fused_query_statistics, gated_silu, has_decode, has_elementwise, has_fused_scores,
-    log_norms, merge_attended, rotate, row_nats,
+    log_norms, merge_attended, rotate, row_nats, turn,
 };
 pub use layer::{attend_heads, time_conv};
 pub use memory::{CudaMemory, cuda_memory, empty_cache, reset_peak, upload};

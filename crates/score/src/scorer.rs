@@ -210,7 +210,7 @@ impl PackTap<'_> {
         fused_chunk_scores(
             view.q_rqd,
             view.k_cache_hkd,
-            own_lse_qr,
+            Some(own_lse_qr),
             weights.as_ref().map(|(rows_r, columns_qt)| (rows_r, columns_qt)),
             &chunks,
             self.scorer.sink,

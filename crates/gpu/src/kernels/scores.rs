@@ -68,7 +68,7 @@ pub struct ScoreOutput<'a> {
 /// chunk's repeat pays it, over rows and query group.
 ///
 /// The softmax of a row runs over the first `sink` cached keys, its chunk's keys, and the repeat's own keys up to the row,
-/// whose log-sum-exp is `own_lse_qr`. Products and softmax are f32.
+/// whose log-sum-exp is `own_lse_qr`; there are no own keys without it. Products and softmax are f32.
 ///
 /// # Shapes
 /// - `q_rqd`: `[rows, query_heads, head_dim]`, bf16 or f16, CUDA, head_dim innermost, any strides; query heads of a KV
@@ -84,7 +84,7 @@ pub struct ScoreOutput<'a> {
 pub fn fused_chunk_scores(
     q_rqd: &Tensor,
     k_hkd: &Tensor,
-    own_lse_qr: &Tensor,
+    own_lse_qr: Option<&Tensor>,
     weights: Option<(&Tensor, &Tensor)>,
     chunks: &[ScoreRows],
     sink: usize,
@@ -94,14 +94,14 @@ pub fn fused_chunk_scores(
     let ScoreOutput { max_ht, mean_ht, first: first_out } = to;
     let out = max_ht.size();
     ensure!(
-        own_lse_qr.size() == [s.query_heads as i64, s.rows as i64]
-            && own_lse_qr.kind() == Kind::Float
-            && own_lse_qr.is_contiguous(),
-        "log-sum-exps must be contiguous f32 [{}, {}], found {:?} {:?}",
+        own_lse_qr.is_none_or(|own| {
+            own.size() == [s.query_heads as i64, s.rows as i64]
+                && own.kind() == Kind::Float
+                && own.is_contiguous()
+        }),
+        "log-sum-exps must be contiguous f32 [{}, {}], found {own_lse_qr:?}",
         s.query_heads,
-        s.rows,
-        own_lse_qr.kind(),
-        own_lse_qr.size()
+        s.rows
     );
     ensure!(
         out.len() == 2
@@ -178,7 +178,7 @@ pub fn fused_chunk_scores(
             &[
                 Arg::Tensor(q_rqd),
                 Arg::Tensor(k_hkd),
-                Arg::Tensor(own_lse_qr),
+                own_lse_qr.map_or(Arg::Absent, Arg::Tensor),
                 row_weight,
                 Arg::Tensor(&lse2),
                 Arg::Tensor(&table),

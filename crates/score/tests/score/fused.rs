@@ -104,7 +104,7 @@ fn worst(c: &Case, device: Device, seed: i64) -> f64 {
     let own = Tensor::cat(&own, 1);
     for (max_ht, mean_ht) in [(&got, Some(&got_mean)), (&got_alone, None)] {
         let to = ScoreOutput { max_ht, mean_ht, first: c.prefix };
-        fused_chunk_scores(&q_rqd, &k_hkd, &own, weights, &chunks, c.sink, to).unwrap();
+        fused_chunk_scores(&q_rqd, &k_hkd, Some(&own), weights, &chunks, c.sink, to).unwrap();
     }
     assert!(got.equal(&got_alone), "the scores change with the means beside them");
     let worst = |got: &Tensor, expected: &[Tensor]| {
@@ -122,5 +122,5 @@ fn fused_chunk_scores_refuse_a_cpu() -> bool {
     let chunk = ScoreRows { first_row: 0, rows: 3, first_key: 0, keys: 2 };
     let (q, k, own, out) = (x(&[3, 2, 64]), x(&[2, 2, 64]), x(&[2, 3]), x(&[2, 2]));
     let to = ScoreOutput { max_ht: &out, mean_ht: None, first: 0 };
-    fused_chunk_scores(&q, &k, &own, None, &[chunk], 0, to).is_err()
+    fused_chunk_scores(&q, &k, Some(&own), None, &[chunk], 0, to).is_err()
 }
