@@ -25,7 +25,7 @@ use crate::hidden::HiddenProjection;
 use crate::statistics::{Fold, Reach};
 
 pub use key_diff::key_diff;
-pub use replay_unrun::{UnrunScores, unrun_scores};
+pub use replay_unrun::{UnrunScores, fused_unrun_scores, unrun_scores};
 
 pub(crate) use replay_unrun::UnrunReplay;
 

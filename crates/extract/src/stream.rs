@@ -67,7 +67,6 @@ impl<'m> Extractor<'m> {
         let heads_pct = room();
         let at_end = self.extract.channels.iter().any(|c| c.pass().is_final() == Final::AtEnd);
         let moved = self.extract.channels.iter().any(|c| c.pass() == Pass::ScoringChunk);
-        let layers = self.model.shape().layers;
         let in_pieces = prefill_chunk(0, ids.len(), self.extract.prefill_chunk_tokens).end < ids.len();
         let early = in_pieces && !at_end && statistics.settled(context.len() - 1) > 0;
         Ok(FeatureStream {
@@ -84,7 +83,8 @@ impl<'m> Extractor<'m> {
             ids,
             statistics,
             surprisal,
-            unrun: moved.then(|| UnrunReplay::new(&self.requests, self.prefix.len(), context.len(), layers)),
+            unrun: moved
+                .then(|| UnrunReplay::new(self.model, &self.requests, self.prefix.len(), context.len())),
             settled: 0,
             early,
         })
@@ -113,7 +113,6 @@ impl FeatureStream<'_, '_> {
         let chunk = model.ids(&self.ids[chunk]);
         let fused = has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64);
         let features = FeatureTap {
-            model,
             statistics: &self.statistics,
             channels: &extract.channels,
             prefix: prefix.len(),

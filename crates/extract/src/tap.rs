@@ -5,7 +5,7 @@
 
 use anyhow::Result;
 use pkv_core::Channel;
-use pkv_lm::{LanguageModel, LayerView, Tap};
+use pkv_lm::{LayerView, Tap};
 use tch::Tensor;
 
 use crate::channels::{Compute, NewPositions, UnrunReplay, chosen};
@@ -14,7 +14,6 @@ use crate::statistics::QueryStatistics;
 
 /// Gathers the channels that one prefill gives.
 pub(crate) struct FeatureTap<'a> {
-    pub(crate) model: &'a LanguageModel,
     pub(crate) statistics: &'a QueryStatistics,
     pub(crate) channels: &'a [Channel],
     pub(crate) prefix: usize,
@@ -56,7 +55,7 @@ impl Tap for FeatureTap<'_> {
         }
         if let Some(unrun) = &mut self.unrun {
             let channels = self.channels;
-            unrun.layer(self.model, view, &mut |at, scores| {
+            unrun.layer(view, self.fused, &mut |at, scores| {
                 for (slot, compute) in chosen(channels) {
                     if let Compute::ScoringChunk(values) = compute {
                         row(slot, at.start, at.len()).copy_(&values(scores));

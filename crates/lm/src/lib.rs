@@ -31,6 +31,6 @@ pub use config::{Family, LmConfig};
 pub use model::{LanguageModel, prefill_chunk};
 pub use ragged::RaggedCache;
 pub use repeats::{RepeatTap, RepeatView};
-pub use rope::{RopeConfig, RopeScaling};
+pub use rope::{Movement, RopeConfig, RopeScaling};
 pub use tap::{LayerView, NoTap, Tap};
 pub use tokenizer::TextTokenizer;

@@ -18,7 +18,7 @@ use crate::attention::{self, AttentionPolicy};
 use crate::cache::KvCache;
 use crate::config::LmConfig;
 use crate::layer::{Layer, rms_norm};
-use crate::rope::Rope;
+use crate::rope::{Movement, Rope};
 use crate::tap::{LayerView, Tap};
 use crate::weights::{Checkpoint, EMBEDDING, HEAD, Places};
 
@@ -290,11 +290,10 @@ impl LanguageModel {
         Ok(logits_sv.cross_entropy_loss::<Tensor>(next_s, None, Reduction::None, -100, 0.0))
     }
 
-    /// Queries or keys that were rotated at their positions, as they are `by` positions further on; f32, other dimensions as
-    /// they come.
-    pub fn moved(&self, x: &Tensor, by: i64) -> Tensor {
+    /// The move of rotated queries or keys `by` positions further on.
+    pub fn movement(&self, by: i64) -> Movement {
         let _no_grad = tch::no_grad_guard();
-        self.rope.moved(x, by)
+        self.rope.movement(by)
     }
 
     /// Token ids as a tensor that forwards take: on the host, where they are checked.

@@ -198,21 +198,44 @@ impl Rope {
         }
     }
 
-    /// What was rotated at its positions, as it is `by` positions further on (f32). The attention factor is in it already.
+    /// The move `by` positions further on. The attention factor stays out: what was rotated has it already.
     ///
     /// The angle of long distances is taken in f64, of the frequencies that [`Self::at`] uses.
-    pub fn moved(&self, x: &Tensor, by: i64) -> Tensor {
+    pub fn movement(&self, by: i64) -> Movement {
         let angles_d = self.frequencies_d.to_kind(Kind::Double) * by;
         let [cos_d, sin_d] = [angles_d.cos(), angles_d.sin()].map(|t| t.to_kind(Kind::Float));
-        let (x, half) = (x.to_kind(Kind::Float), self.frequencies_d.numel() as i64);
-        let (a, b) = (x.narrow(-1, 0, half), x.narrow(-1, half, half));
-        Tensor::cat(&[&a * &cos_d - &b * &sin_d, &b * &cos_d + &a * &sin_d], -1)
+        Movement { cos_d, sin_d }
     }
 
     /// The rotation at `len` positions from `start` on.
     pub fn range(&self, start: usize, len: usize) -> Rotation {
         let (start, end) = (start as i64, (start + len) as i64);
         self.at(&Tensor::arange_start(start, end, (Kind::Float, self.frequencies_d.device())))
+    }
+}
+
+/// One distance, by which rotated queries or keys can be moved: f32 `[head_dim / 2]`.
+pub struct Movement {
+    cos_d: Tensor,
+    sin_d: Tensor,
+}
+
+impl Movement {
+    /// What `x`, rotated at its positions, is at the others: f32, dimensions before head_dim as they come.
+    pub fn of(&self, x: &Tensor) -> Tensor {
+        let _no_grad = tch::no_grad_guard();
+        let Self { cos_d, sin_d } = self;
+        let (x, half) = (x.to_kind(Kind::Float), cos_d.numel() as i64);
+        let (a, b) = (x.narrow(-1, 0, half), x.narrow(-1, half, half));
+        Tensor::cat(&[&a * cos_d - &b * sin_d, &b * cos_d + &a * sin_d], -1)
+    }
+
+    /// The same by a kernel, rounded to the kind of `x_hsd` and written to `out_hsd`, as [`pkv_gpu::turn`] wants them.
+    ///
+    /// # Errors
+    /// There is no such kernel, or shapes disagree.
+    pub fn write(&self, x_hsd: &Tensor, out_hsd: &Tensor) -> Result<()> {
+        pkv_gpu::turn(x_hsd, &self.cos_d, &self.sin_d, out_hsd)
     }
 }
 

@@ -6,13 +6,14 @@
 //! have learned from the context, the request's own rows, and the other keys that they see.
 //!
 //! Dimension key: h KV head, g query heads per KV head, q query head (h x g), s positions of the scoring chunk as queries,
-//! t as keys, r rows (query heads of a group x positions) of a block, d head_dim.
+//! t as keys, r rows (query heads of a group x positions) of a block, d head_dim. The kernels' rows r are positions.
 
 use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::Channel;
-use pkv_lm::{LanguageModel, LayerView};
+use pkv_gpu::{ScoreOutput, ScoreRows, fused_chunk_scores};
+use pkv_lm::{LanguageModel, LayerView, Movement};
 use pkv_score::{Requests, block_elements};
 use tch::{Kind, Tensor};
 
@@ -70,60 +71,109 @@ pub fn unrun_scores(q_qsd: &Tensor, k_htd: &Tensor, block_elements: usize) -> Re
     Ok(UnrunScores { max_ht, mean_ht: sum_ht / rows.max(1) as f64 })
 }
 
+/// [`unrun_scores`] of several chunks of a layer by the kernels of KVzip's scores, which hold no weights.
+///
+/// # Shapes
+/// - `q_rqd`: `[rows, query heads, head_dim]`, see [`has_fused_scores`](pkv_gpu::has_fused_scores)
+/// - `k_htd`: `[KV heads, t, head_dim]`, moved, positions contiguous; kind and device of the queries
+/// - `chunks`: which rows and keys belong together; every key to one
+/// - returns all keys' scores
+///
+/// # Errors
+/// Shapes disagree, or the driver refuses.
+pub fn fused_unrun_scores(q_rqd: &Tensor, k_htd: &Tensor, chunks: &[ScoreRows]) -> Result<UnrunScores> {
+    let room = || Tensor::empty(&k_htd.size()[..2], (Kind::Float, k_htd.device()));
+    let scores = UnrunScores { max_ht: room(), mean_ht: room() };
+    let to = ScoreOutput { max_ht: &scores.max_ht, mean_ht: Some(&scores.mean_ht), first: 0 };
+    fused_chunk_scores(q_rqd, k_htd, None, None, chunks, 0, to)?;
+    Ok(scores)
+}
+
 /// Gathers the queries of scoring chunks, layer by layer, and scores each chunk when its last token has been read.
 pub(crate) struct UnrunReplay {
     prefix: usize,
     chunks: Vec<Chunk>,
-    /// Of each layer: queries `[q, s, d]` of the chunk that earlier forwards began.
+    /// Of each layer: queries `[s, q, d]` of the chunk that earlier forwards began.
     waiting: Vec<Option<Tensor>>,
 }
 
 struct Chunk {
     /// Context positions.
     at: Range<usize>,
-    /// How many positions further on its repeat would be.
-    further: usize,
+    /// Moves its keys as far back as its repeat is further on.
+    back: Movement,
 }
 
 impl UnrunReplay {
     /// For a context of `context` tokens after `prefix` tokens; a repeat comes after both and its request.
-    pub fn new(requests: &Requests, prefix: usize, context: usize, layers: usize) -> Self {
+    pub fn new(model: &LanguageModel, requests: &Requests, prefix: usize, context: usize) -> Self {
         let chunk = |at: Range<usize>| {
             let further = context - at.start + requests.request_tokens(&at);
-            Chunk { at, further }
+            Chunk { at, back: model.movement(-(further as i64)) }
         };
         Self {
             prefix,
             chunks: requests.chunks(context).map(chunk).collect(),
-            waiting: (0..layers).map(|_| None).collect(),
+            waiting: (0..model.shape().layers).map(|_| None).collect(),
         }
     }
 
-    /// Take a layer's new queries; `write` gets the context positions and the scores of the chunks that they complete.
+    /// Take a layer's new queries; `write` gets context positions and the scores of the chunks there, which are complete now.
+    /// `fused`: the kernels serve.
     pub fn layer(
         &mut self,
-        model: &LanguageModel,
         view: &LayerView,
+        fused: bool,
         write: &mut dyn FnMut(&Range<usize>, &UnrunScores),
     ) -> Result<()> {
         let waiting = self.waiting.get_mut(view.layer).context("a layer that the model does not have")?;
         let prefix = self.prefix;
         let from = view.start.saturating_sub(prefix);
         let end = (view.start + view.q_qsd.size()[1] as usize).saturating_sub(prefix);
+        let k_htd = |at: &Range<usize>| view.k_hkd.narrow(1, (prefix + at.start) as i64, at.len() as i64);
+        // Query rows, of which the first is at context position `first`, and neighbouring chunks that lie in them.
+        let mut score = |q_rqd: &Tensor, first: usize, chunks: &[&Chunk]| -> Result<()> {
+            if fused {
+                let at = chunks[0].at.start..chunks[chunks.len() - 1].at.end;
+                let moved_htd = Tensor::empty(k_htd(&at).size(), (view.k_hkd.kind(), q_rqd.device()));
+                let mut rows = Vec::new();
+                for Chunk { at: own, back } in chunks {
+                    let (first_key, keys) = (own.start - at.start, own.len());
+                    back.write(&k_htd(own), &moved_htd.narrow(1, first_key as i64, keys as i64))?;
+                    rows.push(ScoreRows { first_row: own.start - first, rows: keys, first_key, keys });
+                }
+                write(&at, &fused_unrun_scores(q_rqd, &moved_htd, &rows)?);
+                return Ok(());
+            }
+            for Chunk { at, back } in chunks {
+                let q_qsd = q_rqd.narrow(0, (at.start - first) as i64, at.len() as i64).transpose(0, 1);
+                write(at, &unrun_scores(&q_qsd, &back.of(&k_htd(at)), block_elements(q_rqd.device()))?);
+            }
+            Ok(())
+        };
+        let new_rqd = |at: Range<usize>| {
+            view.q_qsd.narrow(1, (at.start + prefix - view.start) as i64, at.len() as i64).transpose(0, 1)
+        };
+        // Chunks that lie in this forward need no copy of their queries.
+        let mut whole = Vec::new();
         for chunk in self.chunks.iter().filter(|c| c.at.start < end && c.at.end > from) {
-            let (first, last) = (chunk.at.start.max(from), chunk.at.end.min(end));
-            let new_qsd = view.q_qsd.narrow(1, (first + prefix - view.start) as i64, (last - first) as i64);
-            let q_qsd = match waiting.take() {
-                Some(earlier_qsd) => Tensor::cat(&[&earlier_qsd, &new_qsd], 1),
-                None => new_qsd,
-            };
-            if last < chunk.at.end {
-                *waiting = Some(q_qsd.copy());
+            if from <= chunk.at.start && chunk.at.end <= end {
+                whole.push(chunk);
                 continue;
             }
-            let k_htd = view.k_hkd.narrow(1, (prefix + chunk.at.start) as i64, chunk.at.len() as i64);
-            let k_htd = model.moved(&k_htd, -(chunk.further as i64));
-            write(&chunk.at, &unrun_scores(&q_qsd, &k_htd, block_elements(q_qsd.device()))?);
+            let part_rqd = new_rqd(chunk.at.start.max(from)..chunk.at.end.min(end));
+            let q_rqd = match waiting.take() {
+                Some(earlier_rqd) => Tensor::cat(&[&earlier_rqd, &part_rqd], 0),
+                None => part_rqd.copy(),
+            };
+            if end < chunk.at.end {
+                *waiting = Some(q_rqd);
+            } else {
+                score(&q_rqd, chunk.at.start, &[chunk])?;
+            }
+        }
+        if let Some(chunk) = whole.first() {
+            score(&new_rqd(chunk.at.start..end), chunk.at.start, &whole)?;
         }
         Ok(())
     }
