@@ -324,6 +324,8 @@ pub enum FeatureSet {
     Target,
     /// The target's own prefill: those of a window of queries.
     TargetWindow,
+    /// The target's own prefill: every channel that a target gives but those of the whole range.
+    TargetUnrun,
     /// The target's own prefill: every channel that a target gives.
     TargetAll,
     /// The target's own prefill, and the proxy's with its KVzip scores.
@@ -338,6 +340,7 @@ impl FeatureSet {
             Self::Reconstruction => "reconstruction",
             Self::Target => "target",
             Self::TargetWindow => "target window",
+            Self::TargetUnrun => "target unrun",
             Self::TargetAll => "target all",
             Self::Both => "both",
         }

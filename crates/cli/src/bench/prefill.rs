@@ -97,8 +97,10 @@ fn section(recipe: &Recipe, set: FeatureSet) -> ExtractSection {
         FeatureSet::Reconstruction => with(vec![Channel::ReconLog, Channel::ReconLogOdds]),
         FeatureSet::Target => of_target(with(Vec::new()), Channel::PREFILL.to_vec()),
         FeatureSet::TargetWindow => of_target(with(Vec::new()), windowed()),
-        FeatureSet::TargetAll => {
-            let given = |c: &&Channel| c.sources().contains(&Source::Target);
+        FeatureSet::TargetAll | FeatureSet::TargetUnrun => {
+            let given = |c: &&Channel| {
+                c.sources().contains(&Source::Target) && (set == FeatureSet::TargetAll || !c.is_whole_range())
+            };
             of_target(with(Vec::new()), Channel::ALL.iter().filter(given).copied().collect())
         }
         FeatureSet::Both => ExtractSection {
