@@ -234,7 +234,7 @@ fn encode_group<R: Row>(
     Ok(chunks)
 }
 
-/// Of features of f16, 1 takes half the time and a tenth more of the disk; encoding is no bottleneck at either.
+/// Of features of f16, 1 takes a fifth less time and a tenth more of the disk; encoding is no bottleneck at either.
 fn zstd_level() -> Result<ZstdLevel> {
     ZstdLevel::try_new(3).context("zstd level 3")
 }
