@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use pkv_core::Fingerprint;
 use pkv_shard::durable::{Published, WriteBudget, sync_dir, write_file};
 use serde::{Deserialize, Serialize};
@@ -49,6 +49,35 @@ impl TrainingState {
         }
         let named = self.parameters.iter().zip(&self.ema);
         named.map(|((n, _), t)| (n.clone(), t.shallow_clone())).collect()
+    }
+
+    /// Every number of every tensor is finite: nothing could be learnt from, or done with, others. Waits for the device.
+    ///
+    /// # Errors
+    /// One is not; the error names its tensor.
+    pub fn check_finite(&self) -> Result<()> {
+        let named = |(name, t)| (format!("`{name}`"), t);
+        let of = |what: &'static str, tensors| {
+            let names = self.parameters.iter().map(|(name, _)| name);
+            names.zip(tensors).map(move |(name, t)| (format!("the {what} of `{name}`"), t))
+        };
+        let all: Vec<(String, &Tensor)> = (self.parameters.iter().map(|(n, t)| (n, t)).map(named))
+            .chain(self.buffers.iter().map(|(n, t)| (n, t)).map(named))
+            .chain(of("first moment", &self.first_moments))
+            .chain(of("second moment", &self.second_moments))
+            .chain(of("moving average", &self.ema))
+            .collect();
+        if all.is_empty() {
+            return Ok(());
+        }
+        let device = all[0].1.device();
+        // One answer for all, so that the device is asked once.
+        let flags: Vec<Tensor> = all.iter().map(|(_, t)| t.isfinite().all().to_device(device)).collect();
+        let flags = Vec::<bool>::try_from(Tensor::stack(&flags, 0)).context("cannot read the weights")?;
+        match flags.iter().position(|finite| !finite) {
+            Some(i) => bail!("{} holds numbers that are not finite", all[i].0),
+            None => Ok(()),
+        }
     }
 }
 
@@ -119,6 +148,8 @@ pub(crate) fn write(
         "{} averaged tensors for {n} parameters",
         state.ema.len()
     );
+    // As the newest, it would be what training goes on from.
+    state.check_finite()?;
     let names = || state.parameters.iter().map(|(name, _)| name);
     let of = |kind: &str, tensors: &[Tensor]| -> NamedTensors {
         names().zip(tensors).map(|(name, t)| (format!("{kind}.{name}"), t.shallow_clone())).collect()
@@ -183,5 +214,6 @@ pub(crate) fn read(folder: &Path, device: Device) -> Result<(CheckpointInfo, Tra
         validation: info.validation,
         extra: info.extra.clone(),
     };
+    state.check_finite()?;
     Ok((info, state))
 }

@@ -35,7 +35,7 @@ pub fn state(step: u64, validation: Option<f64>, ema: bool) -> TrainingState {
         ],
         first_moments: like(0.5),
         second_moments: like(0.25),
-        ema: if ema { like(2.0) } else { Vec::new() },
+        ema: if ema { like(-1.0) } else { Vec::new() },
         validation,
         extra: json!({"window": [step, u64::MAX]}),
         parameters,

@@ -14,6 +14,8 @@ pub struct Window {
     /// Total, terms, gradient norm; f64 on the device; empty before the first step.
     sums: Option<Tensor>,
     steps: u64,
+    /// The first step whose loss or gradient was not finite, on the device; minus one if there is none.
+    broken: Option<Tensor>,
 }
 
 /// Means of a window.
@@ -26,11 +28,11 @@ pub struct Means {
 
 impl Window {
     pub fn new() -> Self {
-        Self { names: Vec::new(), sums: None, steps: 0 }
+        Self { names: Vec::new(), sums: None, steps: 0, broken: None }
     }
 
-    /// Add a step; scalars on the device.
-    pub fn add(&mut self, loss: &LossTerms, norm: &Tensor) {
+    /// Add step `step`; scalars on the device.
+    pub fn add(&mut self, step: u64, loss: &LossTerms, norm: &Tensor) {
         if self.names.is_empty() {
             self.names = loss.terms.iter().map(|(name, _)| (*name).to_owned()).collect();
         }
@@ -38,11 +40,24 @@ impl Window {
         all.extend(loss.terms.iter().map(|(_, t)| t.detach()));
         all.push(norm.detach());
         let now = Tensor::stack(&all, 0).to_kind(Kind::Double);
+        let before = self.broken.take().unwrap_or_else(|| Tensor::full_like(&now.get(0), -1.0));
+        let is_first = now.isfinite().all().logical_not().logical_and(&before.lt(0.0));
+        self.broken = Some(Tensor::full_like(&before, step as f64).where_self(&is_first, &before));
         self.sums = Some(match self.sums.take() {
             Some(sums) => sums + now,
             None => now,
         });
         self.steps += 1;
+    }
+
+    /// The first step added whose loss or gradient was not finite. Waits for the device.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn broken(&self) -> Result<Option<u64>> {
+        let Some(step) = &self.broken else { return Ok(None) };
+        let step = f64::try_from(step.to_device(Device::Cpu)).context("cannot read the loss")?;
+        Ok((step >= 0.0).then_some(step as u64))
     }
 
     /// The means, and a new window. Waits for the device.
@@ -79,6 +94,8 @@ impl Window {
             names: serde_json::from_value(get("names")?)?,
             sums,
             steps: serde_json::from_value(get("steps")?)?,
+            // No broken step is saved.
+            broken: None,
         })
     }
 
@@ -97,9 +114,27 @@ mod tests {
     }
 
     #[test]
+    fn the_first_step_that_is_not_finite_is_known() {
+        pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+        for (loss, norm) in [(f32::NAN, 1.0), (f32::INFINITY, 1.0), (1.0, f32::NAN), (1.0, f32::INFINITY)] {
+            let mut window = Window::new();
+            let mut add = |step, loss, norm| {
+                window.add(step, &terms(loss), &Tensor::from(norm));
+                window.broken().unwrap()
+            };
+            assert_eq!((add(0, 1.0, 1.0), add(1, f32::MAX, f32::MAX)), (None, None));
+            assert_eq!(
+                (add(2, loss, norm), add(3, f32::NAN, 1.0), add(4, 1.0, 1.0)),
+                (Some(2), Some(2), Some(2))
+            );
+        }
+        assert_eq!(Window::new().broken().unwrap(), None);
+    }
+
+    #[test]
     fn a_window_saved_in_the_middle_has_the_same_mean() {
         pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
-        let add = |w: &mut Window, x: f32| w.add(&terms(x), &Tensor::from(x * 0.7));
+        let add = |w: &mut Window, x: f32| w.add(0, &terms(x), &Tensor::from(x * 0.7));
         let (mut whole, mut first) = (Window::new(), Window::new());
         for x in [0.1, 0.9, 2.3] {
             add(&mut whole, x);

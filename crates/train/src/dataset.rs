@@ -93,6 +93,11 @@ impl Dataset {
         draw(rows, contexts, seed)
     }
 
+    /// The example's name in row `i`.
+    pub fn id(&self, row: u64) -> &str {
+        &self.ids[row as usize]
+    }
+
     /// Positions of row `i`.
     pub fn positions(&self, row: u64) -> usize {
         self.lengths[row as usize]

@@ -16,6 +16,7 @@ mod cache;
 mod clock;
 mod curve;
 mod dataset;
+mod diverged;
 mod journal;
 mod loader;
 mod optimizer;

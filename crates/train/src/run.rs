@@ -18,6 +18,7 @@ use crate::batches::Batches;
 use crate::clock::{Clock, clock_text};
 use crate::curve::{Means, Window};
 use crate::dataset::{Dataset, Samples};
+use crate::diverged::{self, Diverged};
 use crate::journal::Journal;
 use crate::loader::{Loaded, Loader};
 use crate::optimizer::Optimizer;
@@ -158,13 +159,13 @@ pub fn train(
         while let Some(now) = batch.take() {
             if stop.load(Ordering::Relaxed) {
                 tracing::info!("stopping at step {} of {}", run.step, inputs.train.steps_in_words());
-                return run.save_once();
+                return run.save_once().map_err(|e| diverged::explain(e, inputs, &batches, &dataset));
             }
             let queued = run.queue(&now)?;
             // On its way while the device is busy with this one.
             batch = if run.step + 1 < run.schedule.most() { Some(feed.take()?) } else { None };
             let before = run.schedule.most();
-            run.settle(queued, now.tokens())?;
+            run.settle(queued, now.tokens()).map_err(|e| diverged::explain(e, inputs, &batches, &dataset))?;
             progress.advance(1);
             if run.schedule.most() != before {
                 // The end is known now.
@@ -289,7 +290,7 @@ impl<'a> Run<'a> {
     /// Count a step of `tokens` positions, and do what falls due after it.
     fn settle(&mut self, (loss, norm): (LossTerms, Tensor), tokens: u64) -> Result<()> {
         let train = self.inputs.train;
-        self.window.add(&loss, &norm);
+        self.window.add(self.step, &loss, &norm);
         let lr = self.schedule.rate(self.step);
         self.step += 1;
         self.schedule.stepped(self.step);
@@ -297,6 +298,13 @@ impl<'a> Run<'a> {
         let due = |every: u64| self.step.is_multiple_of(every) || self.schedule.is_done(self.step);
         let (log, check, save) =
             (due(train.log_every), due(train.validate_every), due(train.checkpoint_every));
+        // Before anything is written of these steps, and before a validation ranks numbers that are none.
+        if log || check || save {
+            self.check_loss()?;
+        }
+        if check || save {
+            self.state()?.check_finite().map_err(|e| self.diverged(e))?;
+        }
         // Reading the means waits for the device: its work is part of the step.
         let means = if log { Some(self.window.take()?) } else { None };
         self.clock.step(tokens);
@@ -307,6 +315,9 @@ impl<'a> Run<'a> {
         self.score = validation.as_ref().map(|v| v.score);
         let better = self.score.is_some_and(|score| self.best.is_none_or(|(_, best)| score > best));
         if let Some(v) = &validation {
+            if !v.loss.is_finite() {
+                return Err(self.diverged(anyhow::anyhow!("the validation loss is {}", v.loss)));
+            }
             self.report(v, better)?;
             if self.schedule.validated(self.step, v.score) {
                 let (step, end) = (self.step, self.schedule.most());
@@ -326,13 +337,6 @@ impl<'a> Run<'a> {
     fn log(&mut self, means: Means, lr: f64) -> Result<()> {
         let Means { loss, terms, gradient_norm } = means;
         let (most, known) = (self.schedule.most(), self.schedule.end().is_some());
-        ensure!(
-            loss.is_finite() && gradient_norm.is_finite(),
-            hinted(
-                format!("the loss is {loss} and its gradient {gradient_norm} at step {}", self.step),
-                "lower `train.lr`, raise `train.warmup_steps`, or lower `train.clip_norm`"
-            )
-        );
         let (ms, tokens) = self.clock.take();
         let eta = Duration::from_secs_f64(most.saturating_sub(self.step) as f64 * ms / 1e3);
         tracing::info!(
@@ -407,6 +411,18 @@ impl<'a> Run<'a> {
         if self.saved == Some(self.step) {
             return Ok(());
         }
+        self.check_loss()?;
+        let state = self.state()?;
+        state.check_finite().map_err(|e| self.diverged(e))?;
+        // The metrics first: a checkpoint must not know of steps that they lack.
+        self.journal.sync()?;
+        self.store.save(&state)?;
+        self.saved = Some(self.step);
+        Ok(())
+    }
+
+    /// Everything that later steps depend on, now.
+    fn state(&self) -> Result<TrainingState> {
         let (first_moments, second_moments) = self.optimizer.moments();
         let copy = |x: &[tch::Tensor]| x.iter().map(tch::Tensor::shallow_clone).collect::<Vec<_>>();
         let parameters = self.mapper.parameters().iter();
@@ -414,9 +430,7 @@ impl<'a> Run<'a> {
         if let Some(schedule) = self.schedule.save() {
             extra["schedule"] = schedule;
         }
-        // The metrics first: a checkpoint must not know of steps that they lack.
-        self.journal.sync()?;
-        self.store.save(&TrainingState {
+        Ok(TrainingState {
             step: self.step,
             parameters: parameters.map(|(name, p)| (name.clone(), p.detach())).collect(),
             buffers: self.mapper.buffers(),
@@ -425,9 +439,19 @@ impl<'a> Run<'a> {
             ema: copy(self.optimizer.ema()),
             validation: self.score,
             extra,
-        })?;
-        self.saved = Some(self.step);
-        Ok(())
+        })
+    }
+
+    /// Loss and gradient of every step so far were finite.
+    fn check_loss(&self) -> Result<()> {
+        let Some(step) = self.window.broken()? else { return Ok(()) };
+        let cause = anyhow::anyhow!("the loss or its gradient is not a finite number");
+        Err(cause.context(Diverged { step, saved: self.saved }))
+    }
+
+    /// The last step went wrong.
+    fn diverged(&self, cause: anyhow::Error) -> anyhow::Error {
+        cause.context(Diverged { step: self.step.saturating_sub(1), saved: self.saved })
     }
 
     fn named(&self, tensors: &[tch::Tensor]) -> Vec<(String, tch::Tensor)> {

@@ -1,4 +1,5 @@
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pkv_core::{Fingerprint, Split};
 use pkv_shard::{LabelRow, StageDir, StaleError};
@@ -78,7 +79,46 @@ fn no_training_example_is_an_error() {
 fn a_loss_that_is_no_number_ends_training() {
     let mut setup = Setup::new(9, 0);
     setup.train.lr = 1e30;
-    fails(&setup, &["the loss is", "at step 5"], "lower `train.lr`");
+    fails(
+        &setup,
+        &["training diverged at step 2", "batch 2 of epoch 1 holds examples `doc-", "not a finite number"],
+        "lower `train.lr` (it is 1e30)",
+    );
+}
+
+/// Whatever falls due first at a step that ran away, the checkpoints before it stay the newest and are whole.
+#[test]
+fn nothing_that_is_not_finite_is_saved() {
+    for (due, lr) in [("log", 1e30), ("validate", 1e30), ("checkpoint", 1e30), ("stop", 1e30), ("log", 1e39)]
+    {
+        let mut setup = Setup::new(12, 3);
+        let train = &mut setup.train;
+        (train.log_every, train.validate_every, train.checkpoint_every) = (100, 100, 100);
+        train.steps = 100.into();
+        let stop = AtomicBool::new(false);
+        let good = At::new(3, || stop.store(true, Ordering::Relaxed));
+        assert_eq!(setup.run("run", &good, &stop).unwrap().step, 3);
+        let train = &mut setup.train;
+        train.lr = lr;
+        match due {
+            "log" => train.log_every = 10,
+            "validate" => train.validate_every = 10,
+            "checkpoint" => train.checkpoint_every = 10,
+            _ => {}
+        }
+        let stop = AtomicBool::new(false);
+        let bad = At::new(10, || stop.store(due == "stop", Ordering::Relaxed));
+        let error = setup.run("run", &bad, &stop).expect_err(due);
+        let (said, hint) = told(&error);
+        assert!(said.contains("training diverged at step") && said.contains("`doc-"), "{due}: {said}");
+        assert!(hint.contains("the checkpoint of step 3 is whole"), "{due}: {hint}");
+        assert!(hint.contains("--redo train") && hint.contains("another `name`"), "{due}: {hint}");
+        let folders = fs::read_dir(setup.stage("run").join("checkpoints")).unwrap();
+        let folders: Vec<_> = folders.map(|f| f.unwrap().file_name()).collect();
+        assert_eq!(folders, ["step-000003"], "{due}");
+        setup.train.lr = 1e-3;
+        assert!(setup.finish("run").unwrap().finished, "{due}");
+    }
 }
 
 #[test]
