@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use pkv_core::{Source, hinted};
 use pkv_recipe::{ExtractSection, Recipe};
-use pkv_shard::FeatureFolders;
+use pkv_shard::{FeatureFolders, FeaturesFrom};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::Device;
@@ -70,7 +70,7 @@ impl RunFolder {
     /// Features of all sources of a recipe.
     pub fn feature_folders(&self, extract: &ExtractSection) -> FeatureFolders {
         FeatureFolders::of(
-            extract.from.iter().map(|&source| self.features(source)).collect(),
+            extract.from.iter().map(|&source| FeaturesFrom::Folder(self.features(source))).collect(),
             extract.layout(),
         )
     }

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use arrow::array::{RecordBatch, StringArray, UInt32Array};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt32Type};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use pkv_core::StoreDtype;
 
 use crate::column::{decode_nested, nested_type, number, text};
@@ -33,6 +35,22 @@ pub struct FeatureRow {
 impl FeatureRow {
     fn shape(&self) -> Vec<usize> {
         [self.layers, self.kv_heads, self.channels, self.positions].map(|n| n as usize).to_vec()
+    }
+
+    /// As it would be read back after it was stored.
+    ///
+    /// # Errors
+    /// It cannot be stored.
+    pub fn as_stored(mut self, store: StoreDtype) -> Result<Self> {
+        self.check(store).with_context(|| format!("cannot use the features of example `{}`", self.id))?;
+        if store == StoreDtype::F16 {
+            for values in [&mut self.heads, &mut self.globals] {
+                let mut narrow = vec![f16::ZERO; values.len()];
+                narrow.convert_from_f32_slice(values);
+                narrow.convert_to_f32_slice(values);
+            }
+        }
+        Ok(self)
     }
 
     /// Channels that all proxy heads share.
@@ -116,5 +134,50 @@ impl Row for FeatureRow {
             heads,
             globals,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pkv_core::Fingerprint;
+
+    use super::*;
+    use crate::{StageDir, StageReader, StageWriter};
+
+    fn row() -> FeatureRow {
+        let values = [0.1, -1.0 / 3.0, 15.9993, 1e-5, 6.1e-8, -0.0, 2049.0, 1.0005];
+        FeatureRow {
+            id: "a".into(),
+            layers: 1,
+            kv_heads: 2,
+            channels: 2,
+            positions: 2,
+            heads: values.to_vec(),
+            globals: values[..4].to_vec(),
+        }
+    }
+
+    #[test]
+    fn a_row_as_stored_is_the_row_that_is_read_back() {
+        for store in [StoreDtype::F16, StoreDtype::F32] {
+            let folder = tempfile::tempdir().unwrap();
+            let stage = StageDir::open(folder.path(), "extract", &Fingerprint::new()).unwrap();
+            let mut writer = StageWriter::new(stage, 1, store, Some(1)).unwrap();
+            writer.push(row()).unwrap();
+            writer.finish().unwrap();
+            let stored = StageReader::<FeatureRow>::open(folder.path()).unwrap().get(0).unwrap();
+            let bits =
+                |r: &FeatureRow| r.heads.iter().chain(&r.globals).map(|x| x.to_bits()).collect::<Vec<_>>();
+            let as_stored = row().as_stored(store).unwrap();
+            assert_eq!(bits(&as_stored), bits(&stored));
+            assert_eq!(bits(&as_stored) == bits(&row()), store == StoreDtype::F32);
+        }
+        let mut large = row();
+        large.globals[0] = 70_000.0;
+        let e = large.clone().as_stored(StoreDtype::F16).unwrap_err();
+        assert!(format!("{e:#}").contains("more than f16 holds"), "{e:#}");
+        assert_eq!(large.clone().as_stored(StoreDtype::F32).unwrap(), large);
+        large.heads[1] = f32::NAN;
+        assert!(large.as_stored(StoreDtype::F32).is_err());
     }
 }

@@ -1,19 +1,45 @@
 //! Features of all sources of a recipe, joined row by row into what the mapper reads.
 //!
-//! Each source is a stage of its own on disk, so that runs share it; [`FeatureLayout`] says how they are joined.
+//! Each source is a stage of its own on disk, so that runs share it, or is made row by row as it is read;
+//! [`FeatureLayout`] says how they are joined.
 
+use std::fmt::Debug;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use pkv_core::{FeatureLayout, hinted};
 
 use crate::{FeatureRow, StageReader};
 
+/// Rows of one source's features that come from elsewhere than shards. They are what shards would give.
+pub trait FeatureSource: Debug + Send + Sync {
+    /// Rows, as many as there are examples.
+    fn rows(&self) -> u64;
+
+    /// Features of example `i`, on any thread.
+    ///
+    /// # Errors
+    /// They cannot be made.
+    fn row(&self, i: u64) -> Result<FeatureRow>;
+
+    /// Where they would be stored, for messages.
+    fn path(&self) -> &Path;
+}
+
+/// Where the features of one source come from.
+#[derive(Clone, Debug)]
+pub enum FeaturesFrom {
+    /// The shards in a folder.
+    Folder(PathBuf),
+    Source(Arc<dyn FeatureSource>),
+}
+
 /// Where the features of a run are.
 #[derive(Clone, Debug)]
 pub struct FeatureFolders {
-    /// One folder for each source, in the layout's order.
-    dirs: Vec<PathBuf>,
+    /// One for each source, in the layout's order.
+    parts: Vec<FeaturesFrom>,
     /// Absent if there is one source: its rows are the mapper's input as they are stored.
     layout: Option<FeatureLayout>,
 }
@@ -21,23 +47,23 @@ pub struct FeatureFolders {
 impl FeatureFolders {
     /// The features of one source.
     pub fn one(dir: &Path) -> Self {
-        Self { dirs: vec![dir.to_path_buf()], layout: None }
+        Self { parts: vec![FeaturesFrom::Folder(dir.to_path_buf())], layout: None }
     }
 
-    /// Those of the sources of `layout`, `dirs` in its order.
+    /// Those of the sources of `layout`, `parts` in its order.
     ///
     /// # Panics
     /// The two differ in length.
-    pub fn of(dirs: Vec<PathBuf>, layout: FeatureLayout) -> Self {
-        assert_eq!(dirs.len(), layout.sources().len(), "a folder for each source");
-        let layout = (dirs.len() > 1).then_some(layout);
-        Self { dirs, layout }
+    pub fn of(parts: Vec<FeaturesFrom>, layout: FeatureLayout) -> Self {
+        assert_eq!(parts.len(), layout.sources().len(), "a place for each source");
+        let layout = (parts.len() > 1).then_some(layout);
+        Self { parts, layout }
     }
 }
 
 /// Reads the features of all sources.
 pub struct FeatureSet {
-    parts: Vec<StageReader<FeatureRow>>,
+    parts: Vec<Arc<dyn FeatureSource>>,
     layout: Option<FeatureLayout>,
 }
 
@@ -45,18 +71,23 @@ impl FeatureSet {
     /// # Errors
     /// A stage is absent or not complete, or the sources differ in their number of rows.
     pub fn open(folders: &FeatureFolders) -> Result<Self> {
-        let parts =
-            folders.dirs.iter().map(|dir| StageReader::open(dir)).collect::<Result<Vec<StageReader<_>>>>()?;
+        let open = |part: &FeaturesFrom| -> Result<Arc<dyn FeatureSource>> {
+            Ok(match part {
+                FeaturesFrom::Folder(dir) => Arc::new(Shards(StageReader::open(dir)?)),
+                FeaturesFrom::Source(source) => Arc::clone(source),
+            })
+        };
+        let parts = folders.parts.iter().map(open).collect::<Result<Vec<_>>>()?;
         for part in &parts[1..] {
             ensure!(
-                part.len() == parts[0].len(),
+                part.rows() == parts[0].rows(),
                 hinted(
                     format!(
                         "`{}` has features of {} examples, `{}` of {}",
-                        parts[0].stage().path().display(),
-                        parts[0].len(),
-                        part.stage().path().display(),
-                        part.len()
+                        parts[0].path().display(),
+                        parts[0].rows(),
+                        part.path().display(),
+                        part.rows()
                     ),
                     "make them anew from the same examples: `--redo extract`"
                 )
@@ -66,7 +97,7 @@ impl FeatureSet {
     }
 
     pub fn len(&self) -> u64 {
-        self.parts[0].len()
+        self.parts[0].rows()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -75,7 +106,7 @@ impl FeatureSet {
 
     /// The first source's folder, for messages.
     pub fn path(&self) -> &Path {
-        self.parts[0].stage().path()
+        self.parts[0].path()
     }
 
     /// Features of example `i`. Those of several sources are one row of one layer: the heads of all, channels and
@@ -84,8 +115,8 @@ impl FeatureSet {
     /// # Errors
     /// A shard is damaged, or the sources' rows are of different examples or have other channels than the layout.
     pub fn get(&self, i: u64) -> Result<FeatureRow> {
-        let Some(layout) = &self.layout else { return self.parts[0].get(i) };
-        let rows = self.parts.iter().map(|part| part.get(i)).collect::<Result<Vec<_>>>()?;
+        let Some(layout) = &self.layout else { return self.parts[0].row(i) };
+        let rows = self.parts.iter().map(|part| part.row(i)).collect::<Result<Vec<_>>>()?;
         join(&rows, layout).map_err(|found| {
             hinted(
                 format!(
@@ -96,6 +127,28 @@ impl FeatureSet {
             )
             .into()
         })
+    }
+}
+
+struct Shards(StageReader<FeatureRow>);
+
+impl Debug for Shards {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Shards({})", self.path().display())
+    }
+}
+
+impl FeatureSource for Shards {
+    fn rows(&self) -> u64 {
+        self.0.len()
+    }
+
+    fn row(&self, i: u64) -> Result<FeatureRow> {
+        self.0.get(i)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.stage().path()
     }
 }
 

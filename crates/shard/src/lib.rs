@@ -23,7 +23,7 @@ mod writer;
 pub use dir::{StageDir, StageState, StaleError};
 pub use example::{Example, PlantedFact};
 pub use feature::FeatureRow;
-pub use feature_set::{FeatureFolders, FeatureSet};
+pub use feature_set::{FeatureFolders, FeatureSet, FeatureSource, FeaturesFrom};
 pub use index::{INDEX_FILE, Index, SCHEMA_VERSION, ShardEntry};
 pub use label::LabelRow;
 pub use reader::StageReader;
