@@ -1,6 +1,7 @@
 //! Where to compute: never a silent fallback.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, bail, ensure};
 use pkv_core::hinted;
@@ -108,9 +109,66 @@ pub(crate) fn tf32() -> bool {
     TF32.load(Ordering::Relaxed)
 }
 
+/// Work is queued on a GPU, and no other thread may change meanwhile whether TF32 is allowed: the choice is the process's, and
+/// a mapper that learns and a model that reads contexts beside it choose differently.
+///
+/// A thread that holds one must not wait for a thread that wants one.
+pub struct MathMode {
+    before: bool,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl MathMode {
+    /// As it is. Nothing on a CPU, where there is no TF32.
+    pub fn as_set(device: Device) -> Option<Self> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        // The lock guards no data that a panic could leave in pieces.
+        let lock = || ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        device.is_cuda().then(lock).map(|alone| Self { before: tf32(), _alone: alone })
+    }
+
+    /// Without TF32 until it is dropped. Nothing on a CPU.
+    ///
+    /// # Errors
+    /// libtorch refuses.
+    pub fn exact(device: Device) -> Result<Option<Self>> {
+        let held = Self::as_set(device);
+        if held.is_some() {
+            set_tf32(false)?;
+        }
+        Ok(held)
+    }
+}
+
+impl Drop for MathMode {
+    fn drop(&mut self) {
+        // It cannot fail: it sets two flags.
+        let _ = set_tf32(self.before);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Flags and a lock alone: no GPU is needed.
+    #[test]
+    fn one_thread_at_a_time_chooses_how_exact_products_are() {
+        let gpu = Device::Cuda(0);
+        let held = MathMode::exact(gpu).unwrap().unwrap();
+        let (to, done) = std::sync::mpsc::channel();
+        let other = std::thread::spawn(move || {
+            drop(MathMode::as_set(gpu));
+            to.send(()).unwrap();
+        });
+        assert!(done.recv_timeout(std::time::Duration::from_millis(50)).is_err(), "two at a time");
+        drop(held);
+        done.recv().unwrap();
+        other.join().unwrap();
+        // A CPU's threads do not wait for each other.
+        let cpu = MathMode::exact(Device::Cpu).unwrap();
+        assert!(cpu.is_none() && MathMode::as_set(Device::Cpu).is_none());
+    }
 
     #[test]
     fn devices_are_parsed() {

@@ -21,7 +21,9 @@ mod stream;
 mod transfer;
 
 pub use attention::{Attended, Mask, cudnn, flash, flash_segments, flash_used_segments, has_fused_attention};
-pub use device::{DeviceChoice, cuda_absence, cuda_count, device, set_deterministic, set_tf32, synchronize};
+pub use device::{
+    DeviceChoice, MathMode, cuda_absence, cuda_count, device, set_deterministic, set_tf32, synchronize,
+};
 pub use exhausted::unless_exhausted;
 pub use host::{HostMemory, host_memory};
 pub use kernels::{
