@@ -118,7 +118,7 @@ pub fn train(
     let begin = Instant::now();
     let store = inputs.store()?;
     let dataset = Dataset::open(inputs.examples, inputs.labels, &inputs.features)?;
-    let mut run = Run::open(inputs, &store, &dataset, device, progress)?;
+    let mut run = Run::open(inputs, &store, &dataset, device, progress, stop)?;
     let (first, most) = (run.step, run.schedule.most());
     let _tf32 = Tf32::set(number_format(inputs.train.dtype, dataset.dims(), device))?;
 
@@ -223,11 +223,12 @@ impl<'a> Run<'a> {
         dataset: &'a Dataset,
         device: Device,
         progress: &'a dyn Progress,
+        stop: &AtomicBool,
     ) -> Result<Self> {
         let saved = store.latest(device)?;
         let mapper = match &saved {
             Some(state) => resume(inputs.mapper, inputs.loss, dataset, state, device)?,
-            None => start(dataset, inputs, device, progress)?,
+            None => start(dataset, inputs, device, progress, stop)?,
         };
         let mut optimizer = Optimizer::new(&mapper, inputs.train)?;
         let (mut step, mut window, mut schedule) = (0, Window::new(), Schedule::new(inputs.train));

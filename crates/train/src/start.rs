@@ -1,6 +1,8 @@
 //! Where training starts: standardization, the ridge solution, the thresholds.
 
-use anyhow::{Context as _, Result};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context as _, Result, ensure};
 use pkv_core::{Progress, hinted};
 use pkv_mapper::{Mapper, RidgeAccumulator, StandardizationAccumulator};
 use pkv_recipe::{LossSection, MapperSection, Variant};
@@ -21,12 +23,13 @@ const THRESHOLD_CONTEXTS: usize = 64;
 /// ridge solution and random numbers; standardization stays its own.
 ///
 /// # Errors
-/// A shard is damaged, a feature or label is not finite, or `inputs.start_from` is of another network.
+/// A shard is damaged, a feature or label is not finite, `inputs.start_from` is of another network, or `stop` is raised.
 pub fn start(
     dataset: &Dataset,
     inputs: &TrainInputs,
     device: Device,
     progress: &dyn Progress,
+    stop: &AtomicBool,
 ) -> Result<Mapper> {
     let _no_grad = tch::no_grad_guard();
     let TrainInputs { mapper: section, loss, train, start_from: from, .. } = *inputs;
@@ -37,11 +40,16 @@ pub fn start(
     let passes = if linear { 2 } else { 1 };
     progress.start("training statistics", passes * sample.len() as u64, 0);
     let one = |x: &Tensor| x.unsqueeze(0);
+    let read = |row: u64| {
+        // Features that are made when they are read take as long as a model reads a context.
+        ensure!(!stop.load(Ordering::Relaxed), "stopped before the first step: there is nothing to save");
+        dataset.context(row)
+    };
 
     let mut statistics = StandardizationAccumulator::new(dims);
     let mut thresholds = Vec::new();
     for &row in &sample {
-        let context = dataset.context(row)?;
+        let context = read(row)?;
         let y_ot = context.targets(pool);
         statistics.add(&one(&context.heads_pct), &one(&context.globals_ct), &one(&y_ot))?;
         if thresholds.len() < THRESHOLD_CONTEXTS {
@@ -55,7 +63,7 @@ pub fn start(
     let mut mapper = Mapper::new(section, loss, dims, stats, seed, device)?;
     if let Some(mut ridge) = ridge {
         for &row in &sample {
-            let context = dataset.context(row)?;
+            let context = read(row)?;
             ridge.add(&one(&context.heads_pct), &one(&context.globals_ct), &one(&context.targets(pool)))?;
             progress.advance(1);
         }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use anyhow::Result;
 use pkv_core::Seed;
-use pkv_gpu::Event;
+use pkv_gpu::{Event, MathMode};
 use pkv_mapper::{LossTerms, Mapper, MapperDims, Training, hybrid_loss_of_pairs};
 use pkv_recipe::{LossSection, TrainDtype, TrainSection};
 use tch::{Device, Kind, Tensor};
@@ -63,10 +63,13 @@ impl<'a> Stepper<'a> {
             tch::manual_seed(self.seed.derive("train.noise", step) as i64);
         }
         optimizer.drop_gradients()?;
+        // A model may make features beside.
+        let alone = MathMode::as_set(self.device);
         let scores_bot = mapper.forward_training(&batch.heads_bpct, &batch.globals_bct, &self.how);
         let pairs = batch.pairs_2bq.as_ref();
         let loss = hybrid_loss_of_pairs(mapper, &scores_bot, &batch.y_bot, self.loss, pairs)?;
         loss.total.backward();
+        drop(alone);
         let norm = optimizer.step(step, lr)?;
         if self.device.is_cuda() {
             self.queued.push_back(Event::now(self.device)?);

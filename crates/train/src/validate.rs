@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use anyhow::{Context as _, Result};
 use pkv_core::{Policy, RetentionRatio, Seed};
+use pkv_gpu::MathMode;
 use pkv_mapper::{Mapper, hybrid_loss};
 use pkv_prune::metrics::{Agreement, Budgets, KeptAgreement, Reference, kendall_per_head, spearman_per_head};
 use pkv_recipe::{LossSection, TrainSection};
@@ -163,7 +164,9 @@ impl<'a> Validator<'a> {
                 let of: Vec<&Rc<Ready>> = forward.iter().map(|i| &ready[i]).collect();
                 let stack =
                     |x: fn(&Ready) -> &Tensor| Tensor::stack(&of.iter().map(|r| x(r)).collect::<Vec<_>>(), 0);
+                let alone = MathMode::as_set(mapper.device());
                 let scores_bot = mapper.predict(&stack(|r| &r.heads_pct), &stack(|r| &r.globals_ct));
+                drop(alone);
                 for (b, (&i, ready)) in forward.iter().zip(of).enumerate() {
                     let scores_bot = scores_bot.narrow(0, b as i64, 1);
                     let seed = self.seed.derive("validate.pairs", i as u64);
