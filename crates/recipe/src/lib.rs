@@ -19,7 +19,7 @@ pub use section::benchmark::{BenchmarkSection, SharedContext};
 pub use section::data::DataSection;
 pub use section::eval::{AnswerMatch, EvalSection, Task};
 pub use section::export::ExportSection;
-pub use section::extract::ExtractSection;
+pub use section::extract::{AfterUse, ExtractSection, MissingFeatures};
 pub use section::facts::{FactPlace, FactsSection};
 pub use section::label::{LabelPreset, LabelSection, LabelWeighting, Preset, Sink};
 pub use section::loss::{FineLoss, LossSection};

@@ -176,6 +176,7 @@ impl Recipe {
         let chunks = [self.label.prefill_chunk_tokens, self.extract.prefill_chunk_tokens];
         let longest = self.data.longest_window() + prefix;
         self.extract.from.contains(&Source::Target)
+            && !self.extract.is_transient()
             && !self.extract.is_fitted(Source::Target)
             && (chunks[0] == chunks[1] || chunks.iter().all(|&tokens| tokens >= longest))
     }

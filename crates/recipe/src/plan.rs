@@ -14,7 +14,7 @@ mod table;
 use serde::{Deserialize, Serialize};
 
 use crate::{DtypeName, ModelSection, Recipe};
-use stages::{Lengths, eval, extract, fetch, infer, label, prepare, target_reads, train};
+use stages::{Lengths, eval, extract, features_made_anew, fetch, infer, label, prepare, target_reads, train};
 
 pub use cost::{MapperCost, Repeat, features, prefill, repeat};
 pub use human::{human_bytes, human_count, human_flops, human_secs};
@@ -123,7 +123,7 @@ impl Plan {
         let target = model_plan(&recipe.target, &machine);
         let proxy = model_plan(&recipe.proxy, &machine);
         let infer = infer(recipe, longest, &machine, &mapper_cost);
-        let notes = target_reads(recipe).into_iter().collect();
+        let notes = target_reads(recipe).into_iter().chain(features_made_anew(recipe, &lengths)).collect();
         let train_steps = recipe.train.steps_in_words();
         Self { name: recipe.name.clone(), machine, target, proxy, mapper, train_steps, stages, infer, notes }
     }
@@ -332,6 +332,31 @@ window_tokens = [2048, 8192]
         assert_eq!(plan.stage("fetch").unwrap().disk_bytes, 2 * plan.target.parameters);
         assert!(!plan.table().contains("  proxy "), "{}", plan.table());
         assert!(Plan::new(&recipe(&[]), Machine::h200()).table().contains("  proxy "));
+    }
+
+    #[test]
+    fn features_that_are_not_kept_cost_reads_in_place_of_bytes() {
+        let stage = |plan: &Plan, name: &str| plan.stage(name).unwrap().clone();
+        let plan = |set: &[&str]| {
+            let from = ["extract.from=[\"target\", \"proxy\"]"];
+            Plan::new(&recipe(&[&from[..], set].concat()), Machine::h200())
+        };
+        let kept = plan(&[]);
+        let made = plan(&["extract.missing=generate", "extract.after_use=delete"]);
+        let saved = 1100 / 2 * (2048 + 8192) * ((256 + 128) * 8 + 2 * 4) * 2;
+        assert_eq!(kept.run_bytes() - made.run_bytes(), saved);
+        // Batches, two passes of statistics and one of the baselines, validations, the test split.
+        let section = recipe(&[]).train;
+        let validations = section.most_steps().div_ceil(section.validate_every) * 50;
+        let reads = 1500 * 16 + 3 * 512 + validations + 50;
+        assert_eq!(stage(&made, "extract").examples, reads);
+        assert!(stage(&made, "extract").flops > 10.0 * stage(&kept, "label").flops);
+        assert!(stage(&made, "train").peak_bytes > stage(&kept, "train").peak_bytes + 18_000_000_000);
+        let table = made.table();
+        assert!(table.contains("made when they are read") && table.contains(&human_bytes(saved)), "{table}");
+        assert!(!kept.table().contains("made when they are read"));
+        // Kept once made: nothing else is planned.
+        assert_eq!(plan(&["extract.missing=generate"]), kept);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use clap_complete::engine::{
     ArgValueCandidates, ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter,
 };
 use pkv_core::{Channel, Source};
-use pkv_recipe::Recipe;
+use pkv_recipe::{AfterUse, MissingFeatures, Recipe};
 use serde_json::{Value, json};
 
 /// The words of `--tasks` that are no single tasks.
@@ -218,6 +218,8 @@ fn any_recipe() -> Option<Value> {
     recipe.label.pack_tokens = Some(1);
     recipe.extract.from = vec![Source::Target, Source::Proxy];
     recipe.extract.target_channels.truncate(1);
+    recipe.extract.missing = MissingFeatures::Generate;
+    recipe.extract.after_use = AfterUse::Delete;
     serde_json::to_value(recipe).ok()
 }
 

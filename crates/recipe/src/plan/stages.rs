@@ -3,7 +3,7 @@
 use pkv_core::{GlobalChannel, Pass, Source};
 
 use super::cost::{self, Decode, MapperCost, Repeat, decode, features, prefill, repeat};
-use super::{InferPlan, Machine, StagePlan, element_bytes, parameters};
+use super::{InferPlan, Machine, StagePlan, element_bytes, human_bytes, human_count, parameters};
 use crate::{ExtractSection, ModelSection, Recipe, Task};
 
 /// Tokens that a chat template puts around a context or a question; models differ by a few dozen.
@@ -174,23 +174,65 @@ impl<'a> Reading<'a> {
             + 4 * (block + context * self.per_token()) as u64
     }
 
+    /// Memory while a context of `longest` tokens is read.
+    fn peak_bytes(&self, recipe: &Recipe, longest: usize, machine: &Machine) -> u64 {
+        let (chunk, scoring) = (recipe.extract.prefill_chunk_tokens, recipe.label.chunk());
+        self.weights(machine)
+            + self.cache_bytes(longest, machine)
+            + self.working_bytes(longest, chunk, scoring, machine)
+    }
+
     fn cache_bytes(&self, context: usize, machine: &Machine) -> u64 {
         (context * self.model.shape.kv_elements_per_token()) as u64 * element_bytes(self.model.dtype, machine)
     }
 }
 
-pub fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan {
+/// Contexts that a model reads for features: each once, or, where features are not kept, whenever they are read.
+///
+/// What fits into `train.cache_gb` or is kept between validations is read once all the same: this is the most.
+fn feature_reads(recipe: &Recipe, lengths: &Lengths) -> Lengths {
+    /// Training contexts of a pass of statistics, and of the baselines of `eval`, at most.
+    const SAMPLE: usize = 512;
+    if !recipe.extract.is_transient() {
+        return Lengths(lengths.0.clone());
+    }
+    let (data, section) = (&recipe.data, &recipe.train);
+    let steps = section.most_steps();
+    let validations = steps.div_ceil(section.validate_every) as usize * data.validation;
+    // Statistics, the ridge solution, the baselines.
+    let samples = 3 * data.train.min(SAMPLE);
+    let mut out = Lengths(Vec::new());
+    out.push(steps as usize * section.batch + samples + validations, &data.window_tokens);
+    let test = data.test_window_tokens.map(|window| vec![window]);
+    out.push(data.test, test.as_ref().unwrap_or(&data.window_tokens));
+    out
+}
+
+/// What it costs that features are not kept, in words.
+pub fn features_made_anew(recipe: &Recipe, lengths: &Lengths) -> Option<String> {
+    recipe.extract.is_transient().then(|| {
+        let saved: u64 = Reading::all(recipe).map(|(_, reading)| reading.disk_bytes(lengths)).sum();
+        format!(
+            "Features are made when they are read and not stored: at most {} contexts are read for each source in place of \
+             {}, and up to {} less are on disk. A context that fits into `train.cache_gb` is read once.",
+            human_count(feature_reads(recipe, lengths).examples()),
+            human_count(lengths.examples()),
+            human_bytes(saved)
+        )
+    })
+}
+
+pub fn extract(recipe: &Recipe, examples: &Lengths, machine: &Machine) -> StagePlan {
     let mut stage = StagePlan::nothing("extract");
+    let lengths = &feature_reads(recipe, examples);
     for (_, reading) in Reading::all(recipe).filter(|(source, _)| !is_beside(recipe, *source)) {
         stage.examples = lengths.examples();
         let weights = reading.weights(machine);
-        let longest = lengths.longest();
-        let chunk = recipe.extract.prefill_chunk_tokens;
-        let peak = weights
-            + reading.cache_bytes(longest, machine)
-            + reading.working_bytes(longest, chunk, recipe.label.chunk(), machine);
+        let peak = reading.peak_bytes(recipe, lengths.longest(), machine);
         stage.tokens += lengths.tokens();
-        stage.disk_bytes += reading.disk_bytes(lengths);
+        if !recipe.extract.is_transient() {
+            stage.disk_bytes += reading.disk_bytes(lengths);
+        }
         stage.flops += lengths.sum(|t| reading.flops(recipe, t));
         stage.moved_bytes += lengths.examples() as f64 * weights as f64;
         stage.peak_bytes = stage.peak_bytes.max(peak);
@@ -202,7 +244,7 @@ pub fn extract(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePl
 /// How many times the target reads an example, in words, where its features are wanted.
 pub fn target_reads(recipe: &Recipe) -> Option<String> {
     let extract = &recipe.extract;
-    if !extract.from.contains(&Source::Target) {
+    if !extract.from.contains(&Source::Target) || extract.is_transient() {
         return None;
     }
     Some(if is_beside(recipe, Source::Target) {
@@ -279,6 +321,11 @@ pub fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &Map
     // Stage 3 goes piece by piece: four tensors, each weights or readings of a piece.
     let piece = (positions * attended / 2.0).min(PIECE_ELEMENTS);
     let batch_elements = positions * (values_per_token + mapper.saved_per_token(recipe)) + 4.0 * piece;
+    // Models that make features are in memory beside the mapper, all of them.
+    let beside: u64 = Reading::all(recipe)
+        .filter(|_| recipe.extract.is_transient())
+        .map(|(_, reading)| reading.peak_bytes(recipe, longest, machine))
+        .sum();
     let stage = StagePlan {
         examples: contexts.round() as u64,
         tokens: (passes * of_train.sum(|t| t as f64)).round() as u64,
@@ -288,7 +335,7 @@ pub fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &Map
         moved_bytes: contexts * of_train.sum(|t| t as f64) / data.train as f64
             * 4.0
             * (3.0 * values_per_token + 4.0 * (mapper.saved_per_token(recipe) + attended)),
-        peak_bytes: 16 * mapper.parameters() + (4.0 * batch_elements) as u64,
+        peak_bytes: 16 * mapper.parameters() + (4.0 * batch_elements) as u64 + beside,
         ..StagePlan::nothing("train")
     };
     stage.timed(machine, machine.efficiency.train)

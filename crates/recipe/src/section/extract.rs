@@ -36,6 +36,48 @@ pub struct ExtractSection {
     pub prefill_chunk_tokens: usize,
     /// Dtype of the stored features.
     pub store: StoreDtype,
+    /// What to do about features that are not on disk.
+    #[serde(skip_serializing_if = "MissingFeatures::is_default")]
+    pub missing: MissingFeatures,
+    /// What becomes of features that the mapper was trained on; `delete` needs `missing = "generate"`.
+    #[serde(skip_serializing_if = "AfterUse::is_default")]
+    pub after_use: AfterUse,
+}
+
+/// What a stage does that reads features which are not there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MissingFeatures {
+    /// Say so, and name `extract`.
+    #[default]
+    Fail,
+    /// Make them. With `after_use = "keep"`, the work of `extract` is done first; with `"delete"`, a row is made each
+    /// time it is read.
+    Generate,
+}
+
+/// What becomes of features when the mapper is trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AfterUse {
+    /// They stay on disk.
+    #[default]
+    Keep,
+    /// What is missing is never written: `extract` has nothing to do, and contexts beyond `train.cache_gb` are read again
+    /// by the models in every epoch. Complete shards that were there are used, and removed when the training is complete.
+    Delete,
+}
+
+impl MissingFeatures {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl AfterUse {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Default for ExtractSection {
@@ -52,6 +94,8 @@ impl Default for ExtractSection {
             block_tokens: 512,
             prefill_chunk_tokens: 32_768,
             store: StoreDtype::F16,
+            missing: MissingFeatures::default(),
+            after_use: AfterUse::default(),
         }
     }
 }
@@ -78,8 +122,18 @@ impl ExtractSection {
             channels: self.channels_of(source).to_vec(),
             from: vec![Source::Proxy],
             target_channels: Channel::PREFILL.to_vec(),
-            ..self.clone()
+            ..self.content()
         }
+    }
+
+    /// What the features are, whether they are stored or not.
+    pub fn content(&self) -> Self {
+        Self { missing: MissingFeatures::default(), after_use: AfterUse::default(), ..self.clone() }
+    }
+
+    /// Whether features are made when they are read and never written.
+    pub fn is_transient(&self) -> bool {
+        self.missing == MissingFeatures::Generate && self.after_use == AfterUse::Delete
     }
 
     /// Whether a source's channels are fitted to labels.
@@ -124,6 +178,13 @@ impl ExtractSection {
                 );
             }
         }
+        ensure!(
+            self.after_use == AfterUse::Keep || self.missing == MissingFeatures::Generate,
+            hinted(
+                "`extract.after_use` is `delete` and `extract.missing` is `fail`: `eval` and `export` would lack features",
+                "set `extract.missing = \"generate\"` as well, or leave `extract.after_use` out"
+            )
+        );
         ensure!(
             self.window_tokens > self.min_distance,
             "`extract.window_tokens` is {}, not more than `extract.min_distance` = {}: the window is empty",
@@ -179,4 +240,31 @@ fn is_proxy_alone(from: &[Source]) -> bool {
 
 fn is_prefill(channels: &[Channel]) -> bool {
     channels == Channel::PREFILL
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whether_features_are_kept_is_no_part_of_what_they_are() {
+        let kept = ExtractSection::default();
+        let made = ExtractSection {
+            missing: MissingFeatures::Generate,
+            after_use: AfterUse::Delete,
+            ..kept.clone()
+        };
+        assert!(made.is_transient() && !kept.is_transient());
+        assert_eq!(made.of(Source::Proxy), kept.of(Source::Proxy));
+        // Fingerprints of earlier versions lack the keys.
+        let keys = |e: &ExtractSection| {
+            let json = serde_json::to_value(e).unwrap();
+            ["missing", "after_use"].map(|key| json.get(key).and_then(|v| v.as_str().map(str::to_owned)))
+        };
+        assert_eq!(keys(&kept), [None, None]);
+        assert_eq!(keys(&made), [Some("generate".to_owned()), Some("delete".to_owned())]);
+        // `eval` and `export` read features too.
+        let e = ExtractSection { missing: MissingFeatures::Fail, ..made }.check().unwrap_err();
+        assert!(e.to_string().contains("`extract.after_use` is `delete`"), "{e}");
+    }
 }
