@@ -10,6 +10,7 @@
 //! - `completion`: TAB in bash, zsh and fish offers what may come next
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
+//! - `generated`: a mapper from features that are made when they are read is the one from shards
 //! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing with it
 //! - `results`: evaluations of other tasks, methods, ratios and limits add up
 //! - `sources`: features of the target, alone and beside the proxy's
@@ -21,6 +22,7 @@ mod beside;
 mod compare;
 mod completion;
 mod fetch;
+mod generated;
 mod infer;
 mod kill;
 mod pipeline;

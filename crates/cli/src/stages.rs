@@ -5,6 +5,7 @@ pub mod eval;
 pub mod export;
 pub mod extract;
 pub mod fetch;
+mod generated;
 pub mod hidden;
 pub mod label;
 mod lanes;
@@ -41,6 +42,10 @@ pub enum Outcome {
 /// Whatever the stage could not do, named by the stage.
 pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOptions) -> Result<()> {
     s.check_stop()?;
+    if matches!(stage, Stage::Train | Stage::Eval | Stage::Export) && extract::is_due(s) {
+        // A stage of its own, so that its time is not counted as this one's.
+        run(s, Stage::Extract, &[], options)?;
+    }
     let start = Instant::now();
     if redo.contains(&stage) {
         throw_away(s, stage, options)?;
@@ -89,7 +94,13 @@ fn brief(summary: &Value) -> String {
 /// # Errors
 /// It is absent, unfinished or stale; the hint names the command that makes it.
 pub fn require(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<()> {
-    let run = format!("run `proxykv-train {stage}` first, or `proxykv-train run` for all stages");
+    let or = match stage {
+        "extract" => {
+            "; with `extract.missing = \"generate\"` in the recipe, features are made where they are missing"
+        }
+        _ => "",
+    };
+    let run = format!("run `proxykv-train {stage}` first, or `proxykv-train run` for all stages{or}");
     match StageDir::state(dir, fingerprint)? {
         StageState::Complete(_) => Ok(()),
         StageState::Absent => {

@@ -13,6 +13,7 @@ use pkv_shard::{Example, StageReader};
 use serde_json::json;
 use tch::{Device, Kind};
 
+use super::generated::{self, Loaded};
 use super::{Outcome, prepare, train};
 use crate::benchmarks::Material;
 use crate::mapper_source::{Trained, from_checkpoint, from_export};
@@ -68,6 +69,7 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     let reads_proxy = s.recipe.extract.from.contains(&Source::Proxy);
     let proxy = reads_proxy.then(|| upstream.proxy.load(s)).transpose()?;
     s.check_stop()?;
+    let loaded = Loaded { target: Some(&target), proxy: proxy.as_ref() };
     let inputs = EvalInputs {
         target: &target,
         proxy: proxy.as_ref(),
@@ -80,7 +82,7 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         proxy_name: s.recipe.proxy.model.clone(),
         examples: &s.run.examples(),
         labels: &s.run.labels(),
-        features: s.run.feature_folders(&s.recipe.extract),
+        features: generated::features(s, &upstream, loaded)?,
         fact_contexts: &contexts,
         benchmarks: &benchmarks,
         section: &s.recipe.eval,

@@ -13,6 +13,7 @@ use pkv_shard::{Example, FeatureSet, StageReader};
 use serde_json::json;
 use tch::Tensor;
 
+use super::generated::{self, Loaded};
 use super::{Outcome, hidden, train};
 use crate::args::Stage;
 use crate::mapper_source::{Trained, dims, from_checkpoint};
@@ -39,7 +40,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
             return Ok(Outcome::Skipped(format!("`{}` holds this mapper and its results", folder.display())));
         }
     }
-    let parity = parity(s, &trained)?;
+    let parity = parity(s, &upstream, &trained)?;
     let hidden = hidden::read(s, &upstream.target, &upstream.examples, tch::Device::Cpu)?;
     let extra = hidden.map(|hidden| hidden.tensors()).unwrap_or_default();
     let beside = Beside { tensors: &extra, budgets: Some(&budgets) };
@@ -57,7 +58,7 @@ fn config(s: &Session, upstream: &train::Upstream, trained: &Trained) -> ExportC
         proxy: identity(s, &upstream.proxy),
         dims: dims(r),
         label: r.label.clone(),
-        extract: r.extract.clone(),
+        extract: r.extract.content(),
         mapper: r.mapper.clone(),
         loss: r.loss.clone(),
         train: r.train.clone(),
@@ -184,9 +185,9 @@ fn card_table(caption: &str, markdown: &str) -> Option<CardTable> {
 }
 
 /// The beginning of the first test example, through the mapper.
-fn parity(s: &Session, trained: &Trained) -> Result<Parity> {
+fn parity(s: &Session, upstream: &train::Upstream, trained: &Trained) -> Result<Parity> {
     let examples = StageReader::<Example>::open(&s.run.examples())?;
-    let features = FeatureSet::open(&s.run.feature_folders(&s.recipe.extract))?;
+    let features = FeatureSet::open(&generated::features(s, upstream, Loaded::default())?)?;
     let mut first = None;
     for i in 0..examples.len() {
         if examples.get(i)?.split == Split::Test {

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use pkv_core::{Fingerprint, ModelShape, Progress, Source};
 use pkv_extract::{ContextFeatures, Extractor};
+use pkv_recipe::MissingFeatures;
 use pkv_score::Requests;
 use pkv_shard::{Example, FeatureRow, StageDir, StageReader, StageWriter};
 use serde_json::{Value, json};
@@ -15,6 +16,10 @@ use crate::pair::{self, Found};
 use crate::session::Session;
 
 pub fn run(s: &Session) -> Result<Outcome> {
+    if s.recipe.extract.is_transient() {
+        let why = "`extract.missing` is `generate` and `extract.after_use` is `delete`: features are made when they are read";
+        return Ok(Outcome::Skipped(why.to_owned()));
+    }
     let (target, proxy) = pair::find_both(s)?;
     let (examples, upstream) = prepare::examples(s, &target)?;
     let mut done = serde_json::Map::new();
@@ -35,7 +40,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
     }))
 }
 
-const fn of_pair<'a>(source: Source, target: &'a Found, proxy: &'a Found) -> &'a Found {
+pub(super) const fn of_pair<'a>(source: Source, target: &'a Found, proxy: &'a Found) -> &'a Found {
     match source {
         Source::Target => target,
         Source::Proxy => proxy,
@@ -154,7 +159,17 @@ pub(super) fn fingerprint(s: &Session, source: Source, found: &Found, examples: 
     }
 }
 
-/// The choices of all features, which must be there and match the recipe.
+/// Whether a stage that reads features must make them first: the recipe wants them made and kept, and a source's are not
+/// complete.
+pub fn is_due(s: &Session) -> bool {
+    let extract = &s.recipe.extract;
+    let complete = |&source: &Source| StageDir::read(&s.run.features(source)).is_ok_and(|d| d.is_complete());
+    extract.missing == MissingFeatures::Generate
+        && !extract.is_transient()
+        && !extract.from.iter().all(complete)
+}
+
+/// The choices of all features, which must match the recipe, and be there unless they are made when they are read.
 ///
 /// # Errors
 /// Those of a source are absent, unfinished or stale; the hint names the command that makes them.
@@ -166,7 +181,9 @@ pub fn require_all(
 ) -> Result<Fingerprint> {
     let of = |&source: &Source| {
         let fingerprint = fingerprint(s, source, of_pair(source, target, proxy), examples);
-        require(&s.run.features(source), "extract", &fingerprint)?;
+        if !s.recipe.extract.is_transient() {
+            require(&s.run.features(source), "extract", &fingerprint)?;
+        }
         Ok(fingerprint)
     };
     let mut all = s.recipe.extract.from.iter().map(of).collect::<Result<Vec<_>>>()?;

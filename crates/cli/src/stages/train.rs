@@ -5,7 +5,8 @@ use pkv_checkpoint::Export;
 use pkv_core::Fingerprint;
 use serde_json::json;
 
-use super::{Outcome, extract, label, prepare, require, start_from};
+use super::generated::Loaded;
+use super::{Outcome, extract, generated, label, prepare, require, start_from};
 use crate::pair::{self, Found};
 use crate::session::Session;
 
@@ -23,7 +24,7 @@ pub struct Upstream {
 pub fn run(s: &Session) -> Result<Outcome> {
     let upstream = upstream(s)?;
     let r = &s.recipe;
-    let inputs = pkv_train::TrainInputs {
+    let mut inputs = pkv_train::TrainInputs {
         run: s.run.root(),
         examples: &s.run.examples(),
         labels: &s.run.labels(),
@@ -36,10 +37,20 @@ pub fn run(s: &Session) -> Result<Outcome> {
         fingerprint: &upstream.fingerprint,
     };
     if let Some(step) = pkv_train::is_complete(&inputs)? {
+        generated::delete_used(s, &upstream)?;
         return Ok(Outcome::Skipped(format!("the mapper was trained for {step} steps as the recipe says")));
     }
-    let summary = pkv_train::train(&inputs, s.device, &s.bar, s.stop_flag())?;
+    inputs.features = generated::features(s, &upstream, Loaded::default())?;
+    let summary = pkv_train::train(&inputs, s.device, &s.bar, s.stop_flag());
+    if let (Err(e), true) = (&summary, s.check_stop().is_err()) {
+        tracing::warn!("{e:#}");
+    }
     s.check_stop()?;
+    let summary = summary?;
+    // Read back: nothing is removed before the weights are on the disk.
+    if pkv_train::is_complete(&inputs)?.is_some() {
+        generated::delete_used(s, &upstream)?;
+    }
     Ok(Outcome::Done(json!(summary)))
 }
 

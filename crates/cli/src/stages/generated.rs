@@ -1,0 +1,182 @@
+//! Where a stage's features come from: shards, or the models themselves, which then make a row each time it is read.
+//!
+//! A row that is made equals the row that `extract` would store: the same extractor, the same rounding. Joining sources and
+//! asking ahead belong to those who read.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+
+use anyhow::{Context, Result};
+use pkv_core::Source;
+use pkv_extract::{Extractor, HiddenProjection};
+use pkv_gpu::MathMode;
+use pkv_lm::LanguageModel;
+use pkv_recipe::{ExtractSection, LabelSection};
+use pkv_score::Requests;
+use pkv_shard::{
+    Example, FeatureFolders, FeatureRow, FeatureSource, FeaturesFrom, StageDir, StageReader, StageState,
+};
+
+use super::extract::{self, OnHost};
+use super::hidden;
+use super::train::Upstream;
+use crate::session::Session;
+
+/// Models that the stage has in memory already.
+#[derive(Clone, Copy, Default)]
+pub struct Loaded<'a> {
+    pub target: Option<&'a LanguageModel>,
+    pub proxy: Option<&'a LanguageModel>,
+}
+
+/// The features of the recipe; if it does not keep them, those that are missing are made when they are read.
+///
+/// # Errors
+/// What is missing cannot be made: a model, an example or a label cannot be read.
+pub fn features(s: &Session, upstream: &Upstream, loaded: Loaded) -> Result<FeatureFolders> {
+    let section = &s.recipe.extract;
+    if !section.is_transient() {
+        return Ok(s.run.feature_folders(section));
+    }
+    let part = |&source: &Source| part(s, upstream, source, loaded);
+    Ok(FeatureFolders::of(section.from.iter().map(part).collect::<Result<_>>()?, section.layout()))
+}
+
+/// Complete shards of the recipe's choices, or a thread with the model.
+fn part(s: &Session, upstream: &Upstream, source: Source, loaded: Loaded) -> Result<FeaturesFrom> {
+    let found = extract::of_pair(source, &upstream.target, &upstream.proxy);
+    let folder = s.run.features(source);
+    let fingerprint = extract::fingerprint(s, source, found, &upstream.examples);
+    match StageDir::state(&folder, &fingerprint)? {
+        StageState::Complete(_) => return Ok(FeaturesFrom::Folder(folder)),
+        StageState::Stale(_) => tracing::info!(
+            "the features in `{}` were made with other choices: they are left alone, and new ones are made",
+            folder.display()
+        ),
+        StageState::Absent | StageState::Partial(_) => {}
+    }
+    let model = match source {
+        Source::Target => loaded.target,
+        Source::Proxy => loaded.proxy,
+    };
+    let model = model.map_or_else(|| found.load(s), |model| Ok(model.share()))?;
+    let examples = StageReader::<Example>::open(&s.run.examples())?;
+    let hidden = match s.recipe.extract.is_fitted(source) {
+        true => Some(hidden::fitted(s, found, &model, &examples, &upstream.examples)?),
+        false => None,
+    };
+    let maker = Maker {
+        model,
+        examples,
+        section: s.recipe.extract.of(source),
+        label: s.recipe.label.clone(),
+        requests: Requests::new(&found.tokenizer, &s.recipe.label)?,
+        prefix: found.tokenizer.prefix().to_vec(),
+        hidden,
+    };
+    tracing::info!("features of the {} are made when they are read, and not stored", source.name());
+    Ok(FeaturesFrom::Source(Arc::new(Generated::start(maker, folder)?)))
+}
+
+/// Remove the features that a complete training has read, if the recipe says so.
+///
+/// # Errors
+/// A file cannot be removed, or another process writes the folder.
+pub fn delete_used(s: &Session, upstream: &Upstream) -> Result<()> {
+    if !s.recipe.extract.is_transient() {
+        return Ok(());
+    }
+    for &source in &s.recipe.extract.from {
+        let found = extract::of_pair(source, &upstream.target, &upstream.proxy);
+        let folder = s.run.features(source);
+        let fingerprint = extract::fingerprint(s, source, found, &upstream.examples);
+        // Features of other choices belong to another recipe.
+        if matches!(StageDir::state(&folder, &fingerprint)?, StageState::Complete(_) | StageState::Partial(_))
+        {
+            StageDir::clear(&folder)?;
+            tracing::info!("removed the features in `{}`: the mapper is trained", folder.display());
+        }
+    }
+    Ok(())
+}
+
+/// A row, and where it goes.
+type Asked = (u64, SyncSender<Result<FeatureRow>>);
+
+/// Rows of one source, made on a thread of their own: their bits must not depend on how many threads libtorch may use where
+/// they are read. What is made ahead waits with the readers, in the queues of their batches.
+#[derive(Debug)]
+struct Generated {
+    /// The thread ends when this is dropped.
+    ask: Sender<Asked>,
+    rows: u64,
+    folder: PathBuf,
+}
+
+impl Generated {
+    fn start(maker: Maker, folder: PathBuf) -> Result<Self> {
+        let (ask, asked) = channel();
+        let (rows, threads) = (maker.examples.len(), tch::get_num_threads());
+        std::thread::Builder::new()
+            .name("features".to_owned())
+            .spawn(move || {
+                tch::set_num_threads(threads);
+                maker.answer(&asked);
+            })
+            .context("cannot start the thread that makes features")?;
+        Ok(Self { ask, rows, folder })
+    }
+}
+
+impl FeatureSource for Generated {
+    fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    fn row(&self, i: u64) -> Result<FeatureRow> {
+        const ENDED: &str = "the thread that makes features has ended";
+        let (to, row) = sync_channel(1);
+        self.ask.send((i, to)).ok().context(ENDED)?;
+        row.recv().context(ENDED)?.with_context(|| format!("cannot make the features of row {i}"))
+    }
+
+    fn path(&self) -> &Path {
+        &self.folder
+    }
+}
+
+/// What the thread owns.
+struct Maker {
+    model: LanguageModel,
+    examples: StageReader<Example>,
+    section: ExtractSection,
+    label: LabelSection,
+    requests: Requests,
+    prefix: Vec<u32>,
+    hidden: Option<HiddenProjection>,
+}
+
+impl Maker {
+    fn answer(&self, asked: &Receiver<Asked>) {
+        for (row, to) in asked {
+            // A reader that has gone wants no answer.
+            let _ = to.send(self.row(row));
+        }
+    }
+
+    fn row(&self, row: u64) -> Result<FeatureRow> {
+        let example = self.examples.get(row)?;
+        let Self { model, requests, prefix, section, label, .. } = self;
+        let extractor = Extractor::with_requests(model, requests, prefix, section, label)
+            .with_hidden(self.hidden.as_ref())?;
+        let features = {
+            // As `extract` has it; training may be less exact.
+            let _exact = MathMode::exact(model.device())?;
+            extractor.features(&example.tokens)?
+        };
+        let on_host = OnHost::begin(&features)?;
+        let row = on_host.row(example.id, &model.shape(), section.channels.len(), example.tokens.len())?;
+        row.as_stored(section.store)
+    }
+}
