@@ -4,7 +4,6 @@
 //! before, and holds its own hash, which the mapper's weights are part of. What budgets mean is `pkv_prune`'s.
 
 use std::fmt::Write;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -77,7 +76,7 @@ pub fn read(folder: &Path, target: &ModelShape, model_sha256: Option<&str>) -> R
         return Ok(None);
     }
     let read = || -> Result<HeadBudgets> {
-        let value: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+        let value: serde_json::Value = serde_json::from_str(&pkv_core::read_small_text(&path)?)?;
         ensure!(
             value["schema_version"].as_u64() == Some(VERSION.into()),
             "expected version {VERSION}, found {}",

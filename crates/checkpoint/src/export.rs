@@ -11,17 +11,15 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::{Fingerprint, ModelShape, Seed, hinted};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::HeadBudgets;
-use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection};
-use pkv_shard::durable::{
-    Published, TEMPORARY, WriteBudget, parent, sha256_file, sync_dir, write_error, write_file,
-};
+use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection, Variant};
+use pkv_shard::durable::{Published, TEMPORARY, WriteBudget, parent, sync_dir, write_error, write_file};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Tensor};
 
 use crate::budgets::{self, BUDGETS_FILE};
 use crate::card::{self, ModelCard};
-use crate::tensors::{NamedTensors, pick, read_tensors, write_tensors};
+use crate::tensors::{NamedTensors, check_file, pick, read_tensors, write_tensors};
 
 /// Version of the export's format; 2 tells the stride of the whole-range channels, which was 1.
 pub const EXPORT_VERSION: u32 = 2;
@@ -193,14 +191,10 @@ impl Export {
         let read = || -> Result<Self> {
             let config = read_config(&folder.join(CONFIG))?;
             for (name, expected) in &config.files {
-                let found = sha256_file(&folder.join(name))?;
-                ensure!(
-                    found == expected.sha256,
-                    "`{name}` is damaged: expected SHA-256 {}, found {found}",
-                    expected.sha256
-                );
+                check_file(folder, name, expected.bytes, &expected.sha256)?;
             }
             let tensors = read_tensors(&folder.join(MODEL), Device::Cpu)?;
+            check_sizes(&config, &tensors)?;
             let weights = config.files.get(MODEL).map(|file| file.sha256.as_str());
             let budgets = budgets::read(folder, &config.target.shape, weights)?;
             Ok(Self { folder: folder.to_path_buf(), config, tensors, budgets })
@@ -271,8 +265,8 @@ impl Export {
                 "its mapper's scores are off from those in `{PARITY}` by up to {off:.2e}, allowed are {allowed:.2e}"
             );
             let path = self.folder.join(CARD);
-            let text =
-                fs::read_to_string(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+            let text = pkv_core::read_small_text(&path)
+                .with_context(|| format!("cannot read `{}`", path.display()))?;
             card::check(&text)
                 .with_context(|| format!("the model card `{}` cannot be indexed", path.display()))
         };
@@ -361,7 +355,7 @@ fn with_ending(folder: &Path, ending: &str) -> PathBuf {
 
 fn read_config(path: &Path) -> Result<ExportConfig> {
     let context = || format!("cannot read `{}`", path.display());
-    let text = fs::read_to_string(path).with_context(context)?;
+    let text = pkv_core::read_small_text(path).with_context(context)?;
     let value: Value = serde_json::from_str(&text).with_context(context)?;
     ensure!(
         value["schema_version"].as_u64() == Some(EXPORT_VERSION.into()),
@@ -369,7 +363,40 @@ fn read_config(path: &Path) -> Result<ExportConfig> {
         value["schema_version"],
         path.display()
     );
-    serde_json::from_value(value).with_context(context)
+    let config: ExportConfig = serde_json::from_value(value).with_context(context)?;
+    config.mapper.check().with_context(context)?;
+    Ok(config)
+}
+
+/// The mapper that `config` asks for is not larger than the file of its weights, before any memory is taken for it.
+fn check_sizes(config: &ExportConfig, tensors: &NamedTensors) -> Result<()> {
+    let (m, d) = (&config.mapper, &config.dims);
+    let [p, c, g, o] = [d.proxy_heads, d.channels, d.globals, d.outputs].map(|n| n as u128);
+    // No product of four such sizes is out of range.
+    let most = 1 << 31;
+    ensure!(
+        [p, c, g, o].iter().all(|&n| n <= most),
+        "`dims` of its `{CONFIG}` has a size above {most}: {d:?}"
+    );
+    let [head, width, cross, wide] =
+        [m.head_width, m.width, m.cross_width, m.width * m.feed_forward].map(|n| n as u128);
+    let inputs = p * c + g;
+    let blocks = (m.dilations.len() as u128) * width * width;
+    // Its largest matrices alone.
+    let body = match m.variant {
+        Variant::HybridAxial => head * (c + head) + (p * head + g) * width + blocks + o * (width + cross),
+        Variant::Conv => inputs * width + blocks + o * width,
+        Variant::Mlp => inputs * wide + wide * wide + o * wide,
+        Variant::Linear => 0,
+    };
+    let skip = if m.linear_skip || m.variant == Variant::Linear { inputs * o } else { 0 };
+    let stored: u128 = tensors.iter().map(|(_, t)| t.numel() as u128).sum();
+    ensure!(
+        body + skip <= stored,
+        "`dims` and `mapper` of its `{CONFIG}` ask for at least {} weights, `{MODEL}` holds {stored}",
+        body + skip
+    );
+    Ok(())
 }
 
 /// A mapper with the weights and standardization that `tensors` names; tensors of other names are left alone.

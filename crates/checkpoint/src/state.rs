@@ -1,7 +1,6 @@
 //! What training continues from, and its folder.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Tensor};
 
-use crate::tensors::{NamedTensors, pick, read_tensors, same_count, write_tensors};
+use crate::tensors::{NamedTensors, check_file, pick, read_tensors, same_count, write_tensors};
 
 /// Version of the checkpoint folder's format.
 pub const CHECKPOINT_VERSION: u32 = 1;
@@ -120,7 +119,7 @@ impl CheckpointInfo {
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(STATE);
         let context = || format!("cannot read `{}`", path.display());
-        let text = fs::read_to_string(&path).with_context(context)?;
+        let text = pkv_core::read_small_text(&path).with_context(context)?;
         let value: Value = serde_json::from_str(&text).with_context(context)?;
         let found = value["schema_version"].as_u64();
         ensure!(
@@ -189,14 +188,7 @@ pub(crate) fn write(
 pub(crate) fn read(folder: &Path, device: Device) -> Result<(CheckpointInfo, TrainingState)> {
     let info = CheckpointInfo::read(folder)?;
     for (name, expected) in &info.files {
-        let path = folder.join(name);
-        let found = pkv_shard::durable::sha256_file(&path)?;
-        ensure!(
-            found == expected.sha256,
-            "`{}` is damaged: expected SHA-256 {}, found {found}",
-            path.display(),
-            expected.sha256
-        );
+        check_file(folder, name, expected.bytes, &expected.sha256)?;
     }
     let model = read_tensors(&folder.join(MODEL), device)?;
     let optimizer = read_tensors(&folder.join(OPTIMIZER), device)?;

@@ -1,12 +1,14 @@
 //! Named tensors to safetensors and back, bit for bit.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use pkv_shard::durable::{Published, WriteBudget, write_file};
+use pkv_shard::durable::{Published, WriteBudget, sha256_file, write_file};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use tch::{Device, Kind, Tensor};
+
+/// Most bytes of a file of weights: a mapper of a thousand million numbers and its moments have half of it.
+const MOST_BYTES: u64 = 32 << 30;
 
 /// Tensors with their names; the order is the owner's.
 pub type NamedTensors = Vec<(String, Tensor)>;
@@ -27,8 +29,25 @@ pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)], budget: &WriteBu
 /// The file cannot be read, is truncated, or is no safetensors file.
 pub fn read_tensors(path: &Path, device: Device) -> Result<NamedTensors> {
     let context = || format!("cannot read tensors from `{}`", path.display());
-    let data = fs::read(path).with_context(context)?;
+    let data = pkv_core::read_at_most(path, MOST_BYTES).with_context(context)?;
     decode(&data, device).with_context(context)
+}
+
+/// The file `name` of `folder` is the one whose size and hash were written down: a file of its own folder and of that size
+/// before it is read.
+///
+/// # Errors
+/// It is not, or cannot be read.
+pub(crate) fn check_file(folder: &Path, name: &str, bytes: u64, sha256: &str) -> Result<()> {
+    let is_plain = Path::new(name).file_name().is_some_and(|file| file == name);
+    ensure!(is_plain, "`{name}` is no name of a file in `{}`", folder.display());
+    let path = folder.join(name);
+    let found =
+        pkv_core::check_regular(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    ensure!(found == bytes, "`{name}` is damaged: expected {bytes} bytes, found {found}");
+    let found = sha256_file(&path)?;
+    ensure!(found == sha256, "`{name}` is damaged: expected SHA-256 {sha256}, found {found}");
+    Ok(())
 }
 
 fn encode(tensors: &[(String, Tensor)]) -> Result<Vec<u8>> {

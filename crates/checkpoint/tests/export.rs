@@ -1,4 +1,5 @@
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use pkv_checkpoint::{
@@ -10,6 +11,7 @@ use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::BudgetFit;
 use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection, Variant};
 use pkv_shard::durable::WriteBudget;
+use serde_json::{Value, json};
 use tch::Tensor;
 use tempfile::tempdir;
 
@@ -240,6 +242,37 @@ fn damage_is_named() {
     let text = String::from_utf8(good["config.json"].clone()).unwrap();
     let newer = text.replace("\"schema_version\": 2", "\"schema_version\": 3");
     fails("config.json", Some(newer.into_bytes()), "expected export version 2, found 3");
+    // What asks for more memory than the file of weights could fill, for a panic, or for a file elsewhere.
+    let edited = |change: &dyn Fn(&mut Value)| {
+        let mut config: Value = serde_json::from_str(&text).unwrap();
+        change(&mut config);
+        Some(config.to_string().into_bytes())
+    };
+    let elsewhere =
+        |name: &str| edited(&|c| c["files"][name] = json!({"bytes": 1, "sha256": "0".repeat(64)}));
+    for (config, expected) in [
+        (edited(&|c| c["mapper"]["cross_heads"] = json!(0)), "`mapper.cross_heads` is 0"),
+        (
+            edited(&|c| c["mapper"]["dilations"] = json!(vec![1; 100_000])),
+            "`mapper.dilations` has 100000 entries",
+        ),
+        (edited(&|c| c["mapper"]["width"] = json!(1_000_000_000)), "`mapper.width` is 1000000000; at most"),
+        (edited(&|c| c["dims"]["outputs"] = json!(1u64 << 40)), "a size above"),
+        (edited(&|c| c["dims"]["outputs"] = json!(1u64 << 30)), "ask for at least"),
+        (edited(&|c| c["mapper"]["variant"] = json!("hybrid-axial")), "ask for at least"),
+        (elsewhere("/dev/zero"), "`/dev/zero` is no name of a file in"),
+        (elsewhere("../config.json"), "`../config.json` is no name of a file in"),
+        (Some("[".repeat(100_000).into_bytes()), "recursion limit"),
+    ] {
+        fails("config.json", config, expected);
+    }
+    let weights = folder.join("model.safetensors");
+    fs::remove_file(&weights).unwrap();
+    symlink("/dev/zero", &weights).unwrap();
+    let (said, _) = told(&Export::read(&folder).unwrap_err());
+    assert!(said.contains("a device, pipe or socket"), "{said}");
+    fs::remove_file(&weights).unwrap();
+    fs::write(&weights, &good["model.safetensors"]).unwrap();
     Export::read(&folder).unwrap();
 }
 

@@ -1,14 +1,16 @@
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pkv_checkpoint::{CheckpointInfo, CheckpointStore};
+use pkv_checkpoint::{CheckpointInfo, CheckpointStore, read_tensors, write_tensors};
 use pkv_core::Fingerprint;
 use pkv_shard::StaleError;
 use pkv_shard::durable::WriteBudget;
 use serde_json::json;
+use tch::{Kind, Tensor};
 use tempfile::tempdir;
 use tracing::field::{Field, Visit};
 
@@ -78,7 +80,7 @@ fn steps_beyond_six_digits_stay_in_order() {
 #[test]
 fn a_damaged_checkpoint_is_passed_over_with_a_warning() {
     type Damage = fn(&Path);
-    let damages: [(&str, Damage); 5] = [
+    let damages: [(&str, Damage); 8] = [
         ("is damaged: expected SHA-256", |f| {
             let path = f.join("model.safetensors");
             let mut bytes = fs::read(&path).unwrap();
@@ -86,7 +88,7 @@ fn a_damaged_checkpoint_is_passed_over_with_a_warning() {
             bytes[at] ^= 1;
             fs::write(path, bytes).unwrap();
         }),
-        ("is damaged: expected SHA-256", |f| {
+        ("`optimizer.safetensors` is damaged: expected 848 bytes, found 64", |f| {
             fs::OpenOptions::new()
                 .write(true)
                 .open(f.join("optimizer.safetensors"))
@@ -96,6 +98,25 @@ fn a_damaged_checkpoint_is_passed_over_with_a_warning() {
         }),
         ("cannot read", |f| fs::remove_file(f.join("model.safetensors")).unwrap()),
         ("cannot read", |f| fs::write(f.join("state.json"), "{\"schema_version\": 1,").unwrap()),
+        ("a device, pipe or socket, expected a regular file", |f| {
+            fs::remove_file(f.join("model.safetensors")).unwrap();
+            symlink("/dev/zero", f.join("model.safetensors")).unwrap();
+        }),
+        ("a device, pipe or socket, expected a regular file", |f| {
+            fs::remove_file(f.join("state.json")).unwrap();
+            symlink("/dev/zero", f.join("state.json")).unwrap();
+        }),
+        // As earlier versions saved it.
+        ("`context.bias` holds numbers that are not finite", |f| {
+            let mut bad = read_tensors(&f.join("model.safetensors"), cpu()).unwrap();
+            let bias = bad.iter_mut().find(|(name, _)| name == "context.bias").unwrap();
+            bias.1 = Tensor::full([5], f64::NAN, (Kind::Float, cpu()));
+            let text = fs::read_to_string(f.join("state.json")).unwrap();
+            let mut state: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let new = write_tensors(&f.join("model.safetensors"), &bad, &WriteBudget::unlimited()).unwrap();
+            state["files"]["model.safetensors"]["sha256"] = json!(new.sha256);
+            fs::write(f.join("state.json"), state.to_string()).unwrap();
+        }),
         ("expected checkpoint version 1, found 7", |f| {
             let text = fs::read_to_string(f.join("state.json")).unwrap();
             fs::write(f.join("state.json"), text.replace("\"schema_version\": 1", "\"schema_version\": 7"))

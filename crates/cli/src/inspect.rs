@@ -41,6 +41,9 @@ pub fn inspect(path: &Path) -> Result<String> {
             "check the path; run folders are in `runs/`"
         ));
     }
+    if !path.is_dir() {
+        bail!(hinted(format!("`{}` is a device, pipe or socket", path.display()), "pass a file or a folder"));
+    }
     if has(INDEX_FILE) {
         stage(path)
     } else if has("run.json") {

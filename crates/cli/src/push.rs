@@ -119,7 +119,7 @@ fn dry_run(hub: &Hub, push: &Push, folder: &Path) -> String {
 
 fn unlicensed(push: &Push) -> bool {
     let card = push.files.iter().find(|f| f.name == "README.md");
-    let text = card.and_then(|f| std::fs::read_to_string(&f.path).ok()).unwrap_or_default();
+    let text = card.and_then(|f| pkv_core::read_small_text(&f.path).ok()).unwrap_or_default();
     text.lines().any(|l| l == "license: unknown")
 }
 

@@ -1,6 +1,6 @@
 //! Plain values that every other crate speaks in: shapes, ratios, channels, seeds, hints.
 //!
-//! No IO and no tensors live here. Reading recipes is `recipe`'s job, tensors belong to `lm`
+//! No IO but the reading of small files, and no tensors, live here. Reading recipes is `recipe`'s job, tensors belong to `lm`
 //! and the crates above it.
 
 mod channel;
@@ -13,6 +13,7 @@ mod ratio;
 mod seed;
 mod sentence;
 mod shape;
+mod small_file;
 mod source;
 mod split;
 mod store;
@@ -27,6 +28,7 @@ pub use ratio::{RatioError, RetentionRatio};
 pub use seed::{Rng, Seed, sha256_hex};
 pub use sentence::sentence_gaps;
 pub use shape::ModelShape;
+pub use small_file::{MOST_BYTES, check_regular, read_at_most, read_small, read_small_text};
 pub use source::{FeatureLayout, Source, SourceLayout};
 pub use split::Split;
 pub use store::StoreDtype;

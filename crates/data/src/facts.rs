@@ -5,7 +5,6 @@
 //! keeps of them, evaluation asks for them.
 
 use std::collections::HashSet;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -86,7 +85,8 @@ impl WordLists {
                  the built-in ones",
             )
         };
-        let lists: Self = serde_json::from_slice(&fs::read(path).with_context(what)?).with_context(what)?;
+        let lists: Self =
+            serde_json::from_slice(&pkv_core::read_small(path).with_context(what)?).with_context(what)?;
         for (name, list) in lists.named() {
             ensure!(!list.is_empty(), anyhow::anyhow!("its list `{name}` is empty").context(what()));
         }
@@ -195,6 +195,8 @@ fn capitalized(word: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use pkv_core::Seed;
 
     use super::*;

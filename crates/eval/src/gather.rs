@@ -268,18 +268,21 @@ fn set_aside(out: &Path, before: &Result<Results>, now: &Results) -> Result<Opti
             };
             (before.fingerprint.clone(), why)
         }
-        Err(_) => {
-            (sha256_hex(&fs::read(out.join(RESULTS_FILE)).unwrap_or_default()), "unreadable".to_owned())
-        }
+        Err(_) => (
+            sha256_hex(&pkv_core::read_small(&out.join(RESULTS_FILE)).unwrap_or_default()),
+            "unreadable".to_owned(),
+        ),
     };
     let hash = hash.get(..8).unwrap_or(&hash);
     let mut kept = Vec::new();
     for file in [RESULTS_FILE, ANSWERS_FILE, AGREEMENT_FILE] {
         let path = out.join(file);
-        if !path.exists() {
+        // What is no file holds nothing to keep.
+        if pkv_core::check_regular(&path).is_err() {
             continue;
         }
-        let bytes = fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+        let bytes = pkv_core::read_at_most(&path, 4 << 30)
+            .with_context(|| format!("cannot read `{}`", path.display()))?;
         let (stem, extension) = file.split_once('.').unwrap_or((file, ""));
         let name = format!("{stem}-{hash}.{extension}");
         write_file(&out.join(&name), &bytes, &WriteBudget::from_env())?;

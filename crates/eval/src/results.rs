@@ -4,7 +4,6 @@
 //! that happens here. How the numbers come about is written where they are computed (`labels`,
 //! `facts`, `perplexity`), how they are shown in `table` and in the report.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -322,7 +321,7 @@ impl Results {
     /// The file is absent, no JSON of this kind, or of another schema version.
     pub fn read(path: &Path) -> Result<Self> {
         let redo = "run `proxykv-train eval` to write it";
-        let text = fs::read_to_string(path)
+        let text = pkv_core::read_small_text(path)
             .with_context(|| hinted(format!("cannot read results `{}`", path.display()), redo))?;
         let invalid = || hinted(format!("`{}` holds no results of an evaluation", path.display()), redo);
         let value: serde_json::Value = serde_json::from_str(&text).with_context(invalid)?;
@@ -415,6 +414,8 @@ impl Interval {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

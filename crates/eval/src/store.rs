@@ -293,7 +293,7 @@ impl TaskStore {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Option<Stored<T>> {
-    serde_json::from_str(&fs::read_to_string(path).ok()?).ok()
+    serde_json::from_str(&pkv_core::read_small_text(path).ok()?).ok()
 }
 
 /// Files and folders in a folder; none if it cannot be read.

@@ -157,7 +157,7 @@ impl Hub {
         let repository = self.repository_folder(kind, name);
         let commit = match &pin {
             Some(pin) => pin.commit.clone(),
-            None => fs::read_to_string(repository.join("refs").join(revision))
+            None => pkv_core::read_small_text(&repository.join("refs").join(revision))
                 .map_or_else(|_| revision.to_owned(), |c| c.trim().to_owned()),
         };
         names::check_revision(&commit).with_context(|| format!("`{}` is damaged", repository.display()))?;

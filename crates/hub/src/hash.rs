@@ -13,6 +13,7 @@ const PIECE: usize = 1 << 20;
 /// Length and SHA-256 of a file's content; `read` is told how many bytes went by.
 pub(crate) fn sha256_file(path: &Path, mut read: impl FnMut(u64)) -> Result<(u64, String)> {
     let what = || format!("cannot read `{}`", path.display());
+    pkv_core::check_regular(path).with_context(what)?;
     let mut file = File::open(path).with_context(what)?;
     let mut hash = Sha256::new();
     let mut piece = vec![0; PIECE];
@@ -36,6 +37,7 @@ pub fn file_identity(path: &Path) -> Result<String> {
     const WHOLE: u64 = 64 << 20;
     const PLACES: u64 = 16;
     let what = || format!("cannot read `{}`", path.display());
+    pkv_core::check_regular(path).with_context(what)?;
     let mut file = File::open(path).with_context(what)?;
     let length = file.metadata().with_context(what)?.len();
     if length <= WHOLE {

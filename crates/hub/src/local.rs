@@ -149,7 +149,8 @@ fn present(folder: &Path) -> Result<Vec<String>> {
 /// Shards that an index names.
 fn shards(index: &Path) -> Result<BTreeSet<String>> {
     let what = || format!("cannot read weight index `{}`", index.display());
-    let json: Value = serde_json::from_slice(&fs::read(index).with_context(what)?).with_context(what)?;
+    let json: Value =
+        serde_json::from_slice(&pkv_core::read_small(index).with_context(what)?).with_context(what)?;
     let map = json
         .get("weight_map")
         .and_then(Value::as_object)

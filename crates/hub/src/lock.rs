@@ -57,7 +57,7 @@ impl Lock {
     /// The file is there and no lock of this version.
     pub fn beside(of: &Path) -> Result<Self> {
         let path = lock_path(of);
-        let text = match fs::read_to_string(&path) {
+        let text = match pkv_core::read_small_text(&path) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Self::default()),
             text => text.with_context(|| format!("cannot read lock file `{}`", path.display()))?,
         };
@@ -82,7 +82,7 @@ impl Lock {
     /// The folder cannot be written to.
     pub fn write_beside(&self, of: &Path) -> Result<()> {
         let path = lock_path(of);
-        if fs::read_to_string(&path).is_ok_and(|text| text == self.to_toml()) {
+        if pkv_core::read_small_text(&path).is_ok_and(|text| text == self.to_toml()) {
             return Ok(());
         }
         let temporary = path.with_extension("toml.tmp");

@@ -17,7 +17,6 @@
 //! program's name and version are all that is sent), `HF_STORED_TOKENS_PATH`, `HF_ASSETS_CACHE`.
 
 use std::fmt;
-use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -102,7 +101,7 @@ impl HubOptions {
         let token_file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
         let token = get("HF_TOKEN")
             .or_else(|| get("HUGGING_FACE_HUB_TOKEN"))
-            .or_else(|| fs::read_to_string(token_file).ok())
+            .or_else(|| pkv_core::read_small_text(&token_file).ok())
             .map(|t| t.trim().to_owned())
             .filter(|t| !t.is_empty());
         let endpoint = get("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
@@ -181,6 +180,8 @@ fn expanded(path: &str, get: &impl Fn(&str) -> Option<String>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn options(variables: &[(&str, &str)]) -> HubOptions {

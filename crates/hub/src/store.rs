@@ -133,7 +133,7 @@ impl Store {
     /// Let the branch point at the commit, as `huggingface_hub` does once its files are there.
     pub fn note_branch(&self, branch: &str, commit: &str) -> Result<(), Failure> {
         let place = self.repository.join("refs").join(branch);
-        if fs::read_to_string(&place).is_ok_and(|c| c.trim() == commit) {
+        if pkv_core::read_small_text(&place).is_ok_and(|c| c.trim() == commit) {
             return Ok(());
         }
         let write = || {

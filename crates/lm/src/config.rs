@@ -5,7 +5,6 @@
 //! and before any weight is read: mixtures of experts, sliding windows, quantized weights, unknown
 //! architectures and rotary scalings. Hugging Face's spellings of keys stay inside this module.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -60,7 +59,7 @@ impl LmConfig {
     /// one that the forward pass does not implement.
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = fs::read_to_string(&path).with_context(|| {
+        let text = pkv_core::read_small_text(&path).with_context(|| {
             hinted(
                 format!("reading a model's configuration from `{}`", path.display()),
                 "a model folder holds `config.json`, `*.safetensors` and `tokenizer.json`; \

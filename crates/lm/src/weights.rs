@@ -215,6 +215,7 @@ struct Shard {
 impl Shard {
     fn open(path: PathBuf, index: Rc<HashMap<String, String>>) -> Result<Self> {
         let reading = || format!("reading weights from `{}`", path.display());
+        pkv_core::check_regular(&path).with_context(|| refetch(reading()))?;
         let file = File::open(&path).with_context(|| refetch(reading()))?;
         let found = file.metadata().with_context(reading)?.len();
         let damaged = |what: String| refetch(format!("`{}` is damaged: {what}", path.display()));
@@ -338,7 +339,7 @@ fn shards(folder: &Path) -> Result<Vec<Shard>> {
         return Ok(vec![Shard::open(whole, Rc::default())?]);
     }
     let reading = || refetch(format!("reading the index of weights `{}`", index_path.display()));
-    let text = std::fs::read_to_string(&index_path).with_context(reading)?;
+    let text = pkv_core::read_small_text(&index_path).with_context(reading)?;
     let json: Value = serde_json::from_str(&text).with_context(reading)?;
     let map = json
         .get("weight_map")

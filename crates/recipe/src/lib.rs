@@ -4,6 +4,7 @@
 //! `Default`, with the reason beside each number that has one. Reading models, data or shards is
 //! left to the crates that own them; no tensors here.
 
+mod bounds;
 mod load;
 mod manifest;
 mod method;

@@ -1,6 +1,5 @@
 //! From a recipe file and `--set` overrides to a validated [`Recipe`].
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -8,11 +7,11 @@ use pkv_core::{Seed, Source, hinted};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::mistake;
 use crate::{
     DataSection, EvalSection, ExportSection, ExtractSection, FactsSection, LabelSection, LossSection,
     MapperSection, ModelSection, PruneSection, TrainSection,
 };
+use crate::{bounds, mistake};
 
 /// Recipes that may be based on one another in a row.
 const MOST_BASES: usize = 8;
@@ -120,7 +119,7 @@ fn proxy_of_one_model(table: &mut Table) {
 
 /// The text of a recipe, and its table.
 fn read(path: &Path) -> Result<(String, Table)> {
-    let text = fs::read_to_string(path).with_context(|| {
+    let text = pkv_core::read_small_text(path).with_context(|| {
         hinted(
             format!("cannot read recipe `{}`", path.display()),
             "recipes live in `recipes/`; pass one with `--recipe`",
@@ -201,6 +200,7 @@ impl Recipe {
                 s.kv_heads
             );
         }
+        bounds::check("", self)?;
         self.data.check()?;
         self.label.check()?;
         self.extract.check()?;

@@ -2,7 +2,6 @@
 //!
 //! Opening the files and cutting them into examples is `data`'s job.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -94,7 +93,7 @@ pub struct Facts {
 /// # Errors
 /// The file is absent, no TOML, holds an unknown key, or names a source twice or without files.
 pub fn load_manifest(path: &Path) -> Result<Manifest> {
-    let text = fs::read_to_string(path).with_context(|| {
+    let text = pkv_core::read_small_text(path).with_context(|| {
         hinted(
             format!("cannot read data manifest `{}`", path.display()),
             "check `data.manifest`; manifests live in `data-manifests/`",

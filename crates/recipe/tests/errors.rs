@@ -351,3 +351,37 @@ fn a_recipe_may_be_based_on_another() {
     put("number.toml", "base = 3\nname = \"number\"\n");
     assert!(texts(load(&dir.path().join("number.toml"), &[])).0.contains("is no text"));
 }
+
+#[test]
+fn sizes_and_lists_have_upper_bounds() {
+    let many = format!("mapper.dilations=[{}]", vec!["1"; 100_000].join(","));
+    for (set, expected) in [
+        (many.as_str(), "`mapper.dilations` has 100000 entries; at most 256"),
+        ("mapper.dilations=[1,1000000000]", "`mapper.dilations` is 1000000000; at most 1048576"),
+        ("mapper.kernel=1000000001", "`mapper.kernel` is 1000000001; at most"),
+        ("mapper.width=1000000000", "`mapper.width` is 1000000000; at most"),
+        ("loss.fine_pairs.pairs=1000000000000", "`loss.fine_pairs.pairs` is 1000000000000; at most"),
+        ("train.loader_threads=1000000", "`train.loader_threads` is 1000000; at most"),
+        ("eval.bootstrap=1000000000", "`eval.bootstrap` is 1000000000; at most"),
+        ("target.shape.layers=2000000000", "`target.shape.layers` is 2000000000; at most"),
+        ("train.lr=inf", "`train.lr` is inf; it must be a finite number"),
+    ] {
+        let (said, hint) = texts(overridden(&[set]));
+        assert!(said.contains(expected) && !hint.is_empty(), "{said}");
+    }
+    overridden(&["seed=9000000000000000000", "mapper.dilations=[1,2,4,8,16,32]"]).unwrap();
+}
+
+#[test]
+fn a_recipe_that_is_no_file_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = dir.path().join("recipe.toml");
+    for base in ["/dev/zero", "."] {
+        std::fs::write(&recipe, format!("base = \"{base}\"\n")).unwrap();
+        let (said, hint) = texts(pkv_recipe::load(&recipe, &[]));
+        assert!(said.contains("cannot read recipe") && said.contains("expected a"), "{said}");
+        assert!(!hint.is_empty());
+    }
+    let (said, hint) = texts(pkv_recipe::load_manifest(std::path::Path::new("/dev/zero")));
+    assert!(said.contains("a device, pipe or socket") && !hint.is_empty(), "{said}");
+}

@@ -5,7 +5,6 @@
 //! twice; the later line counts.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -41,7 +40,8 @@ impl Metrics {
     /// # Errors
     /// The file cannot be read.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+        let text =
+            pkv_core::read_small_text(path).with_context(|| format!("cannot read `{}`", path.display()))?;
         Ok(Self::parse(&text))
     }
 

@@ -102,7 +102,7 @@ fn optional<T>(path: &Path, read: impl Fn(&Path) -> Result<T>, problems: &mut Ve
 }
 
 fn read_json(path: &Path) -> Result<Value> {
-    Ok(serde_json::from_str(&fs::read_to_string(path)?)?)
+    Ok(serde_json::from_str(&pkv_core::read_small_text(path)?)?)
 }
 
 /// Sum of the files' sizes; what cannot be looked at counts as nothing.

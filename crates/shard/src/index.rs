@@ -1,6 +1,5 @@
 //! `index.json`: what a stage has written so far, and with which choices.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -69,7 +68,7 @@ impl Index {
     /// It cannot be read, is no index, or is one of another version.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(INDEX_FILE);
-        let text = match fs::read_to_string(&path) {
+        let text = match pkv_core::read_small_text(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e).with_context(|| format!("cannot read `{}`", path.display())),

@@ -2,7 +2,8 @@
 //!
 //! A column that is absent, empty or of another type is an error that names it, never a value that scores 0.
 
-use std::fs::{self, File};
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -72,13 +73,19 @@ pub fn json(path: &Path) -> Result<Value> {
 /// # Errors
 /// The file is absent or no UTF-8.
 pub fn utf8(path: &Path) -> Result<String> {
-    let text = fs::read_to_string(path).with_context(|| {
+    let text = read_rows(path).with_context(|| {
         hinted(
             format!("cannot read `{}` as UTF-8 text", path.display()),
             "check the path; decompress or convert the file if it is no plain text",
         )
     })?;
     Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
+}
+
+/// Benchmarks' files are larger than settings, and no larger than this.
+fn read_rows(path: &Path) -> io::Result<String> {
+    let bytes = pkv_core::read_at_most(path, 4 << 30)?;
+    String::from_utf8(bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e.utf8_error()))
 }
 
 /// An array, or an object per line, whatever the file is called.
@@ -197,6 +204,8 @@ pub fn spell(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use arrow::json::ReaderBuilder;
     use parquet::arrow::ArrowWriter;

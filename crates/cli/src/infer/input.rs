@@ -2,7 +2,7 @@
 //!
 //! Lines of the questions are untrusted: a line that is no question is refused alone, and reading goes on.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 use std::sync::Arc;
@@ -80,7 +80,7 @@ fn text(path: &Path, stop: &Arc<AtomicBool>) -> Result<String> {
             None => bail!(Interrupted),
         }
     } else {
-        fs::read(path).with_context(reading)?
+        pkv_core::read_small(path).with_context(reading)?
     };
     let text = String::from_utf8(bytes).with_context(reading)?;
     Ok(text.strip_prefix(BYTE_ORDER_MARK).map(str::to_owned).unwrap_or(text))

@@ -129,7 +129,8 @@ fn json(path: &Path) -> Result<Option<String>> {
 }
 
 fn read_json(path: &Path) -> Result<Value> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    let text =
+        pkv_core::read_small_text(path).with_context(|| format!("cannot read `{}`", path.display()))?;
     serde_json::from_str(&text).with_context(|| {
         hinted(
             format!("`{}` is no JSON", path.display()),
@@ -148,7 +149,8 @@ fn outcome(path: &Path, value: &Value) -> Result<String> {
 }
 
 fn journal(path: &Path) -> Result<String> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    let text =
+        pkv_core::read_small_text(path).with_context(|| format!("cannot read `{}`", path.display()))?;
     let mut out = Lines::new(format!("journal `{}`", path.display()));
     out.add("lines", text.lines().count());
     for (key, line) in [("first", text.lines().next()), ("last", text.lines().last())] {

@@ -1,7 +1,6 @@
 //! A run folder as a whole, and the results of its evaluation.
 
 use std::fmt::Write;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -21,7 +20,8 @@ const STAGE_FOLDERS: [&str; 3] = ["examples", "labels", "features"];
 
 pub fn run(dir: &Path) -> Result<String> {
     let path = dir.join("run.json");
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    let text =
+        pkv_core::read_small_text(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
     let run: Value = serde_json::from_str(&text).with_context(|| {
         hinted(format!("`{}` is no JSON", path.display()), "remove the file; the next stage writes it again")
     })?;

@@ -34,7 +34,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let budgets = pkv_eval::learn_budgets(&s.run.examples(), &s.run.labels(), contexts, s.device)?;
     if let Ok(old) = Export::read(&folder) {
         let card_is_current =
-            std::fs::read_to_string(folder.join("README.md")).is_ok_and(|t| t == card.render(&config));
+            pkv_core::read_small_text(&folder.join("README.md")).is_ok_and(|t| t == card.render(&config));
         let same = ExportConfig { files: BTreeMap::new(), ..old.config().clone() } == config;
         if same && card_is_current && old.budgets() == Some(&budgets) {
             return Ok(Outcome::Skipped(format!("`{}` holds this mapper and its results", folder.display())));

@@ -45,6 +45,7 @@ const REFUSED: [(&[u8], &str, &str); 8] = [
 /// The file is absent, or of a kind that is not read.
 pub(super) fn open(path: &Path) -> Result<Reader> {
     let opening = || format!("cannot open `{}`", path.display());
+    pkv_core::check_regular(path).with_context(opening)?;
     let file = File::open(path).with_context(opening)?;
     let mut reader = BufReader::with_capacity(BUFFER, file);
     let head = reader.fill_buf().with_context(opening)?;

@@ -1,7 +1,6 @@
 //! A run folder, as far as a comparison reads it.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -62,7 +61,7 @@ impl Run {
         let recall =
             agreement.exists().then(|| per_context_recall(&agreement, MethodName::MAPPER)).transpose()?;
         let path = folder.join("run.json");
-        let run: Value = match fs::read_to_string(&path) {
+        let run: Value = match pkv_core::read_small_text(&path) {
             Ok(text) => serde_json::from_str(&text).with_context(|| {
                 hinted(
                     format!("`{}` is no JSON", path.display()),

@@ -38,7 +38,7 @@ pub(super) fn find(folder: &Path, tokenizer_config: &Value) -> Result<Option<Sou
     if !path.exists() {
         return Ok(None);
     }
-    let text = fs::read_to_string(&path).with_context(|| format!("reading `{}`", path.display()))?;
+    let text = pkv_core::read_small_text(&path).with_context(|| format!("reading `{}`", path.display()))?;
     let json: Value = serde_json::from_str(&text).with_context(|| format!("parsing `{}`", path.display()))?;
     of_json(json.get("chat_template"), "`chat_template.json`")
 }
@@ -47,7 +47,8 @@ pub(super) fn find(folder: &Path, tokenizer_config: &Value) -> Result<Option<Sou
 fn files(folder: &Path) -> Result<BTreeMap<String, Source>> {
     let mut found = BTreeMap::new();
     let mut read = |name: &str, path: &Path| -> Result<()> {
-        let text = fs::read_to_string(path).with_context(|| format!("reading `{}`", path.display()))?;
+        let text =
+            pkv_core::read_small_text(path).with_context(|| format!("reading `{}`", path.display()))?;
         let file = path.strip_prefix(folder).unwrap_or(path).display().to_string();
         found.insert(name.to_owned(), Source { text, name: format!("`{file}`") });
         Ok(())

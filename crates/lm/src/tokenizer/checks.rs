@@ -30,7 +30,7 @@ const MAX_GROWTH: usize = 64;
 pub(super) fn open(path: &Path) -> Result<Tokenizer> {
     let reading = |hint: &str| hinted(format!("reading the tokenizer `{}`", path.display()), hint);
     let fetch = "a model folder holds `tokenizer.json`; `proxykv-train fetch` downloads it";
-    let bytes = fs::metadata(path).with_context(|| reading(fetch))?.len();
+    let bytes = pkv_core::check_regular(path).with_context(|| reading(fetch))?;
     let large = "a language model's tokenizer has fewer; is this the right file?";
     ensure!(
         bytes <= MAX_BYTES,

@@ -5,7 +5,6 @@
 //! `template`'s matter.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -189,6 +188,6 @@ pub(super) fn optional_json(path: &Path) -> Result<Value> {
     if !path.exists() {
         return Ok(Value::Null);
     }
-    let text = fs::read_to_string(path).with_context(|| format!("reading `{}`", path.display()))?;
+    let text = pkv_core::read_small_text(path).with_context(|| format!("reading `{}`", path.display()))?;
     serde_json::from_str(&text).with_context(|| format!("parsing `{}`", path.display()))
 }

@@ -71,7 +71,10 @@ impl Default for MapperSection {
 }
 
 impl MapperSection {
-    pub(crate) fn check(&self) -> Result<()> {
+    /// # Errors
+    /// A size is 0 or beyond any use, or sizes do not fit each other.
+    pub fn check(&self) -> Result<()> {
+        crate::bounds::check("mapper", self)?;
         ensure!(self.kernel % 2 == 1, "`mapper.kernel` is {}; it must be odd to be centred", self.kernel);
         for (name, n) in [
             ("head_width", self.head_width),
