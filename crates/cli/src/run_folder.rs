@@ -1,12 +1,12 @@
 //! `runs/<name>/`: where each stage's output lies, and `run.json`, which says how it was made.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use pkv_core::{Source, hinted};
 use pkv_recipe::{ExtractSection, Recipe};
+use pkv_shard::durable::{TEMPORARY, WriteBudget, write_file};
 use pkv_shard::{FeatureFolders, FeaturesFrom};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -147,7 +147,7 @@ impl RunFolder {
 
     fn read(&self) -> Result<Map<String, Value>> {
         let path = self.root.join("run.json");
-        match fs::read_to_string(&path) {
+        match pkv_core::read_small_text(&path) {
             Ok(text) => serde_json::from_str(&text).with_context(|| {
                 hinted(
                     format!("`{}` is no JSON object", path.display()),
@@ -160,21 +160,28 @@ impl RunFolder {
     }
 
     fn update(&self, change: impl FnOnce(&mut Map<String, Value>)) -> Result<()> {
+        let path = self.root.join("run.json");
+        let hint = || hinted(format!("cannot write `{}`", path.display()), "check the disk's free space");
+        // Several processes may work in one folder: each adds to what the others wrote. Without locks (some network folders
+        // have none) the last one counts.
+        let folder = File::open(&self.root).with_context(hint)?;
+        let _ = folder.lock();
         let mut run = self.read()?;
         change(&mut run);
-        let path = self.root.join("run.json");
-        // Several processes may evaluate into one folder.
-        let temporary = self.root.join(format!("run.json.{}.tmp", std::process::id()));
-        let write = || -> Result<()> {
-            let mut file = File::create(&temporary)?;
-            serde_json::to_writer_pretty(&mut file, &run)?;
-            file.write_all(b"\n")?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            Ok(())
-        };
-        write().with_context(|| {
-            hinted(format!("cannot write `{}`", path.display()), "check the disk's free space")
-        })
+        self.sweep();
+        let text = serde_json::to_string_pretty(&run)? + "\n";
+        write_file(&path, text.as_bytes(), &WriteBudget::from_env()).with_context(hint)?;
+        Ok(())
+    }
+
+    /// Remove what processes of earlier versions left when they were killed; nothing depends on it.
+    fn sweep(&self) {
+        for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let is_ours = |name: &str| name.starts_with("run.json.") && name.ends_with(TEMPORARY);
+            if name.to_str().is_some_and(is_ours) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
     }
 }

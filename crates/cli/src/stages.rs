@@ -17,11 +17,13 @@ mod start_from;
 mod to_host;
 pub mod train;
 
+use std::fs::File;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use pkv_core::{Fingerprint, Source, hinted};
+use pkv_shard::durable::lock_work;
 use pkv_shard::{StageDir, StageState};
 use serde_json::Value;
 
@@ -47,8 +49,15 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOption
         run(s, Stage::Extract, &[], options)?;
     }
     let start = Instant::now();
-    if redo.contains(&stage) {
+    let again = redo.contains(&stage);
+    let held = hold(s, stage, again, options)
+        .with_context(|| format!("cannot {} `{}`", stage.name(), s.recipe.name))?;
+    if again {
         throw_away(s, stage, options)?;
+    }
+    if let (Stage::Eval, Some(held)) = (stage, &held) {
+        // From here on, others may evaluate beside this process.
+        let _ = held.lock_shared();
     }
     let result = match stage {
         Stage::Prepare => prepare::run(s),
@@ -71,6 +80,22 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOption
             Ok(())
         }
     }
+}
+
+/// A stage whose output is no folder of shards (those have a lock of their own), held against other processes: from
+/// before its output is thrown away until its record is written. Evaluations add up, and hold theirs together.
+fn hold(s: &Session, stage: Stage, again: bool, options: &eval::EvalOptions) -> Result<Option<File>> {
+    let (output, shared) = match stage {
+        Stage::Train => ("train".to_owned(), false),
+        Stage::Export => ("export".to_owned(), false),
+        Stage::Eval => {
+            let folder = eval::folder(s, options);
+            (folder.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()), !again)
+        }
+        _ => return Ok(None),
+    };
+    let doing = format!("runs `{}` in `{}`", stage.name(), s.run.root().display());
+    lock_work(&s.run.root().join(format!("{output}.lock")), shared, &doing).map(Some)
 }
 
 /// Throw a stage's output away, so that it is made again.

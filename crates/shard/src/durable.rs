@@ -210,6 +210,23 @@ pub fn lock_dir(dir: &Path) -> Result<File> {
     }
 }
 
+/// Hold the file `path`, made if absent, against other processes until the returned file is dropped: alone, or together
+/// with all who hold it `shared`. For work whose folder is itself replaced or removed, and for a file system without locks
+/// none is held.
+///
+/// # Errors
+/// Another process holds it, `doing` what it holds it for; or the file cannot be made.
+pub fn lock_work(path: &Path, shared: bool, doing: &str) -> Result<File> {
+    let file = File::options().create(true).append(true).open(path).map_err(|e| write_error(path, e))?;
+    match if shared { file.try_lock_shared() } else { file.try_lock() } {
+        Err(TryLockError::WouldBlock) => bail!(hinted(
+            format!("another process {doing}"),
+            "wait for it to end, or set another `name` in the recipe"
+        )),
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    }
+}
+
 /// SHA-256 of the file at `path`, in lower-case hexadecimal.
 ///
 /// # Errors
