@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,8 @@ use tracing_subscriber::{EnvFilter, fmt};
 
 static BARS: OnceLock<MultiProgress> = OnceLock::new();
 static LOG_FILE: OnceLock<Mutex<File>> = OnceLock::new();
+/// That a line could not be written was said.
+static LOG_FAILED: AtomicBool = AtomicBool::new(false);
 
 fn bars() -> &'static MultiProgress {
     BARS.get_or_init(MultiProgress::new)
@@ -110,9 +113,19 @@ struct LogFile;
 impl Write for LogFile {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         match LOG_FILE.get() {
-            // A log line that cannot be written (disk full) must not stop the work it tells about.
+            // A log line that cannot be written (disk full) must not stop the work that it is about.
             Some(file) => {
-                Ok(file.lock().map_or(buf.len(), |mut f| f.write_all(buf).map_or(buf.len(), |()| buf.len())))
+                if let Ok(mut file) = file.lock()
+                    && let Err(e) = file.write_all(buf)
+                    && !LOG_FAILED.swap(true, Ordering::Relaxed)
+                {
+                    // Past the log, which this is a part of.
+                    let lost = format!(
+                        " WARN cannot write the log file `log.jsonl`: {e}; lines are missing in it\n"
+                    );
+                    bars().suspend(|| print(&lost));
+                }
+                Ok(buf.len())
             }
             None => Ok(buf.len()),
         }

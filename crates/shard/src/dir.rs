@@ -210,7 +210,7 @@ impl StageDir {
     }
 
     /// Every shard is there and has its size.
-    fn check_files(&self) -> Result<()> {
+    pub(crate) fn check_files(&self) -> Result<()> {
         self.index.shards.iter().try_for_each(|s| check_size(&self.dir, &self.index.stage, s).map(drop))
     }
 

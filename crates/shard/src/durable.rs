@@ -165,7 +165,7 @@ pub fn write_file(path: &Path, data: &[u8], budget: &WriteBudget) -> Result<Publ
     write().map_err(|e| write_error(path, e))
 }
 
-/// The error for a failed write of `path`, with a hint where the disk is full.
+/// The error for a failed write of `path`, with a hint.
 pub fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
     let kind = error.kind();
     write_error_of_kind(path, kind, error.into())
@@ -174,11 +174,19 @@ pub fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
 /// As [`write_error`], for an error that came through an encoder: `kind` is the file's.
 pub fn write_error_of_kind(path: &Path, kind: io::ErrorKind, error: anyhow::Error) -> anyhow::Error {
     let what = format!("cannot write `{}`", path.display());
-    if kind == io::ErrorKind::StorageFull {
-        error.context(hinted(what, "free some space and run the same command again; what is whole is kept"))
-    } else {
-        error.context(what)
-    }
+    let hint = match kind {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free some space and run the same command again; what is whole is kept"
+        }
+        io::ErrorKind::NotFound => {
+            "its folder was removed meanwhile: keep other programs out of it, and run the same command again"
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "let this user write its folder, or choose another place"
+        }
+        _ => "check the disk, and run the same command again; what is whole is kept",
+    };
+    error.context(hinted(what, hint))
 }
 
 /// Make renames and removals inside `dir` survive a power cut.

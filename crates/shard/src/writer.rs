@@ -130,6 +130,8 @@ impl<R: Row> StageWriter<R> {
                 R::FILES
             );
         }
+        // Complete is what is there, not what was written.
+        self.stage.check_files()?;
         self.stage.update(|index| index.complete = true)?;
         Ok(self.stage)
     }

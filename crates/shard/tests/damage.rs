@@ -1,8 +1,8 @@
 use std::fs;
 use std::path::Path;
 
-use pkv_core::Fingerprint;
-use pkv_shard::{Example, LabelRow, StageDir, StageReader, StageState, StaleError};
+use pkv_core::{Fingerprint, StoreDtype};
+use pkv_shard::{Example, LabelRow, StageDir, StageReader, StageState, StageWriter, StaleError};
 use serde_json::json;
 use tempfile::{TempDir, tempdir};
 
@@ -156,4 +156,28 @@ fn clearing_leaves_the_files_of_others() {
     }
     StageDir::clear(dir.path()).unwrap();
     assert_eq!(files(dir.path()).keys().collect::<Vec<_>>(), ["my-table.parquet", "notes.txt"]);
+}
+
+#[test]
+fn a_stage_whose_files_vanish_while_it_is_written_is_not_complete() {
+    type Vanish = fn(&Path);
+    let one_shard: Vanish = |dir| fs::remove_file(dir.join("labels-00000.parquet")).unwrap();
+    let all: Vanish = |dir| fs::remove_dir_all(dir).unwrap();
+    for (vanish, expected) in
+        [(one_shard, "it is named by the index, but is not there"), (all, "cannot write")]
+    {
+        for rows in [2 * SHARD_ROWS, 2 * SHARD_ROWS + 1] {
+            let dir = tempdir().unwrap();
+            let stage = dir.path().join("labels");
+            let mut writer =
+                StageWriter::new(open(&stage).unwrap(), SHARD_ROWS, StoreDtype::F16, Some(rows as u64))
+                    .unwrap();
+            (0..rows).for_each(|i| writer.push(label(i)).unwrap());
+            vanish(&stage);
+            let (said, hint) = told(&writer.finish().unwrap_err());
+            assert!(said.contains(expected) || said.contains("is not there"), "{said}");
+            assert!(!hint.is_empty(), "{said}");
+            assert!(!StageDir::read(&stage).is_ok_and(|stage| stage.is_complete()));
+        }
+    }
 }

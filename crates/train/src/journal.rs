@@ -2,9 +2,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use pkv_core::hinted;
 use pkv_shard::durable::{WriteBudget, write_error, write_file};
 use serde_json::Value;
 
@@ -28,9 +30,16 @@ impl Journal {
         fs::create_dir_all(dir).with_context(|| format!("cannot create folder `{}`", dir.display()))?;
         let path = dir.join(METRICS_FILE);
         let kept = if path.exists() {
-            let bytes = fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+            let bytes =
+                pkv_core::read_small(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
             keep(&String::from_utf8_lossy(&bytes), step)
         } else {
+            if step > 0 {
+                tracing::warn!(
+                    "`{}` is gone: the metrics up to step {step} are lost, those of later steps are written",
+                    path.display()
+                );
+            }
             String::new()
         };
         write_file(&path, kept.as_bytes(), &WriteBudget::from_env())?;
@@ -56,7 +65,20 @@ impl Journal {
     /// # Errors
     /// The disk fails.
     pub fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(|e| write_error(&self.path, e))
+        self.file.sync_data().map_err(|e| write_error(&self.path, e))?;
+        // Lines of a file that was removed or replaced meanwhile go nowhere.
+        let is_there = || -> std::io::Result<bool> {
+            let (open, named) = (self.file.metadata()?, fs::metadata(&self.path)?);
+            Ok((open.dev(), open.ino()) == (named.dev(), named.ino()))
+        };
+        ensure!(
+            matches!(is_there(), Ok(true)),
+            hinted(
+                format!("`{}` was removed or replaced while it was written", self.path.display()),
+                "keep other programs out of the run folder, and run the same command again: it goes on from the last checkpoint"
+            )
+        );
+        Ok(())
     }
 }
 
@@ -73,6 +95,23 @@ mod tests {
     use serde_json::json;
 
     #[test]
+    fn lines_that_go_nowhere_are_an_error() {
+        for replaced in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut journal = Journal::open(dir.path(), 0).unwrap();
+            let file = dir.path().join(METRICS_FILE);
+            fs::remove_file(&file).unwrap();
+            if replaced {
+                fs::write(&file, "").unwrap();
+            }
+            journal.write(&json!({"step": 10})).unwrap();
+            let error = journal.sync().unwrap_err();
+            assert!(error.to_string().contains("was removed or replaced"), "{error}");
+            assert!(error.downcast_ref::<pkv_core::Hinted>().is_some());
+        }
+    }
+
+    #[test]
     fn later_and_unfinished_lines_are_dropped() {
         let dir = tempfile::tempdir().unwrap();
         let read = || fs::read_to_string(dir.path().join(METRICS_FILE)).unwrap();
@@ -83,6 +122,7 @@ mod tests {
         journal.sync().unwrap();
         let whole = read();
         fs::write(dir.path().join(METRICS_FILE), format!("{whole}{{\"step\":40,\"lo")).unwrap();
+        journal.sync().unwrap();
         drop(Journal::open(dir.path(), 40).unwrap());
         assert_eq!(read(), whole);
         let mut journal = Journal::open(dir.path(), 20).unwrap();

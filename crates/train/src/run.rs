@@ -19,7 +19,7 @@ use crate::clock::{Clock, clock_text};
 use crate::curve::{Means, Window};
 use crate::dataset::{Dataset, Samples};
 use crate::diverged::{self, Diverged};
-use crate::journal::Journal;
+use crate::journal::{Journal, METRICS_FILE};
 use crate::loader::{Loaded, Loader};
 use crate::optimizer::Optimizer;
 use crate::schedule::Schedule;
@@ -99,6 +99,13 @@ pub fn is_complete(inputs: &TrainInputs) -> Result<Option<u64>> {
     // Read whole: a damaged last checkpoint is to be made again.
     let Some(latest) = inputs.store()?.latest(Device::Cpu)? else { return Ok(None) };
     let done = Schedule::restore(inputs.train, &latest.extra)?.is_done(latest.step);
+    let metrics = inputs.run.join("train").join(METRICS_FILE);
+    if done && !metrics.is_file() {
+        tracing::warn!(
+            "`{}` is gone: the mapper is whole, and its curves are lost; `--redo train` makes both anew",
+            metrics.display()
+        );
+    }
     Ok(done.then_some(latest.step))
 }
 
