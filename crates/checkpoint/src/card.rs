@@ -4,6 +4,7 @@ mod front;
 
 use std::fmt::Write;
 
+use pkv_core::{markdown, markdown_code, neutral};
 use pkv_recipe::Variant;
 
 use crate::export::ExportConfig;
@@ -76,14 +77,14 @@ impl ModelCard {
 
     fn write(&self, out: &mut String, c: &ExportConfig) -> std::fmt::Result {
         front::write(out, c, &self.licences.mapper)?;
-        writeln!(out, "# {}\n", c.name)?;
+        writeln!(out, "# {}\n", markdown(&c.name))?;
         writeln!(
             out,
-            "Predicts which KV pairs of `{}` matter, from the attention of `{}`: a {} trained to reproduce \
+            "Predicts which KV pairs of {} matter, from the attention of {}: a {} trained to reproduce \
              KVzip reconstruction scores (arXiv 2505.23416), as in ProxyKV (arXiv 2605.16360). Keep the highest \
              scores, evict the rest; the question need not be known.\n",
-            c.target.model,
-            c.proxy.model,
+            markdown_code(&c.target.model),
+            markdown_code(&c.proxy.model),
             variant(c.mapper.variant)
         )?;
         writeln!(out, "## Pair\n")?;
@@ -91,10 +92,10 @@ impl ModelCard {
         let row = |role: &str, m: &crate::ModelIdentity| {
             vec![
                 role.to_owned(),
-                format!("`{}`", m.model),
-                format!("`{}`", m.revision),
+                markdown_code(&m.model),
+                markdown_code(&m.revision),
                 m.shape.to_string(),
-                format!("`{}`", m.vocab_hash.get(..12).unwrap_or(&m.vocab_hash)),
+                markdown_code(m.vocab_hash.get(..12).unwrap_or(&m.vocab_hash)),
             ]
         };
         table(out, &head, &[row("target", &c.target), row("proxy", &c.proxy)])?;
@@ -135,7 +136,7 @@ impl ModelCard {
             let rows: Vec<_> = self
                 .data
                 .iter()
-                .map(|d| vec![d.name.clone(), d.examples.to_string(), d.licence.clone()])
+                .map(|d| vec![markdown(&d.name), d.examples.to_string(), markdown(&d.licence)])
                 .collect();
             table(out, &head, &rows)?;
             if let Some(n) = c.train.contexts {
@@ -185,7 +186,7 @@ impl ModelCard {
         }
 
         writeln!(out, "\n## Licences\n")?;
-        let said = |text: &str| if text.is_empty() { "not stated".to_owned() } else { text.to_owned() };
+        let said = |text: &str| if text.is_empty() { "not stated".to_owned() } else { markdown(text) };
         writeln!(
             out,
             "Mapper: {}. Target: {}. Proxy: {}. The data's licences stand above.",
@@ -217,7 +218,7 @@ impl ModelCard {
                 s.stage.clone(),
                 short(s.secs / 3600.0),
                 short(f64::from(s.gpus) * s.secs / 3600.0),
-                s.device.clone(),
+                markdown(&s.device),
                 s.tokens.map_or_else(|| "-".to_owned(), |n| n.to_string()),
             ]
         };
@@ -232,7 +233,7 @@ fn short(hours: f64) -> String {
 
 fn table(out: &mut String, head: &[String], rows: &[Vec<String>]) -> std::fmt::Result {
     let line = |cells: &[String]| {
-        let cells: Vec<_> = cells.iter().map(|c| c.replace('|', "\\|")).collect();
+        let cells: Vec<_> = cells.iter().map(|c| neutral(c).replace('\n', " ").replace('|', "\\|")).collect();
         format!("| {} |", cells.join(" | "))
     };
     writeln!(out, "{}", line(head))?;

@@ -367,3 +367,23 @@ fn a_full_disk_leaves_the_export_that_was_there() {
     assert_ne!(files(&folder)["parity.safetensors"], before["parity.safetensors"]);
     assert_eq!(names(dir.path()), ["export"]);
 }
+
+#[test]
+fn markup_in_names_and_licences_is_text_in_the_card() {
+    let hostile = "<script>alert(1)</script>\u{1b}[2J\u{9b}`</code>![x](http://127.0.0.1/x)\n# Title";
+    let (section, loss) = (MapperSection::default(), LossSection::default());
+    let mut config = config(&section, &loss);
+    for name in [&mut config.name, &mut config.target.model, &mut config.proxy.revision] {
+        *name = hostile.to_owned();
+    }
+    let mut card = card();
+    card.data.push(DataSource { name: hostile.to_owned(), examples: 1, licence: hostile.to_owned() });
+    card.licences = Licences { mapper: hostile.into(), target: hostile.into(), proxy: hostile.into() };
+    let text = card.render(&config);
+    assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+    assert!(!text.contains("\n# Title"), "{text}");
+    // Code is shown as it is; elsewhere no tag and no link are left.
+    let prose: String = text.replace("\\`", "").split('`').step_by(2).collect();
+    assert!(!prose.contains("<script") && !prose.contains("![x]("), "{prose}");
+    assert!(prose.contains("&lt;script>"), "{prose}");
+}

@@ -6,7 +6,7 @@ use std::fmt;
 use std::io::{self, ErrorKind, Write};
 
 use anyhow::{Error, Result};
-use pkv_core::hinted;
+use pkv_core::{hinted, neutral};
 use serde::Serialize;
 
 /// stdout takes no more.
@@ -29,11 +29,12 @@ impl fmt::Display for Lost {
 
 impl std::error::Error for Lost {}
 
-/// Write `text` and send it off.
+/// Write `text` and send it off; what a terminal would obey in it is spelt out, in a form that JSON reads back.
 ///
 /// # Errors
 /// [`Lost`].
 pub fn print(text: &str) -> Result<()> {
+    let text = neutral(text);
     let mut out = io::stdout().lock();
     check(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use anyhow::Error;
-use pkv_core::Hinted;
+use pkv_core::{Hinted, neutral};
 
 use crate::output::Lost;
 
@@ -53,7 +53,8 @@ pub fn error(e: &Error) -> String {
     if let Some(hint) = hint(e) {
         let _ = write!(out, "\nhint: {hint}\n");
     }
-    out
+    // Names and texts of others are in it.
+    neutral(&out).into_owned()
 }
 
 /// The exit code that tells what kind of error it is.
@@ -85,6 +86,18 @@ mod tests {
     use super::*;
     use anyhow::{Context, anyhow};
     use pkv_core::hinted;
+
+    #[test]
+    fn names_of_others_cannot_steer_a_terminal() {
+        let e = anyhow!("no tensor `\u{1b}]0;owned\u{7}`")
+            .context(hinted("cannot read `\u{9b}2J`", "rename `\r`"));
+        let text = error(&e);
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+        assert!(
+            text.contains("no tensor `\\u001b]0;owned\\u0007`") && text.contains("rename `\\u000d`"),
+            "{text}"
+        );
+    }
 
     #[test]
     fn causes_are_listed_once_and_the_hint_comes_last() {

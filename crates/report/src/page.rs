@@ -6,7 +6,7 @@ use std::fmt::Write;
 
 use anyhow::{Context, Result};
 use minijinja::{AutoEscape, Environment};
-use pkv_core::{Policy, Seed};
+use pkv_core::{Policy, Seed, neutral};
 use pkv_eval::Results;
 use serde::Serialize;
 
@@ -128,7 +128,9 @@ pub fn fill(name: &str, values: impl Serialize) -> Result<String> {
         environment.add_template(name, text).with_context(broken)?;
     }
     let template = environment.get_template(name).with_context(broken)?;
-    template.render(values).with_context(|| format!("cannot fill the template `{name}`"))
+    let page = template.render(values).with_context(|| format!("cannot fill the template `{name}`"))?;
+    // Markup was escaped by the template; control characters mean nothing to it.
+    Ok(neutral(&page).into_owned())
 }
 
 fn training(data: &RunData) -> Option<Training> {
