@@ -14,6 +14,7 @@
 //! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing with it
 //! - `results`: evaluations of other tasks, methods, ratios and limits add up
 //! - `sources`: features of the target, alone and beside the proxy's
+//! - `faults`: files that never end, two processes in one folder, outputs that vanish, markup of others
 //! - `sandbox`: the folder, the small recipe and the command that the others share
 
 mod bad_input;
@@ -21,6 +22,7 @@ mod bench;
 mod beside;
 mod compare;
 mod completion;
+mod faults;
 mod fetch;
 mod generated;
 mod infer;

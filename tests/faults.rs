@@ -1,0 +1,209 @@
+//! Files that never end, runs that run away, two processes in one folder, outputs that vanish, markup of others: each ends
+//! with a sentence and a hint, soon, and nothing that was there before is lost.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use pkv_shard::durable::lock_work;
+use serde_json::Value;
+
+use crate::infer::trained;
+use crate::sandbox::{Ran, Sandbox};
+
+/// As the finished run was evaluated.
+const POLICIES: &str = "eval.answer_policies=[\"pair\",\"pair-uniform\",\"pair-budget\"]";
+
+/// A sandbox of its own with a finished run.
+fn finished() -> Sandbox {
+    let s = Sandbox::new();
+    let copied =
+        Command::new("cp").arg("-r").arg(trained().path("runs")).arg(s.path("runs")).status().unwrap();
+    assert!(copied.success());
+    s
+}
+
+/// End `child` if it takes longer than a minute: what never ends must fail, and take no test with it.
+fn within_a_minute(mut child: Child) -> Ran {
+    let begun = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if begun.elapsed() > Duration::from_secs(60) {
+            child.kill().unwrap();
+            panic!("it hangs: {:?}", child.wait_with_output());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ran::new(child.wait_with_output().unwrap())
+}
+
+fn start(s: &Sandbox, args: &[&str]) -> Child {
+    s.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap()
+}
+
+fn with_recipe(s: &Sandbox, args: &[&str]) -> Ran {
+    within_a_minute(start(s, &[args, &["--recipe", "recipe.toml"]].concat()))
+}
+
+fn replace(path: &Path, make: impl Fn(&Path)) {
+    let _ = fs::remove_file(path);
+    make(path);
+}
+
+fn fifo(path: &Path) {
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+}
+
+fn endless(path: &Path) {
+    symlink("/dev/zero", path).unwrap();
+}
+
+fn recorded(s: &Sandbox) -> Vec<String> {
+    let run: Value =
+        serde_json::from_str(&fs::read_to_string(s.path("runs/small/run.json")).unwrap()).unwrap();
+    run["stages"].as_object().unwrap().keys().cloned().collect()
+}
+
+#[test]
+fn files_that_never_end_are_refused() {
+    let s = finished();
+    for make in [endless, fifo] {
+        replace(&s.path("base.toml"), make);
+        s.write("based.toml", "base = \"base.toml\"\n");
+        within_a_minute(start(&s, &["plan", "--recipe", "based.toml"]))
+            .fails_with(&["cannot read recipe `base.toml`", "expected a regular file"]);
+        replace(&s.path("odd.toml"), make);
+        with_recipe(&s, &["plan", "--set", "data.manifest=odd.toml"])
+            .fails_with(&["cannot read data manifest", "expected a regular file"]);
+        for file in ["config.json", "model.safetensors", "parity.safetensors", "budgets.json"] {
+            let path = s.path("runs/small/export").join(file);
+            let whole = fs::read(&path).unwrap();
+            replace(&path, make);
+            within_a_minute(start(
+                &s,
+                &[
+                    "infer",
+                    "--mapper",
+                    "runs/small/export",
+                    "--context",
+                    "recipe.toml",
+                    "--question",
+                    "What?",
+                ],
+            ))
+            .fails_with(&["cannot read export", "expected a regular file"]);
+            replace(&path, |p| fs::write(p, &whole).unwrap());
+        }
+    }
+    // The results add up anew from what lies beside them.
+    for content in ["[".repeat(100_000), "{\"a\":".repeat(100_000)] {
+        s.write("runs/small/eval/results.json", &content);
+        within_a_minute(start(&s, &["inspect", "runs/small/eval/results.json"])).fails_with(&["is no JSON"]);
+        with_recipe(&s, &["eval", "--set", POLICIES]).ok();
+    }
+    for make in [endless, fifo] {
+        replace(&s.path("runs/small/eval/results.json"), make);
+        within_a_minute(start(&s, &["inspect", "runs/small/eval/results.json"]))
+            .fails_with(&["is a device, pipe or socket"]);
+        with_recipe(&s, &["eval", "--set", POLICIES]).ok();
+    }
+}
+
+#[test]
+fn a_training_that_runs_away_saves_nothing_of_it() {
+    let s = Sandbox::new();
+    s.edit("recipe.toml", "warmup_steps = 4", "warmup_steps = 1\nlr = 1e30");
+    for stage in ["prepare", "label", "extract"] {
+        s.run(&[stage]).ok();
+    }
+    s.run(&["train"]).fails_with(&[
+        "training diverged at step",
+        "of epoch 1 holds examples `",
+        "lower `train.lr`",
+    ]);
+    s.edit("recipe.toml", "lr = 1e30", "lr = 1e-3");
+    s.run(&["train", "--redo", "train"]).ok();
+}
+
+#[test]
+fn a_stage_at_work_is_met_with_a_sentence() {
+    let s = finished();
+    let held = |name: &str, shared: bool| {
+        lock_work(&s.path("runs/small").join(name), shared, "is this test").unwrap()
+    };
+    for (stage, lock) in [("train", "train.lock"), ("eval", "eval.lock"), ("export", "export.lock")] {
+        let before = recorded(&s);
+        let one = held(lock, stage == "eval");
+        s.run(&[stage, "--redo", stage])
+            .fails_with(&[&format!("another process runs `{stage}`"), "wait for it to end"]);
+        assert_eq!(recorded(&s), before, "{stage}");
+        drop(one);
+    }
+    // Evaluations add up: two may be at it.
+    let _other = held("eval.lock", true);
+    assert!(s.run(&["eval"]).ok().stderr.contains("eval: skipped"));
+    assert!(s.run(&["train"]).ok().stderr.contains("train: skipped"));
+}
+
+#[test]
+fn two_exports_leave_one_export_and_its_record() {
+    let s = finished();
+    for _ in 0..3 {
+        let args = ["export", "--redo", "export", "--recipe", "recipe.toml"];
+        let both = [start(&s, &args), start(&s, &args)].map(within_a_minute);
+        assert!(both.iter().any(|ran| ran.code == 0), "{}\n{}", both[0].stderr, both[1].stderr);
+        for ran in both.into_iter().filter(|ran| ran.code != 0) {
+            ran.fails_with(&["another process runs `export`"]);
+        }
+        assert!(recorded(&s).contains(&"export".to_owned()));
+        assert!(s.run(&["export"]).ok().stderr.contains("export: skipped"));
+    }
+}
+
+#[test]
+fn what_a_killed_process_left_beside_run_json_goes() {
+    let s = finished();
+    s.write("runs/small/run.json.4711.tmp", "{");
+    s.write("runs/small/run.json.tmp", "{");
+    s.run(&["prepare"]).ok();
+    let names: Vec<_> = fs::read_dir(s.path("runs/small"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(!names.iter().any(|n| n.ends_with(".tmp")), "{names:?}");
+}
+
+#[test]
+fn lost_metrics_are_said() {
+    let s = finished();
+    fs::remove_file(s.path("runs/small/train/metrics.jsonl")).unwrap();
+    let said = s.run(&["train"]).ok().stderr;
+    assert!(said.contains("metrics.jsonl` is gone") && said.contains("--redo train"), "{said}");
+}
+
+#[test]
+fn a_log_file_that_takes_nothing_is_said_once() {
+    let s = finished();
+    replace(&s.path("runs/small/log.jsonl"), |p| symlink("/dev/full", p).unwrap());
+    let said = s.run(&["train"]).ok().stderr;
+    assert_eq!(said.matches("cannot write the log file").count(), 1, "{said}");
+}
+
+#[test]
+fn names_cannot_steer_the_terminal() {
+    let s = Sandbox::new();
+    let ran = s.run(&[
+        "plan",
+        "--set",
+        "target.model=\u{1b}]0;owned\u{7}\u{9b}2J",
+        "--set",
+        "data.manifest=\u{1b}[31mx",
+    ]);
+    ran.fails_with(&["\\u001b[31mx"]);
+    let folder = "runs/\u{1b}[2J";
+    s.write(&format!("{folder}/run.json"), "{\"name\": \"\\u001b[31m\\u009b\"}");
+    let ran = Ran::new(s.command(&["inspect", folder]).output().unwrap()).ok();
+    assert!(!ran.stdout.contains(|c: char| c.is_control() && c != '\n' && c != '\t'), "{:?}", ran.stdout);
+    assert!(ran.stdout.contains("\\u001b[31m\\u009b"), "{}", ran.stdout);
+}
