@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use pkv_core::Progress;
+use pkv_core::{Progress, neutral};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, fmt};
@@ -178,7 +178,7 @@ impl Progress for Bar {
             ProgressStyle::with_template("{prefix:>16} {bar:28} {pos}/{len} {per_sec} ETA {eta} {msg}")
                 .expect("the template is constant");
         let bar = bars().add(ProgressBar::new(total).with_style(style).with_position(done));
-        bar.set_prefix(what.to_owned());
+        bar.set_prefix(neutral(what).into_owned());
         bar.reset_eta();
         let quiet = Quiet { what: what.to_owned(), total, done, told: Instant::now() };
         if let Ok(mut guard) = self.current.lock() {
@@ -198,7 +198,7 @@ impl Progress for Bar {
     }
 
     fn note(&self, text: &str) {
-        self.with(|(bar, _)| bar.set_message(text.to_owned()));
+        self.with(|(bar, _)| bar.set_message(neutral(text).into_owned()));
     }
 
     fn finish(&self) {
