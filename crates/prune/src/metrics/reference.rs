@@ -160,7 +160,7 @@ impl Budgets {
             for (j, &ratio) in self.ratios.iter().enumerate() {
                 let [both, mass] = [ours[2 * (i * n + j)], ours[2 * (i * n + j) + 1]];
                 let (mass, of) = (share(mass, oracle[0]), share(oracle[1 + j], oracle[0]));
-                // A budget is filled exactly, by whoever fills it.
+                // A budget is filled exactly, by either side.
                 let (groups, size) = self.groups(policy);
                 let count = (groups * self.of(policy, ratio)) as f64;
                 kept.push(KeptAgreement {

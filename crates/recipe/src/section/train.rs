@@ -10,8 +10,8 @@ use super::steps::{AutoSteps, Steps};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainSection {
-    /// Optimizer steps: a number, or `auto`, until validation no longer gains. Of a new pair nobody knows how many it
-    /// wants: the tiny ones 1,500, the first real one more than twice as many.
+    /// Optimizer steps: a number, or `auto`, until validation no longer gains. How many a new pair needs is not
+    /// known: the tiny ones 1,500, the first real one more than twice as many.
     pub steps: Steps,
     /// `auto`: most steps, the decay included; absent: 20,000.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -30,7 +30,7 @@ impl LabelWeighting {
     }
 }
 
-/// What a preset stands for.
+/// What a preset means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Preset {
     /// Tokens per scoring chunk.
@@ -63,7 +63,7 @@ macro_rules! presets {
                 match self { $(Self::$variant => $meaning,)+ }
             }
 
-            /// What it stands for.
+            /// What it means.
             pub const fn preset(self) -> Preset {
                 match self { $(Self::$variant => $preset,)+ }
             }
