@@ -44,13 +44,7 @@ pub fn learn_budgets(examples: &Path, labels: &Path, contexts: u64, device: Devi
     let mut fit: Option<BudgetFit> = None;
     for row in (0..n).map(|i| train.start + i * all / n) {
         let (example, label) = (examples.get(row)?, labels.get(row)?);
-        ensure!(
-            example.id == label.id,
-            hinted(
-                format!("row {row}: the labels are of `{}`, the example is `{}`", label.id, example.id),
-                "labels must come from these examples: `--redo label`"
-            )
-        );
+        label.check_example(row, &example)?;
         let scores_ot = label_tensor(&label, device).flatten(0, 1);
         fit.get_or_insert_with(|| BudgetFit::new(scores_ot.size()[0] as usize))
             .add(&scores_ot)

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use arrow::array::{RecordBatch, StringArray, UInt32Array};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt32Type};
-use pkv_core::StoreDtype;
+use pkv_core::{StoreDtype, hinted};
 
+use crate::Example;
 use crate::column::{decode_nested, nested_type, number, text};
 use crate::page::Numbers;
 use crate::row::{Column, Row, check_numbers};
@@ -27,6 +28,27 @@ pub struct LabelRow {
 }
 
 impl LabelRow {
+    /// These labels are of `example`, in row `row`.
+    ///
+    /// # Errors
+    /// They are of another one, or of another number of positions.
+    pub fn check_example(&self, row: u64, example: &Example) -> Result<()> {
+        ensure!(
+            example.id == self.id && example.tokens.len() == self.positions as usize,
+            hinted(
+                format!(
+                    "row {row}: the labels are of `{}` ({} positions), the example is `{}` ({} tokens)",
+                    self.id,
+                    self.positions,
+                    example.id,
+                    example.tokens.len()
+                ),
+                "labels must come from these examples: `--redo label`"
+            )
+        );
+        Ok(())
+    }
+
     fn shape(&self) -> Vec<usize> {
         [self.layers, self.kv_heads, self.positions].map(|n| n as usize).to_vec()
     }

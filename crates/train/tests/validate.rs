@@ -1,3 +1,5 @@
+//! Validation on the device and on the host: the same numbers, whatever memory is kept between validations.
+
 use pkv_core::{Seed, Split};
 use pkv_mapper::{Mapper, Standardization};
 use pkv_shard::FeatureFolders;

@@ -85,13 +85,7 @@ pub fn fitted(
     for row in rows {
         s.check_stop()?;
         let (example, label) = (examples.get(row)?, labels.get(row)?);
-        ensure!(
-            example.id == label.id,
-            hinted(
-                format!("row {row}: the labels are of `{}`, the example is `{}`", label.id, example.id),
-                "labels must come from these examples: `--redo label`"
-            )
-        );
+        label.check_example(row, &example)?;
         let size = [label.layers, label.kv_heads, label.positions].map(i64::from);
         let scores_lht = Tensor::from_slice(&label.scores).view(size).to_device(model.device());
         let chunk = s.recipe.extract.prefill_chunk_tokens;

@@ -98,19 +98,9 @@ impl Setup<'_> {
     pub fn training_context(&self, row: u64) -> Result<TrainingContext> {
         let t = &self.training;
         let (label, features) = read_pair(t.labels, t.features, row)?;
-        let Example { id, tokens, .. } = t.examples.get(row)?;
-        ensure!(
-            id == label.id && tokens.len() == label.positions as usize,
-            hinted(
-                format!(
-                    "row {row}: the labels are of `{}` ({} positions), the example is `{id}` ({} tokens)",
-                    label.id,
-                    label.positions,
-                    tokens.len()
-                ),
-                "labels must come from these examples: `--redo label`"
-            )
-        );
+        let example = t.examples.get(row)?;
+        label.check_example(row, &example)?;
+        let tokens = example.tokens;
         let shape = self.target.model.shape();
         let found = (label.layers as usize, label.kv_heads as usize);
         ensure!(

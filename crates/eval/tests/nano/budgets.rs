@@ -1,3 +1,5 @@
+//! Head budgets: learned from labels, given with an export, and what `pair-budget` keeps by them.
+
 use pkv_core::{Fingerprint, NoProgress, Policy};
 use pkv_eval::{Budgets, EvalInputs, evaluate, learn_budgets};
 use pkv_prune::{BudgetFit, HeadBudgets};
