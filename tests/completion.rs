@@ -152,7 +152,7 @@ fn tab_completes_in_every_shell() {
         // Values of enums.
         t.offers(
             "proxykv-train infer --policy ",
-            &["pair", "pair-uniform", "pair-budget", "token"],
+            &["pair", "pair-floor", "pair-uniform", "pair-budget", "token"],
             &["recipes"],
         );
         t.completes("proxykv-train infer --policy=tok", "--policy=token ");
@@ -200,7 +200,10 @@ fn an_answer_is_words_and_nothing_else() {
         assert_eq!(String::from_utf8_lossy(&out.stderr), "", "{shell} {words:?}");
         String::from_utf8(out.stdout).unwrap()
     };
-    assert_eq!(ask("bash", &["proxykv-train", "infer", "--policy", "pair-"]), "pair-uniform\npair-budget\n");
+    assert_eq!(
+        ask("bash", &["proxykv-train", "infer", "--policy", "pair-"]),
+        "pair-floor\npair-uniform\npair-budget\n"
+    );
     assert_eq!(ask("bash", &["proxykv-train", "infer", "--policy", "=", "tok"]), "token\n");
     assert_eq!(ask("bash", &["proxykv-train", "--device", "cuda", ":", "1"]), "1\n");
     assert!(ask("zsh", &["proxykv-train", "inf"]).starts_with("infer:Read a context"));

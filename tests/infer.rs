@@ -26,7 +26,7 @@ pub fn trained() -> &'static Sandbox {
     static TRAINED: OnceLock<Sandbox> = OnceLock::new();
     TRAINED.get_or_init(|| {
         let s = Sandbox::new();
-        let policies = "eval.answer_policies=[\"pair\",\"pair-uniform\",\"pair-budget\"]";
+        let policies = "eval.answer_policies=[\"pair\",\"pair-floor\",\"pair-uniform\",\"pair-budget\"]";
         s.run(&["run", "--set", policies]).ok();
         s.write("context.txt", documents().split('\0').next().unwrap());
         s.write("empty.txt", "");

@@ -144,11 +144,12 @@ pub struct InferArgs {
     /// Share of the context's KV pairs that stays, above 0, up to 1; `20%` is `0.2`.
     #[arg(long, value_name = "RATIO", conflicts_with = "budget", default_value_t = 0.2, value_parser = share)]
     pub retain: f64,
-    /// Tokens that stay in every KV head, or as many KV pairs as these are together (`pair`, `pair-budget`).
+    /// Tokens that stay in every KV head, or as many KV pairs as these are together (`pair`,
+    /// `pair-floor`, `pair-budget`).
     #[arg(long, value_name = "TOKENS")]
     pub budget: Option<usize>,
     /// Which KV pairs compete for a place.
-    #[arg(long, value_enum, default_value = "pair")]
+    #[arg(long, value_enum, default_value = "pair-floor")]
     pub policy: PolicyName,
     /// How proxy and target share the machine.
     #[arg(long, value_enum, default_value = "sequential")]
@@ -236,6 +237,8 @@ pub struct PushArgs {
 pub enum PolicyName {
     /// All KV pairs of the context with each other.
     Pair,
+    /// The same, but every KV head keeps its best positions: at least a sixth of an even share.
+    PairFloor,
     /// The positions of each KV head.
     PairUniform,
     /// The positions of each KV head, which keeps as many as the budget that the export has for it.
@@ -248,6 +251,7 @@ impl PolicyName {
     pub const fn policy(self) -> Policy {
         match self {
             Self::Pair => Policy::Pair,
+            Self::PairFloor => Policy::PairFloor,
             Self::PairUniform => Policy::PairUniform,
             Self::PairBudget => Policy::PairBudget,
             Self::Token => Policy::Token,

@@ -24,7 +24,7 @@ pub use fingerprint::Fingerprint;
 pub use hint::{Hinted, hinted};
 pub use json::{json_kind, parse_json};
 pub use neutral::{markdown, markdown_code, neutral};
-pub use policy::Policy;
+pub use policy::{HEAD_PLACES, Policy};
 pub use progress::{NoProgress, Progress};
 pub use ratio::{RatioError, RetentionRatio};
 pub use seed::{Rng, Seed, sha256_hex};

@@ -5,7 +5,7 @@
 //! the mask is the same on every device.
 
 use anyhow::{Result, ensure};
-use pkv_core::{Policy, RetentionRatio, hinted};
+use pkv_core::{HEAD_PLACES, Policy, RetentionRatio, hinted};
 use tch::{Device, Kind, Tensor};
 
 use crate::HeadBudgets;
@@ -79,9 +79,8 @@ fn keep_within(scores_lht: &Tensor, budgets: Option<&HeadBudgets>, kept: usize) 
 
 /// The KV pairs that `policy` keeps at `ratio`, of scores alone.
 ///
-/// Exactly `ratio.count(n)` of each n that compete: all pairs (`pair`), the positions of each head
-/// (`pair-uniform`), or the positions themselves (`token`, ranked by [`token_scores`]). Of equal
-/// scores the lower flat index stays. A score that is not a number counts as the lowest.
+/// Exactly `ratio.count(n)` of each n that compete: all pairs (`pair`; `pair-floor`, ranked by [`HEAD_PLACES`]), the positions
+/// of each head (`pair-uniform`), or the positions themselves (`token`, ranked by [`token_scores`]). Of equal scores the lower flat index stays. A score that is not a number counts as the lowest.
 ///
 /// # Panics
 /// `policy` is not among [`Policy::OF_SCORES`]: [`keep_mask_by`] has all.
@@ -137,6 +136,7 @@ fn keep(scores_lht: &Tensor, policy: Policy, counts: impl Fn(usize, usize) -> Ve
     let shaped = |masks: Vec<Tensor>| masks.into_iter().map(|mask| mask.reshape(&shape)).collect();
     match policy {
         Policy::Pair => shaped(masks(&scores_lht.reshape([1, -1]), total)),
+        Policy::PairFloor => shaped(masks(&by_place(&scores_lht.reshape([-1, positions as i64])), total)),
         Policy::PairUniform => shaped(masks(&scores_lht.reshape([-1, positions as i64]), positions)),
         Policy::Token => {
             let keep_1t = masks(&token_scores(scores_lht).unsqueeze(0), positions);
@@ -144,6 +144,26 @@ fn keep(scores_lht: &Tensor, policy: Policy, counts: impl Fn(usize, usize) -> Ve
         }
         Policy::PairBudget => panic!("scores alone have no head budgets"),
     }
+}
+
+/// Scores for the `pair-floor` policy: of a pair's place among all pairs and [`HEAD_PLACES`] times its place within its head,
+/// both from the top and as shares, the better one. Of n pairs that stay, every head has its best n / (6 heads) or more.
+///
+/// # Shapes
+/// - `scores_ot`: `[KV heads, positions]`, any float kind
+/// - returns `[1, pairs]`, f64, same device: whole numbers below 0, higher means keep
+pub(crate) fn by_place(scores_ot: &Tensor) -> Tensor {
+    let heads = scores_ot.size()[0];
+    let of_all_1n = place(&scores_ot.reshape([1, -1])) + 1;
+    let of_head_1n = (place(scores_ot) + 1).reshape([1, -1]) * (HEAD_PLACES * heads);
+    -of_all_1n.minimum(&of_head_1n).to_kind(Kind::Double)
+}
+
+/// Every score's place in its row from the top, from 0, i64; of equal scores the lower index comes first.
+pub(crate) fn place(scores_bn: &Tensor) -> Tensor {
+    // One zero: what compares equal must sort as equal on every device.
+    let order = (ordered(scores_bn) + 0.0).sort_stable(true, -1, true).1;
+    order.sort(-1, false).1
 }
 
 /// One score per position for the `token` policy: the mean, over all layers and KV heads, of the
@@ -305,6 +325,17 @@ mod tests {
         let wide: Vec<f64> = scores.iter().map(|&x| x.into()).collect();
         match policy {
             Policy::Pair => naive_top(&wide, count(wide.len())),
+            Policy::PairFloor => {
+                let place = |of: &[f64], i: usize| {
+                    of.iter().enumerate().filter(|&(j, x)| *x > of[i] || (*x == of[i] && j < i)).count() + 1
+                };
+                let heads = wide.len() / t;
+                let key = |i: usize| {
+                    let head = &wide[i / t * t..][..t];
+                    -(place(&wide, i).min(5 * heads * place(head, i % t)) as f64)
+                };
+                naive_top(&(0..wide.len()).map(key).collect::<Vec<_>>(), count(wide.len()))
+            }
             Policy::PairUniform => wide.chunks(t).flat_map(|head| naive_top(head, count(t))).collect(),
             Policy::Token => naive_top(&naive_rank_means(scores, t), count(t)).repeat(scores.len() / t),
             Policy::PairBudget => unreachable!("its naive version has budgets"),
@@ -356,7 +387,7 @@ mod tests {
             let mask = keep_mask(&scores_ot, policy, ratio);
             let per_head: Vec<i64> = Vec::try_from(mask.sum_dim_intlist(-1, false, Kind::Int64)).unwrap();
             match policy {
-                Policy::Pair => {
+                Policy::Pair | Policy::PairFloor => {
                     assert_eq!(per_head.iter().sum::<i64>(), (36.0f64 * 1399.0 * 0.03).round() as i64)
                 }
                 _ => assert!(per_head.iter().all(|&n| n == 42)),
@@ -364,6 +395,23 @@ mod tests {
             let mask_lht = keep_mask(&scores_ot.reshape([9, 4, 1399]), policy, ratio);
             assert_eq!(bools(&mask), bools(&mask_lht));
         }
+    }
+
+    #[test]
+    fn a_head_that_scores_least_keeps_its_floor() {
+        // Head 1 scores below all of head 0, which ascends; half of 200 pairs stay.
+        let scores_ot = Tensor::arange(200, (Kind::Float, device())).reshape([2, 100]).flip([0]);
+        let ratio = RetentionRatio::new(0.5).unwrap();
+        let per_head = |policy| -> Vec<i64> {
+            let mask = keep_mask(&scores_ot, policy, ratio);
+            Vec::try_from(mask.sum_dim_intlist(-1, false, Kind::Int64)).unwrap()
+        };
+        // 92 pairs are among the 92 best of all, 9 more among the 9 best of a head: the last of them has no room.
+        assert_eq!((per_head(Policy::Pair), per_head(Policy::PairFloor)), (vec![100, 0], vec![91, 9]));
+        let mask = keep_mask(&scores_ot, Policy::PairFloor, ratio);
+        let kept: Vec<bool> = bools(&mask);
+        assert!(kept[..9].iter().all(|k| !k) && kept[9..100].iter().all(|k| *k), "{kept:?}");
+        assert!(kept[100..191].iter().all(|k| !k) && kept[191..].iter().all(|k| *k), "{kept:?}");
     }
 
     #[test]

@@ -78,6 +78,9 @@ pub fn is_oracle(method: MethodName) -> bool {
 pub const fn policy_meaning(policy: Policy) -> &'static str {
     match policy {
         Policy::Pair => "all KV pairs of all layers and heads compete",
+        Policy::PairFloor => {
+            "all KV pairs compete, but every head keeps its best positions, at least a sixth of an even share"
+        }
         Policy::PairUniform => "every layer and KV head keeps the same number of positions",
         Policy::PairBudget => {
             "every KV head keeps as many positions as its budget from the training labels says"

@@ -166,7 +166,7 @@ fn limits(s: &Session, results: Option<&Results>) -> Vec<String> {
              not summaries or reasoning.",
             facts.questions, facts.contexts, r.eval.context_tokens
         ));
-        let cells = facts.cells.iter().filter(|c| c.policy == Policy::Pair);
+        let cells = facts.cells.iter().filter(|c| Some(&c.policy) == r.eval.answer_policies.first());
         limits.extend(pkv_eval::table::fewer_contexts(cells.map(|c| (c.method, c.ratio, c.contexts))));
     }
     limits

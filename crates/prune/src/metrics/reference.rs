@@ -13,7 +13,7 @@ use pkv_core::{Policy, RetentionRatio};
 use tch::{Kind, Tensor};
 
 use super::KeptAgreement;
-use crate::keep::{Ranked as _, ordered, token_scores};
+use crate::keep::{Ranked as _, by_place, ordered, place, token_scores};
 
 /// An oracle's scores of one context, ranked.
 #[derive(Debug)]
@@ -47,8 +47,8 @@ pub struct Agreement {
 }
 
 impl Reference {
-    /// Bytes on the device per KV pair: two places, two ranks and the mass, of four bytes each.
-    pub const BYTES_PER_PAIR: usize = 20;
+    /// Bytes on the device per KV pair: three places, two ranks and the mass, of four bytes each.
+    pub const BYTES_PER_PAIR: usize = 24;
 
     /// # Shapes
     /// - `oracle_ot`: `[KV heads, positions]`, higher means keep
@@ -177,7 +177,7 @@ impl Budgets {
     /// Groups of competitors, and how many compete in each.
     fn groups(&self, policy: Policy) -> (usize, usize) {
         match policy {
-            Policy::Pair => (1, self.heads * self.positions),
+            Policy::Pair | Policy::PairFloor => (1, self.heads * self.positions),
             Policy::PairUniform => (self.heads, self.positions),
             Policy::Token => (1, self.positions),
             Policy::PairBudget => panic!("{NO_BUDGETS}"),
@@ -193,15 +193,11 @@ impl Budgets {
 
 const NO_BUDGETS: &str = "policies of scores alone have no head budgets";
 
-/// Every competitor's place, from 0, in the order of [`Policy::OF_SCORES`]: `[o, t]` twice, then `[t]`; i32.
+/// Every competitor's place, from 0, in the order of [`Policy::OF_SCORES`]: `[o, t]` three times, then `[t]`; i32.
 fn places(scores_ot: &Tensor) -> Vec<Tensor> {
-    let place = |scores: &Tensor| {
-        // One zero: what compares equal must sort as equal on every device.
-        let order = (ordered(scores) + 0.0).sort_stable(true, -1, true).1;
-        order.sort(-1, false).1.to_kind(Kind::Int)
-    };
     let of = |policy| match policy {
         Policy::Pair => place(&scores_ot.reshape([-1])).reshape(scores_ot.size()),
+        Policy::PairFloor => place(&by_place(scores_ot)).reshape(scores_ot.size()),
         Policy::PairUniform => place(scores_ot),
         Policy::Token => place(&token_scores(scores_ot)),
         Policy::PairBudget => panic!("{NO_BUDGETS}"),
