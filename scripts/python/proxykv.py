@@ -523,6 +523,7 @@ LOG_LIMIT = 16.0
 LOG_ODDS_LIMIT = 14.0
 MEAN_FLOOR = 1e-7
 VALUE_NORM_FLOOR = 1e-4
+SHORTEST_KEY = 1e-12
 SMALLEST_F64 = 2.2250738585072014e-308
 # Most logits held at once while the surprisal is taken.
 LOGIT_ELEMENTS = 1 << 24
@@ -533,7 +534,11 @@ QUOTED_TOKENS = 8
 HIDDEN_ROWS = 1 << 13
 # Architectures whose attention modules the hooks know.
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
+# The channels of a recipe that names none.
 PREFILL_CHANNELS = ("max_all", "mean_all", "max_window", "mean_window", "max_last", "mean_last", "key_norm", "value_norm")
+UNRUN_CHANNELS = ("replay_unrun", "replay_unrun_mean")
+# What any model gives; then what only a proxy and only a target gives.
+CHANNELS = (*PREFILL_CHANNELS, *UNRUN_CHANNELS, "key_diff", "mean_last_layer")
 REPEAT_CHANNELS = ("recon_log", "recon_log_odds", "recon_mean")
 
 
@@ -617,6 +622,8 @@ class _QueryStatistics:
     """Attention that later queries pay to each KV pair; see crates/extract/src/statistics.rs."""
 
     REACHES = {"all": ("max_all", "mean_all"), "last": ("max_last", "mean_last"), "window": ("max_window", "mean_window")}
+    # Sums of `last` are gathered in its slot where the channel of the KV head's own mean is not wanted.
+    LAYER_MEAN = "mean_last_layer"
 
     def __init__(self, extract: dict):
         channels = extract["channels"]
@@ -625,6 +632,9 @@ class _QueryStatistics:
         self.stride = extract["whole_range_stride"]
         at = lambda name: channels.index(name) if name in channels else None  # noqa: E731
         slots = {reach: tuple(map(at, names)) for reach, names in self.REACHES.items()}
+        self.layer_mean = at(self.LAYER_MEAN)
+        if self.layer_mean is not None and slots["last"][1] is None:
+            slots["last"] = (slots["last"][0], self.layer_mean)
         # The window comes last: it blanks what is out of its reach.
         self.slots = {reach: pair for reach, pair in slots.items() if pair != (None, None)}
         # The last queries of each layer so far, `[q, up to last_queries, d]`.
@@ -703,8 +713,8 @@ class _QueryStatistics:
         distance_rt = row_r.unsqueeze(1) - torch.arange(start, end, device=device)
         weights_hgrt[..., start:end].masked_fill_(blank(distance_rt), 0.0)
 
-    def finish(self, gathered_pct, group: int):
-        """Maxima to logs, sums to logs of means, in place."""
+    def finish(self, gathered_pct, heads: int, group: int):
+        """Maxima to logs, sums to logs of means, in place; `heads` KV heads in a layer, `group` query heads in each."""
         if not self.slots:
             return
         t = torch.arange(self.context)
@@ -719,9 +729,14 @@ class _QueryStatistics:
                 start = near.clamp_min(max(0, self.context - self.last))
             if maximum is not None:
                 gathered_pct[:, maximum].log_().clamp_(-LOG_LIMIT, LOG_LIMIT)
-            if mean is not None:
-                counts = ((end - start).clamp_min(0) * group).clamp_min(1).float().to(gathered_pct.device)
-                gathered_pct[:, mean].div_(counts).add_(MEAN_FLOOR).log_().clamp_(-LOG_LIMIT, LOG_LIMIT)
+            means = [] if mean is None else [mean]
+            if reach == "last" and self.layer_mean is not None:
+                sum_lht = gathered_pct[:, mean].reshape(-1, heads, self.context)
+                gathered_pct[:, self.layer_mean] = sum_lht.mean(1, keepdim=True).expand_as(sum_lht).flatten(0, 1)
+                means = list({mean, self.layer_mean})
+            counts = ((end - start).clamp_min(0) * group).clamp_min(1).float().to(gathered_pct.device)
+            for slot in means:
+                gathered_pct[:, slot].div_(counts).add_(MEAN_FLOOR).log_().clamp_(-LOG_LIMIT, LOG_LIMIT)
 
 
 def _gather(slots, weights_hgrt, start: int, end: int, gathered_hct):
@@ -772,6 +787,61 @@ def _chunk_scores(layer: _Layer, sink: int, start: int, end: int, plus: bool):
     return max_hgt.amax(1), sum_hgt.mean(1) / rows
 
 
+def key_diff(k_hkd: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Minus the cosine between each context key and the mean of its head's unit keys (KeyDiff): f32 `[h, t]`."""
+    k_hkd = k_hkd.float()
+    lengths = lambda x: x.norm(dim=-1, keepdim=True).clamp_min(SHORTEST_KEY)  # noqa: E731
+    unit_hkd = k_hkd / lengths(k_hkd)
+    mean_h1d = unit_hkd.mean(1, keepdim=True)
+    mean_h1d = mean_h1d / lengths(mean_h1d)
+    return -unit_hkd.matmul(mean_h1d.transpose(1, 2)).squeeze(-1)[:, prefix:]
+
+
+def unrun_scores(q_qsd: torch.Tensor, k_htd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax weights of every query over all keys: their maximum and mean per key, f32 `[h, t]` each."""
+    (heads, keys, d), device = k_htd.shape, k_htd.device
+    q_hrd = q_qsd.float().reshape(heads, -1, d) / math.sqrt(d)
+    max_ht, sum_ht = (torch.zeros(heads, keys, device=device) for _ in range(2))
+    for part_hrd in q_hrd.split(max(1, _block_elements(device) // (heads * keys)), 1):
+        weights_hrt = part_hrd.matmul(k_htd.transpose(1, 2)).softmax(-1)
+        max_ht = max_ht.maximum(weights_hrt.amax(1))
+        sum_ht += weights_hrt.sum(1)
+    return max_ht, sum_ht / q_hrd.shape[1]
+
+
+class _UnrunReplay:
+    """The replay that is never run: a scoring chunk's own queries against its keys, as if moved to where its repeat would be.
+
+    See crates/extract/src/channels/replay_unrun.rs. What is held is bounded: of each layer the queries of the chunk that
+    earlier forwards began.
+    """
+
+    def __init__(self, requests: Requests, inv_freq: torch.Tensor, prefix: int, context: int):
+        self.prefix, self.context = prefix, context
+        self.waiting: dict[int, torch.Tensor] = {}
+        # Each chunk with the rotation that moves its keys as far back as its repeat is further on.
+        self.chunks = []
+        for start, end in requests.chunks(context):
+            angles_d = inv_freq.double() * -(context - start + requests.before(start))
+            self.chunks.append((start, end, angles_d.cos().float(), angles_d.sin().float()))
+
+    def add(self, layer: _Layer):
+        """Take a layer's new queries; yields begin and end of each chunk that is complete now, and its `unrun_scores`."""
+        first, q_qsd = max(0, layer.start - self.prefix), layer.q_qsd[:, max(0, self.prefix - layer.start) :]
+        earlier = self.waiting.pop(layer.index, None)
+        if earlier is not None:
+            first, q_qsd = first - earlier.shape[1], torch.cat([earlier, q_qsd], 1)
+        read = first + q_qsd.shape[1]
+        for start, end, cos_d, sin_d in self.chunks:
+            if first <= start < read < end:
+                self.waiting[layer.index] = q_qsd[:, start - first :].clone()
+            elif first <= start and end <= read:
+                a, b = layer.k_hkd[:, self.prefix + start : self.prefix + end].float().chunk(2, -1)
+                cos_d, sin_d = cos_d.to(a.device), sin_d.to(a.device)
+                moved_htd = torch.cat([a * cos_d - b * sin_d, b * cos_d + a * sin_d], -1)
+                yield start, end, *unrun_scores(q_qsd[:, start - first : end - first], moved_htd)
+
+
 def text_encoder(tokenizer):
     """A function from texts to ids as they are within a prompt.
 
@@ -816,6 +886,38 @@ class Frame(NamedTuple):
         return cls(tokenizer.encode(prefix, add_special_tokens=False), text_encoder(tokenizer)(switch))
 
 
+class Requests(NamedTuple):
+    """What is fed to make a model repeat its context, scoring chunk by scoring chunk: token ids."""
+
+    first: list[int]
+    later: list[int]
+    switch: list[int]
+    chunk_tokens: int
+
+    @classmethod
+    def of(cls, tokenizer, label: dict) -> Requests:
+        """By the section `label` of an export."""
+        original, encode = label["preset"] == "original", text_encoder(tokenizer)
+        later = "\n\nRepeat the part of the previous context exactly, starting with" + " " * original
+        first, size = "\n\nRepeat the previous context exactly.", label["chunk_tokens"] or (2000 if original else 2048)
+        return cls(encode(first), encode(later), Frame.of(tokenizer).switch, max(1, size))
+
+    def chunks(self, context: int) -> list[tuple[int, int]]:
+        """Begin and end of each scoring chunk of so many tokens; the last may be shorter."""
+        return [(start, min(start + self.chunk_tokens, context)) for start in range(0, context, self.chunk_tokens)]
+
+    def _quoted(self, start: int) -> int:
+        return min(start, self.chunk_tokens, QUOTED_TOKENS)
+
+    def before(self, start: int) -> int:
+        """Tokens fed before the chunk at `start` itself."""
+        return len(self.later if start else self.first) + self._quoted(start) + len(self.switch)
+
+    def ids(self, context: list[int], start: int, end: int) -> list[int]:
+        quote = context[start - self._quoted(start) : start]
+        return (self.later if start else self.first) + quote + self.switch + context[start:end]
+
+
 def _check_type(model: nn.Module) -> None:
     if model.config.model_type not in MODEL_TYPES:
         raise ValueError(f"features of `{model.config.model_type}` are not supported, only of {', '.join(MODEL_TYPES)}")
@@ -835,9 +937,21 @@ class Reading:
     layer the last queries.
     """
 
-    def __init__(self, model: nn.Module, extract: dict, prefix: int, hidden: tuple | None = None):
-        # `hidden`: weight `[l, d, h]` and bias `[l, h]` of the channel `hidden_linear`.
+    def __init__(
+        self,
+        model: nn.Module,
+        extract: dict,
+        prefix: int,
+        hidden: tuple | None = None,
+        requests: Requests | None = None,
+        context: int | None = None,
+    ):
+        # `hidden`: weight `[l, d, h]` and bias `[l, h]` of the channel `hidden_linear`. `requests` and, where the context
+        # comes in several forwards, its length `context` are for the channels `replay_unrun` and `replay_unrun_mean`.
         self.model, self.extract, self.prefix, self.hidden = model, extract, prefix, hidden
+        self.requests, self.context, self.unrun = requests, context, None
+        if requests is None and any(channel in UNRUN_CHANNELS for channel in extract["channels"]):
+            raise ValueError("the channels `replay_unrun` and `replay_unrun_mean` need the requests of a repeat: `Requests.of`")
         self.ids = torch.empty(0, dtype=torch.long)
         self.statistics = _QueryStatistics(extract)
         # Of each layer `[h, c, t]`, of the tokens so far.
@@ -861,7 +975,7 @@ class Reading:
 
         ids, cache = torch.as_tensor(ids, dtype=torch.long, device=self.model.device).reshape(1, -1), DynamicCache()
         total, chunk = ids.numel(), max(1, self.extract["prefill_chunk_tokens"])
-        self._context(total)
+        self.context = self._context(total)
         if total > chunk:
             chunk = min(chunk, max(256, MASK_ELEMENTS // total))
         with self.gathering():
@@ -873,9 +987,12 @@ class Reading:
     def features(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the tokens so far, those of the prefix left out: f32 `[p, channels, t]` and `[globals, t]`."""
         context, device = self._context(self.ids.numel()), self.model.device
+        if self.context not in (None, context):
+            raise ValueError(f"{context} tokens of a context of {self.context} were read")
         heads_pct = torch.cat([x.to(device) for x in self.layers])
         config = self.model.config
-        self.statistics.finish(heads_pct, config.num_attention_heads // config.num_key_value_heads)
+        heads = config.num_key_value_heads
+        self.statistics.finish(heads_pct, heads, config.num_attention_heads // heads)
         heads_pct.clamp_(-LOG_LIMIT, LOG_LIMIT)
         t = torch.arange(context, dtype=torch.float64, device=device)
         of = {
@@ -917,6 +1034,27 @@ class Reading:
         for slot, channel in enumerate(channels):
             if channel in of:
                 out_hct[:, slot, -n:] = of[channel]()
+            elif channel == "key_diff":
+                # Of the mean of all keys so far: each forward writes all positions anew.
+                out_hct[:, slot] = key_diff(layer.k_hkd, self.prefix)
+        if self.requests is not None:
+            for start, end, max_ht, mean_ht in self._unrun(context).add(layer):
+                for slot, channel in enumerate(channels):
+                    if channel in UNRUN_CHANNELS:
+                        out_hct[:, slot, start:end] = (max_ht if channel == "replay_unrun" else mean_ht + MEAN_FLOOR).log()
+
+    def _unrun(self, read: int) -> _UnrunReplay:
+        """Where the repeat would be depends on the context's length: that stated, or `read`, if all comes in one forward."""
+        context = self.context or read
+        if self.unrun is None:
+            rotary = self.model.model.rotary_emb
+            self.unrun = _UnrunReplay(self.requests, rotary.inv_freq, self.prefix, context)
+        if self.unrun.context != context or read > context:
+            raise ValueError(
+                "the channels `replay_unrun` and `replay_unrun_mean` need the context in one forward, or its length "
+                f"before the first: `tap(target, prefix, context=...)`; {read} tokens came after {self.unrun.context} were expected"
+            )
+        return self.unrun
 
     def _projected(self, layer: _Layer, n: int):
         """The fitted map of what the layer's attention reads, of its last `n` tokens: `[h, n]`."""
@@ -948,11 +1086,11 @@ class Reading:
 def source_sections(extract: dict) -> dict[str, dict]:
     """The models that features come from, in the mapper's order, each with what it is asked for in `channels`."""
     channels = {"proxy": extract["channels"], "target": extract.get("target_channels", list(PREFILL_CHANNELS))}
-    known = {"proxy": PREFILL_CHANNELS + REPEAT_CHANNELS, "target": (*PREFILL_CHANNELS, "hidden_linear")}
+    known = {"proxy": (*CHANNELS, *REPEAT_CHANNELS), "target": (*CHANNELS, "hidden_linear")}
     sources = extract.get("from", ["proxy"])
     unknown = [f"{s} {c}" for s in sources for c in channels.get(s, "?") if c not in known.get(s, ())]
     if unknown:
-        raise ValueError(f"features `{', '.join(unknown)}` are not known here: this file is older than the export, or they are proxykv-train's alone")
+        raise ValueError(f"features `{', '.join(unknown)}` are not known here: this file is older than the export")
     return {source: {**extract, "channels": channels[source]} for source in sources}
 
 
@@ -996,6 +1134,7 @@ class ProxyKV:
         """
         self.config, self.mapper, self.proxy, self.tokenizer, self.hidden = config, mapper, proxy, tokenizer, hidden
         self.budgets = budgets
+        self._tokenizers = {}
         self.sources = source_sections(config["extract"])
         if ("proxy" in self.sources) != (proxy is not None):
             raise ValueError(f"the mapper reads features of {', '.join(self.sources)}; a proxy was {'' if proxy else 'not '}given")
@@ -1068,21 +1207,42 @@ class ProxyKV:
         return cls(config, mapper, model.to(device or "cpu"), tokenizer, hidden or None, budgets)
 
     @contextmanager
-    def tap(self, target: nn.Module, prefix: int):
+    def tap(self, target: nn.Module, prefix: int, context: int | None = None):
         """Gather the target's features while it prefills, for `target=` of the other methods: no second forward.
 
             with px.tap(target, prefix) as reading:
                 target.model(input_ids=ids, past_key_values=cache)
             keep = px.keep(ids, prefix, 0.1, target=reading)
+
+        The channels `replay_unrun` and `replay_unrun_mean` need the context in one forward, or its length `context`,
+        which the prefix is no part of.
         """
-        with self._reading_of(target, prefix).gathering() as reading:
+        with self._reading_of(target, prefix, context).gathering() as reading:
             yield reading
 
-    def _reading_of(self, target: nn.Module, prefix: int) -> Reading:
+    def _reading_of(self, target: nn.Module, prefix: int, context: int | None = None) -> Reading:
         if "target" not in self.sources:
             raise ValueError("the mapper reads the proxy alone")
         self.check_target(target)
-        return Reading(target, self.sources["target"], prefix, self.hidden)
+        section = self.sources["target"]
+        return Reading(target, section, prefix, self.hidden, self._requests(section, lambda: self.tokenizer_of(target)), context)
+
+    def _requests(self, section: dict, tokenizer) -> Requests | None:
+        """Where the channels of a source need them; `tokenizer` gives its tokenizer."""
+        moves = any(channel in UNRUN_CHANNELS for channel in section["channels"])
+        return Requests.of(tokenizer(), self.config["label"]) if moves else None
+
+    def tokenizer_of(self, target: nn.Module):
+        """The tokenizer beside the target's weights; its vocabulary must be the one that the mapper knows."""
+        name = target.config.name_or_path
+        if name not in self._tokenizers:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            if vocab_hash(tokenizer) != self.config["target"]["vocab_hash"]:
+                raise ValueError(f"the vocabulary of `{name}` is not that of the target that the mapper knows")
+            self._tokenizers[name] = tokenizer
+        return self._tokenizers[name]
 
     @torch.no_grad()
     def features(
@@ -1097,7 +1257,8 @@ class ProxyKV:
 
     def _features_of(self, source: str, ids, prefix: int, target):
         if source == "proxy":
-            reading = Reading(self.proxy, self.sources["proxy"], prefix)
+            section = self.sources["proxy"]
+            reading = Reading(self.proxy, section, prefix, requests=self._requests(section, lambda: self.tokenizer))
             cache = reading.prefill(ids)
             heads_pct, globals_ct = reading.features()
             if any(channel in REPEAT_CHANNELS for channel in reading.extract["channels"]):
@@ -1117,20 +1278,14 @@ class ProxyKV:
         """Channels for which the proxy repeats its context, chunk by chunk, as KVzip scores do."""
         model, label, channels = self.proxy, self.config["label"], self.sources["proxy"]["channels"]
         original, plus = label["preset"] == "original", label["preset"] == "plus"
-        size = label["chunk_tokens"] or (2000 if original else 2048)
+        requests = Requests.of(self.tokenizer, label)
         sink = label["sink"] or ("prefix" if original else {"tokens": 4})
         sink = prefix if sink == "prefix" else min(sink["tokens"], prefix)
-        encode = text_encoder(self.tokenizer)
-        first = encode("\n\nRepeat the previous context exactly.")
-        later = encode("\n\nRepeat the part of the previous context exactly, starting with" + " " * original)
-        switch, context = Frame.of(self.tokenizer).switch, ids[prefix:].tolist()
+        context = ids[prefix:].tolist()
         shape = (heads_pct.shape[0], len(context))
         max_pt, mean_pt = (torch.zeros(shape, device=heads_pct.device) for _ in range(2))
         held, heads = cache.get_seq_length(), model.config.num_key_value_heads
-        for start in range(0, len(context), size):
-            end = min(start + size, len(context))
-            before = context[max(0, start - min(size, QUOTED_TOKENS)) : start]
-            tokens = (later if start else first) + before + switch + context[start:end]
+        for start, end in requests.chunks(len(context)):
 
             def see(layer: _Layer, start=start, end=end):
                 best_ht, mean_ht = _chunk_scores(layer, sink, prefix + start, prefix + end, plus)
@@ -1138,7 +1293,7 @@ class ProxyKV:
                 max_pt[rows, start:end], mean_pt[rows, start:end] = best_ht, mean_ht
 
             with _tap(model, see):
-                input_ids = torch.tensor([tokens], device=model.device)
+                input_ids = torch.tensor([requests.ids(context, start, end)], device=model.device)
                 model.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
             cache.crop(held)
         of = {
@@ -1289,12 +1444,7 @@ def _make_press():
             """How many of the first tokens are the chat template's."""
             name = model.config.name_or_path
             if name not in self._prefixes:
-                from transformers import AutoTokenizer
-
-                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-                if vocab_hash(tokenizer) != self._proxykv.config["target"]["vocab_hash"]:
-                    raise ValueError(f"the vocabulary of `{name}` is not that of the target that the mapper knows")
-                self._prefixes[name] = Frame.of(tokenizer).prefix
+                self._prefixes[name] = Frame.of(self._proxykv.tokenizer_of(model)).prefix
             same = (a == b for a, b in zip(ids, self._prefixes[name]))
             return next((i for i, equal in enumerate(same) if not equal), min(len(ids), len(self._prefixes[name])))
 

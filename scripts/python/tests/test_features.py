@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import unittest
@@ -55,8 +56,8 @@ class Features(unittest.TestCase):
             self.assertEqual(tokenizer.encode("a", add_special_tokens=False) + encode("\n\nb") + encode(" b"), whole)
 
     def test_channels_equal_the_rust_ones_in_f32(self):
-        # The second run has all channels of a proxy, KVzip+ scores, and chunks in prefill and repeat.
-        for run in ("demo-nano", "other", "own", "both"):
+        # `other` has all channels of a proxy, KVzip+ scores, and chunks in prefill and repeat.
+        for run in ("demo-nano", "other", "own", "both", "own-all", "both-all"):
             px, rust, prefix = opened(run), kept(run), frame().prefix
             worst = 0.0
             for i in contexts(run):
@@ -65,6 +66,72 @@ class Features(unittest.TestCase):
                 torch.testing.assert_close(globals_, rust[f"{i}.globals_ct"], atol=1e-3, rtol=0)
                 worst = max(worst, (heads - rust[f"{i}.heads_pct"]).abs().max().item())
             print(f"\n  {run}: largest difference {worst:.1e}", end="")
+
+    def test_every_channel_is_asked_of_every_model_that_gives_it(self):
+        for run, source, known in (
+            ("other", "proxy", (*proxykv.CHANNELS, *proxykv.REPEAT_CHANNELS)),
+            ("own-all", "target", (*proxykv.CHANNELS, "hidden_linear")),
+        ):
+            self.assertEqual(set(opened(run).sources[source]["channels"]), set(known))
+            asked = opened("both-all").sources[source]["channels"]
+            self.assertLessEqual({*proxykv.UNRUN_CHANNELS, "key_diff", "mean_last_layer"}, set(asked))
+
+    def test_kept_sets_with_all_channels_are_those_of_eval(self):
+        for run in ("other", "own-all", "both-all"):
+            px, rust, prefix = opened(run), kept(run), frame().prefix
+            policies = [policy for policy in proxykv.POLICIES if f"0.{policy}" in rust]
+            self.assertIn("pair", policies)
+            for i in contexts(run):
+                scores = px.scores(prefix + rust[f"{i}.tokens"].tolist(), len(prefix), target(run))
+                for policy in policies:
+                    for n, ratio in enumerate(rust["ratios"].tolist()):
+                        keep = proxykv.keep_mask(scores, policy, ratio, px.budgets)
+                        different = (keep != rust[f"{i}.{policy}"][n]).sum().item()
+                        self.assertEqual(different, 0, f"{run}, context {i}, {policy} at {ratio}: {different} KV pairs differ")
+
+    def test_an_unrun_replay_needs_to_know_where_the_repeat_would_be(self):
+        model, px, prefix = pipe().model, opened("own-all"), frame().prefix
+        ids = prefix + kept("own-all")["0.tokens"].tolist()
+        read = lambda cache, *ends: model.model(input_ids=torch.tensor([ids[slice(*ends)]]), past_key_values=cache)  # noqa: E731
+        cache = DynamicCache()
+        with px.tap(model, len(prefix)):
+            read(cache, 0, 300)
+            with self.assertRaisesRegex(ValueError, "context=..."):
+                read(cache, 300, 400)
+        cache = DynamicCache()
+        with px.tap(model, len(prefix), len(ids)) as reading:
+            read(cache, 0, 400)
+        with self.assertRaisesRegex(ValueError, f"of a context of {len(ids)}"):
+            reading.features()
+        with px.tap(model, len(prefix), 200), self.assertRaisesRegex(ValueError, "context=..."):
+            read(DynamicCache(), 0, 400)
+
+    def test_an_unrun_score_is_the_weight_of_a_query_moved_to_its_repeat(self):
+        # One head of two dimensions, in which a position is an angle: every logit is known.
+        requests = proxykv.Requests([1, 2, 3], [4], [5, 6], 3)
+        self.assertEqual(requests.chunks(5), [(0, 3), (3, 5)])
+        self.assertEqual([requests.before(0), requests.before(3)], [5, 6])
+        self.assertEqual(requests.ids([10, 11, 12, 13, 14], 3, 5), [4, 10, 11, 12, 5, 6, 13, 14])
+        angle = 0.3
+        at = lambda n: torch.tensor([math.cos(n * angle), math.sin(n * angle)])  # noqa: E731
+        prefix, context = 2, 5
+        keys = torch.stack([at(n) * (n + 1) for n in range(prefix + context)])
+        queries = torch.stack([at(n) * 2 for n in range(prefix + context)])
+        replay = proxykv._UnrunReplay(requests, torch.tensor([angle]), prefix, context)
+        scores = {}
+        for start, end in ((0, 1), (1, 4), (4, 7)):
+            layer = proxykv._Layer(0, queries[None, start:end], keys[None, :end], keys[None, :end], start, None, None)
+            scores.update({(a, b): (x[0], y[0]) for a, b, x, y in replay.add(layer)})
+        self.assertEqual(list(scores), [(0, 3), (3, 5)])
+        for (start, end), (highest, mean) in scores.items():
+            further = context - start + requests.before(start)
+            rows = []
+            for s in range(start, end):
+                query = at(prefix + s + further) * 2
+                logits = torch.stack([query @ keys[prefix + t] / math.sqrt(2) for t in range(start, end)])
+                rows.append(logits.softmax(0))
+            torch.testing.assert_close(highest, torch.stack(rows).amax(0))
+            torch.testing.assert_close(mean, torch.stack(rows).mean(0))
 
     def test_features_equal_those_of_the_shard(self):
         px = opened("demo-nano")
@@ -83,13 +150,13 @@ class Features(unittest.TestCase):
     def test_a_tapped_prefill_gives_the_features_of_a_forward_of_its_own(self):
         model, prefix = pipe().model, frame().prefix
         ids = prefix + kept("own")["0.tokens"].tolist()
-        for run in ("own", "both"):
+        for run in ("own", "both", "own-all", "both-all"):
             px = opened(run)
             whole = px.features(ids, len(prefix), model)
             # Some pieces are shorter than the prefix, than the 64 last queries, or one token.
             for ends in ([len(ids)], [5, 300, len(ids)], [len(prefix), 301, len(ids) - 30, len(ids) - 1, len(ids)]):
                 cache, start = DynamicCache(), 0
-                with px.tap(model, len(prefix)) as reading:
+                with px.tap(model, len(prefix), len(ids) - len(prefix)) as reading:
                     for end in ends:
                         model.model(input_ids=torch.tensor([ids[start:end]]), past_key_values=cache)
                         start = end

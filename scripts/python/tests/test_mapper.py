@@ -12,7 +12,7 @@ from common import export, proxykv
 
 class Parity(unittest.TestCase):
     def test_every_variant_equals_the_rust_mapper(self):
-        for run in ("demo-nano", "other", "own", "both", "mlp", "linear"):
+        for run in ("demo-nano", "other", "own", "both", "own-all", "both-all", "mlp", "linear"):
             with self.subTest(run):
                 difference = proxykv.check_parity(export(run))
                 print(f"\n  {run}: largest difference {difference:.1e}", end="")
