@@ -7,7 +7,7 @@ import unittest
 import pyarrow.parquet as pq
 import torch
 from common import PROXY, RUNS, TARGET, contexts, export, frame, kept, opened, pipe, proxykv, results
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 RUN = "demo-nano"
 SOURCES = {RUN: ["proxy"], "own": ["target"], "both": ["target", "proxy"]}
@@ -83,17 +83,24 @@ class Press(unittest.TestCase):
             n = rust["ratios"].tolist().index(counted["ratio"])
             self.assertEqual(rust["0.pair"][n].sum((0, 1)).tolist(), counted["counts"])
 
-    def test_uniform_policies_shrink_the_cache_and_pair_hides(self):
-        ids, model = self.ids(0), pipe().model
-        held = len(frame().prefix) + proxykv.kept_count(len(ids) - len(frame().prefix), 0.1)
-        for policy in ("pair-uniform", "token"):
-            _, cache = self.prefill(ids, retention=0.1, policy=policy)
-            self.assertEqual(cache.get_seq_length(), held)
-            self.assertIsNone(model.model.layers[0].self_attn.masked_key_indices)
-        made, cache = self.prefill(ids, retention=0.1)
-        self.assertEqual(cache.get_seq_length(), len(ids))
-        hidden = sum(len(layer.self_attn.masked_key_indices[0]) for layer in model.model.layers)
-        self.assertEqual(hidden, (~made.kept).sum().item())
+    def test_the_cache_holds_what_is_kept_and_nothing_else_under_every_policy(self):
+        ids, prefix = self.ids(0), len(frame().prefix)
+        pair_bytes, positions = 2 * 32 * 4, len(ids) - prefix
+        every_head = prefix + proxykv.kept_count(positions, 0.1)
+        for policy in proxykv.POLICIES:
+            made, cache = self.prefill(ids, retention=0.1, policy=policy)
+            pairs = made.kept.sum().item()
+            if policy in ("pair-uniform", "token"):
+                self.assertEqual(pairs, 12 * every_head)
+            else:
+                self.assertEqual(pairs, 12 * prefix + proxykv.kept_count(12 * positions, 0.1))
+            self.assertEqual(made.bytes, (12 * len(ids) * pair_bytes, pairs * pair_bytes))
+            # Of memory, not of views.
+            parts = [part for layer in cache.layers for x in (layer.keys, layer.values) for part in x.parts]
+            storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+            self.assertEqual(sum(storages.values()), pairs * pair_bytes)
+            # It goes on where the context ended.
+            self.assertEqual(cache.get_seq_length(), len(ids))
 
     def test_a_context_in_pieces_is_one_context(self):
         ids = self.ids(1)
@@ -105,6 +112,15 @@ class Press(unittest.TestCase):
                 for part in (ids[:5], ids[5:300], ids[300:]):
                     pipe().model.model(input_ids=torch.tensor([part]), past_key_values=cache)
             self.assertTrue(torch.equal(made.kept, whole.kept), run)
+
+    def test_channels_of_an_unrun_replay_are_read_in_one_prefill(self):
+        made, cache = self.prefill(self.ids(0), run="own-all", retention=0.1)
+        n = kept("own-all")["ratios"].tolist().index(0.1)
+        self.assertTrue(torch.equal(made.kept[..., len(frame().prefix) :], kept("own-all")["0.pair"][n]))
+        cache = DynamicCache()
+        with torch.inference_mode(), self.assertRaisesRegex(ValueError, "in one forward"), press("own-all", retention=0.1)(pipe().model):
+            for part in (self.ids(0)[:300], self.ids(0)[300:]):
+                pipe().model.model(input_ids=torch.tensor([part]), past_key_values=cache)
 
     def test_the_target_is_run_once_whatever_it_is_read_for(self):
         model, calls = pipe().model, []
@@ -155,9 +171,6 @@ class Press(unittest.TestCase):
             pass
         with self.assertRaisesRegex(ValueError, "the proxy has layers"):
             proxykv.ProxyKV.from_pretrained(export(RUN), proxy=TARGET)
-        eager = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32, attn_implementation="eager")
-        with self.assertRaisesRegex(ValueError, "eager"), torch.inference_mode(), press(retention=0.1)(eager):
-            eager.model(input_ids=torch.tensor([self.ids(0)]), past_key_values=DynamicCache())
 
     def test_the_proxy_may_lie_elsewhere(self):
         made = proxykv.ProxyKVPress(str(export(RUN)), retention=0.1, proxy=PROXY)
