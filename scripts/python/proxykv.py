@@ -3,9 +3,9 @@
     from proxykv import ProxyKVPress
     press = ProxyKVPress("path/or/hub-name/of/an/export", retention=0.1)
 
-One file without our binary: torch and safetensors for the mapper, transformers to run the models, kvpress for
-the press, huggingface_hub for a hub name; each is imported when it is needed. An export is JSON and safetensors:
-nothing is unpickled and no code is downloaded.
+Without our binary: torch and safetensors for the mapper, transformers to run the models, kvpress for the press,
+huggingface_hub for a hub name; each is imported when it is needed. An export is JSON and safetensors: nothing is
+unpickled and no code is downloaded. What needs no torch is in proxykv_engine.py beside this file.
 
 The numbers are those of the Rust crates `mapper`, `extract`, `score` and `prune`, in the same order of operations;
 what each means is written there.
@@ -32,25 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from proxykv_engine import NO_BUDGETS, Frame, HeadBudgets, export_folder, kept_count, text_encoder, vocab_hash
+
 EXPORT_VERSION = 2
 POLICIES = ("pair", "pair-uniform", "pair-budget", "token")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The export's files
-
-
-def export_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of an export, downloaded first if `source` is a hub name."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
-        raise FileNotFoundError(f"there is no export at `{source}`: expected a folder or a hub name `owner/name`")
-    from huggingface_hub import snapshot_download
-
-    files = ["config.json", "model.safetensors", "parity.safetensors", "budgets.json"]
-    return Path(snapshot_download(str(source), revision=revision, allow_patterns=files))
 
 
 def read_config(folder: Path, verify: bool = True) -> dict:
@@ -374,91 +363,6 @@ def check_parity(source: str | Path, revision: str | None = None) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Keep masks (crates/prune)
-
-
-NO_BUDGETS = (
-    "policy `pair-budget` needs head budgets, and the export has none; write it again with `proxykv-train export`, "
-    "or use `pair-uniform`"
-)
-
-
-def kept_count(n: int, retention: float) -> int:
-    """How many of `n` KV pairs a retention ratio keeps: rounded half up, at least one."""
-    if not 0.0 < retention <= 1.0:
-        raise ValueError(f"a retention ratio is the kept share of KV pairs, 0 < ratio <= 1, found {retention}")
-    exact = n * retention
-    count = math.floor(exact)
-    return min(n, max(min(n, 1), count + (exact - count >= 0.5)))
-
-
-class HeadBudgets(NamedTuple):
-    """How many positions each KV head keeps under the policy `pair-budget`: an export's `budgets.json`.
-
-    Shares of a head's positions, at retention ratios, both in parts per million; between two ratios interpolated.
-    """
-
-    ratios: list[int]
-    # By ratio and head, layers x KV heads.
-    shares: list[list[int]]
-
-    @classmethod
-    def read(cls, source: str | Path, revision: str | None = None) -> HeadBudgets | None:
-        """Those of an export (folder or hub name); None where it is older than budgets are."""
-        folder = export_folder(source, revision)
-        path = folder / "budgets.json"
-        if not path.is_file():
-            return None
-        file = json.loads(path.read_text(encoding="utf-8"))
-        if file.get("schema_version") != 1:
-            raise ValueError(f"`{path}`: expected version 1, found {file.get('schema_version')}")
-        shares = [[share for layer in row for share in layer] for row in file["shares"]]
-        sizes = [file["contexts"], file["layers"], file["kv_heads"]]
-        lines = [file["model_sha256"], *(" ".join(map(str, row)) for row in [sizes, file["ratios"], *shares])]
-        found = hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
-        if found != file["sha256"]:
-            raise ValueError(f"`{path}` is damaged: expected SHA-256 {file['sha256']}, found {found}")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if file["model_sha256"] != config["files"]["model.safetensors"]["sha256"]:
-            raise ValueError(f"`{path}` belongs to the weights of another export")
-        return cls(file["ratios"], shares)
-
-    def counts(self, kept: int, positions: int) -> list[int]:
-        """Positions that each head keeps of `positions`, `kept` pairs in all; it depends on nothing else."""
-        heads = len(self.shares[0])
-        at = kept / float(heads * positions) * 1e6 if positions else 0.0
-        high = next((i for i, ratio in enumerate(self.ratios) if ratio >= at), len(self.ratios) - 1)
-        start, low = (self.ratios[high - 1], self.shares[high - 1]) if high else (0, [0] * heads)
-        way = (at - start) / (float(self.ratios[high]) - start)
-        return _apportion([a + (float(b) - a) * way for a, b in zip(map(float, low), self.shares[high])], kept, positions)
-
-
-def _apportion(weights: list[float], total: int, cap: int) -> list[int]:
-    """`total` in proportion to `weights`, at most `cap` to each; rounded by largest remainder, then the lower index.
-
-    The same operations in the same order as in Rust: all readers count alike.
-    """
-    quota, full, left = [0.0] * len(weights), [False] * len(weights), total
-    while True:
-        still = [o for o in range(len(weights)) if not full[o]]
-        weight = 0.0
-        for o in still:  # `sum` compensates for rounding
-            weight += weights[o]
-        for o in still:
-            quota[o] = left * weights[o] / weight if weight > 0.0 else left / len(still)
-        beyond = [o for o in still if quota[o] > cap]
-        if not beyond:
-            break
-        for o in beyond:
-            full[o], quota[o] = True, float(cap)
-            left = max(0, left - cap)
-    counts = [math.floor(q) for q in quota]
-    order = sorted(range(len(weights)), key=lambda o: math.floor(quota[o]) - quota[o])
-    rest = max(0, total - sum(counts))
-    while rest > 0 and min(counts) < cap:
-        for o in order:
-            if rest > 0 and counts[o] < cap:
-                counts[o], rest = counts[o] + 1, rest - 1
-    return counts
 
 
 def keep_mask(
@@ -847,50 +751,6 @@ class _UnrunReplay:
                 yield start, end, *unrun_scores(q_qsd[:, start - first : end - first], moved_htd)
 
 
-def text_encoder(tokenizer):
-    """A function from texts to ids as they are within a prompt.
-
-    A SentencePiece tokenizer puts a blank before every text it is given, but none after another character.
-    """
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    if core is None:
-        return encode
-
-    def pieces(text: str) -> str:
-        text = core.normalizer.normalize_str(text) if core.normalizer else text
-        return "".join(p for p, _ in core.pre_tokenizer.pre_tokenize_str(text)) if core.pre_tokenizer else text
-
-    for lead in ("", "\u0001", "\n", ".", "|"):
-        pairs = (("a", "b"), ("a", " b"), ("a ", "b"), ("a\n", "b"))
-        fits = all(pieces(a + b) == pieces(a) + pieces(lead + b).removeprefix(pieces(lead)) for a, b in pairs)
-        ids = encode(lead)
-        if fits and (not lead or all(encode(lead + x)[: len(ids)] == ids for x in ("a", " b", "1", "[", "\u00e9", "\u4eac"))):
-            return lambda text: encode(lead + text)[len(ids) :]
-    raise ValueError("the tokenizer reads a text as another one than its parts, which prompts are made of")
-
-
-class Frame(NamedTuple):
-    """Tokens around a user's text, by the chat template; without one the bos token, if there is one, as in kvpress."""
-
-    prefix: list[int]
-    switch: list[int]
-
-    @classmethod
-    def of(cls, tokenizer) -> Frame:
-        if getattr(tokenizer, "chat_template", None) is None:
-            prefix, switch = tokenizer.bos_token or "", "\n"
-        else:
-            mark = "\u0001"
-            message = [{"role": "user", "content": mark}]
-            options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
-            text = tokenizer.apply_chat_template(message, **options)
-            if text.count(mark) != 1:
-                raise ValueError("the chat template must render the text of a user's message once")
-            prefix, switch = text.split(mark)
-        return cls(tokenizer.encode(prefix, add_special_tokens=False), text_encoder(tokenizer)(switch))
-
-
 class Requests(NamedTuple):
     """What is fed to make a model repeat its context, scoring chunk by scoring chunk: token ids."""
 
@@ -926,13 +786,6 @@ class Requests(NamedTuple):
 def _check_type(model: nn.Module) -> None:
     if model.config.model_type not in MODEL_TYPES:
         raise ValueError(f"features of `{model.config.model_type}` are not supported, only of {', '.join(MODEL_TYPES)}")
-
-
-def vocab_hash(tokenizer) -> str:
-    """SHA-256 of all tokens with their ids, as an export names it."""
-    vocab = sorted((index, token) for token, index in tokenizer.get_vocab().items())
-    text = json.dumps(vocab, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 class Reading:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import tokenizers
 import torch
-from common import PROXY, RUNS, contexts, export, frame, kept, opened, pipe, proxykv, target
+from common import PROXY, RUNS, contexts, engine, export, frame, kept, opened, pipe, proxykv, target
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 
@@ -247,7 +247,7 @@ class Masks(unittest.TestCase):
                 counts = budgets.counts(pairs, positions)
                 self.assertEqual((len(counts), sum(counts)), (heads, pairs))
                 self.assertLessEqual(max(counts), positions)
-        self.assertEqual(proxykv._apportion([8.0, 1.0, 1.0], 10, 5), [5, 3, 2])
+        self.assertEqual(engine._apportion([8.0, 1.0, 1.0], 10, 5), [5, 3, 2])
         scores = kept("demo-nano")["0.scores_lht"]
         with self.assertRaisesRegex(ValueError, "proxykv-train export"):
             proxykv.keep_mask(scores, "pair-budget", 0.1)
