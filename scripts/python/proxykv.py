@@ -28,11 +28,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from proxykv_engine import NO_BUDGETS, Frame, HeadBudgets, export_folder, kept_count, text_encoder, vocab_hash
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from proxykv_engine import NO_BUDGETS, Frame, HeadBudgets, export_folder, kept_count, text_encoder, vocab_hash
 
 EXPORT_VERSION = 2
 POLICIES = ("pair", "pair-uniform", "pair-budget", "token")
@@ -441,12 +441,11 @@ QUOTED_TOKENS = 8
 HIDDEN_ROWS = 1 << 13
 # Architectures whose attention modules the hooks know.
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
-# The channels of a recipe that names none.
 PREFILL_CHANNELS = ("max_all", "mean_all", "max_window", "mean_window", "max_last", "mean_last", "key_norm", "value_norm")
-UNRUN_CHANNELS = ("replay_unrun", "replay_unrun_mean")
-# What any model gives; then what only a proxy and only a target gives.
-CHANNELS = (*PREFILL_CHANNELS, *UNRUN_CHANNELS, "key_diff", "mean_last_layer")
 REPEAT_CHANNELS = ("recon_log", "recon_log_odds", "recon_mean")
+UNRUN_CHANNELS = ("replay_unrun", "replay_unrun_mean")
+# What any model gives. The prefill's are those of a recipe that names none, the repeat's are a proxy's alone.
+CHANNELS = (*PREFILL_CHANNELS, *UNRUN_CHANNELS, "key_diff", "mean_last_layer")
 
 
 def _block_elements(device: torch.device) -> int:
@@ -706,10 +705,10 @@ def key_diff(k_hkd: torch.Tensor, prefix: int) -> torch.Tensor:
     return -unit_hkd.matmul(mean_h1d.transpose(1, 2)).squeeze(-1)[:, prefix:]
 
 
-def unrun_scores(q_qsd: torch.Tensor, k_htd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax weights of every query over all keys: their maximum and mean per key, f32 `[h, t]` each."""
+def unrun_scores(q_qsd: torch.Tensor, k_htd: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax weights of every query over all keys, products times `scale`: maximum and mean per key, f32 `[h, t]` each."""
     (heads, keys, d), device = k_htd.shape, k_htd.device
-    q_hrd = q_qsd.float().reshape(heads, -1, d) / math.sqrt(d)
+    q_hrd = q_qsd.float().reshape(heads, -1, d) * scale
     max_ht, sum_ht = (torch.zeros(heads, keys, device=device) for _ in range(2))
     for part_hrd in q_hrd.split(max(1, _block_elements(device) // (heads * keys)), 1):
         weights_hrt = part_hrd.matmul(k_htd.transpose(1, 2)).softmax(-1)
@@ -748,7 +747,7 @@ class _UnrunReplay:
                 a, b = layer.k_hkd[:, self.prefix + start : self.prefix + end].float().chunk(2, -1)
                 cos_d, sin_d = cos_d.to(a.device), sin_d.to(a.device)
                 moved_htd = torch.cat([a * cos_d - b * sin_d, b * cos_d + a * sin_d], -1)
-                yield start, end, *unrun_scores(q_qsd[:, start - first : end - first], moved_htd)
+                yield start, end, *unrun_scores(q_qsd[:, start - first : end - first], moved_htd, layer.module.scaling)
 
 
 class Requests(NamedTuple):

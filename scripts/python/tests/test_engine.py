@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -132,6 +133,35 @@ class Refusals(unittest.TestCase):
         budgets = engine.HeadBudgets([1_000_000], [[1_000_000] * 5])
         with self.assertRaisesRegex(ValueError, "budgets are for 5 KV heads"):
             engine.Contract(contract().target, budgets)
+
+
+class Budgets(unittest.TestCase):
+    def test_budgets_are_exact_and_refused_where_damaged_or_absent(self):
+        budgets = opened("demo-nano").budgets
+        shape = opened("demo-nano").config["target"]["shape"]
+        heads = shape["layers"] * shape["kv_heads"]
+        for positions in (1, 7, 300, 32768):
+            for pairs in {0, 1, heads * positions // 50, heads * positions // 3, heads * positions}:
+                counts = budgets.counts(pairs, positions)
+                self.assertEqual((len(counts), sum(counts)), (heads, pairs))
+                self.assertLessEqual(max(counts), positions)
+        self.assertEqual(engine._apportion([8.0, 1.0, 1.0], 10, 5), [5, 3, 2])
+        scores = kept("demo-nano")["0.scores_lht"]
+        with self.assertRaisesRegex(ValueError, "proxykv-train export"):
+            proxykv.keep_mask(scores, "pair-budget", 0.1)
+        with self.assertRaisesRegex(ValueError, f"for {heads} KV heads, the scores have 1"):
+            proxykv.keep_mask(scores[:1, :1], "pair-budget", 0.1, budgets)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "export"
+            shutil.copytree(export("demo-nano"), copy)
+            path = copy / "budgets.json"
+            text = path.read_text()
+            share = max(map(max, json.loads(text)["shares"][0]))
+            path.write_text(text.replace(str(share), str(share - 1), 1))
+            with self.assertRaisesRegex(ValueError, "is damaged"):
+                proxykv.HeadBudgets.read(copy)
+            path.unlink()
+            self.assertIsNone(proxykv.HeadBudgets.read(copy))
 
 
 class Frames(unittest.TestCase):
