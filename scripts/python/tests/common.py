@@ -18,7 +18,6 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 import proxykv  # noqa: E402
-import proxykv_engine as engine  # noqa: E402
 
 TARGET, PROXY = "recipes/nano-llama/target", "recipes/nano-llama/proxy"
 

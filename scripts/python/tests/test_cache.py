@@ -5,6 +5,7 @@ import unittest
 
 import torch
 from common import RUNS, TARGET, frame, opened, pipe, proxykv, target
+from proxykv.cache import _hide
 from transformers import AutoModelForCausalLM, DynamicCache
 
 
@@ -107,7 +108,7 @@ class Generate(unittest.TestCase):
     def test_pairs_that_kvpress_hides_in_a_quantized_cache_count_as_evicted(self):
         # Hiding acts on the keys that attention gets, whatever the cache holds them as.
         keep, question = self.random_mask(4), torch.tensor([self.question])
-        proxykv._hide(self.model, keep)
+        _hide(self.model, keep)
         self.addCleanup(lambda: [setattr(layer.self_attn, "masked_key_indices", None) for layer in self.model.model.layers])
         cache = DynamicCache()
         full = prefill(AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32), self.ids)
@@ -119,7 +120,7 @@ class Generate(unittest.TestCase):
         torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
         eager = AutoModelForCausalLM.from_pretrained(TARGET, attn_implementation="eager")
         with self.assertRaisesRegex(ValueError, "`eager`"):
-            proxykv._hide(eager, keep)
+            _hide(eager, keep)
 
     def test_a_cache_that_keeps_everything_answers_as_an_ordinary_one(self):
         cache, full = prefill(self.model, self.ids), prefill(self.model, self.ids)

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import ROOT, TARGET, contexts, engine, export, frame, kept, opened, pipe, proxykv, target
+from common import ROOT, TARGET, contexts, export, frame, kept, opened, pipe, proxykv, target
+from proxykv import engine
+from proxykv.budgets import _apportion
 
 
 def contract(run: str = "demo-nano") -> engine.Contract:
@@ -70,7 +72,7 @@ class Selection(unittest.TestCase):
         self.assertGreater(whole[:, :3].min(), scores.max())
 
     def test_it_needs_no_torch(self):
-        code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import proxykv_engine as e; print(e.Contract.read(sys.argv[1]).layers)"
+        code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import proxykv.engine as e; print(e.Contract.read(sys.argv[1]).layers)"
         command = [sys.executable, "-c", code, str(export("demo-nano"))]
         run = subprocess.run(command, cwd=ROOT / "scripts/python", capture_output=True, text=True)
         self.assertEqual((run.stdout, run.returncode), ("6\n", 0), run.stderr)
@@ -130,7 +132,7 @@ class Refusals(unittest.TestCase):
                 (Path(folder) / "config.json").write_text(text)
                 with self.assertRaisesRegex(ValueError, "no export that this file knows"):
                     engine.Contract.read(folder)
-        budgets = engine.HeadBudgets([1_000_000], [[1_000_000] * 5])
+        budgets = proxykv.HeadBudgets([1_000_000], [[1_000_000] * 5])
         with self.assertRaisesRegex(ValueError, "budgets are for 5 KV heads"):
             engine.Contract(contract().target, budgets)
 
@@ -145,7 +147,7 @@ class Budgets(unittest.TestCase):
                 counts = budgets.counts(pairs, positions)
                 self.assertEqual((len(counts), sum(counts)), (heads, pairs))
                 self.assertLessEqual(max(counts), positions)
-        self.assertEqual(engine._apportion([8.0, 1.0, 1.0], 10, 5), [5, 3, 2])
+        self.assertEqual(_apportion([8.0, 1.0, 1.0], 10, 5), [5, 3, 2])
         scores = kept("demo-nano")["0.scores_lht"]
         with self.assertRaisesRegex(ValueError, "proxykv-train export"):
             proxykv.keep_mask(scores, "pair-budget", 0.1)
@@ -190,7 +192,7 @@ class Frames(unittest.TestCase):
         manager = self.names["ProxyKVManager"](contract(), served(), self.names["score"], compact, 0.1)
         request = SimpleNamespace(tokens=self.tokens, prefix=self.prefix, pages=pages)
         manager.on_context_step_end([request])
-        kept_tokens = self.prefix + engine.kept_count(len(self.tokens) - self.prefix, 0.1)
+        kept_tokens = self.prefix + proxykv.kept_count(len(self.tokens) - self.prefix, 0.1)
         self.assertEqual(evicted, [len(self.tokens) - kept_tokens])
         expected = proxykv.keep_mask(torch.tensor(self.scores), "pair-uniform", 0.1)
         for layer in range(6):

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import tokenizers
 import torch
 from common import PROXY, RUNS, contexts, export, frame, kept, opened, pipe, proxykv, target
+from proxykv.attention import _Layer, _UnrunReplay
+from proxykv.reading import _exact_frequencies
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 
@@ -118,11 +120,11 @@ class Features(unittest.TestCase):
         prefix, context = 2, 5
         keys = torch.stack([at(n) * (n + 1) for n in range(prefix + context)])
         queries = torch.stack([at(n) * 2 for n in range(prefix + context)])
-        replay = proxykv._UnrunReplay(requests, torch.tensor([angle]), prefix, context)
+        replay = _UnrunReplay(requests, torch.tensor([angle]), prefix, context)
         scores = {}
         for start, end in ((0, 1), (1, 4), (4, 7)):
             module = SimpleNamespace(scaling=0.7)
-            layer = proxykv._Layer(0, queries[None, start:end], keys[None, :end], keys[None, :end], start, None, module)
+            layer = _Layer(0, queries[None, start:end], keys[None, :end], keys[None, :end], start, None, module)
             scores.update({(a, b): (x[0], y[0]) for a, b, x, y in replay.add(layer)})
         self.assertEqual(list(scores), [(0, 3), (3, 5)])
         for (start, end), (highest, mean) in scores.items():
@@ -224,7 +226,7 @@ class Features(unittest.TestCase):
             config.rope_parameters = {**base, **scaling}
             model = AutoModelForCausalLM.from_config(config)
             theirs = model.model.rotary_emb.inv_freq.clone()
-            proxykv._exact_frequencies(model)
+            _exact_frequencies(model)
             ours = model.model.rotary_emb.inv_freq
             torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
             self.assertFalse(torch.equal(ours, theirs), f"{scaling} was not recognized")

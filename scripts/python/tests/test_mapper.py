@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
 
 import torch
-from common import export, proxykv
+from common import ROOT, export, proxykv
 
 
 class Parity(unittest.TestCase):
@@ -17,6 +19,14 @@ class Parity(unittest.TestCase):
                 difference = proxykv.check_parity(export(run))
                 print(f"\n  {run}: largest difference {difference:.1e}", end="")
                 self.assertLessEqual(difference, 1e-5)
+
+    def test_the_command_checks_an_export(self):
+        command = [sys.executable, "-m", "proxykv", str(export("linear"))]
+        run = subprocess.run(command, cwd=ROOT / "scripts/python", capture_output=True, text=True)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertIn("largest difference", run.stdout)
+        run = subprocess.run(command[:-1], cwd=ROOT / "scripts/python", capture_output=True, text=True)
+        self.assertIn("usage: python -m proxykv EXPORT", run.stderr)
 
     def test_windows_of_a_long_context_equal_one_forward(self):
         for run in ("demo-nano", "other"):

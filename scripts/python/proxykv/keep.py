@@ -1,0 +1,69 @@
+"""Scores to keep masks: the policies (crates/prune)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .budgets import NO_BUDGETS, HeadBudgets, kept_count
+
+POLICIES = ("pair", "pair-uniform", "pair-budget", "token")
+
+
+def keep_mask(
+    scores_lht: torch.Tensor, policy: str, retention: float, budgets: HeadBudgets | None = None
+) -> torch.Tensor:
+    """The KV pairs that stay, bool of the scores' shape `[.., positions]`; of equal scores the lower index.
+
+    `pair`: all pairs compete; `pair-uniform`: the positions of each head; `pair-budget`: the same, with as many of each
+    head as `budgets` say, and in all as many as `pair`; `token`: the positions, by the mean over heads of their rank.
+    The count is exact: `kept_count` of what competes.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy `{policy}` is not known; expected one of {', '.join(POLICIES)}")
+    shape, t = scores_lht.shape, scores_lht.shape[-1]
+    if policy == "pair":
+        return top_mask(scores_lht.reshape(1, -1), kept_count(scores_lht.numel(), retention)).reshape(shape)
+    if policy == "pair-budget":
+        if budgets is None:
+            raise ValueError(NO_BUDGETS)
+        scores_ot = scores_lht.reshape(-1, t)
+        if scores_ot.shape[0] != len(budgets.shares[0]):
+            raise ValueError(f"head budgets are for {len(budgets.shares[0])} KV heads, the scores have {scores_ot.shape[0]}")
+        counts = budgets.counts(kept_count(scores_lht.numel(), retention), t)
+        rows = [top_mask(scores_ot[o : o + 1], k) for o, k in enumerate(counts)]
+        return torch.cat(rows).reshape(shape)
+    k = kept_count(t, retention)
+    if policy == "pair-uniform":
+        return top_mask(scores_lht.reshape(-1, t), k).reshape(shape)
+    return top_mask(token_scores(scores_lht).unsqueeze(0), k).squeeze(0).expand(shape).contiguous()
+
+
+def token_scores(scores_lht: torch.Tensor) -> torch.Tensor:
+    """Mean rank of each position over all heads, f64 `[positions]`; equal scores share their average rank."""
+    scores_ot = _ordered(scores_lht).reshape(-1, scores_lht.shape[-1]).contiguous()
+    sorted_ot = scores_ot.sort(-1).values
+    below = torch.searchsorted(sorted_ot, scores_ot)
+    not_above = torch.searchsorted(sorted_ot, scores_ot, right=True)
+    return (below + not_above + 1).sum(0).double() / (2 * scores_ot.shape[0])
+
+
+def top_mask(scores_bn: torch.Tensor, k: int) -> torch.Tensor:
+    """The `k` largest of every row, bool; of equal scores the lower index, whatever the device."""
+    n = scores_bn.shape[1]
+    if k <= 0 or k >= n:
+        return torch.full_like(scores_bn, k > 0, dtype=torch.bool)
+    scores_bn = _ordered(scores_bn)
+    if scores_bn.device.type == "cpu":
+        threshold = scores_bn.kthvalue(n - k + 1, -1, keepdim=True).values
+    else:
+        threshold = scores_bn.sort(-1, descending=True).values[:, k - 1 : k]
+    above, equal = scores_bn > threshold, scores_bn == threshold
+    room = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
+
+
+def _ordered(scores):
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return scores.nan_to_num(-math.inf, math.inf, -math.inf)
