@@ -20,14 +20,6 @@ class Parity(unittest.TestCase):
                 print(f"\n  {run}: largest difference {difference:.1e}", end="")
                 self.assertLessEqual(difference, 1e-5)
 
-    def test_the_command_checks_an_export(self):
-        command = [sys.executable, "-m", "proxykv", str(export("linear"))]
-        run = subprocess.run(command, cwd=ROOT / "scripts/python", capture_output=True, text=True)
-        self.assertEqual(run.returncode, 0, run.stderr)
-        self.assertIn("largest difference", run.stdout)
-        run = subprocess.run(command[:-1], cwd=ROOT / "scripts/python", capture_output=True, text=True)
-        self.assertIn("usage: python -m proxykv EXPORT", run.stderr)
-
     def test_windows_of_a_long_context_equal_one_forward(self):
         for run in ("demo-nano", "other"):
             mapper = proxykv.HybridAxialMapper.from_export(export(run))
@@ -42,6 +34,14 @@ class Parity(unittest.TestCase):
             mapper(torch.zeros(1, 3, 7, 10), torch.zeros(1, 4, 10))
         with self.assertRaisesRegex(ValueError, "global features have shape"):
             mapper(torch.zeros(1, 3, 8, 10), torch.zeros(1, 4, 11))
+
+    def test_the_command_checks_an_export(self):
+        command = [sys.executable, "-m", "proxykv", str(export("linear"))]
+        run = subprocess.run(command, cwd=ROOT / "scripts/python", capture_output=True, text=True)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertIn("largest difference", run.stdout)
+        run = subprocess.run(command[:-1], cwd=ROOT / "scripts/python", capture_output=True, text=True)
+        self.assertIn("usage: python -m proxykv EXPORT", run.stderr)
 
 
 class Files(unittest.TestCase):
