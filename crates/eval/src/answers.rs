@@ -5,40 +5,10 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use arrow::array::{BooleanArray, Float64Array, StringArray, UInt32Array};
-use pkv_tasks::Squad;
-use serde::{Deserialize, Serialize};
 
-use crate::bench::{BenchAnswer, BenchAsked};
+use crate::answered::{Answer, AnswersOutcome, Asked};
 use crate::cell::Cell;
 use crate::columns::write_columns;
-
-/// One answer to one question.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Answer {
-    /// Decoded text; the wanted one where it was given exactly.
-    pub text: String,
-    pub correct: bool,
-    /// KL(full || pruned), summed over the wanted tokens, nats.
-    pub kl: f64,
-    /// Wanted tokens whose most likely token differs from the full cache's.
-    pub flipped: u32,
-    /// Wanted tokens: the answer's, and the stop token.
-    pub tokens: u32,
-}
-
-/// A question as it was asked.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Asked {
-    pub question: String,
-    pub wanted: String,
-}
-
-impl Answer {
-    /// Exact match and token F1.
-    pub fn squad(&self, asked: &Asked) -> Squad {
-        Squad::of(&self.text, [asked.wanted.as_str()])
-    }
-}
 
 /// Rows of the file, in order.
 #[derive(Default)]
@@ -70,59 +40,24 @@ impl AnswerTable {
         id.clone_into(&mut self.current);
     }
 
-    /// Add an answer to a planted fact; `place` is context and question, no cell is the full cache.
+    /// Add an answer; `place` is context and question, no cell is the full cache. Several wanted answers are written as a
+    /// JSON list.
     pub fn push(
         &mut self,
         task: &str,
-        place: (usize, usize),
+        (context, question): (usize, usize),
         asked: &Asked,
         cell: Option<&Cell>,
         a: &Answer,
-    ) {
-        let answer = BenchAnswer {
-            text: a.text.clone(),
-            score: f64::from(a.correct),
-            kl: a.kl,
-            flipped: a.flipped,
-            tokens: a.tokens,
-            squad: Some(a.squad(asked)),
-        };
-        self.row(task, place, &asked.question, asked.wanted.clone(), cell, &answer);
-    }
-
-    /// Add an answer to a benchmark's turn; several wanted answers are written as a JSON list.
-    pub fn push_benchmark(
-        &mut self,
-        task: &str,
-        place: (usize, usize),
-        asked: &BenchAsked,
-        cell: Option<&Cell>,
-        a: &BenchAnswer,
     ) {
         let gold = match asked.wanted.as_slice() {
             [one] => one.clone(),
             several => serde_json::json!(several).to_string(),
         };
-        self.row(task, place, &asked.question, gold, cell, a);
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.task.is_empty()
-    }
-
-    fn row(
-        &mut self,
-        task: &str,
-        (context, question): (usize, usize),
-        question_text: &str,
-        gold: String,
-        cell: Option<&Cell>,
-        a: &BenchAnswer,
-    ) {
         self.task.push(task.to_owned());
         self.context.push(context as u32);
         self.question.push(question as u32);
-        self.question_text.push(question_text.to_owned());
+        self.question_text.push(asked.question.clone());
         self.method.push(cell.map_or("full", |c| c.method.name()));
         self.policy.push(cell.map(|c| c.policy.name()));
         self.ratio.push(cell.map_or(1.0, |c| c.ratio.get()));
@@ -136,6 +71,22 @@ impl AnswerTable {
         self.flipped.push(a.flipped);
         self.tokens.push(a.tokens);
         self.context_id.push(self.current.clone());
+    }
+
+    /// Add every answer of a context: question by question, the full cache's and then those of each of `cells` that it has.
+    pub fn push_all(&mut self, task: &str, context: usize, o: &AnswersOutcome, cells: &[Cell]) {
+        self.of_context(&o.context_id);
+        for (q, asked) in o.asked.iter().enumerate() {
+            self.push(task, (context, q), asked, None, &o.full[q]);
+            for cell in cells {
+                let Some(answers) = o.cells.get(cell) else { continue };
+                self.push(task, (context, q), asked, Some(cell), &answers[q]);
+            }
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.task.is_empty()
     }
 
     /// Write the file, whole or not at all; zstd, the same bytes for the same answers.
@@ -174,14 +125,22 @@ mod tests {
     use crate::columns::Columns;
     use pkv_core::{Policy, RetentionRatio};
     use pkv_recipe::MethodName;
+    use pkv_tasks::Squad;
 
     #[test]
     fn answers_survive_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("answers.parquet");
-        let asked = Asked { question: "Who?".to_owned(), wanted: "Ann".to_owned() };
-        let answer =
-            |text: &str, correct| Answer { text: text.to_owned(), correct, kl: 0.5, flipped: 1, tokens: 3 };
+        let asked =
+            Asked { question: "Who?".to_owned(), wanted: vec!["Ann".to_owned()], part: String::new() };
+        let answer = |text: &str, right| Answer {
+            text: text.to_owned(),
+            score: f64::from(right),
+            kl: 0.5,
+            flipped: 1,
+            tokens: 3,
+            squad: Some(Squad::of(text, ["Ann"])),
+        };
         let cell = Cell {
             method: MethodName::SNAPKV,
             policy: Policy::PairUniform,

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
-use pkv_core::{Fingerprint, hinted};
-use pkv_data::{FactContext, FactQuestion};
-use pkv_recipe::{EvalSection, Task};
+use anyhow::Result;
+use pkv_core::{Fingerprint, RetentionRatio};
+use pkv_data::FactContext;
+use pkv_recipe::{EvalSection, Task as TaskName};
 use serde_json::json;
 
 use crate::bench::Benchmark;
@@ -14,7 +14,8 @@ use crate::evaluate::RESULTS_FILE;
 use crate::labels::Plan;
 use crate::results::Results;
 use crate::store::{About, Identity, TaskStore};
-use crate::{facts, worked};
+use crate::task::{BenchmarkTask, Facts, Perplexity, Task};
+use crate::worked;
 
 /// Folder of all outcomes, in the evaluation's folder.
 pub const CONTEXTS_FOLDER: &str = "contexts";
@@ -32,57 +33,56 @@ pub struct Asked<'a> {
 }
 
 /// One task.
-pub struct AskedTask {
+pub struct AskedTask<'a> {
     pub identity: Identity,
     pub contexts: usize,
     pub cells: Vec<Cell>,
+    pub work: Work<'a>,
 }
 
-impl Asked<'_> {
+/// What is done with each context of a task.
+pub enum Work<'a> {
+    /// Predictions are held against the stored labels.
+    Labels,
+    /// Pruned caches are asked.
+    Ask(Box<dyn Task + 'a>),
+    /// What is kept of one context, position by position.
+    Example { of_facts: bool },
+}
+
+impl<'a> Asked<'a> {
     /// Every task, in the order of the work.
     ///
     /// # Errors
     /// A ratio is out of range, or there is no context for the `facts` task.
-    pub fn tasks(&self) -> Result<Vec<AskedTask>> {
+    pub fn tasks(&self) -> Result<Vec<AskedTask<'a>>> {
         let section = self.section;
         let has = |task| section.tasks.contains(&task);
-        let cells = facts::cells(section)?;
-        let task = |about, settings, contexts, cells: &[Cell]| AskedTask {
+        let of = |about, settings, contexts, cells, work| AskedTask {
             identity: Identity::new(self.base, about, settings),
             contexts,
-            cells: cells.to_vec(),
+            cells,
+            work,
         };
-        let planted = json!({
-            "context_tokens": section.context_tokens,
-            "facts_per_context": section.facts_per_context,
-            "first": self.fact_contexts.first().map(content),
-        });
-        let mut all = vec![task(About::Labels, json!({}), self.test_examples, &Plan::new(section)?.cells)];
-        if has(Task::Facts) {
-            ensure!(
-                !self.fact_contexts.is_empty(),
-                hinted(
-                    "there is no context for the `facts` task",
-                    "raise `eval.contexts`, or leave `facts` out of `eval.tasks`"
-                )
-            );
-            let settings = json!({ "planted": planted, "max_answer_tokens": section.max_answer_tokens });
-            let about = About::Facts { answer_match: section.answer_match };
-            all.push(task(about, settings, self.fact_contexts.len(), &cells));
+        let mut tasks: Vec<Box<dyn Task + 'a>> = Vec::new();
+        if has(TaskName::Facts) {
+            tasks.push(Box::new(Facts::new(section, self.fact_contexts)?));
         }
-        if has(Task::Perplexity) {
-            let about = About::Perplexity { continuation_tokens: section.continuation_tokens };
-            all.push(task(about, json!({}), self.test_examples.min(section.contexts), &cells));
+        if has(TaskName::Perplexity) {
+            tasks.push(Box::new(Perplexity::new(section, self.test_examples)));
         }
-        for b in self.benchmarks {
-            let about = About::Benchmark { suite: b.suite.to_owned(), name: b.task.clone() };
-            all.push(task(about, json!(b.identity), b.examples, &cells));
+        tasks.extend(self.benchmarks.iter().map(|b| Box::new(BenchmarkTask(b)) as Box<dyn Task + 'a>));
+        let labels = Plan::new(section)?.cells;
+        let mut all = vec![of(About::Labels, json!({}), self.test_examples, labels, Work::Labels)];
+        let cells = answer_cells(section)?;
+        for task in tasks {
+            all.push(of(task.about(), task.settings(), task.contexts(), cells.clone(), Work::Ask(task)));
         }
-        let example = worked::cells(section)?;
-        if !self.fact_contexts.is_empty() {
-            all.push(task(About::Example { of_facts: true }, planted, 1, &example));
-        } else if self.test_examples > 0 {
-            all.push(task(About::Example { of_facts: false }, json!({}), 1, &example));
+        let of_facts = !self.fact_contexts.is_empty();
+        if of_facts || self.test_examples > 0 {
+            let planted = if of_facts { Facts::planted(section, self.fact_contexts) } else { json!({}) };
+            let cells = worked::cells(section)?;
+            all.push(of(About::Example { of_facts }, planted, 1, cells, Work::Example { of_facts }));
         }
         Ok(all)
     }
@@ -119,24 +119,20 @@ impl Asked<'_> {
     }
 }
 
-/// A hash of all that is in a context. How many there are changes none of them, so the first one stands for all: it
-/// changes with the documents, the lists of words and the places of facts.
-fn content(context: &FactContext) -> String {
-    let asked = |q: &FactQuestion| format!("{:?} {} {}", q.fact, q.question_text, q.answer_text);
-    let questions: Vec<String> = context.questions.iter().map(asked).collect();
-    Fingerprint::new().with("tokens", &context.tokens).with("questions", questions).hash()
+/// The section's cells of tasks.
+fn answer_cells(section: &EvalSection) -> Result<Vec<Cell>> {
+    let ratios =
+        section.answer_ratios.iter().map(|&r| Ok(RetentionRatio::new(r)?)).collect::<Result<Vec<_>>>()?;
+    Ok(Cell::all(&section.methods, &section.answer_policies, &ratios))
 }
 
-impl AskedTask {
+impl AskedTask<'_> {
     /// For the progress bar.
     pub fn what(&self) -> String {
-        match &self.identity.about {
-            About::Methods => "methods".to_owned(),
-            About::Labels => "test examples against their labels".to_owned(),
-            About::Facts { .. } => "contexts asked for planted facts".to_owned(),
-            About::Perplexity { .. } => "continuations of test examples".to_owned(),
-            About::Benchmark { .. } => format!("contexts of {}", self.identity.about.name()),
-            About::Example { .. } => "worked example".to_owned(),
+        match &self.work {
+            Work::Labels => "test examples against their labels".to_owned(),
+            Work::Ask(task) => task.what(),
+            Work::Example { .. } => "worked example".to_owned(),
         }
     }
 }

@@ -3,16 +3,19 @@
 //! One teacher-forced pass over question and wanted answer, behind every keep mask at once, tells whether greedy
 //! decoding would give that answer, how far the distributions drifted and which tokens flipped. Only other answers are
 //! decoded: from their first other token on, all methods, ratios and questions together, and in the cache of the first pass.
-//! What is wanted is the caller's: the right answer, or the full cache's own.
+//! What is wanted is the task's: the right answer, or the full cache's own.
 //!
 //! Dimension key: n keep mask, l layer, h KV head, k cached position, w wanted token, m hidden, v vocabulary.
 
+use anyhow::{Context, Result};
+use pkv_lm::{Branches, KvCache, LanguageModel, TextTokenizer};
+
+use crate::answered::Answer;
 use crate::cell::Cell;
 use crate::context::PrunedContext;
 use crate::forced::{Batch, Continuation, Drift};
-use crate::groups::Groups;
-use anyhow::Result;
-use pkv_lm::{Branches, KvCache, LanguageModel, TextTokenizer};
+use crate::groups::{Groups, forward_bytes};
+use crate::task::{Question, Right};
 
 /// Who is asked.
 #[derive(Clone, Copy)]
@@ -23,37 +26,97 @@ pub struct Asking<'a> {
 
 /// A continuation, and how long an answer may be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Question {
-    pub continuation: Continuation,
-    pub max_tokens: usize,
+struct Forced {
+    continuation: Continuation,
+    max_tokens: usize,
 }
 
 /// What one cache said to one question.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Said {
+struct Said {
     /// The decoded answer; `None` where it is the wanted one, token by token.
-    pub text: Option<String>,
+    text: Option<String>,
     /// KL(full || pruned), summed over the wanted tokens, nats.
-    pub kl: f64,
+    kl: f64,
     /// Wanted tokens whose most likely token differs from the full cache's.
-    pub flipped: u32,
+    flipped: u32,
     /// Wanted tokens.
-    pub tokens: u32,
+    tokens: u32,
 }
 
 impl Asking<'_> {
     /// Ask every question of the full cache, then of every cell's pruned one.
     ///
-    /// Returns a row per cache, the full one first, each with one entry per question.
+    /// Returns a row per cache, the full one first, each with one answer per question.
     ///
     /// # Errors
     /// There is no question, or a forward pass fails.
-    pub fn ask(
+    pub fn answers(
         &self,
         questions: &[Question],
         cells: &[Cell],
         pruned: &PrunedContext,
-    ) -> Result<Vec<Vec<Said>>> {
+    ) -> Result<Vec<Vec<Answer>>> {
+        let own = |q: &&Question| matches!(q.right, Right::FullCache);
+        let prompts: Vec<(Vec<u32>, usize)> =
+            questions.iter().filter(own).map(|q| (q.prompt.clone(), q.max_tokens)).collect();
+        let mut full = match prompts.is_empty() {
+            true => Vec::new(),
+            false => self.answer_full(&prompts, &pruned.cache)?,
+        }
+        .into_iter();
+        let (mut texts, mut forced) = (Vec::new(), Vec::new());
+        for q in questions {
+            let (wanted, text) = match &q.right {
+                Right::Answer { tokens, text } => (tokens.clone(), text.clone()),
+                Right::FullCache => {
+                    let (answer, ended) = full.next().context("the full cache answers every question")?;
+                    let text = self.tokenizer.decode(&answer)?;
+                    let stop = self.tokenizer.stop_tokens().first().filter(|_| ended);
+                    (answer.into_iter().chain(stop.copied()).collect(), text)
+                }
+            };
+            let continuation = Continuation { prompt: q.prompt.clone(), wanted };
+            forced.push(Forced { continuation, max_tokens: q.max_tokens });
+            texts.push(text);
+        }
+        let mut rows: Vec<Vec<Said>> = vec![Vec::new(); cells.len() + 1];
+        for group in self.groups(&forced) {
+            for (row, said) in rows.iter_mut().zip(self.ask(group, cells, pruned)?) {
+                row.extend(said);
+            }
+        }
+        let answer = |(i, said): (usize, Said)| {
+            let is_right = said.text.is_none();
+            let text = said.text.unwrap_or_else(|| texts[i].clone());
+            let (score, squad) = (questions[i].score)(&text, is_right);
+            Answer { text, score, kl: said.kl, flipped: said.flipped, tokens: said.tokens, squad }
+        };
+        Ok(rows.into_iter().map(|row| row.into_iter().enumerate().map(answer).collect()).collect())
+    }
+
+    /// Questions that are asked together: the log-probabilities of one mask stay within half of a forward's memory.
+    fn groups<'q>(&self, questions: &'q [Forced]) -> Vec<&'q [Forced]> {
+        let vocab = self.target.shape().vocab;
+        let most = (forward_bytes(self.target.device()) / 2 / (8 * vocab)).max(1);
+        let mut groups = Vec::new();
+        let mut rest = questions;
+        loop {
+            let mut tokens = 0;
+            let fits = rest.iter().take_while(|q| {
+                tokens += q.continuation.wanted.len();
+                tokens <= most
+            });
+            let (group, after) = rest.split_at(fits.count().max(1).min(rest.len()));
+            groups.push(group);
+            rest = after;
+            if rest.is_empty() {
+                return groups;
+            }
+        }
+    }
+
+    fn ask(&self, questions: &[Forced], cells: &[Cell], pruned: &PrunedContext) -> Result<Vec<Vec<Said>>> {
         let continuations: Vec<Continuation> = questions.iter().map(|q| q.continuation.clone()).collect();
         let batch = Batch::new(&continuations, self.target.device())?;
         // A row that is done goes on beside others until it leaves.
@@ -78,14 +141,7 @@ impl Asking<'_> {
     }
 
     /// Whole greedy answers of the full cache, in tokens; whether each ended by a stop token.
-    ///
-    /// # Errors
-    /// There is no question, or a forward pass fails.
-    pub fn answer_full(
-        &self,
-        prompts: &[(Vec<u32>, usize)],
-        cache: &KvCache,
-    ) -> Result<Vec<(Vec<u32>, bool)>> {
+    fn answer_full(&self, prompts: &[(Vec<u32>, usize)], cache: &KvCache) -> Result<Vec<(Vec<u32>, bool)>> {
         let longest = prompts.iter().map(|(prompt, _)| prompt.len()).max().unwrap_or(0);
         let most = prompts.iter().map(|(_, max_tokens)| *max_tokens).max().unwrap_or(0);
         let mut branches = Branches::new(cache, None, prompts.len(), longest + most)?;
@@ -119,7 +175,7 @@ impl Asking<'_> {
     /// A row's tokens are known up to and including its first wrong one, so only the rest is decoded.
     fn say(
         &self,
-        asked: &[Question],
+        asked: &[Forced],
         predictions: Vec<Prediction>,
         mut branches: Branches,
     ) -> Result<Vec<Vec<Said>>> {
@@ -128,7 +184,7 @@ impl Asking<'_> {
         let mut lengths = branches.lengths();
         let mut open: Vec<(usize, Vec<u32>, usize)> = Vec::new();
         for (row, p) in predictions.iter().enumerate() {
-            let Question { continuation: c, max_tokens } = &asked[row % asked.len()];
+            let Forced { continuation: c, max_tokens } = &asked[row % asked.len()];
             let Some(known) = p.known(&c.wanted, stop) else { continue };
             match known.iter().position(|id| stop.contains(id)) {
                 Some(end) => texts[row] = Some(self.tokenizer.decode(&known[..end])?),

@@ -75,6 +75,10 @@ impl<V> Cells<V> {
         self.0.iter().map(|(cell, _)| *cell)
     }
 
+    pub fn values_mut(&mut self) -> impl Iterator<Item = &mut V> {
+        self.0.iter_mut().map(|(_, value)| value)
+    }
+
     /// Add the cells that are not there; those that are stay as they were.
     pub fn add(&mut self, others: Self) {
         for (cell, value) in others.0 {

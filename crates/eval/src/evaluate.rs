@@ -16,24 +16,23 @@ use pkv_recipe::{EvalSection, ExtractSection, LabelSection, TargetPool};
 use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, PlantedFact, StageReader};
 
-use crate::asked::{Asked, AskedTask, CONTEXTS_FOLDER};
+use crate::asked::{Asked, AskedTask, CONTEXTS_FOLDER, Work};
 use crate::asking::Asking;
-use crate::bench::{self, BenchOutcome, Benchmark};
+use crate::bench::Benchmark;
 use crate::budgets::Budgets;
 use crate::cell::Cell;
 use crate::clock::Clock;
 use crate::columns::context_id;
 use crate::context::Reader;
-use crate::facts::FactsOutcome;
 use crate::gather::{MethodsOutcome, publish};
 use crate::labels::{LabelOutcome, Plan};
 use crate::methods::{
     self, Draw, Methods, Setup, Target, TrainingSet, feature_tensors, label_tensor, read_pair,
 };
-use crate::perplexity::{self, PerplexityOutcome};
 use crate::results::{FactSpan, Results};
 use crate::share::share;
 use crate::store::{About, ContextStore, Identity, TaskStore};
+use crate::task::{Task, TaskOutcome, Texts};
 use crate::worked::{ExampleOutcome, work_example};
 
 /// File of the results in the evaluation's folder.
@@ -117,7 +116,7 @@ struct Evaluation<'a> {
     features: FeatureSet,
     train: std::ops::Range<u64>,
     test: std::ops::Range<u64>,
-    asked: Vec<AskedTask>,
+    asked: Vec<AskedTask<'a>>,
     store: ContextStore,
     /// Folder for what takes long to fit.
     scorers: PathBuf,
@@ -248,31 +247,47 @@ impl<'a> Evaluation<'a> {
     ) -> Result<()> {
         let i = self.inputs;
         let (n, cells, stop) = (asked.contexts, &asked.cells, i.check_stop);
-        match &asked.identity.about {
-            About::Methods => Ok(()),
-            About::Labels => {
+        match &asked.work {
+            Work::Labels => {
                 let plan = Plan::new(i.section)?;
                 share(task, n, cells, progress, stop, |index, cells| self.label(&plan, reader, index, cells))
             }
-            About::Facts { .. } => {
-                share(task, n, cells, progress, stop, |index, cells| self.facts(reader, index, cells))
-            }
-            About::Perplexity { .. } => {
-                share(task, n, cells, progress, stop, |index, cells| self.perplexity(reader, index, cells))
-            }
-            About::Benchmark { suite, name } => {
-                let is_it = |b: &&Benchmark| b.suite == suite && b.task == *name;
-                let benchmark = i.benchmarks.iter().find(is_it).context("no such benchmark was asked for")?;
-                let task_name = asked.identity.about.name();
+            Work::Ask(work) => {
+                let name = asked.identity.about.name();
                 share(task, n, cells, progress, stop, |index, cells| {
-                    self.benchmark(benchmark, &task_name, reader, index, cells)
-                        .with_context(|| format!("asking example {index} of `{task_name}`"))
+                    self.ask(work.as_ref(), &name, reader, index, cells)
+                        .with_context(|| format!("asking context {index} of `{name}`"))
                 })
             }
-            About::Example { of_facts } => share(task, n, cells, progress, stop, |_, cells| {
+            Work::Example { of_facts } => share(task, n, cells, progress, stop, |_, cells| {
                 self.worked_example(*of_facts, reader, cells)
             }),
         }
+    }
+
+    /// What is asked of one context of a task; `None` if it is nothing.
+    fn ask(
+        &self,
+        task: &dyn Task,
+        name: &str,
+        reader: &Reader,
+        index: usize,
+        cells: &[Cell],
+    ) -> Result<Option<TaskOutcome>> {
+        let i = self.inputs;
+        let test_example = |index: usize| {
+            let row = self.test.start + index as u64;
+            Ok((row, self.examples.get(row)?))
+        };
+        let texts = Texts { tokenizer: i.tokenizer, test_example: &test_example };
+        let Some(context) = task.context(index, &texts)? else { return Ok(None) };
+        let mut clock = Clock::new(i.target.device());
+        let draw = Draw { task: name, index: context.draw };
+        let pruned = reader.read(&context.tokens, draw, &mut clock)?;
+        let asking = Asking { target: i.target, tokenizer: i.tokenizer };
+        let mut outcome = clock.time(&task.timed(), || TaskOutcome::of(&context, &asking, cells, &pruned))?;
+        *outcome.timings() = clock.into_timings();
+        Ok(Some(outcome))
     }
 
     /// Predictions against the labels of one test example.
@@ -291,60 +306,6 @@ impl<'a> Evaluation<'a> {
         })?;
         outcome.timings = clock.into_timings();
         Ok(outcome)
-    }
-
-    /// Planted facts asked of one context.
-    fn facts(&self, reader: &Reader, index: usize, cells: &[Cell]) -> Result<FactsOutcome> {
-        let i = self.inputs;
-        let context = &i.fact_contexts[index];
-        let asking = Asking { target: i.target, tokenizer: i.tokenizer };
-        let mut clock = Clock::new(i.target.device());
-        let draw = Draw { task: "facts", index: index as u64 };
-        let pruned = reader.read(&context.tokens, draw, &mut clock)?;
-        let mut outcome = clock
-            .time("facts: questions", || asking.facts(context, i.section, cells, &pruned))
-            .with_context(|| format!("asking context {index} for its facts"))?;
-        outcome.timings = clock.into_timings();
-        Ok(outcome)
-    }
-
-    /// One example of a benchmark.
-    fn benchmark(
-        &self,
-        benchmark: &Benchmark,
-        task: &str,
-        reader: &Reader,
-        index: usize,
-        cells: &[Cell],
-    ) -> Result<BenchOutcome> {
-        let i = self.inputs;
-        let asking = Asking { target: i.target, tokenizer: i.tokenizer };
-        let example = (benchmark.example)(index)?;
-        let tokenized = bench::tokenize(&example, benchmark.prompt_tokens, i.tokenizer)?;
-        let mut clock = Clock::new(i.target.device());
-        let draw = Draw { task, index: index as u64 };
-        let pruned = reader.read(&tokenized.context, draw, &mut clock)?;
-        let what = format!("{}: questions", benchmark.suite);
-        let mut outcome = clock.time(&what, || asking.bench(&example, &tokenized, cells, &pruned))?;
-        outcome.timings = clock.into_timings();
-        Ok(outcome)
-    }
-
-    /// The continuation of one test example; `None` if it is too short to have one.
-    fn perplexity(&self, reader: &Reader, index: usize, cells: &[Cell]) -> Result<Option<PerplexityOutcome>> {
-        let i = self.inputs;
-        let row = self.test.start + index as u64;
-        let example = self.examples.get(row)?;
-        let split = perplexity::split(&example.tokens, i.section.continuation_tokens);
-        let Some((context, continuation)) = split else { return Ok(None) };
-        let mut clock = Clock::new(i.target.device());
-        let draw = Draw { task: "perplexity", index: row };
-        let pruned = reader.read(context, draw, &mut clock)?;
-        let mut outcome = clock
-            .time("perplexity: continuations", || perplexity::read(i.target, continuation, &pruned, cells))
-            .with_context(|| format!("reading the continuation of `{}`", example.id))?;
-        outcome.timings = clock.into_timings();
-        Ok(Some(outcome))
     }
 
     /// The first context of the `facts` task, or the first test example.

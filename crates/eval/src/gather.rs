@@ -9,25 +9,23 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use pkv_core::{ModelShape, sha256_hex};
-use pkv_recipe::AnswerMatch;
 use pkv_shard::durable::{WriteBudget, write_file};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::agreement::{self, AGREEMENT_FILE};
+use crate::answered::{Answerers, AnswersOutcome};
 use crate::answers::AnswerTable;
 use crate::asked::AskedTask;
-use crate::bench::BenchOutcome;
 use crate::bootstrap::Draws;
 use crate::cell::Cell;
 use crate::evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE};
-use crate::facts::FactsOutcome;
 use crate::labels::LabelOutcome;
 use crate::perplexity::PerplexityOutcome;
 use crate::results::{Made, MethodNote, ModelName, RESULTS_VERSION, Results, Timing};
 use crate::store::{About, ContextStore, Identity, Outcome, Outcomes};
 use crate::worked::ExampleOutcome;
-use crate::{bench, clock, facts, labels, perplexity, worked};
+use crate::{answered, clock, labels, perplexity, worked};
 
 /// The order of benchmarks in results.
 const SUITES: [&str; 3] = ["ruler", "longbench", "scbench"];
@@ -186,31 +184,30 @@ impl Gathered {
                 self.results.labels = labels::summarize(made(measured), &all, layers, kv_heads, &self.draws);
                 self.labels = all;
             }
-            About::Facts { answer_match } => self.facts(*answer_match, read(&task), made),
+            About::Facts { .. } | About::Benchmark { .. } => {
+                let (mut all, measured) = read::<AnswersOutcome>(&task);
+                let of = match &identity.about {
+                    About::Benchmark { suite, name } => Answerers { suite, task: name, answer_match: None },
+                    about => {
+                        all = all.into_iter().map(|(index, o)| (index, o.with_squads())).collect();
+                        Answerers { suite: "", task: "", answer_match: about.answer_match() }
+                    }
+                };
+                self.time(all.iter().map(|(_, o)| &o.timings));
+                let cells = Cell::union(all.iter().flat_map(|(_, o)| o.cells.cells()));
+                all.iter().for_each(|(index, o)| self.answers.push_all(&name, *index, o, &cells));
+                let summed = answered::summarize(&made(measured), &of, &all, &self.draws);
+                match of.answer_match {
+                    Some(_) => self.results.facts = summed.into_iter().next(),
+                    None => self.results.benchmarks.extend(summed),
+                }
+            }
             About::Perplexity { continuation_tokens } => {
                 let (all, measured) = read::<Option<PerplexityOutcome>>(&task);
                 let all: Vec<PerplexityOutcome> = all.into_iter().filter_map(|(_, o)| o).collect();
                 self.time(all.iter().map(|o| &o.timings));
                 let summed = perplexity::summarize(made(measured), *continuation_tokens, &all, &self.draws);
                 self.results.perplexity = Some(summed);
-            }
-            About::Benchmark { suite, name: own_name } => {
-                let (all, measured) = read::<BenchOutcome>(&task);
-                self.time(all.iter().map(|(_, o)| &o.timings));
-                let cells = Cell::union(all.iter().flat_map(|(_, o)| o.cells.cells()));
-                for (index, o) in &all {
-                    self.answers.of_context(&o.context_id);
-                    for (q, asked) in o.asked.iter().enumerate() {
-                        let place = (*index, q);
-                        self.answers.push_benchmark(&name, place, asked, None, &o.full[q]);
-                        for cell in &cells {
-                            let Some(answers) = o.cells.get(cell) else { continue };
-                            self.answers.push_benchmark(&name, place, asked, Some(cell), &answers[q]);
-                        }
-                    }
-                }
-                let summed = bench::summarize(&made(measured), (suite, own_name), &all, &self.draws);
-                self.results.benchmarks.extend(summed);
             }
             About::Example { .. } => {
                 if self.results.worked_example.is_none() {
@@ -220,28 +217,6 @@ impl Gathered {
             }
         }
         Ok(())
-    }
-
-    fn facts(
-        &mut self,
-        answer_match: AnswerMatch,
-        (all, measured): (Vec<(usize, FactsOutcome)>, String),
-        made: impl Fn(String) -> Made,
-    ) {
-        self.time(all.iter().map(|(_, o)| &o.timings));
-        let cells = Cell::union(all.iter().flat_map(|(_, o)| o.cells.cells()));
-        for (index, o) in &all {
-            self.answers.of_context(&o.context_id);
-            for (q, asked) in o.asked.iter().enumerate() {
-                let place = (*index, q);
-                self.answers.push("facts", place, asked, None, &o.full[q]);
-                for cell in &cells {
-                    let Some(answers) = o.cells.get(cell) else { continue };
-                    self.answers.push("facts", place, asked, Some(cell), &answers[q]);
-                }
-            }
-        }
-        self.results.facts = Some(facts::summarize(made(measured), answer_match, &all, &self.draws));
     }
 
     fn time<'t>(&mut self, of: impl Iterator<Item = &'t Vec<Timing>>) {

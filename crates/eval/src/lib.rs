@@ -10,6 +10,7 @@
 //! v vocabulary.
 
 mod agreement;
+mod answered;
 mod answers;
 mod asked;
 mod asking;
@@ -22,7 +23,6 @@ mod columns;
 pub mod compare;
 mod context;
 mod evaluate;
-mod facts;
 mod forced;
 mod gather;
 mod groups;
@@ -34,6 +34,7 @@ mod results;
 mod share;
 mod store;
 pub mod table;
+mod task;
 mod worked;
 
 pub use agreement::AGREEMENT_FILE;
@@ -44,7 +45,7 @@ pub use columns::Columns;
 pub use evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE, evaluate};
 pub use kept::kept_sets;
 pub use results::{
-    BenchmarkCell, BenchmarkResults, FactSpan, FactsCell, FactsResults, HeadRecall, Interval, KeptCounts,
-    LabelCell, LabelResults, Made, MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults,
-    RESULTS_VERSION, RankCell, Results, Timing, WorkedExample,
+    AnswerCell, AnswerResults, FactSpan, HeadRecall, Interval, KeptCounts, LabelCell, LabelResults, Made,
+    MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults, RESULTS_VERSION, RankCell,
+    Results, Timing, WorkedExample,
 };

@@ -2,7 +2,7 @@
 //!
 //! Plain numbers and names, in the order tables show them; reading and writing the file is all
 //! that happens here. How the numbers come about is written where they are computed (`labels`,
-//! `facts`, `perplexity`), how they are shown in `table` and in the report.
+//! `answered`, `perplexity`), how they are shown in `table` and in the report.
 
 use std::path::Path;
 
@@ -10,7 +10,9 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::{Policy, hinted};
 use pkv_recipe::{AnswerMatch, MethodName};
 use pkv_shard::durable::{WriteBudget, write_file};
-use serde::{Deserialize, Serialize};
+use serde::ser::Error as _;
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
 
 /// Version of [`Results`]; raised when a reader of the old form would misread the new one.
 pub const RESULTS_VERSION: u32 = 1;
@@ -34,12 +36,13 @@ pub struct Results {
     /// Predictions against labels, over the test split.
     pub labels: LabelResults,
     /// Answers with a pruned cache; absent if the recipe does not ask for them.
-    pub facts: Option<FactsResults>,
+    #[serde(serialize_with = "with_accuracy")]
+    pub facts: Option<AnswerResults>,
     /// Likelihood of the continuation after a pruned context; absent if the recipe does not ask for it.
     pub perplexity: Option<PerplexityResults>,
     /// Standard benchmarks, one entry per task; empty if the recipe asks for none.
     #[serde(default)]
-    pub benchmarks: Vec<BenchmarkResults>,
+    pub benchmarks: Vec<AnswerResults>,
     /// One context, shown position by position; absent if there was no test example to show.
     pub worked_example: Option<WorkedExample>,
     /// Wall-clock times, in the order of the work.
@@ -150,67 +153,29 @@ pub struct MethodHeads {
     pub kept: Vec<Vec<f64>>,
 }
 
-/// Planted facts asked of a pruned cache; several questions per context, unknown while pruning.
+/// One task whose questions are asked of a pruned cache, unknown while pruning: planted facts, or a benchmark's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct FactsResults {
+pub struct AnswerResults {
     #[serde(flatten)]
     pub made: Made,
-    pub contexts: usize,
-    pub questions: usize,
-    /// When an answer counted.
-    pub answer_match: AnswerMatch,
-    /// Share of questions that the full cache answers.
-    pub full: Interval,
-    /// Its exact match and F1; absent in results of earlier versions.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub full_exact_match: Option<Interval>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub full_f1: Option<Interval>,
-    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
-    pub cells: Vec<FactsCell>,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct FactsCell {
-    pub method: MethodName,
-    pub policy: Policy,
-    pub ratio: f64,
-    /// Contexts that it was measured on, where these are not all of the task's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub contexts: Option<usize>,
-    /// Share of questions answered.
-    pub accuracy: Interval,
-    /// Share of answers that are the wanted one, as SQuAD compares them; absent in results of earlier versions.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub exact_match: Option<Interval>,
-    /// Mean F1 of the answers' words, as SQuAD measures it; likewise.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub f1: Option<Interval>,
-    /// KL(full || pruned) of the answer tokens' distributions, nats per token.
-    pub kl: Interval,
-    /// Share of answer tokens whose most likely token differs from the full cache's.
-    pub flips: Interval,
-    /// Accuracy over KVzip's at the same policy and ratio; absent without KVzip or where it answers nothing.
-    pub of_kvzip: Option<Interval>,
-    /// Accuracy over the full cache's; absent where that answers nothing.
-    pub of_full: Option<Interval>,
-}
-
-/// One task of a standard benchmark, asked of a pruned cache.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct BenchmarkResults {
-    #[serde(flatten)]
-    pub made: Made,
-    /// `ruler`, `longbench` or `scbench`.
+    /// The benchmark, such as `ruler`; empty for planted facts.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub suite: String,
-    /// The task; where one mixes several kinds of question, `task/kind`.
+    /// The benchmark's task; where one mixes several kinds of question, `task/kind`. Empty for planted facts.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub task: String,
     pub contexts: usize,
     pub questions: usize,
-    pub mean_context_tokens: f64,
-    /// Contexts whose middle was cut out because they were too long.
-    pub cut: usize,
-    /// Score of the full cache by the task's own metric, in [0, 1].
+    /// When an answer to a planted fact counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer_match: Option<AnswerMatch>,
+    /// Of benchmarks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean_context_tokens: Option<f64>,
+    /// Contexts of a benchmark whose middle was cut out because they were too long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut: Option<usize>,
+    /// Score of the full cache by the task's own metric, in [0, 1]; of planted facts the share that it answers.
     pub full: Interval,
     /// Its exact match and F1; absent where no short answer is wanted, and in results of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -218,25 +183,26 @@ pub struct BenchmarkResults {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_f1: Option<Interval>,
     /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
-    pub cells: Vec<BenchmarkCell>,
+    pub cells: Vec<AnswerCell>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct BenchmarkCell {
+pub struct AnswerCell {
     pub method: MethodName,
     pub policy: Policy,
     pub ratio: f64,
     /// Contexts that it was measured on, where these are not all of the task's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contexts: Option<usize>,
-    /// By the task's own metric, in [0, 1].
+    /// By the task's own metric, in [0, 1]; `accuracy` in the file's `facts`, the share of questions answered.
+    #[serde(alias = "accuracy")]
     pub score: Interval,
     /// Exact match and F1 as SQuAD measures them; absent where no short answer is wanted, and in results of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exact_match: Option<Interval>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub f1: Option<Interval>,
-    /// KL(full || pruned) along the full cache's answer, nats per token.
+    /// KL(full || pruned) along the right answer or the full cache's, nats per token.
     pub kl: Interval,
     /// Share of that answer's tokens whose most likely token differs from the full cache's.
     pub flips: Interval,
@@ -244,6 +210,19 @@ pub struct BenchmarkCell {
     pub of_kvzip: Option<Interval>,
     /// Score over the full cache's; absent where that is 0.
     pub of_full: Option<Interval>,
+}
+
+/// `facts` as the file has it: the score of a cell is its `accuracy`.
+fn with_accuracy<S: Serializer>(facts: &Option<AnswerResults>, to: S) -> Result<S::Ok, S::Error> {
+    let mut value = serde_json::to_value(facts).map_err(S::Error::custom)?;
+    for cell in value.get_mut("cells").and_then(Value::as_array_mut).into_iter().flatten() {
+        if let Value::Object(entries) = cell {
+            let named =
+                |(key, v): (String, Value)| (if key == "score" { "accuracy".to_owned() } else { key }, v);
+            *entries = std::mem::take(entries).into_iter().map(named).collect();
+        }
+    }
+    value.serialize(to)
 }
 
 /// The document's own continuation after a pruned context.
@@ -324,8 +303,8 @@ impl Results {
         let text = pkv_core::read_small_text(path)
             .with_context(|| hinted(format!("cannot read results `{}`", path.display()), redo))?;
         let invalid = || hinted(format!("`{}` holds no results of an evaluation", path.display()), redo);
-        let value: serde_json::Value = serde_json::from_str(&text).with_context(invalid)?;
-        let version = value.get("schema_version").and_then(serde_json::Value::as_u64);
+        let value: Value = serde_json::from_str(&text).with_context(invalid)?;
+        let version = value.get("schema_version").and_then(Value::as_u64);
         ensure!(
             version == Some(RESULTS_VERSION.into()),
             hinted(
@@ -377,14 +356,8 @@ impl LabelResults {
     }
 }
 
-impl FactsResults {
-    pub fn cell(&self, method: MethodName, policy: Policy, ratio: f64) -> Option<&FactsCell> {
-        self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
-    }
-}
-
-impl BenchmarkResults {
-    pub fn cell(&self, method: MethodName, policy: Policy, ratio: f64) -> Option<&BenchmarkCell> {
+impl AnswerResults {
+    pub fn cell(&self, method: MethodName, policy: Policy, ratio: f64) -> Option<&AnswerCell> {
         self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
     }
 }

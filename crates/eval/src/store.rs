@@ -47,6 +47,14 @@ pub enum About {
 }
 
 impl About {
+    /// When answers count, of planted facts.
+    pub fn answer_match(&self) -> Option<AnswerMatch> {
+        match self {
+            Self::Facts { answer_match } => Some(*answer_match),
+            _ => None,
+        }
+    }
+
     /// As the table of answers and the folder have it.
     pub fn name(&self) -> String {
         match self {

@@ -6,7 +6,7 @@
 use pkv_core::Policy;
 use pkv_recipe::MethodName;
 
-use crate::results::{BenchmarkCell, BenchmarkResults, FactsCell, Interval, LabelCell, Results};
+use crate::results::{AnswerCell, AnswerResults, Interval, LabelCell, Results};
 
 /// Every table that `results` has numbers for, each under a heading.
 pub fn all_tables(results: &Results) -> String {
@@ -48,13 +48,13 @@ pub fn all_tables(results: &Results) -> String {
             );
         }
         for benchmark in &results.benchmarks {
-            add(benchmark_title(benchmark, policy), benchmark_table(benchmark, policy));
+            add(benchmark_title(benchmark, policy), scores_table(benchmark, policy));
             let title = |figure: &str| format!("{figure} of these answers, {} (%)", policy.name());
             add(
                 title("Exact match"),
-                squad_table(&benchmark.cells, policy, benchmark.full_exact_match, |c| c.exact_match),
+                squad_table(benchmark, policy, benchmark.full_exact_match, |c| c.exact_match),
             );
-            add(title("Token F1"), squad_table(&benchmark.cells, policy, benchmark.full_f1, |c| c.f1));
+            add(title("Token F1"), squad_table(benchmark, policy, benchmark.full_f1, |c| c.f1));
         }
     }
     let notes: Vec<String> =
@@ -75,51 +75,30 @@ fn facts_title(results: &Results, policy: Policy) -> String {
 
 /// Answers in percent with their intervals; the full cache in the first row. `None` without the task or policy.
 pub fn answers_table(results: &Results, policy: Policy) -> Option<String> {
-    let facts = results.facts.as_ref()?;
-    let cells = || facts.cells.iter().filter(|c| c.policy == policy);
-    let grid = Grid::new(cells().map(|c| (c.method, c.ratio, percent(c.accuracy))));
-    let table = grid.render(Some(("full cache", percent(facts.full))));
-    noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
+    scores_table(results.facts.as_ref()?, policy)
 }
 
 /// Exact match of the answers as SQuAD compares them, in percent. `None` without the task, the policy or the figure.
 pub fn exact_table(results: &Results, policy: Policy) -> Option<String> {
     let facts = results.facts.as_ref()?;
-    squad_table(&facts.cells, policy, facts.full_exact_match, |c| c.exact_match)
+    squad_table(facts, policy, facts.full_exact_match, |c| c.exact_match)
 }
 
 /// F1 of the answers' words as SQuAD measures it, in percent; as [`exact_table`].
 pub fn f1_table(results: &Results, policy: Policy) -> Option<String> {
     let facts = results.facts.as_ref()?;
-    squad_table(&facts.cells, policy, facts.full_f1, |c| c.f1)
+    squad_table(facts, policy, facts.full_f1, |c| c.f1)
 }
 
-fn squad_table<C: AnswerCell>(
-    cells: &[C],
+fn squad_table(
+    task: &AnswerResults,
     policy: Policy,
     full: Option<Interval>,
-    value: impl Fn(&C) -> Option<Interval>,
+    value: impl Fn(&AnswerCell) -> Option<Interval>,
 ) -> Option<String> {
-    let cells = cells.iter().filter(|c| c.place().1 == policy);
-    let shown = cells.filter_map(|c| Some((c.place().0, c.place().2, percent(value(c)?))));
+    let cells = task.cells.iter().filter(|c| c.policy == policy);
+    let shown = cells.filter_map(|c| Some((c.method, c.ratio, percent(value(c)?))));
     Grid::new(shown).render(full.map(|full| ("full cache", percent(full))))
-}
-
-/// Cells of tasks that are answered.
-trait AnswerCell {
-    fn place(&self) -> (MethodName, Policy, f64);
-}
-
-impl AnswerCell for FactsCell {
-    fn place(&self) -> (MethodName, Policy, f64) {
-        (self.method, self.policy, self.ratio)
-    }
-}
-
-impl AnswerCell for BenchmarkCell {
-    fn place(&self) -> (MethodName, Policy, f64) {
-        (self.method, self.policy, self.ratio)
-    }
 }
 
 /// The benchmarks that were asked, each once.
@@ -129,8 +108,9 @@ fn suites(results: &Results) -> Vec<&str> {
     suites
 }
 
-fn benchmark_title(b: &BenchmarkResults, policy: Policy) -> String {
-    let cut = if b.cut > 0 { format!(", {} of them cut in the middle", b.cut) } else { String::new() };
+fn benchmark_title(b: &AnswerResults, policy: Policy) -> String {
+    let cut =
+        b.cut.filter(|&n| n > 0).map_or_else(String::new, |n| format!(", {n} of them cut in the middle"));
     format!(
         "{} {}, {} (score in %, {} questions in {} contexts of {:.0} tokens{cut}, 95% interval)",
         b.suite,
@@ -138,31 +118,31 @@ fn benchmark_title(b: &BenchmarkResults, policy: Policy) -> String {
         policy.name(),
         b.questions,
         b.contexts,
-        b.mean_context_tokens
+        b.mean_context_tokens.unwrap_or_default()
     )
 }
 
 /// Scores of one task in percent with their intervals; the full cache in the first row. `None` without the policy.
-pub fn benchmark_table(benchmark: &BenchmarkResults, policy: Policy) -> Option<String> {
-    let cells = || benchmark.cells.iter().filter(|c| c.policy == policy);
+pub fn scores_table(task: &AnswerResults, policy: Policy) -> Option<String> {
+    let cells = || task.cells.iter().filter(|c| c.policy == policy);
     let grid = Grid::new(cells().map(|c| (c.method, c.ratio, percent(c.score))));
-    let table = grid.render(Some(("full cache", percent(benchmark.full))));
+    let table = grid.render(Some(("full cache", percent(task.full))));
     noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
 }
 
 /// Mean scores in percent with their intervals, every task of a suite counting alike. `None` if it has one task only, or
 /// without the policy.
 pub fn suite_table(results: &Results, suite: &str, policy: Policy) -> Option<String> {
-    let tasks: Vec<&BenchmarkResults> = results.benchmarks.iter().filter(|b| b.suite == suite).collect();
+    let tasks: Vec<&AnswerResults> = results.benchmarks.iter().filter(|b| b.suite == suite).collect();
     let [first, _, ..] = tasks.as_slice() else { return None };
-    let mean = |of: &dyn Fn(&BenchmarkResults) -> Option<Interval>| {
+    let mean = |of: &dyn Fn(&AnswerResults) -> Option<Interval>| {
         let all: Option<Vec<Interval>> = tasks.iter().map(|b| of(b)).collect();
         all.as_deref().and_then(Interval::mean_of).map_or_else(|| "-".to_owned(), percent)
     };
     // What one task lacks has no mean.
-    let shared = |c: &&BenchmarkCell| tasks.iter().all(|b| b.cell(c.method, policy, c.ratio).is_some());
+    let shared = |c: &&AnswerCell| tasks.iter().all(|b| b.cell(c.method, policy, c.ratio).is_some());
     let cells = first.cells.iter().filter(|c| c.policy == policy).filter(shared).map(|c| {
-        let score = |b: &BenchmarkResults| b.cell(c.method, policy, c.ratio).map(|c| c.score);
+        let score = |b: &AnswerResults| b.cell(c.method, policy, c.ratio).map(|c| c.score);
         (c.method, c.ratio, mean(&score))
     });
     Grid::new(cells).render(Some(("full cache", mean(&|b| Some(b.full)))))

@@ -7,6 +7,7 @@
 //! - `budgets`: where head budgets come from
 //! - `continued`: an interrupted evaluation ends with the same numbers
 //! - `refused`: shards that do not belong together
+//! - `stored`: what an earlier version stored is read and added to
 //! - `union`: other tasks, methods, ratios and limits add to what is there
 
 #[path = "nano/answers.rs"]
@@ -21,6 +22,8 @@ mod continued;
 mod fixture;
 #[path = "nano/refused.rs"]
 mod refused;
+#[path = "nano/stored.rs"]
+mod stored;
 #[path = "nano/union.rs"]
 mod union;
 #[path = "nano/whole.rs"]

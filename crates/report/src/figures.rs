@@ -1,7 +1,7 @@
 //! Which numbers become which chart.
 
 use pkv_core::Policy;
-use pkv_eval::{FactsResults, HeadRecall, Interval, LabelResults, PerplexityResults};
+use pkv_eval::{AnswerResults, HeadRecall, Interval, LabelResults, PerplexityResults};
 use pkv_recipe::MethodName;
 
 use crate::chart::{Axis, HeatMap, LineChart, Marker, Point, Scale, Series, Tone, percent_text};
@@ -13,8 +13,8 @@ const KEPT: &str = "share of KV pairs kept (log scale; fewer to the right)";
 const SMOOTH_REACH: usize = 4;
 
 /// Share of questions answered, by retention ratio.
-pub fn answers(facts: &FactsResults, policy: Policy) -> Option<LineChart> {
-    let cells = facts.cells.iter().filter(|c| c.policy == policy).map(|c| (c.method, c.ratio, c.accuracy));
+pub fn answers(facts: &AnswerResults, policy: Policy) -> Option<LineChart> {
+    let cells = facts.cells.iter().filter(|c| c.policy == policy).map(|c| (c.method, c.ratio, c.score));
     let mut chart = by_ratio(cells, "questions answered", Axis::percent("questions answered"), shares)?;
     chart.title = format!("Share of {} questions answered, by share of KV pairs kept", facts.questions);
     chart.reference = Some((facts.full.mean, format!("full cache {}", percent(facts.full.mean))));

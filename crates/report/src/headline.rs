@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use pkv_core::Policy;
-use pkv_eval::{FactsCell, FactsResults, Interval, LabelResults};
+use pkv_eval::{AnswerCell, AnswerResults, Interval, LabelResults};
 use pkv_recipe::MethodName;
 use pkv_recipe::plan::{Machine, Plan, human_count};
 use serde::Serialize;
@@ -117,13 +117,12 @@ fn verdict(data: &RunData) -> Option<String> {
         (MethodName::SNAPKV, "with SnapKV"),
         (MethodName::RANDOM, "at random"),
     ];
-    beside.extend(
-        names.iter().filter_map(|(m, text)| Some(format!("{} {text}", percent(of(*m)?.accuracy.mean)))),
-    );
+    beside
+        .extend(names.iter().filter_map(|(m, text)| Some(format!("{} {text}", percent(of(*m)?.score.mean)))));
     let mut text = format!(
         "With {} of the KV pairs kept, the mapper's choice answers {} of {questions}. Beside it: {}.",
         percent_text(ratio),
-        percent(mapper.accuracy.mean),
+        percent(mapper.score.mean),
         join(&beside)
     );
     if let Some(floor) = of(MethodName::HEAD_PRIOR) {
@@ -135,10 +134,10 @@ fn verdict(data: &RunData) -> Option<String> {
     }
     let measured = method::ordered(facts.cells.iter().map(|c| c.method)).into_iter();
     let rivals = measured.filter(|&m| m != MethodName::MAPPER && !method::is_oracle(m)).filter_map(of);
-    let best = rivals.max_by(|a, b| a.accuracy.mean.total_cmp(&b.accuracy.mean));
-    if let Some(best) = best.filter(|b| b.accuracy.mean > mapper.accuracy.mean) {
+    let best = rivals.max_by(|a, b| a.score.mean.total_cmp(&b.score.mean));
+    if let Some(best) = best.filter(|b| b.score.mean > mapper.score.mean) {
         let name = method::label(best.method);
-        let _ = write!(text, " Better here: {name}, with {}.", percent(best.accuracy.mean));
+        let _ = write!(text, " Better here: {name}, with {}.", percent(best.score.mean));
     }
     Some(text)
 }
@@ -149,10 +148,10 @@ enum Clear {
     Below,
 }
 
-fn compare(mapper: &FactsCell, floor: &FactsCell) -> Clear {
-    if mapper.accuracy.low > floor.accuracy.high {
+fn compare(mapper: &AnswerCell, floor: &AnswerCell) -> Clear {
+    if mapper.score.low > floor.score.high {
         Clear::Above
-    } else if mapper.accuracy.high < floor.accuracy.low {
+    } else if mapper.score.high < floor.score.low {
         Clear::Below
     } else {
         Clear::Level
@@ -160,8 +159,8 @@ fn compare(mapper: &FactsCell, floor: &FactsCell) -> Clear {
 }
 
 /// Policy and ratio that the headline speaks of: where the mapper answered on most contexts.
-fn choice(facts: &FactsResults) -> Option<(Policy, f64)> {
-    let contexts = |c: &FactsCell| c.contexts.unwrap_or(facts.contexts);
+fn choice(facts: &AnswerResults) -> Option<(Policy, f64)> {
+    let contexts = |c: &AnswerCell| c.contexts.unwrap_or(facts.contexts);
     let mapper = || facts.cells.iter().filter(|c| c.method == MethodName::MAPPER);
     let most = mapper().map(contexts).max()?;
     let policy = mapper().find(|c| contexts(c) == most)?.policy;
@@ -196,13 +195,13 @@ fn tiles(data: &RunData) -> Vec<Tile> {
     tiles
 }
 
-fn answer_tiles(facts: &FactsResults) -> Vec<Tile> {
+fn answer_tiles(facts: &AnswerResults) -> Vec<Tile> {
     let Some((policy, ratio)) = choice(facts) else { return Vec::new() };
     let Some(cell) = facts.cell(MethodName::MAPPER, policy, ratio) else { return Vec::new() };
     let mut tiles = vec![Tile {
-        value: percent(cell.accuracy.mean),
+        value: percent(cell.score.mean),
         label: format!("of questions answered with {} of the KV pairs", percent_text(ratio)),
-        note: format!("{} with all of them; {}", percent(facts.full.mean), range(cell.accuracy)),
+        note: format!("{} with all of them; {}", percent(facts.full.mean), range(cell.score)),
     }];
     if let Some(of_kvzip) = cell.of_kvzip {
         tiles.push(Tile {
@@ -215,7 +214,7 @@ fn answer_tiles(facts: &FactsResults) -> Vec<Tile> {
         .cells
         .iter()
         .filter(|c| c.method == MethodName::MAPPER && c.policy == policy && c.contexts == cell.contexts)
-        .filter(|c| c.accuracy.mean >= UNHARMED * facts.full.mean)
+        .filter(|c| c.score.mean >= UNHARMED * facts.full.mean)
         .map(|c| c.ratio)
         .reduce(f64::min);
     if let Some(smallest) = unharmed {

@@ -215,7 +215,7 @@ fn benchmarks(results: &Results) -> Vec<Table> {
     results.benchmarks.iter().flat_map(of).collect()
 }
 
-fn policies_of(b: &pkv_eval::BenchmarkResults) -> Vec<Policy> {
+fn policies_of(b: &pkv_eval::AnswerResults) -> Vec<Policy> {
     policies(b.cells.iter().map(|c| c.policy))
 }
 

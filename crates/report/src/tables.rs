@@ -1,7 +1,7 @@
 //! Tables of an evaluation: methods down, retention ratios across, the best in bold.
 
 use pkv_core::Policy;
-use pkv_eval::{BenchmarkResults, FactsResults, Interval, LabelResults, PerplexityResults};
+use pkv_eval::{AnswerResults, Interval, LabelResults, PerplexityResults};
 use pkv_recipe::MethodName;
 use serde::Serialize;
 
@@ -44,7 +44,7 @@ enum Best {
 }
 
 /// Answers, and what they lack, for one policy: the first table is the one to show.
-pub fn facts(facts: &FactsResults, policy: Policy) -> Vec<Table> {
+pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
     let cells = || facts.cells.iter().filter(|c| c.policy == policy);
     let mut answers = build(
         "Questions answered, percent",
@@ -55,7 +55,7 @@ pub fn facts(facts: &FactsResults, policy: Policy) -> Vec<Table> {
             ),
             cells().map(|c| (c.method, c.ratio, c.contexts)),
         ),
-        cells().map(|c| (c.method, c.ratio, c.accuracy)),
+        cells().map(|c| (c.method, c.ratio, c.score)),
         Best::Highest,
         points,
     );
@@ -150,12 +150,12 @@ pub fn lead(cells: Vec<(MethodName, f64, Interval)>) -> Option<Table> {
 }
 
 /// Tasks across, methods down, at the share kept that tells most; `None` unless there are several tasks.
-pub fn by_task(benchmarks: &[BenchmarkResults]) -> Option<Table> {
+pub fn by_task(benchmarks: &[AnswerResults]) -> Option<Table> {
     across_tasks(benchmarks, "score in percent", "", |b, c| Some((c.score, Some(b.full))))
 }
 
 /// The same relative to KVzip's score.
-pub fn by_task_recovered(benchmarks: &[BenchmarkResults]) -> Option<Table> {
+pub fn by_task_recovered(benchmarks: &[AnswerResults]) -> Option<Table> {
     across_tasks(
         benchmarks,
         "recovered: score relative to KVzip's, percent",
@@ -165,10 +165,10 @@ pub fn by_task_recovered(benchmarks: &[BenchmarkResults]) -> Option<Table> {
 }
 
 fn across_tasks(
-    benchmarks: &[BenchmarkResults],
+    benchmarks: &[AnswerResults],
     what: &str,
     note: &str,
-    value: impl Fn(&BenchmarkResults, &pkv_eval::BenchmarkCell) -> Option<(Interval, Option<Interval>)>,
+    value: impl Fn(&AnswerResults, &pkv_eval::AnswerCell) -> Option<(Interval, Option<Interval>)>,
 ) -> Option<Table> {
     let [first, _, ..] = benchmarks else { return None };
     let policy = first.cells.first()?.policy;
@@ -176,7 +176,7 @@ fn across_tasks(
         |r: &f64| benchmarks.iter().all(|b| b.cells.iter().any(|c| (c.policy, c.ratio) == (policy, *r)));
     let ratios = first.cells.iter().filter(|c| c.policy == policy).map(|c| c.ratio).filter(everywhere);
     let ratio = ratios.min_by(|a, b| (a / 0.05).ln().abs().total_cmp(&(b / 0.05).ln().abs()))?;
-    let of = |b: &BenchmarkResults, m| value(b, b.cell(m, policy, ratio)?);
+    let of = |b: &AnswerResults, m| value(b, b.cell(m, policy, ratio)?);
     let occurring = method::oracles_first(benchmarks.iter().flat_map(|b| &b.cells).map(|c| c.method));
     let mean = |values: &[Option<Interval>]| -> Option<Interval> {
         Interval::mean_of(&values.iter().copied().collect::<Option<Vec<_>>>()?)
@@ -218,9 +218,10 @@ fn across_tasks(
 }
 
 /// Scores of one task of a benchmark, for one policy; exact match and F1 where short answers are wanted.
-pub fn benchmark(b: &BenchmarkResults, policy: Policy) -> Vec<Table> {
+pub fn benchmark(b: &AnswerResults, policy: Policy) -> Vec<Table> {
     let cells = || b.cells.iter().filter(|c| c.policy == policy);
-    let cut = if b.cut > 0 { format!(" Of {} the middle was cut out.", b.cut) } else { String::new() };
+    let cut =
+        b.cut.filter(|&n| n > 0).map_or_else(String::new, |n| format!(" Of {n} the middle was cut out."));
     let mut table = build(
         &format!("{} {}, score in percent", b.suite, b.task),
         &noted(
@@ -228,7 +229,7 @@ pub fn benchmark(b: &BenchmarkResults, policy: Policy) -> Vec<Table> {
                 "{} questions about {} contexts of {:.0} tokens; policy {}. Small type: 95% interval over contexts.{cut}",
                 b.questions,
                 b.contexts,
-                b.mean_context_tokens,
+                b.mean_context_tokens.unwrap_or_default(),
                 policy.name()
             ),
             cells().map(|c| (c.method, c.ratio, c.contexts)),
@@ -482,7 +483,7 @@ mod tests {
 
     #[test]
     fn tasks_stand_side_by_side_with_their_mean() {
-        let cell = |method, score: f64| pkv_eval::BenchmarkCell {
+        let cell = |method, score: f64| pkv_eval::AnswerCell {
             contexts: None,
             method,
             policy: Policy::Pair,
@@ -495,14 +496,15 @@ mod tests {
             of_kvzip: (method != MethodName::RANDOM).then_some(Interval::exact(score / 0.8)),
             of_full: None,
         };
-        let task = |task: &str, mapper: f64| BenchmarkResults {
+        let task = |task: &str, mapper: f64| AnswerResults {
             made: Default::default(),
             suite: "ruler".to_owned(),
             task: task.to_owned(),
             contexts: 5,
             questions: 5,
-            mean_context_tokens: 100.0,
-            cut: 0,
+            answer_match: None,
+            mean_context_tokens: Some(100.0),
+            cut: Some(0),
             full: Interval::exact(1.0),
             full_exact_match: None,
             full_f1: None,

@@ -98,14 +98,14 @@ fn the_headline_says_what_was_measured() {
     assert!(page.contains("It clears the floor that the head prior sets."));
     let level = with_results(dir.path(), |r| {
         for c in &mut r.facts.as_mut().unwrap().cells {
-            c.accuracy.low = 0.0;
+            c.score.low = 0.0;
         }
     });
     assert!(level.contains("It does not clear the floor that the head prior sets"));
     assert!(!level.contains("Better here"));
     let beaten = with_results(dir.path(), |r| {
-        let linear = |c: &&mut pkv_eval::FactsCell| c.method == pkv_recipe::MethodName::LINEAR;
-        r.facts.as_mut().unwrap().cells.iter_mut().filter(linear).for_each(|c| c.accuracy.mean = 0.999);
+        let linear = |c: &&mut pkv_eval::AnswerCell| c.method == pkv_recipe::MethodName::LINEAR;
+        r.facts.as_mut().unwrap().cells.iter_mut().filter(linear).for_each(|c| c.score.mean = 0.999);
     });
     assert!(beaten.contains("Better here: ridge, linear, with 99.9%."));
 }

@@ -85,7 +85,7 @@ fn headline(r: &Results) -> String {
     let mut parts = Vec::new();
     if let Some(facts) = &r.facts {
         let cells = facts.cells.iter().filter(|c| c.method == MethodName::MAPPER);
-        parts.extend(cells.map(|c| format!("{:.1}% at {}", 100.0 * c.accuracy.mean, c.ratio)));
+        parts.extend(cells.map(|c| format!("{:.1}% at {}", 100.0 * c.score.mean, c.ratio)));
     }
     if parts.is_empty() {
         format!("labels of {} contexts", r.labels.contexts)
@@ -138,7 +138,7 @@ pub fn results(path: &Path) -> Result<String> {
     if let Some(f) = &r.facts {
         out.block("answers");
         for c in &f.cells {
-            out.cell(c.method, c.policy, c.ratio, c.accuracy, c.contexts);
+            out.cell(c.method, c.policy, c.ratio, c.score, c.contexts);
         }
     }
     for b in &r.benchmarks {

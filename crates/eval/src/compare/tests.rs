@@ -7,10 +7,11 @@ use pkv_recipe::MethodName;
 use serde_json::json;
 
 use super::*;
-use crate::answers::{Answer, AnswerTable, Asked};
+use crate::answered::{Answer, Asked};
+use crate::answers::AnswerTable;
 use crate::cell::Cell;
 use crate::results::{
-    FactsCell, FactsResults, HeadRecall, LabelCell, LabelResults, MethodHeads, ModelName, RESULTS_VERSION,
+    AnswerCell, AnswerResults, HeadRecall, LabelCell, LabelResults, MethodHeads, ModelName, RESULTS_VERSION,
 };
 
 const RATIOS: [f64; 2] = [0.1, 0.05];
@@ -31,12 +32,12 @@ fn results(target: &str) -> Results {
         mass: exact,
         realised: ratio,
     };
-    let fact = |ratio| FactsCell {
+    let fact = |ratio| AnswerCell {
         contexts: None,
         method: MethodName::MAPPER,
         policy: Policy::Pair,
         ratio,
-        accuracy: exact,
+        score: exact,
         exact_match: None,
         f1: None,
         kl: exact,
@@ -69,11 +70,15 @@ fn results(target: &str) -> Results {
             }),
             ..LabelResults::default()
         },
-        facts: Some(FactsResults {
+        facts: Some(AnswerResults {
             made: Default::default(),
+            suite: String::new(),
+            task: String::new(),
             contexts: 7,
             questions: 28,
-            answer_match: Default::default(),
+            answer_match: Some(Default::default()),
+            mean_context_tokens: None,
+            cut: None,
             full: exact,
             full_exact_match: None,
             full_f1: None,
@@ -93,12 +98,23 @@ fn recipe(lr: f64) -> Value {
 /// A run whose mapper answered `right` of the questions of each named context; KVzip answers half of them.
 fn run(dir: &Path, name: &str, tasks: &[(&str, Vec<(&str, Right)>)]) -> Run {
     let mut table = AnswerTable::default();
-    let answer = |correct| Answer { text: String::new(), correct, kl: 0.0, flipped: 0, tokens: 1 };
+    let answer = |right| Answer {
+        text: String::new(),
+        score: f64::from(right),
+        kl: 0.0,
+        flipped: 0,
+        tokens: 1,
+        squad: None,
+    };
     for (task, contexts) in tasks {
         for (c, (id, right)) in contexts.iter().enumerate() {
             table.of_context(id);
             for q in 0..QUESTIONS {
-                let asked = Asked { question: format!("question {q} of {id}"), wanted: "yes".to_owned() };
+                let asked = Asked {
+                    question: format!("question {q} of {id}"),
+                    wanted: vec!["yes".to_owned()],
+                    part: String::new(),
+                };
                 table.push(task, (c, q), &asked, None, &answer(true));
                 for (r, ratio) in RATIOS.iter().enumerate() {
                     for (method, right) in

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use pkv_core::{Fingerprint, NoProgress, Policy, Seed};
 use pkv_data::FactContext;
 use pkv_eval::{
-    AGREEMENT_FILE, ANSWERS_FILE, Asked, Benchmark, Columns, EvalInputs, FactsCell, LabelCell, RESULTS_FILE,
+    AGREEMENT_FILE, ANSWERS_FILE, AnswerCell, Asked, Benchmark, Columns, EvalInputs, LabelCell, RESULTS_FILE,
     Results, evaluate,
 };
 use pkv_recipe::{EvalSection, MethodName, Task};
@@ -83,7 +83,7 @@ impl Left {
                 let of_kvzip = found.cell(cell.method, cell.policy, cell.ratio).unwrap().of_kvzip;
                 assert_eq!(
                     found.cell(cell.method, cell.policy, cell.ratio),
-                    Some(&FactsCell { of_kvzip, ..cell.clone() })
+                    Some(&AnswerCell { of_kvzip, ..cell.clone() })
                 );
             }
         }

@@ -39,18 +39,18 @@ fn the_oracle_answers_where_chance_does_not_and_a_whole_cache_changes_nothing() 
     assert!(facts.full.mean > 0.9, "the full cache answers {:?}", facts.full);
     for cell in &facts.cells {
         let (exact, f1) = (cell.exact_match.unwrap().mean, cell.f1.unwrap().mean);
-        assert!(cell.accuracy.mean <= exact + 1e-9 && exact <= f1 + 1e-9, "{cell:?}");
+        assert!(cell.score.mean <= exact + 1e-9 && exact <= f1 + 1e-9, "{cell:?}");
     }
     let answers = |method, ratio| facts.cell(method, Policy::Pair, ratio).unwrap();
     let (oracle, chance) = (answers(MethodName::KVZIP, 0.2), answers(MethodName::RANDOM, 0.2));
-    assert!(oracle.accuracy.mean > chance.accuracy.mean + 0.3, "{oracle:?} {chance:?}");
+    assert!(oracle.score.mean > chance.score.mean + 0.3, "{oracle:?} {chance:?}");
     assert!(oracle.kl.mean < 0.5 * chance.kl.mean && oracle.flips.mean < chance.flips.mean);
     assert_eq!(oracle.of_kvzip.unwrap().mean, 1.0);
-    let recovered = chance.accuracy.mean / oracle.accuracy.mean;
+    let recovered = chance.score.mean / oracle.score.mean;
     assert!((chance.of_kvzip.unwrap().mean - recovered).abs() < 1e-12);
     for method in methods::names() {
         let whole = answers(method, 1.0);
-        assert_eq!(whole.accuracy, facts.full, "{method:?}");
+        assert_eq!(whole.score, facts.full, "{method:?}");
         assert!(whole.kl.mean < 1e-6 && whole.flips.mean == 0.0, "{method:?}: {whole:?}");
     }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use pkv_core::Policy;
 use pkv_eval::{
-    FactSpan, FactsCell, FactsResults, HeadRecall, Interval, KeptCounts, LabelCell, LabelResults,
+    AnswerCell, AnswerResults, FactSpan, HeadRecall, Interval, KeptCounts, LabelCell, LabelResults,
     MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults, RESULTS_VERSION, RankCell,
     Results, Timing, WorkedExample,
 };
@@ -116,12 +116,12 @@ pub fn results() -> Results {
             let (share, oracle) = (answers[i] / 100.0, MEASURED[1].2[i] / 100.0);
             let half = 1.96 * (share * (1.0 - share) / 300.0).sqrt();
             let accuracy = around(answers[i], half);
-            facts.push(FactsCell {
+            facts.push(AnswerCell {
                 contexts: None,
                 method,
                 policy: Policy::Pair,
                 ratio,
-                accuracy,
+                score: accuracy,
                 exact_match: Some(around(0.9 * answers[i], half)),
                 f1: Some(around(0.95 * answers[i], half)),
                 kl: Interval {
@@ -168,11 +168,15 @@ pub fn results() -> Results {
             note: "the features hold no reconstruction scores; from `max_all`".to_owned(),
         }],
         labels,
-        facts: Some(FactsResults {
+        facts: Some(AnswerResults {
             made: Default::default(),
+            suite: String::new(),
+            task: String::new(),
             contexts: 60,
             questions: 480,
-            answer_match: AnswerMatch::default(),
+            answer_match: Some(AnswerMatch::default()),
+            mean_context_tokens: None,
+            cut: None,
             full: Interval { mean: 1.0, low: 1.0, high: 1.0 },
             full_exact_match: Some(Interval { mean: 0.9, low: 0.9, high: 0.9 }),
             full_f1: Some(Interval { mean: 0.95, low: 0.95, high: 0.95 }),

@@ -1,0 +1,162 @@
+//! What is asked of pruned caches: one shape for planted facts, continuations and the tasks of every benchmark.
+//!
+//! A [`Task`] has contexts, and each context has questions, or a continuation that is read. A question says what is right
+//! ([`Right`]) and what an answer is worth. Reading a context, pruning it, asking and storing is [`crate::evaluate`]'s,
+//! summing up is [`crate::answered`]'s and [`crate::perplexity`]'s.
+//!
+//! A new benchmark is no file here: it is a suite of `pkv-tasks`, which `benchmark` turns into tasks.
+
+mod benchmark;
+mod facts;
+mod perplexity;
+
+use anyhow::Result;
+use pkv_lm::TextTokenizer;
+use pkv_shard::Example;
+use pkv_tasks::Squad;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::answered::{AnswersOutcome, Asked};
+use crate::asking::Asking;
+use crate::cell::Cell;
+use crate::columns::context_id;
+use crate::context::PrunedContext;
+use crate::perplexity::PerplexityOutcome;
+use crate::results::Timing;
+use crate::store::{About, Outcome};
+
+pub use benchmark::BenchmarkTask;
+pub use facts::Facts;
+pub use perplexity::Perplexity;
+
+/// One task of an evaluation.
+pub trait Task {
+    /// Its name, and what summing up its outcomes needs.
+    fn about(&self) -> About;
+
+    /// Choices that its numbers depend on, beside those of every task and of [`Task::about`].
+    fn settings(&self) -> Value;
+
+    /// How many contexts it has.
+    fn contexts(&self) -> usize;
+
+    /// What its contexts are, for the progress bar.
+    fn what(&self) -> String;
+
+    /// What its questions are called among the times.
+    fn timed(&self) -> String;
+
+    /// Context number `index`; `None` if there is nothing to ask of it.
+    ///
+    /// # Errors
+    /// It cannot be made or encoded.
+    fn context(&self, index: usize, from: &Texts) -> Result<Option<TaskContext<'_>>>;
+}
+
+/// What contexts are made of.
+pub struct Texts<'a> {
+    pub tokenizer: &'a TextTokenizer,
+    /// The test example of that number, with its row.
+    pub test_example: &'a dyn Fn(usize) -> Result<(u64, Example)>,
+}
+
+/// A context, and what is asked of its cache.
+pub struct TaskContext<'a> {
+    pub tokens: Vec<u32>,
+    /// Whether its middle was cut out.
+    pub cut: bool,
+    /// Number of its random draws.
+    pub draw: u64,
+    pub asks: Asks<'a>,
+}
+
+/// What follows a context.
+pub enum Asks<'a> {
+    Questions(Vec<Question<'a>>),
+    /// Tokens whose likelihood is measured; the first is read and not counted.
+    Continuation(Vec<u32>),
+}
+
+/// One question, and what an answer to it is worth.
+pub struct Question<'a> {
+    /// What is read after the context.
+    pub prompt: Vec<u32>,
+    pub right: Right,
+    /// Tokens that an answer may have.
+    pub max_tokens: usize,
+    /// As it is stored.
+    pub asked: Asked,
+    pub score: Score<'a>,
+}
+
+/// The answer along which drift is measured; another one is decoded.
+pub enum Right {
+    Answer {
+        tokens: Vec<u32>,
+        text: String,
+    },
+    /// What the full cache answers.
+    FullCache,
+}
+
+/// Score in [0, 1], and exact match and F1 where a short answer is wanted; gets the answer's text and whether it is the
+/// right one token by token.
+pub type Score<'a> = Box<dyn Fn(&str, bool) -> (f64, Option<Squad>) + 'a>;
+
+/// What one context says, as it is stored.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TaskOutcome {
+    Answers(AnswersOutcome),
+    Likelihood(PerplexityOutcome),
+}
+
+impl TaskOutcome {
+    /// Ask the full cache of `context`, and the pruned one of each of `cells`; times are left to the caller.
+    ///
+    /// # Errors
+    /// There is no question, or a forward pass fails.
+    pub fn of(
+        context: &TaskContext,
+        asking: &Asking,
+        cells: &[Cell],
+        pruned: &PrunedContext,
+    ) -> Result<Self> {
+        Ok(match &context.asks {
+            Asks::Questions(questions) => {
+                let mut rows = asking.answers(questions, cells, pruned)?.into_iter();
+                Self::Answers(AnswersOutcome {
+                    context_id: context_id(&context.tokens),
+                    context_tokens: context.tokens.len(),
+                    cut: context.cut,
+                    asked: questions.iter().map(|q| q.asked.clone()).collect(),
+                    full: rows.next().unwrap_or_default(),
+                    cells: cells.iter().copied().zip(rows).collect(),
+                    timings: Vec::new(),
+                })
+            }
+            Asks::Continuation(tokens) => {
+                Self::Likelihood(crate::perplexity::read(asking.target, tokens, pruned, cells)?)
+            }
+        })
+    }
+
+    pub fn timings(&mut self) -> &mut Vec<Timing> {
+        match self {
+            Self::Answers(o) => &mut o.timings,
+            Self::Likelihood(o) => &mut o.timings,
+        }
+    }
+}
+
+impl Outcome for TaskOutcome {
+    fn add(&mut self, new: Self) {
+        match (self, new) {
+            (Self::Answers(old), Self::Answers(new)) => old.add(new),
+            (Self::Likelihood(old), Self::Likelihood(new)) => old.add(new),
+            // A task asks the same of a context every time.
+            (old, new) => *old = new,
+        }
+    }
+}
