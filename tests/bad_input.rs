@@ -72,6 +72,23 @@ fn ratio_15_suggests_0_15() {
 }
 
 #[test]
+fn an_unknown_task_is_named_before_any_work() {
+    let s = Sandbox::new();
+    for (given, wrong, hint) in [
+        ("rulr", "`rulr`, which is no task", "did you mean `ruler`?"),
+        ("", "``, which is no task", "tasks are facts, perplexity, ruler, longbench, scbench"),
+        ("ruler/vtt", "`vtt` is no task of ruler", "its tasks are niah_single_1"),
+        ("facts/one", "`facts` has no single tasks", "single tasks are of ruler"),
+    ] {
+        for command in ["plan", "prepare"] {
+            let set = format!("eval.tasks=[\"facts\", \"{given}\"]");
+            s.run(&[command, "--set", &set]).fails_with(&["invalid recipe `recipe.toml`", wrong, hint]);
+        }
+        s.run(&["eval", "--tasks", given]).fails_with(&["invalid recipe `recipe.toml`", wrong, hint]);
+    }
+}
+
+#[test]
 fn an_unknown_method_is_named_before_any_work() {
     let s = Sandbox::new();
     for (given, meant) in [("snapvk", "snapkv"), ("Head_Prior", "head-prior")] {

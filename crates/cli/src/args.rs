@@ -410,8 +410,7 @@ pub struct StageArgs {
 /// What is evaluated: shorthands for keys of `[eval]`.
 #[derive(Clone, Debug, Default, Args)]
 pub struct EvalChoices {
-    /// Tasks in place of the recipe's: facts, perplexity, ruler, longbench, scbench; or single tasks of a benchmark, such as ruler/vt.
-    #[arg(long, value_delimiter = ',', value_name = "TASK,...", add = values::tasks())]
+    #[arg(long, value_delimiter = ',', value_name = "TASK,...", help = tasks_help(), add = values::tasks())]
     pub tasks: Vec<String>,
     /// Methods in place of the recipe's, such as mapper,kvzip,snapkv.
     #[arg(long, value_delimiter = ',', value_name = "METHOD,...", value_parser = method_names(), add = values::methods())]
@@ -422,6 +421,14 @@ pub struct EvalChoices {
     /// At most this many contexts of each task.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+}
+
+fn tasks_help() -> String {
+    let names: Vec<&str> = pkv_eval::tasks::names().collect();
+    format!(
+        "Tasks in place of the recipe's: {}; or single tasks of a benchmark, such as ruler/vt",
+        names.join(", ")
+    )
 }
 
 /// The names that `--methods` takes, for help, completion and the hint after a misspelled one.
@@ -438,25 +445,9 @@ impl EvalChoices {
             format!("[{}]", quoted.join(", "))
         };
         let mut out = Vec::new();
-        let mut tasks: Vec<&str> = Vec::new();
-        let mut of_suite: Vec<(&str, Vec<&str>)> = Vec::new();
-        for task in &self.tasks {
-            let (suite, single) = task.split_once('/').map_or((task.as_str(), None), |(s, t)| (s, Some(t)));
-            if !tasks.contains(&suite) {
-                tasks.push(suite);
-            }
-            if let Some(single) = single {
-                match of_suite.iter_mut().find(|(s, _)| *s == suite) {
-                    Some((_, singles)) => singles.push(single),
-                    None => of_suite.push((suite, vec![single])),
-                }
-            }
-        }
-        if !tasks.is_empty() {
+        if !self.tasks.is_empty() {
+            let tasks: Vec<&str> = self.tasks.iter().map(String::as_str).collect();
             out.push(format!("eval.tasks={}", list(&tasks)));
-        }
-        for (suite, singles) in of_suite {
-            out.push(format!("eval.benchmark.{suite}_tasks={}", list(&singles)));
         }
         if !self.methods.is_empty() {
             let methods: Vec<&str> = self.methods.iter().map(String::as_str).collect();
@@ -535,8 +526,7 @@ mod tests {
         assert_eq!(
             choices.overrides(),
             [
-                r#"eval.tasks=["facts", "ruler"]"#,
-                r#"eval.benchmark.ruler_tasks=["vt", "cwe"]"#,
+                r#"eval.tasks=["facts", "ruler/vt", "ruler/cwe"]"#,
                 r#"eval.methods=["mapper"]"#,
                 r#"eval.policies=["pair-uniform", "pair-budget"]"#,
                 r#"eval.answer_policies=["pair-uniform", "pair-budget"]"#,

@@ -53,7 +53,7 @@ pub enum Status {
 ///
 /// `runs` is the folder that run folders are made in; it need not exist.
 pub fn checks(recipe: Option<&Recipe>, device: Device, runs: &Path) -> Vec<Check> {
-    let plan = recipe.map(|r| Plan::new(r, planned_for(device)));
+    let plan = recipe.map(|r| Plan::new(r, planned_for(device), &pkv_eval::tasks::work(r)));
     let mut out = vec![libtorch()];
     out.extend(gpus());
     out.push(cpu());
@@ -112,9 +112,13 @@ impl Check {
     }
 }
 
-/// The machine that a plan is made for.
+/// The machine that a plan is made for, with the memory of this one.
 fn planned_for(device: Device) -> Machine {
     match device {
+        Device::Cuda(i) => {
+            let memory = pkv_gpu::cuda_memory(i).ok().map(|m| m.total.max(0) as u64);
+            Machine { memory_bytes: memory.or(Machine::h200().memory_bytes), ..Machine::h200() }
+        }
         Device::Cpu => Machine::cpu(tch::get_num_threads().max(1) as usize),
         _ => Machine::h200(),
     }

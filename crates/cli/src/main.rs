@@ -8,7 +8,6 @@
 
 mod args;
 mod bench;
-mod benchmarks;
 mod compare;
 mod completion;
 mod doctor;

@@ -69,10 +69,11 @@ impl Session {
 /// Read a recipe, and refuse what it names and this program does not have, before any work.
 ///
 /// # Errors
-/// The recipe is invalid, or names an unknown method.
+/// The recipe is invalid, or names an unknown method or task.
 pub fn load_recipe(path: &Path, overrides: &[String]) -> Result<Recipe> {
     let recipe = pkv_recipe::load(path, overrides)?;
     pkv_eval::methods::check(&recipe.eval.methods)
+        .and_then(|()| pkv_eval::tasks::check(&recipe.eval))
         .with_context(|| format!("invalid recipe `{}`", path.display()))?;
     Ok(recipe)
 }

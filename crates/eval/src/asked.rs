@@ -5,17 +5,17 @@ use std::path::Path;
 use anyhow::Result;
 use pkv_core::{Fingerprint, RetentionRatio};
 use pkv_data::FactContext;
-use pkv_recipe::{EvalSection, Task as TaskName};
+use pkv_recipe::EvalSection;
+use pkv_tasks::Benchmark;
 use serde_json::json;
 
-use crate::bench::Benchmark;
 use crate::cell::Cell;
 use crate::evaluate::RESULTS_FILE;
 use crate::labels::Plan;
 use crate::results::Results;
 use crate::store::{About, Identity, TaskStore};
-use crate::task::{BenchmarkTask, Facts, Perplexity, Task};
-use crate::worked;
+use crate::task::{Facts, Task};
+use crate::{tasks, worked};
 
 /// Folder of all outcomes, in the evaluation's folder.
 pub const CONTEXTS_FOLDER: &str = "contexts";
@@ -57,26 +57,18 @@ impl<'a> Asked<'a> {
     /// A ratio is out of range, or there is no context for the `facts` task.
     pub fn tasks(&self) -> Result<Vec<AskedTask<'a>>> {
         let section = self.section;
-        let has = |task| section.tasks.contains(&task);
         let of = |about, settings, contexts, cells, work| AskedTask {
             identity: Identity::new(self.base, about, settings),
             contexts,
             cells,
             work,
         };
-        let mut tasks: Vec<Box<dyn Task + 'a>> = Vec::new();
-        if has(TaskName::Facts) {
-            tasks.push(Box::new(Facts::new(section, self.fact_contexts)?));
-        }
-        if has(TaskName::Perplexity) {
-            tasks.push(Box::new(Perplexity::new(section, self.test_examples)));
-        }
-        tasks.extend(self.benchmarks.iter().map(|b| Box::new(BenchmarkTask(b)) as Box<dyn Task + 'a>));
         let labels = Plan::new(section)?.cells;
         let mut all = vec![of(About::Labels, json!({}), self.test_examples, labels, Work::Labels)];
         let cells = answer_cells(section)?;
-        for task in tasks {
-            all.push(of(task.about(), task.settings(), task.contexts(), cells.clone(), Work::Ask(task)));
+        for task in tasks::open(self)? {
+            let info = task.info();
+            all.push(of(info.about, info.settings, info.contexts, cells.clone(), Work::Ask(task)));
         }
         let of_facts = !self.fact_contexts.is_empty();
         if of_facts || self.test_examples > 0 {
@@ -131,7 +123,7 @@ impl AskedTask<'_> {
     pub fn what(&self) -> String {
         match &self.work {
             Work::Labels => "test examples against their labels".to_owned(),
-            Work::Ask(task) => task.what(),
+            Work::Ask(task) => task.info().what,
             Work::Example { .. } => "worked example".to_owned(),
         }
     }

@@ -15,10 +15,10 @@ use pkv_prune::HeadBudgets;
 use pkv_recipe::{EvalSection, ExtractSection, LabelSection, TargetPool};
 use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, PlantedFact, StageReader};
+use pkv_tasks::Benchmark;
 
 use crate::asked::{Asked, AskedTask, CONTEXTS_FOLDER, Work};
 use crate::asking::Asking;
-use crate::bench::Benchmark;
 use crate::budgets::Budgets;
 use crate::cell::Cell;
 use crate::clock::Clock;
@@ -285,7 +285,8 @@ impl<'a> Evaluation<'a> {
         let draw = Draw { task: name, index: context.draw };
         let pruned = reader.read(&context.tokens, draw, &mut clock)?;
         let asking = Asking { target: i.target, tokenizer: i.tokenizer };
-        let mut outcome = clock.time(&task.timed(), || TaskOutcome::of(&context, &asking, cells, &pruned))?;
+        let mut outcome =
+            clock.time(&task.info().timed, || TaskOutcome::of(&context, &asking, cells, &pruned))?;
         *outcome.timings() = clock.into_timings();
         Ok(Some(outcome))
     }

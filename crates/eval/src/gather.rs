@@ -27,9 +27,6 @@ use crate::store::{About, ContextStore, Identity, Outcome, Outcomes};
 use crate::worked::ExampleOutcome;
 use crate::{answered, clock, labels, perplexity, worked};
 
-/// The order of benchmarks in results.
-const SUITES: [&str; 3] = ["ruler", "longbench", "scbench"];
-
 /// How the methods were made ready.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MethodsOutcome {
@@ -102,15 +99,18 @@ fn chosen(
         };
         all.extend(rivals.max_by_key(|i| (was_there(i), last(i))).cloned());
     }
+    let suites = pkv_tasks::REGISTRY;
     let place = |about: &About| match about {
         About::Methods => 0,
         About::Labels => 1,
         About::Facts { .. } => 2,
         About::Perplexity { .. } => 3,
-        About::Benchmark { suite, .. } => 4 + SUITES.iter().position(|s| s == suite).unwrap_or(SUITES.len()),
+        About::Benchmark { suite, .. } => {
+            4 + suites.iter().position(|s| s.name() == suite).unwrap_or(suites.len())
+        }
         // The one with facts is preferred.
-        About::Example { of_facts: true } => 5 + SUITES.len(),
-        About::Example { of_facts: false } => 6 + SUITES.len(),
+        About::Example { of_facts: true } => 5 + suites.len(),
+        About::Example { of_facts: false } => 6 + suites.len(),
     };
     all.sort_by_key(|i| place(&i.about));
     all

@@ -35,9 +35,10 @@ mod tests;
 mod training;
 mod view;
 
-use anyhow::{Result, ensure};
-use pkv_core::hinted;
+use anyhow::Result;
 use pkv_recipe::MethodName;
+
+use crate::known::check_known;
 
 pub use method::{Method, Needs};
 
@@ -84,18 +85,8 @@ pub fn check(methods: &[MethodName]) -> Result<()> {
 
 fn check_in(registry: &[Method], methods: &[MethodName]) -> Result<()> {
     for &name in methods {
-        let known = || registry.iter().map(|method| method.name.name());
-        let plain = name.name().to_lowercase().replace('_', "-");
-        let nearest = known().map(|k| (strsim::levenshtein(k, &plain), k)).min();
-        let meant = nearest.filter(|(off, known)| 3 * off <= known.len());
-        let meant = meant.map(|(_, known)| format!("did you mean `{known}`? ")).unwrap_or_default();
-        ensure!(
-            known().any(|known| known == name.name()),
-            hinted(
-                format!("`eval.methods` names `{name}`, which is no method"),
-                format!("{meant}methods are {}", known().collect::<Vec<_>>().join(", "))
-            )
-        );
+        let known = registry.iter().map(|method| method.name.name());
+        check_known("eval.methods", "method", name.name(), known)?;
     }
     Ok(())
 }

@@ -6,7 +6,10 @@
 
 use anyhow::Result;
 use pkv_lm::{Branches, LanguageModel};
+use pkv_recipe::plan::{Answers, TaskWork};
+use pkv_recipe::{EvalSection, Recipe};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::bootstrap::Draws;
 use crate::cell::{Cell, Cells};
@@ -15,7 +18,57 @@ use crate::context::PrunedContext;
 use crate::forced::{Batch, Continuation};
 use crate::groups::Groups;
 use crate::results::{Made, PerplexityCell, PerplexityResults, Timing};
-use crate::store::Outcome;
+use crate::store::{About, Outcome};
+use crate::task::{Asks, Task, TaskContext, TaskInfo, Texts};
+
+/// The `perplexity` task.
+pub struct Perplexity<'a> {
+    section: &'a EvalSection,
+    test_examples: usize,
+}
+
+impl<'a> Perplexity<'a> {
+    pub fn new(section: &'a EvalSection, test_examples: usize) -> Self {
+        Self { section, test_examples }
+    }
+
+    pub fn work(recipe: &Recipe) -> TaskWork {
+        let (section, data) = (&recipe.eval, &recipe.data);
+        TaskWork {
+            task: "perplexity".to_owned(),
+            contexts: section.contexts.min(data.test),
+            context_tokens: data.test_window_tokens.unwrap_or(data.longest_window()),
+            questions: 1,
+            question_tokens: 0,
+            answer_tokens: section.continuation_tokens,
+            answers: Answers::Given,
+        }
+    }
+}
+
+impl Task for Perplexity<'_> {
+    fn info(&self) -> TaskInfo {
+        TaskInfo {
+            about: About::Perplexity { continuation_tokens: self.section.continuation_tokens },
+            settings: json!({}),
+            contexts: self.test_examples.min(self.section.contexts),
+            what: "continuations of test examples".to_owned(),
+            timed: "perplexity: continuations".to_owned(),
+        }
+    }
+
+    /// `None` where an example is too short to have a continuation.
+    fn context(&self, index: usize, texts: &Texts) -> Result<Option<TaskContext<'_>>> {
+        let (row, example) = (texts.test_example)(index)?;
+        let split = split(&example.tokens, self.section.continuation_tokens);
+        Ok(split.map(|(context, continuation)| TaskContext {
+            tokens: context.to_vec(),
+            cut: false,
+            draw: row,
+            asks: Asks::Continuation(continuation.to_vec()),
+        }))
+    }
+}
 
 /// What one test example says: nats per token.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,7 +88,7 @@ impl Outcome for PerplexityOutcome {
 /// The context and the continuation of an example; `None` if it is too short to have both.
 ///
 /// A continuation has at least two tokens, and at most as many as its context.
-pub fn split(tokens: &[u32], continuation_tokens: usize) -> Option<(&[u32], &[u32])> {
+fn split(tokens: &[u32], continuation_tokens: usize) -> Option<(&[u32], &[u32])> {
     let held_out = continuation_tokens.max(2);
     (tokens.len() >= 2 * held_out).then(|| tokens.split_at(tokens.len() - held_out))
 }

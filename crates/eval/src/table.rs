@@ -17,9 +17,9 @@ pub fn all_tables(results: &Results) -> String {
         }
     };
     for policy in Policy::ALL {
-        add(facts_title(results, policy), answers_table(results, policy));
-        add(format!("Exact match of these answers, {} (%)", policy.name()), exact_table(results, policy));
-        add(format!("Token F1 of these answers, {} (%)", policy.name()), f1_table(results, policy));
+        for (title, table) in results.facts.iter().flat_map(|f| answered(facts_title(f, policy), f, policy)) {
+            add(title, table);
+        }
         add(format!("Recall of KVzip's kept set, {} (%)", policy.name()), recall_table(results, policy));
     }
     add("What a policy costs: recall of what KVzip keeps under pair (%)".to_owned(), policy_table(results));
@@ -48,13 +48,9 @@ pub fn all_tables(results: &Results) -> String {
             );
         }
         for benchmark in &results.benchmarks {
-            add(benchmark_title(benchmark, policy), scores_table(benchmark, policy));
-            let title = |figure: &str| format!("{figure} of these answers, {} (%)", policy.name());
-            add(
-                title("Exact match"),
-                squad_table(benchmark, policy, benchmark.full_exact_match, |c| c.exact_match),
-            );
-            add(title("Token F1"), squad_table(benchmark, policy, benchmark.full_f1, |c| c.f1));
+            for (title, table) in answered(benchmark_title(benchmark, policy), benchmark, policy) {
+                add(title, table);
+            }
         }
     }
     let notes: Vec<String> =
@@ -65,40 +61,33 @@ pub fn all_tables(results: &Results) -> String {
     out
 }
 
-fn facts_title(results: &Results, policy: Policy) -> String {
-    let (contexts, questions) = results.facts.as_ref().map_or((0, 0), |f| (f.contexts, f.questions));
+fn facts_title(facts: &AnswerResults, policy: Policy) -> String {
     format!(
-        "Questions answered from the pruned cache, {} (% of {questions} questions in {contexts} contexts, 95% interval)",
-        policy.name()
+        "Questions answered from the pruned cache, {} (% of {} questions in {} contexts, 95% interval)",
+        policy.name(),
+        facts.questions,
+        facts.contexts
     )
+}
+
+/// A task's scores, and exact match and F1 where it has them, each under its title.
+fn answered(title: String, task: &AnswerResults, policy: Policy) -> [(String, Option<String>); 3] {
+    let of = |figure: &str| format!("{figure} of these answers, {} (%)", policy.name());
+    let squad = |full: Option<Interval>, value: fn(&AnswerCell) -> Option<Interval>| {
+        let cells = task.cells.iter().filter(|c| c.policy == policy);
+        let shown = cells.filter_map(|c| Some((c.method, c.ratio, percent(value(c)?))));
+        Grid::new(shown).render(full.map(|full| ("full cache", percent(full))))
+    };
+    [
+        (title, scores_table(task, policy)),
+        (of("Exact match"), squad(task.full_exact_match, |c| c.exact_match)),
+        (of("Token F1"), squad(task.full_f1, |c| c.f1)),
+    ]
 }
 
 /// Answers in percent with their intervals; the full cache in the first row. `None` without the task or policy.
 pub fn answers_table(results: &Results, policy: Policy) -> Option<String> {
     scores_table(results.facts.as_ref()?, policy)
-}
-
-/// Exact match of the answers as SQuAD compares them, in percent. `None` without the task, the policy or the figure.
-pub fn exact_table(results: &Results, policy: Policy) -> Option<String> {
-    let facts = results.facts.as_ref()?;
-    squad_table(facts, policy, facts.full_exact_match, |c| c.exact_match)
-}
-
-/// F1 of the answers' words as SQuAD measures it, in percent; as [`exact_table`].
-pub fn f1_table(results: &Results, policy: Policy) -> Option<String> {
-    let facts = results.facts.as_ref()?;
-    squad_table(facts, policy, facts.full_f1, |c| c.f1)
-}
-
-fn squad_table(
-    task: &AnswerResults,
-    policy: Policy,
-    full: Option<Interval>,
-    value: impl Fn(&AnswerCell) -> Option<Interval>,
-) -> Option<String> {
-    let cells = task.cells.iter().filter(|c| c.policy == policy);
-    let shown = cells.filter_map(|c| Some((c.method, c.ratio, percent(value(c)?))));
-    Grid::new(shown).render(full.map(|full| ("full cache", percent(full))))
 }
 
 /// The benchmarks that were asked, each once.
@@ -123,7 +112,7 @@ fn benchmark_title(b: &AnswerResults, policy: Policy) -> String {
 }
 
 /// Scores of one task in percent with their intervals; the full cache in the first row. `None` without the policy.
-pub fn scores_table(task: &AnswerResults, policy: Policy) -> Option<String> {
+fn scores_table(task: &AnswerResults, policy: Policy) -> Option<String> {
     let cells = || task.cells.iter().filter(|c| c.policy == policy);
     let grid = Grid::new(cells().map(|c| (c.method, c.ratio, percent(c.score))));
     let table = grid.render(Some(("full cache", percent(task.full))));

@@ -8,7 +8,6 @@
 
 mod benchmark;
 mod facts;
-mod perplexity;
 
 use anyhow::Result;
 use pkv_lm::TextTokenizer;
@@ -22,36 +21,35 @@ use crate::asking::Asking;
 use crate::cell::Cell;
 use crate::columns::context_id;
 use crate::context::PrunedContext;
-use crate::perplexity::PerplexityOutcome;
+use crate::perplexity::{self, PerplexityOutcome};
 use crate::results::Timing;
 use crate::store::{About, Outcome};
 
 pub use benchmark::BenchmarkTask;
 pub use facts::Facts;
-pub use perplexity::Perplexity;
 
 /// One task of an evaluation.
 pub trait Task {
-    /// Its name, and what summing up its outcomes needs.
-    fn about(&self) -> About;
-
-    /// Choices that its numbers depend on, beside those of every task and of [`Task::about`].
-    fn settings(&self) -> Value;
-
-    /// How many contexts it has.
-    fn contexts(&self) -> usize;
-
-    /// What its contexts are, for the progress bar.
-    fn what(&self) -> String;
-
-    /// What its questions are called among the times.
-    fn timed(&self) -> String;
+    fn info(&self) -> TaskInfo;
 
     /// Context number `index`; `None` if there is nothing to ask of it.
     ///
     /// # Errors
     /// It cannot be made or encoded.
     fn context(&self, index: usize, from: &Texts) -> Result<Option<TaskContext<'_>>>;
+}
+
+/// What is known of a task before its contexts are.
+pub struct TaskInfo {
+    /// Its name, and what summing up its outcomes needs.
+    pub about: About,
+    /// Choices that its numbers depend on, beside those of every task and of `about`.
+    pub settings: Value,
+    pub contexts: usize,
+    /// What its contexts are, for the progress bar.
+    pub what: String,
+    /// What its questions are called among the times.
+    pub timed: String,
 }
 
 /// What contexts are made of.
@@ -137,7 +135,7 @@ impl TaskOutcome {
                 })
             }
             Asks::Continuation(tokens) => {
-                Self::Likelihood(crate::perplexity::read(asking.target, tokens, pruned, cells)?)
+                Self::Likelihood(perplexity::read(asking.target, tokens, pruned, cells)?)
             }
         })
     }

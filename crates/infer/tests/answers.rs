@@ -11,7 +11,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use pkv_core::Policy;
 use pkv_eval::{ANSWERS_FILE, evaluate};
 use pkv_infer::{Keep, Parallel, Question, Regime, Sequential, answer};
-use pkv_recipe::{MethodName, Task};
+use pkv_recipe::{MethodName, TaskName};
 
 use crate::fixture::Nano;
 use crate::support::{copy, keep, source};
@@ -55,7 +55,7 @@ impl pkv_core::Progress for Silent {
 fn answers_are_those_of_the_evaluation() {
     let mut nano = Nano::new(3);
     nano.section.methods = vec![MethodName::MAPPER];
-    nano.section.tasks = vec![Task::Facts];
+    nano.section.tasks = vec![TaskName::FACTS];
     nano.section.answer_policies = Policy::ALL.to_vec();
     nano.section.answer_ratios = vec![1.0, 0.3, 0.1, 0.05];
     let (stages, out) = (nano.stages(), tempfile::tempdir().unwrap());

@@ -86,6 +86,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
         }
     };
     recipe.path = path.to_path_buf();
+    recipe.eval.settle();
     recipe.check().map_err(|e| {
         mistake::or_hint(e, invalid(), "change the value in the recipe, or with `--set key=value`")
     })?;

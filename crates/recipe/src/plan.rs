@@ -6,6 +6,7 @@
 //! window) and on bytes (shards compress); it is a forecast of time, good to a factor of about two.
 
 mod cost;
+mod eval;
 mod human;
 mod machine;
 mod stages;
@@ -14,11 +15,14 @@ mod table;
 use serde::{Deserialize, Serialize};
 
 use crate::{DtypeName, ModelSection, Recipe};
-use stages::{Lengths, eval, extract, features_made_anew, fetch, infer, label, prepare, target_reads, train};
+use eval::eval;
+use stages::{Lengths, extract, features_made_anew, fetch, infer, label, prepare, target_reads, train};
 
 pub use cost::{MapperCost, Repeat, features, prefill, repeat};
+pub use eval::{Answers, TaskWork};
 pub use human::{human_bytes, human_count, human_flops, human_secs};
 pub use machine::{Efficiency, Machine};
+pub use stages::TEMPLATE_TOKENS;
 
 /// The cost of every stage of a recipe on one machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -99,8 +103,8 @@ pub struct StagePlan {
 }
 
 impl Plan {
-    /// Plan `recipe` on `machine`.
-    pub fn new(recipe: &Recipe, machine: Machine) -> Self {
+    /// Plan `recipe` on `machine`; `tasks` are what `eval` asks, which `pkv_eval::tasks` knows.
+    pub fn new(recipe: &Recipe, machine: Machine, tasks: &[TaskWork]) -> Self {
         let lengths = Lengths::of(recipe);
         let mapper_cost = MapperCost::new(recipe);
         let longest = lengths.longest();
@@ -118,7 +122,7 @@ impl Plan {
             label(recipe, &lengths, &machine),
             extract(recipe, &lengths, &machine),
             train(recipe, &lengths, &machine, &mapper_cost),
-            eval(recipe, &machine, &mapper_cost),
+            eval(recipe, &machine, &mapper_cost, tasks),
         ];
         let target = model_plan(&recipe.target, &machine);
         let proxy = model_plan(&recipe.proxy, &machine);
@@ -195,7 +199,7 @@ impl StagePlan {
 mod tests {
     use super::*;
 
-    fn recipe(overrides: &[&str]) -> Recipe {
+    pub(super) fn recipe(overrides: &[&str]) -> Recipe {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pair.toml");
         std::fs::write(
@@ -237,7 +241,7 @@ window_tokens = [2048, 8192]
 
     #[test]
     fn bytes_and_tokens_follow_from_the_shapes() {
-        let plan = Plan::new(&recipe(&[]), Machine::h200());
+        let plan = Plan::new(&recipe(&[]), Machine::h200(), &[]);
         let tokens = 1100 / 2 * (2048 + 8192);
         assert_eq!(plan.stage("prepare").unwrap().tokens, tokens);
         assert_eq!(plan.stage("label").unwrap().disk_bytes, tokens * 256 * 2);
@@ -247,7 +251,7 @@ window_tokens = [2048, 8192]
         assert!((plan.target.parameters as f64 / 8.03e9 - 1.0).abs() < 0.01);
         assert_eq!(plan.stage("train").unwrap().examples, 1500 * 16);
         assert!(plan.table().contains("train   steps: 1500\n"));
-        let auto = Plan::new(&recipe(&["train.steps=auto", "train.max_steps=700"]), Machine::h200());
+        let auto = Plan::new(&recipe(&["train.steps=auto", "train.max_steps=700"]), Machine::h200(), &[]);
         assert_eq!(auto.stage("train").unwrap().examples, 700 * 16);
         assert!(auto.table().contains("train   steps: auto, at most 700\n"), "{}", auto.table());
     }
@@ -255,7 +259,7 @@ window_tokens = [2048, 8192]
     #[test]
     fn the_memory_of_labels_is_near_the_one_measured() {
         // kvpress at 8k on an H200 peaks at 18.7 GB, its eager score block included.
-        let plan = Plan::new(&recipe(&["data.window_tokens=[8192]"]), Machine::h200());
+        let plan = Plan::new(&recipe(&["data.window_tokens=[8192]"]), Machine::h200(), &[]);
         let peak = plan.stage("label").unwrap().peak_bytes as f64;
         assert!((peak / 18.7e9 - 1.0).abs() < 0.15, "{peak}");
     }
@@ -270,7 +274,7 @@ window_tokens = [2048, 8192]
             (170_000, 46.3, 53.7, 21.7),
         ] {
             let windows = format!("data.window_tokens=[{tokens}]");
-            let infer = Plan::new(&recipe(&[&windows, "data.train=1"]), Machine::h200()).infer;
+            let infer = Plan::new(&recipe(&[&windows, "data.train=1"]), Machine::h200(), &[]).infer;
             assert_eq!(infer.tokens, tokens);
             for (planned, measured, off) in [
                 (infer.sequential_bytes as f64 / 1e9, sequential, 0.1),
@@ -287,18 +291,17 @@ window_tokens = [2048, 8192]
 
     #[test]
     fn choices_that_cost_more_are_planned_as_more() {
-        let base = Plan::new(&recipe(&[]), Machine::h200());
+        let base = Plan::new(&recipe(&[]), Machine::h200(), &[]);
         let stage = |plan: &Plan, name: &str| plan.stage(name).unwrap().clone();
-        let recon = Plan::new(&recipe(&["extract.channels=[\"recon_log\"]"]), Machine::h200());
+        let recon = Plan::new(&recipe(&["extract.channels=[\"recon_log\"]"]), Machine::h200(), &[]);
         assert!(stage(&recon, "extract").flops > 1.5 * stage(&base, "extract").flops);
-        let conv = Plan::new(&recipe(&["mapper.variant=conv"]), Machine::h200());
+        let conv = Plan::new(&recipe(&["mapper.variant=conv"]), Machine::h200(), &[]);
         assert!(conv.mapper.flops_per_token < base.mapper.flops_per_token);
         assert!(stage(&conv, "train").peak_bytes < stage(&base, "train").peak_bytes);
-        let cpu = Plan::new(&recipe(&[]), Machine::cpu(2));
+        let cpu = Plan::new(&recipe(&[]), Machine::cpu(2), &[]);
         assert_eq!(cpu.target.weight_bytes, 2 * base.target.weight_bytes);
         assert!(cpu.secs() > 100.0 * base.secs());
-        let no_tasks = Plan::new(&recipe(&["eval.tasks=[]"]), Machine::h200());
-        assert_eq!(stage(&no_tasks, "eval").flops, 0.0);
+        assert_eq!(stage(&base, "eval").flops, 0.0, "no task, no cost");
     }
 
     #[test]
@@ -306,7 +309,7 @@ window_tokens = [2048, 8192]
         let stage = |plan: &Plan, name: &str| plan.stage(name).unwrap().clone();
         let plan = |set: &[&str]| {
             let from = ["extract.from=[\"target\"]"];
-            Plan::new(&recipe(&[&from[..], set].concat()), Machine::h200())
+            Plan::new(&recipe(&[&from[..], set].concat()), Machine::h200(), &[])
         };
         let together = plan(&[]);
         let apart = plan(&["label.prefill_chunk_tokens=512"]);
@@ -328,10 +331,10 @@ window_tokens = [2048, 8192]
     #[test]
     fn a_recipe_of_one_model_is_planned_with_one() {
         let alone = ["extract.from=[\"target\"]", "proxy.model=meta-llama/Llama-3.1-8B-Instruct"];
-        let plan = Plan::new(&recipe(&alone), Machine::h200());
+        let plan = Plan::new(&recipe(&alone), Machine::h200(), &[]);
         assert_eq!(plan.stage("fetch").unwrap().disk_bytes, 2 * plan.target.parameters);
         assert!(!plan.table().contains("  proxy "), "{}", plan.table());
-        assert!(Plan::new(&recipe(&[]), Machine::h200()).table().contains("  proxy "));
+        assert!(Plan::new(&recipe(&[]), Machine::h200(), &[]).table().contains("  proxy "));
     }
 
     #[test]
@@ -339,7 +342,7 @@ window_tokens = [2048, 8192]
         let stage = |plan: &Plan, name: &str| plan.stage(name).unwrap().clone();
         let plan = |set: &[&str]| {
             let from = ["extract.from=[\"target\", \"proxy\"]"];
-            Plan::new(&recipe(&[&from[..], set].concat()), Machine::h200())
+            Plan::new(&recipe(&[&from[..], set].concat()), Machine::h200(), &[])
         };
         let kept = plan(&[]);
         let made = plan(&["extract.missing=generate", "extract.after_use=delete"]);
@@ -362,7 +365,7 @@ window_tokens = [2048, 8192]
     #[test]
     fn the_table_names_every_stage_and_what_does_not_fit() {
         let small = Machine { memory_bytes: Some(1_000_000_000), ..Machine::h200() };
-        let text = Plan::new(&recipe(&[]), small).table();
+        let text = Plan::new(&recipe(&[]), small, &[]).table();
         for stage in ["fetch", "prepare", "label", "extract", "train", "eval"] {
             assert!(text.lines().any(|l| l.trim_start().starts_with(stage)), "{text}");
         }

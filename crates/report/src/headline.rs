@@ -182,7 +182,7 @@ fn tiles(data: &RunData) -> Vec<Tile> {
         tiles.extend(recall_tile(&results.labels));
     }
     if let Some(recipe) = &data.recipe {
-        let mapper = Plan::new(recipe, Machine::h200()).mapper;
+        let mapper = Plan::new(recipe, Machine::h200(), &[]).mapper;
         // Beside a target of toy size any mapper looks expensive; `origin::limits` tells that instead.
         if mapper.share_of_prefill < TOY_SHARE {
             tiles.push(Tile {

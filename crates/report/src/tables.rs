@@ -46,31 +46,25 @@ enum Best {
 /// Answers, and what they lack, for one policy: the first table is the one to show.
 pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
     let cells = || facts.cells.iter().filter(|c| c.policy == policy);
-    let mut answers = build(
+    let answers = scores(
+        facts,
+        policy,
         "Questions answered, percent",
-        &noted(
-            format!(
-                "{} questions about {} contexts, asked after pruning. Small type: 95% interval over contexts.",
-                facts.questions, facts.contexts
-            ),
-            cells().map(|c| (c.method, c.ratio, c.contexts)),
+        format!(
+            "{} questions about {} contexts, asked after pruning. Small type: 95% interval over contexts.",
+            facts.questions, facts.contexts
         ),
-        cells().map(|c| (c.method, c.ratio, c.score)),
-        Best::Highest,
-        points,
     );
-    add_full(&mut answers, facts.full);
-    let exact = squad(
-        "Exact match, percent",
-        "Answers that are the wanted one once lower-cased, without punctuation and articles, as SQuAD compares them.",
-        cells().filter_map(|c| Some((c.method, c.ratio, c.exact_match?))),
-        facts.full_exact_match,
-    );
-    let f1 = squad(
-        "Token F1, percent",
-        "F1 of the words of answer and wanted answer, as SQuAD measures it.",
-        cells().filter_map(|c| Some((c.method, c.ratio, c.f1?))),
-        facts.full_f1,
+    let [exact, f1] = squads(
+        facts,
+        policy,
+        [
+            (
+                "Exact match, percent",
+                "Answers that are the wanted one once lower-cased, without punctuation and articles, as SQuAD compares them.",
+            ),
+            ("Token F1, percent", "F1 of the words of answer and wanted answer, as SQuAD measures it."),
+        ],
     );
     let relative = build(
         "Recovered: answers relative to KVzip's at the same budget, percent",
@@ -103,8 +97,23 @@ pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
     [answers, relative, of_full, exact, f1, kl, flips].into_iter().filter(|t| !t.rows.is_empty()).collect()
 }
 
+/// Scores of a task, the full cache's in the first row.
+fn scores(task: &AnswerResults, policy: Policy, caption: &str, note: String) -> Table {
+    let cells = || task.cells.iter().filter(|c| c.policy == policy);
+    let note = noted(note, cells().map(|c| (c.method, c.ratio, c.contexts)));
+    shares(caption, &note, cells().map(|c| (c.method, c.ratio, c.score)), Some(task.full))
+}
+
+/// Exact match and F1 of a task, each with its caption and note.
+fn squads(task: &AnswerResults, policy: Policy, [exact, f1]: [(&str, &str); 2]) -> [Table; 2] {
+    let cells = || task.cells.iter().filter(|c| c.policy == policy);
+    let exact_match = cells().filter_map(|c| Some((c.method, c.ratio, c.exact_match?)));
+    let token_f1 = cells().filter_map(|c| Some((c.method, c.ratio, c.f1?)));
+    [shares(exact.0, exact.1, exact_match, task.full_exact_match), shares(f1.0, f1.1, token_f1, task.full_f1)]
+}
+
 /// A table of shares whose first row, if it has any, is the full cache's.
-fn squad(
+fn shares(
     caption: &str,
     note: &str,
     cells: impl Iterator<Item = (MethodName, f64, Interval)>,
@@ -219,40 +228,23 @@ fn across_tasks(
 
 /// Scores of one task of a benchmark, for one policy; exact match and F1 where short answers are wanted.
 pub fn benchmark(b: &AnswerResults, policy: Policy) -> Vec<Table> {
-    let cells = || b.cells.iter().filter(|c| c.policy == policy);
     let cut =
         b.cut.filter(|&n| n > 0).map_or_else(String::new, |n| format!(" Of {n} the middle was cut out."));
-    let mut table = build(
+    let table = scores(
+        b,
+        policy,
         &format!("{} {}, score in percent", b.suite, b.task),
-        &noted(
-            format!(
-                "{} questions about {} contexts of {:.0} tokens; policy {}. Small type: 95% interval over contexts.{cut}",
-                b.questions,
-                b.contexts,
-                b.mean_context_tokens.unwrap_or_default(),
-                policy.name()
-            ),
-            cells().map(|c| (c.method, c.ratio, c.contexts)),
+        format!(
+            "{} questions about {} contexts of {:.0} tokens; policy {}. Small type: 95% interval over contexts.{cut}",
+            b.questions,
+            b.contexts,
+            b.mean_context_tokens.unwrap_or_default(),
+            policy.name()
         ),
-        cells().map(|c| (c.method, c.ratio, c.score)),
-        Best::Highest,
-        points,
     );
-    if !table.rows.is_empty() {
-        add_full(&mut table, b.full);
-    }
-    let exact = squad(
-        &format!("{} {}, exact match in percent", b.suite, b.task),
-        "",
-        cells().filter_map(|c| Some((c.method, c.ratio, c.exact_match?))),
-        b.full_exact_match,
-    );
-    let f1 = squad(
-        &format!("{} {}, token F1 in percent", b.suite, b.task),
-        "",
-        cells().filter_map(|c| Some((c.method, c.ratio, c.f1?))),
-        b.full_f1,
-    );
+    let exact = format!("{} {}, exact match in percent", b.suite, b.task);
+    let f1 = format!("{} {}, token F1 in percent", b.suite, b.task);
+    let [exact, f1] = squads(b, policy, [(&exact, ""), (&f1, "")]);
     [table, exact, f1].into_iter().filter(|t| !t.rows.is_empty()).collect()
 }
 

@@ -11,11 +11,14 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::hinted;
-use serde_json::Value;
+use pkv_recipe::EvalSection;
+use pkv_recipe::plan::TaskWork;
+use serde_json::{Value, json};
 
 use crate::example::{Example, Turn};
 use crate::metric::Metric;
 use crate::rows;
+use crate::suite::{Benchmark, Opening, Suite};
 
 /// A task of LongBench.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +33,35 @@ pub struct Task {
     chat: bool,
     /// Whether the answer ends with its first line.
     first_line: bool,
+}
+
+/// LongBench as a suite.
+pub struct LongBench;
+
+impl Suite for LongBench {
+    fn name(&self) -> &'static str {
+        "longbench"
+    }
+
+    fn tasks(&self) -> Vec<&'static str> {
+        Task::all().iter().map(|task| task.name).collect()
+    }
+
+    fn open<'a>(&self, from: &Opening<'a>) -> Result<Vec<Benchmark<'a>>> {
+        let read = |name: &str, files: &[PathBuf], limit| {
+            Task::of_name(name).expect("it is one of LongBench's names").read(files, limit)
+        };
+        from.of_files(self, &json!({}), read)
+    }
+
+    fn work(&self, section: &EvalSection, named: &[&str]) -> Vec<TaskWork> {
+        let work = |task: &Task| {
+            let name = format!("{}.{}", self.name(), task.name);
+            TaskWork::of_prompts(name, &section.benchmark, task.max_new_tokens)
+        };
+        let chosen = Task::all().iter().filter(|t| named.is_empty() || named.contains(&t.name));
+        chosen.map(work).collect()
+    }
 }
 
 impl Task {
@@ -108,7 +140,6 @@ impl Task {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn rows_become_examples() {

@@ -16,9 +16,14 @@ mod qa;
 mod sources;
 mod vt;
 
+use std::rc::Rc;
+
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::{Rng, Seed, hinted};
+use pkv_recipe::EvalSection;
+use pkv_recipe::plan::TaskWork;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 pub use qa::{QaSet, Question};
 pub use sources::Sources;
@@ -26,6 +31,7 @@ pub use sources::Sources;
 use crate::example::{Example, Turn};
 use crate::fit::largest;
 use crate::metric::Metric;
+use crate::suite::{Benchmark, CountTokens, Opening, Suite};
 use crate::words::Words;
 
 /// A task of RULER.
@@ -124,13 +130,81 @@ impl RulerTask {
     }
 }
 
-/// How long a text is in the model's tokens.
-pub type CountTokens<'a> = dyn Fn(&str) -> Result<usize> + 'a;
+/// RULER as a suite.
+pub struct Ruler;
+
+impl Suite for Ruler {
+    fn name(&self) -> &'static str {
+        "ruler"
+    }
+
+    fn tasks(&self) -> Vec<&'static str> {
+        RulerTask::ALL.map(RulerTask::name).to_vec()
+    }
+
+    fn sources(&self, named: &[&str]) -> Vec<&'static str> {
+        let parts = [("essays", "niah"), ("squad", "qa_1"), ("hotpotqa", "qa_2"), ("words", "cwe")];
+        let is_needed = |part: &str| named.is_empty() || named.iter().any(|n| n.starts_with(part));
+        parts.into_iter().filter(|(_, part)| is_needed(part)).map(|(source, _)| source).collect()
+    }
+
+    fn open<'a>(&self, from: &Opening<'a>) -> Result<Vec<Benchmark<'a>>> {
+        let section = &from.section.benchmark;
+        let sources = Sources::open(from.files)?;
+        let named = from.section.named(self.name()).unwrap_or_default();
+        let of_name = |name: &&str| RulerTask::ALL.into_iter().find(|task| task.name() == *name);
+        let (can_make, left_out) = match named.as_slice() {
+            [] => RulerTask::ALL.into_iter().partition(|task| sources.can_make(*task)),
+            named => (named.iter().filter_map(of_name).collect::<Vec<_>>(), Vec::new()),
+        };
+        let mut all = Vec::new();
+        for task in can_make {
+            let (tokens, frame) = (section.ruler_tokens, from.frame_tokens);
+            let generator = Generator::new(task, tokens, frame, &sources, from.count, from.seed)
+                .with_context(|| format!("cannot make RULER's `{}`", task.name()))?;
+            if let Some(warning) = generator.shortness(tokens) {
+                (from.warn)(&warning);
+            }
+            all.push(Benchmark {
+                suite: self.name(),
+                task: task.name().to_owned(),
+                examples: generator.len().unwrap_or(usize::MAX).min(section.examples),
+                example: Box::new(move |index| generator.example(index as u64)),
+                prompt_tokens: None,
+                identity: from.files.identity_with(json!({"ruler": task, "tokens": tokens})),
+            });
+        }
+        if !left_out.is_empty() {
+            (from.warn)(&format!(
+                "RULER without {}: `eval.benchmark.manifest` has no source for them",
+                left_out.into_iter().map(RulerTask::name).collect::<Vec<_>>().join(", ")
+            ));
+        }
+        Ok(all)
+    }
+
+    /// Without a manifest only tasks that need no file are made.
+    fn work(&self, section: &EvalSection, named: &[&str]) -> Vec<TaskWork> {
+        let none = Sources::default();
+        let b = &section.benchmark;
+        RulerTask::ALL
+            .into_iter()
+            .filter(|task| match named {
+                [] => !b.manifest.is_empty() || none.can_make(*task),
+                _ => named.contains(&task.name()),
+            })
+            .map(|task| TaskWork {
+                context_tokens: b.ruler_tokens.saturating_sub(task.max_new_tokens()).max(1),
+                ..TaskWork::of_prompts(format!("{}.{}", self.name(), task.name()), b, task.max_new_tokens())
+            })
+            .collect()
+    }
+}
 
 /// Makes the examples of one task at one length.
 pub struct Generator<'a> {
     task: RulerTask,
-    kind: Kind<'a>,
+    kind: Kind,
     /// Most tokens of context, question and answer prefix together.
     limit: usize,
     count: &'a CountTokens<'a>,
@@ -142,12 +216,12 @@ pub struct Generator<'a> {
 }
 
 /// The generators; each turns a size (sentences, words, documents) into text.
-enum Kind<'a> {
-    Niah(niah::Niah<'a>),
+enum Kind {
+    Niah(niah::Niah),
     Vt(vt::Vt),
     Cwe(cwe::Cwe),
     Fwe(fwe::Fwe),
-    Qa(&'a QaSet),
+    Qa(Rc<QaSet>),
 }
 
 /// An example's parts; `context + question + answer_prefix` is the reference's prompt.
@@ -167,7 +241,7 @@ impl<'a> Generator<'a> {
         task: RulerTask,
         tokens: usize,
         frame_tokens: usize,
-        sources: &'a Sources,
+        sources: &Sources,
         count: &'a CountTokens<'a>,
         seed: Seed,
     ) -> Result<Self> {
@@ -204,6 +278,23 @@ impl<'a> Generator<'a> {
     /// for where there is not enough to make a longer one of.
     pub fn tokens(&self) -> usize {
         self.tokens
+    }
+
+    /// RULER's lists and documents end: what is asked of a context shorter than `wanted` says nothing about that length.
+    fn shortness(&self, wanted: usize) -> Option<String> {
+        let more = match self.task {
+            RulerTask::Cwe => {
+                "; a source `words` in the manifest of `eval.benchmark.manifest` makes longer ones"
+            }
+            _ => "",
+        };
+        (10 * self.tokens < 9 * wanted).then(|| {
+            format!(
+                "RULER's `{}`: contexts come out at about {} tokens, `eval.benchmark.ruler_tokens` is {wanted}{more}",
+                self.task.name(),
+                self.tokens
+            )
+        })
     }
 
     /// Example number `index`; the same one whatever was made before.
@@ -250,7 +341,7 @@ impl<'a> Generator<'a> {
 
     /// How many examples there are: QA sets end.
     pub fn len(&self) -> Option<usize> {
-        match self.kind {
+        match &self.kind {
             Kind::Qa(set) => Some(set.questions.len()),
             _ => None,
         }
@@ -288,18 +379,18 @@ impl<'a> Generator<'a> {
     }
 }
 
-impl<'a> Kind<'a> {
-    fn of(task: RulerTask, tokens: usize, limit: usize, sources: &'a Sources) -> Result<Self> {
+impl Kind {
+    fn of(task: RulerTask, tokens: usize, limit: usize, sources: &Sources) -> Result<Self> {
         let essay = || {
-            sources.essay.as_deref().with_context(|| {
+            sources.essay.clone().with_context(|| {
                 hinted(
                     format!("`{}` hides its needles in essays, and there are none", task.name()),
                     "name a text `essays` in the manifest of `eval.benchmark.manifest`, or leave the task out of `eval.benchmark.ruler_tasks`",
                 )
             })
         };
-        let set = |set: &'a Option<QaSet>, key: &str| match set {
-            Some(set) => Ok(Self::Qa(set)),
+        let set = |set: &Option<Rc<QaSet>>, key: &str| match set {
+            Some(set) => Ok(Self::Qa(Rc::clone(set))),
             None => bail!(hinted(
                 format!("`{}` needs a file of questions", task.name()),
                 format!(
@@ -315,7 +406,7 @@ impl<'a> Kind<'a> {
             RulerTask::Qa2 => set(&sources.hotpotqa, "hotpotqa"),
             _ => {
                 let p = niah::Parameters::of(task).expect("every other task hides needles");
-                let essay = if p.haystack == niah::Haystack::Essay { essay()? } else { &[] };
+                let essay = if p.haystack == niah::Haystack::Essay { essay()? } else { Rc::default() };
                 Ok(Self::Niah(niah::Niah::new(p, essay, Words::built_in())))
             }
         }

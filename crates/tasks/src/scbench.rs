@@ -12,22 +12,47 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::hinted;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use pkv_recipe::EvalSection;
+pub use pkv_recipe::SharedContext as Mode;
+use pkv_recipe::plan::TaskWork;
+use serde_json::{Value, json};
 
 use crate::example::{Example, Turn};
 use crate::metric::Metric;
 use crate::rows::{self, Row};
+use crate::suite::{Benchmark, Opening, Suite};
 
-/// How the turns of a context hang together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mode {
-    /// A conversation: each turn sees those before it.
-    #[default]
-    MultiTurn,
-    /// Each turn is asked of the context alone.
-    MultiRequest,
+/// SCBench as a suite.
+pub struct ScBench;
+
+impl Suite for ScBench {
+    fn name(&self) -> &'static str {
+        "scbench"
+    }
+
+    fn tasks(&self) -> Vec<&'static str> {
+        Task::ALL.map(Task::name).to_vec()
+    }
+
+    fn open<'a>(&self, from: &Opening<'a>) -> Result<Vec<Benchmark<'a>>> {
+        let mode = from.section.benchmark.scbench_mode;
+        let read = |name: &str, files: &[PathBuf], limit| {
+            Task::of_name(name).expect("it is one of SCBench's names").read(files, mode, limit)
+        };
+        from.of_files(self, &json!({ "mode": mode }), read)
+    }
+
+    fn work(&self, section: &EvalSection, named: &[&str]) -> Vec<TaskWork> {
+        /// 4,853 queries in 931 sessions (arXiv 2412.10319, section 3).
+        const TURNS: usize = 5;
+        let work = |task: Task| {
+            let name = format!("{}.{}", self.name(), task.name());
+            let one = TaskWork::of_prompts(name, &section.benchmark, task.longest_answer());
+            TaskWork { questions: TURNS, ..one }
+        };
+        let chosen = Task::ALL.into_iter().filter(|t| named.is_empty() || named.contains(&t.name()));
+        chosen.map(work).collect()
+    }
 }
 
 /// A task of SCBench.
@@ -100,6 +125,16 @@ impl Task {
             (_, Part::Passkey) => 15,
             (Self::Summary, _) => 200,
             (_, part) => unreachable!("{} has no turns of {part:?}", self.name()),
+        }
+    }
+
+    /// The most that any of its turns may take.
+    fn longest_answer(self) -> usize {
+        match self {
+            Self::SummaryWithNeedles => 800,
+            Self::Repoqa | Self::RepoqaAndKv => 1024,
+            Self::Summary => 200,
+            _ => self.max_new_tokens(Part::Kv),
         }
     }
 

@@ -11,8 +11,6 @@ use pkv_core::{Channel, Source};
 use pkv_recipe::{AfterUse, MissingFeatures, Recipe};
 use serde_json::{Value, json};
 
-/// The words of `--tasks` that are no single tasks.
-const SUITES: [&str; 5] = ["facts", "perplexity", "ruler", "longbench", "scbench"];
 /// Folders below `recipes/` are looked through this deep.
 const DEEPEST: usize = 3;
 
@@ -33,17 +31,8 @@ pub fn methods() -> ArgValueCandidates {
 /// `--tasks`: whole suites, then single tasks.
 pub fn tasks() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
-        let of = |suite: &str, tasks: Vec<&str>| -> Vec<String> {
-            tasks.into_iter().map(|task| format!("{suite}/{task}")).collect()
-        };
-        SUITES
-            .map(str::to_owned)
-            .into_iter()
-            .chain(of("ruler", pkv_tasks::ruler::RulerTask::ALL.map(|t| t.name()).to_vec()))
-            .chain(of("longbench", pkv_tasks::longbench::Task::all().iter().map(|t| t.name).collect()))
-            .chain(of("scbench", pkv_tasks::scbench::Task::ALL.map(|t| t.name()).to_vec()))
-            .map(CompletionCandidate::new)
-            .collect()
+        let whole = pkv_eval::tasks::names().map(str::to_owned);
+        whole.chain(pkv_eval::tasks::singles()).map(CompletionCandidate::new).collect()
     })
 }
 
@@ -273,13 +262,6 @@ mod tests {
             let key = value.split_once('=').unwrap().0.to_owned();
             assert!(keys().contains(&key), "{key}");
         }
-    }
-
-    #[test]
-    fn the_suites_are_those_of_a_recipe() {
-        let error = serde_json::from_value::<pkv_recipe::Task>(json!("none")).unwrap_err().to_string();
-        let known: Vec<&str> = error.split('`').skip(3).step_by(2).collect();
-        assert_eq!(known, SUITES, "{error}");
     }
 
     #[test]

@@ -7,18 +7,18 @@ use pkv_checkpoint::write_tensors;
 use pkv_core::{Fingerprint, Source, Split, sha256_hex};
 use pkv_data::{FactContext, fact_contexts};
 use pkv_eval::{Asked, Budgets, EvalInputs, RESULTS_FILE, Results};
-use pkv_recipe::{PruneSection, Recipe, Task};
+use pkv_recipe::{PruneSection, Recipe, TaskName};
 use pkv_shard::durable::WriteBudget;
 use pkv_shard::{Example, StageReader};
+use pkv_tasks::{Files, Opening, suite};
 use serde_json::json;
 use tch::{Device, Kind};
 
 use super::generated::{self, Loaded};
 use super::{Outcome, prepare, train};
-use crate::benchmarks::Material;
 use crate::mapper_source::{Trained, from_checkpoint, from_export};
 use crate::output;
-use crate::session::Session;
+use crate::session::{Session, benchmark_manifest_path};
 
 /// File of the kept sets, in the results' folder.
 const KEPT_FILE: &str = "kept.safetensors";
@@ -44,10 +44,17 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         None => from_checkpoint(s, &upstream)?,
     };
     let out = folder(s, options);
-    let material = Material::open(s)?;
+    let files = benchmark_files(s)?;
     let tokenizer = &upstream.target.tokenizer;
     let count = |text: &str| Ok(tokenizer.encode(text)?.len());
-    let benchmarks = material.benchmarks(s, tokenizer, &count)?;
+    let benchmarks = suite::open(&Opening {
+        section: &s.recipe.eval,
+        files: &files,
+        count: &count,
+        frame_tokens: tokenizer.prefix().len() + tokenizer.switch().len(),
+        seed: s.recipe.seed,
+        warn: &|text| tracing::warn!("{text}"),
+    })?;
     let identities: Vec<&str> = benchmarks.iter().map(|b| b.identity.as_str()).collect();
     let fingerprint = fingerprint(s, &trained).with("benchmarks", identities);
     let base = base(s, &upstream, &trained)?;
@@ -160,9 +167,25 @@ fn test_examples(s: &Session) -> Result<Vec<Example>> {
     reader.iter().filter(|e| e.as_ref().map_or(true, |e| e.split == Split::Test)).collect()
 }
 
+/// The files that the recipe's suites read, found on this machine.
+fn benchmark_files(s: &Session) -> Result<Files> {
+    let needed = suite::sources(&s.recipe.eval);
+    let mut files = Files::default();
+    let Some(path) = benchmark_manifest_path(&s.recipe).filter(|_| !needed.is_empty()) else {
+        return Ok(files);
+    };
+    let mut manifest = pkv_recipe::load_manifest(&path)?;
+    manifest.sources.retain(|source| needed.contains(&source.name.as_str()));
+    for source in &manifest.sources {
+        files.found.push((source.name.clone(), pkv_data::files(&manifest, source, &s.hub)?));
+    }
+    files.identity = pkv_data::inputs(&manifest, &s.hub)?;
+    Ok(files)
+}
+
 /// Contexts with planted facts, from the documents of the test split.
 fn contexts(s: &Session, upstream: &train::Upstream, test: &[Example]) -> Result<Vec<FactContext>> {
-    if !s.recipe.eval.tasks.contains(&Task::Facts) {
+    if !s.recipe.eval.tasks.contains(&TaskName::FACTS) {
         return Ok(Vec::new());
     }
     fact_contexts(

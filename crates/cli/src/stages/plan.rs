@@ -22,6 +22,6 @@ pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -
         PlanMachine::Here if choose_device(cli)? == Device::Cpu => cpu(),
         PlanMachine::Here => Machine::h200(),
     };
-    let plan = Plan::new(&recipe, machine);
+    let plan = Plan::new(&recipe, machine, &pkv_eval::tasks::work(&recipe));
     output::print_either(cli.json, &plan, || plan.table())
 }

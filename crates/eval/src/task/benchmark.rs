@@ -4,36 +4,26 @@
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
 use pkv_lm::TextTokenizer;
-use pkv_tasks::{Example, Turn, cut_middle};
-use serde_json::{Value, json};
+use pkv_tasks::{Benchmark, Example, Turn, cut_middle};
+use serde_json::json;
 
-use super::{Asks, Question, Right, Task, TaskContext, Texts};
+use super::{Asks, Question, Right, Task, TaskContext, TaskInfo, Texts};
 use crate::answered::Asked;
-use crate::bench::Benchmark;
 use crate::store::About;
 
 /// One [`Benchmark`] as a task of the evaluation.
 pub struct BenchmarkTask<'a>(pub &'a Benchmark<'a>);
 
 impl Task for BenchmarkTask<'_> {
-    fn about(&self) -> About {
-        About::Benchmark { suite: self.0.suite.to_owned(), name: self.0.task.clone() }
-    }
-
-    fn settings(&self) -> Value {
-        json!(self.0.identity)
-    }
-
-    fn contexts(&self) -> usize {
-        self.0.examples
-    }
-
-    fn what(&self) -> String {
-        format!("contexts of {}", self.about().name())
-    }
-
-    fn timed(&self) -> String {
-        format!("{}: questions", self.0.suite)
+    fn info(&self) -> TaskInfo {
+        let Benchmark { suite, task, .. } = self.0;
+        TaskInfo {
+            about: About::Benchmark { suite: (*suite).to_owned(), name: task.clone() },
+            settings: json!(self.0.identity),
+            contexts: self.0.examples,
+            what: format!("contexts of {suite}.{task}"),
+            timed: format!("{suite}: questions"),
+        }
     }
 
     fn context(&self, index: usize, texts: &Texts) -> Result<Option<TaskContext<'_>>> {

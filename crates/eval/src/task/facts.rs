@@ -3,11 +3,12 @@
 use anyhow::{Result, ensure};
 use pkv_core::{Fingerprint, hinted};
 use pkv_data::{FactContext, FactQuestion};
-use pkv_recipe::{AnswerMatch, EvalSection};
+use pkv_recipe::plan::{Answers, TEMPLATE_TOKENS, TaskWork};
+use pkv_recipe::{AnswerMatch, EvalSection, Recipe};
 use pkv_tasks::Squad;
 use serde_json::{Value, json};
 
-use super::{Asks, Question, Right, Task, TaskContext, Texts};
+use super::{Asks, Question, Right, Task, TaskContext, TaskInfo, Texts};
 use crate::answered::Asked;
 use crate::store::About;
 
@@ -29,6 +30,21 @@ impl<'a> Facts<'a> {
             )
         );
         Ok(Self { contexts, section })
+    }
+
+    pub fn work(recipe: &Recipe) -> TaskWork {
+        /// Of a question about a planted fact.
+        const QUESTION_TOKENS: usize = 24;
+        let section = &recipe.eval;
+        TaskWork {
+            task: "facts".to_owned(),
+            contexts: section.contexts,
+            context_tokens: section.context_tokens,
+            questions: section.facts_per_context,
+            question_tokens: QUESTION_TOKENS + TEMPLATE_TOKENS,
+            answer_tokens: section.max_answer_tokens,
+            answers: Answers::Right,
+        }
     }
 
     /// What decides about the contexts.
@@ -68,25 +84,15 @@ impl<'a> Facts<'a> {
 }
 
 impl Task for Facts<'_> {
-    fn about(&self) -> About {
-        About::Facts { answer_match: self.section.answer_match }
-    }
-
-    fn settings(&self) -> Value {
+    fn info(&self) -> TaskInfo {
         let planted = Self::planted(self.section, self.contexts);
-        json!({ "planted": planted, "max_answer_tokens": self.section.max_answer_tokens })
-    }
-
-    fn contexts(&self) -> usize {
-        self.contexts.len()
-    }
-
-    fn what(&self) -> String {
-        "contexts asked for planted facts".to_owned()
-    }
-
-    fn timed(&self) -> String {
-        "facts: questions".to_owned()
+        TaskInfo {
+            about: About::Facts { answer_match: self.section.answer_match },
+            settings: json!({ "planted": planted, "max_answer_tokens": self.section.max_answer_tokens }),
+            contexts: self.contexts.len(),
+            what: "contexts asked for planted facts".to_owned(),
+            timed: "facts: questions".to_owned(),
+        }
     }
 
     fn context(&self, index: usize, texts: &Texts) -> Result<Option<TaskContext<'_>>> {

@@ -3,10 +3,10 @@
 use std::cell::RefCell;
 
 use pkv_core::{Fingerprint, NoProgress, Policy, Seed};
-use pkv_eval::{AnswerResults, Benchmark, evaluate};
-use pkv_recipe::{MethodName, Task};
+use pkv_eval::{AnswerResults, evaluate};
+use pkv_recipe::{MethodName, TaskName};
 use pkv_tasks::ruler::{Generator, RulerTask, Sources};
-use pkv_tasks::{Example, Metric, Turn};
+use pkv_tasks::{Benchmark, Example, Metric, Turn};
 
 use crate::fixture::Nano;
 
@@ -44,7 +44,7 @@ fn benchmarks_are_answered_from_the_same_caches_and_continued() {
     let mut nano = Nano::new(2);
     nano.section.methods = vec![MethodName::KVZIP, MethodName::RANDOM];
     nano.section.policies = vec![Policy::Pair];
-    nano.section.tasks = vec![Task::Ruler, Task::Scbench];
+    nano.section.tasks = vec![TaskName::of("ruler"), TaskName::of("scbench")];
     let stages = nano.stages();
     let sources = Sources::default();
     let count = |text: &str| Ok(nano.tokenizer.encode(text)?.len());

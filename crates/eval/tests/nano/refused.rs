@@ -2,7 +2,7 @@
 
 use pkv_core::{Hinted, NoProgress};
 use pkv_eval::evaluate;
-use pkv_recipe::{MethodName, Task};
+use pkv_recipe::{MethodName, TaskName};
 use pkv_shard::{LabelRow, StageReader};
 
 use crate::fixture::{Nano, store};
@@ -53,7 +53,7 @@ fn shards_that_do_not_belong_together_are_refused_with_a_hint() {
 #[test]
 fn facts_without_contexts_are_an_error() {
     let mut nano = Nano::new(1);
-    nano.section.tasks = vec![Task::Facts];
+    nano.section.tasks = vec![TaskName::FACTS];
     nano.section.methods = vec![MethodName::KVZIP];
     let stages = nano.stages();
     let error = evaluate(&nano.inputs(&stages, &[], &nano.stage("out")), &NoProgress).unwrap_err();

@@ -7,8 +7,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use pkv_core::{Fingerprint, NoProgress, Policy, Seed};
-use pkv_eval::{AGREEMENT_FILE, ANSWERS_FILE, Benchmark, CONTEXTS_FOLDER, RESULTS_FILE, Results, evaluate};
-use pkv_recipe::{MethodName, Task};
+use pkv_eval::{AGREEMENT_FILE, ANSWERS_FILE, CONTEXTS_FOLDER, RESULTS_FILE, Results, evaluate};
+use pkv_recipe::{MethodName, TaskName};
+use pkv_tasks::Benchmark;
 use pkv_tasks::ruler::{Generator, RulerTask, Sources};
 
 use crate::fixture::Nano;
@@ -25,7 +26,7 @@ fn run(nano: &mut Nano, methods: &[MethodName], out: &Path) -> Results {
     nano.section.policies = vec![Policy::Pair];
     nano.section.ratios = vec![0.2];
     nano.section.answer_ratios = vec![0.2];
-    nano.section.tasks = vec![Task::Facts, Task::Perplexity, Task::Ruler];
+    nano.section.tasks = vec![TaskName::FACTS, TaskName::PERPLEXITY, TaskName::of("ruler")];
     let stages = nano.stages();
     let sources = Sources::default();
     let count = |text: &str| Ok(nano.tokenizer.encode(text)?.len());

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use pkv_core::{Fingerprint, NoProgress, Policy, Seed};
 use pkv_data::FactContext;
 use pkv_eval::{
-    AGREEMENT_FILE, ANSWERS_FILE, AnswerCell, Asked, Benchmark, Columns, EvalInputs, LabelCell, RESULTS_FILE,
-    Results, evaluate,
+    AGREEMENT_FILE, ANSWERS_FILE, AnswerCell, Asked, Columns, EvalInputs, LabelCell, RESULTS_FILE, Results,
+    evaluate,
 };
-use pkv_recipe::{EvalSection, MethodName, Task};
+use pkv_recipe::{EvalSection, MethodName, TaskName};
+use pkv_tasks::Benchmark;
 use pkv_tasks::ruler::{Generator, RulerTask, Sources};
 
 use crate::fixture::Nano;
@@ -110,7 +111,7 @@ struct World<'a> {
 
 impl World<'_> {
     fn run(&self, section: &EvalSection, base: &str, benchmarks: &[Benchmark]) -> Left {
-        let contexts = match section.tasks.contains(&Task::Facts) {
+        let contexts = match section.tasks.contains(&TaskName::FACTS) {
             true => &self.nano.contexts[..section.contexts],
             false => &[],
         };
@@ -151,8 +152,12 @@ fn results_add_up_over_tasks_methods_ratios_and_limits() {
     assert_eq!(first.results.facts.as_ref().unwrap().contexts, 3);
 
     // A new method, asked of one context only, with the old ones fewer.
-    let fewer =
-        EvalSection { methods: vec![random, mapper], contexts: 1, tasks: vec![Task::Facts], ..full.clone() };
+    let fewer = EvalSection {
+        methods: vec![random, mapper],
+        contexts: 1,
+        tasks: vec![TaskName::FACTS],
+        ..full.clone()
+    };
     let second = world.run(&fewer, "a", &[]);
     second.holds(&first);
     let facts = second.results.facts.as_ref().unwrap();
@@ -175,7 +180,7 @@ fn results_add_up_over_tasks_methods_ratios_and_limits() {
         prompt_tokens: None,
         identity: "a".to_owned(),
     };
-    let other = EvalSection { tasks: vec![Task::Ruler], ..full.clone() };
+    let other = EvalSection { tasks: vec![TaskName::of("ruler")], ..full.clone() };
     let third = world.run(&other, "a", &[ruler]);
     third.holds(&second);
     assert_eq!(third.results.benchmarks.len(), 1);
@@ -186,7 +191,7 @@ fn results_add_up_over_tasks_methods_ratios_and_limits() {
         answer_ratios: vec![0.05],
         ratios: vec![0.05],
         answer_policies: vec![Policy::Pair, Policy::PairUniform],
-        tasks: vec![Task::Facts, Task::Perplexity],
+        tasks: vec![TaskName::FACTS, TaskName::PERPLEXITY],
         methods: vec![kvzip],
         ..full.clone()
     };
@@ -252,7 +257,7 @@ fn another_mapper_sets_the_results_aside_and_its_own_come_back() {
         policies: vec![Policy::Pair],
         answer_ratios: vec![0.2],
         ratios: vec![0.2],
-        tasks: vec![Task::Facts],
+        tasks: vec![TaskName::FACTS],
         ..nano.section.clone()
     };
     let first = world.run(&section, "a", &[]);

@@ -8,7 +8,7 @@ use pkv_eval::{
     AGREEMENT_FILE, ANSWERS_FILE, CONTEXTS_FOLDER, EvalInputs, RESULTS_FILE, Results, evaluate, methods,
     table,
 };
-use pkv_recipe::{EvalSection, MethodName, Task};
+use pkv_recipe::{EvalSection, MethodName, TaskName};
 
 use crate::fixture::Nano;
 
@@ -103,7 +103,7 @@ fn fitted_scorers_are_used_again(nano: &Nano, stages: &[PathBuf; 3], out: &Path,
     };
     let before = written();
     assert_eq!(before.len(), 2, "one of each scorer: {before:?}");
-    let section = EvalSection { tasks: vec![Task::Facts], ..nano.section.clone() };
+    let section = EvalSection { tasks: vec![TaskName::FACTS], ..nano.section.clone() };
     let mut inputs = nano.inputs(stages, &nano.contexts, out);
     (inputs.section, inputs.fingerprint) = (&section, inputs.fingerprint.with("tasks", "facts"));
     let again = evaluate(&inputs, &NoProgress).unwrap();

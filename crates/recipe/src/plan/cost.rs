@@ -108,7 +108,6 @@ pub struct Decode {
     pub rows: usize,
     /// Of each row: question and answer.
     pub new_tokens: usize,
-    pub forwards: usize,
     pub context: usize,
 }
 

@@ -2,15 +2,12 @@
 
 use pkv_core::{GlobalChannel, Pass, Source};
 
-use super::cost::{self, Decode, MapperCost, Repeat, decode, features, prefill, repeat};
+use super::cost::{self, MapperCost, Repeat, features, prefill, repeat};
 use super::{InferPlan, Machine, StagePlan, element_bytes, human_bytes, human_count, parameters};
-use crate::{ExtractSection, ModelSection, Recipe, Task};
+use crate::{ExtractSection, ModelSection, Recipe};
 
 /// Tokens that a chat template puts around a context or a question; models differ by a few dozen.
-const TEMPLATE_TOKENS: usize = 48;
-/// Tokens of a question about a planted fact.
-const QUESTION_TOKENS: usize = 24;
-
+pub const TEMPLATE_TOKENS: usize = 48;
 /// How many examples there are of which length, at most.
 pub struct Lengths(Vec<(f64, usize)>);
 
@@ -107,7 +104,7 @@ fn is_beside(recipe: &Recipe, source: Source) -> bool {
 }
 
 /// A model's reading of a context for features.
-struct Reading<'a> {
+pub struct Reading<'a> {
     model: &'a ModelSection,
     section: ExtractSection,
     repeats: bool,
@@ -115,7 +112,7 @@ struct Reading<'a> {
 
 impl<'a> Reading<'a> {
     /// Of each source of the recipe, in its order.
-    fn all(recipe: &'a Recipe) -> impl Iterator<Item = (Source, Self)> {
+    pub fn all(recipe: &'a Recipe) -> impl Iterator<Item = (Source, Self)> {
         recipe.extract.from.iter().map(|&source| {
             let model = match source {
                 Source::Target => &recipe.target,
@@ -146,7 +143,7 @@ impl<'a> Reading<'a> {
         features(&self.model.shape, &self.section, t, &by) + repeats
     }
 
-    fn flops(&self, recipe: &Recipe, t: usize) -> f64 {
+    pub fn flops(&self, recipe: &Recipe, t: usize) -> f64 {
         prefill(&self.model.shape, t + TEMPLATE_TOKENS) + self.features_flops(recipe, t)
     }
 
@@ -339,39 +336,4 @@ pub fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &Map
         ..StagePlan::nothing("train")
     };
     stage.timed(machine, machine.efficiency.train)
-}
-
-pub fn eval(recipe: &Recipe, machine: &Machine, mapper: &MapperCost) -> StagePlan {
-    let (section, shape) = (&recipe.eval, &recipe.target.shape);
-    let width = element_bytes(recipe.target.dtype, machine);
-    let weights = (parameters(&recipe.target) * width) as f64;
-    let context = section.context_tokens;
-    let masks = section.methods.len() * section.answer_ratios.len() * section.answer_policies.len() + 1;
-    let facts = Decode {
-        rows: masks * section.facts_per_context,
-        new_tokens: QUESTION_TOKENS + TEMPLATE_TOKENS + section.max_answer_tokens,
-        forwards: 1 + section.max_answer_tokens,
-        context,
-    };
-    let continuation = Decode { rows: masks, new_tokens: section.continuation_tokens, forwards: 1, context };
-    let mut stage = StagePlan::nothing("eval");
-    let chunk = Repeat::new(&recipe.label, TEMPLATE_TOKENS);
-    for (task, work) in [(Task::Facts, facts), (Task::Perplexity, continuation)] {
-        if !section.tasks.contains(&task) {
-            continue;
-        }
-        let n = section.contexts as f64;
-        let scoring = prefill(shape, context) + repeat(shape, context, &chunk);
-        let reading: f64 = Reading::all(recipe).map(|(_, r)| r.flops(recipe, context)).sum();
-        stage.examples += section.contexts as u64;
-        stage.tokens += (section.contexts * context) as u64;
-        stage.flops += n * (scoring + reading + mapper.forward_flops(context) + decode(shape, &work));
-        let cache = (context * shape.kv_elements_per_token()) as f64 * width as f64;
-        stage.moved_bytes += n * work.forwards as f64 * (weights + work.rows as f64 * cache);
-        let own = (work.rows * work.new_tokens * shape.kv_elements_per_token()) as u64 * width;
-        let scores = (section.methods.len() * context * shape.total_kv_heads() * 4) as u64;
-        let attention = (work.rows * shape.query_heads * context * 4) as u64;
-        stage.peak_bytes = stage.peak_bytes.max(weights as u64 + cache as u64 + own + scores + attention);
-    }
-    stage.timed(machine, machine.efficiency.answer)
 }

@@ -57,6 +57,25 @@ impl Default for BenchmarkSection {
 }
 
 impl BenchmarkSection {
+    /// The list of a suite; empty where it has none.
+    pub(crate) fn list(&self, suite: &str) -> &[String] {
+        match suite {
+            "ruler" => &self.ruler_tasks,
+            "longbench" => &self.longbench_tasks,
+            "scbench" => &self.scbench_tasks,
+            _ => &[],
+        }
+    }
+
+    /// The lists of the suites that have one; `eval.tasks` names single tasks of others.
+    pub(crate) fn lists(&mut self) -> [(&'static str, &mut Vec<String>); 3] {
+        [
+            ("ruler", &mut self.ruler_tasks),
+            ("longbench", &mut self.longbench_tasks),
+            ("scbench", &mut self.scbench_tasks),
+        ]
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         for (name, n) in [
             ("examples", self.examples),

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::benchmark::BenchmarkSection;
 use crate::method::MethodName;
+use crate::task::TaskName;
 
 /// Metrics, tasks, methods, ratios and policies of the evaluation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -21,7 +22,8 @@ pub struct EvalSection {
     pub answer_policies: Vec<Policy>,
     /// Ways to score KV pairs; which there are, `pkv_eval::methods` knows.
     pub methods: Vec<MethodName>,
-    pub tasks: Vec<Task>,
+    /// `facts`, `perplexity`, suites such as `ruler`, single tasks such as `ruler/vt`; which there are, `pkv_eval::tasks` knows.
+    pub tasks: Vec<TaskName>,
     /// Contexts of the `facts` task, and at most as many test examples for `perplexity`.
     pub contexts: usize,
     /// Tokens of each context of the `facts` task.
@@ -38,22 +40,6 @@ pub struct EvalSection {
     pub bootstrap: usize,
     /// What the benchmark tasks ask.
     pub benchmark: BenchmarkSection,
-}
-
-/// A question asked of a pruned cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Task {
-    /// Facts planted in documents, several questions per context.
-    Facts,
-    /// The document's continuation after the pruned context.
-    Perplexity,
-    /// RULER's 13 tasks, generated at any length.
-    Ruler,
-    /// LongBench's 21 tasks, from its own files.
-    Longbench,
-    /// SCBench's 12 tasks, from its own files.
-    Scbench,
 }
 
 /// When an answer to a planted fact counts as right.
@@ -92,7 +78,7 @@ impl Default for EvalSection {
             policies: Policy::ALL.to_vec(),
             answer_policies: vec![Policy::PairFloor, Policy::Pair, Policy::PairUniform],
             methods: DEFAULT_METHODS.to_vec(),
-            tasks: vec![Task::Facts, Task::Perplexity],
+            tasks: vec![TaskName::FACTS, TaskName::PERPLEXITY],
             contexts: 60,
             context_tokens: 1400,
             facts_per_context: 8,
@@ -106,6 +92,35 @@ impl Default for EvalSection {
 }
 
 impl EvalSection {
+    /// The single tasks of a suite that are asked for, none for all of them; `None` if the suite is not asked for.
+    pub fn named(&self, suite: &str) -> Option<Vec<&str>> {
+        let of_suite = || self.tasks.iter().map(TaskName::parts).filter(|(of, _)| *of == suite);
+        of_suite().next()?;
+        let listed = self.benchmark.list(suite).iter().map(String::as_str);
+        Some(of_suite().filter_map(|(_, single)| single).chain(listed).collect())
+    }
+
+    /// Single tasks of a suite with a list in `eval.benchmark` go there: both spellings are one recipe.
+    pub(crate) fn settle(&mut self) {
+        for (suite, list) in self.benchmark.lists() {
+            let single =
+                |task: &TaskName| Some(task.parts()).filter(|(of, _)| *of == suite)?.1.map(str::to_owned);
+            let singles: Vec<String> = self.tasks.iter().filter_map(single).collect();
+            if singles.is_empty() {
+                continue;
+            }
+            *list = singles;
+            let mut seen = false;
+            self.tasks.retain_mut(|task| {
+                if task.parts().0 != suite {
+                    return true;
+                }
+                *task = TaskName::of(suite);
+                !std::mem::replace(&mut seen, true)
+            });
+        }
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         check_ratios("eval.ratios", &self.ratios)?;
         check_ratios("eval.answer_ratios", &self.answer_ratios)?;
@@ -133,7 +148,7 @@ impl EvalSection {
         ] {
             ensure!(n > 0, "`eval.{name}` is 0");
         }
-        if self.tasks.contains(&Task::Facts) {
+        if self.tasks.contains(&TaskName::FACTS) {
             ensure!(self.contexts > 0, "`eval.contexts` is 0, but `eval.tasks` asks for `facts`");
             ensure!(
                 self.facts_per_context > 0,
@@ -160,4 +175,31 @@ pub(crate) fn check_ratios(key: &str, ratios: &[f64]) -> Result<()> {
             .context("a ratio is out of range")?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settled(tasks: &[&str], ruler: &[&str]) -> EvalSection {
+        let mut section =
+            EvalSection { tasks: tasks.iter().map(|t| TaskName::new(t)).collect(), ..EvalSection::default() };
+        section.benchmark.ruler_tasks = ruler.iter().map(|t| (*t).to_owned()).collect();
+        section.settle();
+        section
+    }
+
+    #[test]
+    fn both_spellings_of_single_tasks_are_one_recipe() {
+        let listed = settled(&["facts", "ruler"], &["vt", "cwe"]);
+        let single = settled(&["facts", "ruler/vt", "ruler/cwe"], &["qa_1"]);
+        assert_eq!(single, listed);
+        assert_eq!(serde_json::to_string(&single).unwrap(), serde_json::to_string(&listed).unwrap());
+        assert_eq!(listed.named("ruler").unwrap(), ["vt", "cwe"]);
+        assert_eq!(settled(&["ruler"], &["vt"]).named("ruler").unwrap(), ["vt"], "the recipe's list stays");
+        // A suite without a list of its own keeps them in `tasks`.
+        let other = settled(&["toy/a", "toy/b", "facts"], &["vt"]);
+        assert_eq!((other.tasks.len(), other.named("toy").unwrap()), (3, vec!["a", "b"]));
+        assert_eq!((other.named("ruler"), other.named("facts").unwrap().len()), (None, 0));
+    }
 }

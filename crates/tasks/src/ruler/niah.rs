@@ -1,5 +1,7 @@
 //! Needles in a haystack: `scripts/data/synthetic/niah.py`, eight tasks of `scripts/synthetic.yaml`.
 
+use std::rc::Rc;
+
 use pkv_core::Rng;
 use rand::Rng as _;
 
@@ -72,15 +74,15 @@ const ANSWER_PREFIX: &str = " The special magic {v} for {q} mentioned in the pro
 const DEPTHS: usize = 40;
 
 /// The generator of one task.
-pub struct Niah<'a> {
+pub struct Niah {
     p: Parameters,
     /// Words of the essays, single spaces between them.
-    essay: &'a [String],
+    essay: Rc<[String]>,
     words: Words,
 }
 
-impl<'a> Niah<'a> {
-    pub fn new(p: Parameters, essay: &'a [String], words: Words) -> Self {
+impl Niah {
+    pub fn new(p: Parameters, essay: Rc<[String]>, words: Words) -> Self {
         Self { p, essay, words }
     }
 

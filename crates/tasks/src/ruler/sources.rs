@@ -1,6 +1,7 @@
 //! Text that RULER takes from elsewhere: essays, questions, more words.
 
 use std::path::Path;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
@@ -8,23 +9,38 @@ use pkv_core::hinted;
 use super::RulerTask;
 use super::niah::{Haystack, Parameters};
 use super::qa::QaSet;
+use crate::files::Files;
 use crate::rows;
 
 /// What the tasks draw from beside their own constants; a task whose source is absent cannot be made.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
     /// Words of the essays that needles are hidden in; the reference has Paul Graham's.
-    pub essay: Option<Vec<String>>,
+    pub essay: Option<Rc<[String]>>,
     /// Paragraphs and questions of `qa_1`.
-    pub squad: Option<QaSet>,
+    pub squad: Option<Rc<QaSet>>,
     /// Paragraphs and questions of `qa_2`.
-    pub hotpotqa: Option<QaSet>,
+    pub hotpotqa: Option<Rc<QaSet>>,
     /// Words of `cwe` beyond the built-in 8,000: lists of that many words are longer than about 128,000 tokens. The
     /// reference has `scripts/data/synthetic/json/english_words.json`.
     pub extra_words: Option<Vec<String>>,
 }
 
 impl Sources {
+    /// Those that the benchmarks' files hold.
+    ///
+    /// # Errors
+    /// A file is absent or of another form.
+    pub fn open(files: &Files) -> Result<Self> {
+        let one = |name| files.one(name).transpose();
+        Ok(Self {
+            essay: one("essays").map(|p| Self::read_essay(p?)).transpose()?.map(Rc::from),
+            squad: one("squad").map(|p| QaSet::squad(p?)).transpose()?.map(Rc::new),
+            hotpotqa: one("hotpotqa").map(|p| QaSet::hotpotqa(p?)).transpose()?.map(Rc::new),
+            extra_words: one("words").map(|p| Self::read_words(p?)).transpose()?,
+        })
+    }
+
     /// Whether `task` has what it draws from.
     pub fn can_make(&self, task: RulerTask) -> bool {
         match task {

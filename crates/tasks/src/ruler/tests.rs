@@ -40,9 +40,9 @@ fn sources() -> Sources {
         questions: (0..60).map(|i| question(i, if related { vec![i + 1, i + 2] } else { vec![] })).collect(),
     };
     Sources {
-        essay: Some(words(&essay)),
-        squad: Some(set(true)),
-        hotpotqa: Some(set(false)),
+        essay: Some(words(&essay).into()),
+        squad: Some(set(true).into()),
+        hotpotqa: Some(set(false).into()),
         extra_words: None,
     }
 }
