@@ -8,7 +8,10 @@ import torch
 
 from .budgets import NO_BUDGETS, HeadBudgets, kept_count
 
-POLICIES = ("pair", "pair-uniform", "pair-budget", "token")
+POLICIES = ("pair", "pair-floor", "pair-uniform", "pair-budget", "token")
+
+# Under `pair-floor`, what a place within the KV head counts beside a place among all pairs (crates/core/src/policy.rs).
+HEAD_PLACES = 5
 
 
 def keep_mask(
@@ -16,15 +19,17 @@ def keep_mask(
 ) -> torch.Tensor:
     """The KV pairs that stay, bool of the scores' shape `[.., positions]`; of equal scores the lower index.
 
-    `pair`: all pairs compete; `pair-uniform`: the positions of each head; `pair-budget`: the same, with as many of each
+    `pair`: all pairs compete; `pair-floor`: the same, but the best positions of every head stay, at least a sixth of an
+    even share; `pair-uniform`: the positions of each head; `pair-budget`: the same, with as many of each
     head as `budgets` say, and in all as many as `pair`; `token`: the positions, by the mean over heads of their rank.
     The count is exact: `kept_count` of what competes.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy `{policy}` is not known; expected one of {', '.join(POLICIES)}")
     shape, t = scores_lht.shape, scores_lht.shape[-1]
-    if policy == "pair":
-        return top_mask(scores_lht.reshape(1, -1), kept_count(scores_lht.numel(), retention)).reshape(shape)
+    if policy in ("pair", "pair-floor"):
+        scores_1n = scores_lht.reshape(1, -1) if policy == "pair" else by_place(scores_lht.reshape(-1, t))
+        return top_mask(scores_1n, kept_count(scores_lht.numel(), retention)).reshape(shape)
     if policy == "pair-budget":
         if budgets is None:
             raise ValueError(NO_BUDGETS)
@@ -38,6 +43,20 @@ def keep_mask(
     if policy == "pair-uniform":
         return top_mask(scores_lht.reshape(-1, t), k).reshape(shape)
     return top_mask(token_scores(scores_lht).unsqueeze(0), k).squeeze(0).expand(shape).contiguous()
+
+
+def by_place(scores_ot: torch.Tensor) -> torch.Tensor:
+    """The better of a pair's place among all pairs and `HEAD_PLACES` times its place within its head, as shares; f64
+    `[1, pairs]`, whole numbers below 0, higher means keep."""
+    of_all = place(scores_ot.reshape(1, -1)) + 1
+    of_head = (place(scores_ot) + 1).reshape(1, -1) * (HEAD_PLACES * scores_ot.shape[0])
+    return -torch.minimum(of_all, of_head).double()
+
+
+def place(scores_bn: torch.Tensor) -> torch.Tensor:
+    """Every score's place in its row from the top, from 0; of equal scores the lower index comes first."""
+    order = (_ordered(scores_bn) + 0.0).sort(-1, descending=True, stable=True).indices
+    return order.argsort(-1)
 
 
 def token_scores(scores_lht: torch.Tensor) -> torch.Tensor:

@@ -254,7 +254,7 @@ class ProxyKV:
         ids: list[int] | torch.Tensor,
         prefix: int,
         retention: float,
-        policy: str = "pair",
+        policy: str = "pair-floor",
         target: nn.Module | Reading | None = None,
     ) -> torch.Tensor:
         """Which of the target's KV pairs stay, bool `[layers, KV heads, prefix + t]`; the prefix always does."""

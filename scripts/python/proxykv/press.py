@@ -33,8 +33,9 @@ class ProxyKVPress(BasePress):
     compression_ratio : float
         Share of the context's KV pairs to *remove*, as everywhere in kvpress.
     policy : str
-        `pair` (all pairs compete), `pair-uniform` (the positions of each head), `pair-budget` (the same, with as many
-        of each head as the export's budgets say), `token` (whole positions).
+        `pair-floor` (all pairs compete, but every head keeps its best positions), `pair` (all pairs compete),
+        `pair-uniform` (the positions of each head), `pair-budget` (the same, with as many of each head as the export's
+        budgets say), `token` (whole positions).
     proxy : str, optional
         Folder or hub name of the proxy, if not the one that the export names.
     revision : str, optional
@@ -47,7 +48,7 @@ class ProxyKVPress(BasePress):
 
     export: str
     compression_ratio: float = 0.0
-    policy: str = "pair"
+    policy: str = "pair-floor"
     proxy: str | None = None
     revision: str | None = None
     device: str | None = None

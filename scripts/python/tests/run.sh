@@ -22,8 +22,9 @@ train() { # COMMAND, then what differs from the demo
 }
 all() { for stage in prepare label extract train export; do train "$stage" "$@"; done; }
 
+policies='eval.answer_policies=["pair","pair-floor","pair-uniform","pair-budget","token"]'
 # The demo, shorter; all policies are asked for answers.
-demo=(--set train.steps=30 --set eval.contexts=4 --set 'eval.answer_policies=["pair","pair-uniform","pair-budget","token"]')
+demo=(--set train.steps=30 --set eval.contexts=4 --set "$policies")
 all "${demo[@]}"
 train eval "${demo[@]}" --kept 4
 # All channels, short chunks of every kind, KVzip+ labels; the `conv` variant with attention over time.
@@ -35,23 +36,23 @@ train eval "${other[@]}" --kept 2
 # Features of the target alone, with the channel that is fitted to its hidden states.
 own=(--set name=own --set train.steps=30 --set eval.contexts=2 --set 'extract.from=["target"]'
   --set 'extract.target_channels=["max_all","mean_all","max_window","mean_window","max_last","mean_last","key_norm","value_norm","hidden_linear"]'
-  --set 'eval.answer_policies=["pair","pair-uniform","pair-budget","token"]')
+  --set "$policies")
 all "${own[@]}"
 train eval "${own[@]}" --kept 2
 # Of both models, in another order than their channels have, which overlap.
 both=(--set name=both --set train.steps=30 --set eval.contexts=2 --set 'extract.from=["target","proxy"]' --set extract.prefill_chunk_tokens=200
   --set 'extract.target_channels=["key_norm","hidden_linear","mean_last","max_window"]' --set 'extract.globals=["position","surprisal"]'
-  --set 'extract.channels=["recon_log","max_window","max_all","key_norm"]' --set 'eval.answer_policies=["pair","pair-uniform","pair-budget","token"]')
+  --set 'extract.channels=["recon_log","max_window","max_all","key_norm"]' --set "$policies")
 all "${both[@]}"
 train eval "${both[@]}" --kept 2
 # All channels of the target, scoring chunks that prefill chunks cut; then all of both models, in one scoring chunk.
 target_channels='["replay_unrun_mean","max_all","mean_all","key_diff","max_window","mean_window","max_last","mean_last","mean_last_layer","key_norm","value_norm","hidden_linear","replay_unrun"]'
 own_all=(--set name=own-all --set train.steps=10 --set eval.contexts=2 --set 'extract.from=["target"]' --set "extract.target_channels=$target_channels"
-  --set label.chunk_tokens=150 --set extract.prefill_chunk_tokens=200 --set 'eval.answer_policies=["pair","pair-uniform","pair-budget","token"]')
+  --set label.chunk_tokens=150 --set extract.prefill_chunk_tokens=200 --set "$policies")
 all "${own_all[@]}"
 train eval "${own_all[@]}" --kept 2
 both_all=(--set name=both-all --set train.steps=10 --set eval.contexts=2 --set 'extract.from=["proxy","target"]' --set "extract.target_channels=$target_channels"
-  --set label.preset=original --set 'eval.answer_policies=["pair","pair-uniform","pair-budget","token"]'
+  --set label.preset=original --set "$policies"
   --set 'extract.channels=["mean_last_layer","recon_log","max_all","mean_all","max_window","mean_window","key_norm","value_norm","key_diff","replay_unrun","replay_unrun_mean","recon_log_odds","recon_mean"]')
 all "${both_all[@]}"
 train eval "${both_all[@]}" --kept 2
