@@ -309,7 +309,7 @@ fn what_cannot_be_used_is_refused_before_any_work() {
         }
     };
     copy("newer");
-    s.edit("newer/config.json", "\"schema_version\": 2", "\"schema_version\": 9");
+    s.edit("newer/config.json", "\"schema_version\": 3", "\"schema_version\": 9");
     copy("damaged");
     let weights = s.path("damaged/model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();

@@ -59,6 +59,17 @@ fn a_run_starts_from_anothers_mapper_or_says_why_not() {
         assert!(cut(place).ok().stderr.contains("train: skipped"), "{place}");
     }
 
+    // An older version's export of the same mapper is left as it is: other runs know it by the hash of its weights.
+    for (file, was, is) in [
+        ("config.json", "\"schema_version\": 3", "\"schema_version\": 2"),
+        ("README.md", "schema version 3", "schema version 2"),
+    ] {
+        s.edit(&format!("runs/first/export/{file}"), was, is);
+    }
+    let again = stage(&s, "export", "first", &["train.steps=40", "train.validate_every=40"]).ok();
+    assert!(again.stderr.contains("export: skipped"), "{}", again.stderr);
+    assert!(cut("first").ok().stderr.contains("train: skipped"));
+
     // What does not fit is refused by its name.
     let refused = |name: &str, set: &[&str], parts: &[&str]| {
         before_training(&s, name, set);

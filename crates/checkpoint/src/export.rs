@@ -21,8 +21,8 @@ use crate::budgets::{self, BUDGETS_FILE};
 use crate::card::{self, ModelCard};
 use crate::tensors::{NamedTensors, check_file, pick, read_tensors, write_tensors};
 
-/// Version of the export's format; 2 tells the stride of the whole-range channels, which was 1.
-pub const EXPORT_VERSION: u32 = 2;
+/// Version of the export's format; 2, which is read too, held the numbers that the loss had learned beside the network's.
+pub const EXPORT_VERSION: u32 = 3;
 
 const MODEL: &str = "model.safetensors";
 const PARITY: &str = "parity.safetensors";
@@ -40,7 +40,7 @@ const PARITY_TOLERANCE: f64 = 1e-2;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExportConfig {
-    /// [`EXPORT_VERSION`] when written.
+    /// [`EXPORT_VERSION`] when written, or 2.
     pub schema_version: u32,
     /// Version of the program that wrote it.
     pub written_by: String,
@@ -236,7 +236,7 @@ impl Export {
     /// The tensors do not fit the configuration.
     pub fn mapper(&self, device: Device) -> Result<Mapper> {
         let c = &self.config;
-        restore_mapper(&c.mapper, &c.loss, c.dims.into(), &self.tensors, device).with_context(|| {
+        restore_mapper(&c.mapper, c.dims.into(), &self.tensors, device).with_context(|| {
             format!("the tensors of export `{}` do not fit its `{CONFIG}`", self.folder.display())
         })
     }
@@ -358,8 +358,10 @@ fn read_config(path: &Path) -> Result<ExportConfig> {
     let text = pkv_core::read_small_text(path).with_context(context)?;
     let value: Value = serde_json::from_str(&text).with_context(context)?;
     ensure!(
-        value["schema_version"].as_u64() == Some(EXPORT_VERSION.into()),
-        "expected export version {EXPORT_VERSION}, found {} in `{}`",
+        value["schema_version"]
+            .as_u64()
+            .is_some_and(|found| found == 2 || found == u64::from(EXPORT_VERSION)),
+        "expected export version 2 or {EXPORT_VERSION}, found {} in `{}`",
         value["schema_version"],
         path.display()
     );
@@ -405,14 +407,13 @@ fn check_sizes(config: &ExportConfig, tensors: &NamedTensors) -> Result<()> {
 /// One is missing, or of another shape than the sections ask for.
 pub fn restore_mapper(
     section: &MapperSection,
-    loss: &LossSection,
     dims: MapperDims,
     tensors: &[(String, Tensor)],
     device: Device,
 ) -> Result<Mapper> {
     let stats = Standardization::from_buffers(tensors)?;
     // The seed starts weights that are all overwritten.
-    let mapper = Mapper::new(section, loss, dims, stats, Seed(0), device)?;
+    let mapper = Mapper::new(section, dims, stats, Seed(0), device)?;
     mapper.load_parameters(tensors)?;
     Ok(mapper)
 }

@@ -17,6 +17,6 @@ pub use export::{
     Beside, EXPORT_FILES, EXPORT_VERSION, Export, ExportConfig, ExportDims, ExportFile, ModelIdentity,
     Parity, restore_mapper,
 };
-pub use state::{CHECKPOINT_VERSION, CheckpointInfo, FileHash, TrainingState};
+pub use state::{CHECKPOINT_VERSION, CheckpointInfo, FileHash, LOSS_PREFIX, TrainingState};
 pub use store::CheckpointStore;
 pub use tensors::{NamedTensors, read_tensors, write_tensors};

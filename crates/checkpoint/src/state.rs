@@ -12,8 +12,11 @@ use tch::{Device, Tensor};
 
 use crate::tensors::{NamedTensors, check_file, pick, read_tensors, same_count, write_tensors};
 
-/// Version of the checkpoint folder's format.
-pub const CHECKPOINT_VERSION: u32 = 1;
+/// Version of the checkpoint folder's format. 1, which is read too, had the names of both groups in one list.
+pub const CHECKPOINT_VERSION: u32 = 2;
+
+/// The names of the numbers that a loss learns begin so, in checkpoints and in exports of version 2.
+pub const LOSS_PREFIX: &str = "loss.";
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -26,10 +29,12 @@ pub struct TrainingState {
     /// Optimizer steps taken.
     pub step: u64,
     /// The mapper's trainable tensors, in its order.
-    pub parameters: NamedTensors,
+    pub network: NamedTensors,
+    /// What the loss learns beside it, in its order; names begin with [`LOSS_PREFIX`].
+    pub loss: NamedTensors,
     /// The mapper's other tensors (standardization).
     pub buffers: NamedTensors,
-    /// AdamW's moments, in the order of the parameters.
+    /// AdamW's moments, in the order of the parameters: the network's, then the loss's.
     pub first_moments: Vec<Tensor>,
     pub second_moments: Vec<Tensor>,
     /// Moving average of the parameters, in their order; empty if the recipe has none.
@@ -41,13 +46,15 @@ pub struct TrainingState {
 }
 
 impl TrainingState {
-    /// The weights that are validated and exported: the moving average if there is one.
+    /// All that is trained, the network's first.
+    fn parameters(&self) -> impl Iterator<Item = &(String, Tensor)> {
+        self.network.iter().chain(&self.loss)
+    }
+
+    /// The parameters that are validated: the moving average if there is one. The network's are exported.
     pub fn weights(&self) -> NamedTensors {
-        if self.ema.is_empty() {
-            return self.parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-        }
-        let named = self.parameters.iter().zip(&self.ema);
-        named.map(|((n, _), t)| (n.clone(), t.shallow_clone())).collect()
+        let averaged = |i: usize, t: &Tensor| self.ema.get(i).unwrap_or(t).shallow_clone();
+        self.parameters().enumerate().map(|(i, (n, t))| (n.clone(), averaged(i, t))).collect()
     }
 
     /// Every number of every tensor is finite: nothing could be learnt from, or done with, others. Waits for the device.
@@ -57,10 +64,10 @@ impl TrainingState {
     pub fn check_finite(&self) -> Result<()> {
         let named = |(name, t)| (format!("`{name}`"), t);
         let of = |what: &'static str, tensors| {
-            let names = self.parameters.iter().map(|(name, _)| name);
+            let names = self.parameters().map(|(name, _)| name);
             names.zip(tensors).map(move |(name, t)| (format!("the {what} of `{name}`"), t))
         };
-        let all: Vec<(String, &Tensor)> = (self.parameters.iter().map(|(n, t)| (n, t)).map(named))
+        let all: Vec<(String, &Tensor)> = (self.parameters().map(|(n, t)| (n, t)).map(named))
             .chain(self.buffers.iter().map(|(n, t)| (n, t)).map(named))
             .chain(of("first moment", &self.first_moments))
             .chain(of("second moment", &self.second_moments))
@@ -87,8 +94,10 @@ pub struct CheckpointInfo {
     pub schema_version: u32,
     pub step: u64,
     pub validation: Option<f64>,
-    /// Names of the trainable tensors, in the mapper's order.
-    pub parameters: Vec<String>,
+    /// Names of the mapper's trainable tensors, in its order.
+    pub network: Vec<String>,
+    /// Names of the loss's, in its order.
+    pub loss: Vec<String>,
     pub buffers: Vec<String>,
     /// A moving average is kept.
     pub ema: bool,
@@ -120,16 +129,34 @@ impl CheckpointInfo {
         let path = folder.join(STATE);
         let context = || format!("cannot read `{}`", path.display());
         let text = pkv_core::read_small_text(&path).with_context(context)?;
-        let value: Value = serde_json::from_str(&text).with_context(context)?;
-        let found = value["schema_version"].as_u64();
-        ensure!(
-            found == Some(CHECKPOINT_VERSION.into()),
-            "expected checkpoint version {CHECKPOINT_VERSION}, found {} in `{}`",
-            value["schema_version"],
-            path.display()
-        );
+        let mut value: Value = serde_json::from_str(&text).with_context(context)?;
+        match value["schema_version"].as_u64() {
+            Some(1) => apart(&mut value).with_context(context)?,
+            found => ensure!(
+                found == Some(CHECKPOINT_VERSION.into()),
+                "expected checkpoint version 1 or {CHECKPOINT_VERSION}, found {} in `{}`",
+                value["schema_version"],
+                path.display()
+            ),
+        }
         serde_json::from_value(value).with_context(context)
     }
+
+    fn parameters(&self) -> impl Iterator<Item = &String> {
+        self.network.iter().chain(&self.loss)
+    }
+}
+
+/// The `parameters` of version 1 as the groups of version 2.
+fn apart(value: &mut Value) -> Result<()> {
+    let state = value.as_object_mut().context("expected an object")?;
+    let names = state.remove("parameters").context("`parameters` is missing")?;
+    let names: Vec<String> = serde_json::from_value(names).context("`parameters` is no list of names")?;
+    let (loss, network): (Vec<String>, Vec<String>) =
+        names.into_iter().partition(|name| name.starts_with(LOSS_PREFIX));
+    state.insert("network".to_owned(), network.into());
+    state.insert("loss".to_owned(), loss.into());
+    Ok(())
 }
 
 /// Write `state` to the new folder `folder`, and make it durable there.
@@ -139,7 +166,7 @@ pub(crate) fn write(
     fingerprint: &Fingerprint,
     budget: &WriteBudget,
 ) -> Result<()> {
-    let n = state.parameters.len();
+    let n = state.parameters().count();
     same_count("first moments", state.first_moments.len(), n)?;
     same_count("second moments", state.second_moments.len(), n)?;
     ensure!(
@@ -149,16 +176,13 @@ pub(crate) fn write(
     );
     // As the newest, it would be what training goes on from.
     state.check_finite()?;
-    let names = || state.parameters.iter().map(|(name, _)| name);
+    let names = |group: &NamedTensors| group.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
     let of = |kind: &str, tensors: &[Tensor]| -> NamedTensors {
-        names().zip(tensors).map(|(name, t)| (format!("{kind}.{name}"), t.shallow_clone())).collect()
+        let named = state.parameters().zip(tensors);
+        named.map(|((name, _), t)| (format!("{kind}.{name}"), t.shallow_clone())).collect()
     };
-    let model: NamedTensors = state
-        .parameters
-        .iter()
-        .chain(&state.buffers)
-        .map(|(name, t)| (name.clone(), t.shallow_clone()))
-        .collect();
+    let model: NamedTensors =
+        state.parameters().chain(&state.buffers).map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
     let mut optimizer = of("m", &state.first_moments);
     optimizer.extend(of("v", &state.second_moments));
     optimizer.extend(of("ema", &state.ema));
@@ -171,8 +195,9 @@ pub(crate) fn write(
         schema_version: CHECKPOINT_VERSION,
         step: state.step,
         validation: state.validation,
-        parameters: names().cloned().collect(),
-        buffers: state.buffers.iter().map(|(name, _)| name.clone()).collect(),
+        network: names(&state.network),
+        loss: names(&state.loss),
+        buffers: names(&state.buffers),
         ema: !state.ema.is_empty(),
         fingerprint: fingerprint.clone(),
         files,
@@ -193,13 +218,15 @@ pub(crate) fn read(folder: &Path, device: Device) -> Result<(CheckpointInfo, Tra
     let model = read_tensors(&folder.join(MODEL), device)?;
     let optimizer = read_tensors(&folder.join(OPTIMIZER), device)?;
     let of = |kind: &str| -> Result<Vec<Tensor>> {
-        let names: Vec<String> = info.parameters.iter().map(|name| format!("{kind}.{name}")).collect();
+        let names: Vec<String> = info.parameters().map(|name| format!("{kind}.{name}")).collect();
         Ok(pick(&optimizer, names.iter().map(String::as_str))?.into_iter().map(|(_, t)| t).collect())
     };
+    let group = |names: &[String]| pick(&model, names.iter().map(String::as_str));
     let state = TrainingState {
         step: info.step,
-        parameters: pick(&model, info.parameters.iter().map(String::as_str))?,
-        buffers: pick(&model, info.buffers.iter().map(String::as_str))?,
+        network: group(&info.network)?,
+        loss: group(&info.loss)?,
+        buffers: group(&info.buffers)?,
         first_moments: of("m")?,
         second_moments: of("v")?,
         ema: if info.ema { of("ema")? } else { Vec::new() },

@@ -21,12 +21,12 @@ pub fn numbers(step: u64, n: i64) -> Tensor {
 
 pub fn state(step: u64, validation: Option<f64>, ema: bool) -> TrainingState {
     // Not in alphabetical order: the mapper's order must survive.
-    let parameters: NamedTensors = vec![
+    let network: NamedTensors = vec![
         ("skip.weight".into(), numbers(step, 12).reshape([3, 4])),
         ("context.bias".into(), numbers(step + 1, 5)),
-        ("loss.scale".into(), Tensor::from(step as f32 / 7.0)),
     ];
-    let like = |k: f64| parameters.iter().map(|(_, t)| t * k).collect::<Vec<_>>();
+    let loss: NamedTensors = vec![("loss.scale".into(), Tensor::from(step as f32 / 7.0))];
+    let like = |k: f64| network.iter().chain(&loss).map(|(_, t)| t * k).collect::<Vec<_>>();
     TrainingState {
         step,
         buffers: vec![
@@ -38,7 +38,8 @@ pub fn state(step: u64, validation: Option<f64>, ema: bool) -> TrainingState {
         ema: if ema { like(-1.0) } else { Vec::new() },
         validation,
         extra: json!({"window": [step, u64::MAX]}),
-        parameters,
+        network,
+        loss,
     }
 }
 
@@ -73,7 +74,8 @@ pub fn same_named(a: &[(String, Tensor)], b: &[(String, Tensor)]) {
 #[track_caller]
 pub fn same_state(a: &TrainingState, b: &TrainingState) {
     assert_eq!((a.step, a.validation, &a.extra), (b.step, b.validation, &b.extra));
-    same_named(&a.parameters, &b.parameters);
+    same_named(&a.network, &b.network);
+    same_named(&a.loss, &b.loss);
     same_named(&a.buffers, &b.buffers);
     same_tensors(&a.first_moments, &b.first_moments);
     same_tensors(&a.second_moments, &b.second_moments);

@@ -38,8 +38,8 @@ fn stats() -> Standardization {
 }
 
 /// Every parameter is moved, so that none could come back by being initialized alike.
-fn mapper(section: &MapperSection, loss: &LossSection) -> Mapper {
-    let mapper = Mapper::new(section, loss, DIMS, stats(), Seed(3), cpu()).unwrap();
+fn mapper(section: &MapperSection) -> Mapper {
+    let mapper = Mapper::new(section, DIMS, stats(), Seed(3), cpu()).unwrap();
     let moved: Vec<_> = mapper
         .parameters()
         .iter()
@@ -49,7 +49,7 @@ fn mapper(section: &MapperSection, loss: &LossSection) -> Mapper {
     mapper
 }
 
-fn config(section: &MapperSection, loss: &LossSection) -> ExportConfig {
+fn config(section: &MapperSection) -> ExportConfig {
     let model = |name: &str, layers| ModelIdentity {
         model: name.to_owned(),
         revision: "local:0123".to_owned(),
@@ -78,7 +78,7 @@ fn config(section: &MapperSection, loss: &LossSection) -> ExportConfig {
         label: LabelSection::default(),
         extract: ExtractSection::default(),
         mapper: section.clone(),
-        loss: loss.clone(),
+        loss: LossSection::default(),
         train: TrainSection::default(),
         fingerprint: choices(),
         step: 1400,
@@ -118,25 +118,24 @@ fn card() -> ModelCard {
     }
 }
 
-fn write(folder: &Path, section: &MapperSection, loss: &LossSection) -> Mapper {
-    let mapper = mapper(section, loss);
+fn write(folder: &Path, section: &MapperSection) -> Mapper {
+    let mapper = mapper(section);
     let parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
-    Export::write(folder, &config(section, loss), &mapper, Beside::default(), &card(), &parity).unwrap();
+    Export::write(folder, &config(section), &mapper, Beside::default(), &card(), &parity).unwrap();
     mapper
 }
 
 #[test]
 fn every_variant_comes_back_bit_for_bit() {
-    let full_loss = LossSection { fine: 0.3, global: 0.1, cosine: 0.3, ..LossSection::default() };
     for variant in [Variant::HybridAxial, Variant::Conv, Variant::Mlp, Variant::Linear] {
         let section = MapperSection { variant, width: 32, ..MapperSection::default() };
         let dir = tempdir().unwrap();
         let folder = dir.path().join("export");
-        let written = write(&folder, &section, &full_loss);
+        let written = write(&folder, &section);
         assert_eq!(names(&folder), ["README.md", "config.json", "model.safetensors", "parity.safetensors"]);
 
         let export = Export::read(&folder).unwrap();
-        let mut expected = config(&section, &full_loss);
+        let mut expected = config(&section);
         expected.files = export.config().files.clone();
         assert_eq!(export.config(), &expected);
         let read = export.mapper(cpu()).unwrap();
@@ -152,7 +151,7 @@ fn every_variant_comes_back_bit_for_bit() {
 
 #[test]
 fn the_card_says_what_a_stranger_must_know() {
-    let text = card().render(&config(&MapperSection::default(), &LossSection::default()));
+    let text = card().render(&config(&MapperSection::default()));
     for expected in [
         "---\nlicense: apache-2.0\nlibrary_name: proxykv-train\nbase_model:\n- \"owner/small\"\ntags:\n- kv-cache\n",
         "1.500 GPU-hours (1.525 hours on the clock) in all.",
@@ -168,16 +167,16 @@ fn the_card_says_what_a_stranger_must_know() {
         "| mapper | 97.9 |",
         "- Trained on contexts up to 1,800 tokens.",
         "Mapper: apache-2.0. Target: MIT. Proxy: not stated.",
-        "schema version 2",
+        "schema version 3",
     ] {
         assert!(text.contains(expected), "`{expected}` is missing in:\n{text}");
     }
-    let bare = ModelCard::default().render(&config(&MapperSection::default(), &LossSection::default()));
+    let bare = ModelCard::default().render(&config(&MapperSection::default()));
     assert!(bare.contains("Not evaluated") && bare.starts_with("---\nlicense: unknown\n"), "{bare}");
     assert!(bare.contains("## Cost\n\nNot recorded."), "{bare}");
     let mut own = card();
     own.licences.mapper = "ACME Research Licence".into();
-    let text = own.render(&config(&MapperSection::default(), &LossSection::default()));
+    let text = own.render(&config(&MapperSection::default()));
     assert!(text.contains("license: other\nlicense_name: acme-research-licence\n"), "{text}");
 }
 
@@ -186,8 +185,7 @@ fn a_sound_export_gives_its_own_scores_and_has_a_card() {
     let dir = tempdir().unwrap();
     let folder = dir.path().join("export");
     let section = MapperSection { width: 32, ..MapperSection::default() };
-    let loss = LossSection::default();
-    write(&folder, &section, &loss);
+    write(&folder, &section);
     assert_eq!(names(&folder), EXPORT_FILES);
     Export::read(&folder).unwrap().check().unwrap();
 
@@ -204,15 +202,13 @@ fn a_sound_export_gives_its_own_scores_and_has_a_card() {
     fs::write(folder.join("README.md"), card).unwrap();
 
     // Whole files with right hashes, of two exports: only the scores tell.
-    let mapper = mapper(&section, &loss);
+    let mapper = mapper(&section);
     let mut parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
     parity.scores_ot = parity.scores_ot.roll(1, 1);
-    Export::write(&folder, &config(&section, &loss), &mapper, Beside::default(), &self::card(), &parity)
-        .unwrap();
+    Export::write(&folder, &config(&section), &mapper, Beside::default(), &self::card(), &parity).unwrap();
     unsound("scores are off");
     parity.scores_ot = parity.scores_ot.full_like(f64::NAN);
-    Export::write(&folder, &config(&section, &loss), &mapper, Beside::default(), &self::card(), &parity)
-        .unwrap();
+    Export::write(&folder, &config(&section), &mapper, Beside::default(), &self::card(), &parity).unwrap();
     unsound("scores are off");
 }
 
@@ -221,7 +217,7 @@ fn damage_is_named() {
     let dir = tempdir().unwrap();
     let folder = dir.path().join("export");
     let section = MapperSection { variant: Variant::Linear, ..MapperSection::default() };
-    write(&folder, &section, &LossSection::default());
+    write(&folder, &section);
     let good = files(&folder);
     let fails = |file: &str, data: Option<Vec<u8>>, expected: &str| {
         match data {
@@ -240,8 +236,8 @@ fn damage_is_named() {
     fails("model.safetensors", None, "model.safetensors");
     fails("config.json", None, "config.json");
     let text = String::from_utf8(good["config.json"].clone()).unwrap();
-    let newer = text.replace("\"schema_version\": 2", "\"schema_version\": 3");
-    fails("config.json", Some(newer.into_bytes()), "expected export version 2, found 3");
+    let newer = text.replace("\"schema_version\": 3", "\"schema_version\": 4");
+    fails("config.json", Some(newer.into_bytes()), "expected export version 2 or 3, found 4");
     // What asks for more memory than the file of weights could fill, for a panic, or for a file elsewhere.
     let edited = |change: &dyn Fn(&mut Value)| {
         let mut config: Value = serde_json::from_str(&text).unwrap();
@@ -280,16 +276,15 @@ fn damage_is_named() {
 fn head_budgets_lie_beside_what_older_readers_know() {
     let dir = tempdir().unwrap();
     let folder = dir.path().join("export");
-    let (section, loss) =
-        (MapperSection { variant: Variant::Linear, ..MapperSection::default() }, LossSection::default());
+    let section = MapperSection { variant: Variant::Linear, ..MapperSection::default() };
     let mut fit = BudgetFit::new(6);
     fit.add(&noise("budgets", &[6, 40])).unwrap();
     let budgets = fit.finish().unwrap();
     let write = |name: &str| {
-        let mapper = mapper(&section, &loss);
+        let mapper = mapper(&section);
         let parity = Parity::of(&mapper, noise(name, &[3, 8, 50]), noise("globals", &[4, 50]));
         let beside = Beside { tensors: &[], budgets: Some(&budgets) };
-        Export::write(&folder, &config(&section, &loss), &mapper, beside, &card(), &parity).unwrap();
+        Export::write(&folder, &config(&section), &mapper, beside, &card(), &parity).unwrap();
     };
     write("heads");
     let export = Export::read(&folder).unwrap();
@@ -315,7 +310,7 @@ fn head_budgets_lie_beside_what_older_readers_know() {
     refused(&text.replace(&weights, &"0".repeat(64)), "is damaged");
     // Whole, but of another export: its weights and its hash are others.
     let other = MapperSection { variant: Variant::Mlp, width: 32, ..MapperSection::default() };
-    self::write(&folder, &other, &loss);
+    self::write(&folder, &other);
     refused(&text, "belongs to other weights");
 
     fs::remove_file(&path).unwrap();
@@ -325,16 +320,15 @@ fn head_budgets_lie_beside_what_older_readers_know() {
 #[test]
 fn weights_of_another_mapper_do_not_fit() {
     let section = MapperSection { width: 32, ..MapperSection::default() };
-    let loss = LossSection::default();
     let tensors: Vec<_> = {
-        let m = mapper(&section, &loss);
+        let m = mapper(&section);
         m.parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).chain(m.buffers()).collect()
     };
-    restore_mapper(&section, &loss, DIMS, &tensors, cpu()).unwrap();
+    restore_mapper(&section, DIMS, &tensors, cpu()).unwrap();
     let wider = MapperSection { width: 64, ..section };
-    assert!(restore_mapper(&wider, &loss, DIMS, &tensors, cpu()).is_err());
+    assert!(restore_mapper(&wider, DIMS, &tensors, cpu()).is_err());
     let fewer = MapperDims { outputs: 5, ..DIMS };
-    assert!(restore_mapper(&wider, &loss, fewer, &tensors, cpu()).is_err());
+    assert!(restore_mapper(&wider, fewer, &tensors, cpu()).is_err());
 }
 
 #[test]
@@ -342,15 +336,14 @@ fn a_full_disk_leaves_the_export_that_was_there() {
     let dir = tempdir().unwrap();
     let folder = dir.path().join("export");
     let section = MapperSection { variant: Variant::Linear, ..MapperSection::default() };
-    let loss = LossSection::default();
-    let first = write(&folder, &section, &loss);
+    let first = write(&folder, &section);
     let before = files(&folder);
     let size: u64 = before.values().map(|f| f.len() as u64).sum();
     let parity = Parity::of(&first, noise("other", &[3, 8, 50]), noise("globals", &[4, 50]));
     for budget in (0..size).step_by(613) {
         let result = Export::write_within(
             &folder,
-            &config(&section, &loss),
+            &config(&section),
             &first,
             Beside::default(),
             &card(),
@@ -363,7 +356,7 @@ fn a_full_disk_leaves_the_export_that_was_there() {
         assert_eq!(names(dir.path()), ["export"]);
     }
     // A second export takes the place of the first.
-    Export::write(&folder, &config(&section, &loss), &first, Beside::default(), &card(), &parity).unwrap();
+    Export::write(&folder, &config(&section), &first, Beside::default(), &card(), &parity).unwrap();
     assert_ne!(files(&folder)["parity.safetensors"], before["parity.safetensors"]);
     assert_eq!(names(dir.path()), ["export"]);
 }
@@ -371,8 +364,7 @@ fn a_full_disk_leaves_the_export_that_was_there() {
 #[test]
 fn markup_in_names_and_licences_is_text_in_the_card() {
     let hostile = "<script>alert(1)</script>\u{1b}[2J\u{9b}`</code>![x](http://127.0.0.1/x)\n# Title";
-    let (section, loss) = (MapperSection::default(), LossSection::default());
-    let mut config = config(&section, &loss);
+    let mut config = config(&MapperSection::default());
     for name in [&mut config.name, &mut config.target.model, &mut config.proxy.revision] {
         *name = hostile.to_owned();
     }

@@ -6,3 +6,5 @@ mod common;
 mod export;
 /// Training state: bit-exact, rotated, and never lost to a kill or a full disk.
 mod store;
+/// Checkpoints and exports that an earlier version wrote.
+mod versions;

@@ -34,7 +34,7 @@ fn a_state_comes_back_bit_for_bit() {
         let expected = if ema {
             saved.ema.iter().map(bits).collect::<Vec<_>>()
         } else {
-            saved.parameters.iter().map(|(_, t)| bits(t)).collect()
+            saved.network.iter().chain(&saved.loss).map(|(_, t)| bits(t)).collect()
         };
         let weights = store.latest(cpu()).unwrap().unwrap().weights();
         assert_eq!(weights.iter().map(|(_, t)| bits(t)).collect::<Vec<_>>(), expected);
@@ -97,7 +97,7 @@ fn a_damaged_checkpoint_is_passed_over_with_a_warning() {
                 .unwrap();
         }),
         ("cannot read", |f| fs::remove_file(f.join("model.safetensors")).unwrap()),
-        ("cannot read", |f| fs::write(f.join("state.json"), "{\"schema_version\": 1,").unwrap()),
+        ("cannot read", |f| fs::write(f.join("state.json"), "{\"schema_version\": 2,").unwrap()),
         ("a device, pipe or socket, expected a regular file", |f| {
             fs::remove_file(f.join("model.safetensors")).unwrap();
             symlink("/dev/zero", f.join("model.safetensors")).unwrap();
@@ -117,9 +117,9 @@ fn a_damaged_checkpoint_is_passed_over_with_a_warning() {
             state["files"]["model.safetensors"]["sha256"] = json!(new.sha256);
             fs::write(f.join("state.json"), state.to_string()).unwrap();
         }),
-        ("expected checkpoint version 1, found 7", |f| {
+        ("expected checkpoint version 1 or 2, found 7", |f| {
             let text = fs::read_to_string(f.join("state.json")).unwrap();
-            fs::write(f.join("state.json"), text.replace("\"schema_version\": 1", "\"schema_version\": 7"))
+            fs::write(f.join("state.json"), text.replace("\"schema_version\": 2", "\"schema_version\": 7"))
                 .unwrap();
         }),
     ];

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use pkv_checkpoint::{CheckpointStore, Export, ExportDims, NamedTensors, restore_mapper};
+use pkv_checkpoint::{CheckpointStore, Export, ExportDims, LOSS_PREFIX, NamedTensors, restore_mapper};
 use pkv_core::{Fingerprint, hinted};
 use pkv_extract::HiddenProjection;
 use pkv_mapper::{Mapper, MapperDims};
@@ -17,6 +17,8 @@ use crate::stages::train::Upstream;
 /// A mapper and where it came from.
 pub struct Trained {
     pub mapper: Mapper,
+    /// What its loss had learned, if a checkpoint or an older export says: a part of what stored evaluations are known by.
+    pub loss: NamedTensors,
     /// In words, for tables.
     pub source: String,
     /// Everything its weights depend on.
@@ -67,9 +69,10 @@ pub fn from_checkpoint(s: &Session, upstream: &Upstream) -> Result<Trained> {
     let mut tensors: NamedTensors = state.weights();
     tensors.extend(state.buffers.iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
     let dims: MapperDims = dims(&s.recipe).into();
-    let mapper = restore_mapper(&s.recipe.mapper, &s.recipe.loss, dims, &tensors, s.device)?;
+    let mapper = restore_mapper(&s.recipe.mapper, dims, &tensors, s.device)?;
     Ok(Trained {
         mapper,
+        loss: of_loss(&tensors),
         source: format!("checkpoint of step {}", state.step),
         fingerprint: made_with,
         step: state.step,
@@ -120,6 +123,7 @@ pub fn from_export(s: &Session, upstream: &Upstream, folder: &Path) -> Result<Tr
     }
     Ok(Trained {
         mapper: export.mapper(s.device)?,
+        loss: of_loss(export.tensors()),
         source: format!("export `{}`", folder.display()),
         fingerprint: c.fingerprint.clone(),
         step: c.step,
@@ -128,6 +132,11 @@ pub fn from_export(s: &Session, upstream: &Upstream, folder: &Path) -> Result<Tr
         hidden: HiddenProjection::from_tensors(export.tensors(), s.device)?,
         budgets: export.budgets().cloned(),
     })
+}
+
+fn of_loss(tensors: &NamedTensors) -> NamedTensors {
+    let of_loss = tensors.iter().filter(|(name, _)| name.starts_with(LOSS_PREFIX));
+    of_loss.map(|(name, x)| (name.clone(), x.shallow_clone())).collect()
 }
 
 /// Choices of `extract` that change no number.

@@ -11,7 +11,7 @@ use pkv_infer::{
 };
 use pkv_lm::{LanguageModel, TextTokenizer};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
-use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection};
+use pkv_recipe::{ExtractSection, LabelSection, MapperSection};
 use pkv_score::Requests;
 use tch::{Device, Kind, Tensor};
 
@@ -52,7 +52,7 @@ pub fn copy(mapper: &Mapper) -> Mapper {
 pub fn copy_to(mapper: &Mapper, device: Device) -> Mapper {
     let stats = Standardization::from_buffers(&mapper.buffers()).unwrap();
     let (section, dims) = (mapper.section(), *mapper.dims());
-    let twin = Mapper::new(section, &LossSection::default(), dims, stats, Seed(0), device).unwrap();
+    let twin = Mapper::new(section, dims, stats, Seed(0), device).unwrap();
     twin.load_parameters(mapper.parameters()).unwrap();
     twin
 }
@@ -71,7 +71,7 @@ pub fn random_mapper(extract: &ExtractSection) -> Mapper {
     let section =
         MapperSection { head_width: 8, width: 16, cross_width: 8, cross_heads: 2, ..Default::default() };
     let stats = Standardization::identity(&dims);
-    let mapper = Mapper::new(&section, &LossSection::default(), dims, stats, Seed(5), device()).unwrap();
+    let mapper = Mapper::new(&section, dims, stats, Seed(5), device()).unwrap();
     let _no_grad = tch::no_grad_guard();
     tch::manual_seed(11);
     for (_, parameter) in mapper.parameters() {

@@ -1,8 +1,7 @@
 //! The HybridAxialMapper: from features of the proxy, the target or both to the target's scores.
 //!
-//! Owns the network and its variants, the ridge solution that training starts from, and the
-//! multi-granularity hybrid loss. Batching, the optimization loop and checkpoints are left to
-//! `train` and `checkpoint`; what a feature means is known to `extract` alone.
+//! Owns the network and its variants, and the ridge solution that training starts from. The loss, batching and the
+//! optimization loop are left to `train`, checkpoints to `checkpoint`; what a feature means is known to `extract` alone.
 //!
 //! Time and heads are taken apart: stages 1 and 2 look along time, stage 3 along heads. All stages
 //! keep channels last, because normalization and matrix products want them there; only the
@@ -17,7 +16,6 @@ mod context;
 mod cross;
 mod layers;
 mod long;
-mod loss;
 mod mapper;
 mod params;
 mod ridge;
@@ -27,7 +25,7 @@ mod standardize;
 mod temporal;
 
 pub use long::StitchedScores;
-pub use loss::{LossTerms, draw_pairs, hybrid_loss, hybrid_loss_of_pairs};
 pub use mapper::{Mapper, Training};
+pub use params::load_parameters;
 pub use ridge::RidgeAccumulator;
 pub use standardize::{FEATURE_LIMIT, MapperDims, Standardization, StandardizationAccumulator};

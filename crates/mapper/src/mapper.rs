@@ -1,25 +1,22 @@
 //! The mapper as a whole: stages put together, parameters by name.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use pkv_core::{RetentionRatio, Seed, hinted};
-use pkv_recipe::{LossSection, MapperSection, Variant};
+use pkv_core::{Seed, hinted};
+use pkv_recipe::{MapperSection, Variant};
 use tch::{Device, Kind, Tensor};
 
 use crate::context::Context;
 use crate::cross::Cross;
 use crate::layers::Linear;
-use crate::params::{ParamStore, Pass, Weights};
+use crate::params::{ParamStore, Pass, Weights, load_parameters};
 use crate::standardize::{MapperDims, Standardization, flat};
 use crate::temporal::Temporal;
-
-/// Start of the binary term's learned scale, as a logarithm: trained scales settle near 4 to 5.
-const BINARY_LOG_SCALE: f64 = 1.5;
 
 /// From a proxy's features to one score per KV pair of the target.
 ///
 /// Forward and backward of 16 contexts of 1000 positions, 12 proxy heads of 8 channels to 36 target
 /// heads, default sizes, CPU time of one core: `hybrid-axial` 3.3 s, `conv` 2.1 s, `mlp` 0.3 s,
-/// `linear` 0.02 s; the default loss adds 0.09 s.
+/// `linear` 0.02 s.
 pub struct Mapper {
     section: MapperSection,
     dims: MapperDims,
@@ -28,7 +25,6 @@ pub struct Mapper {
     /// From the standardized inputs straight to the outputs.
     skip: Option<Linear>,
     body: Body,
-    loss: LossParameters,
     parameters: Vec<(String, Tensor)>,
 }
 
@@ -38,52 +34,6 @@ enum Body {
     Mlp { hidden: [Linear; 2], output: Linear },
     Conv { context: Context, output: Linear },
     HybridAxial { temporal: Temporal, context: Context, cross: Cross, output: Linear },
-}
-
-/// Learned numbers of the loss; those of a term that is off are absent.
-pub(crate) struct LossParameters {
-    pub binary: Option<Binary>,
-    /// Logarithm of the global term's scale, no dimension.
-    pub global_log_scale: Option<Tensor>,
-}
-
-/// What the binary term knows of its retention ratios; tensors `[ratios]` on the mapper's device.
-pub(crate) struct Binary {
-    pub ratios: Vec<RetentionRatio>,
-    /// The ratios, f64.
-    ratio_r: Tensor,
-    /// 1 / entropy of the ratio, f32.
-    pub inverse_entropy_r: Tensor,
-    /// Learned.
-    pub log_scale_r: Tensor,
-    /// Learned.
-    pub offset_r: Tensor,
-}
-
-impl Binary {
-    fn new(params: &mut ParamStore, ratios: &[f64]) -> Result<Self> {
-        let ratios: Vec<RetentionRatio> =
-            ratios.iter().map(|&r| RetentionRatio::new(r)).collect::<Result<_, _>>()?;
-        let log_scale = params.constant("loss.binary_log_scale".into(), &[ratios.len()], BINARY_LOG_SCALE);
-        let offset = params.constant("loss.binary_offset".into(), &[ratios.len()], 0.0);
-        let (log_scale_r, offset_r) = (params.get(log_scale), params.get(offset));
-        let plain: Vec<f64> = ratios.iter().map(|r| r.get()).collect();
-        let entropy = |r: &f64| -(r * r.ln() + (1.0 - r) * (1.0 - r).ln());
-        let inverse: Vec<f32> = plain.iter().map(|r| entropy(r).recip() as f32).collect();
-        let on_device = |x: Tensor| x.to_device(offset_r.device());
-        Ok(Self {
-            ratio_r: on_device(Tensor::from_slice(&plain)),
-            inverse_entropy_r: on_device(Tensor::from_slice(&inverse)),
-            ratios,
-            log_scale_r,
-            offset_r,
-        })
-    }
-
-    /// [`RetentionRatio::count`] of `n` for every ratio, f64 `[ratios, 1]`, without asking the host.
-    pub fn counts(&self, n: i64) -> Tensor {
-        (&self.ratio_r * n as f64 + 0.5).floor().clamp(1.0, n as f64).unsqueeze(-1)
-    }
 }
 
 /// How a forward computes when it is a step of training. The default is what [`Mapper::forward`] does.
@@ -135,10 +85,9 @@ impl Mapper {
     /// it is exactly the ridge solution, and everything else learns from the first steps on.
     ///
     /// # Errors
-    /// `stats` of another shape than `dims`, a count of 0, a ratio outside (0, 1].
+    /// `stats` of another shape than `dims`, or a count of 0.
     pub fn new(
         section: &MapperSection,
-        loss: &LossSection,
         dims: MapperDims,
         stats: Standardization,
         seed: Seed,
@@ -153,7 +102,6 @@ impl Mapper {
         let skip = (section.linear_skip || section.variant == Variant::Linear)
             .then(|| Linear::zero(&mut params, "skip", dims.flat(), dims.outputs));
         let body = Body::new(&mut params, section, &dims);
-        let loss = LossParameters::new(&mut params, loss, &stats)?;
         let stats = stats.to_device(device);
         Ok(Self {
             section: section.clone(),
@@ -162,7 +110,6 @@ impl Mapper {
             device,
             skip,
             body,
-            loss,
             parameters: params.into_entries(),
         })
     }
@@ -246,23 +193,14 @@ impl Mapper {
         &self.stats
     }
 
-    pub(crate) fn loss_parameters(&self) -> &LossParameters {
-        &self.loss
-    }
-
     /// All that is trained, by name, in a fixed order; tensors share memory with the mapper.
     pub fn parameters(&self) -> &[(String, Tensor)] {
         &self.parameters
     }
 
-    /// Trained numbers, those of the loss included.
+    /// Trained numbers.
     pub fn parameter_count(&self) -> usize {
         self.parameters.iter().map(|(_, x)| x.numel()).sum()
-    }
-
-    /// Whether weight decay applies to a parameter: to everything but vectors and scalars.
-    pub fn decayed(&self, name: &str) -> bool {
-        self.parameters.iter().any(|(n, x)| n == name && x.dim() >= 2)
     }
 
     /// What is stored beside the parameters and not trained: the standardization.
@@ -275,30 +213,7 @@ impl Mapper {
     /// # Errors
     /// A parameter is missing or has another shape; then none is changed.
     pub fn load_parameters(&self, named: &[(String, Tensor)]) -> Result<()> {
-        let found: Vec<&Tensor> = self
-            .parameters
-            .iter()
-            .map(|(name, mine)| {
-                let (_, theirs) = named.iter().find(|(n, _)| n == name).with_context(|| {
-                    hinted(
-                        format!("parameter `{name}` is missing"),
-                        "these weights are of another `[mapper]` or `[loss]` section; use the recipe they were trained with",
-                    )
-                })?;
-                ensure!(
-                    theirs.size() == mine.size(),
-                    "parameter `{name}` has shape {:?}, expected {:?}",
-                    theirs.size(),
-                    mine.size()
-                );
-                Ok(theirs)
-            })
-            .collect::<Result<_>>()?;
-        let _guard = tch::no_grad_guard();
-        for ((_, mine), theirs) in self.parameters.iter().zip(found) {
-            mine.shallow_clone().copy_(theirs);
-        }
-        Ok(())
+        load_parameters(&self.parameters, named)
     }
 
     /// Set the linear skip, usually to [`crate::RidgeAccumulator::solve`]'s answer.
@@ -325,38 +240,6 @@ impl Mapper {
         let _guard = tch::no_grad_guard();
         weight.copy_(weight_of);
         bias.copy_(bias_o);
-        Ok(())
-    }
-
-    /// Start the binary term's offsets where a perfect prediction would have them: at the mean
-    /// threshold of each ratio over `labels` (log-odds `[b, o, t]`, pooled as in training). Without
-    /// this they start at 0 and need some hundred steps to travel there. No effect if the term is off.
-    ///
-    /// # Errors
-    /// A shape that is not `[b, o, t]`, or no label at all.
-    pub fn calibrate(&mut self, labels: &[Tensor]) -> Result<()> {
-        let Some(Binary { ratios, log_scale_r, offset_r, .. }) = &mut self.loss.binary else { return Ok(()) };
-        let _guard = tch::no_grad_guard();
-        let (mut sums, mut contexts) = (vec![0.0; ratios.len()], 0i64);
-        for y_bot in labels {
-            let shape = y_bot.size();
-            ensure!(
-                shape.len() == 3 && shape[1] == self.dims.outputs as i64 && y_bot.numel() > 0,
-                "labels have shape {shape:?}, expected [batch, {} target heads, positions]",
-                self.dims.outputs
-            );
-            let y_bn = self.stats.standardize_labels(y_bot).flatten(1, 2);
-            contexts += shape[0];
-            for (sum, ratio) in sums.iter_mut().zip(ratios.iter()) {
-                let top_bn = pkv_prune::top_mask(&y_bn, ratio.count(y_bn.size()[1] as usize));
-                let lowest_b = y_bn.masked_fill(&top_bn.logical_not(), f64::INFINITY).amin([1], false);
-                *sum += lowest_b.sum(tch::Kind::Double).double_value(&[]);
-            }
-        }
-        ensure!(contexts > 0, "no labels to take thresholds of");
-        let mean: Vec<f32> = sums.iter().map(|sum| (sum / contexts as f64) as f32).collect();
-        let threshold_r = Tensor::from_slice(&mean).to_device(offset_r.device());
-        offset_r.copy_(&(log_scale_r.exp() * threshold_r).neg());
         Ok(())
     }
 }
@@ -420,37 +303,5 @@ impl Body {
             }
         };
         Some(scores_bto.to_kind(Kind::Float))
-    }
-}
-
-impl LossParameters {
-    fn new(params: &mut ParamStore, loss: &LossSection, stats: &Standardization) -> Result<Self> {
-        let binary = (loss.binary > 0.0).then(|| Binary::new(params, &loss.binary_ratios)).transpose()?;
-        // A small score is about the exponential of its log-odds, so the labels' deviation is the
-        // scale at which a softmax of perfect predictions is the share of the scores.
-        let start = f64::from(stats.label_std).ln();
-        let global_log_scale = (loss.global > 0.0).then(|| {
-            let at = params.constant("loss.global_log_scale".into(), &[], start);
-            params.get(at)
-        });
-        Ok(Self { binary, global_log_scale })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What the loss counts on the device is what keep masks count.
-    #[test]
-    fn counts_are_those_of_the_ratios() {
-        pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
-        let mut params = ParamStore::new(Seed(1), Device::Cpu);
-        let ratios = [0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.5, 0.25];
-        let binary = Binary::new(&mut params, &ratios).unwrap();
-        for n in (1..3000).chain([36_000, 50_400, 1_048_575, 16_777_217]) {
-            let expected: Vec<f64> = binary.ratios.iter().map(|r| r.count(n as usize) as f64).collect();
-            assert_eq!(Vec::<f64>::try_from(binary.counts(n).flatten(0, -1)).unwrap(), expected, "{n}");
-        }
     }
 }

@@ -6,7 +6,8 @@
 
 use std::ops::Index;
 
-use pkv_core::Seed;
+use anyhow::{Context, Result, ensure};
+use pkv_core::{Seed, hinted};
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
 
@@ -19,14 +20,13 @@ pub(crate) struct Weights(Vec<Tensor>);
 
 impl Weights {
     /// The parameters themselves for f32; for another kind a copy that hands its gradient on to them,
-    /// made in two kernels for all of them together. Those of the skip and of the loss stay f32.
+    /// made in two kernels for all of them together. Those of the skip stay f32.
     pub fn new(parameters: &[(String, Tensor)], kind: Kind) -> Self {
         let mut all: Vec<Tensor> = parameters.iter().map(|(_, x)| x.shallow_clone()).collect();
         if kind == Kind::Float {
             return Self(all);
         }
-        let exact = |name: &str| name.starts_with("skip.") || name.starts_with("loss.");
-        let places: Vec<usize> = (0..all.len()).filter(|&i| !exact(&parameters[i].0)).collect();
+        let places: Vec<usize> = (0..all.len()).filter(|&i| !parameters[i].0.starts_with("skip.")).collect();
         if places.is_empty() {
             return Self(all);
         }
@@ -96,11 +96,6 @@ impl ParamStore {
         self.add(name, values)
     }
 
-    /// A parameter made before, sharing memory with it.
-    pub fn get(&self, at: Param) -> Tensor {
-        self.entries[at.0].1.shallow_clone()
-    }
-
     pub fn into_entries(self) -> Vec<(String, Tensor)> {
         self.entries
     }
@@ -110,6 +105,36 @@ impl ParamStore {
         self.entries.push((name, parameter));
         Param(self.entries.len() - 1)
     }
+}
+
+/// Overwrite `parameters` by those of the same names; other tensors of `named` are left alone.
+///
+/// # Errors
+/// One is missing or has another shape; then none is changed.
+pub fn load_parameters(parameters: &[(String, Tensor)], named: &[(String, Tensor)]) -> Result<()> {
+    let found: Vec<&Tensor> = parameters
+        .iter()
+        .map(|(name, mine)| {
+            let (_, theirs) = named.iter().find(|(n, _)| n == name).with_context(|| {
+                hinted(
+                    format!("parameter `{name}` is missing"),
+                    "these weights are of another `[mapper]` or `[loss]` section; use the recipe they were trained with",
+                )
+            })?;
+            ensure!(
+                theirs.size() == mine.size(),
+                "parameter `{name}` has shape {:?}, expected {:?}",
+                theirs.size(),
+                mine.size()
+            );
+            Ok(theirs)
+        })
+        .collect::<Result<_>>()?;
+    let _guard = tch::no_grad_guard();
+    for ((_, mine), theirs) in parameters.iter().zip(found) {
+        mine.shallow_clone().copy_(theirs);
+    }
+    Ok(())
 }
 
 fn signed(shape: &[usize]) -> Vec<i64> {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use pkv_core::Seed;
 use pkv_gpu::DeviceChoice;
 use pkv_mapper::{Mapper, MapperDims, Standardization};
-use pkv_recipe::{LossSection, MapperSection};
+use pkv_recipe::MapperSection;
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
 
@@ -22,11 +22,9 @@ fn one_thread() {
     tch::set_num_threads(1);
 }
 
-/// One case of `goldens/`: its recipe sections and its tensors.
+/// One case of `goldens/`: its `[mapper]` and its tensors.
 pub struct Golden {
     pub mapper: MapperSection,
-    pub loss: LossSection,
-    pub case: serde_json::Value,
     pub tensors: Named,
 }
 
@@ -40,12 +38,7 @@ impl Golden {
         let cases = std::fs::read_to_string(folder.join("cases.json")).unwrap();
         let case = serde_json::from_str::<serde_json::Value>(&cases).unwrap()[name].take();
         let tensors = Tensor::read_safetensors(folder.join(format!("{name}.safetensors"))).unwrap();
-        Self {
-            mapper: serde_json::from_value(case["mapper"].clone()).unwrap(),
-            loss: serde_json::from_value(case["loss"].clone()).unwrap(),
-            case,
-            tensors,
-        }
+        Self { mapper: serde_json::from_value(case["mapper"].clone()).unwrap(), tensors }
     }
 
     pub fn get(&self, name: &str) -> Tensor {
@@ -69,8 +62,9 @@ impl Golden {
             outputs: self.get("input.y").size()[1] as usize,
         };
         let stats = Standardization::from_buffers(&self.tensors).unwrap();
-        let mapper = Mapper::new(&self.mapper, &self.loss, dims, stats, Seed(0), device).unwrap();
-        let golden = self.under("param.");
+        let mapper = Mapper::new(&self.mapper, dims, stats, Seed(0), device).unwrap();
+        let mut golden = self.under("param.");
+        golden.retain(|(name, _)| !name.starts_with("loss."));
         assert_eq!(golden.len(), mapper.parameters().len(), "as many parameters as the golden has");
         mapper.load_parameters(&golden).unwrap();
         mapper
@@ -107,7 +101,6 @@ pub fn small(variant: &str, attention: &[usize], device: Device) -> Mapper {
     let dims = MapperDims { proxy_heads: 3, channels: 2, globals: 2, outputs: 5 };
     let mapper = Mapper::new(
         &section,
-        &LossSection { fine: 0.3, global: 0.1, cosine: 0.3, ..LossSection::default() },
         dims,
         Standardization { label_mean: -3.0, label_std: 2.5, ..Standardization::identity(&dims) },
         Seed(5),

@@ -2,10 +2,8 @@
 
 /// Tensors and small mappers that the others share.
 mod fixtures;
-/// Against PyTorch in f64: forward, loss terms, gradients, ten steps.
+/// Against PyTorch in f64: forward and gradients.
 mod goldens;
-/// The loss treats contexts on their own and refuses what it cannot mean.
-mod loss;
 /// Batches, lengths, windows, starts, seeds.
 mod network;
 /// The closed form against naive normal equations.

@@ -86,7 +86,6 @@ fn a_linear_mapper_is_found_again() {
     stats.heads_std_pc = random(2, &[3, 2]).abs() + 0.1;
     let mut truth = pkv_mapper::Mapper::new(
         mapper.section(),
-        &pkv_recipe::LossSection::default(),
         DIMS,
         stats.to_device(Device::Cpu),
         pkv_core::Seed(1),

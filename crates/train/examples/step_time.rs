@@ -8,8 +8,9 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use pkv_core::Seed;
 use pkv_gpu::{AdamW, AdamWOptions, DeviceChoice, clip_global_norm};
-use pkv_mapper::{Mapper, MapperDims, Standardization, hybrid_loss};
+use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_recipe::{LossSection, MapperSection};
+use pkv_train::HybridLoss;
 use tch::{Kind, Tensor};
 
 const STEPS: usize = 5;
@@ -24,9 +25,10 @@ fn main() -> Result<()> {
 
     let dims = MapperDims { proxy_heads: p as usize, channels: 8, globals: 4, outputs: o as usize };
     let section = MapperSection { variant, ..MapperSection::default() };
-    let loss = LossSection::default();
-    let mapper = Mapper::new(&section, &loss, dims, Standardization::identity(&dims), Seed(1), device)?;
-    let mut parameters: Vec<Tensor> = mapper.parameters().iter().map(|(_, x)| x.shallow_clone()).collect();
+    let mapper = Mapper::new(&section, dims, Standardization::identity(&dims), Seed(1), device)?;
+    let loss = HybridLoss::new(&LossSection::default(), mapper.standardization())?;
+    let named = mapper.parameters().iter().chain(loss.parameters());
+    let mut parameters: Vec<Tensor> = named.map(|(_, x)| x.shallow_clone()).collect();
     let mut adamw = AdamW::new(parameters.iter().map(Tensor::shallow_clone).collect())?;
     let noise = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, device));
     let (heads, globals, y) = (noise(&[b, p, 8, t]), noise(&[b, 4, t]), noise(&[b, o, t]) * 2.0 - 4.0);
@@ -47,7 +49,7 @@ fn main() -> Result<()> {
         };
         let scores = mapper.forward(&heads, &globals);
         lap();
-        let terms = hybrid_loss(&mapper, &scores, &y, &loss, 1)?;
+        let terms = loss.of(&scores, &y, 1)?;
         lap();
         terms.total.backward();
         lap();

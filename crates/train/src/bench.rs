@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use pkv_core::{Fingerprint, Seed, Split, StoreDtype};
-use pkv_mapper::{Mapper, MapperDims, Standardization};
+use pkv_mapper::{MapperDims, Standardization};
 use pkv_recipe::{LossSection, MapperSection, TrainSection};
 use pkv_shard::{Example, FeatureFolders, FeatureRow, LabelRow, Row, StageDir, StageWriter};
 use rand::Rng;
@@ -18,6 +18,7 @@ use tch::Device;
 
 use crate::batches::Batches;
 use crate::dataset::{Dataset, Samples};
+use crate::learner::Learner;
 use crate::loader::{Loaded, Loader};
 use crate::optimizer::Optimizer;
 use crate::step::{Stepper, Tf32, number_format};
@@ -95,9 +96,9 @@ pub fn bench(o: &BenchOptions) -> Result<BenchReport> {
     let format = number_format(o.train.dtype, o.dims, o.device);
     let _tf32 = Tf32::set(format)?;
     let stats = Standardization { label_mean: -4.0, label_std: 2.0, ..Standardization::identity(&o.dims) };
-    let mapper = Mapper::new(o.mapper, o.loss, o.dims, stats, o.seed, o.device)?;
-    let mut optimizer = Optimizer::new(&mapper, o.train)?;
-    let mut stepper = Stepper::new(o.loss, o.train, o.dims, o.seed, o.device);
+    let learner = Learner::new(o.mapper, o.loss, o.dims, stats, o.seed, o.device)?;
+    let mut optimizer = Optimizer::new(&learner.parameters(), o.train)?;
+    let mut stepper = Stepper::new(o.train, o.dims, o.seed, o.device);
 
     let rows = dataset.rows(Split::Train);
     let lengths: Vec<usize> = rows.iter().map(|&r| dataset.positions(r)).collect();
@@ -113,7 +114,7 @@ pub fn bench(o: &BenchOptions) -> Result<BenchReport> {
     cuda.map_or(Ok(()), pkv_gpu::reset_peak)?;
     let mut step = 0;
     let mut learn = |batch: &Loaded| -> Result<u64> {
-        let _ = stepper.step(&mapper, &mut optimizer, batch, step, o.train.lr)?;
+        let _ = stepper.step(&learner, &mut optimizer, batch, step, o.train.lr)?;
         step += 1;
         Ok(batch.tokens())
     };
@@ -138,7 +139,7 @@ pub fn bench(o: &BenchOptions) -> Result<BenchReport> {
     let mut next = resident.iter().cycle();
     let there = rounds(o.device, warm_up, o.steps, || learn(next.next().context("there are no batches")?))?;
     Ok(BenchReport {
-        parameters: mapper.parameter_count(),
+        parameters: learner.parameter_count(),
         batch: o.train.batch,
         proxy_heads: o.dims.proxy_heads,
         channels: o.dims.channels,

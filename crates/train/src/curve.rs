@@ -1,9 +1,10 @@
 //! Means over the steps between two log lines, without waiting for the device.
 
 use anyhow::{Context, Result, ensure};
-use pkv_mapper::LossTerms;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
+
+use crate::loss::LossTerms;
 
 /// Sums of loss, terms and gradient norm since the last log line.
 ///

@@ -10,12 +10,13 @@ use std::thread::Scope;
 use anyhow::{Context as _, Result};
 use pkv_core::Seed;
 use pkv_gpu::HostBuffer;
-use pkv_mapper::{MapperDims, draw_pairs};
+use pkv_mapper::MapperDims;
 use pkv_recipe::{FineLoss, LossSection};
 use tch::{Device, Kind, Tensor};
 
 use crate::batches::{Batch, Batches};
 use crate::cache::Sample;
+use crate::loss::draw_pairs;
 
 /// Most threads by default: eight fill batches faster than any GPU empties them.
 const THREADS: usize = 8;
@@ -126,14 +127,10 @@ impl<'a> Loader<'a> {
     /// Copy a batch's windows side by side: heads, globals, targets, then the pairs' places as integers.
     fn assemble(&self, step: u64, batch: &Batch) -> Result<Host> {
         let (contexts, length, d) = (batch.windows.len(), batch.length, self.source.dims());
-        let pairs = self.pairs.map(|fine| {
+        let pairs = self.pairs.map_or_else(Vec::new, |fine| {
             let n = (d.outputs * length) as i64;
             draw_pairs(&fine, self.seed.derive("train.pairs", step), contexts as i64, n)
         });
-        let pairs: Vec<i64> = match pairs {
-            Some(x) => Vec::try_from(x.flatten(0, -1)).context("cannot read the pairs")?,
-            None => Vec::new(),
-        };
         let rows = [d.proxy_heads * d.channels, d.globals, d.outputs];
         let sizes = rows.map(|r| contexts * r * length);
         let mut buffer = HostBuffer::new(sizes.iter().sum::<usize>() + pairs.len(), self.device)?;
@@ -294,7 +291,10 @@ mod tests {
             }
             let seed = Seed(5).derive("train.pairs", step as u64);
             let expected = draw_pairs(&loss.fine_pairs, seed, b, 4 * t);
-            assert_eq!(batch.pairs_2bq.as_ref().unwrap().to_kind(Kind::Int64), expected);
+            let pairs_2bq = batch.pairs_2bq.as_ref().unwrap();
+            assert_eq!(pairs_2bq.size(), [2, b, loss.fine_pairs.pairs as i64]);
+            let found = Vec::<i64>::try_from(pairs_2bq.to_kind(Kind::Int64).flatten(0, -1)).unwrap();
+            assert_eq!(found, expected);
         }
     }
 

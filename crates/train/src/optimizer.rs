@@ -1,18 +1,17 @@
-//! AdamW over the mapper's parameters, with decay on matrices only, and their moving average.
+//! AdamW over named parameters, with decay on matrices only, and their moving average.
 
 use anyhow::{Result, ensure};
 use pkv_gpu::{AdamW, AdamWOptions, clip_global_norm};
-use pkv_mapper::Mapper;
 use pkv_recipe::TrainSection;
 use tch::Tensor;
 
 /// Two groups of parameters, one of them decayed, and the moving average of all.
 pub struct Optimizer {
-    /// All parameters, in the mapper's order.
+    /// All parameters, in the order that they were given in.
     parameters: Vec<Tensor>,
     /// Places in `parameters` of the decayed ones, and of the others.
     groups: [(Vec<usize>, AdamW); 2],
-    /// In the mapper's order; empty if `train.ema` is 0.
+    /// In the order of the parameters; empty if `train.ema` is 0.
     ema: Vec<Tensor>,
     section: TrainSection,
 }
@@ -22,11 +21,11 @@ impl Optimizer {
     ///
     /// # Errors
     /// A parameter is not f32.
-    pub fn new(mapper: &Mapper, section: &TrainSection) -> Result<Self> {
-        let parameters: Vec<Tensor> = mapper.parameters().iter().map(|(_, p)| p.shallow_clone()).collect();
+    pub fn new(parameters: &[(String, Tensor)], section: &TrainSection) -> Result<Self> {
+        let parameters: Vec<Tensor> = parameters.iter().map(|(_, p)| p.shallow_clone()).collect();
+        // Vectors and scalars are not decayed.
         let places = |decayed: bool| -> Vec<usize> {
-            let named = mapper.parameters().iter().enumerate();
-            named.filter(|(_, (name, _))| mapper.decayed(name) == decayed).map(|(i, _)| i).collect()
+            (0..parameters.len()).filter(|&i| (parameters[i].dim() >= 2) == decayed).collect()
         };
         let group = |decayed: bool| -> Result<(Vec<usize>, AdamW)> {
             let places = places(decayed);
@@ -66,7 +65,7 @@ impl Optimizer {
         Ok(norm)
     }
 
-    /// First and second moments in the mapper's order.
+    /// First and second moments in the order of the parameters.
     pub fn moments(&self) -> (Vec<Tensor>, Vec<Tensor>) {
         let gather = |which: fn(&AdamW) -> &[Tensor]| {
             let mut out: Vec<Option<Tensor>> = self.parameters.iter().map(|_| None).collect();
@@ -80,7 +79,7 @@ impl Optimizer {
         (gather(|a| a.moments().0), gather(|a| a.moments().1))
     }
 
-    /// The moving average, in the mapper's order; empty if there is none.
+    /// The moving average, in the order of the parameters; empty if there is none.
     pub fn ema(&self) -> &[Tensor] {
         &self.ema
     }
@@ -112,4 +111,32 @@ impl Optimizer {
 
 fn copies(tensors: &[Tensor]) -> Vec<Tensor> {
     tensors.iter().map(|t| t.detach().copy()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    /// Without gradients only the decay moves anything.
+    #[test]
+    fn matrices_are_decayed_and_vectors_and_scalars_are_not() {
+        let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+        let named = |shape: &[i64]| {
+            (format!("{shape:?}"), Tensor::ones(shape, (Kind::Float, device)).set_requires_grad(true))
+        };
+        let parameters = [named(&[3]), named(&[2, 3]), named(&[]), named(&[2, 2, 2])];
+        let section = TrainSection { weight_decay: 0.5, ..TrainSection::default() };
+        let mut optimizer = Optimizer::new(&parameters, &section).unwrap();
+        for (_, x) in &parameters {
+            (x.sum(Kind::Float) * 0.0).backward();
+        }
+        let _norm = optimizer.step(0, 0.1).unwrap();
+        let most = |x: &Tensor| x.max().to_device(Device::Cpu).double_value(&[]);
+        let found: Vec<f64> = parameters.iter().map(|(_, x)| most(x)).collect();
+        for (found, expected) in found.iter().zip([1.0, 0.95, 1.0, 0.95]) {
+            assert!((found - expected).abs() < 1e-6, "{found} for {expected}");
+        }
+    }
 }

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use pkv_checkpoint::{CheckpointStore, TrainingState};
 use pkv_core::{Fingerprint, Progress, Seed, Split, hinted};
-use pkv_mapper::{LossTerms, Mapper};
 use pkv_recipe::{LossSection, MapperSection, TrainSection};
 use pkv_shard::FeatureFolders;
 use serde::Serialize;
@@ -20,10 +19,12 @@ use crate::curve::{Means, Window};
 use crate::dataset::{Dataset, Samples};
 use crate::diverged::{self, Diverged};
 use crate::journal::{Journal, METRICS_FILE};
+use crate::learner::Learner;
 use crate::loader::{Loaded, Loader};
+use crate::loss::LossTerms;
 use crate::optimizer::Optimizer;
 use crate::schedule::Schedule;
-use crate::start::{resume, start};
+use crate::start::start;
 use crate::step::{Stepper, Tf32, number_format};
 use crate::tensorboard::EventFile;
 use crate::validate::{Ranking, Validation, Validator};
@@ -145,7 +146,7 @@ pub fn train(
     );
     tracing::info!(
         "training {} parameters on {} windows of {} contexts, {} per step, {} steps per epoch, from step {first} of {}",
-        run.mapper.parameter_count(),
+        run.learner.parameter_count(),
         batches.windows(),
         rows.len(),
         inputs.train.batch.min(batches.windows()),
@@ -190,7 +191,7 @@ pub fn train(
         finished: run.schedule.is_done(run.step),
         steps: inputs.train.steps_in_words(),
         decay_from: run.schedule.decay_from(),
-        parameters: run.mapper.parameter_count(),
+        parameters: run.learner.parameter_count(),
         best_step: run.best.map(|b| b.0),
         best_score: run.best.map(|b| b.1),
         ms_per_step: run.clock.total().as_secs_f64() * 1e3 / steps_done.max(1) as f64,
@@ -204,9 +205,9 @@ struct Run<'a> {
     store: &'a CheckpointStore,
     progress: &'a dyn Progress,
     validator: Validator<'a>,
-    mapper: Mapper,
+    learner: Learner,
     optimizer: Optimizer,
-    stepper: Stepper<'a>,
+    stepper: Stepper,
     /// Steps taken.
     step: u64,
     schedule: Schedule,
@@ -233,11 +234,11 @@ impl<'a> Run<'a> {
         stop: &AtomicBool,
     ) -> Result<Self> {
         let saved = store.latest(device)?;
-        let mapper = match &saved {
-            Some(state) => resume(inputs.mapper, inputs.loss, dataset, state, device)?,
+        let learner = match &saved {
+            Some(state) => Learner::resume(inputs.mapper, inputs.loss, dataset.dims(), state, device)?,
             None => start(dataset, inputs, device, progress, stop)?,
         };
-        let mut optimizer = Optimizer::new(&mapper, inputs.train)?;
+        let mut optimizer = Optimizer::new(&learner.parameters(), inputs.train)?;
         let (mut step, mut window, mut schedule) = (0, Window::new(), Schedule::new(inputs.train));
         if let Some(s) = &saved {
             step = s.step;
@@ -269,13 +270,12 @@ impl<'a> Run<'a> {
             validator: Validator::new(
                 dataset,
                 validation_rows,
-                inputs.loss,
                 inputs.train,
                 inputs.seed,
                 Ranking::of(device),
             ),
-            stepper: Stepper::new(inputs.loss, inputs.train, dataset.dims(), inputs.training_seed(), device),
-            mapper,
+            stepper: Stepper::new(inputs.train, dataset.dims(), inputs.training_seed(), device),
+            learner,
             optimizer,
             step,
             schedule,
@@ -292,7 +292,7 @@ impl<'a> Run<'a> {
     /// Queue the next step on the device.
     fn queue(&mut self, batch: &Loaded) -> Result<(LossTerms, Tensor)> {
         let lr = self.schedule.rate(self.step);
-        self.stepper.step(&self.mapper, &mut self.optimizer, batch, self.step, lr)
+        self.stepper.step(&self.learner, &mut self.optimizer, batch, self.step, lr)
     }
 
     /// Count a step of `tokens` positions, and do what falls due after it.
@@ -387,13 +387,12 @@ impl<'a> Run<'a> {
         self.progress.note("validating");
         let ema = self.optimizer.ema();
         if ema.is_empty() {
-            return self.validator.validate(&self.mapper).map(Some);
+            return self.validator.validate(&self.learner).map(Some);
         }
-        let own: Vec<_> =
-            self.mapper.parameters().iter().map(|(name, p)| (name.clone(), p.detach().copy())).collect();
-        self.mapper.load_parameters(&self.named(ema))?;
-        let result = self.validator.validate(&self.mapper);
-        self.mapper.load_parameters(&own)?;
+        let own: Vec<_> = self.learner.parameters().iter().map(|(_, p)| p.detach().copy()).collect();
+        self.learner.load(ema)?;
+        let result = self.validator.validate(&self.learner);
+        self.learner.load(&own)?;
         result.map(Some)
     }
 
@@ -433,15 +432,18 @@ impl<'a> Run<'a> {
     fn state(&self) -> Result<TrainingState> {
         let (first_moments, second_moments) = self.optimizer.moments();
         let copy = |x: &[tch::Tensor]| x.iter().map(tch::Tensor::shallow_clone).collect::<Vec<_>>();
-        let parameters = self.mapper.parameters().iter();
+        let named = |parameters: &[(String, tch::Tensor)]| {
+            parameters.iter().map(|(name, p)| (name.clone(), p.detach())).collect::<Vec<_>>()
+        };
         let mut extra = json!({"window": self.window.save()?});
         if let Some(schedule) = self.schedule.save() {
             extra["schedule"] = schedule;
         }
         Ok(TrainingState {
             step: self.step,
-            parameters: parameters.map(|(name, p)| (name.clone(), p.detach())).collect(),
-            buffers: self.mapper.buffers(),
+            network: named(self.learner.mapper.parameters()),
+            loss: named(self.learner.loss.parameters()),
+            buffers: self.learner.mapper.buffers(),
             first_moments,
             second_moments,
             ema: copy(self.optimizer.ema()),
@@ -460,10 +462,5 @@ impl<'a> Run<'a> {
     /// The last step went wrong.
     fn diverged(&self, cause: anyhow::Error) -> anyhow::Error {
         cause.context(Diverged { step: self.step.saturating_sub(1), saved: self.saved })
-    }
-
-    fn named(&self, tensors: &[tch::Tensor]) -> Vec<(String, tch::Tensor)> {
-        let names = self.mapper.parameters().iter().map(|(name, _)| name.clone());
-        names.zip(tensors.iter().map(tch::Tensor::shallow_clone)).collect()
     }
 }

@@ -1,14 +1,15 @@
-//! Where training starts: standardization, the ridge solution, the thresholds.
+//! Where training starts: standardization, the ridge solution, the thresholds, another mapper's parameters.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 use pkv_core::{Progress, hinted};
-use pkv_mapper::{Mapper, RidgeAccumulator, StandardizationAccumulator};
-use pkv_recipe::{LossSection, MapperSection, Variant};
+use pkv_mapper::{RidgeAccumulator, StandardizationAccumulator};
+use pkv_recipe::Variant;
 use tch::{Device, Tensor};
 
 use crate::dataset::Dataset;
+use crate::learner::Learner;
 use crate::run::TrainInputs;
 
 /// Most training contexts that statistics are taken of.
@@ -30,7 +31,7 @@ pub fn start(
     device: Device,
     progress: &dyn Progress,
     stop: &AtomicBool,
-) -> Result<Mapper> {
+) -> Result<Learner> {
     let _no_grad = tch::no_grad_guard();
     let TrainInputs { mapper: section, loss, train, start_from: from, .. } = *inputs;
     let seed = inputs.training_seed();
@@ -60,7 +61,7 @@ pub fn start(
     let stats = statistics.finish()?;
 
     let ridge = linear.then(|| RidgeAccumulator::new(dims, &stats, device)).transpose()?;
-    let mut mapper = Mapper::new(section, loss, dims, stats, seed, device)?;
+    let mut learner = Learner::new(section, loss, dims, stats, seed, device)?;
     if let Some(mut ridge) = ridge {
         for &row in &sample {
             let context = read(row)?;
@@ -68,39 +69,42 @@ pub fn start(
             progress.advance(1);
         }
         let (weight_of, bias_o) = ridge.solve(section.ridge)?;
-        mapper.set_linear(&weight_of, &bias_o)?;
+        learner.mapper.set_linear(&weight_of, &bias_o)?;
     }
-    mapper.calibrate(&thresholds)?;
+    learner.loss.calibrate(&thresholds)?;
     if let Some(from) = from {
-        adopt(&mapper, from)?;
+        adopt(&learner, from)?;
     }
     progress.finish();
-    Ok(mapper)
+    Ok(learner)
 }
 
-/// Give `mapper` the parameters in `from`. The loss may differ, so its learned numbers are taken where they fit.
-fn adopt(mapper: &Mapper, from: &[(String, Tensor)]) -> Result<()> {
-    let (mut all, mut own) = (Vec::new(), Vec::new());
-    for (name, mine) in mapper.parameters() {
-        let theirs = from.iter().find(|(n, _)| n == name).map(|(_, x)| x);
-        let fits = theirs.is_some_and(|x| x.size() == mine.size());
-        if !fits && name.starts_with("loss.") {
-            own.push(name.as_str());
-            all.push((name.clone(), mine.detach().copy()));
-        } else if let Some(theirs) = theirs {
-            // What is wrong with the others is said where they are loaded.
-            all.push((name.clone(), theirs.shallow_clone()));
-        }
-    }
-    mapper.load_parameters(&all).with_context(|| {
+/// Give the mapper the parameters in `from`, which older exports hold the loss's numbers beside: those are taken where they
+/// fit, since the loss may differ.
+fn adopt(learner: &Learner, from: &[(String, Tensor)]) -> Result<()> {
+    learner.mapper.load_parameters(from).with_context(|| {
         hinted(
             "the mapper that training would start from is of another network",
             "start from a mapper with the same sizes and `[mapper]` section, or leave `train.start_from` out",
         )
     })?;
+    let (mut taken, mut own) = (0, Vec::new());
+    for mine in learner.loss.parameters() {
+        let fits = |(name, x): &&(String, Tensor)| *name == mine.0 && x.size() == mine.1.size();
+        match from.iter().find(fits) {
+            Some((_, theirs)) => {
+                mine.1.shallow_clone().copy_(theirs);
+                taken += 1;
+            }
+            None => own.push(mine.0.as_str()),
+        }
+    }
     let kept =
         if own.is_empty() { String::new() } else { format!("; from this run's start: {}", own.join(", ")) };
-    tracing::info!("starting from another mapper's {} parameters{kept}", all.len() - own.len());
+    tracing::info!(
+        "starting from another mapper's {} parameters{kept}",
+        learner.mapper.parameters().len() + taken
+    );
     Ok(())
 }
 
@@ -111,25 +115,4 @@ fn sample(dataset: &Dataset, mut rows: Vec<u64>) -> Vec<u64> {
     let by_positions = rows.len() * SAMPLE_POSITIONS / total.max(SAMPLE_POSITIONS);
     let count = by_positions.clamp(1, SAMPLE_CONTEXTS).min(rows.len());
     (0..count).map(|i| rows[i * rows.len() / count]).collect()
-}
-
-/// The mapper of a checkpoint.
-///
-/// # Errors
-/// The tensors are of another mapper.
-pub fn resume(
-    section: &MapperSection,
-    loss: &LossSection,
-    dataset: &Dataset,
-    state: &pkv_checkpoint::TrainingState,
-    device: Device,
-) -> Result<Mapper> {
-    let named = |x: &(String, Tensor)| (x.0.clone(), x.1.shallow_clone());
-    let tensors: Vec<_> = state.parameters.iter().chain(&state.buffers).map(named).collect();
-    pkv_checkpoint::restore_mapper(section, loss, dataset.dims(), &tensors, device).with_context(|| {
-        hinted(
-            format!("the checkpoint of step {} does not fit the recipe and its shards", state.step),
-            "train again with `--redo train`",
-        )
-    })
 }

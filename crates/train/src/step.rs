@@ -5,11 +5,13 @@ use std::collections::VecDeque;
 use anyhow::Result;
 use pkv_core::Seed;
 use pkv_gpu::{Event, MathMode};
-use pkv_mapper::{LossTerms, Mapper, MapperDims, Training, hybrid_loss_of_pairs};
-use pkv_recipe::{LossSection, TrainDtype, TrainSection};
+use pkv_mapper::{MapperDims, Training};
+use pkv_recipe::{TrainDtype, TrainSection};
 use tch::{Device, Kind, Tensor};
 
+use crate::learner::Learner;
 use crate::loader::Loaded;
+use crate::loss::LossTerms;
 use crate::optimizer::Optimizer;
 
 /// Steps that the host may be ahead of the device: enough that the device never waits, few enough
@@ -17,22 +19,15 @@ use crate::optimizer::Optimizer;
 const AHEAD: usize = 2;
 
 /// How the steps of a run compute.
-pub struct Stepper<'a> {
-    loss: &'a LossSection,
+pub struct Stepper {
     seed: Seed,
     device: Device,
     how: Training,
     queued: VecDeque<Event>,
 }
 
-impl<'a> Stepper<'a> {
-    pub fn new(
-        loss: &'a LossSection,
-        train: &TrainSection,
-        dims: MapperDims,
-        seed: Seed,
-        device: Device,
-    ) -> Self {
+impl Stepper {
+    pub fn new(train: &TrainSection, dims: MapperDims, seed: Seed, device: Device) -> Self {
         let kind = match number_format(train.dtype, dims, device) {
             TrainDtype::Bf16 => Kind::BFloat16,
             _ => Kind::Float,
@@ -43,7 +38,7 @@ impl<'a> Stepper<'a> {
             drop_rows: train.feature_dropout,
             dropout: train.dropout,
         };
-        Self { loss, seed, device, how, queued: VecDeque::new() }
+        Self { seed, device, how, queued: VecDeque::new() }
     }
 
     /// Queue step `step` (from 0) at learning rate `lr`. Returns the loss and the gradient's norm, scalars on the device.
@@ -52,7 +47,7 @@ impl<'a> Stepper<'a> {
     /// libtorch refuses, or a kernel queued before failed.
     pub fn step(
         &mut self,
-        mapper: &Mapper,
+        learner: &Learner,
         optimizer: &mut Optimizer,
         batch: &Loaded,
         step: u64,
@@ -65,9 +60,8 @@ impl<'a> Stepper<'a> {
         optimizer.drop_gradients()?;
         // A model may make features beside.
         let alone = MathMode::as_set(self.device);
-        let scores_bot = mapper.forward_training(&batch.heads_bpct, &batch.globals_bct, &self.how);
-        let pairs = batch.pairs_2bq.as_ref();
-        let loss = hybrid_loss_of_pairs(mapper, &scores_bot, &batch.y_bot, self.loss, pairs)?;
+        let scores_bot = learner.mapper.forward_training(&batch.heads_bpct, &batch.globals_bct, &self.how);
+        let loss = learner.loss.of_pairs(&scores_bot, &batch.y_bot, batch.pairs_2bq.as_ref())?;
         loss.total.backward();
         drop(alone);
         let norm = optimizer.step(step, lr)?;

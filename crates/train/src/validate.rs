@@ -8,13 +8,13 @@ use std::rc::Rc;
 use anyhow::{Context as _, Result};
 use pkv_core::{Policy, RetentionRatio, Seed};
 use pkv_gpu::MathMode;
-use pkv_mapper::{Mapper, hybrid_loss};
 use pkv_prune::metrics::{Agreement, Budgets, KeptAgreement, Reference, kendall_per_head, spearman_per_head};
-use pkv_recipe::{LossSection, TrainSection};
+use pkv_recipe::TrainSection;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::dataset::{Context, Dataset};
+use crate::learner::Learner;
 
 /// Retention ratios that every validation reports.
 pub const VALIDATION_RATIOS: [f64; 8] = [0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01];
@@ -66,7 +66,6 @@ impl Ranking {
 pub struct Validator<'a> {
     dataset: &'a Dataset,
     rows: Vec<u64>,
-    loss: &'a LossSection,
     train: &'a TrainSection,
     seed: Seed,
     ratios: Vec<f64>,
@@ -120,14 +119,13 @@ impl<'a> Validator<'a> {
     pub fn new(
         dataset: &'a Dataset,
         rows: Vec<u64>,
-        loss: &'a LossSection,
         train: &'a TrainSection,
         seed: Seed,
         ranking: Ranking,
     ) -> Self {
         let ratios = ratios(&train.best_by);
         let kept = HashMap::new();
-        Self { dataset, rows, loss, train, seed, ratios, ranking, kept, bytes: 0, budget: None }
+        Self { dataset, rows, train, seed, ratios, ranking, kept, bytes: 0, budget: None }
     }
 
     /// Keep at most `bytes` of decoded and ranked contexts between validations.
@@ -146,11 +144,12 @@ impl<'a> Validator<'a> {
         self.rows.is_empty()
     }
 
-    /// Measure `mapper`.
+    /// Measure the mapper, and the loss at it.
     ///
     /// # Errors
     /// A shard is damaged, or the device fails.
-    pub fn validate(&mut self, mapper: &Mapper) -> Result<Validation> {
+    pub fn validate(&mut self, learner: &Learner) -> Result<Validation> {
+        let Learner { mapper, loss } = learner;
         let _no_grad = tch::no_grad_guard();
         let n = self.rows.len();
         let mut losses: Vec<Option<Tensor>> = (0..n).map(|_| None).collect();
@@ -171,7 +170,7 @@ impl<'a> Validator<'a> {
                     let scores_bot = scores_bot.narrow(0, b as i64, 1);
                     let seed = self.seed.derive("validate.pairs", i as u64);
                     let y_bot = ready.y_ot.unsqueeze(0);
-                    losses[i] = Some(hybrid_loss(mapper, &scores_bot, &y_bot, self.loss, seed)?.total);
+                    losses[i] = Some(loss.of(&scores_bot, &y_bot, seed)?.total);
                     let scores_ot = scores_bot.squeeze_dim(0);
                     match &ready.reference {
                         Some(r) => compared.push((i, r.budgets().clone(), r.compare(&scores_ot)?)),

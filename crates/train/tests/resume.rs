@@ -159,6 +159,26 @@ fn a_run_killed_at_any_step_ends_with_the_same_bits() {
     std::panic::set_hook(silent);
 }
 
+/// Checkpoints of version 1 differ in their `state.json` alone, which had one list of names.
+#[test]
+fn a_run_that_an_older_version_began_ends_with_the_same_bits() {
+    let setup = Setup::new(26, 5);
+    setup.finish("whole").unwrap();
+    let stop = AtomicBool::new(false);
+    setup.run("old", &At::new(3, || stop.store(true, Ordering::Relaxed)), &stop).unwrap();
+    let path = setup.stage("old").join("checkpoints/step-000003/state.json");
+    let mut state: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let fields = state.as_object_mut().unwrap();
+    let mut names = |group: &str| fields.remove(group).unwrap().as_array().unwrap().clone();
+    let (network, loss) = (names("network"), names("loss"));
+    assert!(!network.is_empty() && loss.len() == 3);
+    state["schema_version"] = 1.into();
+    state["parameters"] = [network, loss].concat().into();
+    fs::write(&path, state.to_string()).unwrap();
+    assert!(setup.finish("old").unwrap().finished);
+    same(&setup, "old", "whole");
+}
+
 #[test]
 fn a_damaged_checkpoint_costs_steps_and_no_bits() {
     let setup = Setup::new(26, 5);

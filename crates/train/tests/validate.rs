@@ -1,25 +1,25 @@
 //! Validation on the device and on the host: the same numbers, whatever memory is kept between validations.
 
 use pkv_core::{Seed, Split};
-use pkv_mapper::{Mapper, Standardization};
+use pkv_mapper::Standardization;
 use pkv_shard::FeatureFolders;
-use pkv_train::{Dataset, Ranking, Validation, Validator};
+use pkv_train::{Dataset, Learner, Ranking, Validation, Validator};
 use tch::Device;
 
 use crate::common::*;
 
 /// A mapper whose scores are not zero, without training it.
-fn mapper(setup: &Setup, dataset: &Dataset) -> Mapper {
+fn learner(setup: &Setup, dataset: &Dataset) -> Learner {
     let dims = dataset.dims();
     let stats = Standardization { label_mean: -3.0, label_std: 2.0, ..Standardization::identity(&dims) };
-    let mapper = Mapper::new(&setup.mapper, &setup.loss, dims, stats, Seed(5), Device::Cpu).unwrap();
+    let learner = Learner::new(&setup.mapper, &setup.loss, dims, stats, Seed(5), Device::Cpu).unwrap();
     let _no_grad = tch::no_grad_guard();
-    for (_, parameter) in mapper.parameters() {
+    for (_, parameter) in learner.mapper.parameters() {
         let n = parameter.numel() as i64;
         let wave = (tch::Tensor::arange(n, (tch::Kind::Float, Device::Cpu)) * 1.7).sin() * 0.2;
         let _ = parameter.shallow_clone().g_add_(&wave.reshape(parameter.size()));
     }
-    mapper
+    learner
 }
 
 #[track_caller]
@@ -51,34 +51,32 @@ fn the_device_measures_what_the_host_measures() {
     )
     .unwrap();
     let rows = dataset.rows(Split::Validation);
-    let mapper = mapper(&setup, &dataset);
-    let of = |ranking, rows: &[u64]| {
-        Validator::new(&dataset, rows.to_vec(), &setup.loss, &setup.train, Seed(3), ranking)
-    };
-    let expected = of(Ranking::Host, &rows).with_budget(0).validate(&mapper).unwrap();
+    let learner = learner(&setup, &dataset);
+    let of = |ranking, rows: &[u64]| Validator::new(&dataset, rows.to_vec(), &setup.train, Seed(3), ranking);
+    let expected = of(Ranking::Host, &rows).with_budget(0).validate(&learner).unwrap();
     assert!(expected.score > 0.0 && expected.kendall != 0.0 && expected.loss > 0.0, "{expected:?}");
 
     for ranking in [Ranking::Host, Ranking::Device] {
         let mut validator = of(ranking, &rows);
-        let first = validator.validate(&mapper).unwrap();
+        let first = validator.validate(&learner).unwrap();
         same(&first, &expected);
         let kept = validator.kept_bytes();
         // From what is kept.
-        assert_eq!(validator.validate(&mapper).unwrap(), first);
+        assert_eq!(validator.validate(&learner).unwrap(), first);
         assert_eq!(validator.kept_bytes(), kept);
 
         let mut tight = of(ranking, &rows).with_budget(kept / 2);
-        assert_eq!(tight.validate(&mapper).unwrap(), first);
-        assert_eq!(tight.validate(&mapper).unwrap(), first);
+        assert_eq!(tight.validate(&learner).unwrap(), first);
+        assert_eq!(tight.validate(&learner).unwrap(), first);
         assert!(tight.kept_bytes() > 0 && tight.kept_bytes() <= kept / 2, "{} of {kept}", tight.kept_bytes());
 
         let mut none = of(ranking, &rows).with_budget(0);
-        assert_eq!(none.validate(&mapper).unwrap(), first);
+        assert_eq!(none.validate(&learner).unwrap(), first);
         assert_eq!(none.kept_bytes(), 0);
     }
 
     // Other contexts, another result: what is compared is the contexts' own.
-    let fewer = of(Ranking::Device, &rows[1..]).validate(&mapper).unwrap();
+    let fewer = of(Ranking::Device, &rows[1..]).validate(&learner).unwrap();
     assert!((fewer.score - expected.score).abs() > 1e-6);
-    same(&fewer, &of(Ranking::Host, &rows[1..]).validate(&mapper).unwrap());
+    same(&fewer, &of(Ranking::Host, &rows[1..]).validate(&learner).unwrap());
 }

@@ -378,7 +378,7 @@ impl Bench<'_> {
         let dims: MapperDims =
             crate::mapper_source::dims(&Recipe { extract: section.clone(), ..r.clone() }).into();
         let stats = Standardization::identity(&dims);
-        let mapper = Mapper::new(&r.mapper, &r.loss, dims, stats, Seed(0), device)?;
+        let mapper = Mapper::new(&r.mapper, dims, stats, Seed(0), device)?;
         // Outputs start at zero; scores that are all alike would prune whole heads.
         let _no_grad = tch::no_grad_guard();
         for (_, parameter) in mapper.parameters() {

@@ -18,7 +18,15 @@ pub fn checkpoint(dir: &Path) -> Result<String> {
     out.add("schema", info.schema_version)
         .add("step", info.step)
         .add("validation", validation(info.validation))
-        .add("tensors", format!("{} trained, {} fixed", info.parameters.len(), info.buffers.len()))
+        .add(
+            "tensors",
+            format!(
+                "{} of the network, {} of the loss, {} fixed",
+                info.network.len(),
+                info.loss.len(),
+                info.buffers.len()
+            ),
+        )
         .add("average", if info.ema { "kept" } else { "none" });
     choices(&mut out, &info.fingerprint);
     out.block("files");

@@ -147,7 +147,9 @@ fn with_budgets(fingerprint: Fingerprint, recipe: &Recipe, trained: &Trained) ->
 /// What the numbers of every task depend on: the mapper's weights, the stages that were read, the seed.
 fn base(s: &Session, upstream: &train::Upstream, trained: &Trained) -> Result<Fingerprint> {
     let mut weights = Vec::new();
-    for (name, tensor) in trained.mapper.parameters().iter().chain(&trained.mapper.buffers()) {
+    for (name, tensor) in
+        trained.mapper.parameters().iter().chain(&trained.loss).chain(&trained.mapper.buffers())
+    {
         let flat = tensor.to_kind(Kind::Double).to_device(Device::Cpu).contiguous().view(-1);
         let numbers = Vec::<f64>::try_from(flat).with_context(|| format!("cannot read `{name}`"))?;
         weights.extend(name.bytes());

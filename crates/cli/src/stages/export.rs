@@ -33,6 +33,8 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let contexts = s.recipe.prune.budget_contexts;
     let budgets = pkv_eval::learn_budgets(&s.run.examples(), &s.run.labels(), contexts, s.device)?;
     if let Ok(old) = Export::read(&folder) {
+        // One of an older version holds the same mapper: other runs may know it by its weights' hash.
+        let config = ExportConfig { schema_version: old.config().schema_version, ..config.clone() };
         let card_is_current =
             pkv_core::read_small_text(&folder.join("README.md")).is_ok_and(|t| t == card.render(&config));
         let same = ExportConfig { files: BTreeMap::new(), ..old.config().clone() } == config;

@@ -8,7 +8,7 @@
 use anyhow::Result;
 use pkv_core::Seed;
 use pkv_mapper::{Mapper, MapperDims, RidgeAccumulator, Standardization};
-use pkv_recipe::{LossSection, MapperSection, Variant};
+use pkv_recipe::{MapperSection, Variant};
 use tch::{Kind, Tensor};
 
 use super::mapper::predict;
@@ -91,8 +91,7 @@ impl RidgeFit {
         let section = MapperSection { variant: Variant::Linear, ..MapperSection::default() };
         let device = self.stats.heads_mean_pc.device();
         // No random number is drawn: a linear mapper starts at zero.
-        let mut mapper =
-            Mapper::new(&section, &LossSection::default(), self.dims, self.stats, Seed(0), device)?;
+        let mut mapper = Mapper::new(&section, self.dims, self.stats, Seed(0), device)?;
         mapper.set_linear(&weight_of, &bias_o)?;
         Ok(Linear { seen: self.seen, mapper })
     }
@@ -153,7 +152,7 @@ mod tests {
         let dims = MapperDims { proxy_heads: 2, channels, globals, outputs: 3 };
         let section = MapperSection { variant: Variant::Linear, ridge: 1e-9, ..MapperSection::default() };
         let stats = Standardization::identity(&dims);
-        Mapper::new(&section, &LossSection::default(), dims, stats, Seed(1), Device::Cpu).unwrap()
+        Mapper::new(&section, dims, stats, Seed(1), Device::Cpu).unwrap()
     }
 
     #[test]

@@ -9,7 +9,7 @@ use pkv_extract::ContextFeatures;
 use pkv_lm::{LanguageModel, LayerView, Tap};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::keep_mask;
-use pkv_recipe::{EvalSection, LossSection, MapperSection, MethodName, TargetPool, Variant};
+use pkv_recipe::{EvalSection, MapperSection, MethodName, TargetPool, Variant};
 use pkv_shard::{
     Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, Row, StageDir, StageReader, StageWriter,
 };
@@ -147,8 +147,7 @@ impl Stages {
         let dims = MapperDims { proxy_heads: 2, channels: 1, globals: 0, outputs: layers * 2 };
         let section = MapperSection { variant: Variant::Linear, ..MapperSection::default() };
         let stats = Standardization::identity(&dims);
-        let mapper =
-            Mapper::new(&section, &LossSection::default(), dims, stats, Seed(1), Device::Cpu).unwrap();
+        let mapper = Mapper::new(&section, dims, stats, Seed(1), Device::Cpu).unwrap();
         Self {
             examples: stage(run.path(), "prepare", (0..2).map(example)),
             labels: stage(run.path(), "label", (0..2).map(label)),

@@ -10,9 +10,7 @@ use pkv_extract::Extractor;
 use pkv_lm::{LanguageModel, TextTokenizer};
 use pkv_mapper::{Mapper, MapperDims, RidgeAccumulator, StandardizationAccumulator};
 use pkv_prune::{log_odds, pool_targets};
-use pkv_recipe::{
-    EvalSection, ExtractSection, FactPlace, LabelSection, LossSection, MapperSection, TargetPool, Variant,
-};
+use pkv_recipe::{EvalSection, ExtractSection, FactPlace, LabelSection, MapperSection, TargetPool, Variant};
 use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureFolders, FeatureRow, LabelRow, Row, StageDir, StageWriter};
 use tch::{Kind, Tensor};
@@ -201,9 +199,7 @@ impl Stages<'_> {
         let mut sums = RidgeAccumulator::new(dims, &stats, self.target.device()).unwrap();
         seen.iter().for_each(|(x, g, y)| sums.add(x, g, y).unwrap());
         let (weight, bias) = sums.solve(section.ridge).unwrap();
-        let mut mapper =
-            Mapper::new(&section, &LossSection::default(), dims, stats, Seed(1), self.target.device())
-                .unwrap();
+        let mut mapper = Mapper::new(&section, dims, stats, Seed(1), self.target.device()).unwrap();
         mapper.set_linear(&weight, &bias).unwrap();
         mapper
     }

@@ -1,4 +1,4 @@
-"""Goldens for the mapper and its loss: an independent PyTorch implementation in float64.
+"""Goldens for the mapper and the loss of crates/train: an independent PyTorch implementation in float64.
 
     python3 -m venv venv && venv/bin/pip install torch==2.11.0 numpy==2.* safetensors
     venv/bin/python make_goldens.py
@@ -263,11 +263,13 @@ def main():
         for step in range(ADAMW["steps"]):
             optimizer.zero_grad(set_to_none=True)
             scores = forward(section, w, wide_stats, heads, globals_)
+            scores.retain_grad()
             total, terms = loss(w, wide_stats, scores, y.double())
             total.backward()
             totals.append(total.item())
             if step == 0:
-                tensors["output"] = scores.detach()
+                # Where the network ends and the loss begins: each is held against it by itself.
+                tensors["output"], tensors["output_grad"] = scores.detach(), scores.grad.clone()
                 tensors |= {"term." + k: x.detach() for k, x in terms.items()}
                 tensors |= {"grad." + k: x.grad.clone() for k, x in w.items()}
             optimizer.step()
