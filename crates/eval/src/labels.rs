@@ -6,7 +6,7 @@ use std::borrow::Cow;
 
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
-use pkv_prune::metrics::{LOG_FLOOR, kendall_tau_b, log_r2, mass, realised_ratio, recall, spearman};
+use pkv_prune::metrics::{LOG_FLOOR, OracleKept, kendall_tau_b, log_r2, recall, spearman};
 use pkv_prune::{HeadBudgets, keep_mask, keep_mask_by};
 use pkv_recipe::{EvalSection, MethodName};
 use serde::{Deserialize, Serialize};
@@ -122,7 +122,8 @@ impl Plan {
             let found = scored.iter().find(|s| s.method == method);
             found.with_context(|| format!("`{method}` has not scored this example"))
         };
-        let mut oracle: Vec<(Policy, RetentionRatio, Tensor, f64)> = Vec::new();
+        let mass_lht = label_lht.to_kind(Kind::Double);
+        let mut oracle: Vec<(Policy, RetentionRatio, OracleKept)> = Vec::new();
         // What KVzip keeps where all pairs compete.
         let mut best: Vec<(RetentionRatio, Tensor)> = Vec::new();
         let mut ranks: Vec<(MethodName, Ranks)> = Vec::new();
@@ -133,11 +134,10 @@ impl Plan {
                 Some(place) => place,
                 None => {
                     let keep = keep_mask_by(label_lht, cell.policy, cell.ratio, budgets)?;
-                    let kept_mass = mass(label_lht, &keep);
                     if at == self.heat_map {
                         oracle_heads.push((cell.policy, cell.ratio, per_head(&keep)?));
                     }
-                    oracle.push((cell.policy, cell.ratio, keep, kept_mass));
+                    oracle.push((cell.policy, cell.ratio, OracleKept::new(keep, &mass_lht)));
                     oracle.len() - 1
                 }
             };
@@ -145,19 +145,19 @@ impl Plan {
                 best.push((cell.ratio, keep_mask(label_lht, Policy::Pair, cell.ratio)));
             }
             let of_pair = best.iter().find(|(ratio, _)| *ratio == cell.ratio).map(|(_, keep)| keep);
-            let (_, _, oracle_keep, oracle_mass) = &oracle[place];
+            let oracle_kept = &oracle[place].2;
             let scores_lht = &of(cell.method)?.scores_lht;
             let keep = keep_mask_by(scores_lht, cell.policy, cell.ratio, budgets)?;
-            let kept_mass = mass(label_lht, &keep);
+            let with_oracle = oracle_kept.agreement(&keep);
             let found = Agreement {
-                recall: recall(&keep, oracle_keep),
-                mass: if *oracle_mass > 0.0 { kept_mass / oracle_mass } else { 1.0 },
-                realised: realised_ratio(&keep),
+                recall: with_oracle.recall,
+                mass: with_oracle.mass_of_oracle,
+                realised: with_oracle.realised_ratio,
                 of_pair: of_pair.map(|best| recall(&keep, best)),
             };
             agreement.push((cell, found));
             if at == self.heat_map {
-                let both = per_head(&keep.logical_and(oracle_keep))?;
+                let both = per_head(&keep.logical_and(oracle_kept.keep()))?;
                 heads.push((cell, Heads { both, kept: per_head(&keep)? }));
             }
             if ranks.iter().all(|(method, _)| *method != cell.method) {
@@ -332,6 +332,7 @@ fn mean(values: &[f64]) -> f64 {
 mod tests {
     use super::*;
     use pkv_core::Seed;
+    use pkv_prune::metrics::KeptAgreement;
 
     fn section() -> EvalSection {
         EvalSection {
@@ -384,5 +385,32 @@ mod tests {
             (&heads.methods[0].kept, &heads.methods[1].kept),
             (&vec![vec![0.5], vec![0.0]], &vec![vec![0.0], vec![0.5]])
         );
+    }
+
+    /// Where KVzip keeps no mass too.
+    #[test]
+    fn agreement_is_what_validations_measure() {
+        let label = Tensor::from_slice(&[0.9f32, 0.0, 0.7, 0.6, 0.4, 0.3, 0.0, 0.1]).view([2, 1, 4]);
+        let scores = Tensor::from_slice(&[1f32, 9.0, 3.0, 2.0, 7.0, 7.0, 8.0, 0.0]).view([2, 1, 4]);
+        let plan = Plan::new(&section()).unwrap();
+        for label in [label.zeros_like(), label] {
+            let scored = [
+                Scored { method: MethodName::KVZIP, scores_lht: label.shallow_clone() },
+                Scored { method: MethodName::RANDOM, scores_lht: scores.shallow_clone() },
+            ];
+            let outcome = plan.compare("a".to_owned(), &plan.cells, &scored, &label, None).unwrap();
+            for cell in &plan.cells {
+                let found = outcome.cells.get(cell).unwrap();
+                let scores = &scored.iter().find(|s| s.method == cell.method).unwrap().scores_lht;
+                let expected = KeptAgreement::new(scores, &label, &label, cell.policy, cell.ratio).unwrap();
+                assert_eq!(
+                    (found.recall, found.realised),
+                    (expected.recall, expected.realised_ratio),
+                    "{cell:?}"
+                );
+                let off = found.mass - expected.mass_of_oracle;
+                assert!(off.abs() < 1e-12, "{cell:?}: {} and {expected:?}", found.mass);
+            }
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! How well a prediction agrees with KVzip's scores.
 //!
-//! At a budget: [`KeptAgreement`] of two keep masks. Over the whole ranking: Spearman's and
+//! At a budget: [`KeptAgreement`] of two keep masks, the one definition for validations and evaluations. Over the whole ranking: Spearman's and
 //! Kendall's coefficients per KV head, and the squared correlation with KVzip's log scores, computed in f64 on the CPU so that
 //! they are exact.
 
@@ -24,7 +24,8 @@ pub struct KeptAgreement {
     pub recall: f64,
     /// Share of the sum of all of KVzip's scores that the prediction keeps.
     pub mass: f64,
-    /// The same, over the share that KVzip itself keeps.
+    /// The same, over the share that KVzip itself keeps. Where KVzip keeps no mass there is none to lose: 1, as KVzip's own
+    /// ranking has everywhere.
     pub mass_of_oracle: f64,
     /// Kept / all KV pairs, after rounding to whole pairs.
     pub realised_ratio: f64,
@@ -81,36 +82,89 @@ impl KeptAgreement {
         ratios: &[RetentionRatio],
     ) -> Vec<Self> {
         let at = |&ratio: &RetentionRatio| {
-            let (ours, theirs) = (keep_mask(predicted, policy, ratio), keep_mask(oracle, policy, ratio));
-            let (kept, of) = (self::mass(mass, &ours), self::mass(mass, &theirs));
-            Self {
-                recall: recall(&ours, &theirs),
-                mass: kept,
-                mass_of_oracle: if of > 0.0 { kept / of } else { 0.0 },
-                realised_ratio: realised_ratio(&ours),
-            }
+            OracleKept::new(keep_mask(oracle, policy, ratio), mass)
+                .agreement(&keep_mask(predicted, policy, ratio))
         };
         ratios.iter().map(at).collect()
     }
+
+    fn of(sums: &Sums) -> Self {
+        let s = sums;
+        let (mass, of) = (share(s.mass, s.all_mass), share(s.oracle_mass, s.all_mass));
+        Self {
+            recall: share(s.both, s.oracle_kept),
+            mass,
+            mass_of_oracle: if of > 0.0 { mass / of } else { 1.0 },
+            realised_ratio: share(s.kept, s.pairs),
+        }
+    }
+}
+
+/// What a comparison counts and adds up, before any quotient.
+struct Sums {
+    /// KV pairs: kept by both, by the prediction, by KVzip, and all.
+    both: f64,
+    kept: f64,
+    oracle_kept: f64,
+    pairs: f64,
+    /// KVzip's scores: of the pairs that the prediction keeps, that KVzip keeps, and of all.
+    mass: f64,
+    oracle_mass: f64,
+    all_mass: f64,
+}
+
+/// What KVzip keeps of a context at one budget: what predictions' masks are compared with.
+#[derive(Debug)]
+pub struct OracleKept {
+    keep: Tensor,
+    /// KVzip's raw scores, f64.
+    mass: Tensor,
+    kept: f64,
+    kept_mass: f64,
+    all_mass: f64,
+}
+
+impl OracleKept {
+    /// # Shapes
+    /// - `keep`: KVzip's mask, bool; `mass`: its raw scores, the same shape
+    pub fn new(keep: Tensor, mass: &Tensor) -> Self {
+        let mass = mass.to_kind(Kind::Double);
+        let all_mass = mass.sum(Kind::Double).double_value(&[]);
+        let (kept, kept_mass) = (count(&keep), under(&mass, &keep).double_value(&[]));
+        Self { keep, mass, kept, kept_mass, all_mass }
+    }
+
+    pub const fn keep(&self) -> &Tensor {
+        &self.keep
+    }
+
+    /// A prediction's mask beside KVzip's, of the same shape.
+    pub fn agreement(&self, keep: &Tensor) -> KeptAgreement {
+        KeptAgreement::of(&Sums {
+            both: count(&keep.logical_and(&self.keep)),
+            kept: count(keep),
+            oracle_kept: self.kept,
+            pairs: keep.numel() as f64,
+            mass: under(&self.mass, keep).double_value(&[]),
+            oracle_mass: self.kept_mass,
+            all_mass: self.all_mass,
+        })
+    }
+}
+
+/// 0 of nothing.
+fn share(part: f64, of: f64) -> f64 {
+    if of > 0.0 { part / of } else { 0.0 }
+}
+
+/// The sum of `mass` (f64) under a mask.
+fn under(mass: &Tensor, keep: &Tensor) -> Tensor {
+    mass.where_self(keep, &mass.zeros_like()).sum(Kind::Double)
 }
 
 /// |kept by both| / |kept by the oracle|; masks of equal shape, bool. 0 if the oracle keeps nothing.
 pub fn recall(keep: &Tensor, oracle_keep: &Tensor) -> f64 {
-    let both = count(&keep.logical_and(oracle_keep));
-    if both == 0.0 { 0.0 } else { both / count(oracle_keep) }
-}
-
-/// Share of the sum of `scores` (raw, not log-odds) under the mask `keep`; summed in f64. 0 if the sum is.
-pub fn mass(scores: &Tensor, keep: &Tensor) -> f64 {
-    let scores = scores.to_kind(Kind::Double);
-    let total = scores.sum(Kind::Double).double_value(&[]);
-    let kept = scores.where_self(keep, &scores.zeros_like()).sum(Kind::Double).double_value(&[]);
-    if total > 0.0 { kept / total } else { 0.0 }
-}
-
-/// Kept / all of a mask; 0 of an empty one.
-pub fn realised_ratio(keep: &Tensor) -> f64 {
-    if keep.numel() == 0 { 0.0 } else { count(keep) / keep.numel() as f64 }
+    share(count(&keep.logical_and(oracle_keep)), count(oracle_keep))
 }
 
 /// Spearman's coefficient of every KV head, in flat order.
@@ -173,23 +227,107 @@ mod tests {
         );
     }
 
-    #[test]
-    fn what_is_computed_once_equals_whole_masks() {
-        tch::manual_seed(3);
-        let random = || Tensor::rand([3, 2, 50], (Kind::Float, Device::Cpu));
-        let (predicted, oracle) = (random(), random());
-        let ratios = [0.5, 0.1, 0.02].map(|r| RetentionRatio::new(r).unwrap());
-        for policy in Policy::OF_SCORES {
-            let got = KeptAgreement::at_ratios(&predicted, &oracle, &oracle, policy, &ratios).unwrap();
-            for (got, &ratio) in got.iter().zip(&ratios) {
-                let (ours, theirs) =
-                    (keep_mask(&predicted, policy, ratio), keep_mask(&oracle, policy, ratio));
-                let (kept, of) = (mass(&oracle, &ours), mass(&oracle, &theirs));
-                assert_eq!(got.recall, recall(&ours, &theirs), "{policy:?}");
-                assert_eq!(got.realised_ratio, realised_ratio(&ours), "{policy:?}");
-                assert!((got.mass - kept).abs() < 1e-12 && (got.mass_of_oracle - kept / of).abs() < 1e-12);
+    /// Which of a policy's competitors are kept, as plainly as it can be said: the best `count` of each group, of equal
+    /// ones the first.
+    fn naive_mask(scores: &[f64], heads: usize, policy: Policy, ratio: RetentionRatio) -> Vec<bool> {
+        let positions = scores.len() / heads;
+        let top = |scores: &[f64]| -> Vec<bool> {
+            let count = ratio.count(scores.len());
+            let better = |i: usize| {
+                let before = |j: usize| scores[j] > scores[i] || (scores[j] == scores[i] && j < i);
+                (0..scores.len()).filter(|&j| before(j)).count()
+            };
+            (0..scores.len()).map(|i| better(i) < count).collect()
+        };
+        match policy {
+            Policy::Pair => top(scores),
+            Policy::PairUniform => scores.chunks(positions).flat_map(top).collect(),
+            Policy::Token => {
+                let of_position = |t: usize| -> f64 {
+                    let ranks = |h: usize| {
+                        let row = &scores[h * positions..][..positions];
+                        row.iter().filter(|&&x| x < row[t]).count() as f64
+                            + row.iter().filter(|&&x| x == row[t]).count() as f64 / 2.0
+                    };
+                    (0..heads).map(ranks).sum()
+                };
+                let kept = top(&(0..positions).map(of_position).collect::<Vec<_>>());
+                (0..heads).flat_map(|_| kept.clone()).collect()
+            }
+            Policy::PairBudget => unreachable!("its masks come from budgets"),
+        }
+    }
+
+    /// [`KeptAgreement`] by its words, pair by pair in f64.
+    fn naive(ours: &[bool], theirs: &[bool], mass: &[f64]) -> KeptAgreement {
+        let (mut both, mut kept, mut oracle, mut ours_mass, mut oracle_mass, mut all) =
+            (0.0, 0.0, 0.0, 0.0, 0.0, 0.0);
+        for ((&a, &b), m) in ours.iter().zip(theirs).zip(mass) {
+            all += m;
+            if a {
+                (kept, ours_mass) = (kept + 1.0, ours_mass + m);
+            }
+            if b {
+                (oracle, oracle_mass) = (oracle + 1.0, oracle_mass + m);
+            }
+            if a && b {
+                both += 1.0;
             }
         }
+        KeptAgreement {
+            recall: both / oracle,
+            mass: if all == 0.0 { 0.0 } else { ours_mass / all },
+            mass_of_oracle: if oracle_mass == 0.0 { 1.0 } else { ours_mass / oracle_mass },
+            realised_ratio: kept / ours.len() as f64,
+        }
+    }
+
+    #[track_caller]
+    fn same(got: &KeptAgreement, expected: &KeptAgreement, what: &str) {
+        let numbers = |a: &KeptAgreement| [a.recall, a.mass, a.mass_of_oracle, a.realised_ratio];
+        for (a, b) in numbers(got).into_iter().zip(numbers(expected)) {
+            assert!((a - b).abs() < 1e-12, "{what}: {got:?}, expected {expected:?}");
+        }
+    }
+
+    /// On the host, on the device and by masks, with many ties, no mass at all, and none among what is kept.
+    #[test]
+    fn every_way_to_compare_equals_a_naive_one() {
+        let device = pkv_gpu::device(DeviceChoice::Auto).unwrap();
+        let ratios = [0.5, 0.1, 0.02].map(|r| RetentionRatio::new(r).unwrap());
+        tch::manual_seed(3);
+        let (heads, positions) = (6, 50);
+        let random =
+            |levels: f64| (Tensor::rand([heads, positions], (Kind::Float, Device::Cpu)) * levels).floor();
+        for (levels, mass_levels) in [(4.0, 4.0), (1e6, 1e6), (50.0, 1.0), (50.0, 1.05)] {
+            let (predicted, oracle, mass) = (random(levels), random(levels), random(mass_levels));
+            let plain = |x: &Tensor| Vec::<f64>::try_from(x.to_kind(Kind::Double).reshape([-1])).unwrap();
+            let reference = Reference::new(&oracle.to(device), &mass.to(device), &ratios).unwrap();
+            let numbers = reference.compare(&predicted.to(device)).unwrap().to(Device::Cpu);
+            let mut of_device =
+                reference.budgets().read(&Vec::try_from(numbers).unwrap()).unwrap().kept.into_iter();
+            for policy in Policy::OF_SCORES {
+                let of_host = KeptAgreement::at_ratios(&predicted, &oracle, &mass, policy, &ratios).unwrap();
+                for (of_host, &ratio) in of_host.iter().zip(&ratios) {
+                    let mask = |x: &Tensor| naive_mask(&plain(x), heads as usize, policy, ratio);
+                    let expected = naive(&mask(&predicted), &mask(&oracle), &plain(&mass));
+                    let what = format!("{policy:?} at {ratio:?}, {levels} levels, mass of {mass_levels}");
+                    same(of_host, &expected, &what);
+                    same(&of_device.next().unwrap(), &expected, &what);
+                    let masks = [&predicted, &oracle].map(|x| keep_mask(x, policy, ratio));
+                    let [ours, theirs] = masks;
+                    same(&OracleKept::new(theirs, &mass).agreement(&ours), &expected, &what);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn kvzip_agrees_with_itself_where_it_keeps_no_mass() {
+        let nothing = Tensor::zeros([2, 10], (Kind::Float, Device::Cpu));
+        let tenth = RetentionRatio::new(0.1).unwrap();
+        let own = KeptAgreement::new(&nothing, &nothing, &nothing, Policy::Pair, tenth).unwrap();
+        assert_eq!((own.recall, own.mass_of_oracle, own.mass), (1.0, 1.0, 0.0));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use anyhow::{Result, ensure};
 use pkv_core::{Policy, RetentionRatio};
 use tch::{Kind, Tensor};
 
-use super::KeptAgreement;
+use super::{KeptAgreement, Sums, share, under};
 use crate::keep::{Ranked as _, by_place, ordered, place, token_scores};
 
 /// An oracle's scores of one context, ranked.
@@ -147,7 +147,6 @@ impl Budgets {
         let n = self.ratios.len();
         let (oracle, rest) = numbers.split_at(Policy::OF_SCORES.len() * (1 + n));
         let (ours, rest) = rest.split_at(Policy::OF_SCORES.len() * 2 * n);
-        let share = |part: f64, of: f64| if of > 0.0 { part / of } else { 0.0 };
         // Roots and quotients here, as on a host: devices round them differently.
         let of_heads: Vec<&[f64]> = rest.chunks(self.heads).collect();
         let coefficients = |of: &[&[f64]]| -> Vec<f64> {
@@ -159,16 +158,18 @@ impl Budgets {
             let oracle = &oracle[i * (1 + n)..][..1 + n];
             for (j, &ratio) in self.ratios.iter().enumerate() {
                 let [both, mass] = [ours[2 * (i * n + j)], ours[2 * (i * n + j) + 1]];
-                let (mass, of) = (share(mass, oracle[0]), share(oracle[1 + j], oracle[0]));
                 // A budget is filled exactly, by either side.
                 let (groups, size) = self.groups(policy);
                 let count = (groups * self.of(policy, ratio)) as f64;
-                kept.push(KeptAgreement {
-                    recall: share(both, count),
+                kept.push(KeptAgreement::of(&Sums {
+                    both,
+                    kept: count,
+                    oracle_kept: count,
+                    pairs: (groups * size) as f64,
                     mass,
-                    mass_of_oracle: share(mass, of),
-                    realised_ratio: count / (groups * size) as f64,
-                });
+                    oracle_mass: oracle[1 + j],
+                    all_mass: oracle[0],
+                }));
             }
         }
         Ok(Agreement { kept, spearman: coefficients(&of_heads[..3]), kendall: coefficients(&of_heads[3..]) })
@@ -203,11 +204,6 @@ fn places(scores_ot: &Tensor) -> Vec<Tensor> {
         Policy::PairBudget => panic!("{NO_BUDGETS}"),
     };
     Policy::OF_SCORES.map(of).into()
-}
-
-/// The sum of `mass` (f64) under a mask.
-fn under(mass: &Tensor, keep: &Tensor) -> Tensor {
-    mass.where_self(keep, &mass.zeros_like()).sum(Kind::Double)
 }
 
 /// Where every score lies among those of its head.
