@@ -24,7 +24,7 @@ use crate::clock::Clock;
 
 /// What holds each method: its authors' scores, or the test that has a naive version or a property that defines it.
 const HELD_BY: [(&str, &str, &str); 14] = [
-    ("mapper", "../mapper/tests/goldens.rs", "fn forward_and_every_term_agree"),
+    ("mapper", "../mapper/tests/goldens.rs", "fn the_forward_agrees"),
     ("kvzip", "../score/tests/score/goldens.rs", "fn nano_target"),
     ("kvzip-pooled", "../prune/src/target.rs", "fn pooling_equals_a_naive_window"),
     (
