@@ -14,7 +14,7 @@ use pkv_mapper::Mapper;
 use pkv_prune::HeadBudgets;
 use pkv_recipe::{EvalSection, ExtractSection, LabelSection, TargetPool};
 use pkv_score::Scorer;
-use pkv_shard::{Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, PlantedFact, StageReader};
+use pkv_shard::{ExampleRows, FeatureFolders, PlantedFact, Sizes};
 use pkv_tasks::Benchmark;
 
 use crate::asked::{Asked, AskedTask, CONTEXTS_FOLDER, Work};
@@ -26,9 +26,7 @@ use crate::columns::context_id;
 use crate::context::Reader;
 use crate::gather::{MethodsOutcome, publish};
 use crate::labels::{LabelOutcome, Plan};
-use crate::methods::{
-    self, Draw, Methods, Setup, Target, TrainingSet, feature_tensors, label_tensor, read_pair,
-};
+use crate::methods::{self, Draw, Methods, Setup, Target, TrainingSet, feature_tensors, label_tensor};
 use crate::results::{FactSpan, Results};
 use crate::share::share;
 use crate::store::{About, ContextStore, Identity, TaskStore};
@@ -111,9 +109,7 @@ pub fn evaluate(inputs: &EvalInputs, progress: &dyn Progress) -> Result<Results>
 
 struct Evaluation<'a> {
     inputs: &'a EvalInputs<'a>,
-    examples: StageReader<Example>,
-    labels: StageReader<LabelRow>,
-    features: FeatureSet,
+    examples: ExampleRows,
     train: std::ops::Range<u64>,
     test: std::ops::Range<u64>,
     asked: Vec<AskedTask<'a>>,
@@ -125,25 +121,11 @@ struct Evaluation<'a> {
 impl<'a> Evaluation<'a> {
     fn open(inputs: &'a EvalInputs<'a>) -> Result<Self> {
         methods::check(&inputs.section.methods)?;
-        let examples = StageReader::<Example>::open(inputs.examples)?;
-        let labels = StageReader::<LabelRow>::open(inputs.labels)?;
-        let features = FeatureSet::open(&inputs.features)?;
-        ensure!(
-            examples.len() == labels.len() && examples.len() == features.len(),
-            hinted(
-                format!(
-                    "{} examples, {} labels and {} features do not belong together",
-                    examples.len(),
-                    labels.len(),
-                    features.len()
-                ),
-                "run `label` and `extract` again on these examples"
-            )
-        );
-        if !labels.is_empty() {
-            check_shapes(inputs, &labels.get(0)?, &features.get(0)?)?;
+        let examples = ExampleRows::open(inputs.examples, inputs.labels, &inputs.features)?;
+        let splits = examples.splits();
+        if let Some(sizes) = examples.sizes() {
+            check_shapes(inputs, &sizes)?;
         }
-        let splits = examples.iter().map(|e| Ok(e?.split)).collect::<Result<Vec<_>>>()?;
         let range = |split| rows_of(&splits, split);
         let (train, test) = (range(Split::Train)?, range(Split::Test)?);
         let asked = Asked {
@@ -156,7 +138,7 @@ impl<'a> Evaluation<'a> {
         .tasks()?;
         let store = ContextStore::open(inputs.out.join(CONTEXTS_FOLDER))?;
         let scorers = inputs.out.join("scorers");
-        Ok(Self { inputs, examples, labels, features, train, test, asked, store, scorers })
+        Ok(Self { inputs, examples, train, test, asked, store, scorers })
     }
 
     fn run(self, progress: &dyn Progress) -> Result<Results> {
@@ -216,12 +198,7 @@ impl<'a> Evaluation<'a> {
             mapper: i.mapper,
             channels: &i.extract.channels,
             pool: i.pool,
-            training: TrainingSet {
-                examples: &self.examples,
-                labels: &self.labels,
-                features: &self.features,
-                rows: self.train.clone(),
-            },
+            training: TrainingSet { examples: &self.examples, rows: self.train.clone() },
             seed: i.seed,
             scorers: &self.scorers,
         };
@@ -295,11 +272,11 @@ impl<'a> Evaluation<'a> {
     fn label(&self, plan: &Plan, reader: &Reader, index: usize, cells: &[Cell]) -> Result<LabelOutcome> {
         let device = self.inputs.target.device();
         let row = self.test.start + index as u64;
-        let (label, features) = read_pair(&self.labels, &self.features, row)?;
+        let (label, features) = self.examples.get(row)?;
         let label_lht = label_tensor(&label, device);
         let features = feature_tensors(&features, device);
         let draw = Draw { task: "labels", index: row };
-        let tokens = self.examples.get(row)?.tokens;
+        let tokens = self.examples.example(row)?.tokens;
         let scored = reader.score_stored(&tokens, &label_lht, &features, draw)?;
         let mut clock = Clock::new(device);
         let mut outcome = clock.time("labels: metrics", || {
@@ -316,7 +293,7 @@ impl<'a> Evaluation<'a> {
             let context = &i.fact_contexts[0];
             ("facts-0".to_owned(), context.tokens.clone(), facts_of(context))
         } else {
-            let example = self.examples.get(self.test.start)?;
+            let example = self.examples.example(self.test.start)?;
             (example.id.clone(), example.tokens, example.facts.iter().map(span).collect())
         };
         let draw = Draw { task: "facts", index: 0 };
@@ -345,9 +322,9 @@ fn span(fact: &PlantedFact) -> FactSpan {
 }
 
 /// Labels must be the target's, features those of the recipe's sources in the channels that the mapper reads.
-fn check_shapes(inputs: &EvalInputs, label: &LabelRow, feature: &FeatureRow) -> Result<()> {
+fn check_shapes(inputs: &EvalInputs, sizes: &Sizes) -> Result<()> {
     let (target, dims) = (inputs.target.shape(), inputs.mapper.dims());
-    let found = (label.layers as usize, label.kv_heads as usize);
+    let found = (sizes.layers, sizes.kv_heads);
     ensure!(
         found == (target.layers, target.kv_heads),
         hinted(
@@ -360,7 +337,7 @@ fn check_shapes(inputs: &EvalInputs, label: &LabelRow, feature: &FeatureRow) -> 
     );
     let layout = inputs.extract.layout();
     let heads = layout.heads(&target, &inputs.proxy_shape);
-    let found = ((feature.layers * feature.kv_heads) as usize, feature.channels as usize);
+    let found = (sizes.heads, sizes.channels);
     ensure!(
         found == (heads, layout.channels().len()),
         hinted(
@@ -374,7 +351,7 @@ fn check_shapes(inputs: &EvalInputs, label: &LabelRow, feature: &FeatureRow) -> 
         )
     );
     let reads = (dims.proxy_heads, dims.channels, dims.globals, dims.outputs);
-    let has = (found.0, found.1, feature.global_channels(), target.total_kv_heads());
+    let has = (found.0, found.1, sizes.globals, target.total_kv_heads());
     ensure!(
         reads == has,
         hinted(

@@ -44,7 +44,7 @@ pub use method::{Method, Needs};
 
 pub(crate) use mapper::predict;
 pub(crate) use set::{Methods, Scored, Watches};
-pub(crate) use training::{Setup, Target, TrainingSet, feature_tensors, label_tensor, read_pair};
+pub(crate) use training::{Setup, Target, TrainingSet, feature_tensors, label_tensor};
 pub(crate) use view::{ContextView, Draw};
 
 /// All methods, in the order of tables and charts.

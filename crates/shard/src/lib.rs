@@ -11,6 +11,7 @@ mod column;
 mod dir;
 pub mod durable;
 mod example;
+mod example_rows;
 mod feature;
 mod feature_set;
 mod index;
@@ -22,6 +23,7 @@ mod writer;
 
 pub use dir::{StageDir, StageState, StaleError};
 pub use example::{Example, PlantedFact};
+pub use example_rows::{ExampleRows, Sizes};
 pub use feature::FeatureRow;
 pub use feature_set::{FeatureFolders, FeatureSet, FeatureSource, FeaturesFrom};
 pub use index::{INDEX_FILE, Index, SCHEMA_VERSION, ShardEntry};

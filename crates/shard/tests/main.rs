@@ -6,6 +6,8 @@ mod common;
 mod crash;
 /// Bytes, files and choices that changed behind the index's back.
 mod damage;
+/// The three stages as one: rows belong together or are refused.
+mod example_rows;
 /// What goes in comes out, in any order, and the same bytes each time.
 mod round_trip;
 /// How long writing takes.

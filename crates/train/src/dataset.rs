@@ -1,14 +1,14 @@
-//! The examples of a run with their labels and features, row by row.
+//! The examples of a run as training reads them: which row is in which split, labels and features as tensors.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use pkv_core::{Seed, Split, hinted};
 use pkv_mapper::MapperDims;
 use pkv_prune::{log_odds, pool_targets};
 use pkv_recipe::TargetPool;
-use pkv_shard::{Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, StageReader};
+use pkv_shard::{ExampleRows, FeatureFolders};
 use tch::Tensor;
 
 use crate::cache::{Cache, Sample};
@@ -16,12 +16,8 @@ use crate::loader::Source;
 
 /// Labels and features of all examples, and which split each is in.
 pub struct Dataset {
-    labels: StageReader<LabelRow>,
-    features: FeatureSet,
-    ids: Vec<String>,
+    rows: ExampleRows,
     splits: Vec<Split>,
-    /// Positions of each example.
-    lengths: Vec<usize>,
     dims: MapperDims,
 }
 
@@ -50,31 +46,21 @@ impl Dataset {
     /// A stage is absent, unfinished or damaged; the stages differ in their number of rows; there
     /// is no training example.
     pub fn open(examples: &Path, labels: &Path, features: &FeatureFolders) -> Result<Self> {
-        let (mut ids, mut splits, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
-        for example in StageReader::<Example>::open(examples)?.iter() {
-            let example = example?;
-            ids.push(example.id);
-            splits.push(example.split);
-            lengths.push(example.tokens.len());
-        }
-        let first = splits.iter().position(|&s| s == Split::Train);
-        let first = first.with_context(|| {
+        let rows = ExampleRows::open(examples, labels, features)?;
+        let splits = rows.splits();
+        let sizes = rows.sizes().filter(|_| splits.contains(&Split::Train)).with_context(|| {
             hinted(
                 format!("there is no training example in `{}`", examples.display()),
                 "raise `data.train`, or lower `data.validation_share` and `data.test_share`",
             )
         })?;
-        let labels = open_rows::<LabelRow>(labels, ids.len())?;
-        let features = FeatureSet::open(features)?;
-        check_rows(features.path(), features.len(), ids.len(), "extract")?;
-        let (y, x) = (labels.get(first as u64)?, features.get(first as u64)?);
         let dims = MapperDims {
-            proxy_heads: (x.layers * x.kv_heads) as usize,
-            channels: x.channels as usize,
-            globals: x.global_channels(),
-            outputs: (y.layers * y.kv_heads) as usize,
+            proxy_heads: sizes.heads,
+            channels: sizes.channels,
+            globals: sizes.globals,
+            outputs: sizes.outputs(),
         };
-        Ok(Self { labels, features, ids, splits, lengths, dims })
+        Ok(Self { rows, splits, dims })
     }
 
     pub fn dims(&self) -> MapperDims {
@@ -95,12 +81,12 @@ impl Dataset {
 
     /// The example's name in row `i`.
     pub fn id(&self, row: u64) -> &str {
-        &self.ids[row as usize]
+        self.rows.id(row)
     }
 
     /// Positions of row `i`.
     pub fn positions(&self, row: u64) -> usize {
-        self.lengths[row as usize]
+        self.rows.positions(row)
     }
 
     /// Row `i` as tensors.
@@ -108,7 +94,7 @@ impl Dataset {
     /// # Errors
     /// A shard is damaged, or label and feature are not of the same example or of other models.
     pub fn context(&self, row: u64) -> Result<Context> {
-        let (label, feature) = self.row(row)?;
+        let (label, feature) = self.rows.get(row)?;
         let MapperDims { proxy_heads: p, channels: c, globals: g, outputs: o } = self.dims;
         let t = self.positions(row);
         let shape = |n: &[usize]| n.iter().map(|&n| n as i64).collect::<Vec<_>>();
@@ -124,7 +110,7 @@ impl Dataset {
     /// # Errors
     /// As [`Self::context`].
     pub fn sample(&self, row: u64, pool: &TargetPool) -> Result<Sample> {
-        let (label, feature) = self.row(row)?;
+        let (label, feature) = self.rows.get(row)?;
         let scores = Tensor::from_slice(&label.scores).reshape([self.dims.outputs as i64, -1]);
         let targets = pool_targets(&log_odds(&scores), pool).flatten(0, -1);
         Ok(Sample {
@@ -133,37 +119,6 @@ impl Dataset {
             globals: feature.globals,
             targets: Vec::try_from(targets).context("cannot read the pooled labels")?,
         })
-    }
-
-    /// Label and features of row `i`, which belong together.
-    fn row(&self, row: u64) -> Result<(LabelRow, FeatureRow)> {
-        let (label, feature) = (self.labels.get(row)?, self.features.get(row)?);
-        let (id, t) = (&self.ids[row as usize], self.positions(row));
-        let disagree = |what: &str, dir: &Path, found: String, expected: String| {
-            anyhow::anyhow!("expected {expected}, found {found}").context(hinted(
-                format!("the {what} of row {row} in `{}` do not belong to example `{id}`", dir.display()),
-                "label and extract the examples again: `--redo label`, `--redo extract`",
-            ))
-        };
-        let label_shape = (label.id.as_str(), label.layers * label.kv_heads, label.positions);
-        let expected = (id.as_str(), self.dims.outputs as u32, t as u32);
-        ensure!(
-            label_shape == expected,
-            disagree("labels", self.labels.stage().path(), describe(label_shape), describe(expected))
-        );
-        let feature_shape = (feature.id.as_str(), feature.layers * feature.kv_heads, feature.positions);
-        let expected = (id.as_str(), self.dims.proxy_heads as u32, t as u32);
-        let channels = (feature.channels as usize, feature.global_channels());
-        ensure!(
-            feature_shape == expected && channels == (self.dims.channels, self.dims.globals),
-            disagree(
-                "features",
-                self.features.path(),
-                format!("{}, channels {channels:?}", describe(feature_shape)),
-                format!("{}, channels {:?}", describe(expected), (self.dims.channels, self.dims.globals))
-            )
-        );
-        Ok((label, feature))
     }
 }
 
@@ -190,10 +145,6 @@ impl Source for Samples<'_> {
     }
 }
 
-fn describe((id, heads, positions): (&str, u32, u32)) -> String {
-    format!("`{id}` with {heads} KV heads and {positions} positions")
-}
-
 /// `count` of `rows` in their order: those whose random number is lowest.
 fn draw(rows: Vec<u64>, count: Option<usize>, seed: Seed) -> Vec<u64> {
     let Some(count) = count.filter(|n| *n < rows.len()) else { return rows };
@@ -202,23 +153,6 @@ fn draw(rows: Vec<u64>, count: Option<usize>, seed: Seed) -> Vec<u64> {
     drawn.truncate(count);
     drawn.sort_unstable();
     drawn
-}
-
-fn open_rows<R: pkv_shard::Row>(dir: &Path, expected: usize) -> Result<StageReader<R>> {
-    let reader = StageReader::<R>::open(dir)?;
-    check_rows(dir, reader.len(), expected, &reader.stage().index().stage)?;
-    Ok(reader)
-}
-
-fn check_rows(dir: &Path, found: u64, expected: usize, stage: &str) -> Result<()> {
-    ensure!(
-        found == expected as u64,
-        hinted(
-            format!("`{}` has {found} rows for {expected} examples", dir.display()),
-            format!("make the stage again with `--redo {stage}`")
-        )
-    );
-    Ok(())
 }
 
 #[cfg(test)]

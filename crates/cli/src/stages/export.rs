@@ -9,7 +9,7 @@ use pkv_checkpoint::{
 };
 use pkv_core::{Policy, Split};
 use pkv_eval::{RESULTS_FILE, Results};
-use pkv_shard::{Example, FeatureSet, StageReader};
+use pkv_shard::{Example, ExampleRows, StageReader};
 use serde_json::json;
 use tch::Tensor;
 
@@ -188,16 +188,10 @@ fn card_table(caption: &str, markdown: &str) -> Option<CardTable> {
 
 /// The beginning of the first test example, through the mapper.
 fn parity(s: &Session, upstream: &train::Upstream, trained: &Trained) -> Result<Parity> {
-    let examples = StageReader::<Example>::open(&s.run.examples())?;
-    let features = FeatureSet::open(&generated::features(s, upstream, Loaded::default())?)?;
-    let mut first = None;
-    for i in 0..examples.len() {
-        if examples.get(i)?.split == Split::Test {
-            first = Some(i);
-            break;
-        }
-    }
-    let row = features.get(first.unwrap_or(0)).context("cannot read the features of a test example")?;
+    let features = generated::features(s, upstream, Loaded::default())?;
+    let examples = ExampleRows::open(&s.run.examples(), &s.run.labels(), &features)?;
+    let first = examples.splits().iter().position(|split| *split == Split::Test).unwrap_or(0);
+    let (_, row) = examples.get(first as u64).context("cannot read the features of a test example")?;
     let (heads, channels, positions) =
         (i64::from(row.layers * row.kv_heads), i64::from(row.channels), i64::from(row.positions));
     let keep = positions.min(PARITY_POSITIONS);

@@ -70,7 +70,7 @@ fn start<'a>(
     let store = KvzapStore::open(setup.scorers, method, |methods| {
         Fingerprint::new()
             .with("methods", methods)
-            .with("labels", setup.training.labels.stage().fingerprint())
+            .with("labels", setup.training.examples.label_fingerprint())
             .with("contexts", contexts)
             .with("pool", setup.pool)
             .with("seed", setup.seed)

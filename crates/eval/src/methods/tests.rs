@@ -10,9 +10,7 @@ use pkv_lm::{LanguageModel, LayerView, Tap};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::keep_mask;
 use pkv_recipe::{EvalSection, MapperSection, MethodName, TargetPool, Variant};
-use pkv_shard::{
-    Example, FeatureFolders, FeatureRow, FeatureSet, LabelRow, Row, StageDir, StageReader, StageWriter,
-};
+use pkv_shard::{Example, ExampleRows, FeatureFolders, FeatureRow, LabelRow, Row, StageDir, StageWriter};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -103,9 +101,7 @@ fn an_unknown_name_is_refused_with_the_nearest_and_all_that_there_are() {
 
 /// Two training examples of 20 positions, and a mapper of one channel.
 struct Stages {
-    examples: StageReader<Example>,
-    labels: StageReader<LabelRow>,
-    features: FeatureSet,
+    examples: ExampleRows,
     mapper: Mapper,
     run: TempDir,
 }
@@ -149,12 +145,12 @@ impl Stages {
         let stats = Standardization::identity(&dims);
         let mapper = Mapper::new(&section, dims, stats, Seed(1), Device::Cpu).unwrap();
         Self {
-            examples: stage(run.path(), "prepare", (0..2).map(example)),
-            labels: stage(run.path(), "label", (0..2).map(label)),
-            features: {
-                let rows = stage(run.path(), "extract", (0..2).map(feature));
-                FeatureSet::open(&FeatureFolders::one(rows.stage().path())).unwrap()
-            },
+            examples: ExampleRows::open(
+                &stage(run.path(), "prepare", (0..2).map(example)),
+                &stage(run.path(), "label", (0..2).map(label)),
+                &FeatureFolders::one(&stage(run.path(), "extract", (0..2).map(feature))),
+            )
+            .unwrap(),
             mapper,
             run,
         }
@@ -166,25 +162,20 @@ impl Stages {
             mapper: &self.mapper,
             channels: &[Channel::MaxAll],
             pool: TargetPool { width: 1, blend: 0.0 },
-            training: TrainingSet {
-                examples: &self.examples,
-                labels: &self.labels,
-                features: &self.features,
-                rows: 0..2,
-            },
+            training: TrainingSet { examples: &self.examples, rows: 0..2 },
             seed: Seed(1),
             scorers: self.run.path(),
         }
     }
 }
 
-fn stage<R: Row>(run: &Path, name: &str, rows: impl Iterator<Item = R>) -> StageReader<R> {
+fn stage<R: Row>(run: &Path, name: &str, rows: impl Iterator<Item = R>) -> PathBuf {
     let dir = run.join(name);
     let stage = StageDir::open(&dir, name, &Fingerprint::new().with("stage", name)).unwrap();
     let mut writer = StageWriter::new(stage, 5, StoreDtype::F32, Some(2)).unwrap();
     rows.for_each(|row| writer.push(row).unwrap());
     writer.finish().unwrap();
-    StageReader::open(&dir).unwrap()
+    dir
 }
 
 /// Scores of `context` by `methods`, each `[layers, KV heads, positions]`.

@@ -14,7 +14,7 @@ use pkv_lm::{KvCache, LanguageModel, Tap};
 use pkv_mapper::Mapper;
 use pkv_prune::{log_odds, pool_targets};
 use pkv_recipe::TargetPool;
-use pkv_shard::{Example, FeatureRow, FeatureSet, LabelRow, StageReader};
+use pkv_shard::{ExampleRows, FeatureRow, LabelRow};
 use tch::{Device, Tensor};
 
 /// Training contexts that methods learn from; more of them change nothing in the third digit.
@@ -59,9 +59,7 @@ impl Target<'_> {
 
 /// Where the training examples are.
 pub struct TrainingSet<'a> {
-    pub examples: &'a StageReader<Example>,
-    pub labels: &'a StageReader<LabelRow>,
-    pub features: &'a FeatureSet,
+    pub examples: &'a ExampleRows,
     /// Rows of the training split.
     pub rows: Range<u64>,
 }
@@ -96,11 +94,8 @@ impl Setup<'_> {
     /// # Errors
     /// The row is absent, or its example, labels and features are not of one context and of the target.
     pub fn training_context(&self, row: u64) -> Result<TrainingContext> {
-        let t = &self.training;
-        let (label, features) = read_pair(t.labels, t.features, row)?;
-        let example = t.examples.get(row)?;
-        label.check_example(row, &example)?;
-        let tokens = example.tokens;
+        let (label, features) = self.training.examples.get(row)?;
+        let tokens = self.training.examples.example(row)?.tokens;
         let shape = self.target.model.shape();
         let found = (label.layers as usize, label.kv_heads as usize);
         ensure!(
@@ -118,29 +113,6 @@ impl Setup<'_> {
         let y_ot = pool_targets(&raw_ot, &self.pool);
         Ok(TrainingContext { tokens, features: feature_tensors(&features, device), raw_ot, y_ot })
     }
-}
-
-/// Labels and features of one example.
-///
-/// # Errors
-/// A row is absent, or the two are of different examples.
-pub fn read_pair(
-    labels: &StageReader<LabelRow>,
-    features: &FeatureSet,
-    row: u64,
-) -> Result<(LabelRow, FeatureRow)> {
-    let (label, feature) = (labels.get(row)?, features.get(row)?);
-    ensure!(
-        label.id == feature.id && label.positions == feature.positions,
-        hinted(
-            format!(
-                "row {row}: labels are of `{}` ({} positions), features of `{}` ({} positions)",
-                label.id, label.positions, feature.id, feature.positions
-            ),
-            "labels and features must come from the same examples: `--redo label` and `--redo extract`"
-        )
-    );
-    Ok((label, feature))
 }
 
 /// f32 `[layers, KV heads, positions]`.

@@ -23,16 +23,18 @@ fn shards_that_do_not_belong_together_are_refused_with_a_hint() {
         (format!("{error:#}"), hint.expect("the error has a hint"))
     };
 
-    let (error, _) = refused("fewer", labels[1..].to_vec());
-    assert_eq!(error, "12 examples, 11 labels and 12 features do not belong together");
+    let (error, hint) = refused("fewer", labels[1..].to_vec());
+    assert!(error.ends_with("fewer` has 11 rows for 12 examples"), "{error}");
+    assert!(hint.contains("--redo label"), "{hint}");
 
     let mut swapped = labels.clone();
     swapped.swap(8, 9);
     let (error, hint) = refused("swapped", swapped);
     assert!(
-        error.contains("labels are of `example-9`") && error.contains("features of `example-8`"),
+        error.contains("labels of row 8 in") && error.contains("do not belong to example `example-8`"),
         "{error}"
     );
+    assert!(error.contains("found `example-9` with 12 KV heads"), "{error}");
     assert!(hint.contains("--redo label"), "{hint}");
 
     let other: Vec<LabelRow> = labels
