@@ -11,7 +11,7 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
-use pkv_gpu::{StatisticChannels, fused_query_statistics};
+use pkv_gpu::{Products, StatisticChannels, fused_query_statistics};
 use pkv_recipe::ExtractSection;
 use pkv_score::block_elements;
 use tch::{Device, Kind, Tensor};
@@ -114,11 +114,19 @@ impl QueryStatistics {
     /// - `q_qsd`: `[query_heads, s, head_dim]`, rotary applied; query heads of one KV head are neighbours
     /// - `k_hkd`: `[kv_heads, start + s, head_dim]`: prefix, context so far, and the `s` new tokens, which
     ///   are the cache's positions from `start` on; kind and device of the queries
+    /// - `scale`: what their products are multiplied with
     /// - `gathered_hct`: `[kv_heads, channels, context]`, f32, same device; written in place
     ///
     /// # Errors
     /// Shapes disagree, or there are more positions than prefix and context.
-    pub fn add(&self, q_qsd: &Tensor, k_hkd: &Tensor, start: usize, gathered_hct: &Tensor) -> Result<()> {
+    pub fn add(
+        &self,
+        q_qsd: &Tensor,
+        k_hkd: &Tensor,
+        scale: f64,
+        start: usize,
+        gathered_hct: &Tensor,
+    ) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let (q, k) = (q_qsd.size(), k_hkd.size());
         ensure!(
@@ -144,7 +152,6 @@ impl QueryStatistics {
         if self.slots.is_empty() {
             return Ok(());
         }
-        let scale = 1.0 / (q[2] as f64).sqrt();
         let k_hdk = k_hkd.to_kind(Kind::Float).transpose(1, 2);
         let mut row = start.max(self.prefix);
         while row < end {
@@ -236,7 +243,7 @@ impl QueryStatistics {
     /// [`Self::add`] by the fused kernel, which needs the rows' log-sum-exps and no blocks.
     ///
     /// # Shapes
-    /// - `q_rqd`: `[s, query_heads, head_dim]`, see [`has_fused_scores`](pkv_gpu::has_fused_scores)
+    /// - `of`: queries as [`has_fused_scores`](pkv_gpu::has_fused_scores) wants them
     /// - `lse_qr`: f32 `[query_heads, s]`, natural log-sum-exp of each query over all keys it sees
     /// - the others as in [`Self::add`]
     ///
@@ -244,8 +251,7 @@ impl QueryStatistics {
     /// Shapes disagree, or the driver refuses.
     pub fn add_fused(
         &self,
-        q_rqd: &Tensor,
-        k_hkd: &Tensor,
+        of: Products,
         lse_qr: &Tensor,
         start: usize,
         gathered_hct: &Tensor,
@@ -270,7 +276,7 @@ impl QueryStatistics {
             last: self.context.saturating_sub(self.last),
             stride: self.stride,
         };
-        fused_query_statistics(q_rqd, k_hkd, lse_qr, start, &what, gathered_hct)
+        fused_query_statistics(of, lse_qr, start, &what, gathered_hct)
     }
 
     /// Is there any attention channel?

@@ -5,6 +5,7 @@
 
 use anyhow::Result;
 use pkv_core::Channel;
+use pkv_gpu::Products;
 use pkv_lm::{LayerView, Tap};
 use tch::Tensor;
 
@@ -38,9 +39,10 @@ impl Tap for FeatureTap<'_> {
         match view.lse_qs {
             Some(lse_qs) if self.fused && !self.statistics.is_empty() => {
                 let q_rqd = view.q_qsd.transpose(0, 1);
-                self.statistics.add_fused(&q_rqd, view.k_hkd, lse_qs, view.start, &features_hct)?;
+                let of = Products { q_rqd: &q_rqd, k_hkd: view.k_hkd, scale: view.scale };
+                self.statistics.add_fused(of, lse_qs, view.start, &features_hct)?;
             }
-            _ => self.statistics.add(view.q_qsd, view.k_hkd, view.start, &features_hct)?,
+            _ => self.statistics.add(view.q_qsd, view.k_hkd, view.scale, view.start, &features_hct)?,
         }
         let new = NewPositions { view, prefix: self.prefix, hidden: self.hidden };
         let row = |slot: i64, first: usize, n: usize| {

@@ -182,14 +182,14 @@ int pkv_scale(size_t n, at::Tensor** t, at::Tensor* by) {
 // Dense: q [B, S, H, D], k and v [B, K, H', D], cu_q and cu_k null; lse [B, H, S].
 // Packed: q [T, H, D], k and v [T', H', D], cu_q and cu_k int32 [segments + 1]; lse [H, T].
 // used_k: int32 [segments], how many keys of each packed segment there are, or null for all.
-// A negative window is unlimited. The caller owns out and lse.
+// A negative window is unlimited. scale: what products of queries and keys are multiplied with. The caller owns out and lse.
 int pkv_flash(at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor* cu_q, at::Tensor* cu_k, at::Tensor* used_k,
-              int64_t max_q, int64_t max_k, int causal, int64_t window_left, int64_t window_right, at::Tensor** out,
-              at::Tensor** lse) {
+              int64_t max_q, int64_t max_k, int causal, int64_t window_left, int64_t window_right, double scale,
+              at::Tensor** out, at::Tensor** lse) {
   return guard([&] {
     auto cu = [](at::Tensor* t) { return t ? std::optional<at::Tensor>(*t) : std::nullopt; };
     auto r = at::_flash_attention_forward(*q, *k, *v, cu(cu_q), cu(cu_k), max_q, max_k, /*dropout_p=*/0.0, causal != 0,
-                                          /*return_debug_mask=*/false, /*scale=*/std::optional<double>(),
+                                          /*return_debug_mask=*/false, /*scale=*/scale,
                                           window(window_left), window(window_right), cu(used_k));
     *out = new at::Tensor(std::get<0>(r));
     *lse = new at::Tensor(std::get<1>(r));
@@ -198,10 +198,11 @@ int pkv_flash(at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor* cu_q, at:
 
 // cuDNN attention on bf16 or f16: q [B, H, S, D], k and v [B, H', K, D], any strides with D innermost;
 // causal is top-left. lse: [B, H, S, 1]. The caller owns out and lse.
-int pkv_cudnn_attention(at::Tensor* q, at::Tensor* k, at::Tensor* v, int causal, at::Tensor** out, at::Tensor** lse) {
+int pkv_cudnn_attention(at::Tensor* q, at::Tensor* k, at::Tensor* v, int causal, double scale, at::Tensor** out,
+                          at::Tensor** lse) {
   return guard([&] {
     auto r = at::_scaled_dot_product_cudnn_attention(*q, *k, *v, /*attn_bias=*/{}, /*compute_log_sumexp=*/true,
-                                                     /*dropout_p=*/0.0, causal != 0);
+                                                     /*dropout_p=*/0.0, causal != 0, /*return_debug_mask=*/false, scale);
     *out = new at::Tensor(std::get<0>(r));
     *lse = new at::Tensor(std::get<1>(r));
   });

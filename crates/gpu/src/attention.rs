@@ -1,8 +1,8 @@
 //! CUDA attention kernels that tch does not wrap: FlashAttention-2 as it is, and cuDNN's, both with
 //! the log-sum-exp of their rows.
 //!
-//! Which one to use for which shape is `lm`'s decision. Both compute in bf16 or f16 and scale by
-//! 1/sqrt(head_dim); query heads that share a KV head are neighbours.
+//! Which one to use for which shape, and what logits are scaled by, is `lm`'s decision. Both compute in
+//! bf16 or f16; query heads that share a KV head are neighbours.
 
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
@@ -42,6 +42,14 @@ impl Mask {
     }
 }
 
+/// The softmax of an attention kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Softmax {
+    pub mask: Mask,
+    /// What products of queries and keys are multiplied with.
+    pub scale: f64,
+}
+
 /// Can [`flash`] and [`cudnn`] work on these queries?
 pub fn has_fused_attention(q: &Tensor) -> bool {
     let d = q.size().last().copied().unwrap_or(0);
@@ -60,10 +68,10 @@ pub fn has_fused_attention(q: &Tensor) -> bool {
 ///
 /// # Errors
 /// Shapes, kind or device are not the kernel's, or a launch fails.
-pub fn flash(q_bsqd: &Tensor, k_bkhd: &Tensor, v_bkhd: &Tensor, mask: Mask) -> Result<Attended> {
+pub fn flash(q_bsqd: &Tensor, k_bkhd: &Tensor, v_bkhd: &Tensor, softmax: Softmax) -> Result<Attended> {
     check(q_bsqd, k_bkhd, v_bkhd, 2)?;
     let (s, keys) = (q_bsqd.size()[1], k_bkhd.size()[1]);
-    launch_flash([q_bsqd, k_bkhd, v_bkhd], None, None, [s, keys], mask)
+    launch_flash([q_bsqd, k_bkhd, v_bkhd], None, None, [s, keys], softmax)
 }
 
 /// As [`flash`], over segments of different lengths that lie behind each other; each query segment
@@ -84,11 +92,11 @@ pub fn flash_segments(
     v_rhd: &Tensor,
     [starts_q, starts_k]: [&Tensor; 2],
     longest: [usize; 2],
-    mask: Mask,
+    softmax: Softmax,
 ) -> Result<Attended> {
     check_segments(q_rqd, k_rhd, v_rhd, [starts_q, starts_k])?;
     let longest = longest.map(|n| n as i64);
-    launch_flash([q_rqd, k_rhd, v_rhd], Some([starts_q, starts_k]), None, longest, mask)
+    launch_flash([q_rqd, k_rhd, v_rhd], Some([starts_q, starts_k]), None, longest, softmax)
 }
 
 /// As [`flash_segments`], where only the first keys of each segment are there: behind them is room for
@@ -106,7 +114,7 @@ pub fn flash_used_segments(
     [starts_q, starts_k]: [&Tensor; 2],
     used_k: &Tensor,
     longest: [usize; 2],
-    mask: Mask,
+    softmax: Softmax,
 ) -> Result<Attended> {
     check_segments(q_rqd, k_rhd, v_rhd, [starts_q, starts_k])?;
     ensure!(
@@ -116,7 +124,7 @@ pub fn flash_used_segments(
         used_k.size()
     );
     let longest = longest.map(|n| n as i64);
-    launch_flash([q_rqd, k_rhd, v_rhd], Some([starts_q, starts_k]), Some(used_k), longest, mask)
+    launch_flash([q_rqd, k_rhd, v_rhd], Some([starts_q, starts_k]), Some(used_k), longest, softmax)
 }
 
 fn check_segments(q_rqd: &Tensor, k_rhd: &Tensor, v_rhd: &Tensor, starts: [&Tensor; 2]) -> Result<()> {
@@ -137,17 +145,32 @@ fn launch_flash(
     starts: Option<[&Tensor; 2]>,
     used_k: Option<&Tensor>,
     [max_q, max_k]: [i64; 2],
-    mask: Mask,
+    softmax: Softmax,
 ) -> Result<Attended> {
     let [q, k, v] = qkv.map(pointer);
     let [cu_q, cu_k] = starts.map_or([std::ptr::null_mut(); 2], |s| s.map(pointer));
     let used = used_k.map_or(std::ptr::null_mut(), pointer);
-    let (causal, left, right) = mask.codes();
+    let (causal, left, right) = softmax.mask.codes();
     // SAFETY: pointers to tensors that live beyond the call, or null where the shim allows it; on
     // success both results are tensors on the heap that nobody else frees.
     unsafe {
         owned(|out, lse| {
-            shim::pkv_flash(q, k, v, cu_q, cu_k, used, max_q, max_k, causal, left, right, out, lse)
+            shim::pkv_flash(
+                q,
+                k,
+                v,
+                cu_q,
+                cu_k,
+                used,
+                max_q,
+                max_k,
+                causal,
+                left,
+                right,
+                softmax.scale,
+                out,
+                lse,
+            )
         })
     }
     .context("flash attention")
@@ -166,12 +189,18 @@ fn launch_flash(
 ///
 /// # Errors
 /// cuDNN has no plan for the shape, shapes, kind or device are not the kernel's, or a launch fails.
-pub fn cudnn(q_bqsd: &Tensor, k_bhkd: &Tensor, v_bhkd: &Tensor, causal: bool) -> Result<Attended> {
+pub fn cudnn(
+    q_bqsd: &Tensor,
+    k_bhkd: &Tensor,
+    v_bhkd: &Tensor,
+    causal: bool,
+    scale: f64,
+) -> Result<Attended> {
     check(q_bqsd, k_bhkd, v_bhkd, 1)?;
     let [q, k, v] = [q_bqsd, k_bhkd, v_bhkd].map(pointer);
     // SAFETY: as in `launch_flash`.
     let Attended { out, lse } =
-        unsafe { owned(|out, lse| shim::pkv_cudnn_attention(q, k, v, causal.into(), out, lse)) }
+        unsafe { owned(|out, lse| shim::pkv_cudnn_attention(q, k, v, causal.into(), scale, out, lse)) }
             .context("cuDNN attention")?;
     // cuDNN's own shape has a last axis of 1.
     let lse = if lse.dim() == 4 { lse.squeeze_dim(-1) } else { lse };
@@ -237,16 +266,21 @@ mod tests {
         Some(sizes.iter().map(one).collect())
     }
 
+    /// Not 1/sqrt(64), which the kernels would take by themselves.
+    const SCALE: f64 = 0.1;
+
+    const CAUSAL: Softmax = Softmax { mask: Mask::Causal, scale: SCALE };
+
     /// Output and log-sum-exp in f64: q `[s, H, d]`, k and v `[t, H', d]`; row i sees the keys before
     /// `visible(i)`.
     fn naive(q: &Tensor, k: &Tensor, v: &Tensor, visible: impl Fn(i64) -> i64) -> (Tensor, Tensor) {
         let double = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double).transpose(0, 1);
         let (q, k, v) = (double(q), double(k), double(v));
-        let (heads, s, d) = q.size3().unwrap();
+        let (heads, s, _) = q.size3().unwrap();
         let group = heads / k.size()[0];
         let spread = |t: &Tensor| t.repeat_interleave_self_int(group, 0, None);
         let (k, v) = (spread(&k), spread(&v));
-        let logits = q.matmul(&k.transpose(1, 2)) / (d as f64).sqrt();
+        let logits = q.matmul(&k.transpose(1, 2)) * SCALE;
         for row in 0..s {
             let n = visible(row);
             let hidden = logits.size()[2] - n;
@@ -270,12 +304,12 @@ mod tests {
         let zeros = |size: &[i64]| Tensor::zeros(size, (Kind::Float, Device::Cpu));
         let (q, k) = (zeros(&[1, 4, 2, 8]), zeros(&[1, 4, 2, 8]));
         assert!(!has_fused_attention(&q));
-        let error = flash(&q, &k, &k, Mask::Causal).unwrap_err().to_string();
+        let error = flash(&q, &k, &k, CAUSAL).unwrap_err().to_string();
         assert!(error.contains("bf16 or f16"), "{error}");
-        assert!(cudnn(&q, &k, &k, false).is_err());
+        assert!(cudnn(&q, &k, &k, false, SCALE).is_err());
         assert!(check(&q, &k, &k, 2).is_err());
         if let Some(t) = gpu(Kind::BFloat16, &[&[1, 4, 6, 64], &[1, 4, 4, 64]]) {
-            assert!(flash(&t[0], &t[1], &t[1], Mask::All).is_err(), "6 heads cannot share 4");
+            assert!(flash(&t[0], &t[1], &t[1], CAUSAL).is_err(), "6 heads cannot share 4");
         }
     }
 
@@ -290,7 +324,7 @@ mod tests {
             let cached = |x: &Tensor| x.narrow(1, 0, keys).transpose(0, 1).unsqueeze(0);
             let (k, v) = (cached(&t[1]), cached(&t[2]));
             for mask in [Mask::All, Mask::Causal] {
-                let got = flash(&t[0], &k, &v, mask).unwrap();
+                let got = flash(&t[0], &k, &v, Softmax { mask, scale: SCALE }).unwrap();
                 let visible = |row| if mask == Mask::All { keys } else { keys - s + row + 1 };
                 let (out, lse) = naive(&t[0].get(0), &k.get(0), &v.get(0), visible);
                 close(&format!("flash {s} x {keys} {mask:?}"), &got.out.get(0), &out, 3e-2);
@@ -304,7 +338,7 @@ mod tests {
         let Some(t) = gpu(Kind::BFloat16, &[&[50, 8, 64], &[50, 2, 64], &[50, 2, 64]]) else { return };
         let lengths = [13, 1, 36];
         let starts = Tensor::from_slice(&[0i32, 13, 14, 50]).to_device(Device::Cuda(0));
-        let got = flash_segments(&t[0], &t[1], &t[2], [&starts, &starts], [36, 36], Mask::Causal).unwrap();
+        let got = flash_segments(&t[0], &t[1], &t[2], [&starts, &starts], [36, 36], CAUSAL).unwrap();
         let mut first = 0;
         for n in lengths {
             let part = |x: &Tensor| x.narrow(0, first, n);
@@ -334,7 +368,7 @@ mod tests {
                 [&starts_q, &here(&first)],
                 &here(&used),
                 [rows as usize, 517],
-                Mask::Causal,
+                CAUSAL,
             )
             .unwrap();
             for x in 0..segments {
@@ -356,8 +390,8 @@ mod tests {
             // Token-major queries beside other heads, a cache's keys: strided views, nothing is copied.
             let q = t[0].narrow(1, 0, 8);
             let (k, v) = (t[1].narrow(1, 0, keys), t[2].narrow(1, 0, keys));
-            let got =
-                cudnn(&q.transpose(0, 1).unsqueeze(0), &k.unsqueeze(0), &v.unsqueeze(0), causal).unwrap();
+            let got = cudnn(&q.transpose(0, 1).unsqueeze(0), &k.unsqueeze(0), &v.unsqueeze(0), causal, SCALE)
+                .unwrap();
             let visible = |row| if causal { row + 1 } else { keys };
             let (out, lse) = naive(&q, &k.transpose(0, 1), &v.transpose(0, 1), visible);
             close(&format!("cuDNN {s} x {keys}"), &got.out.get(0).transpose(0, 1), &out, 3e-2);

@@ -17,6 +17,6 @@ pub use elementwise::{
     CacheSlot, gated_silu, has_elementwise, log_norms, merge_attended, rotate, row_nats, turn,
 };
 pub use scores::{
-    QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels, fused_chunk_scores, fused_query_statistics,
-    has_fused_scores,
+    Products, QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels, fused_chunk_scores,
+    fused_query_statistics, has_fused_scores,
 };

@@ -20,16 +20,18 @@ mod shim;
 mod stream;
 mod transfer;
 
-pub use attention::{Attended, Mask, cudnn, flash, flash_segments, flash_used_segments, has_fused_attention};
+pub use attention::{
+    Attended, Mask, Softmax, cudnn, flash, flash_segments, flash_used_segments, has_fused_attention,
+};
 pub use device::{
     DeviceChoice, MathMode, cuda_absence, cuda_count, device, set_deterministic, set_tf32, synchronize,
 };
 pub use exhausted::unless_exhausted;
 pub use host::{HostMemory, host_memory};
 pub use kernels::{
-    CacheSlot, DecodeSpace, QueryStatistics, ScoreOutput, ScoreRows, Segments, StatisticChannels, decode,
-    fused_chunk_scores, fused_query_statistics, gated_silu, has_decode, has_elementwise, has_fused_scores,
-    log_norms, merge_attended, rotate, row_nats, turn,
+    CacheSlot, DecodeSpace, Products, QueryStatistics, ScoreOutput, ScoreRows, Segments, StatisticChannels,
+    decode, fused_chunk_scores, fused_query_statistics, gated_silu, has_decode, has_elementwise,
+    has_fused_scores, log_norms, merge_attended, rotate, row_nats, turn,
 };
 pub use layer::{attend_heads, time_conv};
 pub use memory::{CudaMemory, cuda_memory, empty_cache, reset_peak, upload};

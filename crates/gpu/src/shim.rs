@@ -87,6 +87,7 @@ unsafe extern "C" {
         causal: c_int,
         window_left: i64,
         window_right: i64,
+        scale: f64,
         out: *mut *mut C_tensor,
         lse: *mut *mut C_tensor,
     ) -> c_int;
@@ -95,6 +96,7 @@ unsafe extern "C" {
         k: *mut C_tensor,
         v: *mut C_tensor,
         causal: c_int,
+        scale: f64,
         out: *mut *mut C_tensor,
         lse: *mut *mut C_tensor,
     ) -> c_int;

@@ -14,12 +14,26 @@ use std::ops::Range;
 
 use anyhow::Result;
 use pkv_gpu::{
-    Attended, Mask, cudnn, flash, flash_segments, has_elementwise, has_fused_attention, merge_attended,
-    upload,
+    Attended, Mask, Softmax, cudnn, flash, flash_segments, has_elementwise, has_fused_attention,
+    merge_attended, upload,
 };
 use tch::{Device, Kind, Tensor};
 
 pub use policy::{AttentionPolicy, Rectangle};
+
+/// How a model attends.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Attention {
+    /// What products of queries and keys are multiplied with.
+    pub scale: f64,
+    pub policy: AttentionPolicy,
+}
+
+impl Attention {
+    fn softmax(&self, mask: Mask) -> Softmax {
+        Softmax { mask, scale: self.scale }
+    }
+}
 
 /// Attention of rows over some of the keys they see.
 pub(crate) struct Part {
@@ -68,7 +82,7 @@ pub(crate) fn arranged(q_sqd: &Tensor) -> Tensor {
 
 /// Attention output of new tokens that follow `start` cached ones.
 ///
-/// Softmax of queries times keys over sqrt(head_dim), causal among the new tokens.
+/// Softmax of scaled products of queries and keys, causal among the new tokens.
 ///
 /// # Shapes
 /// - `q_sqd`: `[s, query_heads, head_dim]`, see [`arranged`]
@@ -84,61 +98,58 @@ pub(crate) fn causal(
     v_hkd: &Tensor,
     start: usize,
     wants_lse: bool,
-    policy: &AttentionPolicy,
+    how: &Attention,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let fused = has_fused_attention(q_sqd);
     if fused && start == 0 && q_sqd.size()[0] > 1 && !wants_lse {
-        return Ok((whole(q_sqd, k_hkd, v_hkd), None));
+        return Ok((whole(q_sqd, k_hkd, v_hkd, how.scale), None));
     }
     let part = match fused {
-        true => fused_causal(q_sqd, k_hkd, v_hkd, start as i64, policy)?,
-        false => portable::causal(q_sqd, k_hkd, v_hkd, start as i64)?,
+        true => fused_causal(q_sqd, k_hkd, v_hkd, start as i64, how)?,
+        false => portable::causal(q_sqd, k_hkd, v_hkd, start as i64, how.scale)?,
     };
     Ok((part.out_rqd, wants_lse.then(|| part.lse_qr.to_kind(Kind::Float))))
 }
 
 /// A sequence from its first token whose log-sum-exp nobody wants: libtorch picks the kernel.
-fn whole(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor) -> Tensor {
+fn whole(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, scale: f64) -> Tensor {
     let [q, k, v] = [&q_sqd.transpose(0, 1), k_hkd, v_hkd].map(|x| x.unsqueeze(0));
     let shared = q.size()[1] > k.size()[1];
-    Tensor::scaled_dot_product_attention::<Tensor>(&q, &k, &v, None, 0.0, true, None, shared)
+    Tensor::scaled_dot_product_attention::<Tensor>(&q, &k, &v, None, 0.0, true, scale, shared)
         .squeeze_dim(0)
         .transpose(0, 1)
 }
 
 /// CUDA in bf16 or f16.
-fn fused_causal(
-    q_sqd: &Tensor,
-    k_hkd: &Tensor,
-    v_hkd: &Tensor,
-    start: i64,
-    policy: &AttentionPolicy,
-) -> Result<Part> {
+fn fused_causal(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: i64, how: &Attention) -> Result<Part> {
     let s = q_sqd.size()[0];
     if s == 1 {
         // A plan of cuDNN's for every length of the cache would take far longer than the kernel.
-        return flash_over(q_sqd, k_hkd, v_hkd, Mask::All);
+        return flash_over(q_sqd, k_hkd, v_hkd, how.softmax(Mask::All));
     }
     if start == 0 {
-        return square(q_sqd, k_hkd, v_hkd, policy);
+        return square(q_sqd, k_hkd, v_hkd, how);
     }
-    let Some((rows, keys)) = policy.cudnn_share(s, start) else {
-        return flash_over(q_sqd, k_hkd, v_hkd, Mask::Causal);
+    let Some((rows, keys)) = how.policy.cudnn_share(s, start) else {
+        return flash_over(q_sqd, k_hkd, v_hkd, how.softmax(Mask::Causal));
     };
     // The first rows: cuDNN over the first keys, and what lies behind those up to the rows themselves.
     let q_head = q_sqd.narrow(0, 0, rows);
     let behind = |x: &Tensor| x.narrow(1, keys, start + rows - keys);
     let mut part = if keys == start {
-        square(&q_head, &behind(k_hkd), &behind(v_hkd), policy)?
+        square(&q_head, &behind(k_hkd), &behind(v_hkd), how)?
     } else {
-        flash_over(&q_head, &behind(k_hkd), &behind(v_hkd), Mask::Causal)?
+        flash_over(&q_head, &behind(k_hkd), &behind(v_hkd), how.softmax(Mask::Causal))?
     };
-    part.add(0, &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false)?)?;
+    part.add(
+        0,
+        &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false, how.scale)?,
+    )?;
     if rows == s {
         return Ok(part);
     }
     // The last rows see everything up to the end.
-    let tail = flash_over(&q_sqd.narrow(0, rows, s - rows), k_hkd, v_hkd, Mask::Causal)?;
+    let tail = flash_over(&q_sqd.narrow(0, rows, s - rows), k_hkd, v_hkd, how.softmax(Mask::Causal))?;
     Ok(Part {
         out_rqd: Tensor::cat(&[part.out_rqd, tail.out_rqd], 0),
         lse_qr: Tensor::cat(&[part.lse_qr, tail.lse_qr], 1),
@@ -146,27 +157,28 @@ fn fused_causal(
 }
 
 /// As many keys as rows, causal.
-fn square(q_sqd: &Tensor, k_hsd: &Tensor, v_hsd: &Tensor, policy: &AttentionPolicy) -> Result<Part> {
-    match policy.rectangle {
-        Rectangle::Flash => flash_over(q_sqd, k_hsd, v_hsd, Mask::Causal),
-        Rectangle::Cudnn => cudnn_over(q_sqd, k_hsd, v_hsd, true),
+fn square(q_sqd: &Tensor, k_hsd: &Tensor, v_hsd: &Tensor, how: &Attention) -> Result<Part> {
+    match how.policy.rectangle {
+        Rectangle::Flash => flash_over(q_sqd, k_hsd, v_hsd, how.softmax(Mask::Causal)),
+        Rectangle::Cudnn => cudnn_over(q_sqd, k_hsd, v_hsd, true, how.scale),
     }
 }
 
-fn flash_over(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, mask: Mask) -> Result<Part> {
+fn flash_over(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, softmax: Softmax) -> Result<Part> {
     let token_major = |x: &Tensor| x.transpose(0, 1).unsqueeze(0);
-    let attended = flash(&q_sqd.unsqueeze(0), &token_major(k_hkd), &token_major(v_hkd), mask)?;
+    let attended = flash(&q_sqd.unsqueeze(0), &token_major(k_hkd), &token_major(v_hkd), softmax)?;
     Ok(Part::of_one(&attended))
 }
 
 /// cuDNN, or flash where cuDNN has no plan. Causal only for as many keys as rows.
-fn cudnn_over(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, causal: bool) -> Result<Part> {
+fn cudnn_over(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, causal: bool, scale: f64) -> Result<Part> {
     let [q, k, v] = [&q_sqd.transpose(0, 1), k_hkd, v_hkd].map(|x| x.unsqueeze(0));
-    match cudnn(&q, &k, &v, causal) {
+    match cudnn(&q, &k, &v, causal, scale) {
         Ok(Attended { out, lse }) => Ok(Part::of_one(&Attended { out: out.transpose(1, 2), lse })),
         Err(error) => {
             tracing::debug!(q = ?q.size(), k = ?k.size(), "flash in place of cuDNN: {error:#}");
-            flash_over(q_sqd, k_hkd, v_hkd, if causal { Mask::Causal } else { Mask::All })
+            let mask = if causal { Mask::Causal } else { Mask::All };
+            flash_over(q_sqd, k_hkd, v_hkd, Softmax { mask, scale })
         }
     }
 }
@@ -204,12 +216,19 @@ impl Segments {
 ///
 /// # Errors
 /// A kernel fails.
-pub(crate) fn squares(q_rqd: &Tensor, k_rhd: &Tensor, v_rhd: &Tensor, segments: &Segments) -> Result<Part> {
+pub(crate) fn squares(
+    q_rqd: &Tensor,
+    k_rhd: &Tensor,
+    v_rhd: &Tensor,
+    segments: &Segments,
+    how: &Attention,
+) -> Result<Part> {
     if !has_fused_attention(q_rqd) {
-        return Ok(portable::squares(q_rqd, k_rhd, v_rhd, &segments.ranges));
+        return Ok(portable::squares(q_rqd, k_rhd, v_rhd, &segments.ranges, how.scale));
     }
     let starts = [&segments.starts; 2];
-    let attended = flash_segments(q_rqd, k_rhd, v_rhd, starts, [segments.longest; 2], Mask::Causal)?;
+    let attended =
+        flash_segments(q_rqd, k_rhd, v_rhd, starts, [segments.longest; 2], how.softmax(Mask::Causal))?;
     Ok(Part { out_rqd: attended.out, lse_qr: attended.lse })
 }
 
@@ -225,26 +244,29 @@ pub(crate) fn add_rectangle(
     q_rqd: &Tensor,
     k_hkd: &Tensor,
     v_hkd: &Tensor,
-    policy: &AttentionPolicy,
+    how: &Attention,
 ) -> Result<()> {
     let (r, k) = (q_rqd.size()[0], k_hkd.size()[1]);
     if k == 0 {
         return Ok(());
     }
     if !has_fused_attention(q_rqd) {
-        return part.add(0, &portable::rectangle(q_rqd, k_hkd, v_hkd));
+        return part.add(0, &portable::rectangle(q_rqd, k_hkd, v_hkd, how.scale));
     }
-    let Some((rows, keys)) = policy.cudnn_share(r, k) else {
-        return part.add(0, &flash_over(q_rqd, k_hkd, v_hkd, Mask::All)?);
+    let Some((rows, keys)) = how.policy.cudnn_share(r, k) else {
+        return part.add(0, &flash_over(q_rqd, k_hkd, v_hkd, how.softmax(Mask::All))?);
     };
     let q_head = q_rqd.narrow(0, 0, rows);
-    part.add(0, &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false)?)?;
+    part.add(
+        0,
+        &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false, how.scale)?,
+    )?;
     if keys < k {
         let rest = |x: &Tensor| x.narrow(1, keys, k - keys);
-        part.add(0, &flash_over(&q_head, &rest(k_hkd), &rest(v_hkd), Mask::All)?)?;
+        part.add(0, &flash_over(&q_head, &rest(k_hkd), &rest(v_hkd), how.softmax(Mask::All))?)?;
     }
     if rows < r {
-        part.add(rows, &flash_over(&q_rqd.narrow(0, rows, r - rows), k_hkd, v_hkd, Mask::All)?)?;
+        part.add(rows, &flash_over(&q_rqd.narrow(0, rows, r - rows), k_hkd, v_hkd, how.softmax(Mask::All))?)?;
     }
     Ok(())
 }
@@ -267,13 +289,20 @@ mod tests {
         Tensor::randn(size, (Kind::Float, Device::Cpu)).to_device(device).to_kind(kind)
     }
 
+    /// Not 1/sqrt(16), which kernels would take by themselves.
+    const SCALE: f64 = 0.3;
+
+    fn with(policy: AttentionPolicy) -> Attention {
+        Attention { scale: SCALE, policy }
+    }
+
     /// Output and log-sum-exp in f64 of rows that see `seen[row]`, `[keys]` bool.
     fn naive(q_rqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, seen_rk: &Tensor) -> (Tensor, Tensor) {
         let exact = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
         let q = exact(q_rqd).transpose(0, 1);
         let group = q.size()[0] / k_hkd.size()[0];
         let [k, v] = [k_hkd, v_hkd].map(|t| exact(t).repeat_interleave_self_int(group, 0, None));
-        let logits = q.matmul(&k.transpose(1, 2)) / (q.size()[2] as f64).sqrt();
+        let logits = q.matmul(&k.transpose(1, 2)) * SCALE;
         let logits = logits.masked_fill(&seen_rk.logical_not(), f64::NEG_INFINITY);
         let out = logits.softmax(-1, Kind::Double).matmul(&v).transpose(0, 1);
         (out, logits.logsumexp([-1i64], false))
@@ -328,7 +357,7 @@ mod tests {
                     let what = format!("{device:?} {kind:?} {policy:?} {start} + {s}");
                     for wants in [true, false] {
                         let (got, got_lse) =
-                            causal(&arranged(&q), &k, &v, start as usize, wants, &policy).unwrap();
+                            causal(&arranged(&q), &k, &v, start as usize, wants, &with(policy)).unwrap();
                         close(&what, &got, &out, tolerance);
                         assert_eq!(got_lse.is_some(), wants);
                         if let Some(got) = got_lse {
@@ -361,13 +390,13 @@ mod tests {
                         own_seen.narrow(0, first, n).narrow(1, first, n).copy_(&block);
                     }
                     let what = format!("{device:?} {kind:?} {policy:?} {keys} keys, {lengths:?}");
-                    let mut part = squares(&q, &own[0], &own[1], &segments).unwrap();
+                    let mut part = squares(&q, &own[0], &own[1], &segments, &with(policy)).unwrap();
                     let heads_first = |x: &Tensor| x.transpose(0, 1);
                     let (out, lse) = naive(&q, &heads_first(&own[0]), &heads_first(&own[1]), &own_seen);
                     close(&format!("{what}: squares"), &part.out_rqd, &out, tolerance);
                     close(&format!("{what}: their log-sum-exp"), &part.lse_qr, &lse, lse_tolerance);
 
-                    add_rectangle(&mut part, &q, &k, &v, &policy).unwrap();
+                    add_rectangle(&mut part, &q, &k, &v, &with(policy)).unwrap();
                     let cache_seen = Tensor::ones([rows, keys], (Kind::Bool, Device::Cpu));
                     let both = |cache: &Tensor, own: &Tensor| Tensor::cat(&[cache, &heads_first(own)], 1);
                     let seen = Tensor::cat(&[cache_seen, own_seen], 1);
@@ -415,11 +444,12 @@ mod tests {
                 let own = [4, 5].map(|seed| random(seed, &[rows, heads, d], kind, device));
                 let [k, v] = [2, 3].map(|seed| random(seed, &[heads, keys, d], kind, device));
                 let segments = Segments::new(vec![2058; (rows / 2058) as usize], device).unwrap();
-                let (alone, _) = timed(|| squares(&q, &own[0], &own[1], &segments).unwrap().out_rqd);
+                let (alone, _) =
+                    timed(|| squares(&q, &own[0], &own[1], &segments, &with(flash)).unwrap().out_rqd);
                 let run = |policy: AttentionPolicy| {
                     timed(|| {
-                        let mut part = squares(&q, &own[0], &own[1], &segments).unwrap();
-                        add_rectangle(&mut part, &q, &k, &v, &policy).unwrap();
+                        let mut part = squares(&q, &own[0], &own[1], &segments, &with(policy)).unwrap();
+                        add_rectangle(&mut part, &q, &k, &v, &with(policy)).unwrap();
                         part.out_rqd
                     })
                 };
@@ -438,7 +468,7 @@ mod tests {
             let q = random(1, &[s, q_heads + heads, d], kind, device).narrow(1, 0, q_heads);
             let [k, v] = [2, 3].map(|seed| random(seed, &[heads, start + s, d], kind, device));
             let run = |policy: AttentionPolicy, wants_lse| {
-                timed(|| causal(&q, &k, &v, start as usize, wants_lse, &policy).unwrap().0)
+                timed(|| causal(&q, &k, &v, start as usize, wants_lse, &with(policy)).unwrap().0)
             };
             let pairs = s as f64 * (start as f64 + s as f64 / 2.0);
             report(&format!("prefill {start} + {s}"), pairs, run(flash, true), run(cudnn, true));

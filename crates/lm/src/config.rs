@@ -3,42 +3,31 @@
 //! Reads both spellings of the hub: `rope_theta` + `rope_scaling` and `rope_parameters`,
 //! `torch_dtype` and `dtype`. What the forward pass would compute wrongly is refused here, by name
 //! and before any weight is read: mixtures of experts, sliding windows, quantized weights, unknown
-//! architectures and rotary scalings. Hugging Face's spellings of keys stay inside this module.
+//! architectures and rotary scalings. What one family has and another has not is read by its file
+//! in `family`. Hugging Face's spellings of keys stay inside these modules.
+
+pub(crate) mod keys;
 
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Hinted, ModelShape, hinted};
-use serde_json::{Map, Value};
+use pkv_core::{ModelShape, hinted};
+use serde_json::Value;
 use tch::Kind;
 
+use crate::architecture::Architecture;
+use crate::family::{self, Family, unsupported};
 use crate::rope::RopeConfig;
+use keys::Keys;
 
-/// Architectures whose forward pass is implemented.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// Llama 3, 3.1, 3.2.
-    Llama,
-    /// Qwen2, Qwen2.5: bias on queries, keys and values.
-    Qwen2,
-    /// Qwen3: RMS norm on queries and keys before rotary.
-    Qwen3,
-}
-
-/// A checkpoint's architecture, read from its `config.json`.
+/// What a checkpoint's `config.json` says.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LmConfig {
-    pub family: Family,
+    /// `model_type`.
+    pub family: &'static str,
     pub shape: ModelShape,
+    pub architecture: Architecture,
     pub rope: RopeConfig,
-    /// Added to the mean square in every RMS norm.
-    pub norm_eps: f64,
-    /// Queries, keys and values have a bias.
-    pub qkv_bias: bool,
-    /// The attention's output projection has a bias.
-    pub output_bias: bool,
-    /// Queries and keys are normalized per head before rotary.
-    pub qk_norm: bool,
     /// The embedding matrix is also the output matrix: `tie_word_embeddings`, false where it is absent, as in
     /// transformers' configurations of these families. [`crate::LanguageModel::load`] may find that the weights say
     /// otherwise.
@@ -109,18 +98,14 @@ impl LmConfig {
             intermediate: keys.count("intermediate_size")?,
             vocab: keys.count("vocab_size")?,
         };
-        refuse_sliding_window(&keys, family, shape.layers)?;
+        refuse_sliding_layers(&keys)?;
 
         let max_positions = keys.count_or("max_position_embeddings", 2048)?;
-        let attention_bias = keys.flag("attention_bias")?;
         Ok(Self {
-            family,
+            family: family.model_type,
             shape,
+            architecture: family.architecture(&keys, &shape)?,
             rope: RopeConfig::from_config(keys.0, max_positions)?,
-            norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
-            qkv_bias: family == Family::Qwen2 || attention_bias,
-            output_bias: family != Family::Qwen2 && attention_bias,
-            qk_norm: family == Family::Qwen3,
             tied_head: keys.flag("tie_word_embeddings")?,
             max_positions,
             stored_kind: stored_kind(&keys),
@@ -180,17 +165,17 @@ pub(crate) fn token_ids(value: &Value) -> Vec<u32> {
 const WRAPPERS: [&str; 4] =
     ["OptimizedModule", "FullyShardedDataParallel", "DistributedDataParallel", "DeepSpeedEngine"];
 
-fn family(keys: &Keys) -> Result<Family> {
+fn family(keys: &Keys) -> Result<&'static Family> {
     let model_type = keys.present("model_type").and_then(Value::as_str).unwrap_or("");
-    let family = match model_type {
-        "llama" => Family::Llama,
-        "qwen2" => Family::Qwen2,
-        "qwen3" => Family::Qwen3,
-        "" => return Err(unsupported("a configuration without `model_type`").into()),
-        other if other.contains("moe") || other == "mixtral" => {
-            return Err(unsupported(format!("mixture of experts (`model_type` `{other}`)")).into());
-        }
-        other => return Err(unsupported(format!("architecture `{other}`")).into()),
+    let Some(family) = family::find(model_type) else {
+        let what = match model_type {
+            "" => "a configuration without `model_type`".to_owned(),
+            other if other.contains("moe") || other == "mixtral" => {
+                format!("mixture of experts (`model_type` `{other}`)")
+            }
+            other => format!("architecture `{other}`"),
+        };
+        return Err(unsupported(what).into());
     };
     let classes: Vec<&str> = keys
         .present("architectures")
@@ -239,29 +224,15 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
 }
 
 /// Labels and features assume that every layer attends to the whole context.
-fn refuse_sliding_window(keys: &Keys, family: Family, layers: usize) -> Result<()> {
-    if let Some(types) = keys.present("layer_types").and_then(Value::as_array) {
-        let others: Vec<&str> =
-            types.iter().filter_map(Value::as_str).filter(|t| *t != "full_attention").collect();
-        if let Some(first) = others.first() {
-            let text = format!("`{first}` in {} of {} layers (`layer_types`)", others.len(), types.len());
-            return Err(unsupported(text).into());
-        }
-    } else if family != Family::Llama && keys.flag("use_sliding_window")? {
-        let first = keys.count_or("max_window_layers", layers)?;
-        if keys.present("sliding_window").is_some() && first < layers {
-            let text = format!("sliding-window attention in {} of {layers} layers", layers - first);
-            return Err(unsupported(format!("{text} (`use_sliding_window`)")).into());
-        }
+fn refuse_sliding_layers(keys: &Keys) -> Result<()> {
+    let Some(types) = keys.present("layer_types").and_then(Value::as_array) else { return Ok(()) };
+    let others: Vec<&str> =
+        types.iter().filter_map(Value::as_str).filter(|t| *t != "full_attention").collect();
+    if let Some(first) = others.first() {
+        let text = format!("`{first}` in {} of {} layers (`layer_types`)", others.len(), types.len());
+        return Err(unsupported(text).into());
     }
     Ok(())
-}
-
-fn unsupported(what: impl Into<String>) -> Hinted {
-    hinted(
-        format!("{} is not supported", what.into()),
-        "supported are dense Llama 3, Qwen2/2.5 and Qwen3 checkpoints with full attention in every layer",
-    )
 }
 
 fn stored_kind(keys: &Keys) -> Option<Kind> {
@@ -271,38 +242,5 @@ fn stored_kind(keys: &Keys) -> Option<Kind> {
         "float16" => Some(Kind::Half),
         "float32" => Some(Kind::Float),
         _ => None,
-    }
-}
-
-/// The keys of a configuration, `null` taken for absent.
-struct Keys<'a>(&'a Map<String, Value>);
-
-impl Keys<'_> {
-    fn present(&self, key: &str) -> Option<&Value> {
-        self.0.get(key).filter(|v| !v.is_null())
-    }
-
-    /// A dimension: a whole number from 1 to 2^31.
-    fn count(&self, key: &str) -> Result<usize> {
-        let value = self.present(key).with_context(|| format!("`{key}` is missing"))?;
-        value
-            .as_u64()
-            .filter(|n| (1..=1 << 31).contains(n))
-            .map(|n| n as usize)
-            .with_context(|| format!("`{key}` is {value}; expected a whole number above 0"))
-    }
-
-    fn count_or(&self, key: &str, default: usize) -> Result<usize> {
-        if self.present(key).is_some() { self.count(key) } else { Ok(default) }
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>> {
-        let Some(value) = self.present(key) else { return Ok(None) };
-        value.as_f64().map(Some).with_context(|| format!("`{key}` is {value}; expected a number"))
-    }
-
-    fn flag(&self, key: &str) -> Result<bool> {
-        let Some(value) = self.present(key) else { return Ok(false) };
-        value.as_bool().with_context(|| format!("`{key}` is {value}; expected true or false"))
     }
 }

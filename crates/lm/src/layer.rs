@@ -1,4 +1,4 @@
-//! One decoder layer: its weights and its two halves, up to attention and behind it.
+//! One decoder layer: its weights and its two halves, up to attention and after it.
 //!
 //! Dimension key: s token, m hidden, q query head, h KV head, d head_dim.
 
@@ -7,6 +7,7 @@ use pkv_core::ModelShape;
 use pkv_gpu::{CacheSlot, gated_silu, has_elementwise, rotate};
 use tch::{Device, Kind, Tensor};
 
+use crate::architecture::Architecture;
 use crate::config::LmConfig;
 use crate::rope::{Rotation, exact_kind};
 use crate::weights::Places;
@@ -15,7 +16,7 @@ use crate::weights::Places;
 #[derive(Debug)]
 pub(crate) struct Layer {
     shape: ModelShape,
-    eps: f64,
+    architecture: Architecture,
     input_norm: Tensor,
     /// `[(query_heads + 2 kv_heads) * head_dim, hidden]`: queries, keys, values.
     qkv: Tensor,
@@ -45,7 +46,7 @@ pub(crate) struct Projected {
 impl Layer {
     /// Allocate, without values.
     pub fn empty(config: &LmConfig, device: Device, kind: Kind) -> Self {
-        let shape = config.shape;
+        let (shape, architecture) = (config.shape, config.architecture);
         let new = |size: &[usize]| {
             let size: Vec<i64> = size.iter().map(|n| *n as i64).collect();
             Tensor::empty(size, (kind, device))
@@ -54,13 +55,13 @@ impl Layer {
         let qkv_rows = (rotated + shape.kv_heads) * shape.head_dim;
         Self {
             shape,
-            eps: config.norm_eps,
+            architecture,
             input_norm: new(&[shape.hidden]),
             qkv: new(&[qkv_rows, shape.hidden]),
-            qkv_bias: config.qkv_bias.then(|| new(&[qkv_rows])),
-            qk_norm: config.qk_norm.then(|| new(&[rotated, shape.head_dim])),
+            qkv_bias: architecture.qkv_bias.then(|| new(&[qkv_rows])),
+            qk_norm: architecture.qk_norm.then(|| new(&[rotated, shape.head_dim])),
             output: new(&[shape.hidden, shape.query_heads * shape.head_dim]),
-            output_bias: config.output_bias.then(|| new(&[shape.hidden])),
+            output_bias: architecture.output_bias.then(|| new(&[shape.hidden])),
             post_norm: new(&[shape.hidden]),
             gate_up: new(&[2 * shape.intermediate, shape.hidden]),
             down: new(&[shape.hidden, shape.intermediate]),
@@ -72,7 +73,7 @@ impl Layer {
         let optional = |t: &Option<Tensor>| t.as_ref().map(Tensor::shallow_clone);
         Self {
             shape: self.shape,
-            eps: self.eps,
+            architecture: self.architecture,
             input_norm: self.input_norm.shallow_clone(),
             qkv: self.qkv.shallow_clone(),
             qkv_bias: optional(&self.qkv_bias),
@@ -130,97 +131,98 @@ impl Layer {
 
     /// The layer's input norm.
     pub fn normed(&self, hidden: &Tensor) -> Tensor {
-        rms_norm(hidden, &self.input_norm, self.eps)
+        rms_norm(hidden, &self.input_norm, self.architecture.norm_eps)
     }
 
-    /// Queries, keys and values of `normed` `[.., s, hidden]`.
+    /// Queries, keys and values of `normed` `[.., s, hidden]`; where one kernel can, it puts keys and values into `cache`, too.
     ///
     /// # Errors
     /// A kernel fails.
-    pub fn project(&self, normed: &Tensor, rotation: &Rotation) -> Result<Projected> {
-        self.project_into(normed, rotation, None)
-    }
-
-    /// As [`Layer::project`]; where one kernel can, it puts keys and values into `cache`, too.
-    ///
-    /// # Errors
-    /// A kernel fails.
-    pub fn project_into(
+    pub fn project(
         &self,
         normed: &Tensor,
         rotation: &Rotation,
         cache: Option<&CacheSlot>,
     ) -> Result<Projected> {
-        let (heads, kv) = (self.shape.query_heads as i64, self.shape.kv_heads as i64);
-        let d = self.shape.head_dim as i64;
+        let heads = (self.shape.query_heads + 2 * self.shape.kv_heads) as i64;
         let mut size = normed.size();
         size.pop();
-        size.extend([heads + 2 * kv, d]);
-        let qkv = normed.linear(&self.qkv, self.qkv_bias.as_ref());
-        if has_elementwise(qkv.device(), qkv.kind(), d) {
-            let rows_rnd = qkv.view([-1, heads + 2 * kv, d]);
-            if let Some([cos, sin]) = rotation.of_rows(rows_rnd.size()[0]) {
-                let norm = self.qk_norm.as_ref().map(|weight| (weight, self.eps));
-                rotate(&rows_rnd, self.shape.query_heads, norm, &cos, &sin, cache)?;
-                let qkv = qkv.view(size.as_slice());
-                return Ok(Projected {
-                    q: qkv.narrow(-2, 0, heads),
-                    k: qkv.narrow(-2, heads, kv),
-                    v: qkv.narrow(-2, heads + kv, kv),
-                    written: cache.is_some(),
-                });
-            }
+        size.extend([heads, self.shape.head_dim as i64]);
+        let qkv = normed.linear(&self.qkv, self.qkv_bias.as_ref()).view(size.as_slice());
+        match self.rotated_by_kernel(&qkv, rotation, cache)? {
+            true => Ok(self.projected(&qkv, &qkv, cache.is_some())),
+            false => Ok(self.projected(&self.rotated(&qkv, rotation), &qkv, false)),
         }
-        let qkv = qkv.view(size.as_slice());
-        let mut qk = qkv.narrow(-2, 0, heads + kv).to_kind(exact_kind(qkv.kind()));
+    }
+
+    /// Queries and keys of `qkv` `[.., s, heads, head_dim]`: normalized where the architecture does, then rotated.
+    fn rotated(&self, qkv: &Tensor, rotation: &Rotation) -> Tensor {
+        let mut qk = qkv.narrow(-2, 0, (self.shape.query_heads + self.shape.kv_heads) as i64);
+        qk = qk.to_kind(exact_kind(qkv.kind()));
         if let Some(weight) = &self.qk_norm {
-            qk = unit_rms(&qk, self.eps) * weight;
+            qk = unit_rms(&qk, self.architecture.norm_eps) * weight;
         }
-        let qk = rotation.apply(&qk).to_kind(qkv.kind());
-        Ok(Projected {
+        rotation.apply(&qk).to_kind(qkv.kind())
+    }
+
+    /// The same in place by one kernel, if there is one.
+    fn rotated_by_kernel(
+        &self,
+        qkv: &Tensor,
+        rotation: &Rotation,
+        cache: Option<&CacheSlot>,
+    ) -> Result<bool> {
+        let d = self.shape.head_dim as i64;
+        if !has_elementwise(qkv.device(), qkv.kind(), d) {
+            return Ok(false);
+        }
+        let rows_rnd = qkv.view([-1, qkv.size()[qkv.dim() - 2], d]);
+        let Some([cos, sin]) = rotation.of_rows(rows_rnd.size()[0]) else { return Ok(false) };
+        let norm = self.qk_norm.as_ref().map(|weight| (weight, self.architecture.norm_eps));
+        rotate(&rows_rnd, self.shape.query_heads, norm, &cos, &sin, cache)?;
+        Ok(true)
+    }
+
+    /// Views of rotated queries and keys, and of values behind what they were made of.
+    fn projected(&self, qk: &Tensor, qkv: &Tensor, written: bool) -> Projected {
+        let (heads, kv) = (self.shape.query_heads as i64, self.shape.kv_heads as i64);
+        Projected {
             q: qk.narrow(-2, 0, heads),
             k: qk.narrow(-2, heads, kv),
             v: qkv.narrow(-2, heads + kv, kv),
-            written: false,
-        })
+            written,
+        }
     }
 
     /// The rest of the layer: output projection, residual, feed-forward, residual.
     ///
     /// # Shapes
-    /// - `hidden`: `[.., s, hidden]`, the layer's input
+    /// - `hidden`: `[.., s, hidden]`, the layer's input; becomes the next layer's in place
     /// - `attended`: `[.., s, query_heads, head_dim]`
-    /// - returns the next layer's input
     ///
     /// # Errors
     /// A kernel fails.
-    pub fn finish_block(&self, hidden: &Tensor, attended: &Tensor) -> Result<Tensor> {
-        let rows = hidden.reshape([-1, self.shape.hidden as i64]);
-        let attended = attended.reshape([rows.size()[0], -1]);
-        // addmm adds the residual while the product is written.
-        let mid = rows.addmm(&attended, &self.output.tr());
-        Ok(self.finish_rows(mid)?.view(hidden.size().as_slice()))
-    }
-
-    /// As [`Layer::finish_block`], in place: `hidden` becomes the next layer's input, and is copied nowhere.
-    ///
-    /// # Errors
-    /// A kernel fails.
-    pub fn finish_block_(&self, hidden: Tensor, attended: &Tensor) -> Result<Tensor> {
+    pub fn finish_block(&self, hidden: Tensor, attended: &Tensor) -> Result<Tensor> {
         let size = hidden.size();
-        let mut rows = hidden.view([-1, self.shape.hidden as i64]);
+        let rows = hidden.view([-1, self.shape.hidden as i64]);
         let attended = attended.reshape([rows.size()[0], -1]);
-        let mid = rows.addmm_(&attended, &self.output.tr());
-        Ok(self.finish_rows(mid)?.view(size.as_slice()))
+        let mut mid = self.add(rows, &attended, &self.output);
+        if let Some(bias) = &self.output_bias {
+            mid += bias * self.architecture.residual_scale;
+        }
+        let normed = rms_norm(&mid, &self.post_norm, self.architecture.norm_eps);
+        let gate_up = normed.linear::<&Tensor>(&self.gate_up, None);
+        Ok(self.add(mid, &gated(&gate_up)?, &self.down).view(size.as_slice()))
     }
 
-    /// Output bias and feed-forward on top of `mid` `[n, hidden]`, in place.
-    fn finish_rows(&self, mut mid: Tensor) -> Result<Tensor> {
-        if let Some(bias) = &self.output_bias {
-            mid += bias;
+    /// `residual` `[n, hidden]` plus the scaled product of `x` and `weight`, in place.
+    fn add(&self, mut residual: Tensor, x: &Tensor, weight: &Tensor) -> Tensor {
+        if self.architecture.residual_scale == 1.0 {
+            // addmm adds the residual while the product is written.
+            return residual.addmm_(x, &weight.tr());
         }
-        let gate_up = rms_norm(&mid, &self.post_norm, self.eps).linear::<&Tensor>(&self.gate_up, None);
-        Ok(mid.addmm_(&gated(&gate_up)?, &self.down.tr()))
+        residual += x.linear::<&Tensor>(weight, None) * self.architecture.residual_scale;
+        residual
     }
 }
 

@@ -8,10 +8,12 @@
 //! Dimension key: l layer, h KV head, g query heads per KV head, q query head, s new token of a
 //! forward, t context position, k key attended to, d head_dim, m hidden.
 
+mod architecture;
 mod attention;
 mod branches;
 mod cache;
 mod config;
+mod family;
 mod generate;
 mod kept;
 mod layer;
@@ -24,10 +26,12 @@ mod template;
 mod tokenizer;
 mod weights;
 
+pub use architecture::Architecture;
 pub use attention::{AttentionPolicy, Rectangle};
 pub use branches::{Branches, Storage, spare_bytes};
 pub use cache::KvCache;
-pub use config::{Family, LmConfig};
+pub use config::LmConfig;
+pub use family::model_types;
 pub use model::{LanguageModel, prefill_chunk};
 pub use ragged::RaggedCache;
 pub use repeats::{RepeatTap, RepeatView};

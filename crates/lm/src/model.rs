@@ -14,7 +14,7 @@ use pkv_core::{ModelShape, Seed, hinted};
 use pkv_gpu::{has_elementwise, row_nats};
 use tch::{Device, Kind, Reduction, Tensor};
 
-use crate::attention::{self, AttentionPolicy};
+use crate::attention::{self, Attention, AttentionPolicy};
 use crate::cache::KvCache;
 use crate::config::LmConfig;
 use crate::layer::{Layer, rms_norm};
@@ -34,7 +34,7 @@ pub struct LanguageModel {
     /// `[vocab, hidden]`; the embedding itself where the two are tied.
     head: Tensor,
     pub(crate) rope: Rope,
-    pub(crate) attention: AttentionPolicy,
+    pub(crate) attention: Attention,
 }
 
 impl LanguageModel {
@@ -127,7 +127,10 @@ impl LanguageModel {
             layers: (0..shape.layers).map(|_| Layer::empty(&config, device, kind)).collect(),
             final_norm: Tensor::empty([shape.hidden as i64], (kind, device)),
             rope: Rope::new(&config.rope, shape.head_dim, device, kind),
-            attention: AttentionPolicy::default(),
+            attention: Attention {
+                scale: config.architecture.score_scale,
+                policy: AttentionPolicy::default(),
+            },
             config,
             device,
             kind,
@@ -167,7 +170,7 @@ impl LanguageModel {
 
     /// Split attention between CUDA's kernels in another way; results differ by rounding only.
     pub fn set_attention(&mut self, policy: AttentionPolicy) {
-        self.attention = policy;
+        self.attention.policy = policy;
     }
 
     /// An empty cache with room for `capacity` positions.
@@ -274,7 +277,16 @@ impl LanguageModel {
 
     /// Next-token logits, f32 `[.., vocab]`, of hidden states after the final norm.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear::<&Tensor>(&self.head, None).to_kind(Kind::Float)
+        self.products(hidden).to_kind(Kind::Float)
+    }
+
+    /// Logits in the model's kind.
+    fn products(&self, hidden: &Tensor) -> Tensor {
+        let logits = hidden.linear::<&Tensor>(&self.head, None);
+        match self.config.architecture.logits_divisor {
+            1.0 => logits,
+            divisor => logits / divisor,
+        }
     }
 
     /// Negative log-likelihood (nats) of the token `next_s`, i64 `[s]` on the model's device, by each of `hidden_sm`, the
@@ -284,7 +296,7 @@ impl LanguageModel {
     /// The driver refuses.
     pub fn nats(&self, hidden_sm: &Tensor, next_s: &Tensor) -> Result<Tensor> {
         if has_elementwise(self.device, self.kind, 64) && self.shape().vocab.is_multiple_of(8) {
-            return row_nats(&hidden_sm.linear::<&Tensor>(&self.head, None), &next_s.contiguous());
+            return row_nats(&self.products(hidden_sm), &next_s.contiguous());
         }
         let logits_sv = self.logits(hidden_sm);
         Ok(logits_sv.cross_entropy_loss::<Tensor>(next_s, None, Reduction::None, -100, 0.0))
@@ -302,7 +314,7 @@ impl LanguageModel {
         Tensor::from_slice(&ids)
     }
 
-    /// Rows of the embedding matrix: `[.., hidden]`.
+    /// The first layer's input: rows of the embedding matrix, scaled, `[.., hidden]`.
     ///
     /// # Errors
     /// An id outside the vocabulary, if the ids are on the host.
@@ -313,7 +325,11 @@ impl LanguageModel {
             self.check_ids(ids)?;
         }
         let ids = pkv_gpu::upload(ids, self.device)?;
-        Ok(Tensor::embedding(&self.embedding, &ids, -1, false, false))
+        let rows = Tensor::embedding(&self.embedding, &ids, -1, false, false);
+        Ok(match self.config.architecture.embedding_scale {
+            1.0 => rows,
+            scale => rows * scale,
+        })
     }
 
     fn check_ids(&self, ids: &Tensor) -> Result<()> {
@@ -334,7 +350,7 @@ impl LanguageModel {
 
     /// The final norm.
     pub(crate) fn finish(&self, hidden: &Tensor) -> Tensor {
-        rms_norm(hidden, &self.final_norm, self.config.norm_eps)
+        rms_norm(hidden, &self.final_norm, self.config.architecture.norm_eps)
     }
 
     /// All layers; `complete` says whether the last one's output is wanted.
@@ -349,7 +365,7 @@ impl LanguageModel {
         let wants_lse = tap.wants_lse();
         for (index, layer) in self.layers.iter().enumerate() {
             let normed_sm = layer.normed(&hidden_sm);
-            let new = layer.project(&normed_sm, &rotation)?;
+            let new = layer.project(&normed_sm, &rotation, None)?;
             cache.write(index, &new.k.transpose(0, 1), &new.v.transpose(0, 1));
             let (k_hkd, v_hkd) = cache.with_new(index, s);
             let q_sqd = attention::arranged(&new.q);
@@ -365,12 +381,13 @@ impl LanguageModel {
                 k_hkd: &k_hkd,
                 v_hkd: &v_hkd,
                 start,
+                scale: self.attention.scale,
                 hidden_sm: &hidden_sm,
                 normed_sm: &normed_sm,
                 lse_qs: lse_qs.as_ref(),
             })?;
             if let Some(attended) = attended.filter(|_| goes_on) {
-                hidden_sm = layer.finish_block(&hidden_sm, &attended)?;
+                hidden_sm = layer.finish_block(hidden_sm, &attended)?;
             }
         }
         cache.advance(s);

@@ -42,6 +42,8 @@ pub struct RepeatView<'a> {
     /// The cache's keys and values: `[kv_heads, len, head_dim]`, heads apart by the cache's capacity.
     pub k_cache_hkd: &'a Tensor,
     pub v_cache_hkd: &'a Tensor,
+    /// What products of queries and keys are multiplied with.
+    pub scale: f64,
     /// Natural log-sum-exp of each row's scaled logits over its own segment up to itself, the cache
     /// left out: f32 `[query_heads, rows]`, contiguous. There if the tap wants it.
     pub own_lse_qr: Option<&'a Tensor>,
@@ -79,10 +81,10 @@ impl LanguageModel {
         for (index, layer) in self.layers.iter().enumerate() {
             let last = index + 1 == self.layers.len();
             let normed_rm = layer.normed(&hidden_rm);
-            let new = layer.project(&normed_rm, &rotation)?;
+            let new = layer.project(&normed_rm, &rotation, None)?;
             // The last layer's output is nobody's input.
             let mut own = match wants_lse || !last {
-                true => Some(attention::squares(&new.q, &new.k, &new.v, &segments)?),
+                true => Some(attention::squares(&new.q, &new.k, &new.v, &segments, &self.attention)?),
                 false => None,
             };
             // A copy, because the rectangle is added in place.
@@ -98,13 +100,14 @@ impl LanguageModel {
                 v_rhd: &new.v,
                 k_cache_hkd: &k_cache_hkd,
                 v_cache_hkd: &v_cache_hkd,
+                scale: self.attention.scale,
                 own_lse_qr: own_lse_qr.as_ref(),
                 segments: &segments.ranges,
                 normed_rm: &normed_rm,
             })?;
             if let Some(own) = own.as_mut().filter(|_| !last) {
                 attention::add_rectangle(own, &new.q, &k_cache_hkd, &v_cache_hkd, &self.attention)?;
-                hidden_rm = layer.finish_block(&hidden_rm, &own.out_rqd)?;
+                hidden_rm = layer.finish_block(hidden_rm, &own.out_rqd)?;
             }
         }
         Ok(())

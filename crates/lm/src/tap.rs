@@ -27,6 +27,8 @@ pub struct LayerView<'a> {
     pub v_hkd: &'a Tensor,
     /// Index in the cache of the first new token; its position too, unless pairs were evicted.
     pub start: usize,
+    /// What products of queries and keys are multiplied with.
+    pub scale: f64,
     /// The layer's input, before the norm: `[s, hidden]`.
     pub hidden_sm: &'a Tensor,
     /// The same after the layer's input norm.

@@ -29,6 +29,8 @@ pub struct ChunkAttention<'a> {
     pub q_qsd: &'a Tensor,
     /// `[kv_heads, positions, head_dim]`: the cache's keys, the `s` new tokens last.
     pub k_hkd: &'a Tensor,
+    /// What products of queries and keys are multiplied with.
+    pub scale: f64,
     /// Every row sees the first `sink` positions of the cache.
     pub sink: usize,
     /// Cache positions of the scoring chunk, after the sink and before the new tokens.
@@ -46,7 +48,7 @@ pub struct ChunkScores {
 /// Score each KV pair of one scoring chunk by the attention that the repeat's rows pay it.
 ///
 /// The softmax of a row runs over [the first `sink` positions | the chunk | the new tokens up to
-/// the row itself], scaled by 1/sqrt(head_dim). The maximum runs over all rows, request and switch
+/// the row itself] of the scaled products. The maximum runs over all rows, request and switch
 /// included, and over the query group, so a pair that matters to one query head stays for all
 /// that share it. `weighting` multiplies the softmax weights first (KVzip+).
 ///
@@ -70,7 +72,7 @@ pub fn chunk_scores(
     block_elements: usize,
 ) -> Result<ChunkScores> {
     let _no_grad = tch::no_grad_guard();
-    let ChunkAttention { q_qsd, k_hkd, sink, chunk } = attention;
+    let ChunkAttention { q_qsd, k_hkd, scale, sink, chunk } = attention;
     let dims = Dims::check(q_qsd, k_hkd, *sink, chunk)?;
     if let Some(weighting) = weighting {
         weighting.check(dims.rows, dims.heads * dims.group, dims.chunk)?;
@@ -79,8 +81,7 @@ pub fn chunk_scores(
     let sink = *sink as i64;
 
     // Queries carry the scale: they are fewer than the products.
-    let scale = 1.0 / (head_dim as f64).sqrt();
-    let q_hgsd = (q_qsd.to_kind(Kind::Float) * scale).reshape([heads, group, rows, head_dim]);
+    let q_hgsd = (q_qsd.to_kind(Kind::Float) * *scale).reshape([heads, group, rows, head_dim]);
     let start = k_hkd.size()[1] - rows;
     let k_hkd = Tensor::cat(
         &[

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
-use pkv_gpu::{ScoreOutput, ScoreRows, fused_chunk_scores, has_fused_scores};
+use pkv_gpu::{Products, ScoreOutput, ScoreRows, fused_chunk_scores, has_fused_scores};
 use pkv_lm::{KvCache, LanguageModel, NoTap, RepeatTap, RepeatView, TextTokenizer};
 use pkv_recipe::LabelSection;
 use tch::{Kind, Tensor};
@@ -208,8 +208,7 @@ impl PackTap<'_> {
             .collect();
         let weights = self.scorer.factors.map(|factors| self.weights(view, factors)).transpose()?;
         fused_chunk_scores(
-            view.q_rqd,
-            view.k_cache_hkd,
+            Products { q_rqd: view.q_rqd, k_hkd: view.k_cache_hkd, scale: view.scale },
             Some(own_lse_qr),
             weights.as_ref().map(|(rows_r, columns_qt)| (rows_r, columns_qt)),
             &chunks,
@@ -255,8 +254,13 @@ impl PackTap<'_> {
             ],
             1,
         );
-        let attention =
-            ChunkAttention { q_qsd: &own(view.q_rqd), k_hkd: &k_hkd, sink, chunk: sink..sink + chunk.len() };
+        let attention = ChunkAttention {
+            q_qsd: &own(view.q_rqd),
+            k_hkd: &k_hkd,
+            scale: view.scale,
+            sink,
+            chunk: sink..sink + chunk.len(),
+        };
         let scores = chunk_scores(&attention, weighting.as_ref(), block_elements(view.q_rqd.device()))?;
         let write = |into_lht: &Tensor, from_ht: &Tensor| {
             into_lht.get(view.layer as i64).narrow(1, start, len).copy_(from_ht);

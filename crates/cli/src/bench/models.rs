@@ -106,7 +106,7 @@ pub const PREFIX_TOKENS: usize = PREFIX;
 /// A configuration of the recipe's shape in the family that the model's name tells.
 fn random_config(section: &ModelSection) -> Result<LmConfig> {
     let name = section.model.to_lowercase();
-    let family = ["qwen3", "qwen2"].into_iter().find(|f| name.contains(f)).unwrap_or("llama");
+    let family = pkv_lm::model_types().find(|f| name.contains(f)).unwrap_or("llama");
     let s = &section.shape;
     LmConfig::from_json(&json!({
         "model_type": family,
@@ -127,7 +127,6 @@ fn random_config(section: &ModelSection) -> Result<LmConfig> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pkv_lm::Family;
 
     #[test]
     fn a_shape_and_a_name_make_a_configuration() {
@@ -136,9 +135,9 @@ mod tests {
             pkv_recipe::load(&root.join(path), &[]).unwrap()
         };
         for (path, family) in [
-            ("llama-3.1-8b--llama-3.2-1b.toml", Family::Llama),
-            ("qwen2.5-7b--qwen2.5-0.5b.toml", Family::Qwen2),
-            ("qwen3-8b--qwen3-0.6b.toml", Family::Qwen3),
+            ("llama-3.1-8b--llama-3.2-1b.toml", "llama"),
+            ("qwen2.5-7b--qwen2.5-0.5b.toml", "qwen2"),
+            ("qwen3-8b--qwen3-0.6b.toml", "qwen3"),
         ] {
             let recipe = recipe(path);
             let (target, proxy) =

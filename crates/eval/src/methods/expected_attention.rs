@@ -43,6 +43,8 @@ struct QueryMoments {
 /// Of one layer, f64.
 struct Moments {
     queries: i64,
+    /// What products of queries and keys are multiplied with.
+    scale: f64,
     sum_qd: Tensor,
     sum_qde: Tensor,
 }
@@ -63,7 +65,7 @@ impl Tap for QueryMoments {
             }
             None => {
                 ensure!(view.layer == self.layers.len(), "layer {} came out of order", view.layer);
-                self.layers.push(Moments { queries, sum_qd, sum_qde });
+                self.layers.push(Moments { queries, scale: view.scale, sum_qd, sum_qde });
             }
         }
         Ok(())
@@ -128,7 +130,7 @@ impl Watch for QueryMoments {
 impl Moments {
     /// Scores of one layer's keys.
     ///
-    /// The expected weight of key k is exp(mean . k / sqrt(d) + k' covariance k / 2d), relative to all keys; its mean over a
+    /// The expected weight of key k is exp(s mean . k + s^2 k' covariance k / 2), s being the scale of products, relative to all keys; its mean over a
     /// KV head's query heads is multiplied with the value's norm.
     ///
     /// # Shapes
@@ -142,19 +144,19 @@ impl Moments {
     /// model rotated them by instead of projected a second time, moments are f64 and summed chunk by chunk, all else is f32
     /// whatever the model's kind; a context of sinks alone is kept, where kvpress stops.
     fn scores(&self, rotation_de: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor) -> Result<Tensor> {
-        let (kv_heads, keys, head_dim) = k_hkd.size3()?;
+        let (kv_heads, keys, _) = k_hkd.size3()?;
         if keys == 0 {
             return Ok(Tensor::zeros([kv_heads, 0], (Kind::Float, k_hkd.device())));
         }
         ensure!(self.queries > 0, "no query was seen");
-        let (groups, d) = (self.sum_qd.size()[0] / kv_heads, head_dim as f64);
+        let (groups, scale) = (self.sum_qd.size()[0] / kv_heads, self.scale);
         let mean_qd = &self.sum_qd / self.queries as f64;
         let covariance_qde =
             &self.sum_qde / self.queries as f64 - mean_qd.unsqueeze(2) * mean_qd.unsqueeze(1);
         let back_de = rotation_de.transpose(0, 1);
-        let mean_qd = (mean_qd.matmul(&back_de) / d.sqrt()).to_kind(Kind::Float);
-        let covariance_qde =
-            (rotation_de.matmul(&covariance_qde.matmul(&back_de)) / (2.0 * d)).to_kind(Kind::Float);
+        let mean_qd = (mean_qd.matmul(&back_de) * scale).to_kind(Kind::Float);
+        let covariance_qde = (rotation_de.matmul(&covariance_qde.matmul(&back_de)) * (scale * scale / 2.0))
+            .to_kind(Kind::Float);
         // A KV head at a time: the products are as large as its keys for each query head.
         let head = |h: i64| {
             let k_kd = k_hkd.get(h).to_kind(Kind::Float);

@@ -32,10 +32,13 @@ const POOL: i64 = 5;
 #[derive(Default)]
 struct QueryTail {
     layers_qwd: Vec<Tensor>,
+    /// What products of queries and keys are multiplied with.
+    scale: f64,
 }
 
 impl Tap for QueryTail {
     fn layer(&mut self, view: &LayerView) -> Result<()> {
+        self.scale = view.scale;
         let new_qsd = view.q_qsd;
         let tail_qwd = match self.layers_qwd.get(view.layer) {
             Some(old) if new_qsd.size()[1] < WINDOW => Tensor::cat(&[old, new_qsd], 1),
@@ -73,8 +76,9 @@ impl QueryTail {
     fn scores_of(&self, cache: &KvCache, prefix: usize) -> Result<Tensor> {
         ensure!(!self.layers_qwd.is_empty(), "SnapKV needs a prefill to look at");
         let layers = self.layers_qwd.iter().enumerate();
-        let scores =
-            layers.map(|(l, q)| window_scores(q, &cache.keys(l), prefix)).collect::<Result<Vec<_>>>()?;
+        let scores = layers
+            .map(|(l, q)| window_scores(q, &cache.keys(l), self.scale, prefix))
+            .collect::<Result<Vec<_>>>()?;
         Ok(Tensor::stack(&scores, 0))
     }
 }
@@ -97,7 +101,7 @@ impl QueryTail {
 /// `presses/snapkv_press.py` in NVIDIA/kvpress 0.5.5. Differs: the window is the paper's 32 queries, where
 /// kvpress has 64 by default; softmax in f32; window positions are ordered by recency instead of all
 /// scoring the maximum.
-fn window_scores(q_qwd: &Tensor, k_hkd: &Tensor, prefix: usize) -> Result<Tensor> {
+fn window_scores(q_qwd: &Tensor, k_hkd: &Tensor, scale: f64, prefix: usize) -> Result<Tensor> {
     let (query_heads, window, head_dim) = q_qwd.size3()?;
     let (kv_heads, keys, _) = k_hkd.size3()?;
     let context = keys - prefix as i64;
@@ -106,7 +110,7 @@ fn window_scores(q_qwd: &Tensor, k_hkd: &Tensor, prefix: usize) -> Result<Tensor
     let q_qwd = q_qwd.narrow(1, q_qwd.size()[1] - window, window);
     let q_hgwd = q_qwd.to_kind(Kind::Float).view([kv_heads, query_heads / kv_heads, window, head_dim]);
     let k_h1kd = k_hkd.to_kind(Kind::Float).unsqueeze(1);
-    let logits_hgwk = q_hgwd.matmul(&k_h1kd.transpose(-1, -2)) / (head_dim as f64).sqrt();
+    let logits_hgwk = q_hgwd.matmul(&k_h1kd.transpose(-1, -2)) / scale.recip();
     let later_wk = Tensor::ones([window, keys], (Kind::Bool, k_hkd.device())).triu(keys - window + 1);
     let weights_hgwk = logits_hgwk.masked_fill(&later_wk, f64::NEG_INFINITY).softmax(-1, Kind::Float);
     let before = keys - window;
@@ -125,6 +129,9 @@ mod tests {
     use pkv_core::Seed;
     use rand::Rng;
     use tch::Device;
+
+    /// 1/sqrt(head_dim) of none of the cases.
+    const SCALE: f64 = 0.3;
 
     fn random(shape: &[i64], index: u64) -> Tensor {
         let mut rng = Seed(1).stream("snapkv", index);
@@ -146,7 +153,7 @@ mod tests {
                         let products = (0..d).map(|i| {
                             q.double_value(&[head, row, i]) * k.double_value(&[head / group, key, i])
                         });
-                        products.sum::<f64>() / (d as f64).sqrt()
+                        products.sum::<f64>() * SCALE
                     })
                     .collect();
                 let sum: f64 = dots.iter().map(|x| x.exp()).sum();
@@ -172,7 +179,7 @@ mod tests {
     #[test]
     fn scores_equal_the_definition_and_the_window_comes_first() {
         let (q, k) = (random(&[4, 32, 8], 0), random(&[2, 61, 8], 1));
-        let got = window_scores(&q, &k, 3).unwrap();
+        let got = window_scores(&q, &k, SCALE, 3).unwrap();
         assert_eq!(got.size(), [2, 58]);
         for (h, row) in naive(&q, &k, 3).iter().enumerate() {
             for (t, expected) in row.iter().enumerate() {
@@ -187,10 +194,10 @@ mod tests {
     #[test]
     fn a_context_shorter_than_the_window_is_all_window() {
         let (q, k) = (random(&[2, 9, 4], 2), random(&[1, 9, 4], 3));
-        let got = window_scores(&q, &k, 4).unwrap();
+        let got = window_scores(&q, &k, SCALE, 4).unwrap();
         assert_eq!(got.size(), [1, 5]);
         assert!(got.min().double_value(&[]) > 1.0);
-        assert!(window_scores(&q, &k, 9).is_err());
+        assert!(window_scores(&q, &k, SCALE, 9).is_err());
     }
 
     #[test]
@@ -209,6 +216,7 @@ mod tests {
                     k_hkd: &k,
                     v_hkd: &k,
                     start: start as usize,
+                    scale: SCALE,
                     hidden_sm: &nothing,
                     normed_sm: &nothing,
                     lse_qs: None,

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::Channel;
-use pkv_gpu::{ScoreOutput, ScoreRows, fused_chunk_scores};
+use pkv_gpu::{Products, ScoreOutput, ScoreRows, fused_chunk_scores};
 use pkv_lm::{LanguageModel, LayerView, Movement};
 use pkv_score::{Requests, block_elements};
 use tch::{Kind, Tensor};
@@ -36,7 +36,7 @@ pub struct UnrunScores {
     pub mean_ht: Tensor,
 }
 
-/// Softmax weights of every query over all keys, scaled by 1/sqrt(head_dim), and their maximum and mean per key.
+/// Softmax weights of every query over all keys, products scaled by `scale`, and their maximum and mean per key.
 ///
 /// # Shapes
 /// - `q_qsd`: `[query heads, s, head_dim]`; query heads of one KV head are neighbours
@@ -46,7 +46,12 @@ pub struct UnrunScores {
 ///
 /// # Errors
 /// Shapes disagree.
-pub fn unrun_scores(q_qsd: &Tensor, k_htd: &Tensor, block_elements: usize) -> Result<UnrunScores> {
+pub fn unrun_scores(
+    q_qsd: &Tensor,
+    k_htd: &Tensor,
+    scale: f64,
+    block_elements: usize,
+) -> Result<UnrunScores> {
     let _no_grad = tch::no_grad_guard();
     let (q, k) = (q_qsd.size(), k_htd.size());
     ensure!(
@@ -56,7 +61,7 @@ pub fn unrun_scores(q_qsd: &Tensor, k_htd: &Tensor, block_elements: usize) -> Re
     );
     let (heads, keys) = (k[0], k[1]);
     let rows = q[0] / heads * q[1];
-    let q_hrd = q_qsd.to_kind(Kind::Float).reshape([heads, rows, q[2]]) / (q[2] as f64).sqrt();
+    let q_hrd = q_qsd.to_kind(Kind::Float).reshape([heads, rows, q[2]]) / scale.recip();
     let k_hdt = k_htd.transpose(1, 2);
     let options = (Kind::Float, q_qsd.device());
     let mut max_ht = Tensor::zeros([heads, keys], options);
@@ -74,18 +79,19 @@ pub fn unrun_scores(q_qsd: &Tensor, k_htd: &Tensor, block_elements: usize) -> Re
 /// [`unrun_scores`] of several chunks of a layer by the kernels of KVzip's scores, which hold no weights.
 ///
 /// # Shapes
-/// - `q_rqd`: `[rows, query heads, head_dim]`, see [`has_fused_scores`](pkv_gpu::has_fused_scores)
-/// - `k_htd`: `[KV heads, t, head_dim]`, moved, positions contiguous; kind and device of the queries
+/// - `of.q_rqd`: `[rows, query heads, head_dim]`, see [`has_fused_scores`](pkv_gpu::has_fused_scores)
+/// - `of.k_hkd`: `[KV heads, t, head_dim]`, moved, positions contiguous; kind and device of the queries
 /// - `chunks`: which rows and keys belong together; every key to one
 /// - returns all keys' scores
 ///
 /// # Errors
 /// Shapes disagree, or the driver refuses.
-pub fn fused_unrun_scores(q_rqd: &Tensor, k_htd: &Tensor, chunks: &[ScoreRows]) -> Result<UnrunScores> {
+pub fn fused_unrun_scores(of: Products, chunks: &[ScoreRows]) -> Result<UnrunScores> {
+    let k_htd = of.k_hkd;
     let room = || Tensor::empty(&k_htd.size()[..2], (Kind::Float, k_htd.device()));
     let scores = UnrunScores { max_ht: room(), mean_ht: room() };
     let to = ScoreOutput { max_ht: &scores.max_ht, mean_ht: Some(&scores.mean_ht), first: 0 };
-    fused_chunk_scores(q_rqd, k_htd, None, None, chunks, 0, to)?;
+    fused_chunk_scores(of, None, None, chunks, 0, to)?;
     Ok(scores)
 }
 
@@ -142,12 +148,14 @@ impl UnrunReplay {
                     back.write(&k_htd(own), &moved_htd.narrow(1, first_key as i64, keys as i64))?;
                     rows.push(ScoreRows { first_row: own.start - first, rows: keys, first_key, keys });
                 }
-                write(&at, &fused_unrun_scores(q_rqd, &moved_htd, &rows)?);
+                let of = Products { q_rqd, k_hkd: &moved_htd, scale: view.scale };
+                write(&at, &fused_unrun_scores(of, &rows)?);
                 return Ok(());
             }
             for Chunk { at, back } in chunks {
                 let q_qsd = q_rqd.narrow(0, (at.start - first) as i64, at.len() as i64).transpose(0, 1);
-                write(at, &unrun_scores(&q_qsd, &back.of(&k_htd(at)), block_elements(q_rqd.device()))?);
+                let (moved_htd, block) = (back.of(&k_htd(at)), block_elements(q_rqd.device()));
+                write(at, &unrun_scores(&q_qsd, &moved_htd, view.scale, block)?);
             }
             Ok(())
         };

@@ -4,7 +4,7 @@ use std::io::Write as _;
 
 use pkv_core::Channel;
 use pkv_extract::{QueryStatistics, UnrunScores, fused_unrun_scores, unrun_scores};
-use pkv_gpu::{ScoreRows, has_fused_scores};
+use pkv_gpu::{Products, ScoreRows, has_fused_scores};
 use pkv_recipe::ExtractSection;
 use tch::{Device, Kind, Tensor};
 
@@ -18,6 +18,9 @@ fn hopper() -> Option<Device> {
     }
     able.then_some(device)
 }
+
+/// 1/sqrt(head_dim) of none of the cases.
+const SCALE: f64 = 0.1;
 
 #[test]
 fn fused_statistics_equal_those_of_blocks() {
@@ -55,12 +58,13 @@ fn fused_statistics_equal_those_of_blocks() {
             let q_sqd = q_rqd.narrow(0, start, n);
             let k_hkd = k_hkd.narrow(1, 0, start + n);
             let q_qsd = q_sqd.transpose(0, 1);
-            statistics.add(&q_qsd, &k_hkd, start as usize, &plain).unwrap();
+            statistics.add(&q_qsd, &k_hkd, SCALE, start as usize, &plain).unwrap();
             let spread = k_hkd.repeat_interleave_self_int(group, 0, None).to_kind(Kind::Float);
-            let logits = q_qsd.to_kind(Kind::Float).matmul(&spread.transpose(1, 2)) / (d as f64).sqrt();
+            let logits = q_qsd.to_kind(Kind::Float).matmul(&spread.transpose(1, 2)) * SCALE;
             let later = Tensor::ones([n, start + n], (Kind::Bool, device)).triu(start + 1);
             let lse = logits.masked_fill(&later, f64::NEG_INFINITY).logsumexp([-1i64], false);
-            statistics.add_fused(&q_sqd, &k_hkd, &lse, start as usize, &fused).unwrap();
+            let of = Products { q_rqd: &q_sqd, k_hkd: &k_hkd, scale: SCALE };
+            statistics.add_fused(of, &lse, start as usize, &fused).unwrap();
             start += n;
         }
         statistics.finish(&plain, heads as usize, group as usize);
@@ -103,10 +107,11 @@ fn fused_scores_of_an_unrun_replay_equal_those_of_blocks() {
             });
             let q_qsd = q_rqd.narrow(0, rows_before + first, n).transpose(0, 1);
             let k_hsd = k_htd.narrow(1, first, n).to_kind(Kind::Float);
-            plain.push(unrun_scores(&q_qsd, &k_hsd, 1 << 22).unwrap());
+            plain.push(unrun_scores(&q_qsd, &k_hsd, SCALE, 1 << 22).unwrap());
             first += n;
         }
-        let fused = fused_unrun_scores(&q_rqd, &k_htd, &chunks).unwrap();
+        let fused =
+            fused_unrun_scores(Products { q_rqd: &q_rqd, k_hkd: &k_htd, scale: SCALE }, &chunks).unwrap();
         let check = |what: &str, found: &Tensor, of: fn(&UnrunScores) -> &Tensor| {
             let expected = Tensor::cat(&plain.iter().map(of).collect::<Vec<_>>(), 1);
             let off = ((found - &expected).abs() / &expected).max().double_value(&[]);

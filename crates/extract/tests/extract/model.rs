@@ -114,6 +114,7 @@ fn naive(nano: &Nano, context: &[u32], extract: &ExtractSection) -> (Vec<f64>, V
         heads: shape.kv_heads,
         group: shape.group(),
         head_dim: shape.head_dim,
+        scale: nano.model.config().architecture.score_scale,
         prefix,
         context: total,
         min_distance: extract.min_distance,

@@ -30,7 +30,9 @@ struct Case {
 const fn case(name: &'static str, heads_group_dim: [usize; 3], sizes: [usize; 6]) -> Case {
     let [heads, group, head_dim] = heads_group_dim;
     let [prefix, context, min_distance, window, last, stride] = sizes;
-    let sizes = Reference { heads, group, head_dim, prefix, context, min_distance, window, last, stride };
+    let scale = 0.3;
+    let sizes =
+        Reference { heads, group, head_dim, scale, prefix, context, min_distance, window, last, stride };
     Case { name, sizes }
 }
 
@@ -89,7 +91,7 @@ impl Case {
         for start in (0..self.sizes.positions()).step_by(piece) {
             let end = self.sizes.positions().min(start + piece);
             let q = q.narrow(1, start as i64, (end - start) as i64);
-            statistics.add(&q, &k.narrow(1, 0, end as i64), start, &gathered).unwrap();
+            statistics.add(&q, &k.narrow(1, 0, end as i64), self.sizes.scale, start, &gathered).unwrap();
         }
         statistics.finish(&gathered, self.sizes.heads, self.sizes.group);
         Vec::try_from(gathered.flatten(0, -1).to_kind(Kind::Double)).unwrap()
@@ -150,7 +152,7 @@ fn pieces_that_do_not_fit_are_errors() {
     let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, device()));
     let room = statistics.zeros(2, device());
     let say = |q: &[i64], k: &[i64], start, room: &Tensor| {
-        statistics.add(&zeros(q), &zeros(k), start, room).unwrap_err().to_string()
+        statistics.add(&zeros(q), &zeros(k), 1.0, start, room).unwrap_err().to_string()
     };
     assert!(say(&[5, 4, 8], &[2, 4, 8], 0, &room).contains("[5, 4, 8]"));
     assert!(say(&[6, 4, 8], &[2, 9, 8], 4, &room).contains("9 keys"));

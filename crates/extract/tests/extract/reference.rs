@@ -7,6 +7,8 @@ pub struct Reference {
     pub heads: usize,
     pub group: usize,
     pub head_dim: usize,
+    /// What products of queries and keys are multiplied with.
+    pub scale: f64,
     pub prefix: usize,
     pub context: usize,
     pub min_distance: usize,
@@ -26,7 +28,7 @@ impl Reference {
         let query = &qs[(q * n + i) * d..][..d];
         let logit = |k: usize| -> f64 {
             let key = &ks[(q / self.group * n + k) * d..][..d];
-            query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>() / (d as f64).sqrt()
+            query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>() * self.scale
         };
         let logits: Vec<f64> = (0..=i).map(logit).collect();
         let top = logits.iter().copied().fold(f64::MIN, f64::max);

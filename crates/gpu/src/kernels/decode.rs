@@ -92,10 +92,11 @@ impl DecodeSpace {
     }
 }
 
-/// Attention of one new token per sequence over all rows of its segments; scores are scaled by 1 / sqrt(head_dim).
+/// Attention of one new token per sequence over all rows of its segments.
 ///
 /// Where segments lie is the caller's word: their rows are not checked against the keys', which would wait for the GPU.
-/// `rows`, those of all segments together, only sets how many blocks share the work.
+/// `rows`, those of all segments together, only sets how many blocks share the work. `scale` is what products of queries
+/// and keys are multiplied with.
 ///
 /// # Shapes
 /// - `q_bqd`: `[sequences, query_heads, head_dim]`, bf16 or f16, CUDA; heads contiguous, sequences any even stride apart
@@ -103,7 +104,7 @@ impl DecodeSpace {
 ///
 /// # Errors
 /// Shapes or kinds disagree, there is no kernel for them, or the driver refuses.
-pub fn decode(q_bqd: &Tensor, kv: &Segments, rows: usize, space: &DecodeSpace) -> Result<Tensor> {
+pub fn decode(q_bqd: &Tensor, kv: &Segments, rows: usize, space: &DecodeSpace, scale: f64) -> Result<Tensor> {
     let (b, heads, d) = q_bqd.size3()?;
     let (kind, device) = (q_bqd.kind(), q_bqd.device());
     let [segments, group, head_dim] = space.shape;
@@ -156,7 +157,6 @@ pub fn decode(q_bqd: &Tensor, kv: &Segments, rows: usize, space: &DecodeSpace) -
     // A unit for every warp at least; the kernel takes any number.
     let blocks = (rows.div_ceil(UNIT_KEYS) / warps as usize).clamp(1, space.blocks);
     let launch = Launch { grid: [blocks, 1, 1], threads: 32 * warps as usize, shared };
-    let scale = (d as f64).powf(-0.5) * std::f64::consts::LOG2_E;
     let args = [
         Arg::Tensor(q_bqd),
         Arg::Tensor(kv.keys_nd),
@@ -171,7 +171,7 @@ pub fn decode(q_bqd: &Tensor, kv: &Segments, rows: usize, space: &DecodeSpace) -
         Arg::Int((heads as usize / group) as i32),
         Arg::Int(group as i32),
         Arg::Long(stride[0]),
-        Arg::Float(scale as f32),
+        Arg::Float((scale * std::f64::consts::LOG2_E) as f32),
     ];
     // SAFETY: the kernel's arguments; sizes were checked, segments' rows are the caller's.
     unsafe { kernel(device, variant, "decode", shared)?.launch_early(&launch, &args) }
@@ -207,6 +207,9 @@ mod tests {
         }
     }
 
+    /// None of the cases' 1/sqrt(head_dim).
+    const SCALE: f64 = 0.1;
+
     /// Softmax attention in f64, segment by segment.
     fn formula(q_xgd: &Tensor, keys: &Tensor, values: &Tensor, starts: &[i32], lengths: &[i32]) -> Tensor {
         let one = |x: usize| {
@@ -215,7 +218,7 @@ mod tests {
             if lengths[x] == 0 {
                 return q.zeros_like();
             }
-            let scores = q.matmul(&rows(keys).transpose(0, 1)) * (q.size()[1] as f64).powf(-0.5);
+            let scores = q.matmul(&rows(keys).transpose(0, 1)) * SCALE;
             scores.softmax(-1, None).matmul(&rows(values))
         };
         Tensor::stack(&(0..lengths.len()).map(one).collect::<Vec<_>>(), 0)
@@ -283,18 +286,20 @@ mod tests {
         let q_xgd = q.to_kind(Kind::Double).reshape([lengths.len() as i64, group as i64, d]);
         let exact =
             formula(&q_xgd, &keys.to_kind(Kind::Double), &values.to_kind(Kind::Double), &starts, lengths);
-        let first = decode(&q, &kv, rows, &space).unwrap();
+        let first = decode(&q, &kv, rows, &space, SCALE).unwrap();
         let got = first.to_kind(Kind::Double).view(exact.size().as_slice());
         let off = (&got - &exact).abs().max().double_value(&[]);
         let most = if kind == Kind::BFloat16 { 3e-2 } else { 4e-3 };
         assert!(off < most, "{kind:?}, {d}, {group} query heads, {lengths:?}: off by {off:e}");
         // Whatever the number of blocks, and whichever comes last; the space is as it was.
         for other in [0, 4_000, 1 << 40] {
-            let again =
-                decode(&q, &kv, other, &space).unwrap().to_kind(Kind::Double).view(exact.size().as_slice());
+            let again = decode(&q, &kv, other, &space, SCALE)
+                .unwrap()
+                .to_kind(Kind::Double)
+                .view(exact.size().as_slice());
             let off = (&again - &exact).abs().max().double_value(&[]);
             assert!(off < most, "{kind:?}, {d}, {group}, {lengths:?}, blocks for {other}: off by {off:e}");
         }
-        assert!(decode(&q, &kv, rows, &space).unwrap().equal(&first), "the same twice");
+        assert!(decode(&q, &kv, rows, &space, SCALE).unwrap().equal(&first), "the same twice");
     }
 }

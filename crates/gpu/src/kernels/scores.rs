@@ -44,6 +44,18 @@ pub fn has_fused_scores(device: Device, kind: Kind, head_dim: i64) -> bool {
         && capability(gpu).is_ok_and(|(major, _)| major == 9)
 }
 
+/// What the kernels take logits of.
+#[derive(Clone, Copy, Debug)]
+pub struct Products<'a> {
+    /// `[rows, query_heads, head_dim]`, bf16 or f16, CUDA, head_dim innermost, any strides; query heads of a KV head are
+    /// neighbours.
+    pub q_rqd: &'a Tensor,
+    /// `[kv_heads, positions, head_dim]`, same kind, positions contiguous.
+    pub k_hkd: &'a Tensor,
+    /// What products of queries and keys are multiplied with.
+    pub scale: f64,
+}
+
 /// A scoring chunk, and which query rows repeat it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScoreRows {
@@ -71,9 +83,7 @@ pub struct ScoreOutput<'a> {
 /// whose log-sum-exp is `own_lse_qr`; there are no own keys without it. Products and softmax are f32.
 ///
 /// # Shapes
-/// - `q_rqd`: `[rows, query_heads, head_dim]`, bf16 or f16, CUDA, head_dim innermost, any strides; query heads of a KV
-///   head are neighbours
-/// - `k_hkd`: `[kv_heads, positions, head_dim]`, same kind, positions contiguous
+/// - `of`: see [`Products`]
 /// - `own_lse_qr`: f32 `[query_heads, rows]`, natural log
 /// - `weights`: f32 `[rows]` and `[query_heads, out positions]`, which multiply the softmax weights (KVzip+); positive
 /// - `out`: each f32 `[kv_heads, out positions]`, innermost contiguous; position 0 is cache position `first_out`. The
@@ -82,15 +92,15 @@ pub struct ScoreOutput<'a> {
 /// # Errors
 /// Shapes or kinds disagree, [`has_fused_scores`] is false, or the driver refuses.
 pub fn fused_chunk_scores(
-    q_rqd: &Tensor,
-    k_hkd: &Tensor,
+    of: Products,
     own_lse_qr: Option<&Tensor>,
     weights: Option<(&Tensor, &Tensor)>,
     chunks: &[ScoreRows],
     sink: usize,
     to: ScoreOutput,
 ) -> Result<()> {
-    let s = Operands::new(q_rqd, k_hkd, WIDE)?;
+    let s = Operands::new(of, WIDE)?;
+    let Products { q_rqd, k_hkd, .. } = of;
     let ScoreOutput { max_ht, mean_ht, first: first_out } = to;
     let out = max_ht.size();
     ensure!(
@@ -188,7 +198,7 @@ pub fn fused_chunk_scores(
                 Arg::Int(s.group()),
                 Arg::Int(sink as i32),
                 Arg::Int(s.rows as i32),
-                Arg::Float(s.scale2()),
+                Arg::Float(s.scale2),
             ],
         )?;
         kernel_of(if mean_ht.is_some() { "column_max_mean" } else { "column_max" })?.launch(
@@ -208,7 +218,7 @@ pub fn fused_chunk_scores(
                 Arg::Int(s.rows as i32),
                 Arg::Int(first_out as i32),
                 Arg::Long(max_ht.stride()[0]),
-                Arg::Float(s.scale2()),
+                Arg::Float(s.scale2),
             ],
         )
     }
@@ -254,46 +264,43 @@ pub struct QueryStatistics {
 /// Maximum and sum of the softmax weights that new queries pay each key, folded into what `out_hct` holds.
 ///
 /// # Shapes
-/// - `q_rqd`: `[rows, query_heads, head_dim]`, bf16 or f16, CUDA, any strides with head_dim innermost: the queries of cache
-///   positions `first_query..first_query + rows`; those of the prefix are skipped
-/// - `k_hkd`: `[kv_heads, positions, head_dim]`, positions contiguous; the rows' own keys are the last
+/// - `of`: see [`Products`]; queries are those of cache positions `first_query..first_query + rows`, of which those of the
+///   prefix are skipped, and their own keys are the last
 /// - `lse_qr`: f32 `[query_heads, rows]`, any strides, natural log-sum-exp of each row over all the keys it sees
 /// - `out_hct`: f32 `[kv_heads, channels, context positions]`, innermost contiguous: maxima and sums so far
 ///
 /// # Errors
 /// Shapes or kinds disagree, [`has_fused_scores`] is false, or the driver refuses.
 pub fn fused_query_statistics(
-    q_rqd: &Tensor,
-    k_hkd: &Tensor,
+    of: Products,
     lse_qr: &Tensor,
     first_query: usize,
     what: &QueryStatistics,
     out_hct: &Tensor,
 ) -> Result<()> {
     let channels = what.channels;
-    let positions = (first_query + q_rqd.size()[0] as usize).saturating_sub(what.prefix);
+    let positions = (first_query + of.q_rqd.size()[0] as usize).saturating_sub(what.prefix);
     if channels.list().iter().all(Option::is_none) || positions == 0 {
         return Ok(());
     }
     let begin = first_query as i64 - what.prefix as i64;
     let stride = what.stride.max(1) as i64;
     if stride == 1 || !channels.is_whole() {
-        return sweep(q_rqd, k_hkd, lse_qr, Queries { begin, step: 1, positions }, channels, what, out_hct);
+        return sweep(of, lse_qr, Queries { begin, step: 1, positions }, channels, what, out_hct);
     }
     // Two sweeps: the nearby and last queries, all of them; then a part of all queries.
     let StatisticChannels { all_max, all_sum, .. } = channels;
     let near = StatisticChannels { all_max: None, all_sum: None, ..channels };
     if near != StatisticChannels::default() {
-        sweep(q_rqd, k_hkd, lse_qr, Queries { begin, step: 1, positions }, near, what, out_hct)?;
+        sweep(of, lse_qr, Queries { begin, step: 1, positions }, near, what, out_hct)?;
     }
     let first = (begin.max(0) + stride - 1) / stride * stride;
-    if first - begin >= q_rqd.size()[0] {
+    if first - begin >= of.q_rqd.size()[0] {
         return Ok(());
     }
     let part = |x: &Tensor, dim| x.slice(dim, first - begin, None, stride);
     sweep(
-        &part(q_rqd, 0),
-        k_hkd,
+        Products { q_rqd: &part(of.q_rqd, 0), ..of },
         &part(lse_qr, 1),
         Queries { begin: first, step: stride, positions },
         StatisticChannels { all_max, all_sum, ..StatisticChannels::default() },
@@ -311,8 +318,7 @@ struct Queries {
 }
 
 fn sweep(
-    q_rqd: &Tensor,
-    k_hkd: &Tensor,
+    of: Products,
     lse_qr: &Tensor,
     queries: Queries,
     channels: StatisticChannels,
@@ -320,7 +326,8 @@ fn sweep(
     out_hct: &Tensor,
 ) -> Result<()> {
     let list = channels.list();
-    let s = Operands::new(q_rqd, k_hkd, if channels.is_whole() { WIDE } else { NARROW })?;
+    let Products { q_rqd, k_hkd, .. } = of;
+    let s = Operands::new(of, if channels.is_whole() { WIDE } else { NARROW })?;
     let (out, positions) = (out_hct.size(), queries.positions);
     ensure!(
         lse_qr.size() == [s.query_heads as i64, s.rows as i64] && lse_qr.kind() == Kind::Float,
@@ -372,7 +379,7 @@ fn sweep(
                 Arg::Int(what.min_distance as i32),
                 Arg::Int(what.window as i32),
                 Arg::Int(what.last as i32),
-                Arg::Float(s.scale2()),
+                Arg::Float(s.scale2),
             ],
         )?;
         kernel(device, s.variant, "fold_stats", 0)?.launch(
@@ -399,13 +406,15 @@ struct Operands {
     kv_heads: usize,
     positions: usize,
     head_dim: u32,
+    /// From products to logits in units of log 2.
+    scale2: f32,
     q_row: i32,
     q_head: i64,
     k_head: i64,
 }
 
 impl Operands {
-    fn new(q_rqd: &Tensor, k_hkd: &Tensor, wanted: Tiles) -> Result<Self> {
+    fn new(Products { q_rqd, k_hkd, scale }: Products, wanted: Tiles) -> Result<Self> {
         let (q, k) = (q_rqd.size(), k_hkd.size());
         ensure!(
             q.len() == 3 && k.len() == 3 && q[2] == k[2] && k[0] > 0 && q[1] % k[0] == 0 && q[0] > 0,
@@ -442,6 +451,7 @@ impl Operands {
             kv_heads: k[0] as usize,
             positions: k[1] as usize,
             head_dim,
+            scale2: (std::f64::consts::LOG2_E * scale) as f32,
             q_row: i32::try_from(q_stride[0])?,
             q_head: q_stride[1],
             k_head: k_stride[0],
@@ -450,10 +460,5 @@ impl Operands {
 
     fn group(&self) -> i32 {
         (self.query_heads / self.kv_heads) as i32
-    }
-
-    /// From products to logits in units of log 2.
-    fn scale2(&self) -> f32 {
-        (std::f64::consts::LOG2_E / f64::from(self.head_dim).sqrt()) as f32
     }
 }

@@ -8,25 +8,31 @@ use tch::Tensor;
 use super::Part;
 
 /// New tokens behind `start` cached ones; shapes as [`super::causal`].
-pub fn causal(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: i64) -> Result<Part> {
+pub fn causal(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: i64, scale: f64) -> Result<Part> {
     let s = q_sqd.size()[0];
     if s == 1 {
-        return Ok(rectangle(q_sqd, k_hkd, v_hkd));
+        return Ok(rectangle(q_sqd, k_hkd, v_hkd, scale));
     }
     let part = |x: &Tensor, first, n| x.narrow(1, first, n);
-    let mut all = square(q_sqd, &part(k_hkd, start, s), &part(v_hkd, start, s));
+    let mut all = square(q_sqd, &part(k_hkd, start, s), &part(v_hkd, start, s), scale);
     if start > 0 {
-        all.add(0, &rectangle(q_sqd, &part(k_hkd, 0, start), &part(v_hkd, 0, start)))?;
+        all.add(0, &rectangle(q_sqd, &part(k_hkd, 0, start), &part(v_hkd, 0, start), scale))?;
     }
     Ok(all)
 }
 
 /// Each segment over itself; shapes as [`super::squares`].
-pub fn squares(q_rqd: &Tensor, k_rhd: &Tensor, v_rhd: &Tensor, segments: &[Range<usize>]) -> Part {
+pub fn squares(
+    q_rqd: &Tensor,
+    k_rhd: &Tensor,
+    v_rhd: &Tensor,
+    segments: &[Range<usize>],
+    scale: f64,
+) -> Part {
     let one = |range: &Range<usize>| {
         let rows = |x: &Tensor| x.narrow(0, range.start as i64, range.len() as i64);
         let heads_first = |x: &Tensor| rows(x).transpose(0, 1).contiguous();
-        square(&rows(q_rqd), &heads_first(k_rhd), &heads_first(v_rhd))
+        square(&rows(q_rqd), &heads_first(k_rhd), &heads_first(v_rhd), scale)
     };
     if let [range] = segments {
         return one(range);
@@ -40,20 +46,20 @@ pub fn squares(q_rqd: &Tensor, k_rhd: &Tensor, v_rhd: &Tensor, segments: &[Range
 ///
 /// # Shapes
 /// - `q_rqd`: `[rows, query_heads, head_dim]`; `k_hkd`, `v_hkd`: `[kv_heads, keys, head_dim]`
-pub fn rectangle(q_rqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor) -> Part {
+pub fn rectangle(q_rqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, scale: f64) -> Part {
     let (rows, q_heads, d) = q_rqd.size3().expect("queries have three axes");
     let kv_heads = k_hkd.size()[0];
     // Query heads of a KV head are further rows of it: keys are not copied.
     let folded = q_rqd.transpose(0, 1).contiguous().view([kv_heads, q_heads / kv_heads * rows, d]);
-    let (out, lse) = kernel(&folded, k_hkd, v_hkd, false);
+    let (out, lse) = kernel(&folded, k_hkd, v_hkd, false, scale);
     Part { out_rqd: out.reshape([q_heads, rows, d]).transpose(0, 1), lse_qr: lse.reshape([q_heads, rows]) }
 }
 
 /// As many keys as rows, causal.
-fn square(q_sqd: &Tensor, k_hsd: &Tensor, v_hsd: &Tensor) -> Part {
+fn square(q_sqd: &Tensor, k_hsd: &Tensor, v_hsd: &Tensor, scale: f64) -> Part {
     let group = q_sqd.size()[1] / k_hsd.size()[0];
     let q_qsd = q_sqd.transpose(0, 1).contiguous();
-    let (out, lse) = kernel(&q_qsd, &repeat_heads(k_hsd, group), &repeat_heads(v_hsd, group), true);
+    let (out, lse) = kernel(&q_qsd, &repeat_heads(k_hsd, group), &repeat_heads(v_hsd, group), true, scale);
     Part { out_rqd: out.transpose(0, 1), lse_qr: lse }
 }
 
@@ -62,18 +68,18 @@ fn square(q_sqd: &Tensor, k_hsd: &Tensor, v_hsd: &Tensor) -> Part {
 /// # Shapes
 /// - `q`: `[heads, rows, head_dim]`; `k`, `v`: `[heads, keys, head_dim]`; causal needs rows = keys
 /// - returns `[heads, rows, head_dim]` and f32 `[heads, rows]`
-fn kernel(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> (Tensor, Tensor) {
+fn kernel(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool, scale: f64) -> (Tensor, Tensor) {
     let rows = q.size()[1];
     let (q, k, v) = (q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0));
     if q.device().is_cuda() {
         let (out, lse, _, _) = Tensor::internal_scaled_dot_product_efficient_attention::<Tensor>(
-            &q, &k, &v, None, true, 0.0, causal, None,
+            &q, &k, &v, None, true, 0.0, causal, scale,
         );
         // The kernel pads its log-sum-exps to whole tiles.
         (out.squeeze_dim(0), lse.squeeze_dim(0).narrow(1, 0, rows))
     } else {
         let (out, lse) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu::<Tensor>(
-            &q, &k, &v, 0.0, causal, None, None,
+            &q, &k, &v, 0.0, causal, None, scale,
         );
         (out.squeeze_dim(0), lse.squeeze_dim(0))
     }

@@ -114,6 +114,8 @@ struct Step {
     mask_r: Tensor,
     /// Own tokens to look at: the longest row's.
     own: i64,
+    /// What products of queries and keys are multiplied with.
+    scale: f64,
 }
 
 impl LanguageModel {
@@ -122,14 +124,14 @@ impl LanguageModel {
         let s = ids.size()[1];
         ensure!(branches.own_keys.len() == self.layers.len(), "the branches are of another model");
         let mut hidden_rsm = self.embed(ids)?;
-        let step = branches.step(s, self.device());
+        let step = branches.step(s, self);
         let rotation = self.rope.at(&(&step.slot_rs + branches.first_position as i64).to_kind(Kind::Float));
         for (index, layer) in self.layers.iter().enumerate() {
-            let new = layer.project(&layer.normed(&hidden_rsm), &rotation)?;
+            let new = layer.project(&layer.normed(&hidden_rsm), &rotation, None)?;
             let heads_first = |x: &Tensor| x.transpose(-3, -2);
             branches.write(index, &step.slot_rs, &heads_first(&new.k), &heads_first(&new.v));
             let attended = branches.attend(index, &heads_first(&new.q).contiguous(), &step);
-            hidden_rsm = layer.finish_block(&hidden_rsm, &heads_first(&attended))?;
+            hidden_rsm = layer.finish_block(hidden_rsm, &heads_first(&attended))?;
         }
         branches.lengths.iter_mut().for_each(|n| *n += s as usize);
         Ok(self.finish(&hidden_rsm))
@@ -137,7 +139,8 @@ impl LanguageModel {
 }
 
 impl SharedBranches {
-    fn step(&self, s: i64, device: tch::Device) -> Step {
+    fn step(&self, s: i64, model: &LanguageModel) -> Step {
+        let device = model.device();
         let lengths: Vec<i64> = self.lengths.iter().map(|n| *n as i64).collect();
         let own = lengths.iter().max().copied().unwrap_or(0) + s;
         let options = (Kind::Int64, device);
@@ -145,7 +148,13 @@ impl SharedBranches {
             Tensor::from_slice(&lengths).to_device(device).unsqueeze(1) + Tensor::arange(s, options);
         let later_rso = Tensor::arange(own, options).gt_tensor(&slot_rs.unsqueeze(-1));
         let masks: Vec<i64> = self.masks.iter().map(|mask| *mask as i64).collect();
-        Step { slot_rs, later_rso, mask_r: Tensor::from_slice(&masks).to_device(device), own }
+        Step {
+            slot_rs,
+            later_rso,
+            mask_r: Tensor::from_slice(&masks).to_device(device),
+            own,
+            scale: model.attention.scale,
+        }
     }
 
     /// Put new keys and values `[rows, kv_heads, s, head_dim]` at their rows' ends.
@@ -175,9 +184,8 @@ impl SharedBranches {
         }
         let per_row = heads_q * s * (t + step.own);
         let block = (BLOCK_ELEMENTS / per_row).clamp(1, rows);
-        let scale = (d as f64).powf(-0.5);
         // Query heads and tokens of a row are rows of its KV head's matrix product.
-        let q_hrxd = (q_rqsd * scale).view([rows, heads, group * s, d]).transpose(0, 1);
+        let q_hrxd = (q_rqsd * step.scale).view([rows, heads, group * s, d]).transpose(0, 1);
         let own = |all: &Tensor, first, n| all.narrow(1, first, n).narrow(2, 0, step.own);
         let out: Vec<Tensor> = (0..rows)
             .step_by(block as usize)
@@ -208,8 +216,7 @@ impl SharedBranches {
         let (rows, heads_q, s, d) = q_rqsd.size4().expect("queries have four axes");
         let heads = self.context_keys[layer].size()[0];
         let group = heads_q / heads;
-        let scale = (d as f64).powf(-0.5);
-        let q_hrxd = (q_rqsd * scale).view([rows, heads, group * s, d]).transpose(0, 1).contiguous();
+        let q_hrxd = (q_rqsd * step.scale).view([rows, heads, group * s, d]).transpose(0, 1).contiguous();
         let own_hrxo = self.own_logits(layer, &q_hrxd, 0, step);
         let (seen, weights) = kept.attend(layer, &q_hrxd, &own_hrxo, &self.rows_by_mask());
         let own_values = self.own_values[layer].narrow(2, 0, step.own);

@@ -8,12 +8,12 @@
 //! Dimension key: as [`super`]; q query head, g query heads per KV head.
 
 use anyhow::Result;
-use pkv_gpu::{DecodeSpace, Mask, Segments, decode, flash_used_segments, has_fused_attention};
+use pkv_gpu::{DecodeSpace, Mask, Segments, Softmax, decode, flash_used_segments, has_fused_attention};
 use tch::Tensor;
 
 use super::RaggedCache;
 use super::forward::{Reading, Step};
-use crate::attention::{self, AttentionPolicy};
+use crate::attention::{self, Attention};
 
 impl RaggedCache {
     /// Attention of new tokens, whose keys and values are written, over all that came before them and
@@ -30,24 +30,31 @@ impl RaggedCache {
         layer: usize,
         step: &Step,
         q_bsqd: &Tensor,
-        policy: &AttentionPolicy,
+        how: &Attention,
     ) -> Result<Tensor> {
         let query_bounds_x = match &step.reading {
-            Reading::Single(space) => return self.decode(layer, step, q_bsqd, space),
+            Reading::Single(space) => return self.decode(layer, step, q_bsqd, space, how.scale),
             Reading::Segments(query_bounds_x) => query_bounds_x,
         };
         let (b, s, heads_q, d) = q_bsqd.size4()?;
         let (heads, group) = (self.kv_heads as i64, heads_q / self.kv_heads as i64);
         let q_xsgd = by_segment(q_bsqd, heads)?;
         let out_xsgd = match has_fused_attention(q_bsqd) {
-            true => self.attend_at_once(layer, step, query_bounds_x, &q_xsgd)?,
-            false => self.attend_one_by_one(layer, step, &q_xsgd, policy)?,
+            true => self.attend_at_once(layer, step, query_bounds_x, &q_xsgd, how.scale)?,
+            false => self.attend_one_by_one(layer, step, &q_xsgd, how)?,
         };
         Ok(out_xsgd.view([b, heads, s, group, d]).transpose(1, 2).reshape([b, s, heads_q, d]))
     }
 
     /// One new token per sequence.
-    fn decode(&self, index: usize, step: &Step, q_b1qd: &Tensor, space: &DecodeSpace) -> Result<Tensor> {
+    fn decode(
+        &self,
+        index: usize,
+        step: &Step,
+        q_b1qd: &Tensor,
+        space: &DecodeSpace,
+        scale: f64,
+    ) -> Result<Tensor> {
         let (layer, at) = (&self.layers[index], index as i64);
         let kv = Segments {
             keys_nd: &layer.keys,
@@ -57,7 +64,7 @@ impl RaggedCache {
         };
         let new: usize = step.read.iter().map(|read| read + 1).sum();
         let rows = layer.kept.iter().sum::<usize>() + self.kv_heads * new;
-        Ok(decode(&q_b1qd.select(1, 0), &kv, rows, space)?.unsqueeze(1))
+        Ok(decode(&q_b1qd.select(1, 0), &kv, rows, space, scale)?.unsqueeze(1))
     }
 
     fn attend_at_once(
@@ -66,6 +73,7 @@ impl RaggedCache {
         step: &Step,
         query_bounds_x: &Tensor,
         q_xsgd: &Tensor,
+        scale: f64,
     ) -> Result<Tensor> {
         let (layer, at) = (&self.layers[index], index as i64);
         let (_, s, group, d) = q_xsgd.size4()?;
@@ -76,7 +84,7 @@ impl RaggedCache {
             [query_bounds_x, &self.bounds_lx.get(at)],
             &step.used_lx.get(at),
             [s as usize, self.longest(index, step)],
-            Mask::Causal,
+            Softmax { mask: Mask::Causal, scale },
         )?;
         Ok(attended.out.view(q_xsgd.size().as_slice()))
     }
@@ -86,7 +94,7 @@ impl RaggedCache {
         index: usize,
         step: &Step,
         q_xsgd: &Tensor,
-        policy: &AttentionPolicy,
+        how: &Attention,
     ) -> Result<Tensor> {
         let layer = &self.layers[index];
         let bounds = layer.bounds(self.room);
@@ -96,7 +104,7 @@ impl RaggedCache {
             let rows = |all: &Tensor| all.narrow(0, bounds[x] as i64, before as i64 + step.s).unsqueeze(0);
             let q_sgd = attention::arranged(&q_xsgd.get(x as i64));
             let (k, v) = (rows(&layer.keys), rows(&layer.values));
-            outs.push(attention::causal(&q_sgd, &k, &v, before, false, policy)?.0);
+            outs.push(attention::causal(&q_sgd, &k, &v, before, false, how)?.0);
         }
         Ok(Tensor::stack(&outs, 0))
     }

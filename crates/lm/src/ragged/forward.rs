@@ -62,13 +62,13 @@ impl LanguageModel {
             let slot_n = step.slot_ln.get(index as i64);
             let new = {
                 let slot = cache.slot(index, &step, &slot_n);
-                layer.project_into(&layer.normed(&hidden_bsm), &rotation, Some(&slot))?
+                layer.project(&layer.normed(&hidden_bsm), &rotation, Some(&slot))?
             };
             if !new.written {
                 cache.write(index, &slot_n, &new.k, &new.v);
             }
             let attended_bsqd = cache.attend(index, &step, &new.q, &self.attention)?;
-            hidden_bsm = layer.finish_block_(hidden_bsm, &attended_bsqd)?;
+            hidden_bsm = layer.finish_block(hidden_bsm, &attended_bsqd)?;
         }
         cache.advance(size[1] as usize);
         Ok(self.finish(&hidden_bsm))

@@ -136,7 +136,8 @@ fn attention_equals_its_definition() {
     let attended = Tensor::stack(&rows, 0);
     let mid = &seen.hidden[0] + attended.mm(&weight("self_attn.o_proj").tr());
     let square = (&mid * &mid).mean_dim(-1, true, Kind::Double);
-    let normed = &mid / (square + model.config().norm_eps).sqrt() * weight("post_attention_layernorm");
+    let normed =
+        &mid / (square + model.config().architecture.norm_eps).sqrt() * weight("post_attention_layernorm");
     let gate = normed.mm(&weight("mlp.gate_proj").tr());
     let gated = &gate * gate.sigmoid() * normed.mm(&weight("mlp.up_proj").tr());
     assert_close(

@@ -303,7 +303,7 @@ fn configurations_are_read() {
     let config = |name| LmConfig::from_folder(&arch(name)).unwrap();
     let qwen3 = config("arch-qwen3-qknorm");
     assert_eq!(
-        (qwen3.shape().head_dim, qwen3.qk_norm, qwen3.qkv_bias, qwen3.tied_head),
+        (qwen3.shape().head_dim, qwen3.architecture.qk_norm, qwen3.architecture.qkv_bias, qwen3.tied_head),
         (32, true, false, true)
     );
     assert_eq!(qwen3.stored_kind, Some(Kind::BFloat16));
@@ -313,7 +313,7 @@ fn configurations_are_read() {
         (16, false, &[2u32][..])
     );
     assert_eq!(llama.max_positions, 4096);
-    assert!(config("arch-qwen2-bias").qkv_bias);
+    assert!(config("arch-qwen2-bias").architecture.qkv_bias);
     // head_dim that is not written down
     assert_eq!(config("arch-qwen2-yarn").shape().head_dim, 16);
 }

@@ -229,6 +229,7 @@ fn single_tokens_decode_as_behind_a_mask() {
     {
         let mut config = load(&checkpoint(name).unwrap()).config().clone();
         (config.shape.head_dim, config.shape.query_heads) = (head_dim, query_heads);
+        config.architecture.score_scale = 1.0 / (head_dim as f64).sqrt();
         let model = LanguageModel::random(config, device(), Kind::BFloat16, 3);
         let all = ids(&model, 330, 8);
         let lengths = [150, 310];

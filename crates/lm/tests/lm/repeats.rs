@@ -73,12 +73,12 @@ impl RepeatTap for Record {
 }
 
 /// Log-sum-exp in f64 of queries `[q, s, d]` over keys `[h, k, d]`, the last key seen by the last row.
-fn naive_lse(q_qsd: &Tensor, k_hkd: &Tensor) -> Tensor {
+fn naive_lse(q_qsd: &Tensor, k_hkd: &Tensor, scale: f64) -> Tensor {
     let exact = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
-    let (q_heads, s, d) = q_qsd.size3().unwrap();
+    let (q_heads, s, _) = q_qsd.size3().unwrap();
     let (heads, keys, _) = k_hkd.size3().unwrap();
     let k_qkd = exact(k_hkd).repeat_interleave_self_int(q_heads / heads, 0, None);
-    let logits = exact(q_qsd).matmul(&k_qkd.transpose(1, 2)) / (d as f64).sqrt();
+    let logits = exact(q_qsd).matmul(&k_qkd.transpose(1, 2)) * scale;
     let seen = Tensor::ones([s, keys], (Kind::Bool, Device::Cpu)).tril(keys - s);
     logits.masked_fill(&seen.logical_not(), f64::NEG_INFINITY).logsumexp([-1i64], false)
 }
@@ -93,6 +93,7 @@ fn prefilled(model: &LanguageModel, ids: &[u32], room: usize) -> KvCache {
 fn packed_repeats_equal_one_at_a_time() {
     for name in ARCHITECTURES.into_iter().chain(["nano-llama-target"]) {
         let model = load(&checkpoint(name).unwrap());
+        let scale = model.config().architecture.score_scale;
         let ids = golden_ids(name);
         let mut cache = prefilled(&model, &ids[..90], 64);
         let before = cache.keys(0).copy();
@@ -117,7 +118,7 @@ fn packed_repeats_equal_one_at_a_time() {
                 assert_close(&format!("{what}: values"), &rows(&all.v_hsd), &one.v_hsd, 1e-4);
                 let normed = packed.normed[layer].narrow(0, first, n);
                 assert_close(&format!("{what}: input"), &normed, &single.normed[layer], 1e-3);
-                let expected = naive_lse(&rows(&all.q_qsd), &rows(&all.k_hsd));
+                let expected = naive_lse(&rows(&all.q_qsd), &rows(&all.k_hsd), scale);
                 let lse = rows(all.lse_qs.as_ref().unwrap());
                 assert_close(&format!("{what}: log-sum-exp"), &lse, &expected, 1e-4);
                 assert_eq!(packed.keys[layer].size()[1], 90);
@@ -151,7 +152,12 @@ fn taps_get_the_log_sum_exp_over_all_keys() {
                 let lse = seen.lse_qs.as_ref().unwrap();
                 assert_eq!(lse.kind(), Kind::Float);
                 let what = format!("{name}, {held} held, layer {layer}");
-                assert_close(&what, lse, &naive_lse(&seen.q_qsd, keys), 1e-4);
+                assert_close(
+                    &what,
+                    lse,
+                    &naive_lse(&seen.q_qsd, keys, model.config().architecture.score_scale),
+                    1e-4,
+                );
             }
         }
     }

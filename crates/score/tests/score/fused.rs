@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use pkv_gpu::{ScoreOutput, ScoreRows, fused_chunk_scores, has_fused_scores};
+use pkv_gpu::{Products, ScoreOutput, ScoreRows, fused_chunk_scores, has_fused_scores};
 use pkv_score::{ChunkAttention, Weighting, chunk_scores};
 use tch::{Device, Kind, Tensor};
 
@@ -40,6 +40,9 @@ const fn case(
 ) -> Case {
     Case { kind, heads, group, d, prefix, sink, segments, weighted }
 }
+
+/// 1/sqrt(head_dim) of none of the cases.
+const SCALE: f64 = 0.1;
 
 #[test]
 fn fused_scores_equal_the_plain_ones() {
@@ -80,7 +83,7 @@ fn worst(c: &Case, device: Device, seed: i64) -> f64 {
         let part = |x: &Tensor| x.narrow(0, first_row as i64, rows as i64).transpose(0, 1);
         let (q_qsd, own_hsd) = (part(&q_rqd), part(&k_rhd));
         let spread = own_hsd.repeat_interleave_self_int(c.group, 0, None).to_kind(Kind::Float);
-        let logits = q_qsd.to_kind(Kind::Float).matmul(&spread.transpose(1, 2)) / (c.d as f64).sqrt();
+        let logits = q_qsd.to_kind(Kind::Float).matmul(&spread.transpose(1, 2)) * SCALE;
         let later = Tensor::ones([rows as i64; 2], (Kind::Bool, device)).triu(1);
         own.push(logits.masked_fill(&later, f64::NEG_INFINITY).logsumexp([-1i64], false));
 
@@ -90,8 +93,13 @@ fn worst(c: &Case, device: Device, seed: i64) -> f64 {
             rows_s: rows_r.narrow(0, first_row as i64, rows as i64),
             columns_qt: columns_qt.narrow(1, at as i64, keys as i64),
         });
-        let attention =
-            ChunkAttention { q_qsd: &q_qsd, k_hkd: &all, sink: c.sink, chunk: first_key..first_key + keys };
+        let attention = ChunkAttention {
+            q_qsd: &q_qsd,
+            k_hkd: &all,
+            scale: SCALE,
+            sink: c.sink,
+            chunk: first_key..first_key + keys,
+        };
         let plain = chunk_scores(&attention, weighting.as_ref(), 1 << 22).unwrap();
         expected.push(plain.max_ht);
         expected_mean.push(plain.mean_ht);
@@ -102,9 +110,10 @@ fn worst(c: &Case, device: Device, seed: i64) -> f64 {
     let (got, got_mean, got_alone) = (room(), room(), room());
     let weights = c.weighted.then_some((&rows_r, &columns_qt));
     let own = Tensor::cat(&own, 1);
+    let of = Products { q_rqd: &q_rqd, k_hkd: &k_hkd, scale: SCALE };
     for (max_ht, mean_ht) in [(&got, Some(&got_mean)), (&got_alone, None)] {
         let to = ScoreOutput { max_ht, mean_ht, first: c.prefix };
-        fused_chunk_scores(&q_rqd, &k_hkd, Some(&own), weights, &chunks, c.sink, to).unwrap();
+        fused_chunk_scores(of, Some(&own), weights, &chunks, c.sink, to).unwrap();
     }
     assert!(got.equal(&got_alone), "the scores change with the means beside them");
     let worst = |got: &Tensor, expected: &[Tensor]| {
@@ -122,5 +131,6 @@ fn fused_chunk_scores_refuse_a_cpu() -> bool {
     let chunk = ScoreRows { first_row: 0, rows: 3, first_key: 0, keys: 2 };
     let (q, k, own, out) = (x(&[3, 2, 64]), x(&[2, 2, 64]), x(&[2, 3]), x(&[2, 2]));
     let to = ScoreOutput { max_ht: &out, mean_ht: None, first: 0 };
-    fused_chunk_scores(&q, &k, Some(&own), None, &[chunk], 0, to).is_err()
+    let of = Products { q_rqd: &q, k_hkd: &k, scale: SCALE };
+    fused_chunk_scores(of, Some(&own), None, &[chunk], 0, to).is_err()
 }

@@ -57,6 +57,9 @@ fn tensor(values: &[f64], shape: &[i64]) -> Tensor {
     Tensor::from_slice(values).view(shape).to_kind(Kind::Float).to_device(device())
 }
 
+/// 1/sqrt(head_dim) of none of the cases.
+const SCALE: f64 = 0.3;
+
 impl Case {
     fn positions(&self) -> usize {
         self.before + self.chunk + self.after + self.rows
@@ -90,7 +93,7 @@ impl Case {
                 let dot = |k: usize| -> f64 {
                     let query = &random.q[(q * self.rows + r) * d..][..d];
                     let key = &random.k[(h * self.positions() + k) * d..][..d];
-                    query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>() / (d as f64).sqrt()
+                    query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>() * SCALE
                 };
                 let logits: Vec<f64> = keys.iter().map(|&k| dot(k)).collect();
                 let top = logits.iter().copied().fold(f64::MIN, f64::max);
@@ -114,7 +117,13 @@ impl Case {
         let query_heads = self.heads * self.group;
         let q_qsd = tensor(&random.q, &shape(query_heads, self.rows, self.head_dim)).to_kind(kind);
         let k_hkd = tensor(&random.k, &shape(self.heads, self.positions(), self.head_dim)).to_kind(kind);
-        let attention = ChunkAttention { q_qsd: &q_qsd, k_hkd: &k_hkd, sink: self.sink, chunk: self.chunk() };
+        let attention = ChunkAttention {
+            q_qsd: &q_qsd,
+            k_hkd: &k_hkd,
+            scale: SCALE,
+            sink: self.sink,
+            chunk: self.chunk(),
+        };
         let weighting = weighted.then(|| Weighting {
             rows_s: tensor(&random.rows, &[self.rows as i64]),
             columns_qt: tensor(&random.columns, &[query_heads as i64, self.chunk as i64]),
@@ -205,7 +214,7 @@ fn shapes_that_disagree_are_errors() {
     let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, device()));
     let run = |q: &[i64], k: &[i64], sink, chunk| {
         let (q_qsd, k_hkd) = (zeros(q), zeros(k));
-        let attention = ChunkAttention { q_qsd: &q_qsd, k_hkd: &k_hkd, sink, chunk };
+        let attention = ChunkAttention { q_qsd: &q_qsd, k_hkd: &k_hkd, scale: SCALE, sink, chunk };
         chunk_scores(&attention, None, WHOLE).map(drop)
     };
     run(&[4, 3, 8], &[2, 10, 8], 2, 2..7).unwrap();

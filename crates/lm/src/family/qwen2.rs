@@ -1,0 +1,13 @@
+//! Qwen2 and Qwen2.5: Llama with a bias on queries, keys and values. `modeling_qwen2.py` of transformers 5.2.
+
+use super::{Family, refuse_sliding_window};
+use crate::architecture::Architecture;
+
+pub const FAMILY: Family = Family {
+    model_type: "qwen2",
+    label: "Qwen2/2.5",
+    read: |keys, shape| {
+        refuse_sliding_window(keys, shape.layers)?;
+        Ok(Architecture { qkv_bias: true, ..Architecture::plain(keys, shape)? })
+    },
+};
