@@ -4,6 +4,7 @@
 //! describe yet, also a field there and its place in the forward pass. Its proof is a golden: a line in
 //! `tests/goldens/make_goldens.py`.
 
+mod granite;
 mod llama;
 mod qwen2;
 mod qwen3;
@@ -16,7 +17,7 @@ use crate::architecture::Architecture;
 use crate::config::keys::Keys;
 
 /// All that are supported.
-const FAMILIES: &[Family] = &[llama::FAMILY, qwen2::FAMILY, qwen3::FAMILY];
+const FAMILIES: &[Family] = &[llama::FAMILY, qwen2::FAMILY, qwen3::FAMILY, granite::FAMILY];
 
 /// Checkpoints of one `model_type`.
 pub(crate) struct Family {

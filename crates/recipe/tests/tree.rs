@@ -57,6 +57,7 @@ fn every_recipe_loads_and_names_a_manifest_that_loads() {
         "qwen3-8b--qwen3-0.6b",
         "qwen3-14b--qwen3-0.6b",
         "qwen3-32b--qwen3-1.7b",
+        "granite-3.1-8b--granite-3.1-2b",
         "tiny-llama",
         "demo-nano",
     ] {
@@ -108,6 +109,7 @@ fn shapes_of_the_real_pairs_give_the_published_sizes() {
         ("qwen3-8b--qwen3-0.6b", 6.95, 0.44),
         ("qwen3-14b--qwen3-1.7b", 13.2, 1.4),
         ("qwen3-32b--qwen3-0.6b", 31.2, 0.44),
+        ("granite-3.1-8b--granite-3.1-2b", 7.9, 2.4),
     ] {
         let recipe = load(&root().join(format!("recipes/{recipe}.toml")), &[]).unwrap();
         for (shape, published) in [(recipe.target.shape, target), (recipe.proxy.shape, proxy)] {

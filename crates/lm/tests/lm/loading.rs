@@ -314,6 +314,16 @@ fn configurations_are_read() {
     );
     assert_eq!(llama.max_positions, 4096);
     assert!(config("arch-qwen2-bias").architecture.qkv_bias);
+    let granite = config("arch-granite-multipliers").architecture;
+    assert_eq!(
+        [granite.score_scale, granite.embedding_scale, granite.residual_scale, granite.logits_divisor],
+        [0.7, 12.0, 0.22, 3.0]
+    );
+    // In every other family products are scaled by 1/sqrt(head_dim), in this one by its key alone.
+    assert_eq!(llama.architecture.score_scale, 0.25);
+    let mut json = read_json(&arch("arch-granite-multipliers").join("config.json"));
+    json["attention_multiplier"] = Value::Null;
+    assert_eq!(LmConfig::from_json(&json).unwrap().architecture.score_scale, 1.0);
     // head_dim that is not written down
     assert_eq!(config("arch-qwen2-yarn").shape().head_dim, 16);
 }
@@ -393,6 +403,15 @@ fn what_is_not_supported_is_refused_by_name() {
 
 #[test]
 fn a_configuration_that_makes_no_sense_is_an_error() {
+    for (value, message) in [
+        (json!(0), "`logits_scaling` is 0; expected a number above 0"),
+        (json!(-3.5), "`logits_scaling` is -3.5"),
+        (json!("8"), "`logits_scaling` is \"8\"; expected a number"),
+    ] {
+        let mut json = read_json(&arch("arch-granite-multipliers").join("config.json"));
+        json["logits_scaling"] = value;
+        assert_error_text(LmConfig::from_json(&json), message);
+    }
     let folder = copy_of(&arch("arch-qwen2-bias"));
     let path = folder.path().join("config.json");
     let original = fs::read_to_string(&path).unwrap();

@@ -6,12 +6,13 @@ use tch::{Device, Kind, Tensor};
 
 use crate::support::*;
 
-const MODELS: [&str; 5] = [
+const MODELS: [&str; 6] = [
     "nano-llama-target",
     "arch-llama3-rope-untied",
     "arch-qwen2-bias",
     "arch-qwen2-yarn",
     "arch-qwen3-qknorm",
+    "arch-granite-multipliers",
 ];
 
 fn ids(model: &LanguageModel, n: usize, seed: u64) -> Vec<u32> {

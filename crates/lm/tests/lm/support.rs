@@ -6,8 +6,13 @@ use pkv_lm::LanguageModel;
 use tch::{Device, Kind, Tensor};
 
 /// The random-weight checkpoints that lie beside their goldens.
-pub const ARCHITECTURES: [&str; 4] =
-    ["arch-llama3-rope-untied", "arch-qwen2-bias", "arch-qwen2-yarn", "arch-qwen3-qknorm"];
+pub const ARCHITECTURES: [&str; 5] = [
+    "arch-llama3-rope-untied",
+    "arch-qwen2-bias",
+    "arch-qwen2-yarn",
+    "arch-qwen3-qknorm",
+    "arch-granite-multipliers",
+];
 
 pub fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")

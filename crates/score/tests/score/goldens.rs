@@ -81,7 +81,7 @@ fn nano_proxy() {
 /// Random weights that cover branches of the configuration; they share the nano target's tokenizer.
 #[test]
 fn architectures() {
-    for name in ["llama3-rope-untied", "qwen2-bias", "qwen2-yarn", "qwen3-qknorm"] {
+    for name in ["llama3-rope-untied", "qwen2-bias", "qwen2-yarn", "qwen3-qknorm", "granite-multipliers"] {
         let name = format!("arch-{name}");
         check(&name, &goldens().join(&name), &nano("target"), LabelPreset::ALL);
     }
