@@ -12,7 +12,7 @@
 use anyhow::{Result, ensure};
 use pkv_core::{Final, GlobalChannel, Pass, hinted};
 use pkv_gpu::has_fused_scores;
-use pkv_lm::{KvCache, LayerView, NoTap, Tap, prefill_chunk};
+use pkv_lm::{Chunks, KvCache, LayerView, NoTap, Tap, prefill_chunk};
 use tch::Tensor;
 
 use crate::channels::UnrunReplay;
@@ -26,6 +26,7 @@ pub struct FeatureStream<'e, 'm> {
     extractor: &'e Extractor<'m>,
     /// Prefix and context.
     ids: Vec<u32>,
+    chunks: Chunks,
     cache: KvCache,
     statistics: QueryStatistics,
     surprisal: Option<Surprisal>,
@@ -70,6 +71,7 @@ impl<'m> Extractor<'m> {
         let in_pieces = prefill_chunk(0, ids.len(), self.extract.prefill_chunk_tokens).end < ids.len();
         let early = in_pieces && !at_end && statistics.settled(context.len() - 1) > 0;
         Ok(FeatureStream {
+            chunks: Chunks::new(ids.len(), self.extract.prefill_chunk_tokens),
             cache: self.model.new_cache(ids.len().max(capacity)),
             gathered_pct: if early { room() } else { heads_pct.shallow_clone() },
             heads_pct,
@@ -102,15 +104,11 @@ impl FeatureStream<'_, '_> {
 
     /// As [`FeatureStream::step`]; `beside` sees the chunk, too.
     pub(crate) fn step_beside(&mut self, beside: &mut dyn Tap) -> Result<bool> {
-        let start = self.cache.len();
-        if start >= self.ids.len() {
+        if self.chunks.is_done() {
             return Ok(false);
         }
         let _no_grad = tch::no_grad_guard();
         let Extractor { model, prefix, extract, hidden, .. } = self.extractor;
-        let chunk = prefill_chunk(start, self.ids.len(), extract.prefill_chunk_tokens);
-        let end = chunk.end;
-        let chunk = model.ids(&self.ids[chunk]);
         let fused = has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64);
         let features = FeatureTap {
             statistics: &self.statistics,
@@ -122,16 +120,22 @@ impl FeatureStream<'_, '_> {
             heads_pct: &self.gathered_pct,
         };
         let mut tap = Both { features, beside };
-        match &mut self.surprisal {
-            Some(surprisal) => {
-                let hidden_sm = model.forward(&chunk, &mut self.cache, &mut tap)?;
-                surprisal.add(model, &hidden_sm, start)?;
+        let Self { ids, chunks, cache, surprisal, .. } = self;
+        chunks.read(&mut tap, |chunk, tap| {
+            let (start, new) = (chunk.start, model.ids(&ids[chunk]));
+            // Where memory ran out after a forward, its tokens are read again.
+            cache.truncate(start);
+            match surprisal.as_mut() {
+                Some(surprisal) => {
+                    let hidden_sm = model.forward(&new, cache, tap)?;
+                    surprisal.add(model, &hidden_sm, start)
+                }
+                // Keys and values of the last layer are in the cache all the same.
+                None => model.forward_for_tap(&new, cache, tap),
             }
-            // Keys and values of the last layer are in the cache all the same.
-            None => model.forward_for_tap(&chunk, &mut self.cache, &mut tap)?,
-        }
-        self.settle(end)?;
-        Ok(end < self.ids.len())
+        })?;
+        self.settle(self.cache.len())?;
+        Ok(!self.chunks.is_done())
     }
 
     /// Turn what no later token changes into features, once the first `read` ids were read.

@@ -11,8 +11,14 @@ use std::sync::Once;
 use anyhow::Result;
 
 /// What libtorch, CUDA, cuBLAS and cuDNN say when memory is short.
-const SIGNS: [&str; 4] =
-    ["out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory"];
+const SIGNS: [&str; 5] = [
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+    // Our own words, where work in pieces could not be made smaller.
+    "memory ran out",
+];
 
 thread_local! {
     /// Is this thread inside [`unless_exhausted`]?

@@ -2,13 +2,13 @@
 
 use std::error::Error;
 use std::fmt;
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use pkv_core::{Hinted, hinted};
 use pkv_lm::{LanguageModel, RaggedCache, TextTokenizer};
 use serde::Serialize;
-use tch::Kind;
 
 use crate::text::TextStream;
 
@@ -128,38 +128,40 @@ pub fn answer(
         Ok(no_room) => QuestionRefused::new(no_room).into(),
         Err(other) => other,
     })?;
-    let stop = tokenizer.stop_tokens();
     let mut text = TextStream::new(tokenizer);
     let mut whole = String::new();
     let (mut first_token_secs, mut last_secs) = (0.0, 0.0);
-    let mut next = target.ids(&question.tokens).unsqueeze(0);
-    let finish = loop {
-        if stopped() {
-            break Finish::Interrupted;
-        }
-        if text.ids().len() == question.max_new_tokens {
-            break Finish::Length;
-        }
-        if cache.next_position(0) + next.size()[1] as usize > limit {
-            break Finish::Positions;
-        }
-        let hidden_bsm = target.forward_ragged(&next, cache)?;
-        let id_b1 = target.logits(&hidden_bsm.slice(1, -1, None, 1)).argmax(-1, false);
-        let id = id_b1.to_kind(Kind::Int64).int64_value(&[0, 0]) as u32;
+    // The answer's k-th token is read at the position k - 1 behind the question, but for the last.
+    let most = question.max_new_tokens.min(left - question.tokens.len() + 1);
+    let mut finish = match most == question.max_new_tokens {
+        true => Finish::Length,
+        false => Finish::Positions,
+    };
+    let mut each = |id: Option<u32>| -> Result<ControlFlow<()>> {
         last_secs = begun.elapsed().as_secs_f64();
         if text.ids().is_empty() {
             first_token_secs = last_secs;
         }
-        if stop.contains(&id) {
-            break Finish::Stop;
-        }
+        let Some(id) = id else {
+            finish = Finish::Stop;
+            return Ok(ControlFlow::Continue(()));
+        };
         let piece = text.push(id)?;
         if !piece.is_empty() {
             told(&piece)?;
         }
         whole.push_str(&piece);
-        next = id_b1;
+        if stopped() {
+            finish = Finish::Interrupted;
+            return Ok(ControlFlow::Break(()));
+        }
+        Ok(ControlFlow::Continue(()))
     };
+    if stopped() {
+        finish = Finish::Interrupted;
+    } else {
+        target.generate_ragged(&question.tokens, cache, most, tokenizer.stop_tokens(), &mut each)?;
+    }
     let rest = text.finish()?;
     if !rest.is_empty() {
         told(&rest)?;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Error, Result, bail, ensure};
 use pkv_core::{Hinted, hinted};
 use pkv_extract::ContextFeatures;
-use pkv_lm::{KvCache, LanguageModel, NoTap, RaggedCache, prefill_chunk};
+use pkv_lm::{Chunks, KvCache, LanguageModel, NoTap, RaggedCache};
 use tch::{Device, Tensor};
 
 pub use parallel::Parallel;
@@ -138,11 +138,13 @@ impl Context<'_> {
     fn prefill_bare(&self) -> Result<KvCache> {
         let ids: Vec<u32> = [self.prefix, self.tokens].concat();
         let mut cache = self.target.new_cache(ids.len());
-        while cache.len() < ids.len() {
+        let mut chunks = Chunks::new(ids.len(), self.chunk_tokens);
+        while !chunks.is_done() {
             (self.check_stop)()?;
-            let chunk = prefill_chunk(cache.len(), ids.len(), self.chunk_tokens.max(1));
             // Questions come later: the context's hidden states are not read.
-            self.target.forward_for_tap(&self.target.ids(&ids[chunk]), &mut cache, &mut NoTap)?;
+            chunks.read(&mut NoTap, |chunk, tap| {
+                self.target.forward_for_tap(&self.target.ids(&ids[chunk]), &mut cache, tap)
+            })?;
         }
         Ok(cache)
     }

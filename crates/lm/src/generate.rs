@@ -1,4 +1,6 @@
-//! Greedy answers, for one sequence and for many branches of one context.
+//! The greedy decoder: for one sequence, for many branches of one context, and for a pruned cache.
+
+use std::ops::ControlFlow;
 
 use anyhow::{Result, ensure};
 use tch::{Device, Tensor};
@@ -6,10 +8,54 @@ use tch::{Device, Tensor};
 use crate::branches::Branches;
 use crate::cache::KvCache;
 use crate::model::LanguageModel;
+use crate::ragged::RaggedCache;
 use crate::tap::NoTap;
 
 /// Tokens that a GPU decodes before the host looks at them.
 const TOKENS_AT_ONCE: usize = 4;
+
+/// Gets every token of an answer as it comes, `None` for a stop token, and may end the answer.
+pub type Each<'a> = &'a mut dyn FnMut(Option<u32>) -> Result<ControlFlow<()>>;
+
+/// Sequences that read in step.
+trait Sequences {
+    /// Hidden states `[rows, s, hidden]` of new tokens `[rows, s]`.
+    fn read(&mut self, model: &LanguageModel, ids_rs: &Tensor) -> Result<Tensor>;
+
+    /// Keep these rows alone.
+    fn retain(&mut self, rows: &[usize]) -> Result<()>;
+}
+
+impl Sequences for Branches {
+    fn read(&mut self, model: &LanguageModel, ids_rs: &Tensor) -> Result<Tensor> {
+        model.forward_branches(ids_rs, self)
+    }
+
+    fn retain(&mut self, rows: &[usize]) -> Result<()> {
+        Self::retain(self, rows)
+    }
+}
+
+impl Sequences for RaggedCache {
+    fn read(&mut self, model: &LanguageModel, ids_rs: &Tensor) -> Result<Tensor> {
+        model.forward_ragged(ids_rs, self)
+    }
+
+    fn retain(&mut self, rows: &[usize]) -> Result<()> {
+        Self::retain(self, rows)
+    }
+}
+
+/// One row, which is never left out.
+impl Sequences for KvCache {
+    fn read(&mut self, model: &LanguageModel, ids_rs: &Tensor) -> Result<Tensor> {
+        Ok(model.forward(&ids_rs.squeeze_dim(0), self, &mut NoTap)?.unsqueeze(0))
+    }
+
+    fn retain(&mut self, _: &[usize]) -> Result<()> {
+        Ok(())
+    }
+}
 
 impl LanguageModel {
     /// Read `ids` behind the cache and answer greedily: at most `max_new` tokens, ended by a token
@@ -27,19 +73,23 @@ impl LanguageModel {
         stop: &[u32],
     ) -> Result<Vec<u32>> {
         ensure!(!ids.is_empty(), "there is no token to answer");
-        let mut answer = Vec::new();
-        let mut next = self.ids(ids);
-        while answer.len() < max_new {
-            let hidden_sm = self.forward(&next, cache, &mut NoTap)?;
-            let id_s = self.logits(&hidden_sm.slice(0, -1, None, 1)).argmax(-1, false);
-            let id = id_s.int64_value(&[0]) as u32;
-            if stop.contains(&id) {
-                break;
-            }
-            answer.push(id);
-            next = id_s;
-        }
-        Ok(answer)
+        self.answer_one(ids, cache, max_new, stop, &mut |_| Ok(ControlFlow::Continue(())))
+    }
+
+    /// Read `ids` in the one sequence of the cache and answer greedily, as [`LanguageModel::generate`].
+    ///
+    /// # Errors
+    /// As [`LanguageModel::forward_ragged`], and those of `each`.
+    pub fn generate_ragged(
+        &self,
+        ids: &[u32],
+        cache: &mut RaggedCache,
+        max_new: usize,
+        stop: &[u32],
+        each: Each,
+    ) -> Result<Vec<u32>> {
+        ensure!(!ids.is_empty() && cache.sequences() == 1, "expected a question for one sequence");
+        self.answer_one(ids, cache, max_new, stop, each)
     }
 
     /// Answer greedily in every branch; `questions` are read first, one per row of `branches`.
@@ -85,7 +135,7 @@ impl LanguageModel {
         let index = last_r.view([-1, 1, 1]).expand([-1, 1, hidden_rsm.size()[2]], false);
         let hidden_rm = hidden_rsm.gather(1, &index, false).squeeze_dim(1);
 
-        self.answer(self.most_likely(&hidden_rm), branches, &vec![max_new; rows], stop)
+        self.answer(self.most_likely(&hidden_rm), branches, &vec![max_new; rows], stop, None)
     }
 
     /// Go on answering in every branch: read `next`, one token per row, and add at most `limits[row]` tokens to it.
@@ -117,23 +167,41 @@ impl LanguageModel {
         let of_open = |all: &[usize]| open.iter().map(|&row| all[row]).collect::<Vec<_>>();
         let next_r = self.ids(&open.iter().map(|&row| next[row]).collect::<Vec<_>>());
         let hidden_rm = self.forward_branches(&next_r.unsqueeze(1), branches)?.squeeze_dim(1);
-        let of_rows = self.answer(self.most_likely(&hidden_rm), branches, &of_open(limits), stop)?;
+        let of_rows = self.answer(self.most_likely(&hidden_rm), branches, &of_open(limits), stop, None)?;
         open.iter().zip(of_rows).for_each(|(&row, answer)| answers[row] = answer);
         Ok(answers)
     }
 
-    /// Answers that begin with `id_r`, i64 `[rows]`, which no branch has read; no limit is 0.
+    fn answer_one(
+        &self,
+        ids: &[u32],
+        sequence: &mut dyn Sequences,
+        max_new: usize,
+        stop: &[u32],
+        each: Each,
+    ) -> Result<Vec<u32>> {
+        if max_new == 0 {
+            return Ok(Vec::new());
+        }
+        let hidden_1sm = sequence.read(self, &self.ids(ids).unsqueeze(0))?;
+        let first_1 = self.most_likely(&hidden_1sm.select(1, ids.len() as i64 - 1));
+        Ok(self.answer(first_1, sequence, &[max_new], stop, Some(each))?.remove(0))
+    }
+
+    /// Answers that begin with `id_r`, i64 `[rows]`, which no row has read; no limit is 0. `each` gets the tokens of all rows
+    /// and may end the answers.
     ///
     /// On a GPU several tokens are decoded before the host looks at them: it would wait for each. Rows that ended leave once
     /// half of the batch has.
     fn answer(
         &self,
         mut id_r: Tensor,
-        branches: &mut Branches,
+        sequences: &mut dyn Sequences,
         limits: &[usize],
         stop: &[u32],
+        mut each: Option<Each>,
     ) -> Result<Vec<Vec<u32>>> {
-        let at_once = if self.device().is_cuda() { TOKENS_AT_ONCE } else { 1 };
+        let at_once = if self.device().is_cuda() && each.is_none() { TOKENS_AT_ONCE } else { 1 };
         let mut answers: Vec<Vec<u32>> = vec![Vec::new(); limits.len()];
         // The answer that each branch gives, and whether it has not ended.
         let mut rows: Vec<(usize, bool)> = (0..limits.len()).map(|row| (row, true)).collect();
@@ -142,16 +210,24 @@ impl LanguageModel {
                 rows.iter().filter(|(_, open)| *open).map(|&(row, _)| limits[row] - answers[row].len());
             let mut ids = vec![id_r.shallow_clone()];
             for _ in 1..left.max().unwrap_or(0).min(at_once) {
-                id_r = self.next(&id_r, branches)?;
+                id_r = self.next(&id_r, sequences)?;
                 ids.push(id_r.shallow_clone());
             }
             let ids = Vec::<Vec<i64>>::try_from(&Tensor::stack(&ids, 1).to_device(Device::Cpu))?;
             for ((row, open), ids) in rows.iter_mut().zip(ids) {
                 for id in ids.into_iter().map(|id| id as u32) {
-                    *open = *open && !stop.contains(&id);
-                    if *open {
+                    if !*open {
+                        break;
+                    }
+                    let ended = stop.contains(&id);
+                    if !ended {
                         answers[*row].push(id);
-                        *open = answers[*row].len() < limits[*row];
+                    }
+                    *open = !ended && answers[*row].len() < limits[*row];
+                    if let Some(each) = &mut each
+                        && each((!ended).then_some(id))?.is_break()
+                    {
+                        return Ok(answers);
                     }
                 }
             }
@@ -160,18 +236,18 @@ impl LanguageModel {
                 return Ok(answers);
             }
             if 2 * open.len() <= rows.len() {
-                branches.retain(&open)?;
+                sequences.retain(&open)?;
                 let at: Vec<i64> = open.iter().map(|at| *at as i64).collect();
                 id_r = id_r.index_select(0, &pkv_gpu::upload(&Tensor::from_slice(&at), self.device())?);
                 rows.retain(|(_, open)| *open);
             }
-            id_r = self.next(&id_r, branches)?;
+            id_r = self.next(&id_r, sequences)?;
         }
     }
 
     /// The token after each of `id_r`.
-    fn next(&self, id_r: &Tensor, branches: &mut Branches) -> Result<Tensor> {
-        Ok(self.most_likely(&self.forward_branches(&id_r.unsqueeze(1), branches)?.squeeze_dim(1)))
+    fn next(&self, id_r: &Tensor, sequences: &mut dyn Sequences) -> Result<Tensor> {
+        Ok(self.most_likely(&sequences.read(self, &id_r.unsqueeze(1))?.squeeze_dim(1)))
     }
 
     /// i64 `[rows]`, on the model's device, of hidden states `[rows, hidden]`.

@@ -1,11 +1,10 @@
-//! A decoder-only language model: weights and the forward pass over a KV cache.
+//! A decoder-only language model: its weights, and what comes before and after the layers.
 //!
-//! One sequence at a time; several continuations of one context are [`crate::Branches`]' subject.
-//! Text, pruning and what taps compute are other modules' and crates'.
+//! The layers' loop is `forward`'s subject, one sequence over a full cache `full`'s, several continuations of one context
+//! [`crate::Branches`]'. Text, pruning and what taps compute are other modules' and crates'.
 //!
 //! Dimension key: s new token, m hidden.
 
-use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
@@ -14,12 +13,11 @@ use pkv_core::{ModelShape, Seed, hinted};
 use pkv_gpu::{has_elementwise, row_nats};
 use tch::{Device, Kind, Reduction, Tensor};
 
-use crate::attention::{self, Attention, AttentionPolicy};
+use crate::attention::{Attention, AttentionPolicy};
 use crate::cache::KvCache;
 use crate::config::LmConfig;
 use crate::layer::{Layer, rms_norm};
 use crate::rope::{Movement, Rope};
-use crate::tap::{LayerView, Tap};
 use crate::weights::{Checkpoint, EMBEDDING, HEAD, Places};
 
 /// A target or proxy, loaded onto one device in one kind.
@@ -190,91 +188,6 @@ impl LanguageModel {
         &self.layers[layer].output
     }
 
-    /// Read new tokens behind those in the cache, and append theirs to it.
-    ///
-    /// # Shapes
-    /// - `ids`: i64 `[s]`, best on the host; ids that are on a GPU already are not checked, because that
-    ///   would wait for it
-    /// - returns the hidden states after the final norm, `[s, hidden]`, in the model's kind
-    ///
-    /// # Errors
-    /// No room in the cache, an id outside the vocabulary, or the tap's own; the cache is then as long
-    /// as before.
-    pub fn forward(&self, ids: &Tensor, cache: &mut KvCache, tap: &mut dyn Tap) -> Result<Tensor> {
-        let hidden = self.run(ids, cache, tap, true)?;
-        Ok(self.finish(&hidden))
-    }
-
-    /// The attention of one forward alone, all layers with the same queries, outputs dropped: for benchmarks. The new
-    /// tokens' keys are whatever the cache's room holds.
-    ///
-    /// # Shapes
-    /// - `q_sqd`: `[s, query_heads, head_dim]`, kind and device of the cache
-    ///
-    /// # Errors
-    /// No room in the cache, or a kernel fails.
-    pub fn attend_full(&self, q_sqd: &Tensor, cache: &KvCache) -> Result<()> {
-        let new = q_sqd.size()[0] as usize;
-        cache.check_room(new)?;
-        for index in 0..self.layers.len() {
-            let (k_hkd, v_hkd) = cache.with_new(index, new);
-            let _ = attention::causal(q_sqd, &k_hkd, &v_hkd, cache.len(), false, &self.attention)?;
-        }
-        Ok(())
-    }
-
-    /// Like [`LanguageModel::forward`], for taps alone: the last layer ends after its tap, so there
-    /// is neither its attention output nor its feed-forward, and no hidden state to return.
-    pub fn forward_for_tap(&self, ids: &Tensor, cache: &mut KvCache, tap: &mut dyn Tap) -> Result<()> {
-        self.run(ids, cache, tap, false).map(drop)
-    }
-
-    /// Read a whole context in chunks of at most `chunk_tokens`; taps see every chunk.
-    ///
-    /// Returns the hidden states of the last chunk, `[tokens of the last chunk, hidden]`.
-    ///
-    /// # Errors
-    /// As [`LanguageModel::forward`]; also an empty context or chunk.
-    pub fn prefill(
-        &self,
-        ids: &[u32],
-        cache: &mut KvCache,
-        chunk_tokens: usize,
-        tap: &mut dyn Tap,
-    ) -> Result<Tensor> {
-        check_prefill(ids, cache, chunk_tokens)?;
-        let mut done = 0;
-        loop {
-            let chunk = prefill_chunk(done, ids.len(), chunk_tokens);
-            done = chunk.end;
-            let chunk_ids = self.ids(&ids[chunk]);
-            if done == ids.len() {
-                return self.forward(&chunk_ids, cache, tap);
-            }
-            // Nobody reads these chunks' hidden states, so their last layer may end early.
-            self.forward_for_tap(&chunk_ids, cache, tap)?;
-        }
-    }
-
-    /// Like [`LanguageModel::prefill`], where only taps and the cache are of interest: the last layer
-    /// ends early in every chunk.
-    pub fn prefill_for_tap(
-        &self,
-        ids: &[u32],
-        cache: &mut KvCache,
-        chunk_tokens: usize,
-        tap: &mut dyn Tap,
-    ) -> Result<()> {
-        check_prefill(ids, cache, chunk_tokens)?;
-        let mut done = 0;
-        while done < ids.len() {
-            let chunk = prefill_chunk(done, ids.len(), chunk_tokens);
-            done = chunk.end;
-            self.forward_for_tap(&self.ids(&ids[chunk]), cache, tap)?;
-        }
-        Ok(())
-    }
-
     /// Next-token logits, f32 `[.., vocab]`, of hidden states after the final norm.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         self.products(hidden).to_kind(Kind::Float)
@@ -352,47 +265,6 @@ impl LanguageModel {
     pub(crate) fn finish(&self, hidden: &Tensor) -> Tensor {
         rms_norm(hidden, &self.final_norm, self.config.architecture.norm_eps)
     }
-
-    /// All layers; `complete` says whether the last one's output is wanted.
-    fn run(&self, ids: &Tensor, cache: &mut KvCache, tap: &mut dyn Tap, complete: bool) -> Result<Tensor> {
-        ensure!(ids.dim() == 1, "token ids must be one sequence, not of shape {:?}", ids.size());
-        let s = ids.numel();
-        cache.check_room(s)?;
-        ensure!(cache.layers() == self.layers.len(), "the KV cache is of another model");
-        let mut hidden_sm = self.embed(ids)?;
-        let rotation = self.rope.range(cache.next_position(), s);
-        let start = cache.len();
-        let wants_lse = tap.wants_lse();
-        for (index, layer) in self.layers.iter().enumerate() {
-            let normed_sm = layer.normed(&hidden_sm);
-            let new = layer.project(&normed_sm, &rotation, None)?;
-            cache.write(index, &new.k.transpose(0, 1), &new.v.transpose(0, 1));
-            let (k_hkd, v_hkd) = cache.with_new(index, s);
-            let q_sqd = attention::arranged(&new.q);
-            let goes_on = complete || index + 1 < self.layers.len();
-            let attend = || attention::causal(&q_sqd, &k_hkd, &v_hkd, start, wants_lse, &self.attention);
-            let (attended, lse_qs) = match goes_on || wants_lse {
-                true => attend().map(|(out, lse)| (Some(out), lse))?,
-                false => (None, None),
-            };
-            tap.layer(&LayerView {
-                layer: index,
-                q_qsd: &q_sqd.transpose(0, 1),
-                k_hkd: &k_hkd,
-                v_hkd: &v_hkd,
-                start,
-                scale: self.attention.scale,
-                hidden_sm: &hidden_sm,
-                normed_sm: &normed_sm,
-                lse_qs: lse_qs.as_ref(),
-            })?;
-            if let Some(attended) = attended.filter(|_| goes_on) {
-                hidden_sm = layer.finish_block(hidden_sm, &attended)?;
-            }
-        }
-        cache.advance(s);
-        Ok(hidden_sm)
-    }
 }
 
 /// Whether the embedding is the output matrix too: `tie_word_embeddings`, unless the checkpoint holds both and they
@@ -411,17 +283,4 @@ fn is_tied(config: &LmConfig, checkpoint: &Checkpoint, folder: &Path) -> Result<
         );
     }
     Ok(config.tied_head && !differ)
-}
-
-/// The next prefill chunk of a context of `tokens` of which `done` are read: `size` tokens, or all that are left if those
-/// are at most a quarter more. A last chunk of a few tokens would read all weights for little.
-pub fn prefill_chunk(done: usize, tokens: usize, size: usize) -> Range<usize> {
-    let (left, size) = (tokens - done, size.max(1));
-    done..done + if left <= size + size / 4 { left } else { size }
-}
-
-fn check_prefill(ids: &[u32], cache: &KvCache, chunk_tokens: usize) -> Result<()> {
-    ensure!(chunk_tokens > 0, hinted("a prefill chunk of 0 tokens", "use 1 token or more per prefill chunk"));
-    ensure!(!ids.is_empty(), "there is no token to prefill");
-    cache.check_room(ids.len())
 }

@@ -13,8 +13,10 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
 
-use crate::attention::{self, Segments};
+use crate::attention::{self, Attention, Segments};
 use crate::cache::KvCache;
+use crate::forward::{KvStore, LayerInput};
+use crate::layer::Projected;
 use crate::model::LanguageModel;
 
 /// Called once per layer of [`LanguageModel::forward_repeats`], after rotary.
@@ -77,39 +79,46 @@ impl LanguageModel {
         let rotation = self.rope.at(&pkv_gpu::upload(&Tensor::from_slice(&positions), self.device())?);
         let segments = Segments::new(segments.iter().map(|ids| ids.len()), self.device())?;
         let wants_lse = tap.wants_lse();
-        let mut hidden_rm = self.embed(&self.ids(&ids))?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let last = index + 1 == self.layers.len();
-            let normed_rm = layer.normed(&hidden_rm);
-            let new = layer.project(&normed_rm, &rotation, None)?;
-            // The last layer's output is nobody's input.
-            let mut own = match wants_lse || !last {
-                true => Some(attention::squares(&new.q, &new.k, &new.v, &segments, &self.attention)?),
-                false => None,
-            };
-            // A copy, because the rectangle is added in place.
-            let own_lse_qr = own.as_ref().filter(|_| wants_lse).map(|own| {
-                let lse = own.lse_qr.to_kind(Kind::Float);
-                if last { lse.contiguous() } else { lse.copy() }
-            });
-            let (k_cache_hkd, v_cache_hkd) = (cache.keys(index), cache.values(index));
-            tap.layer(&RepeatView {
-                layer: index,
-                q_rqd: &new.q,
-                k_rhd: &new.k,
-                v_rhd: &new.v,
-                k_cache_hkd: &k_cache_hkd,
-                v_cache_hkd: &v_cache_hkd,
-                scale: self.attention.scale,
-                own_lse_qr: own_lse_qr.as_ref(),
-                segments: &segments.ranges,
-                normed_rm: &normed_rm,
-            })?;
-            if let Some(own) = own.as_mut().filter(|_| !last) {
-                attention::add_rectangle(own, &new.q, &k_cache_hkd, &v_cache_hkd, &self.attention)?;
-                hidden_rm = layer.finish_block(hidden_rm, &own.out_rqd)?;
-            }
-        }
-        Ok(())
+        let mut store = RepeatStore { cache, segments, tap, wants_lse, how: &self.attention };
+        self.run(self.embed(&self.ids(&ids))?, &rotation, &mut store, false).map(drop)
+    }
+}
+
+/// A cache that stays as it is, and segments that each see it and themselves.
+struct RepeatStore<'a> {
+    cache: &'a KvCache,
+    segments: Segments,
+    tap: &'a mut dyn RepeatTap,
+    wants_lse: bool,
+    how: &'a Attention,
+}
+
+impl KvStore for RepeatStore<'_> {
+    fn attend(&mut self, input: &LayerInput, new: &Projected, wanted: bool) -> Result<Option<Tensor>> {
+        let own = match wanted || self.wants_lse {
+            true => Some(attention::squares(&new.q, &new.k, &new.v, &self.segments, self.how)?),
+            false => None,
+        };
+        // A copy, because the rectangle is added in place.
+        let own_lse_qr = own.as_ref().filter(|_| self.wants_lse).map(|own| {
+            let lse = own.lse_qr.to_kind(Kind::Float);
+            if wanted { lse.copy() } else { lse.contiguous() }
+        });
+        let (k_cache_hkd, v_cache_hkd) = (self.cache.keys(input.layer), self.cache.values(input.layer));
+        self.tap.layer(&RepeatView {
+            layer: input.layer,
+            q_rqd: &new.q,
+            k_rhd: &new.k,
+            v_rhd: &new.v,
+            k_cache_hkd: &k_cache_hkd,
+            v_cache_hkd: &v_cache_hkd,
+            scale: self.how.scale,
+            own_lse_qr: own_lse_qr.as_ref(),
+            segments: &self.segments.ranges,
+            normed_rm: input.normed,
+        })?;
+        let Some(mut own) = own.filter(|_| wanted) else { return Ok(None) };
+        attention::add_rectangle(&mut own, &new.q, &k_cache_hkd, &v_cache_hkd, self.how)?;
+        Ok(Some(own.out_rqd))
     }
 }

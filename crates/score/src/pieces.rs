@@ -1,46 +1,10 @@
-//! Work in pieces that get smaller where memory runs out: prefill chunks, and packs of repeats.
+//! Packs of repeats that get smaller where memory runs out, as prefill chunks do ([`pkv_lm::Chunks`]).
 //!
-//! Results do not depend on the pieces but for rounding. What a piece is, its caller knows.
-
-use std::ops::Range;
+//! Results do not depend on the packs but for rounding.
 
 use anyhow::{Result, bail};
 use pkv_core::hinted;
 use pkv_gpu::unless_exhausted;
-use pkv_lm::prefill_chunk;
-
-/// Below so many tokens a prefill chunk saves no memory that matters.
-const LEAST_PREFILL_TOKENS: usize = 512;
-
-/// Run `read` over `0..tokens` in chunks of at most `size`, in order.
-///
-/// A chunk that memory has no room for is read again, half as long; `read` must then have left
-/// nothing behind.
-///
-/// # Errors
-/// Those of `read`; memory has no room for 512 tokens either.
-pub(crate) fn prefill(
-    tokens: usize,
-    size: usize,
-    mut read: impl FnMut(Range<usize>) -> Result<()>,
-) -> Result<()> {
-    let (mut done, mut size, mut short) = (0, size.max(1), false);
-    while done < tokens {
-        // Where memory is short, the last chunk is not stretched.
-        let chunk = if short { done..tokens.min(done + size) } else { prefill_chunk(done, tokens, size) };
-        let tried = chunk.len();
-        if unless_exhausted(|| read(chunk.clone()))?.is_some() {
-            done = chunk.end;
-            continue;
-        }
-        if tried <= LEAST_PREFILL_TOKENS {
-            bail!(no_room(format!("memory ran out in a prefill chunk of {tried} tokens")));
-        }
-        (size, short) = ((tried / 2).max(LEAST_PREFILL_TOKENS), true);
-        tracing::warn!("memory ran out in a prefill chunk of {tried} tokens; going on with {size}");
-    }
-    Ok(())
-}
 
 /// Run `read` over `items` in packs, in order: as many items as have at most `limit` tokens together,
 /// and at least one.
@@ -67,19 +31,15 @@ pub(crate) fn packs<T>(
         }
         let tried = total(pack);
         if pack.len() == 1 {
-            bail!(no_room(format!("memory ran out while one scoring chunk was repeated ({tried} tokens)")));
+            bail!(hinted(
+                format!("memory ran out while one scoring chunk was repeated ({tried} tokens)"),
+                "free the device of other work, or use shorter contexts or a smaller model; `plan` tells what is needed",
+            ));
         }
         limit = total(&pack[..pack.len() / 2]);
         tracing::warn!("memory ran out in a pack of {tried} tokens; going on with {limit}");
     }
     Ok(())
-}
-
-fn no_room(what: String) -> pkv_core::Hinted {
-    hinted(
-        what,
-        "free the device of other work, or use shorter contexts or a smaller model; `plan` tells what is needed",
-    )
 }
 
 #[cfg(test)]
@@ -91,30 +51,6 @@ mod tests {
         panic!(
             "called `Result::unwrap()` on an `Err` value: Torch(\"CUDA out of memory. Tried to allocate 2.00 GiB\")"
         )
-    }
-
-    #[test]
-    fn prefill_chunks_are_halved_until_they_fit() {
-        let mut read = Vec::new();
-        prefill(10_000, 8000, |chunk| {
-            if chunk.len() > 2500 {
-                return exhaust();
-            }
-            read.push(chunk);
-            Ok(())
-        })
-        .unwrap();
-        assert_eq!(read, [0..2500, 2500..5000, 5000..7500, 7500..10_000]);
-        let mut tried = Vec::new();
-        let error = prefill(5000, 3000, |chunk| {
-            tried.push(chunk.len());
-            exhaust()
-        })
-        .unwrap_err();
-        assert_eq!(tried, [3000, 1500, 750, 512]);
-        assert!(error.to_string().contains("512 tokens"), "{error}");
-        assert!(error.downcast_ref::<pkv_core::Hinted>().is_some());
-        assert_eq!(prefill(9, 4, |_| bail!("no such file")).unwrap_err().to_string(), "no such file");
     }
 
     #[test]

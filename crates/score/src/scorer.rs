@@ -104,11 +104,10 @@ impl<'a> Scorer<'a> {
         let _no_grad = tch::no_grad_guard();
         let ids = [&self.prefix, context].concat();
         let mut cache = self.model.new_cache(self.cache_capacity(context.len()));
-        pieces::prefill(ids.len(), self.prefill_chunk_tokens, |chunk| {
-            let ids = self.model.ids(&ids[chunk]);
-            self.model.forward_for_tap(&ids, &mut cache, &mut NoTap)
-        })
-        .with_context(|| format!("prefilling a context of {} tokens", context.len()))?;
+        let chunk = self.prefill_chunk_tokens.max(1);
+        self.model
+            .prefill_for_tap(&ids, &mut cache, chunk, &mut NoTap)
+            .with_context(|| format!("prefilling a context of {} tokens", context.len()))?;
         Ok(cache)
     }
 

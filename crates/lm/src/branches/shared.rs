@@ -12,7 +12,9 @@ use tch::{Kind, Tensor};
 
 use crate::attention::logits;
 use crate::cache::KvCache;
+use crate::forward::{KvStore, LayerInput};
 use crate::kept::KeptPairs;
+use crate::layer::Projected;
 use crate::model::LanguageModel;
 
 /// Attention weights held at a time: 64 Mi f32 are 256 MiB.
@@ -123,18 +125,29 @@ impl LanguageModel {
     pub(super) fn forward_shared(&self, ids: &Tensor, branches: &mut SharedBranches) -> Result<Tensor> {
         let s = ids.size()[1];
         ensure!(branches.own_keys.len() == self.layers.len(), "the branches are of another model");
-        let mut hidden_rsm = self.embed(ids)?;
+        let hidden_rsm = self.embed(ids)?;
         let step = branches.step(s, self);
         let rotation = self.rope.at(&(&step.slot_rs + branches.first_position as i64).to_kind(Kind::Float));
-        for (index, layer) in self.layers.iter().enumerate() {
-            let new = layer.project(&layer.normed(&hidden_rsm), &rotation, None)?;
-            let heads_first = |x: &Tensor| x.transpose(-3, -2);
-            branches.write(index, &step.slot_rs, &heads_first(&new.k), &heads_first(&new.v));
-            let attended = branches.attend(index, &heads_first(&new.q).contiguous(), &step);
-            hidden_rsm = layer.finish_block(hidden_rsm, &heads_first(&attended))?;
-        }
+        let hidden_rsm =
+            self.run(hidden_rsm, &rotation, &mut SharedStore { branches: &mut *branches, step }, true)?;
         branches.lengths.iter_mut().for_each(|n| *n += s as usize);
         Ok(self.finish(&hidden_rsm))
+    }
+}
+
+/// Branches and where their new tokens go.
+struct SharedStore<'a> {
+    branches: &'a mut SharedBranches,
+    step: Step,
+}
+
+impl KvStore for SharedStore<'_> {
+    fn attend(&mut self, input: &LayerInput, new: &Projected, _: bool) -> Result<Option<Tensor>> {
+        let heads_first = |x: &Tensor| x.transpose(-3, -2);
+        let Self { branches, step } = self;
+        branches.write(input.layer, &step.slot_rs, &heads_first(&new.k), &heads_first(&new.v));
+        let attended = branches.attend(input.layer, &heads_first(&new.q).contiguous(), step);
+        Ok(Some(heads_first(&attended)))
     }
 }
 

@@ -7,6 +7,9 @@ use pkv_gpu::{CacheSlot, DecodeSpace, has_decode};
 use tch::{Device, Kind, Tensor};
 
 use super::{RaggedCache, RaggedLayer};
+use crate::attention::Attention;
+use crate::forward::{KvStore, LayerInput};
+use crate::layer::Projected;
 use crate::model::LanguageModel;
 
 /// What one forward needs in every layer.
@@ -54,22 +57,12 @@ impl LanguageModel {
             cache.layers() == self.layers.len() && cache.kv_heads() == self.shape().kv_heads,
             "the KV cache is of another model"
         );
-        let mut hidden_bsm = self.embed(ids_bs)?;
+        let hidden_bsm = self.embed(ids_bs)?;
         cache.reserve(size[1] as usize)?;
         let step = cache.step(size[1], self)?;
         let rotation = self.rope.at(&cache.positions(size[1], self.device()));
-        for (index, layer) in self.layers.iter().enumerate() {
-            let slot_n = step.slot_ln.get(index as i64);
-            let new = {
-                let slot = cache.slot(index, &step, &slot_n);
-                layer.project(&layer.normed(&hidden_bsm), &rotation, Some(&slot))?
-            };
-            if !new.written {
-                cache.write(index, &slot_n, &new.k, &new.v);
-            }
-            let attended_bsqd = cache.attend(index, &step, &new.q, &self.attention)?;
-            hidden_bsm = layer.finish_block(hidden_bsm, &attended_bsqd)?;
-        }
+        let mut store = RaggedStore { cache: &mut *cache, slot_n: Tensor::new(), step, how: &self.attention };
+        let hidden_bsm = self.run(hidden_bsm, &rotation, &mut store, true)?;
         cache.advance(size[1] as usize);
         Ok(self.finish(&hidden_bsm))
     }
@@ -88,6 +81,29 @@ impl LanguageModel {
             let _ = cache.attend(index, &step, q_bsqd, &self.attention)?;
         }
         Ok(())
+    }
+}
+
+/// A cache and where its new tokens go.
+struct RaggedStore<'a> {
+    cache: &'a mut RaggedCache,
+    step: Step,
+    /// The step's rows of the layer at work.
+    slot_n: Tensor,
+    how: &'a Attention,
+}
+
+impl KvStore for RaggedStore<'_> {
+    fn slot(&mut self, layer: usize) -> Option<CacheSlot<'_>> {
+        self.slot_n = self.step.slot_ln.get(layer as i64);
+        Some(self.cache.slot(layer, &self.step, &self.slot_n))
+    }
+
+    fn attend(&mut self, input: &LayerInput, new: &Projected, _: bool) -> Result<Option<Tensor>> {
+        if !new.written {
+            self.cache.write(input.layer, &self.slot_n, &new.k, &new.v);
+        }
+        self.cache.attend(input.layer, &self.step, &new.q, self.how).map(Some)
     }
 }
 

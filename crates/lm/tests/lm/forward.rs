@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use pkv_lm::{LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
+use pkv_lm::{Chunks, LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -160,6 +160,44 @@ fn a_forward_for_the_tap_fills_cache_and_tap_alike() {
     assert_eq!(difference(&Record::joined(&full.queries), &Record::joined(&short.queries)), 0.0);
     assert_eq!(difference(&Record::joined(&full.keys), &Record::joined(&short.keys)), 0.0);
     assert_eq!(difference(&a.values(5), &b.values(5)), 0.0);
+}
+
+/// What is left behind by a chunk that memory had no room for: nothing.
+#[test]
+fn a_prefill_that_runs_out_of_memory_goes_on_in_smaller_chunks() {
+    /// Has no room for the second layer of more than 700 tokens.
+    struct Short<'a>(&'a mut dyn Tap);
+    impl Tap for Short<'_> {
+        fn layer(&mut self, view: &LayerView) -> Result<()> {
+            if view.layer == 1 && view.q_qsd.size()[1] > 700 {
+                bail!("CUDA out of memory");
+            }
+            self.0.layer(view)
+        }
+    }
+    let model = load(&nano("proxy"));
+    let ids: Vec<u32> = (0..1400).map(|i| (7 + i * i * 11) % 4000).collect();
+    let (mut expected, mut plain) = (Record::default(), model.new_cache(1400));
+    model.prefill_for_tap(&ids, &mut plain, 700, &mut expected).unwrap();
+    let (mut found, mut cache, mut chunks) =
+        (Record::default(), model.new_cache(1400), Chunks::new(1400, 1300));
+    while !chunks.is_done() {
+        chunks
+            .read(&mut found, |chunk, tap| {
+                model.forward_for_tap(&model.ids(&ids[chunk]), &mut cache, &mut Short(tap))
+            })
+            .unwrap();
+    }
+    assert_eq!((cache.len(), cache.next_position()), (1400, 1400));
+    for layer in 0..cache.layers() {
+        assert_eq!(difference(&cache.keys(layer), &plain.keys(layer)), 0.0);
+    }
+    // The first layer was shown all tokens before memory ran out, the others in two chunks.
+    assert_eq!(found.starts, [0]);
+    assert_eq!(found.queries.iter().map(Vec::len).collect::<Vec<_>>()[..2], [1, 2]);
+    for (found, expected) in [(&found.queries, &expected.queries), (&found.keys, &expected.keys)] {
+        assert_close("what the tap saw", &Record::joined(found), &Record::joined(expected), 1e-4);
+    }
 }
 
 #[test]

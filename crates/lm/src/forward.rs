@@ -1,0 +1,63 @@
+//! The one loop over decoder layers.
+//!
+//! What a layer's attention may see differs: one cache, the cache and several continuations that do not see one another, caches
+//! whose KV heads have different lengths. Each of those is a [`KvStore`], in the file of its cache.
+
+use anyhow::Result;
+use pkv_gpu::CacheSlot;
+use tch::Tensor;
+
+use crate::layer::Projected;
+use crate::model::LanguageModel;
+use crate::rope::Rotation;
+
+/// What a layer works on.
+pub(crate) struct LayerInput<'a> {
+    pub layer: usize,
+    /// Its input: `[.., s, hidden]`.
+    pub hidden: &'a Tensor,
+    /// The same after the layer's input norm.
+    pub normed: &'a Tensor,
+}
+
+/// Keeps keys and values of new tokens, and lets their queries attend to what they may see.
+pub(crate) trait KvStore {
+    /// Where the kernel that rotates keys can write them, and values, so that [`KvStore::attend`] need not.
+    fn slot(&mut self, _layer: usize) -> Option<CacheSlot<'_>> {
+        None
+    }
+
+    /// Attention of new tokens: `[.., s, query_heads, head_dim]`. Where it is not `wanted`, because no layer follows, it may
+    /// be left out.
+    ///
+    /// # Errors
+    /// A kernel fails, or whoever looks on.
+    fn attend(&mut self, input: &LayerInput, new: &Projected, wanted: bool) -> Result<Option<Tensor>>;
+}
+
+impl LanguageModel {
+    /// Run all layers on `hidden`, the new tokens' embeddings; what returns is not normed. Without `complete` the last layer
+    /// ends after its store has seen the new tokens, and what returns is that layer's input.
+    ///
+    /// # Errors
+    /// A kernel fails, or the store does.
+    pub(crate) fn run(
+        &self,
+        mut hidden: Tensor,
+        rotation: &Rotation,
+        store: &mut dyn KvStore,
+        complete: bool,
+    ) -> Result<Tensor> {
+        for (index, layer) in self.layers.iter().enumerate() {
+            let wanted = complete || index + 1 < self.layers.len();
+            let normed = layer.normed(&hidden);
+            let new = layer.project(&normed, rotation, store.slot(index).as_ref())?;
+            let input = LayerInput { layer: index, hidden: &hidden, normed: &normed };
+            let attended = store.attend(&input, &new, wanted)?;
+            if let Some(attended) = attended.filter(|_| wanted) {
+                hidden = layer.finish_block(hidden, &attended)?;
+            }
+        }
+        Ok(hidden)
+    }
+}
