@@ -65,7 +65,7 @@ class _QueryStatistics:
         """
         if not self.slots:
             return
-        q_qsd, start = layer.q_qsd, layer.start
+        q_qsd, start, self.scale = layer.q_qsd, layer.start, layer.module.scaling
         end = start + q_qsd.shape[1]
         self.prefix, self.context = prefix, end - prefix
         k_hdk = layer.k_hkd.float().transpose(1, 2)
@@ -83,11 +83,10 @@ class _QueryStatistics:
 
     def _rows(self, q_qsd, k_hdk, start: int, row: int, end: int, slots, gathered_hct):
         """Queries of the positions from `row` to `end`, in blocks; `q_qsd` begins at `start`."""
-        scale = 1.0 / math.sqrt(q_qsd.shape[2])
         while row < end:
             budget = _block_elements(q_qsd.device) // (q_qsd.shape[0] * end)
             stop = min(end, row + max(1, min(self.block_tokens, budget)))
-            q_qrd = q_qsd[:, row - start : stop - start].float() * scale
+            q_qrd = q_qsd[:, row - start : stop - start].float() * self.scale
             self._block(q_qrd, k_hdk, row, stop, slots, gathered_hct)
             row = stop
 
@@ -177,7 +176,7 @@ def _chunk_scores(layer: _Layer, sink: int, start: int, end: int, plus: bool):
     q_qsd, k_hkd = layer.q_qsd, layer.k_hkd
     h, total, d = k_hkd.shape
     rows, t = q_qsd.shape[1], end - start
-    q_hgsd = (q_qsd.float() * (1.0 / math.sqrt(d))).reshape(h, -1, rows, d)
+    q_hgsd = (q_qsd.float() * layer.module.scaling).reshape(h, -1, rows, d)
     group = q_hgsd.shape[1]
     k_hdk = torch.cat([k_hkd[:, :sink], k_hkd[:, start:end], k_hkd[:, total - rows :]], 1).float().transpose(1, 2)
     max_hgt = torch.zeros(h, group, t, device=q_qsd.device)

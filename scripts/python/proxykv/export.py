@@ -6,7 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-EXPORT_VERSION = 2
+
+EXPORT_VERSIONS = (2, 3)
 
 
 def export_folder(source: str | Path, revision: str | None = None) -> Path:
@@ -27,8 +28,9 @@ def read_config(folder: Path, verify: bool = True) -> dict:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     version = config.get("schema_version")
-    if version != EXPORT_VERSION:
-        raise ValueError(f"`{path}`: expected export version {EXPORT_VERSION}, found {version}")
+    if version not in EXPORT_VERSIONS:
+        expected = " or ".join(map(str, EXPORT_VERSIONS))
+        raise ValueError(f"`{path}`: expected export version {expected}, found {version}")
     if verify:
         for name, expected in config["files"].items():
             if not (folder / name).is_file():

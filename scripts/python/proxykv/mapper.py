@@ -235,7 +235,7 @@ class HybridAxialMapper(nn.Module):
         folder = export_folder(source, revision)
         config = read_config(folder, verify)
         mapper = cls(config["mapper"], config["dims"])
-        # Learned numbers of the loss are of no use here, and the map of hidden states makes a feature.
+        # Version 2 holds the learned numbers of the loss too, and the map of hidden states makes a feature.
         tensors = read_tensors(folder / "model.safetensors")
         mapper.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(("loss.", "hidden."))})
         return mapper.eval()

@@ -22,7 +22,7 @@ MASK_ELEMENTS = 1 << 28
 # Positions whose hidden states are held in f32 at once.
 HIDDEN_ROWS = 1 << 13
 # Architectures whose attention modules the hooks know.
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "granite")
 PREFILL_CHANNELS = ("max_all", "mean_all", "max_window", "mean_window", "max_last", "mean_last", "key_norm", "value_norm")
 REPEAT_CHANNELS = ("recon_log", "recon_log_odds", "recon_mean")
 UNRUN_CHANNELS = ("replay_unrun", "replay_unrun_mean")
@@ -244,6 +244,8 @@ class Reading:
     def _surprisal(self, state_sd, next_s):
         """Negative log-likelihoods, f32 `[s]`; the LM head is applied to blocks of positions."""
         rows, head = max(1, LOGIT_ELEMENTS // self.model.config.vocab_size), self.model.get_output_embeddings()
-        logits = (head(block_sd).float() for block_sd in state_sd.split(rows))
+        # Granite divides its logits.
+        divisor = getattr(self.model.config, "logits_scaling", 1.0)
+        logits = ((head(block_sd) / divisor).float() for block_sd in state_sd.split(rows))
         pairs = zip(logits, next_s.split(rows))
         return torch.cat([F.cross_entropy(x_sv, n_s.to(x_sv.device), reduction="none") for x_sv, n_s in pairs])

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import tokenizers
 import torch
 from common import PROXY, RUNS, contexts, export, frame, kept, opened, pipe, proxykv, target
-from proxykv.attention import _Layer, _UnrunReplay
-from proxykv.reading import _exact_frequencies
+from proxykv.attention import _Layer, _UnrunReplay, _chunk_scores
+from proxykv.reading import _exact_frequencies, _tap
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 
@@ -215,6 +216,38 @@ class Features(unittest.TestCase):
         self.assertEqual(heads[0].tolist(), [[100, 101, 102], [103, 104, 105], [0, 0, 0]])
         self.assertEqual(heads[2].tolist(), [[0, 0, 0], [503, 504, 505], [500, 501, 502]])
         self.assertEqual(globals_.tolist(), [[100, 101, 102], [103, 104, 105], [503, 504, 505]])
+
+    def test_a_model_with_multipliers_is_scored_and_surprised_as_in_transformers(self):
+        goldens = Path(__file__).parents[3] / "crates/lm/tests/goldens"
+        golden = load_file(goldens / "arch-granite-multipliers.safetensors")
+        frame = json.loads((goldens / "arch-granite-multipliers.json").read_text())
+        model = AutoModelForCausalLM.from_pretrained(goldens / "arch-granite-multipliers", dtype=torch.float32)
+        prefix, chunk, ids, cache = frame["prefix_tokens"], frame["chunk"], golden["input_ids"], DynamicCache()
+        extract = {"channels": ["max_all"], "globals": ["surprisal"], "prefill_chunk_tokens": 100, "min_distance": 0}
+        extract |= {"window_tokens": 8, "last_queries": 8, "block_tokens": 64, "whole_range_stride": 1}
+        reading = proxykv.Reading(model, extract, prefix)
+        reading.prefill(ids)
+        got_pct, got_ct = reading.features()
+        with torch.no_grad():
+            eager = AutoModelForCausalLM.from_pretrained(
+                goldens / "arch-granite-multipliers", dtype=torch.float32, attn_implementation="eager"
+            )
+            whole = eager(ids[None], output_attentions=True)
+            nats = torch.nn.functional.cross_entropy(whole.logits[0, :-1], ids[1:], reduction="none")
+        torch.testing.assert_close(got_ct[0], nats[prefix - 1 :], atol=1e-4, rtol=0)
+        for layer, weights in enumerate(whole.attentions):
+            most = weights[0, :, prefix:, prefix:].amax(1).unflatten(0, (2, -1)).amax(1).log().clamp(-16, 16)
+            torch.testing.assert_close(got_pct[2 * layer : 2 * layer + 2, 0], most, atol=1e-3, rtol=0)
+        for part in range(3):
+            start = prefix + part * chunk
+            end, repeat, cache = min(start + chunk, ids.numel()), golden[f"original_repeat_ids_{part}"], DynamicCache()
+            with torch.no_grad():
+                model.model(input_ids=ids[None], past_key_values=cache)
+                scores = []
+                with _tap(model, lambda x: scores.append(_chunk_scores(x, prefix, start, end, False)[0])):
+                    model.model(input_ids=repeat[None], past_key_values=cache)
+            expected = golden["original_scores"][:, :, start:end]
+            torch.testing.assert_close(torch.stack(scores), expected, atol=1e-4, rtol=0)
 
     def test_rotary_frequencies_stay_those_of_the_scaling(self):
         base = {"rope_theta": 5e5}

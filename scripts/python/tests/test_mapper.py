@@ -20,6 +20,12 @@ class Parity(unittest.TestCase):
                 print(f"\n  {run}: largest difference {difference:.1e}", end="")
                 self.assertLessEqual(difference, 1e-5)
 
+    def test_an_older_version_is_read(self):
+        old = ROOT / "crates/checkpoint/tests/old/export-2"
+        self.assertEqual(proxykv.read_config(old)["schema_version"], 2)
+        self.assertEqual(proxykv.read_config(export("demo-nano"))["schema_version"], 3)
+        self.assertLessEqual(proxykv.check_parity(old), 1e-5)
+
     def test_windows_of_a_long_context_equal_one_forward(self):
         for run in ("demo-nano", "other"):
             mapper = proxykv.HybridAxialMapper.from_export(export(run))
@@ -62,7 +68,7 @@ class Files(unittest.TestCase):
     def test_another_version_is_refused(self):
         path = self.copy / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
-        with self.assertRaisesRegex(ValueError, "expected export version 2, found 99"):
+        with self.assertRaisesRegex(ValueError, "expected export version 2 or 3, found 99"):
             proxykv.HybridAxialMapper.from_export(self.copy)
 
     def test_an_absent_folder_is_not_asked_of_the_hub(self):
