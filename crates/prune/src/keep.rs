@@ -77,6 +77,25 @@ fn keep_within(scores_lht: &Tensor, budgets: Option<&HeadBudgets>, kept: usize) 
     Ok(top_mask_each(&scores_ot, &counts).reshape(&shape))
 }
 
+/// `scores_lht` with the `newest` last positions of every head above all others, later ones higher: any policy then keeps
+/// them first, and of them the last ones where the budget is smaller. They count as kept. f64 unless `newest` is 0.
+///
+/// # Shapes
+/// - `scores_lht`: `[.., positions]`, any float kind; returns the same shape
+pub fn newest_first(scores_lht: &Tensor, newest: usize) -> Tensor {
+    let positions = scores_lht.size().last().copied().unwrap_or(0);
+    let newest = (newest as i64).min(positions);
+    if newest == 0 || scores_lht.numel() == 0 {
+        return scores_lht.shallow_clone();
+    }
+    let out = scores_lht.to_dtype(Kind::Double, false, true);
+    // What is no number is lowest, and has no say in how high the others are.
+    let highest = out.where_scalarother(&out.isfinite(), 0.0).max();
+    let above = Tensor::arange_start(1, newest + 1, (Kind::Double, out.device())) + highest;
+    out.narrow(-1, positions - newest, newest).copy_(&above);
+    out
+}
+
 /// The KV pairs that `policy` keeps at `ratio`, of scores alone.
 ///
 /// Exactly `ratio.count(n)` of each n that compete: all pairs (`pair`; `pair-floor`, ranked by [`HEAD_PLACES`]), the positions
@@ -295,6 +314,37 @@ mod tests {
 
     fn device() -> Device {
         pkv_gpu::device(DeviceChoice::Auto).unwrap()
+    }
+
+    #[test]
+    fn the_newest_positions_stay_under_every_policy_as_far_as_the_budget_reaches() {
+        let (heads, positions) = (6_i64, 40_i64);
+        let mut numbers = scores(5, 240, 7);
+        numbers[3] = f32::NAN;
+        numbers[50] = f32::NEG_INFINITY;
+        let scores_lht = Tensor::from_slice(&numbers).view([2, 3, positions]).to_device(device());
+        for policy in Policy::OF_SCORES {
+            for (ratio, newest) in [(0.5, 8), (0.2, 8), (0.1, 8), (0.05, 40), (1.0, 99)] {
+                let ratio = RetentionRatio::new(ratio).unwrap();
+                let plain = keep_mask(&scores_lht, policy, ratio);
+                let keep = keep_mask(&newest_first(&scores_lht, newest), policy, ratio);
+                let count = |mask: &Tensor| mask.sum(Kind::Int64).int64_value(&[]);
+                assert_eq!(count(&keep), count(&plain), "they count as kept");
+                let reached = (newest as i64).min(count(&keep) / heads);
+                let tail = keep.narrow(-1, positions - reached, reached);
+                assert_eq!(count(&tail), reached * heads, "{policy:?} {ratio} {newest}");
+            }
+            // Among the others the scores decide.
+            let half = RetentionRatio::new(0.5).unwrap();
+            let keep = keep_mask(&newest_first(&scores_lht, 1), Policy::PairUniform, half).narrow(
+                -1,
+                0,
+                positions - 1,
+            );
+            let others = keep_mask_budget(&scores_lht.narrow(-1, 0, positions - 1), Policy::PairUniform, 19);
+            assert_eq!(keep, others);
+        }
+        assert_eq!(newest_first(&scores_lht, 0).data_ptr(), scores_lht.data_ptr());
     }
 
     /// Scores with many ties.

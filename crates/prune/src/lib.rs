@@ -15,6 +15,7 @@ mod target;
 
 pub use budget::{BudgetFit, HeadBudgets};
 pub use keep::{
-    keep_mask, keep_mask_budget, keep_mask_budget_by, keep_mask_by, keep_masks, token_scores, top_mask,
+    keep_mask, keep_mask_budget, keep_mask_budget_by, keep_mask_by, keep_masks, newest_first, token_scores,
+    top_mask,
 };
 pub use target::{LOG_ODDS_LIMIT, log_odds, pool_targets};
