@@ -1,7 +1,7 @@
 //! `fetch`: all that a recipe or a manifest names into the cache, and its lock file beside it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Progress, hinted};
@@ -55,6 +55,63 @@ impl Hub {
             "the hub's repository itself is incomplete; choose another revision",
         )?;
         Ok((Resolved { folder: snapshot.folder, revision: snapshot.commit }, Some(pin)))
+    }
+
+    /// The folder with a model's config.json: local, cached, or with that one file downloaded.
+    ///
+    /// # Errors
+    /// There is no such model, it has no config.json, or the hub does not answer.
+    pub fn fetch_config(
+        &self,
+        name: &str,
+        revision: &str,
+        bases: &[&Path],
+        progress: &dyn Progress,
+        check_stop: &dyn Fn() -> Result<()>,
+    ) -> Result<PathBuf> {
+        const CONFIG: &str = "config.json";
+        if let Some(folder) = local::find(name, bases) {
+            return Ok(folder);
+        }
+        if local::must_be_local(name) {
+            return Ok(self.model(name, revision, bases)?.folder);
+        }
+        if let Ok(cached) = self.snapshot(Kind::Model, name, revision)
+            && cached.folder.join(CONFIG).is_file()
+        {
+            return Ok(cached.folder);
+        }
+        self.fetch_files(name, revision, &[CONFIG], &[], progress, check_stop)
+    }
+
+    /// The folder with some files of a hub model's repository, downloaded where the cache lacks them: all of `needed`, and
+    /// those of `optional` that there are.
+    ///
+    /// # Errors
+    /// There is no such repository, it lacks a file, or the hub does not answer.
+    pub fn fetch_files(
+        &self,
+        name: &str,
+        revision: &str,
+        needed: &[&str],
+        optional: &[&str],
+        progress: &dyn Progress,
+        check_stop: &dyn Fn() -> Result<()>,
+    ) -> Result<PathBuf> {
+        let choose = |present: &[String]| {
+            let has = |file: &str| present.iter().any(|p| p == file);
+            if let Some(file) = needed.iter().find(|file| !has(file)) {
+                return Err(hinted(
+                    format!("hub model `{name}` has no `{file}`"),
+                    "check the name of the repository, and what it holds on its page",
+                )
+                .into());
+            }
+            let all = needed.iter().chain(optional.iter().filter(|file| has(file)));
+            Ok(all.map(|file| (*file).to_owned()).collect())
+        };
+        let wanted = Wanted { kind: Kind::Model, name, revision, progress, check_stop };
+        Ok(self.download(wanted, choose)?.0.folder)
     }
 
     /// Files of a hub data set as [`Hub::dataset_files`] finds them, downloaded before where the
