@@ -464,6 +464,107 @@ fn a_byte_order_mark_is_no_text_and_a_run_folder_names_its_export() {
     assert_eq!(said(&run(&["--mapper", "runs/small", "--context", "short.txt"]).2), 0);
 }
 
+#[test]
+fn the_full_cache_answers_beside_the_pruned_one() {
+    let s = trained();
+    let args = ["--compare-full", "--retain", "0.25", "--max-new-tokens", "9"];
+    let all = events(&infer(s, &on_context(&[&args[..], &["--json"]].concat())).ok().stdout);
+    let (pruned, full) = (of(&all, "answer"), of(&all, "full_answer"));
+    let alone =
+        events(&infer(s, &on_context(&["--retain", "0.25", "--max-new-tokens", "9", "--json"])).ok().stdout);
+    assert_eq!(texts(&all), texts(&alone), "the comparison changes nothing");
+    let whole =
+        events(&infer(s, &on_context(&["--retain", "1", "--max-new-tokens", "9", "--json"])).ok().stdout);
+    let same = |a: &Value, b: &Value| a["text"] == b["text"];
+    for i in 0..2 {
+        assert_eq!(full[i]["text"], texts(&whole)[i], "the full cache's answer");
+        assert_eq!(full[i]["question"], i);
+        assert!(full[i]["same"] != json!(true) || same(pruned[i], full[i]));
+    }
+    let summary = &all.last().unwrap()["full"];
+    assert_eq!(summary["questions"], 2);
+    assert_eq!(
+        summary["same"].as_u64().unwrap() as usize,
+        full.iter().filter(|f| f["same"] == json!(true)).count()
+    );
+    let bytes = |v: &Value| v["cache_bytes"].as_u64().unwrap();
+    assert!(bytes(summary) > bytes(&all.last().unwrap()["kept"]), "{summary}");
+    let text = infer(s, &on_context(&args)).ok();
+    assert_eq!(
+        (text.stdout.matches("\npruned: ").count(), text.stdout.matches("\nfull:   ").count()),
+        (2, 2),
+        "{}",
+        text.stdout
+    );
+    assert!(
+        text.stdout.contains(" tokens\n\n") && text.stderr.contains("of 2 answers are the same"),
+        "{}",
+        text.stderr
+    );
+    assert!(alone.last().unwrap().get("full").is_none());
+}
+
+#[test]
+fn the_newest_tokens_stay_where_that_is_asked() {
+    let s = trained();
+    let kept = |args: &[&str]| {
+        let all =
+            events(&infer(s, &on_context(&[&["--json", "--retain", "0.25"], args].concat())).ok().stdout);
+        let summary = all.last().unwrap().clone();
+        (summary["kept"].clone(), summary["keep"].as_str().unwrap().to_owned(), texts(&all))
+    };
+    let plain = kept(&[]);
+    assert_eq!(plain, kept(&["--keep-recent", "0"]));
+    let recent = kept(&["--keep-recent", "30"]);
+    assert_eq!(plain.0["pairs"], recent.0["pairs"], "they count as kept");
+    assert!(recent.0["fewest_in_head"].as_u64().unwrap() >= 30, "{}", recent.0);
+    assert!(recent.1.ends_with("the newest 30 tokens first"), "{}", recent.1);
+    // As many as there is budget for: the same in every head.
+    let budget = kept(&["--keep-recent", "100000"]);
+    assert!(
+        budget.0["most_in_head"].as_u64().unwrap() - budget.0["fewest_in_head"].as_u64().unwrap() <= 1,
+        "{}",
+        budget.0
+    );
+}
+
+#[test]
+fn a_mapper_may_be_a_repository_of_the_hub() {
+    let (s, server) = (trained(), crate::server::pull::Server::start());
+    for file in fs::read_dir(s.path("runs/small/export")).unwrap().flatten() {
+        let name = file.file_name().into_string().unwrap();
+        server.put("models/somebody/small-mapper", &name, &fs::read(file.path()).unwrap());
+    }
+    let run = |mapper: &str, offline: bool| {
+        let args = [
+            "infer",
+            "--mapper",
+            mapper,
+            "--context",
+            "context.txt",
+            "--question",
+            QUESTIONS[0],
+            "--policy",
+            "pair-budget",
+        ];
+        let mut command = s.command(&args);
+        command
+            .env("HF_ENDPOINT", &server.endpoint)
+            .env("HF_HOME", s.path("hf"))
+            .env("HF_HUB_DOWNLOAD_TIMEOUT", "60");
+        if offline {
+            command.env("HF_HUB_OFFLINE", "1");
+        }
+        Ran::new(command.output().unwrap())
+    };
+    let local = run("runs/small", false).ok().stdout;
+    assert_eq!(run("somebody/small-mapper", false).ok().stdout, local, "with its head budgets");
+    assert_eq!(run("somebody/small-mapper", true).ok().stdout, local, "from the cache");
+    run("somebody/no-such", false).fails_with(&["cannot find the mapper `somebody/no-such`"]);
+    run("runs/no-such", false).fails_with(&["runs/no-such/config.json"]);
+    run("./no-such", false).fails_with(&["./no-such"]);
+}
+
 /// Interrupted while it waits for a context that does not come.
 #[test]
 fn an_interruption_before_the_context_ends_it() {

@@ -11,6 +11,8 @@
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
 //! - `generated`: a mapper from features that are made when they are read is the one from shards
+//! - `docs`: every command block of README and guide runs as it is written
+//! - `recipes`: schema, reference, `recipes ls | show | init`, documents without a manifest, `--show`
 //! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing with it
 //! - `results`: evaluations of other tasks, methods, ratios and limits add up
 //! - `sources`: features of the target, alone and beside the proxy's
@@ -22,6 +24,7 @@ mod bench;
 mod beside;
 mod compare;
 mod completion;
+mod docs;
 mod faults;
 mod fetch;
 mod generated;
@@ -29,6 +32,7 @@ mod infer;
 mod kill;
 mod pipeline;
 mod push;
+mod recipes;
 mod results;
 mod sandbox;
 #[path = "../crates/hub/tests/server/mod.rs"]

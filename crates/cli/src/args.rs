@@ -6,6 +6,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use pkv_core::Policy;
 use pkv_gpu::DeviceChoice;
+use pkv_recipe::Override;
 
 use crate::completion::values;
 
@@ -53,13 +54,24 @@ pub enum Command {
         recipe: Option<PathBuf>,
         /// Override a key of the recipe, such as `train.steps=500`; may be repeated.
         #[arg(long = "set", value_name = "KEY=VALUE", add = values::assignment())]
-        overrides: Vec<String>,
+        overrides: Vec<Override>,
+    },
+    /// The recipes that come with the program, and a new one for your own pair.
+    Recipes {
+        #[command(subcommand)]
+        what: RecipesCommand,
+    },
+    /// Print the JSON schema of recipes, for editors; with `--reference` every key as Markdown.
+    Schema {
+        /// The recipe reference, docs/recipes.md.
+        #[arg(long)]
+        reference: bool,
     },
     /// Validate a recipe and estimate tokens, bytes, FLOPs, memory and time of each stage; reads no weights.
     Plan {
         #[command(flatten)]
         recipe: RecipeArgs,
-        /// Print the resolved recipe as TOML, every default written out, and stop.
+        /// Print the resolved recipe as TOML, every key with its meaning and where its value was set, and stop.
         #[arg(long)]
         resolved: bool,
         /// The machine to plan for: what is here, or what the run will go to.
@@ -79,7 +91,13 @@ pub enum Command {
         models_only: bool,
     },
     /// Documents to tokenized examples.
-    Prepare(StageArgs),
+    Prepare {
+        #[command(flatten)]
+        stage: StageArgs,
+        /// Then show the first N examples as text, each with the facts that were planted in it.
+        #[arg(long, value_name = "N")]
+        show: Option<usize>,
+    },
     /// KVzip scores of the target.
     Label(StageArgs),
     /// Features of the proxy.
@@ -92,13 +110,16 @@ pub enum Command {
     Eval {
         #[command(flatten)]
         stage: StageArgs,
-        /// Evaluate this export in place of the run's best checkpoint.
-        #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+        /// Evaluate this export, run folder or repository of the hub in place of the run's best checkpoint.
+        #[arg(long, value_name = "FOLDER_OR_REPO", value_hint = ValueHint::DirPath)]
         mapper: Option<PathBuf>,
         /// Write `kept.safetensors` beside the results: tokens, features, scores and what the mapper
         /// keeps of the first N contexts with facts, which a port is held against.
         #[arg(long, value_name = "N")]
         kept: Option<usize>,
+        /// Show the first N contexts of each task with the exact prompts, special tokens spelt out, and stop: nothing is measured.
+        #[arg(long, value_name = "N", conflicts_with_all = ["kept", "mapper"])]
+        show: Option<usize>,
         #[command(flatten)]
         choices: EvalChoices,
     },
@@ -125,6 +146,12 @@ pub enum Command {
         #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
         against: Option<PathBuf>,
     },
+    /// Write the manual pages of this command and its subcommands: `man FOLDER/proxykv-train.1` shows one.
+    Man {
+        /// Made if it is not there.
+        #[arg(value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+        folder: PathBuf,
+    },
     /// Print the script that lets a shell complete this command: `source <(proxykv-train completions bash)`.
     Completions { shell: clap_complete::Shell },
 }
@@ -132,8 +159,8 @@ pub enum Command {
 /// What `infer` reads, keeps and answers.
 #[derive(Clone, Debug, Args)]
 pub struct InferArgs {
-    /// Export of the mapper (`proxykv-train export`), or the run folder that holds it.
-    #[arg(long, value_name = "FOLDER", add = values::run_path())]
+    /// Export of the mapper (`proxykv-train export`), the run folder that holds it, or a repository of the hub.
+    #[arg(long, value_name = "FOLDER_OR_REPO", add = values::run_path())]
     pub mapper: PathBuf,
     /// Target: hub name or folder; the one that the mapper was made for if absent.
     #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
@@ -151,6 +178,12 @@ pub struct InferArgs {
     /// Which KV pairs compete for a place.
     #[arg(long, value_enum, default_value = "pair-floor")]
     pub policy: PolicyName,
+    /// Keep the newest N tokens of the context in every KV head, whatever their scores, as far as the budget reaches.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub keep_recent: usize,
+    /// Answer each question from the full cache as well, after one more prefill, and print both with tokens and memory.
+    #[arg(long)]
+    pub compare_full: bool,
     /// How proxy and target share the machine.
     #[arg(long, value_enum, default_value = "sequential")]
     pub regime: RegimeArg,
@@ -394,7 +427,63 @@ pub struct RecipeArgs {
     pub recipe: PathBuf,
     /// Override a key of the recipe, such as `train.steps=500`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE", add = values::assignment())]
-    pub overrides: Vec<String>,
+    pub sets: Vec<Override>,
+    /// Documents in place of the recipe's: text, jsonl or parquet files, as paths or quoted patterns such as 'my/*.txt'.
+    #[arg(long, value_name = "FILES", num_args = 1.., value_hint = ValueHint::FilePath)]
+    pub data: Vec<String>,
+}
+
+impl RecipeArgs {
+    /// All that the command line says of the recipe; shorthands win over `--set`.
+    pub fn overrides(&self) -> Vec<Override> {
+        let mut all = self.sets.clone();
+        if !self.data.is_empty() {
+            let said = format!("--data {}", self.data.join(" "));
+            all.push(Override::by_flag(said, format!("data.files={}", list(&self.data))));
+        }
+        all
+    }
+}
+
+/// Texts as a TOML list.
+fn list(items: &[impl AsRef<str>]) -> String {
+    let quoted: Vec<String> = items.iter().map(|i| serde_json::Value::from(i.as_ref()).to_string()).collect();
+    format!("[{}]", quoted.join(", "))
+}
+
+/// What `recipes` does.
+#[derive(Clone, Debug, Subcommand)]
+pub enum RecipesCommand {
+    /// Every recipe below `recipes/` with its pair, in a line.
+    Ls,
+    /// The text of a recipe.
+    Show {
+        /// A name that `ls` prints, or a file.
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
+    /// Write a recipe for your own pair; shapes are read from the models' config.json.
+    Init(InitArgs),
+}
+
+/// What `recipes init` writes.
+#[derive(Clone, Debug, Args)]
+pub struct InitArgs {
+    /// The model that you serve: folder or hub name.
+    #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
+    pub target: String,
+    /// A small model of its family, for features of its prefill; without one, the target's own prefill gives them.
+    #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
+    pub proxy: Option<String>,
+    /// Documents to train on: text, jsonl or parquet files, as paths or quoted patterns; without them, a manifest is named.
+    #[arg(long, value_name = "FILES", num_args = 1..)]
+    pub data: Vec<String>,
+    /// Name of the pair and of its run folder.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// File to write, `-` for stdout; `recipes/NAME.toml` if absent. A file that is there is never overwritten.
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
 }
 
 /// What every stage takes.
@@ -421,6 +510,9 @@ pub struct EvalChoices {
     /// At most this many contexts of each task.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+    /// Keep the newest N tokens of a context in every KV head, whatever their scores, as far as the budget reaches.
+    #[arg(long, value_name = "N")]
+    pub keep_recent: Option<usize>,
 }
 
 fn tasks_help() -> String {
@@ -439,28 +531,30 @@ fn method_names() -> PossibleValuesParser {
 
 impl EvalChoices {
     /// The same as `--set` would say it.
-    pub fn overrides(&self) -> Vec<String> {
-        let list = |items: &[&str]| {
-            let quoted: Vec<String> = items.iter().map(|i| format!("{i:?}")).collect();
-            format!("[{}]", quoted.join(", "))
-        };
+    pub fn overrides(&self) -> Vec<Override> {
         let mut out = Vec::new();
+        let by = |said: &str, assignment: String| Override::by_flag(said, assignment);
         if !self.tasks.is_empty() {
-            let tasks: Vec<&str> = self.tasks.iter().map(String::as_str).collect();
-            out.push(format!("eval.tasks={}", list(&tasks)));
+            let said = format!("--tasks {}", self.tasks.join(","));
+            out.push(by(&said, format!("eval.tasks={}", list(&self.tasks))));
         }
         if !self.methods.is_empty() {
-            let methods: Vec<&str> = self.methods.iter().map(String::as_str).collect();
-            out.push(format!("eval.methods={}", list(&methods)));
+            let said = format!("--methods {}", self.methods.join(","));
+            out.push(by(&said, format!("eval.methods={}", list(&self.methods))));
         }
         if !self.policies.is_empty() {
-            let policies = list(&self.policies.iter().map(|p| p.policy().name()).collect::<Vec<_>>());
-            out.push(format!("eval.policies={policies}"));
-            out.push(format!("eval.answer_policies={policies}"));
+            let names: Vec<&str> = self.policies.iter().map(|p| p.policy().name()).collect();
+            let (said, policies) = (format!("--policies {}", names.join(",")), list(&names));
+            out.push(by(&said, format!("eval.policies={policies}")));
+            out.push(by(&said, format!("eval.answer_policies={policies}")));
+        }
+        if let Some(n) = self.keep_recent {
+            out.push(by(&format!("--keep-recent {n}"), format!("eval.keep_recent={n}")));
         }
         if let Some(n) = self.limit {
-            out.push(format!("eval.contexts={n}"));
-            out.push(format!("eval.benchmark.examples={n}"));
+            let said = format!("--limit {n}");
+            out.push(by(&said, format!("eval.contexts={n}")));
+            out.push(by(&said, format!("eval.benchmark.examples={n}")));
         }
         out
     }
@@ -524,7 +618,7 @@ mod tests {
         ];
         let Command::Eval { choices, .. } = Cli::try_parse_from(args).unwrap().command else { panic!() };
         assert_eq!(
-            choices.overrides(),
+            choices.overrides().into_iter().map(|o| o.assignment).collect::<Vec<_>>(),
             [
                 r#"eval.tasks=["facts", "ruler/vt", "ruler/cwe"]"#,
                 r#"eval.methods=["mapper"]"#,

@@ -79,7 +79,7 @@ pub struct Bench<'a> {
 /// The recipe or the peer's file is invalid, a model cannot be had, or the work fails for another
 /// reason than memory.
 pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
-    let recipe = load_recipe(&args.recipe.recipe, &args.recipe.overrides)?;
+    let recipe = load_recipe(&args.recipe.recipe, &args.recipe.overrides())?;
     ensure!(args.repeats > 0, hinted("`--repeats` is 0", "measure at least once"));
     let contexts = if args.context.is_empty() { &recipe.data.window_tokens } else { &args.context };
     ensure!(!args.batch.contains(&0), hinted("`--batch` is 0", "decode 1 sequence or more"));

@@ -3,7 +3,7 @@
 mod input;
 mod output;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +18,7 @@ use pkv_infer::{
     QuestionRefused, Regime, RegimeName, Sequential, Side, TargetSide, answer, check_devices, check_fit,
     check_length,
 };
-use pkv_lm::{LanguageModel, LmConfig, TextTokenizer};
+use pkv_lm::{LanguageModel, LmConfig, RaggedCache, TextTokenizer};
 use pkv_recipe::DtypeName;
 use pkv_score::Requests;
 use tch::{Device, Kind};
@@ -26,8 +26,9 @@ use tch::{Device, Kind};
 pub use self::output::{Trace, write_traces};
 
 use self::input::Asked;
-use self::output::{Output, Summary};
+use self::output::{FullSummary, Output, Summary};
 use crate::args::{Cli, DtypeArg, InferArgs, RegimeArg};
+use crate::mapper_source::export_folder;
 use crate::render::{FELL_BACK, INTERRUPTED, Interrupted, REPAIRABLE};
 use crate::session::{choose_device, device_name, kind_on, next_gpu};
 
@@ -51,9 +52,10 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
     let proxy_device = proxy_device(args, regime_name, device)?;
     check_devices(regime_name, device, proxy_device)?;
 
-    let export = Export::read(&export_folder(&args.mapper))?;
+    let export = Export::read(&export_folder(&args.mapper, &stop)?)?;
     let config = export.config();
-    let keep = Keep { budget, policy: args.policy.policy(), budgets: export.budgets() };
+    let keep =
+        Keep { budget, policy: args.policy.policy(), budgets: export.budgets(), recent: args.keep_recent };
     ensure!(
         keep.policy != Policy::PairBudget || keep.budgets.is_some(),
         hinted(
@@ -132,7 +134,7 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
     };
     let model = target.load("target", device, kind)?;
     let flag = Arc::clone(&stop);
-    let prefilled = regime.prefill(&pkv_infer::Context {
+    let read = pkv_infer::Context {
         target: &model,
         prefix: target.tokenizer.prefix(),
         tokens: &context,
@@ -144,7 +146,10 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
             true => Err(Interrupted.into()),
             false => Ok(()),
         }),
-    })?;
+    };
+    let prefilled = regime.prefill(&read)?;
+    let whole = args.compare_full.then(|| read.whole()).transpose()?;
+    drop(read);
     // Proxy and mapper have done their part; their memory is the answers', or another process's.
     drop((regime, target_side));
     if device.is_cuda() || proxy_device.is_cuda() {
@@ -168,6 +173,7 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
         dual_critical_secs: (regime_name == RegimeName::Sequential && prefilled.fallback.is_none())
             .then(|| prefilled.timeline.dual_critical_secs()),
         phases: prefilled.timeline.totals(),
+        full: None,
         questions: 0,
         refused: 0,
         answer_tokens: 0,
@@ -175,9 +181,13 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
         fallback: prefilled.fallback.as_ref().map(|e| format!("{e:#}")),
         interrupted: false,
     };
-    let output = Output::new(cli.json, args.question_file.is_some() || args.questions.len() > 1);
+    let output = Output {
+        json: cli.json,
+        many: args.question_file.is_some() || args.questions.len() > 1,
+        compares: args.compare_full,
+    };
     output.pruned(&prefilled, context.len())?;
-    answer_all(args, &model, &target.tokenizer, prefilled, questions, &stop, &output, summary)
+    answer_all(args, &model, &target.tokenizer, prefilled, whole, questions, &stop, &output, summary)
 }
 
 /// Every question from the same cache, then the summary.
@@ -187,6 +197,7 @@ fn answer_all(
     model: &LanguageModel,
     tokenizer: &TextTokenizer,
     mut prefilled: Prefilled,
+    mut whole: Option<RaggedCache>,
     questions: impl Iterator<Item = Result<Asked>>,
     stop: &AtomicBool,
     output: &Output,
@@ -194,6 +205,7 @@ fn answer_all(
 ) -> Result<ExitCode> {
     let stopped = || stop.load(Ordering::Relaxed);
     let (mut decode_tokens, mut decode_secs) = (0, 0.0);
+    let mut full = whole.as_ref().map(|cache| FullSummary::of(cache.bytes()));
     for asked in questions {
         let text = match asked? {
             Asked::Question(text) => text,
@@ -205,6 +217,7 @@ fn answer_all(
         };
         let index = summary.questions;
         output.asked(&text)?;
+        output.whose_answer("pruned")?;
         let told = &mut |piece: &str| output.piece(index, piece);
         summary.questions += 1;
         let answered = Question::new(&text, tokenizer, args.max_new_tokens)
@@ -215,6 +228,14 @@ fn answer_all(
                 summary.answer_tokens += a.answer_tokens;
                 decode_tokens += steps(&a);
                 decode_secs += a.decode_secs;
+                if let (Some(cache), Some(full)) = (&mut whole, &mut full) {
+                    output.whose_answer("full")?;
+                    let told = &mut |piece: &str| output.full_piece(piece);
+                    let other = Question::new(&text, tokenizer, args.max_new_tokens)
+                        .and_then(|q| answer(model, tokenizer, cache, &q, &stopped, told))?;
+                    full.add(&a, &other, steps(&other));
+                    output.full_answered(index, &text, &a, &other)?;
+                }
                 if a.finish == Finish::Interrupted {
                     break;
                 }
@@ -228,6 +249,7 @@ fn answer_all(
         }
     }
     summary.interrupted = stopped();
+    summary.full = full;
     summary.decode_tokens_per_s = (decode_secs > 0.0).then(|| decode_tokens as f64 / decode_secs);
     output.summary(&summary)?;
     Ok(if summary.interrupted {
@@ -248,12 +270,6 @@ fn steps(a: &Answer) -> usize {
         Finish::Stop => a.answer_tokens,
         _ => a.answer_tokens.saturating_sub(1),
     }
-}
-
-/// The export that was named, or that of the run folder that was named. What is neither is [`Export::read`]'s to refuse.
-fn export_folder(named: &Path) -> PathBuf {
-    let below = named.join("export");
-    if !named.join("config.json").exists() && below.is_dir() { below } else { named.to_path_buf() }
 }
 
 fn budget(args: &InferArgs) -> Result<Budget> {

@@ -13,13 +13,17 @@ mod completion;
 mod doctor;
 mod infer;
 mod inspect;
+mod man;
 mod mapper_source;
 mod output;
 mod pair;
 mod push;
+mod recipes;
 mod render;
 mod run_folder;
+mod schema;
 mod session;
+mod show;
 mod stages;
 mod terminal;
 
@@ -60,18 +64,29 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
         Command::Plan { recipe, resolved, machine } => stages::plan::run(cli, recipe, *resolved, *machine)?,
         Command::Fetch { recipe, models_only } => stages::fetch::run(cli, recipe, *models_only, stop)?,
-        Command::Prepare(a) => one(cli, a, Stage::Prepare, stop, &EvalOptions::default())?,
-        Command::Label(a) => one(cli, a, Stage::Label, stop, &EvalOptions::default())?,
-        Command::Extract(a) => one(cli, a, Stage::Extract, stop, &EvalOptions::default())?,
-        Command::Train(a) => one(cli, a, Stage::Train, stop, &EvalOptions::default())?,
-        Command::Eval { stage, mapper, kept, choices } => {
+        Command::Recipes { what } => recipes::run(cli, what, &stop)?,
+        Command::Schema { reference } => schema::run(*reference)?,
+        Command::Prepare { stage, show } => {
+            let session = one(cli, stage, Stage::Prepare, stop, &EvalOptions::default())?;
+            show.map_or(Ok(()), |n| show::examples(&session, n))?;
+        }
+        Command::Label(a) => drop(one(cli, a, Stage::Label, stop, &EvalOptions::default())?),
+        Command::Extract(a) => drop(one(cli, a, Stage::Extract, stop, &EvalOptions::default())?),
+        Command::Train(a) => drop(one(cli, a, Stage::Train, stop, &EvalOptions::default())?),
+        Command::Eval { stage, mapper, kept, show, choices } => {
             let mut stage = stage.clone();
-            stage.recipe.overrides.extend(choices.overrides());
-            let options = EvalOptions { mapper: mapper.clone(), kept: *kept };
+            stage.recipe.sets.extend(choices.overrides());
+            if let Some(n) = show {
+                show::prompts(&Session::open(cli, &stage.recipe, stop)?, *n)?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            let mapper =
+                mapper.as_deref().map(|named| mapper_source::export_folder(named, &stop)).transpose()?;
+            let options = EvalOptions { mapper, kept: *kept };
             one(cli, &stage, Stage::Eval, stop, &options)?;
         }
-        Command::Export(a) => one(cli, a, Stage::Export, stop, &EvalOptions::default())?,
-        Command::Report(a) => one(cli, a, Stage::Report, stop, &EvalOptions::default())?,
+        Command::Export(a) => drop(one(cli, a, Stage::Export, stop, &EvalOptions::default())?),
+        Command::Report(a) => drop(one(cli, a, Stage::Report, stop, &EvalOptions::default())?),
         Command::Run(a) => all(cli, a, stop)?,
         Command::Infer(a) => return infer::run(cli, a, stop),
         Command::Compare(a) => compare::run(cli, a)?,
@@ -79,19 +94,20 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Bench(a) => bench::run(cli, a, stop)?,
         Command::Inspect { path, against: None } => output::print(&inspect::inspect(path)?)?,
         Command::Inspect { path, against: Some(other) } => output::print(&inspect::against(path, other)?)?,
+        Command::Man { folder } => man::run(folder)?,
         Command::Completions { shell } => output::print(&completion::script(*shell)?)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// One stage on its own.
+/// One stage on its own, and the session that it ran in.
 fn one(
     cli: &Cli,
     args: &StageArgs,
     stage: Stage,
     stop: Arc<AtomicBool>,
     options: &EvalOptions,
-) -> Result<()> {
+) -> Result<Session> {
     if stage == Stage::Report {
         stages::report::check_run(cli, &args.recipe)?;
     }
@@ -100,7 +116,7 @@ fn one(
     if stage == Stage::Eval {
         stages::eval::print(&session, options)?;
     }
-    Ok(())
+    Ok(session)
 }
 
 /// All stages in order, then the table.
@@ -129,7 +145,11 @@ fn all(cli: &Cli, args: &StageArgs, stop: Arc<AtomicBool>) -> Result<()> {
     Ok(())
 }
 
-fn doctor_command(cli: &Cli, recipe: Option<&std::path::Path>, overrides: &[String]) -> Result<ExitCode> {
+fn doctor_command(
+    cli: &Cli,
+    recipe: Option<&std::path::Path>,
+    overrides: &[pkv_recipe::Override],
+) -> Result<ExitCode> {
     let recipe = recipe.map(|path| session::load_recipe(path, overrides)).transpose()?;
     let device = pkv_gpu::device(cli.device)?;
     let checks = doctor::checks(recipe.as_ref(), device, &cli.runs);

@@ -1,18 +1,24 @@
 //! The mapper that is evaluated or exported: the run's best checkpoint, or an export.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use pkv_checkpoint::{CheckpointStore, Export, ExportDims, LOSS_PREFIX, NamedTensors, restore_mapper};
+use pkv_checkpoint::{
+    BUDGETS_FILE, CheckpointStore, EXPORT_FILES, Export, ExportDims, LOSS_PREFIX, NamedTensors, restore_mapper,
+};
 use pkv_core::{Fingerprint, hinted};
 use pkv_extract::HiddenProjection;
+use pkv_hub::Hub;
 use pkv_mapper::{Mapper, MapperDims};
 use pkv_prune::HeadBudgets;
 use pkv_recipe::{Recipe, TargetPool};
 
+use crate::render::Interrupted;
 use crate::session::Session;
 use crate::stages::hidden;
 use crate::stages::train::Upstream;
+use crate::terminal::Bar;
 
 /// A mapper and where it came from.
 pub struct Trained {
@@ -30,6 +36,36 @@ pub struct Trained {
     pub hidden: Option<HiddenProjection>,
     /// Head budgets of an export that has them.
     pub budgets: Option<HeadBudgets>,
+}
+
+/// The folder of the export that was named: itself, that of a run folder, or a hub repository's, downloaded where the cache
+/// lacks it. What is none of these is [`Export::read`]'s to refuse.
+///
+/// # Errors
+/// The hub has no such repository or does not answer.
+pub fn export_folder(named: &Path, stop: &AtomicBool) -> Result<PathBuf> {
+    let below = named.join("export");
+    if named.exists() {
+        return Ok(if !named.join("config.json").exists() && below.is_dir() {
+            below
+        } else {
+            named.to_path_buf()
+        });
+    }
+    let name = named.to_string_lossy();
+    let is_repository =
+        name.matches('/').count() == 1 && !name.starts_with(['/', '.', '~']) && !name.ends_with('/');
+    if !is_repository {
+        return Ok(named.to_path_buf());
+    }
+    let check_stop = || if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) };
+    let [card, config, model, parity] = EXPORT_FILES;
+    let optional = [card, BUDGETS_FILE];
+    Hub::from_env()
+        .fetch_files(&name, "main", &[config, model, parity], &optional, &Bar::new(), &check_stop)
+        .with_context(|| {
+            format!("cannot find the mapper `{name}`: it is no folder, and no repository that can be had")
+        })
 }
 
 /// The sizes that the recipe gives the mapper.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use pkv_core::hinted;
 use pkv_gpu::DeviceChoice;
 use pkv_hub::{Hub, Lock};
-use pkv_recipe::{DtypeName, Manifest, Recipe};
+use pkv_recipe::{DtypeName, Manifest, Origins, Override, Recipe};
 use tch::{Device, Kind};
 
 use crate::args::{Cli, RecipeArgs};
@@ -35,12 +35,11 @@ impl Session {
     /// # Errors
     /// The recipe or manifest is invalid, CUDA was asked for and is absent, or the run folder cannot be made.
     pub fn open(cli: &Cli, args: &RecipeArgs, stop: Arc<AtomicBool>) -> Result<Self> {
-        let recipe = load_recipe(&args.recipe, &args.overrides)?;
-        let manifest_path = manifest_path(&recipe);
-        let manifest = pkv_recipe::load_manifest(&manifest_path)?;
+        let recipe = load_recipe(&args.recipe, &args.overrides())?;
+        let (manifest, manifest_path) = manifest(&recipe)?;
         let device = choose_device(cli)?;
-        let mut lock = Lock::beside(&recipe.path)?.merge(Lock::beside(&manifest_path)?)?;
-        if let Some(path) = benchmark_manifest_path(&recipe) {
+        let mut lock = Lock::beside(&recipe.path)?;
+        for path in manifest_path.into_iter().chain(benchmark_manifest_path(&recipe)) {
             lock = lock.merge(Lock::beside(&path)?)?;
         }
         let hub = Hub::from_env().with_lock(lock);
@@ -70,12 +69,20 @@ impl Session {
 ///
 /// # Errors
 /// The recipe is invalid, or names an unknown method or task.
-pub fn load_recipe(path: &Path, overrides: &[String]) -> Result<Recipe> {
-    let recipe = pkv_recipe::load(path, overrides)?;
+pub fn load_recipe(path: &Path, overrides: &[Override]) -> Result<Recipe> {
+    Ok(load_with_origins(path, overrides)?.0)
+}
+
+/// As [`load_recipe`], and where each value was set.
+///
+/// # Errors
+/// As of [`load_recipe`].
+pub fn load_with_origins(path: &Path, overrides: &[Override]) -> Result<(Recipe, Origins)> {
+    let (recipe, origins) = pkv_recipe::load_with_origins(path, overrides)?;
     pkv_eval::methods::check(&recipe.eval.methods)
         .and_then(|()| pkv_eval::tasks::check(&recipe.eval))
-        .with_context(|| format!("invalid recipe `{}`", path.display()))?;
-    Ok(recipe)
+        .map_err(|e| origins.place(e, format!("invalid recipe `{}`", path.display())))?;
+    Ok((recipe, origins))
 }
 
 /// The dtype a model computes in on `device`.
@@ -86,12 +93,21 @@ pub fn kind_on(device: Device, dtype: DtypeName) -> Kind {
     }
 }
 
-/// The manifest as the recipe names it: from the working directory, or from the folder above the recipe's.
-pub fn manifest_path(recipe: &Recipe) -> PathBuf {
-    project_path(recipe, &recipe.data.manifest)
+/// The manifest as the recipe names it, from the working directory or from the folder above the recipe's, with its path;
+/// or that of the documents which the recipe names itself.
+///
+/// # Errors
+/// It cannot be read, or names no documents.
+pub fn manifest(recipe: &Recipe) -> Result<(Manifest, Option<PathBuf>)> {
+    if !recipe.data.files.is_empty() {
+        let manifest = Manifest::of_files(&recipe.data.files).context("cannot use `data.files`")?;
+        return Ok((manifest, None));
+    }
+    let path = project_path(recipe, &recipe.data.manifest);
+    Ok((pkv_recipe::load_manifest(&path)?, Some(path)))
 }
 
-/// The manifest of the benchmarks' files, found as [`manifest_path`] is; `None` if the recipe names none.
+/// The manifest of the benchmarks' files, found as [`manifest`]'s is; `None` if the recipe names none.
 pub fn benchmark_manifest_path(recipe: &Recipe) -> Option<PathBuf> {
     let manifest = &recipe.eval.benchmark.manifest;
     (!manifest.is_empty()).then(|| project_path(recipe, manifest))

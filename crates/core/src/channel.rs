@@ -12,6 +12,7 @@
 
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Source;
@@ -104,7 +105,7 @@ impl Pass {
 macro_rules! channels {
     ($($variant:ident: $name:literal, $pass:ident, $sources:expr, $meaning:literal;)+) => {
         /// A feature of one (layer, KV head, position) of a source.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
         pub enum Channel {
             $(#[doc = $meaning] #[serde(rename = $name)] $variant,)+
         }
@@ -200,7 +201,7 @@ impl fmt::Display for Channel {
 }
 
 /// A feature of a position, the same for all heads of a source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum GlobalChannel {
     /// Negative log-likelihood (nats) that the source gave the token during prefill.

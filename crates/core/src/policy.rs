@@ -1,9 +1,10 @@
 //! How a budget is spread over layers, KV heads and positions.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Which KV pairs compete with each other for a place in the pruned cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// One global ranking over layers x KV heads x positions (KVzip's default).

@@ -4,6 +4,7 @@
 //! that work can be resumed in the middle: the stream of step 700 needs no earlier one.
 
 use rand::SeedableRng;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -11,7 +12,7 @@ use sha2::{Digest, Sha256};
 pub type Rng = rand_chacha::ChaCha8Rng;
 
 /// The seed of a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct Seed(pub u64);
 

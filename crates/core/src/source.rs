@@ -3,12 +3,13 @@
 //! Each source is stored and computed on its own, with its own channels. [`FeatureLayout`] says where its rows go in
 //! the one array that the mapper reads: heads of the sources follow one another, and a channel that a source lacks is 0.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{Channel, GlobalChannel, ModelShape};
 
 /// A model that features come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
     /// The small model, which reads the context as well: the paper's ProxyKV.

@@ -66,9 +66,14 @@ impl<'a> Asked<'a> {
         let labels = Plan::new(section)?.cells;
         let mut all = vec![of(About::Labels, json!({}), self.test_examples, labels, Work::Labels)];
         let cells = answer_cells(section)?;
+        // Of the tasks that read a pruned cache; outcomes from before there was a choice say nothing of it.
+        let recent = |settings: serde_json::Value| match section.keep_recent {
+            0 => settings,
+            newest => json!({ "settings": settings, "keep_recent": newest }),
+        };
         for task in tasks::open(self)? {
             let info = task.info();
-            all.push(of(info.about, info.settings, info.contexts, cells.clone(), Work::Ask(task)));
+            all.push(of(info.about, recent(info.settings), info.contexts, cells.clone(), Work::Ask(task)));
         }
         let of_facts = !self.fact_contexts.is_empty();
         if of_facts || self.test_examples > 0 {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::{Policy, RetentionRatio, Seed, hinted};
 use pkv_extract::{ContextFeatures, SourceExtractors};
 use pkv_lm::KvCache;
-use pkv_prune::{HeadBudgets, keep_mask_by, keep_masks};
+use pkv_prune::{HeadBudgets, keep_mask_by, keep_masks, newest_first};
 use pkv_recipe::MethodName;
 use pkv_score::Scorer;
 use tch::{Kind, Tensor};
@@ -25,6 +25,8 @@ pub struct Reader<'a> {
     pub methods: Methods<'a>,
     /// There if a cell's policy needs them.
     pub budgets: Option<Arc<HeadBudgets>>,
+    /// Last positions that stay whatever their scores.
+    pub keep_recent: usize,
     pub seed: Seed,
 }
 
@@ -34,6 +36,7 @@ pub struct PrunedContext {
     pub cache: KvCache,
     prefix: usize,
     budgets: Option<Arc<HeadBudgets>>,
+    keep_recent: usize,
     pub scored: Vec<Scored>,
 }
 
@@ -80,7 +83,13 @@ impl<'a> Reader<'a> {
         };
         let scored = self.methods.score(&view, watches, clock)?;
         let budgets = self.budgets.clone();
-        Ok(PrunedContext { cache, prefix: self.target.prefix.len(), budgets, scored })
+        Ok(PrunedContext {
+            cache,
+            prefix: self.target.prefix.len(),
+            budgets,
+            keep_recent: self.keep_recent,
+            scored,
+        })
     }
 
     /// Score a context whose labels and features are there already. The target reads it where a method needs that.
@@ -159,7 +168,7 @@ impl PrunedContext {
         for alike in cells.chunk_by(|a, b| (a.method, a.policy) == (b.method, b.policy)) {
             let ratios: Vec<RetentionRatio> = alike.iter().map(|cell| cell.ratio).collect();
             let scores_lht = self.scores(alike[0].method)?;
-            masks.extend(keep_masks(scores_lht, alike[0].policy, &ratios, self.budgets.as_deref())?);
+            masks.extend(keep_masks(&scores_lht, alike[0].policy, &ratios, self.budgets.as_deref())?);
         }
         let keep_nlht = Tensor::stack(&masks, 0);
         let size = keep_nlht.size();
@@ -172,11 +181,12 @@ impl PrunedContext {
     /// # Errors
     /// The method did not score, or the policy lacks budgets.
     pub fn keep(&self, method: MethodName, policy: Policy, ratio: RetentionRatio) -> Result<Tensor> {
-        keep_mask_by(self.scores(method)?, policy, ratio, self.budgets.as_deref())
+        keep_mask_by(&self.scores(method)?, policy, ratio, self.budgets.as_deref())
     }
 
-    fn scores(&self, method: MethodName) -> Result<&Tensor> {
+    fn scores(&self, method: MethodName) -> Result<Tensor> {
         let scored = self.scored.iter().find(|s| s.method == method);
-        Ok(&scored.with_context(|| format!("`{method}` has not scored this context"))?.scores_lht)
+        let scored = scored.with_context(|| format!("`{method}` has not scored this context"))?;
+        Ok(newest_first(&scored.scores_lht, self.keep_recent))
     }
 }

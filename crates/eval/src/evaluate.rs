@@ -155,6 +155,7 @@ impl<'a> Evaluation<'a> {
             extractor: i.extractors()?,
             methods: self.methods(target)?,
             budgets: self.budgets()?,
+            keep_recent: i.section.keep_recent,
             seed: i.seed,
         };
         for asked in &self.asked {
@@ -254,7 +255,7 @@ impl<'a> Evaluation<'a> {
         let i = self.inputs;
         let test_example = |index: usize| {
             let row = self.test.start + index as u64;
-            Ok((row, self.examples.get(row)?))
+            Ok((row, self.examples.example(row)?))
         };
         let texts = Texts { tokenizer: i.tokenizer, test_example: &test_example };
         let Some(context) = task.context(index, &texts)? else { return Ok(None) };

@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
-use pkv_prune::keep_mask_by;
+use pkv_prune::{keep_mask_by, newest_first};
 use tch::Tensor;
 
 use crate::evaluate::EvalInputs;
@@ -44,7 +44,8 @@ pub fn kept_sets(inputs: &EvalInputs, contexts: usize) -> Result<Vec<(String, Te
         let tokens: Vec<i64> = context.tokens.iter().map(|&id| i64::from(id)).collect();
         put("tokens", Tensor::from_slice(&tokens));
         for policy in Policy::ALL {
-            let keep = ratios.iter().map(|&r| keep_mask_by(&scores_lht, policy, r, Some(&budgets)));
+            let ranked_lht = newest_first(&scores_lht, inputs.section.keep_recent);
+            let keep = ratios.iter().map(|&r| keep_mask_by(&ranked_lht, policy, r, Some(&budgets)));
             let keep = keep.collect::<Result<Vec<Tensor>>>()?;
             put(policy.name(), Tensor::stack(&keep, 0));
         }

@@ -30,6 +30,7 @@ mod known;
 mod labels;
 pub mod methods;
 mod perplexity;
+mod prompts;
 mod results;
 mod share;
 mod store;
@@ -44,6 +45,7 @@ pub use budgets::{Budgets, learn_budgets};
 pub use columns::Columns;
 pub use evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE, evaluate};
 pub use kept::kept_sets;
+pub use prompts::{ShownContext, prompts};
 pub use results::{
     AnswerCell, AnswerResults, FactSpan, HeadRecall, Interval, KeptCounts, LabelCell, LabelResults, Made,
     MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults, RESULTS_VERSION, RankCell,

@@ -7,7 +7,7 @@ use std::fmt;
 use anyhow::{Result, ensure};
 use pkv_core::{Policy, RetentionRatio, hinted};
 use pkv_lm::RaggedCache;
-use pkv_prune::{HeadBudgets, keep_mask_budget_by, keep_mask_by};
+use pkv_prune::{HeadBudgets, keep_mask_budget_by, keep_mask_by, newest_first};
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
@@ -28,6 +28,8 @@ pub struct Keep<'a> {
     pub policy: Policy,
     /// Of the target's heads; `pair-budget` needs them.
     pub budgets: Option<&'a HeadBudgets>,
+    /// Last positions of every head that stay whatever their scores, as far as the budget reaches.
+    pub recent: usize,
 }
 
 /// What stayed of a context.
@@ -72,6 +74,7 @@ impl Keep<'_> {
                 "the proxy or the mapper overflows: try `--dtype f32`, or check their weights"
             )
         );
+        let scores_lht = &newest_first(scores_lht, self.recent);
         let keep_lht = match self.budget {
             Budget::Ratio(ratio) => keep_mask_by(scores_lht, self.policy, ratio, self.budgets)?,
             Budget::Tokens(tokens) => keep_mask_budget_by(scores_lht, self.policy, tokens, self.budgets)?,
@@ -111,6 +114,10 @@ impl fmt::Display for Keep<'_> {
         match self.budget {
             Budget::Ratio(ratio) => write!(f, "{ratio} of the KV pairs, policy {}", self.policy.name()),
             Budget::Tokens(n) => write!(f, "{n} tokens per KV head, policy {}", self.policy.name()),
+        }?;
+        match self.recent {
+            0 => Ok(()),
+            n => write!(f, ", the newest {n} tokens first"),
         }
     }
 }

@@ -135,6 +135,17 @@ impl Context<'_> {
         }
     }
 
+    /// The target's full cache of prefix and context, nothing pruned: what a pruned one is compared with.
+    ///
+    /// # Errors
+    /// The target fails, there is no memory for it, or the user stopped.
+    pub fn whole(&self) -> Result<RaggedCache> {
+        let _no_grad = tch::no_grad_guard();
+        self.check()?;
+        RaggedCache::whole(self.prefill_bare()?, self.room_tokens)
+            .context("cannot keep the target's whole cache")
+    }
+
     fn prefill_bare(&self) -> Result<KvCache> {
         let ids: Vec<u32> = [self.prefix, self.tokens].concat();
         let mut cache = self.target.new_cache(ids.len());

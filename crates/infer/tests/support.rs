@@ -117,7 +117,7 @@ pub fn target_side(mapper: &Mapper, extract: &ExtractSection, window: usize) -> 
 }
 
 pub fn keep(ratio: f64, policy: Policy) -> Keep<'static> {
-    Keep { budget: Budget::Ratio(RetentionRatio::new(ratio).unwrap()), policy, budgets: None }
+    Keep { budget: Budget::Ratio(RetentionRatio::new(ratio).unwrap()), policy, budgets: None, recent: 0 }
 }
 
 /// A context as regimes take it; never stopped.

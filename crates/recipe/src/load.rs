@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::{Seed, Source, hinted};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -11,17 +12,18 @@ use crate::{
     DataSection, EvalSection, ExportSection, ExtractSection, FactsSection, LabelSection, LossSection,
     MapperSection, ModelSection, PruneSection, TrainSection,
 };
-use crate::{bounds, mistake};
+use crate::{Origins, Override, bounds, mistake};
 
 /// Recipes that may be based on one another in a row.
 const MOST_BASES: usize = 8;
 
 /// One resolved run: nothing is optional that a stage needs.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// Name of the pair and of the run folder, `runs/<name>`.
     pub name: String,
+    /// Seed of everything that is drawn: windows, facts, the order of contexts, baselines.
     #[serde(default = "default_seed")]
     pub seed: Seed,
     /// The big model, whose cache is pruned.
@@ -57,29 +59,37 @@ pub struct Recipe {
 ///
 /// # Errors
 /// The file is absent or no TOML; a key is unknown or has the wrong type; a value is out of range.
-pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
+pub fn load(path: &Path, overrides: &[Override]) -> Result<Recipe> {
+    Ok(load_with_origins(path, overrides)?.0)
+}
+
+/// As [`load`], and where each value comes from.
+///
+/// # Errors
+/// As of [`load`].
+pub fn load_with_origins(path: &Path, overrides: &[Override]) -> Result<(Recipe, Origins)> {
     let invalid = || format!("invalid recipe `{}`", path.display());
     let mut files = Vec::new();
     let own = based(path, MOST_BASES, &mut files)?;
-    let with = |assignments: &mut dyn Iterator<Item = &String>| -> Result<Table> {
+    let with = |overrides: &mut dyn Iterator<Item = &Override>| -> Result<(Table, bool)> {
         let mut table = own.clone();
-        for assignment in assignments {
-            set(&mut table, assignment).with_context(|| format!("cannot apply `--set {assignment}`"))?;
+        for over in overrides {
+            set(&mut table, &over.assignment).with_context(|| format!("cannot apply `{}`", over.said))?;
         }
-        proxy_of_one_model(&mut table);
-        Ok(table)
+        let no_proxy = proxy_of_one_model(&mut table);
+        Ok((table, no_proxy))
     };
-    let table = with(&mut overrides.iter())?;
+    let (table, no_proxy) = with(&mut overrides.iter())?;
     let mut recipe: Recipe = match table.try_into() {
         Ok(recipe) => recipe,
         Err(error) => {
             let error: toml::de::Error = error;
             // The assignment without which it would be right, or wrong in another way.
-            for (i, assignment) in overrides.iter().enumerate() {
-                let others =
+            for (i, over) in overrides.iter().enumerate() {
+                let (others, _) =
                     with(&mut overrides.iter().enumerate().filter(|(k, _)| *k != i).map(|(_, o)| o))?;
                 if others.try_into::<Recipe>().map_or_else(|e| e.to_string() != error.to_string(), |_| true) {
-                    return Err(mistake::in_assignment(error, assignment)).with_context(invalid);
+                    return Err(mistake::in_assignment(error, over)).with_context(invalid);
                 }
             }
             return Err(in_files(error, path, &files));
@@ -87,10 +97,9 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
     };
     recipe.path = path.to_path_buf();
     recipe.eval.settle();
-    recipe.check().map_err(|e| {
-        mistake::or_hint(e, invalid(), "change the value in the recipe, or with `--set key=value`")
-    })?;
-    Ok(recipe)
+    let origins = Origins { files, overrides: overrides.to_vec(), no_proxy };
+    recipe.check().map_err(|e| origins.place(e, invalid()))?;
+    Ok((recipe, origins))
 }
 
 /// The error of a recipe that `files` make together, the recipe's own first.
@@ -100,22 +109,20 @@ fn in_files(error: toml::de::Error, path: &Path, files: &[(PathBuf, String)]) ->
         // From the text, so that the error shows line and column; a proxy that may be absent is no mistake of it.
         let no_proxy = |e: &toml::de::Error| e.message().contains("missing field `proxy`");
         let shown = toml::from_str::<Recipe>(text).err().filter(|e| !no_proxy(e) || no_proxy(&error));
-        return mistake::in_file(shown.unwrap_or(error), invalid);
+        return mistake::in_recipe(shown.unwrap_or(error), invalid);
     }
     let place = mistake::line_of(&error, files);
     let place = place.map(|(file, line)| format!("{invalid}: line {line} of `{}`", file.display()));
-    mistake::in_file(error, place.unwrap_or(invalid))
+    mistake::in_recipe(error, place.unwrap_or(invalid))
 }
 
 /// A recipe whose features come from the target alone needs no proxy; where none is named, the target takes its place, so
-/// that every recipe has both.
-fn proxy_of_one_model(table: &mut Table) {
+/// that every recipe has both. Whether it does.
+fn proxy_of_one_model(table: &mut Table) -> bool {
     let from = table.get("extract").and_then(|extract| extract.get("from"));
     let alone = from.is_some_and(|from| *from == Value::from(vec![Source::Target.name()]));
-    if let Some(target) = table.get("target").filter(|_| alone && !table.contains_key("proxy")) {
-        let target = target.clone();
-        table.insert("proxy".to_owned(), target);
-    }
+    let target = table.get("target").filter(|_| alone && !table.contains_key("proxy")).cloned();
+    target.map(|target| table.insert("proxy".to_owned(), target)).is_some()
 }
 
 /// The text of a recipe, and its table.
@@ -127,7 +134,7 @@ fn read(path: &Path) -> Result<(String, Table)> {
         )
     })?;
     let table = toml::from_str(&text)
-        .map_err(|e| mistake::in_file(e, format!("invalid recipe `{}`", path.display())))?;
+        .map_err(|e| mistake::in_recipe(e, format!("invalid recipe `{}`", path.display())))?;
     Ok((text, table))
 }
 

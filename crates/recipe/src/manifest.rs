@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use pkv_core::{Split, hinted};
 use serde::{Deserialize, Serialize};
 
@@ -73,6 +73,33 @@ pub enum SourceFormat {
     Json,
 }
 
+impl SourceFormat {
+    /// By the ending of a path or pattern, that of a compression aside.
+    fn of_pattern(pattern: &str) -> Result<Self> {
+        let example = || match Path::new(pattern).is_dir() {
+            true => format!("name its files: `{}/*.txt`", pattern.trim_end_matches('/')),
+            false => "say which files: `my/*.txt`, `my/*.jsonl` or `my/*.parquet`".to_owned(),
+        };
+        let name = pattern.rsplit('/').next().unwrap_or_default().to_lowercase();
+        let plain = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(&name);
+        match plain.rsplit_once('.').map_or("", |(_, ending)| ending) {
+            "jsonl" | "ndjson" => Ok(Self::Jsonl),
+            "parquet" => Ok(Self::Parquet),
+            "json" => bail!(hinted(
+                format!("`{pattern}` names JSON files, which hold no documents line by line"),
+                "write JSON lines (`.jsonl`), one object with a `text` per line"
+            )),
+            ending if ending.contains(['*', '?', '[']) || Path::new(pattern).is_dir() || name.is_empty() => {
+                bail!(hinted(format!("`{pattern}` does not say what kind of files it means"), example()))
+            }
+            "" if name.contains(['*', '?', '[']) => {
+                bail!(hinted(format!("`{pattern}` does not say what kind of files it means"), example()))
+            }
+            _ => Ok(Self::Txt),
+        }
+    }
+}
+
 /// Planted-fact augmentation: sentences such as "The owner of the silver lantern is Alice Tall." in
 /// a document, so that examples hold what questions are asked about. Their places are the recipe's `facts.place`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -107,6 +134,37 @@ pub fn load_manifest(path: &Path) -> Result<Manifest> {
 }
 
 impl Manifest {
+    /// The manifest of a recipe whose `data.files` names the documents: a source for each kind of file.
+    ///
+    /// # Errors
+    /// A pattern does not tell what its files are, or they are of a kind that holds no documents.
+    pub fn of_files(patterns: &[String]) -> Result<Self> {
+        let mut sources: Vec<Source> = Vec::new();
+        for pattern in patterns {
+            let format = SourceFormat::of_pattern(pattern)?;
+            if let Some(source) = sources.iter_mut().find(|s| s.format == format) {
+                source.files.push(pattern.clone());
+                continue;
+            }
+            sources.push(Source {
+                name: format!("{format:?}").to_lowercase(),
+                files: vec![pattern.clone()],
+                hub: None,
+                revision: main(),
+                hub_files: Vec::new(),
+                format,
+                text: text(),
+                separator: None,
+                weight: 1.0,
+                splits: all_splits(),
+                licence: "not stated".to_owned(),
+            });
+        }
+        let facts = Some(Facts { words: None, min: 0, max: 8 });
+        let description = "Documents that the recipe names itself".to_owned();
+        Ok(Self { description, sources, facts, folder: PathBuf::new() })
+    }
+
     fn check(&self) -> Result<()> {
         ensure!(!self.sources.is_empty(), "it has no `[[source]]`");
         for (i, s) in self.sources.iter().enumerate() {
@@ -178,5 +236,24 @@ impl Source {
     /// Where a document goes whose hash puts it in `split`.
     pub fn split(&self, split: Split) -> Split {
         if self.splits.contains(&split) { split } else { *self.splits.iter().min().unwrap_or(&split) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_without_a_manifest_are_grouped_by_their_kind() {
+        let patterns = ["my/*.txt", "a.jsonl.gz", "notes.md", "b/**/*.parquet", "LICENSE", "c.ndjson"]
+            .map(str::to_owned);
+        let manifest = Manifest::of_files(&patterns).unwrap();
+        manifest.check().unwrap();
+        let found: Vec<_> = manifest.sources.iter().map(|s| (s.name.as_str(), s.files.len())).collect();
+        assert_eq!(found, [("txt", 3), ("jsonl", 2), ("parquet", 1)]);
+        for wrong in ["my/*", "my/", "a.json", "src", "*.?", ""] {
+            let error = Manifest::of_files(&[wrong.to_owned()]).unwrap_err();
+            assert!(error.is::<pkv_core::Hinted>(), "{wrong}: {error}");
+        }
     }
 }

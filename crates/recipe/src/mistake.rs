@@ -8,20 +8,30 @@ use anyhow::Error;
 use pkv_core::{Hinted, hinted};
 use toml::de::DeTable;
 
+use crate::Override;
+use crate::schema::Keys;
+
 /// How alike two names must be, from 0 to 1, for one to be a misspelling of the other.
 const ALIKE: f64 = 0.8;
 
-/// The error of a file, with its hint under the context `what`.
+/// The error of a file that is no recipe, with its hint under the context `what`.
 pub(crate) fn in_file(error: toml::de::Error, what: String) -> Error {
     let hint = hint(error.message(), None);
     Error::from(error).context(hinted(what, hint))
 }
 
-/// The error of an assignment `key=value`, with its hint.
-pub(crate) fn in_assignment(error: toml::de::Error, assignment: &str) -> Error {
-    let (key, value) = assignment.split_once('=').unwrap_or((assignment, ""));
-    let hint = hint(error.message(), Some((key.trim(), value.trim())));
-    Error::from(error).context(hinted(format!("cannot apply `--set {assignment}`"), hint))
+/// The error of a recipe's file: a key that another section has is named with that section.
+pub(crate) fn in_recipe(error: toml::de::Error, what: String) -> Error {
+    let hint = elsewhere(error.message()).unwrap_or_else(|| hint(error.message(), None));
+    Error::from(error).context(hinted(what, hint))
+}
+
+/// The error of an override, with its hint.
+pub(crate) fn in_assignment(error: toml::de::Error, over: &Override) -> Error {
+    let (key, value) = over.assignment.split_once('=').unwrap_or((&over.assignment, ""));
+    let hint =
+        elsewhere(error.message()).unwrap_or_else(|| hint(error.message(), Some((key.trim(), value.trim()))));
+    Error::from(error).context(hinted(format!("cannot apply `{}`", over.said), hint))
 }
 
 /// `error` under the context `what`, with `hint` unless it has one.
@@ -46,7 +56,7 @@ pub(crate) fn line_of<'a>(
     files.iter().find_map(|(path, text)| Some((path.as_ref(), line_in(text, &keys)?)))
 }
 
-fn line_in(text: &str, keys: &[&str]) -> Option<usize> {
+pub(crate) fn line_in(text: &str, keys: &[&str]) -> Option<usize> {
     let root = DeTable::parse(text).ok()?;
     let mut table = root.get_ref();
     for (i, name) in keys.iter().enumerate() {
@@ -118,6 +128,18 @@ fn as_list(value: &str) -> String {
 /// The names in a message: the wrong one, then those that are known.
 fn names(message: &str) -> Vec<&str> {
     message.split('`').skip(1).step_by(2).collect()
+}
+
+/// The hint for an unknown key that is no misspelling of its section's keys, if other sections have one of that name.
+fn elsewhere(message: &str) -> Option<String> {
+    let names = names(message);
+    let (wrong, known) = names.split_first().filter(|_| message.starts_with("unknown field"))?;
+    if closest(wrong, known).is_some() {
+        return None;
+    }
+    let keys = Keys::all().keys.iter().filter(|key| !key.section.is_empty() && key.name == *wrong);
+    let paths: Vec<&str> = keys.map(|key| key.path.as_str()).collect();
+    (!paths.is_empty()).then(|| format!("did you mean `{}`?", paths.join("` or `")))
 }
 
 fn closest<'a>(wrong: &str, known: &[&'a str]) -> Option<&'a str> {

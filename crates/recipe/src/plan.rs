@@ -235,7 +235,7 @@ window_tokens = [2048, 8192]
 "#,
         )
         .unwrap();
-        let overrides: Vec<String> = overrides.iter().map(|&s| s.to_owned()).collect();
+        let overrides: Vec<_> = overrides.iter().map(|&s| s.into()).collect();
         crate::load(&path, &overrides).unwrap()
     }
 

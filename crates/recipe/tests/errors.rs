@@ -3,7 +3,7 @@
 use std::fs;
 
 use pkv_core::Hinted;
-use pkv_recipe::{AutoSteps, Recipe, Steps, load, load_manifest};
+use pkv_recipe::{AutoSteps, Override, Recipe, Steps, load, load_manifest, load_with_origins};
 
 const RECIPE: &str = r#"
 name = "pair"
@@ -28,7 +28,7 @@ fn with(from: &str, to: &str, overrides: &[&str]) -> anyhow::Result<Recipe> {
     let text = if from.is_empty() { format!("{RECIPE}{to}") } else { RECIPE.replace(from, to) };
     assert_ne!(text, RECIPE, "`{from}` is not in the recipe");
     fs::write(&path, text).unwrap();
-    let overrides: Vec<_> = overrides.iter().map(|o| (*o).to_owned()).collect();
+    let overrides: Vec<_> = overrides.iter().map(|o| Override::from(*o)).collect();
     load(&path, &overrides)
 }
 
@@ -323,7 +323,7 @@ fn a_recipe_may_be_based_on_another() {
         "base = \"../pair.toml\"\nname = \"short\"\ntrain.steps = 7\n[data]\ntrain = 5\n",
     );
     put("tries/shorter.toml", "base = \"short.toml\"\nname = \"shorter\"\n[train]\nbatch = 3\n");
-    let recipe = load(&dir.path().join("tries/shorter.toml"), &["train.batch=4".to_owned()]).unwrap();
+    let recipe = load(&dir.path().join("tries/shorter.toml"), &["train.batch=4".into()]).unwrap();
     assert_eq!((recipe.name.as_str(), recipe.data.train, recipe.data.validation), ("shorter", 5, 2));
     assert_eq!((recipe.train.most_steps(), recipe.train.batch), (7, 4));
     assert!(recipe.path.ends_with("tries/shorter.toml"));
@@ -384,4 +384,79 @@ fn a_recipe_that_is_no_file_is_not_waited_for() {
     }
     let (said, hint) = texts(pkv_recipe::load_manifest(std::path::Path::new("/dev/zero")));
     assert!(said.contains("a device, pipe or socket") && !hint.is_empty(), "{said}");
+}
+
+#[test]
+fn the_place_of_a_bad_value_is_named() {
+    let limit = Override::by_flag("--limit 0", "eval.contexts=0");
+    let dir = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+    put("base.toml", &format!("{RECIPE}\n[train]\nlr = -1.0\n"));
+    put("own.toml", "base = \"base.toml\"\nname = \"own\"\n[eval]\nratios = [0.5, 2]\n");
+    let at = |name: &str, set: &[Override]| texts(load(&dir.path().join(name), set));
+    let (said, hint) = at("base.toml", &[]);
+    assert!(said.contains("line 17 of `") && said.contains("base.toml`: `train.lr` is -1"), "{said}, {hint}");
+    let (said, _) = at("own.toml", &["train.lr=0.1".into()]);
+    assert!(
+        said.contains("line 4 of `") && said.contains("own.toml`") && said.contains("eval.ratios[1]"),
+        "{said}"
+    );
+    // A value of the command line is not the file's.
+    put("own.toml", "base = \"base.toml\"\nname = \"own\"\n[train]\nlr = 0.1\n");
+    for (set, expected) in [
+        (limit, "own.toml`: cannot apply `--limit 0`: `eval.contexts` is 0"),
+        ("train.lr=-2".into(), "own.toml`: cannot apply `--set train.lr=-2`: `train.lr` is -2"),
+        (Override::by_flag("--tasks fact", "eval.tasks=[\"fact\"]"), "cannot apply `--tasks fact`"),
+    ] {
+        let (said, hint) = at("own.toml", &[set]);
+        assert!(said.contains(expected) && !said.contains(": line ") && !hint.is_empty(), "{said}");
+    }
+}
+
+#[test]
+fn a_key_of_another_section_is_named_with_it() {
+    for (set, expected) in [
+        ("patience=3", "did you mean `train.patience`?"),
+        ("train.place=anywhere", "did you mean `facts.place`?"),
+        ("mapper.cache_gb=2", "did you mean `train.cache_gb`?"),
+        ("lable.store=f32", "did you mean `label`?"),
+    ] {
+        let (said, hint) = texts(overridden(&[set]));
+        assert!(hint.contains(expected), "{said}, {hint}");
+    }
+    let (said, hint) = texts(with("", "patience = 3\n", &[]));
+    assert!(hint.contains("`train.patience`"), "{said}, {hint}");
+}
+
+#[test]
+fn a_resolved_recipe_says_where_each_value_is_from_and_reads_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+    put("base.toml", RECIPE);
+    put("own.toml", "base = \"base.toml\"\nname = \"own\"\n[train]\nlr = 0.1\n");
+    let set = Override::by_flag("--limit 3", "eval.contexts=3");
+    let (recipe, origins) = load_with_origins(&dir.path().join("own.toml"), &[set]).unwrap();
+    let text = recipe.explained(&origins);
+    let line = |start: &str| {
+        text.lines().find(|l| l.starts_with(start)).unwrap_or_else(|| panic!("{start}\n{text}"))
+    };
+    assert!(line("lr = ").contains("own.toml, line 4"), "{text}");
+    assert!(
+        line("seed = ").contains("base.toml, line 3") && line("contexts = ").ends_with("# --limit 3"),
+        "{text}"
+    );
+    assert!(
+        line("hidden = ").contains("base.toml, line 6") && line("beta1 = ").ends_with("# default"),
+        "{text}"
+    );
+    assert!(text.contains("\n# max_steps =\n") && text.contains("# Peak learning rate."), "{text}");
+    put("again.toml", &text);
+    let again = load(&dir.path().join("again.toml"), &[]).unwrap();
+    assert_eq!(Recipe { path: recipe.path.clone(), ..again }, recipe);
+    let json = recipe.explained_json(&origins);
+    assert_eq!(json["origins"]["eval.contexts"], "--limit 3");
+    assert_eq!(
+        (&json["origins"]["train.lr"]["line"], &json["recipe"]["train"]["lr"]),
+        (&4.into(), &0.1.into())
+    );
 }

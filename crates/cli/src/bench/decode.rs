@@ -175,7 +175,8 @@ impl Bench<'_> {
     }
 
     fn ragged(&self, t: usize, batch: usize, policy: Policy, ratio: f64) -> Result<RaggedCache> {
-        let keep = Keep { budget: Budget::Ratio(RetentionRatio::new(ratio)?), policy, budgets: None };
+        let keep =
+            Keep { budget: Budget::Ratio(RetentionRatio::new(ratio)?), policy, budgets: None, recent: 0 };
         let shape = self.model.shape();
         let options = (Kind::Float, self.model.device());
         let one = |index: usize| -> Result<RaggedCache> {

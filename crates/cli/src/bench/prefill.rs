@@ -171,7 +171,7 @@ struct Bench<'a> {
 impl Bench<'_> {
     fn keep(&self) -> Result<Keep<'static>> {
         let budget = Budget::Ratio(RetentionRatio::new(RETAIN)?);
-        Ok(Keep { budget, policy: Policy::Pair, budgets: None })
+        Ok(Keep { budget, policy: Policy::Pair, budgets: None, recent: 0 })
     }
 
     /// The target without a proxy: `prefill`, and `KVzip` to the same kind of pruned cache.

@@ -7,12 +7,16 @@ use pkv_lm::{LmConfig, TextTokenizer};
 use pkv_recipe::{ModelSection, Recipe};
 
 use super::Check;
-use crate::session::{manifest_path, recipe_root};
+use crate::session::{manifest, recipe_root};
 
 /// Models and data of the recipe: there, of the stated shape, of one vocabulary.
 pub fn needs(recipe: &Recipe, hub: Hub) -> Vec<Check> {
-    let manifest_path = manifest_path(recipe);
-    let lock = Lock::beside(&recipe.path).and_then(|l| l.merge(Lock::beside(&manifest_path)?));
+    let manifest = manifest(recipe);
+    let path = manifest.as_ref().ok().and_then(|(_, path)| path.clone());
+    let lock = Lock::beside(&recipe.path).and_then(|lock| match &path {
+        Some(path) => lock.merge(Lock::beside(path)?),
+        None => Ok(lock),
+    });
     let hub = match lock {
         Ok(lock) => hub.with_lock(lock),
         Err(e) => return vec![Check::error("lock", &e)],
@@ -25,15 +29,13 @@ pub fn needs(recipe: &Recipe, hub: Hub) -> Vec<Check> {
     };
     let mut out: Vec<Check> = [target, proxy].map(|found| found.map_or_else(|c| c, |(c, _)| c)).into();
     out.extend(vocabulary);
-    out.push(
-        match pkv_recipe::load_manifest(&manifest_path).and_then(|m| Ok((pkv_data::inputs(&m, &hub)?, m))) {
-            Ok((_, m)) => Check::ok(
-                "data",
-                format!("{} sources of `{}` are there", m.sources.len(), manifest_path.display()),
-            ),
-            Err(e) => Check::error("data", &e),
-        },
-    );
+    out.push(match manifest.and_then(|(m, _)| Ok((pkv_data::inputs(&m, &hub)?, m))) {
+        Ok((_, m)) => {
+            let of = path.map_or_else(|| "data.files".to_owned(), |path| path.display().to_string());
+            Check::ok("data", format!("{} sources of `{of}` are there", m.sources.len()))
+        }
+        Err(e) => Check::error("data", &e),
+    });
     out
 }
 

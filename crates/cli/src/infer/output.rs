@@ -1,7 +1,7 @@
 //! What is told: answers as they come, then what was kept and what it took.
 //!
 //! As text, answers go to stdout and the rest to stderr. With `--json` every event is a line on stdout:
-//! `pruned`, `token`s and an `answer` or `refused` per question, an `error` with its `line` for what is no question, and at
+//! `pruned`, `token`s and an `answer` (with `--compare-full` a `full_answer`, too) or `refused` per question, an `error` with its `line` for what is no question, and at
 //! last a `summary`.
 
 use std::fmt::Write as _;
@@ -48,18 +48,90 @@ pub struct Summary {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<String>,
     pub interrupted: bool,
+    /// With `--compare-full`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub full: Option<FullSummary>,
+}
+
+/// What the full cache took and answered beside the pruned one.
+#[derive(Debug, Default, Serialize)]
+pub struct FullSummary {
+    /// All that is allocated, room for new tokens included.
+    pub cache_bytes: usize,
+    pub answer_tokens: usize,
+    pub decode_tokens_per_s: Option<f64>,
+    /// Questions that both answered, and those with the same tokens.
+    pub questions: usize,
+    pub same: usize,
+    #[serde(skip)]
+    decoded: (usize, f64),
+}
+
+impl FullSummary {
+    pub fn of(cache_bytes: usize) -> Self {
+        Self { cache_bytes, ..Self::default() }
+    }
+
+    /// The answers of both caches to one question; `steps` are the full one's forwards between first and last prediction.
+    pub fn add(&mut self, pruned: &Answer, full: &Answer, steps: usize) {
+        self.questions += 1;
+        self.same += usize::from(pruned.tokens == full.tokens);
+        self.answer_tokens += full.answer_tokens;
+        self.decoded = (self.decoded.0 + steps, self.decoded.1 + full.decode_secs);
+        let (tokens, secs) = self.decoded;
+        self.decode_tokens_per_s = (secs > 0.0).then(|| tokens as f64 / secs);
+    }
 }
 
 /// Where everything goes.
 pub struct Output {
-    json: bool,
+    pub json: bool,
     /// More than one question: each is printed before its answer.
     pub many: bool,
+    /// Each answer is followed by the full cache's.
+    pub compares: bool,
 }
 
 impl Output {
-    pub const fn new(json: bool, many: bool) -> Self {
-        Self { json, many }
+    /// Whose answer comes, where there are two.
+    ///
+    /// # Errors
+    /// stdout is closed or full.
+    pub fn whose_answer(&self, whose: &str) -> Result<()> {
+        if self.json || !self.compares {
+            return Ok(());
+        }
+        let begin = if whose == "full" { "\n" } else { "" };
+        print(&format!("{begin}{:<8}", format!("{whose}:")))
+    }
+
+    /// A piece of the full cache's answer; programs get it whole.
+    ///
+    /// # Errors
+    /// stdout is closed or full.
+    pub fn full_piece(&self, text: &str) -> Result<()> {
+        if self.json { Ok(()) } else { print(text) }
+    }
+
+    /// The full cache's answer beside the pruned one's.
+    ///
+    /// # Errors
+    /// stdout is closed or full.
+    pub fn full_answered(&self, index: usize, question: &str, pruned: &Answer, full: &Answer) -> Result<()> {
+        let same = pruned.tokens == full.tokens;
+        if self.json {
+            let mut value = serde_json::to_value(full)?;
+            if let Value::Object(fields) = &mut value {
+                fields.insert("event".to_owned(), json!("full_answer"));
+                fields.insert("question".to_owned(), json!(index));
+                fields.insert("question_text".to_owned(), json!(question));
+                fields.insert("same".to_owned(), json!(same));
+            }
+            return event(&value);
+        }
+        let said = if same { "the same" } else { "different" };
+        print(&format!("\n        {said}; {} and {} tokens", pruned.answer_tokens, full.answer_tokens))?;
+        print(if self.many { "\n\n" } else { "\n" })
     }
 
     /// # Errors
@@ -99,7 +171,15 @@ impl Output {
     /// stdout is closed or full.
     pub fn answered(&self, index: usize, question: &str, answer: &Answer) -> Result<()> {
         if !self.json {
-            return print(if self.many { "\n\n" } else { "\n" });
+            // The full cache's answer follows.
+            let end = if self.compares {
+                ""
+            } else if self.many {
+                "\n\n"
+            } else {
+                "\n"
+            };
+            return print(end);
         }
         let mut value = serde_json::to_value(answer)?;
         if let Value::Object(fields) = &mut value {
@@ -203,6 +283,27 @@ fn table(s: &Summary) -> String {
     }
     if let Some(rate) = s.decode_tokens_per_s {
         let _ = writeln!(out, "{} tokens answered, {rate:.1} tokens/s", s.answer_tokens);
+    }
+    if let Some(full) = &s.full {
+        let rate = |rate: Option<f64>| rate.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.1}"));
+        let _ = writeln!(
+            out,
+            "{:<12}{:>14}{:>12}{:>12}\n{:<12}{:>14}{:>12}{:>12}\n{:<12}{:>14}{:>12}{:>12}\n{} of {} answers are the same",
+            "",
+            "KV pairs",
+            "memory",
+            "tokens/s",
+            "pruned cache",
+            k.pairs + k.prefix_pairs,
+            human_bytes(k.cache_bytes as u64),
+            rate(s.decode_tokens_per_s),
+            "full cache",
+            k.of_pairs + k.prefix_pairs,
+            human_bytes(full.cache_bytes as u64),
+            rate(full.decode_tokens_per_s),
+            full.same,
+            full.questions,
+        );
     }
     if let Some(why) = &s.fallback {
         let _ = writeln!(out, "the full cache answered: {why}");

@@ -7,10 +7,11 @@ use pkv_checkpoint::write_tensors;
 use pkv_core::{Fingerprint, Source, Split, sha256_hex};
 use pkv_data::{FactContext, fact_contexts};
 use pkv_eval::{Asked, Budgets, EvalInputs, RESULTS_FILE, Results};
+use pkv_lm::TextTokenizer;
 use pkv_recipe::{PruneSection, Recipe, TaskName};
 use pkv_shard::durable::WriteBudget;
 use pkv_shard::{Example, StageReader};
-use pkv_tasks::{Files, Opening, suite};
+use pkv_tasks::{Benchmark, Files, Opening, suite};
 use serde_json::json;
 use tch::{Device, Kind};
 
@@ -47,19 +48,12 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     let files = benchmark_files(s)?;
     let tokenizer = &upstream.target.tokenizer;
     let count = |text: &str| Ok(tokenizer.encode(text)?.len());
-    let benchmarks = suite::open(&Opening {
-        section: &s.recipe.eval,
-        files: &files,
-        count: &count,
-        frame_tokens: tokenizer.prefix().len() + tokenizer.switch().len(),
-        seed: s.recipe.seed,
-        warn: &|text| tracing::warn!("{text}"),
-    })?;
+    let benchmarks = benchmarks(s, &files, tokenizer, &count)?;
     let identities: Vec<&str> = benchmarks.iter().map(|b| b.identity.as_str()).collect();
     let fingerprint = fingerprint(s, &trained).with("benchmarks", identities);
     let base = base(s, &upstream, &trained)?;
     let test = test_examples(s)?;
-    let contexts = contexts(s, &upstream, &test)?;
+    let contexts = contexts(s, tokenizer, &test)?;
     let asked = Asked {
         section: &s.recipe.eval,
         base: &base,
@@ -164,13 +158,30 @@ fn base(s: &Session, upstream: &train::Upstream, trained: &Trained) -> Result<Fi
     Ok(with_budgets(prepare::with_places(fingerprint, &s.recipe), &s.recipe, trained))
 }
 
-fn test_examples(s: &Session) -> Result<Vec<Example>> {
+pub fn test_examples(s: &Session) -> Result<Vec<Example>> {
     let reader = StageReader::<Example>::open(&s.run.examples())?;
     reader.iter().filter(|e| e.as_ref().map_or(true, |e| e.split == Split::Test)).collect()
 }
 
+/// The tasks of the recipe's suites; `count` counts a text's tokens.
+pub fn benchmarks<'a>(
+    s: &'a Session,
+    files: &'a Files,
+    tokenizer: &TextTokenizer,
+    count: &'a dyn Fn(&str) -> Result<usize>,
+) -> Result<Vec<Benchmark<'a>>> {
+    suite::open(&Opening {
+        section: &s.recipe.eval,
+        files,
+        count,
+        frame_tokens: tokenizer.prefix().len() + tokenizer.switch().len(),
+        seed: s.recipe.seed,
+        warn: &|text| tracing::warn!("{text}"),
+    })
+}
+
 /// The files that the recipe's suites read, found on this machine.
-fn benchmark_files(s: &Session) -> Result<Files> {
+pub fn benchmark_files(s: &Session) -> Result<Files> {
     let needed = suite::sources(&s.recipe.eval);
     let mut files = Files::default();
     let Some(path) = benchmark_manifest_path(&s.recipe).filter(|_| !needed.is_empty()) else {
@@ -186,7 +197,7 @@ fn benchmark_files(s: &Session) -> Result<Files> {
 }
 
 /// Contexts with planted facts, from the documents of the test split.
-fn contexts(s: &Session, upstream: &train::Upstream, test: &[Example]) -> Result<Vec<FactContext>> {
+pub fn contexts(s: &Session, tokenizer: &TextTokenizer, test: &[Example]) -> Result<Vec<FactContext>> {
     if !s.recipe.eval.tasks.contains(&TaskName::FACTS) {
         return Ok(Vec::new());
     }
@@ -195,7 +206,7 @@ fn contexts(s: &Session, upstream: &train::Upstream, test: &[Example]) -> Result
         &pkv_data::word_lists(&s.manifest)?,
         &s.recipe.eval,
         s.recipe.facts.place,
-        &upstream.target.tokenizer,
+        tokenizer,
         s.recipe.seed,
     )
     .context("cannot plant facts in the test documents")

@@ -10,20 +10,21 @@ use pkv_hub::Hub;
 use crate::args::{Cli, RecipeArgs};
 use crate::output;
 use crate::render::Interrupted;
-use crate::session::{benchmark_manifest_path, load_recipe, manifest_path, recipe_root};
+use crate::session::{benchmark_manifest_path, load_recipe, manifest, recipe_root};
 use crate::terminal::Bar;
 
 pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool, stop: Arc<AtomicBool>) -> Result<()> {
-    let recipe = load_recipe(&args.recipe, &args.overrides)?;
+    let recipe = load_recipe(&args.recipe, &args.overrides())?;
     let hub = Hub::from_env();
     let bar = Bar::new();
     let check_stop = || if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) };
     let root = recipe_root(&recipe);
     let [target, proxy] = pkv_hub::fetch_recipe(&hub, &recipe, &[Path::new(""), &root], &bar, &check_stop)?;
     if !models_only {
-        let path = manifest_path(&recipe);
-        let manifest = pkv_recipe::load_manifest(&path)?;
-        pkv_hub::fetch_manifest(&hub, &manifest, &path, &bar, &check_stop)?;
+        let (manifest, path) = manifest(&recipe)?;
+        if let Some(path) = path {
+            pkv_hub::fetch_manifest(&hub, &manifest, &path, &bar, &check_stop)?;
+        }
         if let Some(path) = benchmark_manifest_path(&recipe) {
             pkv_hub::fetch_manifest(&hub, &pkv_recipe::load_manifest(&path)?, &path, &bar, &check_stop)?;
         }

@@ -6,15 +6,16 @@ use tch::Device;
 
 use crate::args::{Cli, PlanMachine, RecipeArgs};
 use crate::output;
-use crate::session::{choose_device, load_recipe, manifest_path};
+use crate::session::{choose_device, load_with_origins, manifest};
 
 pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -> Result<()> {
-    let recipe = load_recipe(&args.recipe, &args.overrides)?;
+    let (recipe, origins) = load_with_origins(&args.recipe, &args.overrides())?;
     if resolved {
-        return output::print(&recipe.to_toml());
+        let json = recipe.explained_json(&origins);
+        return output::print_either(cli.json, &json, || recipe.explained(&origins));
     }
     // A manifest that cannot be read is a mistake worth hearing about now.
-    pkv_recipe::load_manifest(&manifest_path(&recipe))?;
+    manifest(&recipe)?;
     let cpu = || Machine::cpu(tch::get_num_threads().max(1) as usize);
     let machine = match machine {
         PlanMachine::H200 => Machine::h200(),

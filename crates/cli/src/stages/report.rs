@@ -13,7 +13,7 @@ use crate::session::{Session, load_recipe};
 /// # Errors
 /// The recipe is invalid, or its run folder absent.
 pub fn check_run(cli: &Cli, args: &RecipeArgs) -> Result<()> {
-    let recipe = load_recipe(&args.recipe, &args.overrides)?;
+    let recipe = load_recipe(&args.recipe, &args.overrides())?;
     let run = cli.runs.join(&recipe.name);
     ensure!(
         run.join("run.json").is_file(),

@@ -1,10 +1,11 @@
 //! `[eval.benchmark]`: standard benchmarks that the `ruler`, `longbench` and `scbench` tasks ask.
 
 use anyhow::{Result, ensure};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Which tasks of each benchmark, how many examples, how long.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BenchmarkSection {
     /// Data manifest of the benchmarks' files; its sources are named `essays`, `squad`, `hotpotqa`, `words` (RULER),
@@ -20,6 +21,7 @@ pub struct BenchmarkSection {
     pub longbench_tasks: Vec<String>,
     /// SCBench's tasks; empty: all whose files there are.
     pub scbench_tasks: Vec<String>,
+    /// How the questions of one SCBench context hang together.
     pub scbench_mode: SharedContext,
     /// Longest prompt of LongBench and SCBench in tokens; of longer ones the middle is cut out. 31,500 is LongBench's
     /// own limit for models of 32k.
@@ -30,7 +32,7 @@ pub struct BenchmarkSection {
 }
 
 /// How the questions of one SCBench context hang together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum SharedContext {
     /// A conversation: each turn sees those before it, with their right answers.

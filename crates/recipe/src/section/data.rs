@@ -1,14 +1,21 @@
 //! `[data]`: how documents become examples.
 
 use anyhow::{Result, ensure};
+use pkv_core::hinted;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// From the manifest's documents to tokenized examples.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
-    /// Manifest (TOML) that names the documents.
+    /// Manifest (TOML) that names the documents. Left out where `files` names them.
+    #[serde(default)]
     pub manifest: String,
+    /// Documents named here, in place of a manifest: paths or patterns such as `my/*.txt`, from the working directory. `.jsonl`
+    /// and `.parquet` hold their text as `text`; any other file is text. 0 to 8 facts are planted in each example.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
     /// Examples of the training split.
     pub train: usize,
     /// Examples of the validation split.
@@ -47,6 +54,13 @@ impl DataSection {
     }
 
     pub(crate) fn check(&self) -> Result<()> {
+        ensure!(
+            !self.files.is_empty() || !self.manifest.is_empty(),
+            hinted(
+                "neither `data.manifest` nor `data.files` is set: there are no documents",
+                "name a manifest, or documents with `--data 'my/*.txt'`"
+            )
+        );
         ensure!(self.train > 0, "`data.train` is 0; a mapper needs examples to learn from");
         ensure!(!self.window_tokens.is_empty(), "`data.window_tokens` is empty");
         ensure!(

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Policy, RetentionRatio, hinted};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::benchmark::BenchmarkSection;
@@ -9,7 +10,7 @@ use crate::method::MethodName;
 use crate::task::TaskName;
 
 /// Metrics, tasks, methods, ratios and policies of the evaluation.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvalSection {
     /// Retention ratios of the metrics against labels. 0.125, 0.0625 and 0.03125 are the compressions by 8, 16 and 32 that others
@@ -17,12 +18,13 @@ pub struct EvalSection {
     pub ratios: Vec<f64>,
     /// Retention ratios of the tasks. Above 10% kept, nothing separates the methods.
     pub answer_ratios: Vec<f64>,
+    /// Policies of the metrics against labels.
     pub policies: Vec<Policy>,
     /// Policies of the tasks. On the real pair `pair-floor` answers 3 to 9 points more than `pair` at the same ratio.
     pub answer_policies: Vec<Policy>,
     /// Ways to score KV pairs; which there are, `pkv_eval::methods` knows.
     pub methods: Vec<MethodName>,
-    /// `facts`, `perplexity`, suites such as `ruler`, single tasks such as `ruler/vt`; which there are, `pkv_eval::tasks` knows.
+    /// What is asked of the pruned caches: `facts`, `perplexity`, suites such as `ruler`, single tasks such as `ruler/vt`.
     pub tasks: Vec<TaskName>,
     /// Contexts of the `facts` task, and at most as many test examples for `perplexity`.
     pub contexts: usize,
@@ -34,6 +36,11 @@ pub struct EvalSection {
     pub answer_match: AnswerMatch,
     /// Tokens that an answer may have.
     pub max_answer_tokens: usize,
+    /// Newest tokens of a context that stay in every KV head of a pruned cache, whatever their scores and as far as the budget
+    /// reaches; they count as kept. Metrics against labels are of the scores alone.
+    #[serde(skip_serializing_if = "is_none")]
+    #[schemars(extend("default" = 0))]
+    pub keep_recent: usize,
     /// Tokens of the continuation scored by the `perplexity` task.
     pub continuation_tokens: usize,
     /// Resamples of the bootstrap over contexts.
@@ -43,7 +50,7 @@ pub struct EvalSection {
 }
 
 /// When an answer to a planted fact counts as right.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum AnswerMatch {
     /// Greedy decoding gives the answer's tokens and then stops: for models trained to answer so.
@@ -84,11 +91,18 @@ impl Default for EvalSection {
             facts_per_context: 8,
             answer_match: AnswerMatch::Exact,
             max_answer_tokens: 24,
+            keep_recent: 0,
             continuation_tokens: 64,
             bootstrap: 2000,
             benchmark: BenchmarkSection::default(),
         }
     }
+}
+
+/// Fingerprints from before there was a choice say nothing of it.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_none(keep_recent: &usize) -> bool {
+    *keep_recent == 0
 }
 
 impl EvalSection {

@@ -2,21 +2,24 @@
 
 use anyhow::{Result, ensure};
 use pkv_core::{Channel, FeatureLayout, GlobalChannel, Hinted, Pass, Source, StoreDtype, hinted};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Features of each source, [layer, KV head, channel, position] and [global channel, position].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExtractSection {
     /// Models that features come from, in the order in which the mapper sees them: `proxy` is the paper's ProxyKV,
     /// `target` reads them off the target's own prefill and needs no second model.
     #[serde(skip_serializing_if = "is_proxy_alone")]
+    #[schemars(extend("default" = ExtractSection::default().from))]
     pub from: Vec<Source>,
     /// Channels per (layer, KV head) of the proxy, in this order. The prefill-only eight by default: they match
     /// the reconstruction set and cost a tenth of it.
     pub channels: Vec<Channel>,
     /// The same of the target, where it is a source; no reconstruction, which would be KVzip itself.
     #[serde(skip_serializing_if = "is_prefill")]
+    #[schemars(extend("default" = ExtractSection::default().target_channels))]
     pub target_channels: Vec<Channel>,
     /// Channels per position, in this order.
     pub globals: Vec<GlobalChannel>,
@@ -38,14 +41,16 @@ pub struct ExtractSection {
     pub store: StoreDtype,
     /// What to do about features that are not on disk.
     #[serde(skip_serializing_if = "MissingFeatures::is_default")]
+    #[schemars(extend("default" = MissingFeatures::default()))]
     pub missing: MissingFeatures,
     /// What becomes of features that the mapper was trained on; `delete` needs `missing = "generate"`.
     #[serde(skip_serializing_if = "AfterUse::is_default")]
+    #[schemars(extend("default" = AfterUse::default()))]
     pub after_use: AfterUse,
 }
 
 /// What a stage does that reads features which are not there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MissingFeatures {
     /// Say so, and name `extract`.
@@ -57,7 +62,7 @@ pub enum MissingFeatures {
 }
 
 /// What becomes of features when the mapper is trained.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AfterUse {
     /// They stay on disk.

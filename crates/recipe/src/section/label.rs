@@ -4,14 +4,16 @@ mod preset;
 
 use anyhow::{Result, ensure};
 use pkv_core::StoreDtype;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use preset::{LabelPreset, LabelWeighting, Preset};
 
 /// KVzip scoring of the target (arXiv 2505.23416).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LabelSection {
+    /// Published definition of the score.
     pub preset: LabelPreset,
     /// Tokens per scoring chunk; the preset's own (2000 or 2048) if absent.
     pub chunk_tokens: Option<usize>,
@@ -28,7 +30,7 @@ pub struct LabelSection {
 }
 
 /// How many of the first cache positions every row of the repeat may attend to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Sink {
     /// All of the chat template's prefix.

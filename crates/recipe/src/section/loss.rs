@@ -2,12 +2,13 @@
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::RetentionRatio;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Weights of the five terms; a weight of 0 turns a term off.
 ///
 /// Defaults are the lean set: on the tiny pair the rank, mass and cosine terms showed no gain.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossSection {
     /// Multi-ratio binary cross-entropy: best recall at 1-2% kept.
@@ -18,6 +19,7 @@ pub struct LossSection {
     pub value_mse: f64,
     /// Logistic pair-wise rank loss inside the top of each context.
     pub fine: f64,
+    /// Sampling of the `fine` term.
     pub fine_pairs: FineLoss,
     /// Mass-aware global rank: cross-entropy of normalized scores and a softmax of predictions.
     pub global: f64,
@@ -26,7 +28,7 @@ pub struct LossSection {
 }
 
 /// Sampling of the `fine` term.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FineLoss {
     /// Share of a context's KV pairs that counts as its top.

@@ -1,12 +1,14 @@
 //! `[mapper]`: the network from proxy features to target scores.
 
 use anyhow::{Result, ensure};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Sizes of the HybridAxialMapper and its variants.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct MapperSection {
+    /// Which stages the mapper has.
     pub variant: Variant,
     /// Stage 1: width per proxy KV head.
     pub head_width: usize,
@@ -36,7 +38,7 @@ pub struct MapperSection {
 }
 
 /// Which stages the mapper has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Variant {
     /// All three stages.

@@ -1,10 +1,11 @@
 //! `[prune]`: what a policy needs beside scores.
 
 use anyhow::{Result, ensure};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Head budgets of the policy `pair-budget`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PruneSection {
     /// Training contexts, evenly spread over the split, whose labels give each head its budget. Which heads KVzip prefers

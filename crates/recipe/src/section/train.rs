@@ -2,12 +2,13 @@
 
 use anyhow::{Result, ensure};
 use pkv_core::Seed;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::steps::{AutoSteps, Steps};
 
 /// AdamW over the training examples.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainSection {
     /// Optimizer steps: a number, or `auto`, until validation no longer gains. How many a new pair needs is not
@@ -59,10 +60,13 @@ pub struct TrainSection {
     pub lr: f64,
     /// Linear warm-up, steps.
     pub warmup_steps: u64,
+    /// AdamW: decay of the mean gradient.
     pub beta1: f64,
+    /// AdamW: decay of the mean squared gradient.
     pub beta2: f64,
+    /// AdamW: added to the root of the mean squared gradient.
     pub eps: f64,
-    /// On matrices only.
+    /// AdamW: decay of the weights, on matrices only.
     pub weight_decay: f64,
     /// Largest gradient norm; longer gradients are scaled down to it.
     pub clip_norm: f64,
@@ -87,23 +91,25 @@ pub struct TrainSection {
 }
 
 /// Number format of a training step.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TrainDtype {
     /// f32 on a CPU. On a GPU bf16 for mappers of hundreds of heads, which are bound by memory, and TF32
     /// for small ones, which are bound by kernel launches.
     #[default]
     Auto,
+    /// f32 throughout.
     F32,
     /// f32 with 10-bit mantissas inside matrix products, on a GPU; plain f32 on a CPU.
     Tf32,
+    /// bf16 in the stages.
     Bf16,
 }
 
 /// y' = (1 - blend) y + blend maxpool_width(y) along positions, on the log-odds scale.
 ///
 /// Width 3, blend 0.5: 43.3% of answers at 1% kept against 32.5% of raw KVzip on the tiny target.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TargetPool {
     /// Positions, odd; 1 is off.

@@ -8,6 +8,7 @@
 //! 3. Add its authors' scores to `crates/lm/tests/goldens/make_goldens.py`; `score/tests/score/goldens.rs` reads them for every
 //!    preset there is.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Sink;
@@ -45,7 +46,7 @@ pub struct Preset {
 macro_rules! presets {
     ($default:ident; $($variant:ident: $name:literal, $meaning:literal, $preset:expr;)+) => {
         /// A published definition of the score.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
         pub enum LabelPreset {
             $(#[doc = $meaning] #[serde(rename = $name)] $variant,)+
         }

@@ -1,0 +1,24 @@
+//! `man`: manual pages, a file for the command and one for each subcommand.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use clap::CommandFactory;
+use pkv_core::hinted;
+
+use crate::args::Cli;
+use crate::output;
+
+/// # Errors
+/// A file cannot be written.
+pub fn run(folder: &Path) -> Result<()> {
+    let cannot = || {
+        hinted(
+            format!("cannot write manual pages to `{}`", folder.display()),
+            "name a folder that you may write, on a disk with room",
+        )
+    };
+    std::fs::create_dir_all(folder).with_context(cannot)?;
+    clap_mangen::generate_to(Cli::command(), folder).with_context(cannot)?;
+    output::print(&format!("{}\n", folder.join("proxykv-train.1").display()))
+}

@@ -1,0 +1,222 @@
+//! `recipes`: those that come with the program, and a new one for a pair whose shapes are read from config.json.
+//!
+//! What a key means is the reference's matter (`schema --reference`).
+
+use std::fs::{self, OpenOptions};
+use std::io::{ErrorKind, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use pkv_core::hinted;
+use pkv_hub::Hub;
+use pkv_lm::LmConfig;
+use serde_json::{Value, json};
+
+use crate::args::{Cli, InitArgs, RecipesCommand};
+use crate::completion::values::{DEEPEST, toml_files};
+use crate::output;
+use crate::render::Interrupted;
+use crate::session::load_recipe;
+use crate::terminal::Bar;
+
+/// # Errors
+/// There are no recipes, a model cannot be read, or the file to write is there already.
+pub fn run(cli: &Cli, what: &RecipesCommand, stop: &AtomicBool) -> Result<()> {
+    match what {
+        RecipesCommand::Ls => ls(cli),
+        RecipesCommand::Show { name } => show(name),
+        RecipesCommand::Init(args) => init(args, stop),
+    }
+}
+
+/// Recipe files of the working directory's `recipes/`, else of the one that came with the program.
+fn files() -> Result<Vec<PathBuf>> {
+    let program = std::env::current_exe().unwrap_or_default();
+    // In an archive the folder is beside the program; in a clone it is above target/release/.
+    let beside = program.ancestors().skip(1).take(3).map(|folder| folder.join("recipes"));
+    let folder = std::iter::once(PathBuf::from("recipes")).chain(beside).find(|folder| folder.is_dir());
+    let folder = folder.with_context(|| {
+        hinted(
+            "there is no folder `recipes`, neither here nor beside the program",
+            "go to the folder of the project, or write a recipe with `proxykv-train recipes init`",
+        )
+    })?;
+    let mut all = Vec::new();
+    toml_files(&folder, DEEPEST, &mut all);
+    all.retain(|path| !path.to_string_lossy().ends_with(".lock.toml"));
+    // Those of folders below come last.
+    all.sort_by_key(|path| (path.components().count(), path.clone()));
+    Ok(all)
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
+}
+
+fn ls(cli: &Cli) -> Result<()> {
+    let mut rows: Vec<Value> = Vec::new();
+    for path in files()? {
+        rows.push(match load_recipe(&path, &[]) {
+            Ok(recipe) => json!({
+                "name": stem(&path), "file": path, "target": recipe.target.model,
+                "proxy": (recipe.proxy.model != recipe.target.model).then_some(&recipe.proxy.model),
+                "features": recipe.extract.from.iter().map(|s| s.name()).collect::<Vec<_>>(),
+            }),
+            Err(e) => json!({"name": stem(&path), "file": path, "error": format!("{e:#}").split_whitespace().collect::<Vec<_>>().join(" ")}),
+        });
+    }
+    output::print_either(cli.json, &rows, || {
+        let text = |row: &Value, key: &str| row[key].as_str().unwrap_or("none").to_owned();
+        let line = |row: &Value| match row["error"].as_str() {
+            Some(error) => format!("{:44} cannot be read: {error}\n", text(row, "file")),
+            None => format!("{:44} {} + {}\n", text(row, "file"), text(row, "target"), text(row, "proxy")),
+        };
+        rows.iter().map(line).collect()
+    })
+}
+
+fn show(name: &str) -> Result<()> {
+    let named = Path::new(name);
+    let path = if named.is_file() {
+        named.to_path_buf()
+    } else {
+        let all = files()?;
+        let found = all.iter().find(|path| stem(path) == name).cloned();
+        found.with_context(|| {
+            let near = all
+                .iter()
+                .map(|path| stem(path))
+                .max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
+            let near = near.map_or_else(String::new, |near| format!("did you mean `{near}`? "));
+            hinted(
+                format!("there is no recipe `{name}`"),
+                format!("{near}`proxykv-train recipes ls` lists them"),
+            )
+        })?
+    };
+    output::print(&pkv_core::read_small_text(&path)?)
+}
+
+/// A model's config.json and what its recipe calls it.
+fn model(role: &str, name: &str, stop: &AtomicBool) -> Result<LmConfig> {
+    let check_stop = || if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) };
+    let folder = Hub::from_env()
+        .fetch_config(name, "main", &[Path::new("")], &Bar::new(), &check_stop)
+        .and_then(|folder| LmConfig::from_folder(&folder));
+    folder.with_context(|| format!("cannot read the shape of the {role} `{name}`"))
+}
+
+fn init(args: &InitArgs, stop: &AtomicBool) -> Result<()> {
+    let target = model("target", &args.target, stop)?;
+    let proxy = args.proxy.as_deref().map(|name| Ok((name, model("proxy", name, stop)?)));
+    let proxy: Option<(&str, LmConfig)> = proxy.transpose().map_err(|e: anyhow::Error| e)?;
+    let name = args.name.clone().unwrap_or_else(|| {
+        let of = |model: &str| {
+            let last = model.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_lowercase();
+            last.chars()
+                .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' })
+                .collect::<String>()
+        };
+        let proxy = proxy.as_ref().map(|(name, _)| format!("--{}", of(name))).unwrap_or_default();
+        format!("{}{proxy}", of(&args.target))
+    });
+    let text = recipe_text(&name, &args.target, &target, proxy.as_ref().map(|(n, c)| (*n, c)), &args.data);
+    if args.out.as_deref() == Some(Path::new("-")) {
+        return output::print(&text);
+    }
+    let path = args.out.clone().unwrap_or_else(|| {
+        let folder = if Path::new("recipes").is_dir() { "recipes" } else { "" };
+        Path::new(folder).join(format!("{name}.toml"))
+    });
+    if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(|e| {
+        let (why, hint) = match e.kind() {
+            ErrorKind::AlreadyExists => {
+                ("it is there already", "name another file with `--out`, or remove it")
+            }
+            _ => ("it cannot be made", "name a file in a folder that you may write, with `--out`"),
+        };
+        anyhow::Error::from(e)
+            .context(hinted(format!("cannot write the recipe `{}`: {why}", path.display()), hint))
+    })?;
+    file.write_all(text.as_bytes()).with_context(|| format!("cannot write `{}`", path.display()))?;
+    // A name that no recipe may have, or a shape that does not fit, is found now.
+    if let Err(e) = load_recipe(&path, &[]) {
+        fs::remove_file(&path).with_context(|| format!("cannot remove `{}`", path.display()))?;
+        return Err(e.context(hinted(
+            "the recipe would not be valid, and was not written",
+            "name the pair with `--name`: letters, digits, `-`, `_` and `.`",
+        )));
+    }
+    let shown = path.display();
+    output::print(&format!(
+        "{shown}\nnext: proxykv-train doctor --recipe {shown}\n      proxykv-train plan --recipe {shown}\n"
+    ))
+}
+
+/// A recipe with the reasons of its values beside them.
+fn recipe_text(
+    name: &str,
+    target_name: &str,
+    target: &LmConfig,
+    proxy: Option<(&str, &LmConfig)>,
+    data: &[String],
+) -> String {
+    // As JSON: TOML spells texts alike.
+    let quoted = |text: &str| Value::from(text).to_string();
+    let section = |role: &str, model: &str, config: &LmConfig| {
+        let s = &config.shape;
+        format!(
+            "[{role}]\nmodel = {}\n\n[{role}.shape]\nlayers = {}\nkv_heads = {}\nquery_heads = {}\nhead_dim = {}\nhidden = {}\n\
+             intermediate = {}\nvocab = {}\n\n",
+            quoted(model),
+            s.layers,
+            s.kv_heads,
+            s.query_heads,
+            s.head_dim,
+            s.hidden,
+            s.intermediate,
+            s.vocab
+        )
+    };
+    let second = proxy.map_or(String::new(), |(model, config)| section("proxy", model, config));
+    let documents = match data {
+        [] => "# Documents to train on: a manifest, or `files = [\"my/*.txt\"]` in its place.\nmanifest = \"data-manifests/long-documents.toml\"".to_owned(),
+        files => format!(
+            "# Train on every kind of text that you serve.\nfiles = [{}]",
+            files.iter().map(|f| quoted(f)).collect::<Vec<_>>().join(", ")
+        ),
+    };
+    // The model's own limit less room for the chat template, questions and answers.
+    let longest = target.max_positions.saturating_sub(512).max(320);
+    let mut windows: Vec<usize> = [1024, 2048, 4096].into_iter().filter(|w| *w <= longest).collect();
+    if windows.is_empty() {
+        windows.push(longest);
+    }
+    let window = windows.last().copied().unwrap_or(longest);
+    let least = windows[0].min(800);
+    let from = match proxy {
+        None => {
+            "# The target's own prefill: no second model, about a tenth of a prefill.\nfrom = [\"target\"]"
+        }
+        Some(_) => {
+            "# Both models answer most; `[\"target\"]` alone needs no proxy, `[\"proxy\"]` is the paper's ProxyKV.\nfrom = [\"target\", \"proxy\"]"
+        }
+    };
+    format!(
+        "# Written by `proxykv-train recipes init`; every key: docs/recipes.md, or `proxykv-train plan --resolved`.\n\n\
+         name = {}\n\n# Shapes as the models' config.json has them.\n{}{second}[data]\n{documents}\n\
+         # Contexts of each split. `plan` says what more of them cost.\ntrain = 600\nvalidation = 60\ntest = 60\n\
+         # Several lengths, so that the mapper sees what changes with length. Train as long as you serve.\n\
+         window_tokens = {windows:?}\ntest_window_tokens = {window}\nmin_tokens = {least}\n\n\
+         [extract]\n{from}\n\n[train]\n# Until validation no longer gains.\nsteps = \"auto\"\nbatch = 4\n\n\
+         [eval]\n# Questions are asked of contexts of this length.\ncontext_tokens = {window}\n\
+         # Chat models answer in sentences.\nanswer_match = \"contains\"\nmax_answer_tokens = 48\n",
+        quoted(name),
+        section("target", target_name, target),
+    )
+}
