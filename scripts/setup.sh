@@ -4,6 +4,7 @@
 #   scripts/setup.sh          CPU set (1.4 GB on disk), or the CUDA set when an NVIDIA driver is present
 #   scripts/setup.sh --cuda   CUDA set (3.9 GB), driver or not
 #   scripts/setup.sh --cpu    CPU set, driver or not
+#   scripts/setup.sh --run-only   for a program that is built already: asks for no compiler
 #
 # Does nothing when what is asked for is there. An interrupted run leaves nothing half-installed;
 # run it again, and pip's cache spares what was already downloaded.
@@ -23,19 +24,21 @@ fail() { printf 'error: %s\n\nhint: %s\n' "$1" "$2" >&2; exit 1; }
 
 set_name=cpu
 if ldconfig -p 2>/dev/null | grep -q 'libcuda\.so\.1' || command -v nvidia-smi >/dev/null 2>&1; then set_name=cuda; fi
+builds=yes
 for arg in "$@"; do
   case "$arg" in
+    --run-only) builds=no ;;
     --cuda) set_name=cuda ;;
     --cpu) set_name=cpu ;;
-    *) fail "unknown argument \`$arg\`" "scripts/setup.sh [--cuda | --cpu]" ;;
+    *) fail "unknown argument \`$arg\`" "scripts/setup.sh [--cuda | --cpu] [--run-only]" ;;
   esac
 done
 
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "this is $(uname -sm); libtorch $TORCH is installed for Linux x86_64 only" \
   "use an x86-64 Linux machine"
-command -v cargo >/dev/null || { [ -x "$HOME/.cargo/bin/cargo" ] && PATH="$HOME/.cargo/bin:$PATH"; } ||
+[ "$builds" = no ] || command -v cargo >/dev/null || { [ -x "$HOME/.cargo/bin/cargo" ] && PATH="$HOME/.cargo/bin:$PATH"; } ||
   fail "cargo is not found" "install Rust 1.90 or later: https://rustup.rs"
-command -v c++ >/dev/null || fail "there is no C++ compiler (c++)" "apt-get install g++"
+[ "$builds" = no ] || command -v c++ >/dev/null || fail "there is no C++ compiler (c++)" "apt-get install g++"
 python=""
 for p in python3 python3.13 python3.12 python3.11 python3.10; do
   if command -v "$p" >/dev/null && "$p" -m pip --version >/dev/null 2>&1; then python=$p; break; fi
