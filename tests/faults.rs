@@ -126,6 +126,84 @@ fn a_training_that_runs_away_saves_nothing_of_it() {
     s.run(&["train", "--redo", "train"]).ok();
 }
 
+/// The text of `text` between `from` and the next `to`, as often as there is one.
+fn between<'a>(text: &'a str, from: &'a str, to: &'a str) -> impl Iterator<Item = &'a str> {
+    text.split(from).skip(1).map(move |rest| rest.split(to).next().unwrap_or_default())
+}
+
+#[test]
+fn a_training_that_diverged_goes_on_as_its_hint_says() {
+    let s = Sandbox::new();
+    // The rate rises until the last step: it is too high for some step in the midst.
+    s.edit("recipe.toml", "warmup_steps = 4", "warmup_steps = 24\nlr = 200");
+    for stage in ["prepare", "label", "extract"] {
+        s.run(&[stage]).ok();
+    }
+    let checkpoint =
+        |step: &str| s.path(&format!("runs/small/checkpoints/step-{step:0>6}/model.safetensors"));
+    let mut cuts = Vec::new();
+    for attempt in 0.. {
+        assert!(attempt < 8, "the hints lead nowhere: {cuts:?}");
+        let args: Vec<&str> =
+            ["train"].into_iter().chain(cuts.iter().flat_map(|c: &String| ["--set", c.as_str()])).collect();
+        let ran = s.run(&args);
+        if ran.code == 0 {
+            break;
+        }
+        let said = ran
+            .fails_with(&["training diverged at step", "holds examples `", "is whole: to go on from it"])
+            .stderr;
+        for step in between(&said, "remove `checkpoints/step-", "`") {
+            fs::remove_dir_all(checkpoint(step).parent().unwrap()).unwrap();
+        }
+        let step = between(&said, "the checkpoint of step ", " ").next().unwrap().to_owned();
+        assert!(checkpoint(&step).is_file(), "step {step}");
+        cuts = vec![between(&said, "--set '", "'").next().unwrap().to_owned()];
+    }
+    assert!(!cuts.is_empty(), "it never diverged");
+    let steps = fs::read_to_string(s.path("runs/small/train/metrics.jsonl")).unwrap();
+    assert!(
+        steps.lines().all(|l| serde_json::from_str::<Value>(l).is_ok()) && steps.contains("\"step\":24"),
+        "{steps}"
+    );
+    s.run(&["export", "--set", &cuts[0]]).ok();
+    // Without the cut it is another training, and so it is with one before a checkpoint that there is.
+    s.run(&["train"]).fails_with(&["other choices", "train.lr_cuts"]);
+    s.run(&["train", "--set", "train.lr_cuts=[[1, 0.5]]"]).fails_with(&["train.lr_cuts", "or remove `step-"]);
+    s.run(&["train", "--set", "train.lr_cuts=[[3, 2.0]]"]).fails_with(&["0 < factor < 1"]);
+}
+
+#[test]
+fn inspect_says_which_weights_are_damaged() {
+    let s = finished();
+    for (folder, file) in [
+        ("checkpoints/step-000024", "model.safetensors"),
+        ("checkpoints/step-000024", "optimizer.safetensors"),
+        ("export", "model.safetensors"),
+        ("export", "parity.safetensors"),
+    ] {
+        let folder = format!("runs/small/{folder}");
+        let path = s.path(&folder).join(file);
+        let inspect = |what: &str| Ran::new(s.command(&["inspect", what]).output().unwrap());
+        assert!(inspect(&folder).ok().stdout.contains("matches"), "{folder}");
+        assert!(inspect(&format!("{folder}/{file}")).ok().stdout.contains("all hashes match"), "{file}");
+        let whole = fs::read(&path).unwrap();
+        let mut flipped = whole.clone();
+        // In the numbers, where nothing but the hash can tell.
+        let at = flipped.len() - 100;
+        flipped[at] ^= 1;
+        fs::write(&path, flipped).unwrap();
+        for what in [&folder, &format!("{folder}/{file}")] {
+            inspect(what).fails_with(&[&format!("`{file}` is damaged: expected SHA-256")]);
+        }
+        if folder.contains("checkpoints") {
+            let all = inspect("runs/small/checkpoints").ok().stdout;
+            assert_eq!(all.matches("is damaged").count(), 1, "{all}");
+        }
+        fs::write(&path, whole).unwrap();
+    }
+}
+
 #[test]
 fn a_stage_at_work_is_met_with_a_sentence() {
     let s = finished();

@@ -108,6 +108,15 @@ pub struct CheckpointInfo {
     pub extra: Value,
 }
 
+/// Pairs of a step and a factor in the fingerprint: the learning rate from that step on.
+pub(crate) const LR_CUTS: &str = "train.lr_cuts";
+
+/// Those of `cuts` that the first `steps` steps were taken with.
+fn taken(cuts: &Value, steps: u64) -> Vec<&Value> {
+    let is_taken = |cut: &&Value| cut[0].as_u64().is_none_or(|from| from < steps);
+    cuts.as_array().into_iter().flatten().filter(is_taken).collect()
+}
+
 /// What a file of the folder must be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -144,6 +153,22 @@ impl CheckpointInfo {
 
     fn parameters(&self) -> impl Iterator<Item = &String> {
         self.network.iter().chain(&self.loss)
+    }
+
+    /// Choices of this checkpoint that differ from `now`, as [`Fingerprint::difference`] names them. Cuts of the learning rate
+    /// after its step are none: it does not depend on them.
+    pub fn differences(&self, now: &Fingerprint) -> Vec<(String, Value, Value)> {
+        let mut all = self.fingerprint.difference(now);
+        all.retain(|(key, a, b)| key != LR_CUTS || taken(a, self.step) != taken(b, self.step));
+        all
+    }
+
+    /// Every file of `folder` has the size and hash that were written down.
+    ///
+    /// # Errors
+    /// One has not, or cannot be read.
+    pub fn check_files(&self, folder: &Path) -> Result<()> {
+        self.files.iter().try_for_each(|(name, file)| check_file(folder, name, file.bytes, &file.sha256))
     }
 }
 
@@ -212,9 +237,7 @@ pub(crate) fn write(
 /// Read the whole of `folder`, checking every file against its hash.
 pub(crate) fn read(folder: &Path, device: Device) -> Result<(CheckpointInfo, TrainingState)> {
     let info = CheckpointInfo::read(folder)?;
-    for (name, expected) in &info.files {
-        check_file(folder, name, expected.bytes, &expected.sha256)?;
-    }
+    info.check_files(folder)?;
     let model = read_tensors(&folder.join(MODEL), device)?;
     let optimizer = read_tensors(&folder.join(OPTIMIZER), device)?;
     let of = |kind: &str| -> Result<Vec<Tensor>> {

@@ -10,7 +10,7 @@ use pkv_shard::StaleError;
 use pkv_shard::durable::{TEMPORARY, WriteBudget, lock_dir, sync_dir, write_error};
 use tch::Device;
 
-use crate::state::{self, CheckpointInfo, TrainingState};
+use crate::state::{self, CheckpointInfo, LR_CUTS, TrainingState};
 
 /// Checkpoints of one training run, `step-001000/` and so on.
 ///
@@ -162,7 +162,19 @@ impl CheckpointStore {
     /// # Errors
     /// The folder cannot be listed.
     pub fn list(&self) -> Result<Vec<CheckpointInfo>> {
-        Ok(self.steps()?.into_iter().filter_map(|(_, folder)| CheckpointInfo::read(&folder).ok()).collect())
+        Ok(self.folders_and_infos()?.into_iter().filter_map(|(_, info)| info.ok()).collect())
+    }
+
+    /// Every checkpoint by step, and what its `state.json` says, or why it cannot be read.
+    ///
+    /// # Errors
+    /// The folder cannot be listed.
+    pub fn folders_and_infos(&self) -> Result<Vec<(PathBuf, Result<CheckpointInfo>)>> {
+        let read = |(_, folder): (u64, PathBuf)| {
+            let info = CheckpointInfo::read(&folder);
+            (folder, info)
+        };
+        Ok(self.steps()?.into_iter().map(read).collect())
     }
 
     fn first_whole(
@@ -185,16 +197,25 @@ impl CheckpointStore {
     }
 
     fn check_fresh(&self, info: &CheckpointInfo) -> Result<()> {
-        let differences = info.fingerprint.difference(&self.fingerprint);
+        let differences = info.differences(&self.fingerprint);
         if differences.is_empty() {
             return Ok(());
         }
+        let anew = "train again with `--redo train`, or keep them and set another `name` in the recipe";
+        let hint = if differences.iter().all(|(key, ..)| key == LR_CUTS) {
+            let step = info.step;
+            format!(
+                "cut at step {step} or later, or remove `step-{step:06}` to go on from what is older; or {anew}"
+            )
+        } else {
+            anew.to_owned()
+        };
         let context = hinted(
             format!(
                 "the checkpoints in `{}` were trained with other choices than this run's",
                 self.dir.display()
             ),
-            "train again with `--redo train`, or keep them and set another `name` in the recipe",
+            hint,
         );
         let stale = StaleError { stage: "train".to_owned(), dir: self.dir.clone(), differences };
         Err(anyhow::Error::new(stale).context(context))

@@ -157,6 +157,41 @@ fn other_choices_are_stale() {
 }
 
 #[test]
+fn a_cut_of_the_rate_leaves_the_checkpoints_before_it() {
+    let dir = tempdir().unwrap();
+    let with = |cuts: serde_json::Value| {
+        Fingerprint::new().with("train", json!({"lr": 2e-3, "steps": 1500, "lr_cuts": cuts}))
+    };
+    for step in [100, 200] {
+        open(dir.path()).save(&state(step, None, false)).unwrap();
+    }
+    for (cuts, is_fresh) in [
+        (json!([[200, 0.1]]), true),
+        (json!([[200, 0.1], [300, 0.5]]), true),
+        (json!([[199, 0.1]]), false),
+        (json!([[100, 0.1], [300, 0.5]]), false),
+        (json!("none"), true),
+    ] {
+        let opened = CheckpointStore::open(dir.path(), &with(cuts.clone()), 9);
+        assert_eq!(opened.is_ok(), is_fresh, "{cuts}");
+        if let Err(e) = opened {
+            let (said, hint) = told(&e);
+            assert!(
+                said.contains("train.lr_cuts") && hint.contains("remove `step-000200`"),
+                "{said}, {hint}"
+            );
+        }
+    }
+    // From a checkpoint that was made with a cut, there is no way back to none.
+    CheckpointStore::open(dir.path(), &with(json!([[200, 0.1]])), 9)
+        .unwrap()
+        .save(&state(300, None, false))
+        .unwrap();
+    assert!(CheckpointStore::open(dir.path(), &choices(), 9).is_err());
+    assert!(CheckpointStore::open(dir.path(), &with(json!([[200, 0.1], [300, 0.1]])), 9).is_ok());
+}
+
+#[test]
 fn one_process_trains_at_a_time() {
     let dir = tempdir().unwrap();
     let _first = open(dir.path());

@@ -209,6 +209,9 @@ pub struct InferArgs {
     /// Longest answer, tokens.
     #[arg(long, default_value_t = 128, value_name = "N")]
     pub max_new_tokens: usize,
+    /// Read special tokens that context and questions spell out, such as `<|im_end|>`, as text: for texts that others wrote.
+    #[arg(long)]
+    pub special_tokens_as_text: bool,
     /// What the models compute in.
     #[arg(long, value_enum, default_value = "auto")]
     pub dtype: DtypeArg,

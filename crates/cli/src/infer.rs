@@ -67,7 +67,10 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
              `--policy pair-uniform`"
         )
     );
-    let target = find("target", args.target.as_deref(), &config.target)?;
+    let mut target = find("target", args.target.as_deref(), &config.target)?;
+    if args.special_tokens_as_text {
+        target.tokenizer.read_special_tokens_as_text();
+    }
     let sources = &config.extract.from;
     let proxy = match sources.contains(&Source::Proxy) {
         true => Some(find("proxy", args.proxy.as_deref(), &config.proxy)?),

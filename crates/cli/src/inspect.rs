@@ -58,7 +58,7 @@ pub fn inspect(path: &Path) -> Result<String> {
         results(&path.join(RESULTS_FILE))
     } else if let Some(text) = files::folder(path)? {
         Ok(text)
-    } else if !CheckpointStore::read_only(path)?.list()?.is_empty() {
+    } else if !CheckpointStore::read_only(path)?.folders_and_infos()?.is_empty() {
         checkpoints(path)
     } else {
         unknown(path)

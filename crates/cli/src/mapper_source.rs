@@ -88,8 +88,8 @@ pub fn from_checkpoint(s: &Session, upstream: &Upstream) -> Result<Trained> {
     let train = "run `proxykv-train train` first; `--redo train` makes the mapper anew";
     let state = store.best(s.device)?.with_context(|| hinted("there is no checkpoint to read", train))?;
     let last = store.list()?.pop().with_context(|| hinted("there is no checkpoint to read", train))?;
+    let differences = last.differences(&upstream.fingerprint);
     let made_with = last.fingerprint;
-    let differences = made_with.difference(&upstream.fingerprint);
     ensure!(
         differences.is_empty(),
         hinted(

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, hinted};
 use pkv_lm::{LanguageModel, LmConfig, TextTokenizer};
-use pkv_recipe::ModelSection;
+use pkv_recipe::{ModelSection, SpecialTokens};
 use serde_json::json;
 
 use crate::session::{Session, recipe_root};
@@ -55,7 +55,10 @@ pub fn find(s: &Session, role: Role) -> Result<Found> {
     LmConfig::from_folder(&resolved.folder)?
         .check_shape(&section.shape, role.name())
         .with_context(context)?;
-    let tokenizer = TextTokenizer::open(&resolved.folder).with_context(context)?;
+    let mut tokenizer = TextTokenizer::open(&resolved.folder).with_context(context)?;
+    if s.recipe.data.special_tokens == SpecialTokens::Text {
+        tokenizer.read_special_tokens_as_text();
+    }
     s.run.record(
         role.name(),
         json!({"model": section.model, "revision": resolved.revision, "vocab_hash": tokenizer.vocab_hash(), "template_hash": tokenizer.template_hash()}),

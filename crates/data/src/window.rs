@@ -61,6 +61,7 @@ mod tests {
             validation_share: 0.1,
             test_share: 0.1,
             test_window_tokens: None,
+            special_tokens: pkv_recipe::SpecialTokens::default(),
             shard_examples: 64,
         };
         windows(tokens, window, split, &data).into_iter().map(|(n, r)| (n, r.start, r.end)).collect()

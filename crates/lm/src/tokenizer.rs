@@ -82,6 +82,18 @@ impl TextTokenizer {
         Ok(ids.context("encoding text: its first token depends on what stands before it")?.to_vec())
     }
 
+    /// From now on, special tokens that a text spells out are encoded as text. Prefix, switch and turn keep theirs.
+    pub fn read_special_tokens_as_text(&mut self) {
+        self.tokenizer.set_encode_special_tokens(true);
+    }
+
+    /// The special tokens among `ids`, each once, as a text spells them.
+    pub fn special_tokens_in(&self, ids: &[u32]) -> BTreeSet<String> {
+        let added = self.tokenizer.get_added_tokens_decoder();
+        let special = ids.iter().filter_map(|id| added.get(id)).filter(|token| token.special);
+        special.map(|token| token.content.clone()).collect()
+    }
+
     /// Text of `ids`, special tokens spelt out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.tokenizer.decode(ids, false).map_err(|e| anyhow!("decoding {} tokens: {e}", ids.len()))

@@ -23,7 +23,7 @@ pub use method::MethodName;
 pub use origin::{Origin, Origins, Override};
 pub use pkv_core::StoreDtype;
 pub use section::benchmark::{BenchmarkSection, SharedContext};
-pub use section::data::DataSection;
+pub use section::data::{DataSection, SpecialTokens};
 pub use section::eval::{AnswerMatch, EvalSection};
 pub use section::export::ExportSection;
 pub use section::extract::{AfterUse, ExtractSection, MissingFeatures};

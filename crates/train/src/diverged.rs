@@ -19,8 +19,10 @@ const NAMED: usize = 8;
 pub struct Diverged {
     /// From 0.
     pub step: u64,
-    /// The step of the last checkpoint, if there is one.
-    pub saved: Option<u64>,
+    /// Weights after this many steps or more are of no use: what went wrong was computed from them.
+    pub bad_from: u64,
+    /// Steps of the checkpoints, ascending.
+    pub saved: Vec<u64>,
 }
 
 impl fmt::Display for Diverged {
@@ -32,26 +34,49 @@ impl fmt::Display for Diverged {
 
 /// `error` with its batch, its examples and its repair, if it is [`Diverged`]; any other as it is.
 pub fn explain(error: Error, inputs: &TrainInputs, batches: &Batches, dataset: &Dataset) -> Error {
-    let Some(&Diverged { step, saved }) = error.downcast_ref::<Diverged>() else { return error };
+    let Some(Diverged { step, bad_from, saved }) = error.downcast_ref::<Diverged>() else { return error };
+    let (step, good) = (*step, saved.partition_point(|s| s < bad_from));
+    let (good, bad) = saved.split_at(good);
     let (batch, epoch) = (step % batches.per_epoch() + 1, step / batches.per_epoch() + 1);
     let mut rows: Vec<u64> =
         batches.from_step(step).next().map_or_else(Vec::new, |b| b.windows.iter().map(|w| w.0).collect());
     rows.sort_unstable();
     rows.dedup();
-    let kept = match saved {
-        Some(step) => {
-            format!("the checkpoint of step {step} is whole and stays: set another `name` to keep it, or ")
+    let lower = format!(
+        "lower `train.lr` (it is {:e}), raise `train.warmup_steps` or lower `train.clip_norm`",
+        inputs.train.lr
+    );
+    let hint = match good.last() {
+        Some(last) => {
+            let cuts = cuts(&inputs.train.lr_cuts, *last);
+            let remove: String = bad
+                .iter()
+                .map(|s| format!("remove `checkpoints/step-{s:06}`, which gives this loss; "))
+                .collect();
+            format!(
+                "{remove}the checkpoint of step {last} is whole: to go on from it at a tenth of the rate, add `--set \
+                 'train.lr_cuts={cuts}'` to this and later commands, or write `lr_cuts` into the recipe; to begin anew, \
+                 {lower}, and train with `--redo train`"
+            )
         }
-        None => String::new(),
-    };
-    error.context(hinted(
-        format!("batch {batch} of epoch {epoch} holds {}", names(dataset, &rows)),
-        format!(
-            "lower `train.lr` (it is {:e}), raise `train.warmup_steps` or lower `train.clip_norm`; {kept}train anew with \
-             `--redo train`, since checkpoints go on with the choices that they were made with alone",
-            inputs.train.lr
+        None if bad.is_empty() => format!("{lower}, and train again"),
+        None => format!(
+            "{lower}, and train with `--redo train`: the weights of the only checkpoints give this loss"
         ),
-    ))
+    };
+    error.context(hinted(format!("batch {batch} of epoch {epoch} holds {}", names(dataset, &rows)), hint))
+}
+
+/// `before`, and from `step` on a tenth of the rate.
+fn cuts(before: &[(u64, f64)], step: u64) -> String {
+    let here = before.iter().filter(|cut| cut.0 == step).fold(0.1, |factor, cut| factor * cut.1);
+    let mut all: Vec<(u64, f64)> = before.iter().copied().filter(|cut| cut.0 != step).collect();
+    all.push((step, here));
+    all.sort_by_key(|cut| cut.0);
+    // Three digits: 0.1 of 0.1 is not 0.01 to the last bit.
+    let short = |x: f64| format!("{x:.2e}").parse().unwrap_or(x);
+    let all: Vec<String> = all.iter().map(|(step, factor)| format!("[{step}, {}]", short(*factor))).collect();
+    format!("[{}]", all.join(", "))
 }
 
 fn names(dataset: &Dataset, rows: &[u64]) -> String {

@@ -456,11 +456,18 @@ impl<'a> Run<'a> {
     fn check_loss(&self) -> Result<()> {
         let Some(step) = self.window.broken()? else { return Ok(()) };
         let cause = anyhow::anyhow!("the loss or its gradient is not a finite number");
-        Err(cause.context(Diverged { step, saved: self.saved }))
+        // The weights before this step give that loss.
+        Err(cause.context(Diverged { step, bad_from: step, saved: self.checkpoints() }))
     }
 
     /// The last step went wrong.
     fn diverged(&self, cause: anyhow::Error) -> anyhow::Error {
-        cause.context(Diverged { step: self.step.saturating_sub(1), saved: self.saved })
+        let saved = self.checkpoints();
+        cause.context(Diverged { step: self.step.saturating_sub(1), bad_from: self.step, saved })
+    }
+
+    /// Steps of the checkpoints that are there.
+    fn checkpoints(&self) -> Vec<u64> {
+        self.store.list().unwrap_or_default().iter().map(|info| info.step).collect()
     }
 }

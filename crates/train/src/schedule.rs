@@ -20,6 +20,8 @@ const FLOOR: f64 = 0.01;
 pub struct Schedule {
     warmup: u64,
     peak: f64,
+    /// `train.lr_cuts`.
+    cuts: Vec<(u64, f64)>,
     course: Course,
 }
 
@@ -46,13 +48,23 @@ impl Schedule {
             (Steps::Number(steps), _) => Course::Fixed(steps),
             (_, auto) => Course::Auto(auto.unwrap_or_default(), Waiting::default()),
         };
-        let mut this = Self { warmup: train.warmup_steps.min(train.most_steps()), peak: train.lr, course };
+        let mut this = Self {
+            warmup: train.warmup_steps.min(train.most_steps()),
+            peak: train.lr,
+            cuts: train.lr_cuts.clone(),
+            course,
+        };
         this.stepped(0);
         this
     }
 
     /// Learning rate of step `step` (from 0).
     pub fn rate(&self, step: u64) -> f64 {
+        let cuts = self.cuts.iter().filter(|(from, _)| *from <= step);
+        cuts.fold(self.uncut(step), |rate, (_, factor)| rate * factor)
+    }
+
+    fn uncut(&self, step: u64) -> f64 {
         if step < self.warmup {
             return self.peak * (step + 1) as f64 / self.warmup as f64;
         }
@@ -186,6 +198,16 @@ mod tests {
         assert!(rates[..50].is_sorted() && rates[50..].iter().rev().is_sorted());
         assert!((rates[50 + 1449 / 2] - 1.01).abs() < 0.01);
         assert_eq!((s.end(), s.most(), s.save()), (Some(1500), 1500, None));
+    }
+
+    #[test]
+    fn cuts_add_up_from_their_steps_on() {
+        let plain = Schedule::new(&section(100, 10));
+        let cut = Schedule::new(&TrainSection { lr_cuts: vec![(5, 0.5), (60, 0.1)], ..section(100, 10) });
+        for (step, factor) in [(0, 1.0), (4, 1.0), (5, 0.5), (59, 0.5), (60, 0.05), (99, 0.05)] {
+            let off = cut.rate(step) / plain.rate(step) - factor;
+            assert!(off.abs() < 1e-12, "step {step}: {off}");
+        }
     }
 
     #[test]

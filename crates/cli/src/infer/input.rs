@@ -47,7 +47,17 @@ pub fn context(args: &InferArgs, tokenizer: &TextTokenizer, stop: &Arc<AtomicBoo
             "both context and questions are to come from stdin",
             "give one of them as a file, or the questions as `--question`"
         )),
-        (Some(path), _) => tokenizer.encode(&text(path, stop)?)?,
+        (Some(path), _) => {
+            let tokens = tokenizer.encode(&text(path, stop)?)?;
+            let special: Vec<String> = tokenizer.special_tokens_in(&tokens).into_iter().collect();
+            if !special.is_empty() {
+                tracing::warn!(
+                    "the context spells out special tokens, which act as such: {}; `--special-tokens-as-text` reads them as text",
+                    special.join(", ")
+                );
+            }
+            tokens
+        }
         (None, Some(path)) => serde_json::from_str::<Vec<u32>>(&text(path, stop)?).with_context(|| {
             hinted(
                 format!("reading token ids from `{}`", path.display()),

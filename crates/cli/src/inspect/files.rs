@@ -163,6 +163,17 @@ fn journal(path: &Path) -> Result<String> {
 
 fn tensors(path: &Path) -> Result<String> {
     let mut out = Lines::new(format!("tensors `{}`", path.display()));
+    let dir = path.parent().unwrap_or(Path::new(""));
+    let is_export = dir.join("config.json").is_file() && dir.join("parity.safetensors").is_file();
+    // Their hashes are there.
+    let whole = match dir.join("state.json").is_file() {
+        true => Some(("checkpoint", checkpoint(dir)?)),
+        false if is_export => Some(("export", export(dir)?)),
+        false => None,
+    };
+    if let Some((what, _)) = whole {
+        out.add("part of", format!("{what} `{}`, all hashes match", dir.display()));
+    }
     for (name, tensor) in read_tensors(path, Device::Cpu)? {
         let _ = writeln!(out.text, "  {name:<44} {:?} {:?}", tensor.size(), tensor.kind());
     }

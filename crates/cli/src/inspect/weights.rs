@@ -3,9 +3,9 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use pkv_checkpoint::{CheckpointInfo, CheckpointStore, Export, ExportConfig};
-use pkv_core::RetentionRatio;
+use pkv_core::{RetentionRatio, hinted};
 use pkv_lm::{LmConfig, TextTokenizer};
 use pkv_prune::HeadBudgets;
 use pkv_recipe::plan::{human_bytes, human_count};
@@ -13,7 +13,9 @@ use pkv_recipe::plan::{human_bytes, human_count};
 use super::{Lines, choices, short};
 
 pub fn checkpoint(dir: &Path) -> Result<String> {
-    let info = CheckpointInfo::read(dir)?;
+    let context = || hinted(format!("checkpoint `{}` is damaged", dir.display()), PASSED_OVER);
+    let info = CheckpointInfo::read(dir).with_context(context)?;
+    info.check_files(dir).with_context(context)?;
     let mut out = Lines::new(format!("checkpoint `{}`", dir.display()));
     out.add("schema", info.schema_version)
         .add("step", info.step)
@@ -31,10 +33,14 @@ pub fn checkpoint(dir: &Path) -> Result<String> {
     choices(&mut out, &info.fingerprint);
     out.block("files");
     for (name, file) in &info.files {
-        out.add(name, format!("{}, sha256 {}", human_bytes(file.bytes), short(&file.sha256)));
+        out.add(name, format!("{}, sha256 {}, matches", human_bytes(file.bytes), short(&file.sha256)));
     }
     Ok(out.text)
 }
+
+/// What reads a damaged checkpoint passes over it.
+const PASSED_OVER: &str =
+    "`train` and `export` pass over it and take an older one; `train` makes its steps again";
 
 fn validation(value: Option<f64>) -> String {
     value.map_or_else(|| "not measured at this step".to_owned(), |v| format!("{v:.4}"))
@@ -43,8 +49,16 @@ fn validation(value: Option<f64>) -> String {
 pub fn checkpoints(dir: &Path) -> Result<String> {
     let store = CheckpointStore::read_only(dir)?;
     let mut out = Lines::new(format!("checkpoints in `{}`", dir.display()));
-    for info in store.list()? {
-        out.add(&format!("step {}", info.step), format!("validation {}", validation(info.validation)));
+    for (folder, info) in store.folders_and_infos()? {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        let whole = info.and_then(|info| info.check_files(&folder).map(|()| info));
+        out.add(
+            &name,
+            match whole {
+                Ok(info) => format!("validation {}", validation(info.validation)),
+                Err(e) => format!("{e:#}"),
+            },
+        );
     }
     if let Some((step, value)) = store.best_validation()? {
         out.add("best", format!("step {step}, {value:.4}"));

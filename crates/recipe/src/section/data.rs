@@ -42,9 +42,29 @@ pub struct DataSection {
     /// Length of the windows of the test split, tokens, in place of `window_tokens`.
     #[serde(default)]
     pub test_window_tokens: Option<usize>,
+    /// What special tokens are that a document spells out, such as `<|im_end|>`.
+    #[serde(default, skip_serializing_if = "SpecialTokens::is_default")]
+    pub special_tokens: SpecialTokens,
     /// Examples per shard.
     #[serde(default = "default_shard_examples")]
     pub shard_examples: usize,
+}
+
+/// What special tokens are that a text spells out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SpecialTokens {
+    /// The tokens, as kvpress and transformers read them: a document can end the user's turn.
+    #[default]
+    Parse,
+    /// Text like any other.
+    Text,
+}
+
+impl SpecialTokens {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl DataSection {

@@ -58,6 +58,11 @@ pub struct TrainSection {
     /// Peak learning rate. A number of steps: cosine to 1% of it. `auto`: constant after the warm-up, then the decay, by
     /// the root of what is done of it, to 1%.
     pub lr: f64,
+    /// Pairs of a step and a factor, in the order of the steps: from that step on, the learning rate is multiplied by the
+    /// factor. A training that diverged goes on from its last checkpoint with one. Checkpoints up to the step of a cut do not
+    /// depend on it. Empty: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lr_cuts: Vec<(u64, f64)>,
     /// Linear warm-up, steps.
     pub warmup_steps: u64,
     /// AdamW: decay of the mean gradient.
@@ -147,6 +152,7 @@ impl Default for TrainSection {
             feature_dropout: 0.0,
             dropout: 0.0,
             lr: 2e-3,
+            lr_cuts: Vec::new(),
             warmup_steps: 50,
             beta1: 0.9,
             beta2: 0.98,
@@ -244,6 +250,17 @@ impl TrainSection {
             "`train.window_tokens` is 0; leave it out to read contexts whole"
         );
         ensure!(self.lr > 0.0, "`train.lr` is {}; it must be positive", self.lr);
+        for &(step, factor) in &self.lr_cuts {
+            ensure!(
+                factor > 0.0 && factor < 1.0 && step < self.most_steps(),
+                "`train.lr_cuts` has [{step}, {factor}]; expected a step below {} and 0 < factor < 1",
+                self.most_steps()
+            );
+        }
+        ensure!(
+            self.lr_cuts.windows(2).all(|w| w[0].0 < w[1].0),
+            "`train.lr_cuts` is not in the order of its steps, or has a step twice"
+        );
         for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2), ("ema", self.ema)] {
             ensure!((0.0..1.0).contains(&beta), "`train.{name}` is {beta}; it must be in [0, 1)");
         }
