@@ -1,6 +1,7 @@
 //! How an error looks on the terminal, and which exit code it has.
 
 use std::fmt::Write;
+use std::io::{self, ErrorKind};
 
 use anyhow::Error;
 use pkv_core::{Hinted, neutral};
@@ -22,7 +23,9 @@ pub struct Interrupted;
 
 impl std::fmt::Display for Interrupted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("interrupted; everything done so far is on disk")
+        f.write_str(
+            "interrupted; whole shards and checkpoints are on disk, and the same command goes on from them",
+        )
     }
 }
 
@@ -79,6 +82,28 @@ pub fn hint(e: &Error) -> Option<&str> {
     e.downcast_ref::<Hinted>()
         .or_else(|| e.chain().find_map(|c| c.downcast_ref::<Hinted>()))
         .map(Hinted::hint)
+        .or_else(|| system_hint(e))
+}
+
+/// What repairs a failed call of the system that nobody closer to it has a hint for.
+fn system_hint(e: &Error) -> Option<&'static str> {
+    let error = e.chain().find_map(|cause| cause.downcast_ref::<io::Error>())?;
+    let number = error.raw_os_error()?;
+    Some(match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "free some space and run the same command again; what is whole is kept"
+        }
+        ErrorKind::NotFound => {
+            "check the path; if another program removed it, keep it out and run the same command again"
+        }
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "let this user read and write there, or choose another place"
+        }
+        _ if [libc::EMFILE, libc::ENFILE].contains(&number) => {
+            "raise the limit of open files (`ulimit -n 4096`) and run the same command again"
+        }
+        _ => "check the disk, and run the same command again; what is whole is kept",
+    })
 }
 
 #[cfg(test)]
@@ -97,6 +122,22 @@ mod tests {
             text.contains("no tensor `\\u001b]0;owned\\u0007`") && text.contains("rename `\\u000d`"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn failed_calls_of_the_system_have_a_hint() {
+        for (number, part) in [
+            (libc::EIO, "check the disk"),
+            (libc::ENOSPC, "free some space"),
+            (libc::EMFILE, "ulimit -n"),
+            (libc::EACCES, "let this user"),
+        ] {
+            let e = Error::from(io::Error::from_raw_os_error(number)).context("cannot create folder `x`");
+            assert!(error(&e).contains(part) && error(&e).contains("\nhint: "), "{}", error(&e));
+            assert_eq!(exit_code(&e), REPAIRABLE);
+            assert_eq!(hint(&e.context(hinted("a", "closer"))), Some("closer"));
+        }
+        assert_eq!(hint(&Error::from(io::Error::other("a bug"))), None);
     }
 
     #[test]

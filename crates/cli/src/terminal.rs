@@ -81,6 +81,23 @@ fn color() -> bool {
     io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
+/// A log line as a terminal may have it: values in it are of others. With `color`, changes of color stay.
+fn shown(line: &str, color: bool) -> String {
+    let is_color = |rest: &str| {
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != ';')?;
+        rest[end..].starts_with('m').then_some(end + 1)
+    };
+    let mut pieces = line.split("\u{1b}[");
+    let mut out = neutral(pieces.next().unwrap_or_default()).into_owned();
+    for piece in pieces {
+        let kept = is_color(piece).filter(|_| color).unwrap_or(0);
+        out.push_str(if kept > 0 { "\u{1b}[" } else { "\\u001b[" });
+        out.push_str(&piece[..kept]);
+        out.push_str(&neutral(&piece[kept..]));
+    }
+    out
+}
+
 /// Text on stderr. If stderr is closed or full, there is no other place for it.
 pub fn print(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
@@ -91,7 +108,8 @@ struct Stderr;
 
 impl Write for Stderr {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let _ = bars().suspend(|| io::stderr().write_all(buf));
+        let text = shown(&String::from_utf8_lossy(buf), color());
+        let _ = bars().suspend(|| io::stderr().write_all(text.as_bytes()));
         Ok(buf.len())
     }
     fn flush(&mut self) -> io::Result<()> {
@@ -207,5 +225,26 @@ impl Progress for Bar {
         {
             bar.finish_and_clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_in_log_lines_cannot_steer_the_terminal() {
+        let line = "\u{1b}[32m INFO\u{1b}[0m loaded folder=\u{1b}]0;x\u{7}\u{1b}[2J\u{9b}1m a\tb\n";
+        let plain = shown(line, false);
+        assert_eq!(
+            plain,
+            "\\u001b[32m INFO\\u001b[0m loaded folder=\\u001b]0;x\\u0007\\u001b[2J\\u009b1m a\tb\n"
+        );
+        let colored = shown(line, true);
+        assert_eq!(
+            colored,
+            "\u{1b}[32m INFO\u{1b}[0m loaded folder=\\u001b]0;x\\u0007\\u001b[2J\\u009b1m a\tb\n"
+        );
+        assert_eq!(shown("plain\n", true), "plain\n");
     }
 }

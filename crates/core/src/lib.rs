@@ -5,6 +5,7 @@
 
 mod channel;
 mod fingerprint;
+mod guard;
 mod hint;
 mod json;
 mod neutral;
@@ -21,6 +22,7 @@ mod store;
 
 pub use channel::{Channel, Final, GlobalChannel, Pass, PassLengths};
 pub use fingerprint::Fingerprint;
+pub use guard::refuse_panics;
 pub use hint::{Hinted, hinted};
 pub use json::{json_kind, parse_json};
 pub use neutral::{markdown, markdown_code, neutral};

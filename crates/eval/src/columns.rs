@@ -11,7 +11,7 @@ use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
-use pkv_core::{hinted, sha256_hex};
+use pkv_core::{hinted, refuse_panics, sha256_hex};
 use pkv_shard::durable::{WriteBudget, write_file};
 
 /// Write `columns`, each with whether it may hold nulls; zstd, the same bytes for the same values.
@@ -52,7 +52,7 @@ impl Columns {
             let batches = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?.build()?;
             Ok(Self { batches: batches.collect::<Result<_, _>>()? })
         };
-        read().with_context(|| {
+        refuse_panics(read).map_err(anyhow::Error::from).flatten().with_context(|| {
             hinted(
                 format!("cannot read `{}`", path.display()),
                 "evaluate again: `proxykv-train eval --redo eval`",

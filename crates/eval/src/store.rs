@@ -86,6 +86,11 @@ impl Identity {
         let all = Fingerprint::new().with("base", &base).with("about", &about).with("settings", settings);
         Self { fingerprint: all.hash(), base, about }
     }
+
+    /// Name of its folder. A damaged file may hold a shorter fingerprint.
+    fn folder(&self) -> String {
+        format!("{}-{}", self.about.name(), self.fingerprint.get(..8).unwrap_or(&self.fingerprint))
+    }
 }
 
 /// What one context says, to which cells can be added.
@@ -174,7 +179,9 @@ impl ContextStore {
         let identity = |dir: &PathBuf| {
             entries(dir).iter().find_map(|file| read::<IgnoredAny>(file).map(|stored| stored.identity))
         };
-        folders.iter().filter_map(identity).collect()
+        // A damaged file may say that it is of another folder.
+        let is_own = |dir: &PathBuf, i: &Identity| dir.file_name().is_some_and(|name| *name == *i.folder());
+        folders.iter().filter_map(|dir| identity(dir).filter(|i| is_own(dir, i))).collect()
     }
 
     /// The right to write the results, which one process has at a time.
@@ -202,7 +209,7 @@ impl ContextStore {
 impl TaskStore {
     /// To be read; nothing is made.
     pub fn at(contexts: &Path, identity: Identity) -> Self {
-        let dir = contexts.join(format!("{}-{}", identity.about.name(), &identity.fingerprint[..8]));
+        let dir = contexts.join(identity.folder());
         Self { dir, identity }
     }
 
@@ -402,5 +409,11 @@ pub(crate) mod tests {
         assert_eq!(a.outcomes::<Plain>().measured.len(), "2026-01-31".len());
         fs::write(a.path(3), "{\"finger").unwrap();
         assert_eq!((a.get::<Plain>(3), a.missing(3, &asked).len()), (None, 2), "damaged");
+        // A file that says that it is of another task, or of none.
+        let text = fs::read_to_string(b.path(5)).unwrap();
+        for fingerprint in ["", "short", "\u{e4}\u{f6}\u{fc}\u{df}\u{e4}\u{f6}", "../../../../x"] {
+            fs::write(b.path(5), text.replace(&b.identity().fingerprint, fingerprint)).unwrap();
+            assert!(store.tasks().iter().all(|i| i.fingerprint != fingerprint), "{fingerprint}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 
 use anyhow::{Result, ensure};
+use pkv_core::hinted;
 use tch::{Device, Tensor};
 
 use crate::branches::Branches;
@@ -64,7 +65,7 @@ impl LanguageModel {
     /// The cache then holds `ids` and the answer, but for the answer's last token.
     ///
     /// # Errors
-    /// As [`LanguageModel::forward`].
+    /// As [`LanguageModel::forward`]; also where the model's numbers are not finite.
     pub fn generate(
         &self,
         ids: &[u32],
@@ -184,7 +185,15 @@ impl LanguageModel {
             return Ok(Vec::new());
         }
         let hidden_1sm = sequence.read(self, &self.ids(ids).unsqueeze(0))?;
-        let first_1 = self.most_likely(&hidden_1sm.select(1, ids.len() as i64 - 1));
+        let last_1m = hidden_1sm.select(1, ids.len() as i64 - 1);
+        ensure!(
+            last_1m.isfinite().all().int64_value(&[]) == 1,
+            hinted(
+                "the model's hidden state after the question is not finite: there is no answer",
+                "its weights are damaged (compare their hashes), or its numbers overflow in this dtype: compute in f32"
+            )
+        );
+        let first_1 = self.most_likely(&last_1m);
         Ok(self.answer(first_1, sequence, &[max_new], stop, Some(each))?.remove(0))
     }
 

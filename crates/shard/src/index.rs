@@ -54,12 +54,12 @@ impl Index {
 
     /// Rows in whole shards.
     pub fn rows(&self) -> u64 {
-        self.shards.iter().map(|s| s.rows).sum()
+        self.shards.iter().fold(0, |sum, s| sum.saturating_add(s.rows))
     }
 
     /// Bytes of whole shards.
     pub fn bytes(&self) -> u64 {
-        self.shards.iter().map(|s| s.bytes).sum()
+        self.shards.iter().fold(0, |sum, s| sum.saturating_add(s.bytes))
     }
 
     /// The index of `dir`; `None` if there is none.

@@ -10,7 +10,7 @@ use arrow::array::RecordBatch;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
-use pkv_core::hinted;
+use pkv_core::{hinted, refuse_panics};
 
 use crate::dir::{StageDir, check_hash, check_size, redo};
 use crate::index::{SCHEMA_VERSION, ShardEntry};
@@ -149,7 +149,10 @@ impl<R: Row> StageReader<R> {
             );
             Ok(OpenShard { metadata, starts })
         };
-        read().with_context(|| redo(format!("cannot read shard `{}`", path.display()), stage))
+        refuse_panics(read)
+            .map_err(anyhow::Error::from)
+            .flatten()
+            .with_context(|| redo(format!("cannot read shard `{}`", path.display()), stage))
     }
 
     fn read_group(&self, entry: &ShardEntry, open: &OpenShard, group: usize) -> Result<RecordBatch> {
@@ -165,7 +168,7 @@ impl<R: Row> StageReader<R> {
             ensure!(batch.num_rows() == rows, "expected {rows} rows, found {}", batch.num_rows());
             Ok(batch)
         };
-        read().with_context(|| {
+        refuse_panics(read).map_err(anyhow::Error::from).flatten().with_context(|| {
             redo(
                 format!("cannot read row group {group} of shard `{}`", path.display()),
                 &self.stage.index().stage,
@@ -176,9 +179,9 @@ impl<R: Row> StageReader<R> {
 
 /// 0, n0, n0 + n1, ...
 fn cumulative(counts: impl Iterator<Item = u64>) -> Vec<u64> {
-    let mut out = vec![0];
+    let mut out = vec![0u64];
     for n in counts {
-        out.push(out[out.len() - 1] + n);
+        out.push(out[out.len() - 1].saturating_add(n));
     }
     out
 }

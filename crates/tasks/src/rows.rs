@@ -102,6 +102,11 @@ fn json_rows(path: &Path) -> Result<Vec<Value>> {
 }
 
 fn parquet(path: &Path) -> Result<Vec<Value>> {
+    let damaged = || hinted("it is no Parquet file, or was damaged", "download the file again");
+    pkv_core::refuse_panics(|| parquet_rows(path)).with_context(damaged)?
+}
+
+fn parquet_rows(path: &Path) -> Result<Vec<Value>> {
     let mut rows = Vec::new();
     let damaged = || hinted("it is no Parquet file, or was cut off", "download the file again");
     let file = File::open(path).with_context(|| hinted("it cannot be opened", "check the path"))?;

@@ -55,7 +55,7 @@ def by_place(scores_ot: torch.Tensor) -> torch.Tensor:
 
 def place(scores_bn: torch.Tensor) -> torch.Tensor:
     """Every score's place in its row from the top, from 0; of equal scores the lower index comes first."""
-    order = (_ordered(scores_bn) + 0.0).sort(-1, descending=True, stable=True).indices
+    order = (_ordered(scores_bn) + 0.0).sort(dim=-1, descending=True, stable=True).indices
     return order.argsort(-1)
 
 

@@ -8,7 +8,7 @@ use arrow::array::{Array, ArrayRef, AsArray};
 use arrow::datatypes::DataType;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
-use pkv_core::hinted;
+use pkv_core::{hinted, refuse_panics};
 
 use super::{Texts, listed};
 
@@ -21,12 +21,16 @@ pub(super) fn texts(path: &Path, column: &str) -> Result<Texts> {
 }
 
 fn reader(path: &Path, column: &str) -> Result<ParquetRecordBatchReader> {
-    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?).with_context(|| {
-        hinted(
-            "it is no Parquet file, or was cut off",
-            "check `format` in the manifest, or copy the file again",
-        )
-    })?;
+    let file = File::open(path)?;
+    let builder = refuse_panics(|| ParquetRecordBatchReaderBuilder::try_new(file))
+        .map_err(anyhow::Error::from)
+        .and_then(|opened| Ok(opened?))
+        .with_context(|| {
+            hinted(
+                "it is no Parquet file, or was cut off",
+                "check `format` in the manifest, or copy the file again",
+            )
+        })?;
     let fields = builder.schema().fields();
     let Some((index, field)) = fields.iter().enumerate().find(|(_, f)| f.name() == column) else {
         bail!(hinted(
@@ -65,7 +69,8 @@ impl Iterator for Rows {
                 self.batch = Some((strings, i + 1));
                 return Some(Ok(text));
             }
-            match self.rows.next() {
+            let next = refuse_panics(|| self.rows.next()).unwrap_or_else(|e| Some(Err(e.into())));
+            match next {
                 Some(Ok(batch)) => self.batch = Some((batch.column(0).clone(), 0)),
                 Some(Err(e)) => {
                     self.done = true;
