@@ -67,7 +67,7 @@ done
 printf '%s The access code for the silver lantern is 48213.%s' "$(head -c 700 docs/guide.md)" "$(head -c 1400 docs/guide.md | tail -c 700)" >"$runs/context.txt"
 printf '"What is the access code for the silver lantern?"\n"What does the run write?"\n"What is the access code for the silver lantern?"\n' >"$runs/questions.jsonl"
 for run in demo-nano own both-all; do
-  for policy in pair pair-uniform pair-budget token; do
+  for policy in pair pair-floor pair-uniform pair-budget token; do
     "$runs/proxykv-train" infer --mapper "$runs/$run" --context "$runs/context.txt" --questions "$runs/questions.jsonl" --retain 0.2 \
       --policy $policy --max-new-tokens 24 --device cpu --threads 1 --json >"$runs/$run/infer-$policy.jsonl" 2>"$runs/log" || { cat "$runs/log" >&2; exit 1; }
   done

@@ -44,6 +44,7 @@ pub struct DataSection {
     pub test_window_tokens: Option<usize>,
     /// What special tokens are that a document spells out, such as `<|im_end|>`.
     #[serde(default, skip_serializing_if = "SpecialTokens::is_default")]
+    #[schemars(extend("default" = "parse"))]
     pub special_tokens: SpecialTokens,
     /// Examples per shard.
     #[serde(default = "default_shard_examples")]
@@ -51,7 +52,7 @@ pub struct DataSection {
 }
 
 /// What special tokens are that a text spells out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum SpecialTokens {
     /// The tokens, as kvpress and transformers read them: a document can end the user's turn.

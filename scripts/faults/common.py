@@ -1,0 +1,188 @@
+"""What the fault scripts share: a small project folder, the binary run in it, results that can be compared.
+
+Every script: `python3 scripts/faults/NAME.py BINARY [COUNT]`; it works in a temporary folder (FAULTS_WORK sets another), on the
+nano pair and the demo's documents. It prints a line for each group of cases, then `NAME: TRIED tried, FAILED failed`, and its
+exit code says whether any failed. Python 3 alone is needed; `storage.py` also compiles shim.c.
+"""
+import hashlib, json, os, shutil, signal, subprocess, sys, tempfile, time
+from pathlib import Path
+
+TREE = Path(__file__).resolve().parents[2]
+BINARY = Path(sys.argv[1] if len(sys.argv) > 1 else TREE / "target/release/proxykv-train").resolve()
+COUNT = int(sys.argv[2]) if len(sys.argv) > 2 else 4
+WORK = Path(os.environ.get("FAULTS_WORK") or tempfile.mkdtemp(prefix="faults-"))
+WORK.mkdir(parents=True, exist_ok=True)
+NAME = Path(sys.argv[0]).stem
+
+RECIPE = '''
+name = "small"
+seed = 3
+[target]
+model = "recipes/nano-llama/target"
+shape = { layers = 6, kv_heads = 2, query_heads = 4, head_dim = 32, hidden = 128, intermediate = 352, vocab = 4096 }
+[proxy]
+model = "recipes/nano-llama/proxy"
+shape = { layers = 3, kv_heads = 1, query_heads = 2, head_dim = 32, hidden = 64, intermediate = 176, vocab = 4096 }
+[data]
+manifest = "data-manifests/demo.toml"
+train = 40
+validation = 4
+test = 4
+window_tokens = [96, 128]
+min_tokens = 64
+validation_share = 0.15
+test_share = 0.15
+shard_examples = 6
+[mapper]
+head_width = 8
+width = 16
+dilations = [1, 2]
+cross_width = 8
+cross_heads = 2
+[train]
+steps = 30
+batch = 4
+warmup_steps = 4
+validate_every = 6
+checkpoint_every = 3
+log_every = 4
+ema = 0.9
+[eval]
+ratios = [0.2, 0.05]
+answer_ratios = [0.2, 0.05]
+contexts = 3
+context_tokens = 160
+facts_per_context = 2
+max_answer_tokens = 12
+continuation_tokens = 16
+bootstrap = 100
+[export]
+licence = "apache-2.0"
+'''
+STAGES = ["prepare", "label", "extract", "train", "eval", "export", "report"]
+# The folders of each stage.
+MADE_BY = {"prepare": ["examples"], "label": ["labels"], "extract": ["features"], "train": ["train", "checkpoints"],
+           "eval": ["eval"], "export": ["export"], "report": []}
+
+
+def project(name, runs=None):
+    """A fresh folder with the recipe; `runs` is copied into it if given."""
+    p = WORK / name
+    shutil.rmtree(p, ignore_errors=True)
+    p.mkdir(parents=True)
+    for d in ["recipes", "data-manifests"]:
+        (p / d).symlink_to(TREE / d)
+    (p / "recipe.toml").write_text(RECIPE)
+    if runs:
+        shutil.copytree(runs, p / "runs")
+    return p
+
+
+def reference():
+    """An unbroken run, its results, and a copy of `runs/` before each stage and after all."""
+    p, before, secs = project("reference"), {}, {}
+    for stage in STAGES:
+        before[stage] = WORK / f"before-{stage}"
+        shutil.rmtree(before[stage], ignore_errors=True)
+        shutil.copytree(p / "runs", before[stage]) if (p / "runs").exists() else before[stage].mkdir()
+        r = run(p, stage)
+        assert r.code == 0, r.err
+        secs[stage] = r.secs
+    before["run"], before["done"] = before["prepare"], p / "runs"
+    return before, results(p / "runs/small"), secs
+
+
+def argv(args, recipe=True):
+    args = args.split() if isinstance(args, str) else args
+    return [str(BINARY), "--device", "cpu", "--threads", "1", *args, *(["--recipe", "recipe.toml"] if recipe else [])]
+
+
+def start(p, args, recipe=True, extra=None):
+    """The process. Interrupts reach it even where the shell has them ignored."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "RUST_", "PKV_"))}
+    env.update({"HF_HUB_OFFLINE": "1", "HF_HOME": str(WORK / "hf-home"), **(extra or {})})
+    return subprocess.Popen(argv(args, recipe), cwd=p, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            stdin=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+class Ran:
+    def __init__(self, proc, timeout):
+        begun = time.time()
+        try:
+            out, err = proc.communicate(timeout=timeout)
+            self.hung = False
+        except subprocess.TimeoutExpired:
+            proc.kill()
+            out, err = proc.communicate()
+            self.hung = True
+        self.code, self.secs = proc.returncode, time.time() - begun
+        self.out, self.err = out.decode(errors="replace"), err.decode(errors="replace")
+
+    def unsound(self):
+        """No orderly end: it hangs, panics, is ended by a signal, or fails without a hint."""
+        if self.hung: return "hangs"
+        if "panicked at" in self.err: return "panics"
+        if self.code < 0: return f"signal {-self.code}"
+        if self.code not in (0, 3, 130, 141) and "\nhint: " not in self.err: return "no hint"
+        return None
+
+    def brief(self):
+        return " | ".join(l.strip() for l in self.err.splitlines() if l.startswith(("error", "  Caused", "hint")) or "panicked" in l)[:400]
+
+
+def run(p, args, recipe=True, extra=None, timeout=150):
+    return Ran(start(p, args, recipe, extra), timeout)
+
+
+def timeless(x):
+    """JSON without what differs between two runs by right: times."""
+    if isinstance(x, dict):
+        return {k: timeless(v) for k, v in x.items() if k not in ("timings", "secs", "ms_per_step", "tokens_per_s", "measured")}
+    return [timeless(v) for v in x] if isinstance(x, list) else x
+
+
+def results(root, folders=None):
+    """Hash of every file whose content must not depend on interruptions, by its path."""
+    out, root = {}, Path(root)
+    for folder in folders if folders is not None else [f for s in STAGES for f in MADE_BY[s]]:
+        for f in sorted((root / folder).rglob("*")):
+            # The card holds the stages' times.
+            if not f.is_file() or f.suffix == ".lock" or f.name == "README.md": continue
+            data = f.read_bytes()
+            if f.suffix in (".json", ".jsonl") and folder in ("train", "eval"):
+                try:
+                    lines = data.decode().splitlines() if f.suffix == ".jsonl" else [data.decode()]
+                    data = json.dumps([timeless(json.loads(line)) for line in lines]).encode()
+                except ValueError:
+                    pass
+            out[str(f.relative_to(root))] = hashlib.sha256(data).hexdigest()
+    return out
+
+
+def difference(want, found):
+    """Files that differ. Beyond those that are wanted, only a checkpoint may lie there: its removal was the call that failed."""
+    return sorted(k for k in {*want, *found} if want.get(k) != found.get(k) and (k in want or not k.startswith("checkpoints/")))
+
+
+def temporary(root):
+    """What an interrupted process should not leave for good."""
+    return sorted(str(f.relative_to(root)) for f in Path(root).rglob("*") if ".tmp" in f.name)
+
+
+class Tally:
+    """Counts cases of groups, prints what failed, and ends the script."""
+    def __init__(self):
+        self.groups, self.failed = {}, 0
+
+    def add(self, group, faults, detail=""):
+        tried, failed = self.groups.get(group, (0, 0))
+        self.groups[group] = (tried + 1, failed + bool(faults))
+        if faults:
+            self.failed += 1
+            print(f"FAILED {group}: {faults} {detail}", flush=True)
+
+    def end(self):
+        for group, (tried, failed) in self.groups.items():
+            print(f"  {group}: {tried} tried, {failed} failed")
+        print(f"{NAME}: {sum(t for t, _ in self.groups.values())} tried, {self.failed} failed")
+        sys.exit(1 if self.failed else 0)

@@ -1,0 +1,54 @@
+//! Damaged files of every kind that somebody else may have written: what reads them ends soon, within a bound of memory, with
+//! a value or with an error that says something.
+//!
+//! Each target tries damaged files for 5 seconds; for an hour each:
+//!
+//! ```text
+//! FUZZ_SECONDS=3600 cargo test --release -p pkv-cli --test fuzz
+//! ```
+//!
+//! `FUZZ_SEED` (default 1) draws others. What was found is in `findings/`, and tried first.
+//!
+//! - `settings`: recipe, manifest, lock file
+//! - `models`: config.json, tokenizer, chat template, weights of a language model
+//! - `runs`: index, shards, checkpoint, export, results and tables of an evaluation
+//! - `rows`: files of RULER, LongBench and SCBench
+//! - `hub`: what a hub answers
+//! - `mutate`: how files are damaged; `harness`: how targets are tried
+
+mod harness;
+mod hub;
+mod models;
+mod mutate;
+mod rows;
+mod runs;
+#[allow(dead_code, reason = "the end-to-end tests use all of it")]
+#[path = "../sandbox.rs"]
+mod sandbox;
+#[path = "../../crates/hub/tests/server/mod.rs"]
+mod server;
+mod settings;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// An empty folder of this name.
+fn folder(name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz").join(name);
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).expect("folders can be made");
+    dir
+}
+
+/// All of `from`, its folders included.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("folders can be made");
+    for entry in fs::read_dir(from).expect("the folder is there").flatten() {
+        let (path, to) = (entry.path(), to.join(entry.file_name()));
+        if path.is_dir() {
+            copy(&path, &to);
+        } else {
+            fs::copy(path, to).expect("files can be copied");
+        }
+    }
+}

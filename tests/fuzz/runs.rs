@@ -1,0 +1,134 @@
+//! What a run folder holds. The folder is a finished run, made once.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use pkv_checkpoint::{CheckpointStore, Export};
+use pkv_eval::compare;
+use pkv_shard::{Example, FeatureRow, LabelRow, Row, StageReader};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tch::Device;
+
+use crate::harness::Target;
+use crate::sandbox::Sandbox;
+use crate::{copy, folder};
+
+/// A folder `name` with `part` of the finished run.
+fn part(name: &str, part: &str) -> PathBuf {
+    static RUN: OnceLock<Sandbox> = OnceLock::new();
+    let run = RUN.get_or_init(|| {
+        let s = Sandbox::new();
+        s.run(&["run"]).ok();
+        s
+    });
+    let dir = folder(name);
+    copy(&run.path("runs/small").join(part), &dir.join(part));
+    dir
+}
+
+/// Write size and hash of the damaged file wherever its folder's records name it.
+fn rehash(dir: &Path, name: &str) {
+    let path = dir.join(name);
+    let Ok(data) = fs::read(&path) else { return };
+    let hash: String = Sha256::digest(&data).iter().map(|b| format!("{b:02x}")).collect();
+    let file = path.file_name().unwrap().to_str().unwrap();
+    for record in ["index.json", "state.json", "config.json"].map(|r| path.with_file_name(r)) {
+        let Some(mut value) = fs::read(&record).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok())
+        else {
+            continue;
+        };
+        let put = |entry: &mut Value| {
+            entry["bytes"] = json!(data.len());
+            entry["sha256"] = json!(hash);
+        };
+        if value["files"].get(file).is_some() {
+            put(&mut value["files"][file]);
+        }
+        for shard in value["shards"].as_array_mut().into_iter().flatten().filter(|s| s["file"] == file) {
+            put(shard);
+        }
+        fs::write(record, value.to_string()).unwrap();
+    }
+}
+
+fn every_row<R: Row>(dir: &Path) -> anyhow::Result<()> {
+    let reader = StageReader::<R>::open(dir)?;
+    reader.stage().verify()?;
+    reader.iter().try_for_each(|row| row.map(drop))
+}
+
+#[test]
+fn indexes() {
+    let dir = part("index", "labels");
+    let files = ["labels/index.json"];
+    let read = |dir: &Path| every_row::<LabelRow>(&dir.join("labels"));
+    Target { name: "index", folder: &dir, files: &files, repair: None, read: &read }.fuzz();
+}
+
+#[test]
+fn shards() {
+    let dir = part("shard", "labels");
+    for stage in ["examples", "features"] {
+        copy(&part("shard-more", stage).join(stage), &dir.join(stage));
+    }
+    let files =
+        ["examples/examples-00000.parquet", "labels/labels-00000.parquet", "features/features-00000.parquet"];
+    let read = |dir: &Path| {
+        every_row::<Example>(&dir.join("examples"))?;
+        every_row::<LabelRow>(&dir.join("labels"))?;
+        every_row::<FeatureRow>(&dir.join("features"))
+    };
+    Target { name: "shard", folder: &dir, files: &files, repair: Some(rehash), read: &read }.fuzz();
+}
+
+#[test]
+fn checkpoints() {
+    let dir = part("checkpoint", "checkpoints");
+    let all = dir.join("checkpoints");
+    // One, so that it is not passed over.
+    for entry in fs::read_dir(&all).unwrap().flatten().filter(|e| e.file_name() != "step-000024") {
+        fs::remove_dir_all(entry.path()).unwrap();
+    }
+    let files = ["state.json", "model.safetensors", "optimizer.safetensors"]
+        .map(|f| format!("checkpoints/step-000024/{f}"));
+    let read = |dir: &Path| {
+        let store = CheckpointStore::read_only(&dir.join("checkpoints"))?;
+        store.best(Device::Cpu)?;
+        anyhow::ensure!(store.latest(Device::Cpu)?.is_some(), "passed over");
+        Ok(())
+    };
+    let files = files.each_ref().map(String::as_str);
+    Target { name: "checkpoint", folder: &dir, files: &files, repair: Some(rehash), read: &read }.fuzz();
+}
+
+#[test]
+fn exports() {
+    let dir = part("export", "export");
+    let files = ["config.json", "model.safetensors", "parity.safetensors", "budgets.json", "README.md"];
+    let files = files.map(|f| format!("export/{f}"));
+    let read = |dir: &Path| {
+        let export = Export::read(&dir.join("export"))?;
+        export.mapper(Device::Cpu)?;
+        export.check()
+    };
+    let files = files.each_ref().map(String::as_str);
+    Target { name: "export", folder: &dir, files: &files, repair: Some(rehash), read: &read }.fuzz();
+}
+
+#[test]
+fn results() {
+    let dir = part("results", "eval");
+    let other = dir.with_file_name("results-other");
+    let _ = fs::remove_dir_all(&other);
+    copy(&dir, &other);
+    let files = ["eval/results.json", "eval/agreement.parquet", "eval/answers.parquet"];
+    let read = move |dir: &Path| {
+        let runs = compare::Run::read_all(&[dir.to_path_buf(), other.clone()])?;
+        let comparison = compare::compare(&runs)?;
+        compare::text(&comparison);
+        Ok(())
+    };
+    Target { name: "results", folder: &dir, files: &files, repair: None, read: &read }.fuzz();
+}
