@@ -56,7 +56,7 @@ pub fn explain(error: Error, inputs: &TrainInputs, batches: &Batches, dataset: &
             format!(
                 "{remove}the checkpoint of step {last} is whole: to go on from it at a tenth of the rate, add `--set \
                  'train.lr_cuts={cuts}'` to this and later commands, or write `lr_cuts` into the recipe; to begin anew, \
-                 {lower}, and train with `--redo train`"
+                 {lower}, and train with `--redo train`, or set another `name` to keep it"
             )
         }
         None if bad.is_empty() => format!("{lower}, and train again"),

@@ -113,6 +113,7 @@ fn nothing_that_is_not_finite_is_saved() {
         assert!(said.contains("training diverged at step") && said.contains("`doc-"), "{due}: {said}");
         assert!(hint.contains("the checkpoint of step 3 is whole"), "{due}: {hint}");
         assert!(hint.contains("--redo train") && hint.contains("another `name`"), "{due}: {hint}");
+        assert!(hint.contains("'train.lr_cuts=[[3, 0.1]]'"), "{due}: {hint}");
         let folders = fs::read_dir(setup.stage("run").join("checkpoints")).unwrap();
         let folders: Vec<_> = folders.map(|f| f.unwrap().file_name()).collect();
         assert_eq!(folders, ["step-000003"], "{due}");
