@@ -47,9 +47,9 @@ fn ruler_rows() {
     fs::write(dir.join("words.json"), json!({"0": "apple", "1": "pear"}).to_string()).unwrap();
     let read = |dir: &Path| {
         let sources = Sources {
-            essay: Some(Sources::read_essay(&dir.join("essay.json"))?),
-            squad: Some(QaSet::squad(&dir.join("squad.json"))?),
-            hotpotqa: Some(QaSet::hotpotqa(&dir.join("hotpot.json"))?),
+            essay: Some(Sources::read_essay(&dir.join("essay.json"))?.into()),
+            squad: Some(QaSet::squad(&dir.join("squad.json"))?.into()),
+            hotpotqa: Some(QaSet::hotpotqa(&dir.join("hotpot.json"))?.into()),
             extra_words: Some(Sources::read_words(&dir.join("words.json"))?),
         };
         let count = |text: &str| Ok(text.split_whitespace().count());

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use pkv_checkpoint::{
-    BUDGETS_FILE, CheckpointStore, EXPORT_FILES, Export, ExportDims, LOSS_PREFIX, NamedTensors, restore_mapper,
+    BUDGETS_FILE, CheckpointStore, EXPORT_FILES, Export, ExportDims, LOSS_PREFIX, NamedTensors,
+    restore_mapper,
 };
 use pkv_core::{Fingerprint, hinted};
 use pkv_extract::HiddenProjection;

@@ -62,9 +62,10 @@ pub fn prompts(s: &Session, n: usize) -> Result<()> {
     };
     let mut shown = Vec::new();
     for context in pkv_eval::prompts(&asked, tokenizer, &test, n)? {
-        let turns = context.asked.iter().map(|(prompt, wanted)| {
-            Ok(json!({"prompt": tokenizer.decode(prompt)?, "wanted": wanted}))
-        });
+        let turns = context
+            .asked
+            .iter()
+            .map(|(prompt, wanted)| Ok(json!({"prompt": tokenizer.decode(prompt)?, "wanted": wanted})));
         let turns: Vec<Value> = turns.collect::<Result<_>>()?;
         shown.push(context_of(tokenizer, &context.title, &context.tokens, &turns)?);
     }

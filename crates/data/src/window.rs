@@ -52,6 +52,7 @@ mod tests {
     ) -> Vec<(u32, usize, usize)> {
         let data = DataSection {
             manifest: String::new(),
+            files: Vec::new(),
             train: 1,
             validation: 0,
             test: 0,

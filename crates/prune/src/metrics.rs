@@ -231,16 +231,23 @@ mod tests {
     /// ones the first.
     fn naive_mask(scores: &[f64], heads: usize, policy: Policy, ratio: RetentionRatio) -> Vec<bool> {
         let positions = scores.len() / heads;
+        let better = |scores: &[f64], i: usize| {
+            let before = |j: usize| scores[j] > scores[i] || (scores[j] == scores[i] && j < i);
+            (0..scores.len()).filter(|&j| before(j)).count()
+        };
         let top = |scores: &[f64]| -> Vec<bool> {
             let count = ratio.count(scores.len());
-            let better = |i: usize| {
-                let before = |j: usize| scores[j] > scores[i] || (scores[j] == scores[i] && j < i);
-                (0..scores.len()).filter(|&j| before(j)).count()
-            };
-            (0..scores.len()).map(|i| better(i) < count).collect()
+            (0..scores.len()).map(|i| better(scores, i) < count).collect()
         };
         match policy {
             Policy::Pair => top(scores),
+            Policy::PairFloor => {
+                let place = |i: usize| {
+                    let head = &scores[i / positions * positions..][..positions];
+                    (better(scores, i) + 1).min(5 * heads * (better(head, i % positions) + 1))
+                };
+                top(&(0..scores.len()).map(|i| -(place(i) as f64)).collect::<Vec<_>>())
+            }
             Policy::PairUniform => scores.chunks(positions).flat_map(top).collect(),
             Policy::Token => {
                 let of_position = |t: usize| -> f64 {

@@ -62,6 +62,7 @@ pub struct TrainSection {
     /// factor. A training that diverged goes on from its last checkpoint with one. Checkpoints up to the step of a cut do not
     /// depend on it. Empty: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("default" = Vec::<(u64, f64)>::new()))]
     pub lr_cuts: Vec<(u64, f64)>,
     /// Linear warm-up, steps.
     pub warmup_steps: u64,
