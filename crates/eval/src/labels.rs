@@ -1,4 +1,4 @@
-//! Predictions against labels: what every method keeps beside what KVzip keeps.
+//! Agreement with labels: the KV pairs that each method keeps, compared with those that KVzip keeps.
 //!
 //! Dimension key: l layer, h KV head, o layers x KV heads flattened, t position.
 
@@ -22,7 +22,7 @@ use crate::store::Outcome;
 /// Ratio of the heat maps, or the nearest one that is measured.
 const HEAT_MAP_RATIO: f64 = 0.05;
 
-/// What one test example says.
+/// Outcome of one test example.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LabelOutcome {
     /// [`crate::columns::context_id`].
@@ -177,7 +177,8 @@ impl Plan {
     }
 }
 
-/// All examples together, each cell over those that have it; `layers` and `kv_heads` give heat maps their form.
+/// All examples together, each cell over those that have it; `layers` and `kv_heads` give heat maps their
+/// form.
 pub fn summarize(
     made: Made,
     outcomes: &[(usize, LabelOutcome)],
@@ -230,7 +231,8 @@ pub fn summarize(
     }
 }
 
-/// The heat maps of the policy and ratio at which most methods have one; of those the ratio nearest to the usual one.
+/// The heat maps of the policy and ratio at which most methods have one; of those the ratio nearest to the
+/// usual one.
 fn head_recall(outcomes: &[&LabelOutcome], layers: usize, kv_heads: usize) -> Option<HeadRecall> {
     let cells = Cell::union(outcomes.iter().flat_map(|o| o.heads.cells()));
     let methods_at =
@@ -291,8 +293,8 @@ fn rank_correlation(method: MethodName, scores: &[f32], label: &[f32], positions
     }
 }
 
-/// An oracle's scores are attention weights, as the labels are: their logarithms are compared. Other methods' scores have
-/// scales of their own.
+/// An oracle's scores are attention weights, as the labels are: their logarithms are compared. Other methods'
+/// scores have scales of their own.
 fn in_logs(method: MethodName, scores: &[f32]) -> Cow<'_, [f32]> {
     match methods::find(method).is_some_and(Method::is_oracle) {
         true => scores.iter().map(|s| s.ln().max(LOG_FLOOR as f32)).collect(),

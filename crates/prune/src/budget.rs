@@ -1,9 +1,10 @@
 //! Head budgets: how many positions each KV head keeps, fixed before a context is seen.
 //!
-//! KVzip's `pair` policy gives every head another share of the kept pairs, and that share hardly depends on the context.
-//! Its mean over training contexts, at a grid of retention ratios, is a head's budget: the shape of a pruned cache then
-//! depends on the context's length alone, so that a server can allocate it ahead. Between two ratios of the grid shares are
-//! interpolated linearly, below the lowest one towards 0. Where budgets are stored is left to `checkpoint`.
+//! KVzip's `pair` policy gives every head another share of the kept pairs, and that share hardly depends on
+//! the context. Its mean over training contexts, at a grid of retention ratios, is a head's budget: the shape
+//! of a pruned cache then depends on the context's length alone, so that a server can allocate it ahead.
+//! Between two ratios of the grid shares are interpolated linearly, below the lowest one towards 0. Where
+//! budgets are stored is left to `checkpoint`.
 //!
 //! Dimension key: o layers x KV heads flattened, t position.
 
@@ -35,7 +36,8 @@ impl HeadBudgets {
     /// Shares in parts per million, by ratio (the same unit, ascending, the last one whole) and head.
     ///
     /// # Errors
-    /// There is no ratio or head, ratios do not ascend to the whole, or the shares of a ratio do not sum to it.
+    /// There is no ratio or head, ratios do not ascend to the whole, or the shares of a ratio do not sum to
+    /// it.
     pub fn new(contexts: u64, ratios: Vec<u32>, shares: Vec<Vec<u32>>) -> Result<Self> {
         ensure!(
             ratios.last() == Some(&UNIT) && ratios[0] > 0 && ratios.is_sorted_by(|a, b| a < b),
@@ -85,12 +87,13 @@ impl HeadBudgets {
 
     /// Positions that each head keeps of `positions`, `kept` KV pairs in all: exactly as many.
     ///
-    /// Shares at the ratio that these are, scaled to `kept`; a head that would keep more than it has keeps all, and the
-    /// others share the rest; rounded by largest remainder, of equal ones the lower head. A head may keep none.
+    /// Shares at the ratio that these are, scaled to `kept`; a head that would keep more than it has keeps
+    /// all, and the others share the rest; rounded by largest remainder, of equal ones the lower head. A head
+    /// may keep none.
     pub fn counts(&self, kept: usize, positions: usize) -> Vec<usize> {
         let pairs = (self.heads() * positions) as f64;
         let at = if pairs > 0.0 { kept as f64 / pairs * f64::from(UNIT) } else { 0.0 };
-        // The first ratio of the grid that is not below; the last one if rounding left it behind.
+        // The first ratio of the grid that is not below; the last one if rounding lost it.
         let high = self.ratios.iter().position(|&r| f64::from(r) >= at).unwrap_or(self.ratios.len() - 1);
         let (from, low) = match high {
             0 => (0.0, None),
@@ -162,10 +165,12 @@ fn ratio_of(parts: u32) -> Result<RetentionRatio> {
     Ok(RetentionRatio::new(f64::from(parts) / f64::from(UNIT))?)
 }
 
-/// `total` units in proportion to `weights`, at most `cap` to each; what is beyond a cap goes to the others. Rounded by
-/// largest remainder, of equal ones the lower index. Where all that are left weigh nothing, they count alike.
+/// `total` units in proportion to `weights`, at most `cap` to each; what is beyond a cap goes to the others.
+/// Rounded by largest remainder, of equal ones the lower index. Where all that are left weigh nothing, they
+/// count alike.
 ///
-/// Sums run in order of the index, so that every reader rounds alike; `total` is at most `cap` times the weights' number.
+/// Sums run in order of the index, so that every reader rounds alike; `total` is at most `cap` times the
+/// weights' number.
 fn apportion(weights: &[f64], total: usize, cap: usize) -> Vec<usize> {
     let mut quota = vec![0.0; weights.len()];
     let mut is_full = vec![false; weights.len()];
@@ -230,7 +235,8 @@ mod tests {
         order
     }
 
-    /// Quotas with one level for all: min(cap, level x weight), the level found by bisection; then largest remainder.
+    /// Quotas with one level for all: min(cap, level x weight), the level found by bisection; then largest
+    /// remainder.
     fn naive_apportion(weights: &[f64], total: usize, cap: usize) -> Vec<usize> {
         let quota = |level: f64| weights.iter().map(|w| (level * w).min(cap as f64)).collect::<Vec<f64>>();
         let (mut low, mut high) = (0.0, 1e12);

@@ -1,4 +1,4 @@
-//! Keep masks: which KV pairs a budget leaves in the cache.
+//! Keep masks: the KV pairs that a budget keeps in the cache.
 //!
 //! The k-th largest score is a threshold; pairs above it stay, and of the pairs that equal it the
 //! ones with the lower index fill the rest. No sort's order of equal elements is relied upon, so
@@ -12,8 +12,8 @@ use crate::HeadBudgets;
 
 /// The KV pairs that `policy` keeps at `ratio`; `budgets` are needed by `pair-budget` alone.
 ///
-/// As [`keep_mask`]. Under `pair-budget` as many pairs stay in all as under `pair`, and each head keeps its own best
-/// positions, as many as its budget says.
+/// As [`keep_mask`]. Under `pair-budget` the same total of pairs is kept as under `pair`, and each head keeps
+/// its own best positions, as many as its budget says.
 ///
 /// # Errors
 /// `pair-budget` without budgets, or with budgets of other heads than the scores are of.
@@ -77,8 +77,9 @@ fn keep_within(scores_lht: &Tensor, budgets: Option<&HeadBudgets>, kept: usize) 
     Ok(top_mask_each(&scores_ot, &counts).reshape(&shape))
 }
 
-/// `scores_lht` with the `newest` last positions of every head above all others, later ones higher: any policy then keeps
-/// them first, and of them the last ones where the budget is smaller. They count as kept. f64 unless `newest` is 0.
+/// `scores_lht` with the `newest` last positions of every head above all others, later ones higher: any
+/// policy then keeps them first, and of them the last ones where the budget is smaller. They count as kept.
+/// f64 unless `newest` is 0.
 ///
 /// # Shapes
 /// - `scores_lht`: `[.., positions]`, any float kind; returns the same shape
@@ -98,8 +99,10 @@ pub fn newest_first(scores_lht: &Tensor, newest: usize) -> Tensor {
 
 /// The KV pairs that `policy` keeps at `ratio`, of scores alone.
 ///
-/// Exactly `ratio.count(n)` of each n that compete: all pairs (`pair`; `pair-floor`, ranked by [`HEAD_PLACES`]), the positions
-/// of each head (`pair-uniform`), or the positions themselves (`token`, ranked by [`token_scores`]). Of equal scores the lower flat index stays. A score that is not a number counts as the lowest.
+/// Exactly `ratio.count(n)` of each n that compete: all pairs (`pair`; `pair-floor`, ranked by
+/// [`HEAD_PLACES`]), the positions of each head (`pair-uniform`), or the positions themselves (`token`,
+/// ranked by [`token_scores`]). Of equal scores the lower flat index stays. A score that is not a number
+/// counts as the lowest.
 ///
 /// # Panics
 /// `policy` is not among [`Policy::OF_SCORES`]: [`keep_mask_by`] has all.
@@ -165,8 +168,9 @@ fn keep(scores_lht: &Tensor, policy: Policy, counts: impl Fn(usize, usize) -> Ve
     }
 }
 
-/// Scores for the `pair-floor` policy: of a pair's place among all pairs and [`HEAD_PLACES`] times its place within its head,
-/// both from the top and as shares, the better one. Of n pairs that stay, every head has its best n / (6 heads) or more.
+/// Scores for the `pair-floor` policy: of a pair's place among all pairs and [`HEAD_PLACES`] times its place
+/// within its head, both from the top and as shares, the better one. Of n pairs that stay, every head has its
+/// best n / (6 heads) or more.
 ///
 /// # Shapes
 /// - `scores_ot`: `[KV heads, positions]`, any float kind
@@ -299,7 +303,7 @@ pub(crate) trait Ranked {
 }
 
 impl Ranked for Tensor {
-    /// How many of each sorted row lie below (or, from the right, not above) each value, i64.
+    /// Number of entries of each sorted row below (or, from the right, not above) each value, i64.
     fn searchsorted_of(&self, values: &Tensor, right: bool) -> Tensor {
         let side = if right { "right" } else { "left" };
         values.searchsorted(self, false, right, side, None::<&Tensor>)
@@ -456,7 +460,8 @@ mod tests {
             let mask = keep_mask(&scores_ot, policy, ratio);
             Vec::try_from(mask.sum_dim_intlist(-1, false, Kind::Int64)).unwrap()
         };
-        // 92 pairs are among the 92 best of all, 9 more among the 9 best of a head: the last of them has no room.
+        // 92 pairs are among the 92 best of all, 9 more among the 9 best of a head: the last of them has no
+        // room.
         assert_eq!((per_head(Policy::Pair), per_head(Policy::PairFloor)), (vec![100, 0], vec![91, 9]));
         let mask = keep_mask(&scores_ot, Policy::PairFloor, ratio);
         let kept: Vec<bool> = bools(&mask);

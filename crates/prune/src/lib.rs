@@ -1,8 +1,8 @@
-//! From scores to what stays in the cache, and how well two rankings agree.
+//! From scores to the KV pairs that are kept, and the agreement of two rankings.
 //!
-//! Owns the policies' keep masks and the head budgets of one of them, the log-odds scale and span pooling of labels, and the
-//! metrics of a prediction against KVzip's scores. Tensors in, tensors or numbers out: it knows no
-//! model, no shard and no mapper.
+//! Owns the policies' keep masks and the head budgets of one of them, the log-odds scale and span pooling of
+//! labels, and the metrics of a prediction against KVzip's scores. Tensors in, tensors or numbers out: it
+//! knows no model, no shard and no mapper.
 //!
 //! Every mask is made of comparisons and integer counts alone, so CPU and CUDA keep the same pairs.
 //!

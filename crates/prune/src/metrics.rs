@@ -1,8 +1,8 @@
-//! How well a prediction agrees with KVzip's scores.
+//! Agreement of a prediction with KVzip's scores.
 //!
-//! At a budget: [`KeptAgreement`] of two keep masks, the one definition for validations and evaluations. Over the whole ranking: Spearman's and
-//! Kendall's coefficients per KV head, and the squared correlation with KVzip's log scores, computed in f64 on the CPU so that
-//! they are exact.
+//! At a budget: [`KeptAgreement`] of two keep masks, the one definition for validations and evaluations. Over
+//! the whole ranking: Spearman's and Kendall's coefficients per KV head, and the squared correlation with
+//! KVzip's log scores, computed in f64 on the CPU so that they are exact.
 
 mod log_r2;
 mod rank;
@@ -24,8 +24,8 @@ pub struct KeptAgreement {
     pub recall: f64,
     /// Share of the sum of all of KVzip's scores that the prediction keeps.
     pub mass: f64,
-    /// The same, over the share that KVzip itself keeps. Where KVzip keeps no mass there is none to lose: 1, as KVzip's own
-    /// ranking has everywhere.
+    /// The same, over the share that KVzip itself keeps. Where KVzip keeps no mass there is none to lose: 1,
+    /// as KVzip's own ranking has everywhere.
     pub mass_of_oracle: f64,
     /// Kept / all KV pairs, after rounding to whole pairs.
     pub realised_ratio: f64,
@@ -65,7 +65,8 @@ impl KeptAgreement {
         same_shape(mass_lht, oracle_lht)?;
         let mass_lht = mass_lht.to_kind(Kind::Double);
         if policy == Policy::Token {
-            // All heads keep the same positions: one row of positions tells all there is, and ranks every head once.
+            // All heads keep the same positions: one row of positions tells all there is, and ranks every
+            // head once.
             let positions = mass_lht.size().last().copied().unwrap_or(1);
             let mass_t = mass_lht.reshape([-1, positions]).sum_dim_intlist(0, false, Kind::Double);
             let (ours_t, theirs_t) = (token_scores(predicted_lht), token_scores(oracle_lht));
@@ -100,7 +101,7 @@ impl KeptAgreement {
     }
 }
 
-/// What a comparison counts and adds up, before any quotient.
+/// Counts and sums of a comparison, before any quotient.
 struct Sums {
     /// KV pairs: kept by both, by the prediction, by KVzip, and all.
     both: f64,
@@ -113,7 +114,7 @@ struct Sums {
     all_mass: f64,
 }
 
-/// What KVzip keeps of a context at one budget: what predictions' masks are compared with.
+/// KV pairs that KVzip keeps of a context at one budget, to compare predictions' masks with.
 #[derive(Debug)]
 pub struct OracleKept {
     keep: Tensor,
@@ -227,8 +228,8 @@ mod tests {
         );
     }
 
-    /// Which of a policy's competitors are kept, as plainly as it can be said: the best `count` of each group, of equal
-    /// ones the first.
+    /// Which of a policy's competitors are kept, as plainly as it can be said: the best `count` of each
+    /// group, of equal ones the first.
     fn naive_mask(scores: &[f64], heads: usize, policy: Policy, ratio: RetentionRatio) -> Vec<bool> {
         let positions = scores.len() / heads;
         let better = |scores: &[f64], i: usize| {

@@ -1,4 +1,4 @@
-//! The scale on which labels are learnt, and span pooling of them.
+//! The log-odds scale of labels, and their span pooling.
 
 use pkv_recipe::TargetPool;
 use tch::{Kind, Tensor};

@@ -1,16 +1,18 @@
 //! How much of the variance of KVzip's log scores a linear map of the predictions explains.
 //!
 //! # Source
-//! KVzap (arXiv 2601.07891) judges its scorers by the squared Pearson correlation of predicted and true log scores, over
-//! heads and positions alike. Differs: KVzap's log scores are those of KVzip+, ours of KVzip.
+//! KVzap (arXiv 2601.07891) judges its scorers by the squared Pearson correlation of predicted and true log
+//! scores, over heads and positions alike. Differs: KVzap's log scores are those of KVzip+, ours of KVzip.
 
-/// Logarithms of scores below it are its own: that of the smallest f32 label, 0, is no number. e^-16, as in the features.
+/// Logarithms of scores below it are its own: that of the smallest f32 label, 0, is no number. e^-16, as in
+/// the features.
 pub const LOG_FLOOR: f64 = -16.0;
 
 /// Squared Pearson correlation of `predicted` with the logarithms of `scores`, all KV pairs together.
 ///
-/// Predictions are taken as they are: log-odds are nearly a logarithm; give raw scores as logarithms. `None` where one side has no
-/// variance or a number that is not finite. Lists of different lengths are compared as far as both go.
+/// Predictions are taken as they are: log-odds are nearly a logarithm; give raw scores as logarithms. `None`
+/// where one side has no variance or a number that is not finite. Lists of different lengths are compared as
+/// far as both go.
 pub fn log_r2(predicted: &[f32], scores: &[f32]) -> Option<f64> {
     let logs = || scores.iter().map(|&s| f64::from(s).ln().max(LOG_FLOOR));
     let pairs = || predicted.iter().map(|&p| f64::from(p)).zip(logs());

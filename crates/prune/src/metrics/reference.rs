@@ -1,12 +1,13 @@
 //! One context's oracle, ranked once: what every later prediction is compared with, on the scores' device.
 //!
 //! Owns the same numbers as [`KeptAgreement::at_ratios`], [`super::spearman_per_head`] and
-//! [`super::kendall_per_head`], made of sorts and counts that a GPU is fast at, without waiting for it: a comparison is
-//! one vector on the device, and [`Budgets::read`] takes it apart on the host. On a CPU the functions there are the
-//! faster ones.
+//! [`super::kendall_per_head`], made of sorts and counts that a GPU is fast at, without waiting for it: a
+//! comparison is one vector on the device, and [`Budgets::read`] takes it apart on the host. On a CPU the
+//! functions there are the faster ones.
 //!
-//! A stable sort gives every KV pair its place in the order in which budgets are filled; a budget of k pairs keeps the
-//! places below k. So one sort per policy serves all ratios, and ties fall as in [`crate::keep_mask`]: to the lower index.
+//! A stable sort gives every KV pair its place in the order in which budgets are filled; a budget of k pairs
+//! keeps the places below k. So one sort per policy serves all ratios, and ties fall as in
+//! [`crate::keep_mask`]: to the lower index.
 
 use anyhow::{Result, ensure};
 use pkv_core::{Policy, RetentionRatio};
@@ -21,14 +22,14 @@ pub struct Reference {
     ranks: Ranks,
     /// Places of the pairs, in the order of [`Policy::OF_SCORES`].
     places: Vec<Tensor>,
-    /// What mass is counted in, per policy.
+    /// Scores whose sum is the mass, per policy.
     mass: Vec<Tensor>,
     /// Per policy the sum of all mass, then what the oracle keeps of it at every ratio; f64 on the device.
     kept: Tensor,
     budgets: Budgets,
 }
 
-/// How many KV pairs of a context each policy keeps at each ratio: what a comparison's numbers are read with.
+/// Number of KV pairs of a context that each policy keeps at each ratio, to read a comparison's numbers.
 #[derive(Clone, Debug)]
 pub struct Budgets {
     ratios: Vec<RetentionRatio>,
@@ -185,7 +186,7 @@ impl Budgets {
         }
     }
 
-    /// What each group keeps.
+    /// Number of pairs that each group keeps.
     fn of(&self, policy: Policy, ratio: RetentionRatio) -> usize {
         let (_, size) = self.groups(policy);
         ratio.count(size).min(size)
@@ -194,7 +195,8 @@ impl Budgets {
 
 const NO_BUDGETS: &str = "policies of scores alone have no head budgets";
 
-/// Every competitor's place, from 0, in the order of [`Policy::OF_SCORES`]: `[o, t]` three times, then `[t]`; i32.
+/// Every competitor's place, from 0, in the order of [`Policy::OF_SCORES`]: `[o, t]` three times, then `[t]`;
+/// i32.
 fn places(scores_ot: &Tensor) -> Vec<Tensor> {
     let of = |policy| match policy {
         Policy::Pair => place(&scores_ot.reshape([-1])).reshape(scores_ot.size()),
@@ -206,12 +208,12 @@ fn places(scores_ot: &Tensor) -> Vec<Tensor> {
     Policy::OF_SCORES.map(of).into()
 }
 
-/// Where every score lies among those of its head.
+/// Rank of every score within its head.
 #[derive(Debug)]
 struct Ranks {
-    /// How many are lower, i32 `[o, t]`.
+    /// Number of lower scores, i32 `[o, t]`.
     below_ot: Tensor,
-    /// How many are equal, itself included, i32 `[o, t]`.
+    /// Number of equal scores including itself, i32 `[o, t]`.
     equal_ot: Tensor,
 }
 
@@ -223,8 +225,8 @@ impl Ranks {
         Self { below_ot: below_ot.to_kind(Kind::Int), equal_ot: equal_ot.to_kind(Kind::Int) }
     }
 
-    /// Per head, what Pearson's coefficient of average ranks is made of: the product, and both squares; `[o]`, f64. The
-    /// sums are exact: multiples of 1/4 below 2^53.
+    /// Per head, what Pearson's coefficient of average ranks is made of: the product, and both squares;
+    /// `[o]`, f64. The sums are exact: multiples of 1/4 below 2^53.
     fn spearman(&self, other: &Self) -> [Tensor; 3] {
         let centred = |r: &Self| {
             let mean = (r.below_ot.size()[1] as f64 + 1.0) / 2.0;
@@ -236,8 +238,8 @@ impl Ranks {
         [dot(&a_ot, &b_ot), dot(&a_ot, &a_ot), dot(&b_ot, &b_ot)]
     }
 
-    /// Per head, what Kendall's tau-b is made of, as [`super::kendall_tau_b`] counts it: concordant less discordant pairs,
-    /// and the pairs untied in each; `[o]`, f64, exact.
+    /// Per head, what Kendall's tau-b is made of, as [`super::kendall_tau_b`] counts it: concordant less
+    /// discordant pairs, and the pairs untied in each; `[o]`, f64, exact.
     fn kendall(&self, other: &Self) -> [Tensor; 3] {
         let n = self.below_ot.size()[1];
         let long = |x: &Tensor| x.to_kind(Kind::Int64);
@@ -256,15 +258,15 @@ impl Ranks {
     }
 }
 
-/// How many of each sorted row lie below each value, and how many equal it; i64.
+/// For each value, the number of lower and of equal entries of its sorted row; i64.
 fn below_and_equal(sorted_ot: &Tensor, values_ot: &Tensor) -> (Tensor, Tensor) {
     let below = sorted_ot.searchsorted_of(values_ot, false);
     let equal = sorted_ot.searchsorted_of(values_ot, true) - &below;
     (below, equal)
 }
 
-/// Per row: pairs in strictly descending order, i64 `[o]`. Blocks are merged from the bottom; each of a right half counts
-/// the left half's larger ones. `x_ot`: i32, not negative.
+/// Per row: pairs in strictly descending order, i64 `[o]`. Blocks are merged from the bottom; each of a right
+/// half counts the left half's larger ones. `x_ot`: i32, not negative.
 fn exchanges(x_ot: &Tensor) -> Tensor {
     let (o, n) = x_ot.size2().expect("rows of one length");
     let whole = (n.max(1) as u64).next_power_of_two() as i64;
