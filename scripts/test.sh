@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must be green: formatting, lints, and all tests, after the set-up they need.
+# Everything that must be green: formatting, lints, documentation and all tests, after the set-up they need.
 #
 #   scripts/test.sh            the Rust side
 #   scripts/test.sh --python   scripts/python, in a virtual environment of its own
@@ -15,6 +15,7 @@ esac
 
 cargo fmt --all --check
 cargo clippy --quiet --workspace --all-targets -- -D warnings
+RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
 cargo test --workspace
 # libtorch and its oneDNN compute by what the CPU can do. Users' CPUs are not this one, so what compares numbers must hold on
 # older ones, too.

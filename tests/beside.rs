@@ -65,7 +65,8 @@ fn one_prefill_gives_the_bytes_that_two_give() {
     assert_same(&files(&apart), &files(&together));
 }
 
-/// Each of the two folders may have more whole shards than the other: after a kill, or after a run of an earlier version.
+/// Each of the two folders may have more whole shards than the other: after a kill, or after a run of an
+/// earlier version.
 #[test]
 fn either_folder_may_be_ahead() {
     let whole = files(&apart());

@@ -50,7 +50,7 @@ fn runs_are_put_side_by_side() {
 
     // The numbers are those of each run's own results.
     let ran = compare(&s, &["runs/base", "runs/linear", "--json"]).ok();
-    let told: Value = serde_json::from_str(&ran.stdout).unwrap();
+    let printed: Value = serde_json::from_str(&ran.stdout).unwrap();
     for (i, run) in ["base", "linear"].iter().enumerate() {
         let text = fs::read_to_string(s.path("runs").join(run).join("eval/results.json")).unwrap();
         let results: Value = serde_json::from_str(&text).unwrap();
@@ -58,13 +58,15 @@ fn runs_are_put_side_by_side() {
             ("answers", &results["facts"]["cells"], "accuracy"),
             ("recall", &results["labels"]["cells"], "recall"),
         ] {
-            for (r, ratio) in told[metric]["ratios"].as_array().unwrap().iter().enumerate() {
+            for (r, ratio) in printed[metric]["ratios"].as_array().unwrap().iter().enumerate() {
                 let wanted =
                     |c: &&Value| c["method"] == "mapper" && c["policy"] == "pair" && c["ratio"] == *ratio;
                 let own = &cells.as_array().unwrap().iter().find(wanted).unwrap()[key];
                 for bound in ["mean", "low", "high"] {
-                    let (a, b) =
-                        (own[bound].as_f64().unwrap(), told[metric]["runs"][i][r][bound].as_f64().unwrap());
+                    let (a, b) = (
+                        own[bound].as_f64().unwrap(),
+                        printed[metric]["runs"][i][r][bound].as_f64().unwrap(),
+                    );
                     assert!((a - b).abs() < 1e-12, "{run} {metric} {ratio} {bound}: {a} {b}");
                 }
             }

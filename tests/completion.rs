@@ -111,7 +111,8 @@ impl Terminal {
         self.wait("the line", |screen| screen.contains(line.trim_end()));
     }
 
-    /// TAB makes `whole` of `line`, with the blank at its end if it has one and none if not: what is typed next tells.
+    /// TAB makes `whole` of `line`, with the blank at its end if it has one and none if not: what is typed
+    /// next tells.
     fn completes(&self, line: &str, whole: &str) {
         self.typed(line);
         self.tmux(&["send-keys", "Tab"]);

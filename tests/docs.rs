@@ -1,8 +1,9 @@
-//! Every command block of README.md and docs/guide.md, run as it is written, in a folder that looks like the repository.
+//! Every command block of README.md and docs/guide.md, run as it is written, in a folder that looks like the
+//! repository.
 //!
-//! The pair is the small one of the sandbox under the demo's name, so that all of it takes seconds. An HTML comment above a
-//! block changes that: `<!-- not run: reason -->` leaves it out, `<!-- run with: recipes/x.toml -->` runs it with the demo
-//! where it names the recipe x and its run folder.
+//! The pair is the small one of the sandbox under the demo's name, so that all of it takes seconds. An HTML
+//! comment above a block changes that: `<!-- not run: reason -->` leaves it out,
+//! `<!-- run with: recipes/x.toml -->` runs it with the demo where it names the recipe x and its run folder.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -47,7 +48,8 @@ fn blocks(markdown: &str) -> Vec<Block> {
     found
 }
 
-/// The sandbox as a clone of the repository: its documents and recipes, `target/release/proxykv-train`, and finished runs.
+/// The sandbox as a clone of the repository: its documents and recipes, `target/release/proxykv-train`, and
+/// finished runs.
 fn clone() -> Sandbox {
     let s = Sandbox::new();
     let recipe = fs::read_to_string(s.path("recipe.toml")).unwrap();

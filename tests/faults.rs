@@ -1,9 +1,10 @@
-//! Files that never end, runs that run away, two processes in one folder, outputs that vanish, markup of others: each ends
-//! with a sentence and a hint, soon, and nothing that was there before is lost.
+//! Files that never end, runs that run away, two processes in one folder, outputs that vanish, markup of
+//! others: each ends with a sentence and a hint, soon, and nothing that was there before is lost.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use pkv_shard::durable::lock_work;
 use serde_json::Value;
 
 use crate::infer::trained;
-use crate::sandbox::{Ran, Sandbox};
+use crate::sandbox::{Ran, Sandbox, root};
 
 /// As the finished run was evaluated.
 const POLICIES: &str = "eval.answer_policies=[\"pair\",\"pair-uniform\",\"pair-budget\"]";
@@ -201,6 +202,65 @@ fn inspect_says_which_weights_are_damaged() {
             assert_eq!(all.matches("is damaged").count(), 1, "{all}");
         }
         fs::write(&path, whole).unwrap();
+    }
+}
+
+/// Every file below `folder`, by its path there.
+fn files_below(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files: BTreeMap<PathBuf, Vec<u8>> = BTreeMap::new();
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(next) = folders.pop() {
+        for entry in fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => {
+                    _ = files.insert(path.strip_prefix(folder).unwrap().into(), fs::read(&path).unwrap())
+                }
+            }
+        }
+    }
+    files.retain(|path, _| path.extension().is_none_or(|e| e != "lock"));
+    files
+}
+
+/// The short form of `scripts/faults/storage.py`.
+#[test]
+fn storage_that_fails_is_named_and_the_stage_goes_on_to_the_same_bytes() {
+    let s = finished();
+    let (source, shim) = (root().join("scripts/faults/shim.c"), s.path("shim.so"));
+    let mut compile = Command::new("cc");
+    compile.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&shim).arg(source).arg("-ldl");
+    assert!(compile.status().unwrap().success());
+    for (stage, folder) in [("label", "labels"), ("train", "checkpoints/step-000024")] {
+        let folder = s.path("runs/small").join(folder);
+        let whole = files_below(&folder);
+        assert!(whole.len() > 2, "{whole:?}");
+        for (call, mode, error) in [
+            ("write", "once", "28"),
+            ("write", "short", "28"),
+            ("fsync", "once", "5"),
+            ("rename", "once", "5"),
+            ("open", "once", "24"),
+            ("rename", "kill", "0"),
+            ("rename", "after", "0"),
+        ] {
+            let case = format!("{stage}, {call} {mode}");
+            let ran = s
+                .command(&[stage, "--redo", stage, "--recipe", "recipe.toml"])
+                .env("LD_PRELOAD", &shim)
+                .envs([("FAIL_OP", call), ("FAIL_MODE", mode), ("FAIL_ERRNO", error), ("FAIL_N", "4")])
+                .envs([("FAIL_PATH", "runs/"), ("FAIL_NOT", "run.json")])
+                .output()
+                .unwrap();
+            let ran = Ran::new(ran);
+            match mode {
+                "kill" | "after" => assert_eq!(ran.code, -1, "{case}: {}", ran.stderr),
+                _ => _ = ran.fails_with(&["runs/small"]),
+            }
+            s.run(&[stage]).ok();
+            assert!(files_below(&folder) == whole, "{case}");
+        }
     }
 }
 

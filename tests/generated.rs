@@ -1,4 +1,5 @@
-//! `extract.missing` and `extract.after_use`: features that are made when they are read are those of the shards.
+//! `extract.missing` and `extract.after_use`: features that are made when they are read are those of the
+//! shards.
 
 use std::fs;
 use std::path::Path;

@@ -333,7 +333,7 @@ fn what_cannot_be_used_is_refused_before_any_work() {
     let refused =
         older("pair-budget").fails_with(&["has no head budgets", "`pair-budget`", "proxykv-train export"]);
     assert_eq!(refused.stdout, "");
-    // What is no policy, regime or device is the command line's matter.
+    // Unknown policies, regimes and devices are refused by the command line.
     for args in [["--policy", "pairs"], ["--regime", "both"]] {
         assert_eq!(infer(s, &on_context(&args)).code, 2);
     }
@@ -395,7 +395,8 @@ fn a_question_too_long_leaves_the_others_alone() {
     infer(s, &["--context", "long.txt"]).fails_with(&["the target was made for 4096"]);
 }
 
-/// Bad JSON, wrong types, what is no text and nothing at all: each has its error, and the next line its answer.
+/// Bad JSON, wrong types, what is no text and nothing at all: each has its error, and the next line its
+/// answer.
 #[test]
 fn a_line_that_is_no_question_leaves_the_others_alone() {
     let s = trained();

@@ -3,17 +3,20 @@
 //! - `pipeline`: a recipe in, a trained, evaluated and exported mapper out; stages are skipped when complete
 //! - `kill`: a run killed at random moments ends with the same bytes as an unbroken one
 //! - `bad_input`: what is wrong is said, with a hint, without a panic, and nothing written before is lost
-//! - `stdout`: a reader that goes away ends a command quietly, a full disk with an error; neither with a panic
+//! - `stdout`: a reader that goes away ends a command quietly, a full disk with an error; neither with a
+//!   panic
 //! - `beside`: labels and the target's features from one prefill, or from two, have the same bytes
 //! - `infer`: answers from a pruned cache are those of `eval`; regimes agree; faults end as they are said to
-//! - `compare`: runs side by side have their own numbers and paired differences; what is not comparable is refused
+//! - `compare`: runs side by side have their own numbers and paired differences; what is not comparable is
+//!   refused
 //! - `completion`: TAB in bash, zsh and fish offers what may come next
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
 //! - `generated`: a mapper from features that are made when they are read is the one from shards
 //! - `docs`: every command block of README and guide runs as it is written
 //! - `recipes`: schema, reference, `recipes ls | show | init`, documents without a manifest, `--show`
-//! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing with it
+//! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing
+//!   with it
 //! - `results`: evaluations of other tasks, methods, ratios and limits add up
 //! - `sources`: features of the target, alone and beside the proxy's
 //! - `faults`: files that never end, two processes in one folder, outputs that vanish, markup of others

@@ -52,12 +52,12 @@ fn a_dry_run_says_what_would_be_done_and_sends_nothing() {
         assert!(ran.stdout.contains(part), "`{part}` is missing\n{}", ran.stdout);
     }
     let ran = push(s, &server, Some(WRITER), &["runs/small/export", "--private", "--json"]).ok();
-    let told: Value = serde_json::from_str(&ran.stdout).unwrap();
+    let printed: Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!(
-        (&told["dry_run"], &told["private"], &told["token"]),
+        (&printed["dry_run"], &printed["private"], &printed["token"]),
         (&json!(true), &json!(true), &json!(true))
     );
-    for file in told["files"].as_array().unwrap() {
+    for file in printed["files"].as_array().unwrap() {
         let bytes = fs::read(s.path("runs/small/export").join(file["name"].as_str().unwrap())).unwrap();
         assert_eq!(file["bytes"], bytes.len());
         assert_eq!(file["sha256"], pkv_core::sha256_hex(&bytes).as_str());
@@ -71,14 +71,14 @@ fn an_export_is_sent_once() {
     let (s, server) = (exported(), PushServer::start());
     // What else lies in the folder stays here.
     s.write("runs/small/export/notes.txt", "private thoughts");
-    // The storage refuses the second large file: the branch stays as it was, and the next push goes on.
+    // The storage refuses the second large file: the branch is not changed, and the next push resumes.
     server.fail_next("verify", Fault::Status(400));
     push(s, &server, Some(WRITER), &["runs/small", "--yes"]).fails_with(&["cannot send", "status 400"]);
     assert_eq!(server.branch(REPO, "main").commits.len(), 1);
     let ran = push(s, &server, Some(WRITER), &["runs/small", "--yes", "--json"]).ok();
-    let told: Value = serde_json::from_str(&ran.stdout).unwrap();
-    assert_eq!(told["sent"], json!(FILES));
-    assert_eq!((&told["dry_run"], &told["created"]), (&json!(false), &json!(false)));
+    let printed: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(printed["sent"], json!(FILES));
+    assert_eq!((&printed["dry_run"], &printed["created"]), (&json!(false), &json!(false)));
     let branch = server.branch(REPO, "main");
     assert_eq!(branch.files.keys().collect::<Vec<_>>(), FILES);
     for (name, content) in &branch.files {

@@ -1,5 +1,5 @@
-//! Recipes for people: the schema and the reference, those that come along, a new one for a pair, documents without a
-//! manifest, and what will be asked, shown before it is.
+//! Recipes for people: the schema and the reference, those that come along, a new one for a pair, documents
+//! without a manifest, and what will be asked, shown before it is.
 
 use std::fs;
 
@@ -102,6 +102,13 @@ fn a_recipe_for_a_pair_has_the_shapes_of_its_models() {
     );
     assert_eq!(recipe["data"]["files"].as_array().unwrap().len(), 1);
     assert!(first.contains("# ") && recipe["name"].as_str() == Some("target--proxy"));
+    // All that the recipes of published models share is in it.
+    let shared = fs::read_to_string(root().join("recipes/base/target-features.toml")).unwrap();
+    for (section, keys) in &shared.parse::<toml::Table>().unwrap() {
+        for (key, value) in keys.as_table().unwrap() {
+            assert_eq!(recipe[section].get(key), Some(value), "{section}.{key}");
+        }
+    }
     // What is there stays.
     init(&["--out", "new/own.toml"]).fails_with(&["it is there already", "new/own.toml"]);
     assert_eq!(fs::read_to_string(s.path("new/own.toml")).unwrap(), first);

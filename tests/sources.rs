@@ -76,8 +76,8 @@ fn both_sources_share_what_each_has_made() {
     assert_eq!(fs::read(s.path("runs/small/features/index.json")).unwrap(), proxys);
     let config: serde_json::Value =
         serde_json::from_str(&fs::read_to_string(s.path("runs/small/export/config.json")).unwrap()).unwrap();
-    // 6 x 2 heads of the target and 3 x 1 of the proxy; the proxy's eight prefill channels, and of the target the fitted one and
-    // four more; two surprisals.
+    // 6 x 2 heads of the target and 3 x 1 of the proxy; the proxy's eight prefill channels, and of the target
+    // the fitted one and four more; two surprisals.
     assert_eq!(config["dims"]["proxy_heads"], 15);
     assert_eq!(config["dims"]["channels"], 13);
     assert_eq!(config["dims"]["globals"], 5);

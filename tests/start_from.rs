@@ -59,7 +59,8 @@ fn a_run_starts_from_anothers_mapper_or_says_why_not() {
         assert!(cut(place).ok().stderr.contains("train: skipped"), "{place}");
     }
 
-    // An older version's export of the same mapper is left as it is: other runs know it by the hash of its weights.
+    // An older version's export of the same mapper is left as it is: other runs know it by the hash of its
+    // weights.
     for (file, was, is) in [
         ("config.json", "\"schema_version\": 3", "\"schema_version\": 2"),
         ("README.md", "schema version 3", "schema version 2"),

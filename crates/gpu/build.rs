@@ -19,7 +19,8 @@ fn main() {
         .compile("pkvshim");
     println!("cargo::rerun-if-changed=csrc");
 
-    // Dependents read DEP_PKV_GPU_LIBTORCH_LIB and set their own rpath: Cargo does not pass link arguments on.
+    // Dependents read DEP_PKV_GPU_LIBTORCH_LIB and set their own rpath: Cargo does not pass link arguments
+    // on.
     println!("cargo::metadata=libtorch_lib={}", lib.display());
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}", lib.display());
 }

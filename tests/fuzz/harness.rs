@@ -1,8 +1,9 @@
-//! One target at a time: a folder that is right, one of its files damaged, what reads it, and what must then hold.
+//! One target at a time: a folder that is right, one of its files damaged, what reads it, and what must then
+//! hold.
 //!
-//! What reads it returns a value or an error: no panic, no more than [`MOST_BYTES`], and soon. A damaged file that does
-//! otherwise is a finding: it is kept where the message says, and belongs into `findings/TARGET/NAME/`, from where it is
-//! tried before all others from then on.
+//! What reads it returns a value or an error: no panic, no more than [`MOST_BYTES`], and soon. A damaged file
+//! that does otherwise is a finding: it is kept where the message says, and belongs into
+//! `findings/TARGET/NAME/`, from where it is tried before all others from then on.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -31,8 +32,8 @@ pub struct Target<'a> {
     pub folder: &'a Path,
     /// Files of it that are damaged, one at a time.
     pub files: &'a [&'a str],
-    /// Write into other files what the damaged one is expected to be, such as its hash; done every second time, so that
-    /// damage comes further than that.
+    /// Write into other files what the damaged one is expected to be, such as its hash; done every second
+    /// time, so that damage comes further than that.
     pub repair: Option<fn(&Path, &str)>,
     pub read: &'a dyn Fn(&Path) -> Result<()>,
 }

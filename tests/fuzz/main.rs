@@ -1,5 +1,5 @@
-//! Damaged files of every kind that somebody else may have written: what reads them ends soon, within a bound of memory, with
-//! a value or with an error that says something.
+//! Damaged files of every kind of untrusted origin: reading them ends soon, within a bound
+//! of memory, with a value or with an error that says something.
 //!
 //! Each target tries damaged files for 5 seconds; for an hour each:
 //!

@@ -42,7 +42,7 @@ const WORDS: [&str; 33] = [
     "[::-1]",
     "\u{1b}[2J",
 ];
-/// Stands for what is nested too deeply for a value of this program.
+/// Placeholder for what is nested too deeply for a value of this program.
 const DEEP: &str = "\"@deep@\"";
 
 /// `file`, named `name`, damaged once or a few times.

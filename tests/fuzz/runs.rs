@@ -40,13 +40,17 @@ fn rehash(dir: &Path, name: &str) {
             continue;
         };
         let put = |entry: &mut Value| {
-            entry["bytes"] = json!(data.len());
-            entry["sha256"] = json!(hash);
+            if let Some(entry) = entry.as_object_mut() {
+                entry.insert("bytes".to_owned(), json!(data.len()));
+                entry.insert("sha256".to_owned(), json!(hash));
+            }
         };
-        if value["files"].get(file).is_some() {
-            put(&mut value["files"][file]);
+        // The record may be the damaged file.
+        if let Some(entry) = value.pointer_mut(&format!("/files/{file}")) {
+            put(entry);
         }
-        for shard in value["shards"].as_array_mut().into_iter().flatten().filter(|s| s["file"] == file) {
+        let shards = value.get_mut("shards").and_then(Value::as_array_mut);
+        for shard in shards.into_iter().flatten().filter(|s| s["file"] == file) {
             put(shard);
         }
         fs::write(record, value.to_string()).unwrap();

@@ -1,7 +1,8 @@
 //! `budgets.json` of an export: how many KV pairs each head keeps under the policy `pair-budget`.
 //!
-//! It lies beside the files that `config.json` names, so that readers from before there were budgets read the export as
-//! before, and holds its own hash, which the mapper's weights are part of. What budgets mean is `pkv_prune`'s.
+//! It lies beside the files that `config.json` names, so that readers from before there were budgets read the
+//! export as before, and holds its own hash, which the mapper's weights are part of. What budgets mean is
+//! `pkv_prune`'s.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -22,7 +23,7 @@ const VERSION: u32 = 1;
 #[serde(deny_unknown_fields)]
 struct File {
     schema_version: u32,
-    /// What the numbers are, for people.
+    /// Meaning of the numbers, for readers.
     about: String,
     /// Training contexts that shares are the mean of.
     contexts: u64,
@@ -34,8 +35,8 @@ struct File {
     shares: Vec<Vec<Vec<u32>>>,
     /// Of the `model.safetensors` that they belong to.
     model_sha256: String,
-    /// Of `model_sha256`, then lines of numbers, separated by blanks: `contexts layers kv_heads`, the ratios, and the shares of
-    /// each ratio. Every line ends in a line feed.
+    /// Of `model_sha256`, then lines of numbers, separated by blanks: `contexts layers kv_heads`, the ratios,
+    /// and the shares of each ratio. Every line ends in a line feed.
     sha256: String,
 }
 

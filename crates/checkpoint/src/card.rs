@@ -1,4 +1,4 @@
-//! The model card: what a stranger must know before using an exported mapper.
+//! The model card of an export: what a user must know before using the mapper.
 
 mod front;
 
@@ -11,16 +11,16 @@ use crate::export::ExportConfig;
 
 pub use front::check;
 
-/// What the card says beyond the export's configuration.
+/// Content of the card that is not in the export's configuration.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelCard {
-    /// What it was trained on.
+    /// Training data.
     pub data: Vec<DataSource>,
-    /// What making and measuring it took.
+    /// Time of training and evaluation, by stage.
     pub cost: Vec<StageCost>,
-    /// What was measured, as it should be shown.
+    /// Results, ready to be shown.
     pub results: Vec<CardTable>,
-    /// What it has not been shown to do, beside what holds for every export.
+    /// Known limits, in addition to those of every export.
     pub limits: Vec<String>,
     pub licences: Licences,
 }
@@ -35,13 +35,13 @@ pub struct DataSource {
     pub licence: String,
 }
 
-/// What one stage took.
+/// Time of one stage.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StageCost {
     pub stage: String,
     /// Wall-clock time, all attempts together.
     pub secs: f64,
-    /// Where it ran, in words.
+    /// The device, in words.
     pub device: String,
     /// GPUs that were held for that time.
     pub gpus: u32,
@@ -226,7 +226,7 @@ impl ModelCard {
     }
 }
 
-/// Three digits behind the point where they tell something.
+/// Three digits after the point where they matter.
 fn short(hours: f64) -> String {
     if hours >= 100.0 { format!("{hours:.0}") } else { format!("{hours:.3}") }
 }

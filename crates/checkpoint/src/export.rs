@@ -21,7 +21,8 @@ use crate::budgets::{self, BUDGETS_FILE};
 use crate::card::{self, ModelCard};
 use crate::tensors::{NamedTensors, check_file, pick, read_tensors, write_tensors};
 
-/// Version of the export's format; 2, which is read too, held the numbers that the loss had learned beside the network's.
+/// Version of the export's format; 2, which is read too, held the numbers that the loss had learned beside
+/// the network's.
 pub const EXPORT_VERSION: u32 = 3;
 
 const MODEL: &str = "model.safetensors";
@@ -32,8 +33,8 @@ const CARD: &str = "README.md";
 /// Every file of an export, but for [`BUDGETS_FILE`], which older exports lack.
 pub const EXPORT_FILES: [&str; 4] = [CARD, CONFIG, MODEL, PARITY];
 
-/// Largest difference from the parity vectors, as a share of their spread: devices round differently, while another
-/// mapper is off by as much as the spread itself.
+/// Largest difference from the parity vectors, as a share of their spread: devices round differently, while
+/// another mapper is off by as much as the spread itself.
 const PARITY_TOLERANCE: f64 = 1e-2;
 
 /// `config.json`.
@@ -97,7 +98,7 @@ pub struct ExportDims {
     pub outputs: usize,
 }
 
-/// What a file of the folder must be.
+/// Size and hash of a file in the folder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExportFile {
@@ -116,7 +117,7 @@ pub struct Parity {
     pub scores_ot: Tensor,
 }
 
-/// What an export holds beside the mapper.
+/// Contents of an export in addition to the mapper.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Beside<'a> {
     /// Stored with the weights: what extracting its features needs.
@@ -241,7 +242,8 @@ impl Export {
         })
     }
 
-    /// Whether a stranger can use it: the weights give the parity vectors' scores, and the card can be indexed.
+    /// Whether others can use it: the weights give the parity vectors' scores, and the card can be
+    /// indexed.
     ///
     /// # Errors
     /// They do not, or the card is absent or has no front matter.
@@ -370,7 +372,8 @@ fn read_config(path: &Path) -> Result<ExportConfig> {
     Ok(config)
 }
 
-/// The mapper that `config` asks for is not larger than the file of its weights, before any memory is taken for it.
+/// The mapper that `config` asks for is not larger than the file of its weights, before any memory is taken
+/// for it.
 fn check_sizes(config: &ExportConfig, tensors: &NamedTensors) -> Result<()> {
     let (m, d) = (&config.mapper, &config.dims);
     let [p, c, g, o] = [d.proxy_heads, d.channels, d.globals, d.outputs].map(|n| n as u128);

@@ -1,4 +1,4 @@
-//! What training continues from, and its folder.
+//! The training state of a checkpoint, and its folder.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -30,7 +30,7 @@ pub struct TrainingState {
     pub step: u64,
     /// The mapper's trainable tensors, in its order.
     pub network: NamedTensors,
-    /// What the loss learns beside it, in its order; names begin with [`LOSS_PREFIX`].
+    /// Learned parameters of the loss, in its order; names begin with [`LOSS_PREFIX`].
     pub loss: NamedTensors,
     /// The mapper's other tensors (standardization).
     pub buffers: NamedTensors,
@@ -39,9 +39,9 @@ pub struct TrainingState {
     pub second_moments: Vec<Tensor>,
     /// Moving average of the parameters, in their order; empty if the recipe has none.
     pub ema: Vec<Tensor>,
-    /// What decides which checkpoint is best, measured at this step; higher is better.
+    /// Validation score at this step, which decides the best checkpoint; higher is better.
     pub validation: Option<f64>,
-    /// What the training loop adds; returned as it was.
+    /// Data of the training loop; returned unchanged.
     pub extra: Value,
 }
 
@@ -57,7 +57,8 @@ impl TrainingState {
         self.parameters().enumerate().map(|(i, (n, t))| (n.clone(), averaged(i, t))).collect()
     }
 
-    /// Every number of every tensor is finite: nothing could be learnt from, or done with, others. Waits for the device.
+    /// Every number of every tensor is finite: nothing could be learned from, or done with, others. Waits for
+    /// the device.
     ///
     /// # Errors
     /// One is not; the error names its tensor.
@@ -117,7 +118,7 @@ fn taken(cuts: &Value, steps: u64) -> Vec<&Value> {
     cuts.as_array().into_iter().flatten().filter(is_taken).collect()
 }
 
-/// What a file of the folder must be.
+/// Size and hash of a file in the folder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileHash {
@@ -155,8 +156,8 @@ impl CheckpointInfo {
         self.network.iter().chain(&self.loss)
     }
 
-    /// Choices of this checkpoint that differ from `now`, as [`Fingerprint::difference`] names them. Cuts of the learning rate
-    /// after its step are none: it does not depend on them.
+    /// Choices of this checkpoint that differ from `now`, as [`Fingerprint::difference`] names them. Cuts of
+    /// the learning rate after its step are none: it does not depend on them.
     pub fn differences(&self, now: &Fingerprint) -> Vec<(String, Value, Value)> {
         let mut all = self.fingerprint.difference(now);
         all.retain(|(key, a, b)| key != LR_CUTS || taken(a, self.step) != taken(b, self.step));
@@ -199,7 +200,7 @@ pub(crate) fn write(
         "{} averaged tensors for {n} parameters",
         state.ema.len()
     );
-    // As the newest, it would be what training goes on from.
+    // As the newest, it would be the one from which training resumes.
     state.check_finite()?;
     let names = |group: &NamedTensors| group.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
     let of = |kind: &str, tensors: &[Tensor]| -> NamedTensors {

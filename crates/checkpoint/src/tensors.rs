@@ -33,8 +33,8 @@ pub fn read_tensors(path: &Path, device: Device) -> Result<NamedTensors> {
     decode(&data, device).with_context(context)
 }
 
-/// The file `name` of `folder` is the one whose size and hash were written down: a file of its own folder and of that size
-/// before it is read.
+/// The file `name` of `folder` is the one whose size and hash were written down: a file of its own folder and
+/// of that size before it is read.
 ///
 /// # Errors
 /// It is not, or cannot be read.

@@ -1,3 +1,5 @@
+//! States and folders that the other files use.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -12,7 +14,8 @@ pub fn cpu() -> tch::Device {
     pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap()
 }
 
-/// Numbers that a lossy format would change: a negative zero, a subnormal, the largest, and some of each step.
+/// Numbers that a lossy format would change: a negative zero, a subnormal, the largest, and some of each
+/// step.
 pub fn numbers(step: u64, n: i64) -> Tensor {
     let special = [-0.0f32, 1e-42, f32::MAX, 0.1];
     let own = (0..n - 4).map(|i| (step as f32 + 1.0) / (i as f32 + 3.0));
@@ -96,7 +99,7 @@ pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 /// The error's chain in one line, and its first hint.
-pub fn told(error: &anyhow::Error) -> (String, String) {
+pub fn text_and_hint(error: &anyhow::Error) -> (String, String) {
     let hint = error.downcast_ref::<Hinted>().map(|h| h.hint().to_owned());
     (format!("{error:#}"), hint.unwrap_or_default())
 }

@@ -1,3 +1,5 @@
+//! The frozen mapper: bit-exact, whole or absent, with its card.
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -190,7 +192,7 @@ fn a_sound_export_gives_its_own_scores_and_has_a_card() {
     Export::read(&folder).unwrap().check().unwrap();
 
     let unsound = |expected: &str| {
-        let (said, hint) = told(&Export::read(&folder).unwrap().check().expect_err(expected));
+        let (said, hint) = text_and_hint(&Export::read(&folder).unwrap().check().expect_err(expected));
         assert!(said.contains("is not sound") && said.contains(expected), "{said}");
         assert!(hint.contains("proxykv-train export"), "{hint}");
     };
@@ -224,7 +226,7 @@ fn damage_is_named() {
             Some(data) => fs::write(folder.join(file), data).unwrap(),
             None => fs::remove_file(folder.join(file)).unwrap(),
         }
-        let (said, hint) = told(&Export::read(&folder).expect_err(expected));
+        let (said, hint) = text_and_hint(&Export::read(&folder).expect_err(expected));
         assert!(said.contains("cannot read export") && said.contains(expected), "{said}");
         assert!(hint.contains("proxykv-train export"), "{hint}");
         fs::write(folder.join(file), &good[file]).unwrap();
@@ -265,7 +267,7 @@ fn damage_is_named() {
     let weights = folder.join("model.safetensors");
     fs::remove_file(&weights).unwrap();
     symlink("/dev/zero", &weights).unwrap();
-    let (said, _) = told(&Export::read(&folder).unwrap_err());
+    let (said, _) = text_and_hint(&Export::read(&folder).unwrap_err());
     assert!(said.contains("a device, pipe or socket"), "{said}");
     fs::remove_file(&weights).unwrap();
     fs::write(&weights, &good["model.safetensors"]).unwrap();
@@ -297,7 +299,7 @@ fn head_budgets_lie_beside_what_older_readers_know() {
     let text = fs::read_to_string(&path).unwrap();
     let refused = |text: &str, expected: &str| {
         fs::write(&path, text).unwrap();
-        let (said, hint) = told(&Export::read(&folder).expect_err(expected));
+        let (said, hint) = text_and_hint(&Export::read(&folder).expect_err(expected));
         assert!(said.contains("budgets.json") && said.contains(expected), "{expected}: {said}");
         assert!(hint.contains("proxykv-train export"), "{hint}");
     };
@@ -350,7 +352,7 @@ fn a_full_disk_leaves_the_export_that_was_there() {
             &parity,
             &WriteBudget::bytes(budget),
         );
-        let (said, hint) = told(&result.unwrap_err());
+        let (said, hint) = text_and_hint(&result.unwrap_err());
         assert!(said.starts_with("cannot write export") && hint.contains("free some space"), "{said} {hint}");
         assert_eq!(files(&folder), before);
         assert_eq!(names(dir.path()), ["export"]);

@@ -1,3 +1,5 @@
+//! Training state: bit-exact, rotated, and never lost to a kill or a full disk.
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -150,7 +152,7 @@ fn other_choices_are_stale() {
     open(dir.path()).save(&state(100, None, false)).unwrap();
     let other = Fingerprint::new().with("train", json!({"lr": 1e-3, "steps": 1500}));
     let error = CheckpointStore::open(dir.path(), &other, 2).unwrap_err();
-    let (said, hint) = told(&error);
+    let (said, hint) = text_and_hint(&error);
     assert!(said.contains("`train.lr` was 0.002 when it was written and is 0.001 now"), "{said}");
     assert!(hint.contains("--redo train"), "{hint}");
     assert_eq!(error.downcast_ref::<StaleError>().unwrap().stage, "train");
@@ -175,7 +177,7 @@ fn a_cut_of_the_rate_leaves_the_checkpoints_before_it() {
         let opened = CheckpointStore::open(dir.path(), &with(cuts.clone()), 9);
         assert_eq!(opened.is_ok(), is_fresh, "{cuts}");
         if let Err(e) = opened {
-            let (said, hint) = told(&e);
+            let (said, hint) = text_and_hint(&e);
             assert!(
                 said.contains("train.lr_cuts") && hint.contains("remove `step-000200`"),
                 "{said}, {hint}"
@@ -196,9 +198,9 @@ fn one_process_trains_at_a_time() {
     let dir = tempdir().unwrap();
     let _first = open(dir.path());
     let error = CheckpointStore::open(dir.path(), &choices(), 2).unwrap_err();
-    assert!(told(&error).0.contains("another process writes"));
+    assert!(text_and_hint(&error).0.contains("another process writes"));
     CheckpointStore::read_only(dir.path()).unwrap();
-    let (said, hint) = told(&CheckpointStore::read_only(&dir.path().join("none")).unwrap_err());
+    let (said, hint) = text_and_hint(&CheckpointStore::read_only(&dir.path().join("none")).unwrap_err());
     assert!(said.contains("does not exist") && hint.contains("proxykv-train train"), "{said}");
 }
 
@@ -209,7 +211,7 @@ fn a_full_disk_leaves_what_was_there() {
     let size: u64 = files(&dir.path().join("step-000100")).values().map(|f| f.len() as u64).sum();
     for budget in (0..size).step_by(97) {
         let store = open(dir.path()).with_write_budget(WriteBudget::bytes(budget));
-        let (said, hint) = told(&store.save(&state(200, Some(0.9), true)).unwrap_err());
+        let (said, hint) = text_and_hint(&store.save(&state(200, Some(0.9), true)).unwrap_err());
         assert!(
             said.starts_with("cannot save checkpoint") && hint.contains("free some space"),
             "{said} {hint}"
@@ -221,7 +223,7 @@ fn a_full_disk_leaves_what_was_there() {
     store.save(&state(200, Some(0.9), true)).unwrap();
 }
 
-/// SIGKILL at moments that nobody chose: what is there is whole, and the next process continues.
+/// SIGKILL at random moments: what is there is whole, and the next process continues.
 #[test]
 fn a_killed_process_leaves_whole_checkpoints() {
     let dir = tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! What an earlier version wrote is read: `old/` holds a checkpoint and an export of one run, from `old/make.sh`.
+//! What an earlier version wrote is read: `old/` holds a checkpoint and an export of one run, from
+//! `old/make.sh`.
 
 use std::fs;
 use std::path::{Path, PathBuf};

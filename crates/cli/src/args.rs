@@ -1,4 +1,4 @@
-//! The command line: what may be said. What it means is decided by the commands.
+//! The command line: commands, arguments and their help. What they do is left to the commands.
 
 use std::path::PathBuf;
 
@@ -10,18 +10,19 @@ use pkv_recipe::Override;
 
 use crate::completion::values;
 
-/// Train a mapper that lets a small proxy model tell which KV pairs of a big target's cache may be evicted.
+/// Train a mapper with which a small proxy model predicts which KV pairs of a big target's cache may be
+/// evicted.
 ///
-/// KVzip scores of the target are the labels, attention statistics of the proxy the features, a
-/// HybridAxialMapper the network between them. One recipe describes a pair; `run` does all stages.
+/// The labels are KVzip scores of the target, the features are attention statistics of the proxy or the
+/// target, and the network is a HybridAxialMapper. One recipe describes a model pair; `run` runs all stages.
 #[derive(Debug, Parser)]
 #[command(name = "proxykv-train", version, max_term_width = 100, arg_required_else_help = true)]
 pub struct Cli {
-    /// Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1.
+    /// Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1.
     #[arg(long, global = true, default_value = "auto", value_name = "DEVICE", add = values::devices())]
     pub device: DeviceChoice,
 
-    /// CPU threads of libtorch; all cores if absent.
+    /// Number of CPU threads of libtorch [default: all cores].
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<u32>,
 
@@ -29,7 +30,7 @@ pub struct Cli {
     #[arg(long, global = true, default_value = "runs", value_name = "FOLDER", value_hint = ValueHint::DirPath)]
     pub runs: PathBuf,
 
-    /// More on stderr: once for details, twice for debugging.
+    /// Print more to stderr: `-v` for details, `-vv` for debugging.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
@@ -47,23 +48,23 @@ const INFER_EXIT_CODES: &str = "Exit codes: 0 all questions were answered; 1 an 
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Check libtorch, CUDA, memory, disk, hub and what a recipe needs.
+    /// Check libtorch, CUDA, memory, disk, the hub, and what a recipe needs.
     Doctor {
-        /// Also check that this recipe's models and data can be had and fit.
+        /// Also check that this recipe's models and data are available and fit this machine.
         #[arg(long, value_name = "FILE", add = values::recipe())]
         recipe: Option<PathBuf>,
         /// Override a key of the recipe, such as `train.steps=500`; may be repeated.
         #[arg(long = "set", value_name = "KEY=VALUE", add = values::assignment())]
         overrides: Vec<Override>,
     },
-    /// The recipes that come with the program, and a new one for your own pair.
+    /// List or show the recipes that come with the program, or write one for your own model pair.
     Recipes {
         #[command(subcommand)]
         what: RecipesCommand,
     },
     /// Print the JSON schema of recipes, for editors; with `--reference` every key as Markdown.
     Schema {
-        /// The recipe reference, docs/recipes.md.
+        /// Print the recipe reference, docs/recipes.md.
         #[arg(long)]
         reference: bool,
     },
@@ -71,18 +72,19 @@ pub enum Command {
     Plan {
         #[command(flatten)]
         recipe: RecipeArgs,
-        /// Print the resolved recipe as TOML, every key with its meaning and where its value was set, and stop.
+        /// Print the resolved recipe as TOML, every key with its meaning and where its value was set, and
+        /// exit.
         #[arg(long)]
         resolved: bool,
-        /// The machine to plan for: what is here, or what the run will go to.
+        /// Machine to plan for: this one, or the one that the run will use.
         #[arg(long, value_enum, default_value = "here")]
         machine: PlanMachine,
     },
     /// Download models and data into the Hugging Face cache and pin revisions and hashes.
     ///
-    /// Ctrl-C keeps what has arrived; the next fetch goes on there. `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`,
-    /// `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HUB_ETAG_TIMEOUT` and `HF_HUB_DOWNLOAD_TIMEOUT` mean what they mean to
-    /// `huggingface_hub`.
+    /// After Ctrl-C, the next fetch continues with what was downloaded. `HF_HOME`, `HF_HUB_CACHE`,
+    /// `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HUB_ETAG_TIMEOUT` and `HF_HUB_DOWNLOAD_TIMEOUT` have
+    /// the same meaning as for `huggingface_hub`.
     Fetch {
         #[command(flatten)]
         recipe: RecipeArgs,
@@ -90,65 +92,68 @@ pub enum Command {
         #[arg(long)]
         models_only: bool,
     },
-    /// Documents to tokenized examples.
+    /// Turn documents into tokenized examples.
     Prepare {
         #[command(flatten)]
         stage: StageArgs,
-        /// Then show the first N examples as text, each with the facts that were planted in it.
+        /// Afterwards, show the first N examples as text, each with the facts planted in it.
         #[arg(long, value_name = "N")]
         show: Option<usize>,
     },
-    /// KVzip scores of the target.
+    /// Compute labels: KVzip scores of the target.
     Label(StageArgs),
-    /// Features of the proxy.
+    /// Extract features of the proxy or the target.
     Extract(StageArgs),
-    /// The mapper, from labels and features.
+    /// Train the mapper on labels and features.
     Train(StageArgs),
-    /// Predictions against labels, and answers with a pruned cache, beside the baselines.
+    /// Evaluate the mapper and the baselines: agreement with the labels, and answers from pruned caches.
     ///
-    /// Other tasks, methods, policies, ratios and limits add to what was measured with the same mapper; `--redo eval` drops it.
+    /// Results of other tasks, methods, policies, ratios and limits are added to those already measured with
+    /// the same mapper; `--redo eval` discards them.
     Eval {
         #[command(flatten)]
         stage: StageArgs,
-        /// Evaluate this export, run folder or repository of the hub in place of the run's best checkpoint.
+        /// Evaluate this export, run folder or hub repository instead of the run's best checkpoint.
         #[arg(long, value_name = "FOLDER_OR_REPO", value_hint = ValueHint::DirPath)]
         mapper: Option<PathBuf>,
-        /// Write `kept.safetensors` beside the results: tokens, features, scores and what the mapper
-        /// keeps of the first N contexts with facts, which a port is held against.
+        /// Write `kept.safetensors` beside the results, to test ports to other programs: tokens, features,
+        /// scores and kept KV pairs of the first N contexts with facts.
         #[arg(long, value_name = "N")]
         kept: Option<usize>,
-        /// Show the first N contexts of each task with the exact prompts, special tokens spelt out, and stop: nothing is measured.
+        /// Show the first N contexts of each task with the exact prompts, special tokens spelt out, and exit
+        /// without measuring anything.
         #[arg(long, value_name = "N", conflicts_with_all = ["kept", "mapper"])]
         show: Option<usize>,
         #[command(flatten)]
         choices: EvalChoices,
     },
-    /// The frozen mapper: safetensors, config.json, model card, parity vectors.
+    /// Export the trained mapper: safetensors, config.json, model card, parity vectors.
     Export(StageArgs),
-    /// One self-contained HTML file about the run.
+    /// Write one self-contained HTML report of the run.
     Report(StageArgs),
-    /// All stages in order; what is complete and matches the recipe is skipped.
+    /// Run all stages in order; stages that are complete and match the recipe are skipped.
     Run(StageArgs),
     /// Read a context with both models, prune the target's cache once, and answer questions from it.
     #[command(after_help = INFER_EXIT_CODES)]
     Infer(InferArgs),
-    /// Put evaluated runs of one target side by side, with paired differences from the first.
+    /// Compare evaluated runs of one target, with paired differences from the first.
     Compare(CompareArgs),
-    /// Upload an export with its model card to a Hugging Face repository; only shows what it would do, unless `--yes`.
+    /// Upload an export with its model card to a Hugging Face repository; without `--yes`, only show what
+    /// would be sent.
     Push(PushArgs),
-    /// Time a stage's work per context, beside a matrix product and a copy measured in the same run.
+    /// Measure a stage's time per context, with a matrix product and a copy for comparison.
     Bench(BenchArgs),
-    /// What a shard, a stage folder, a run folder, a checkpoint or an export holds.
+    /// Show what a shard, stage folder, run folder, checkpoint or export contains.
     Inspect {
         path: PathBuf,
-        /// How far its labels or features are from those of another folder, made otherwise from the same examples: in another
-        /// dtype, on another device, with another preset.
+        /// Compare labels or features with those of another folder, made from the same examples with other
+        /// settings: another dtype, device or preset.
         #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
         against: Option<PathBuf>,
     },
     /// Write the manual pages of this command and its subcommands: `man FOLDER/proxykv-train.1` shows one.
     Man {
-        /// Made if it is not there.
+        /// Folder to write to; created if absent.
         #[arg(value_name = "FOLDER", value_hint = ValueHint::DirPath)]
         folder: PathBuf,
     },
@@ -156,72 +161,76 @@ pub enum Command {
     Completions { shell: clap_complete::Shell },
 }
 
-/// What `infer` reads, keeps and answers.
+/// Arguments of `infer`.
 #[derive(Clone, Debug, Args)]
 pub struct InferArgs {
-    /// Export of the mapper (`proxykv-train export`), the run folder that holds it, or a repository of the hub.
+    /// Export of the mapper (`proxykv-train export`), the run folder that contains it, or a hub repository.
     #[arg(long, value_name = "FOLDER_OR_REPO", add = values::run_path())]
     pub mapper: PathBuf,
-    /// Target: hub name or folder; the one that the mapper was made for if absent.
+    /// Target: hub name or folder [default: the one that the mapper was trained for].
     #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
     pub target: Option<String>,
-    /// Proxy: hub name or folder; the one that the mapper was made for if absent.
+    /// Proxy: hub name or folder [default: the one that the mapper was trained for].
     #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
     pub proxy: Option<String>,
-    /// Share of the context's KV pairs that stays, above 0, up to 1; `20%` is `0.2`.
+    /// Retention ratio: share of the context's KV pairs that is kept, above 0 and at most 1; `20%` means
+    /// `0.2`.
     #[arg(long, value_name = "RATIO", conflicts_with = "budget", default_value_t = 0.2, value_parser = share)]
     pub retain: f64,
-    /// Tokens that stay in every KV head, or as many KV pairs as these are together (`pair`,
-    /// `pair-floor`, `pair-budget`).
+    /// Number of tokens to keep in every KV head; for `pair`, `pair-floor` and `pair-budget`, the same total
+    /// of KV pairs.
     #[arg(long, value_name = "TOKENS")]
     pub budget: Option<usize>,
-    /// Which KV pairs compete for a place.
+    /// Pruning policy: which KV pairs compete for the budget.
     #[arg(long, value_enum, default_value = "pair-floor")]
     pub policy: PolicyName,
-    /// Keep the newest N tokens of the context in every KV head, whatever their scores, as far as the budget reaches.
+    /// Keep the newest N tokens of the context in every KV head, regardless of their scores, within the
+    /// budget.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub keep_recent: usize,
-    /// Answer each question from the full cache as well, after one more prefill, and print both with tokens and memory.
+    /// Answer each question from the full cache as well, after one more prefill, and print both with tokens
+    /// and memory.
     #[arg(long)]
     pub compare_full: bool,
-    /// How proxy and target share the machine.
+    /// Order of proxy and target, and the devices they run on.
     #[arg(long, value_enum, default_value = "sequential")]
     pub regime: RegimeArg,
-    /// Device of proxy and mapper, for `--regime dual`: the GPU behind the target's if absent.
+    /// Device of proxy and mapper with `--regime dual` [default: the GPU after the target's].
     #[arg(long, value_name = "DEVICE", add = values::devices())]
     pub proxy_device: Option<DeviceChoice>,
-    /// Let the mapper score windows of features as they become final, beside the proxy.
+    /// Run the mapper while the proxy reads, on each window of features as soon as it is final.
     #[arg(long)]
     pub overlap: bool,
     /// The context: a text file, or `-` for stdin.
     #[arg(long, value_name = "FILE", required_unless_present = "context_ids")]
     pub context: Option<PathBuf>,
-    /// The context as token ids, a JSON list, in place of its text.
+    /// The context as a JSON list of token ids, instead of text.
     #[arg(long, value_name = "FILE", conflicts_with = "context")]
     pub context_ids: Option<PathBuf>,
     /// A question; may be repeated.
     #[arg(long = "question", value_name = "TEXT")]
     pub questions: Vec<String>,
-    /// Questions as JSON lines, `{"question": "..."}` or strings; `-` for stdin, answered as they come. A line that is no
-    /// question is refused, and the next one is read.
+    /// Questions as JSON lines, `{"question": "..."}` or strings; `-` for stdin, answered as they arrive. An
+    /// invalid line is refused, and reading continues.
     #[arg(long = "questions", value_name = "FILE")]
     pub question_file: Option<PathBuf>,
-    /// Longest answer, tokens.
+    /// Maximum length of an answer in tokens.
     #[arg(long, default_value_t = 128, value_name = "N")]
     pub max_new_tokens: usize,
-    /// Read special tokens that context and questions spell out, such as `<|im_end|>`, as text: for texts that others wrote.
+    /// Read special tokens that context and questions spell out, such as `<|im_end|>`, as plain text; for
+    /// untrusted texts.
     #[arg(long)]
     pub special_tokens_as_text: bool,
-    /// What the models compute in.
+    /// Dtype of the models.
     #[arg(long, value_enum, default_value = "auto")]
     pub dtype: DtypeArg,
-    /// Tokens per forward of the target's prefill; the scorer's when the mapper was trained if absent.
+    /// Tokens per forward of the target's prefill [default: as when the mapper was trained].
     #[arg(long, value_name = "TOKENS")]
     pub chunk_tokens: Option<usize>,
-    /// Positions that the mapper scores in one forward.
+    /// Number of positions that the mapper scores in one forward pass.
     #[arg(long, default_value_t = 16_384, value_name = "TOKENS")]
     pub window_tokens: usize,
-    /// Write the phases as a trace that ui.perfetto.dev shows.
+    /// Write the phases as a trace for ui.perfetto.dev.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
 }
@@ -234,36 +243,36 @@ fn share(text: &str) -> Result<f64, String> {
     Ok(share / unit)
 }
 
-/// What `compare` compares.
+/// Arguments of `compare`.
 #[derive(Clone, Debug, Args)]
 pub struct CompareArgs {
-    /// Run folders, or names of folders below `--runs`; differences are from the first one.
+    /// Run folders, or names of run folders below `--runs`; differences are relative to the first.
     #[arg(value_name = "RUN", num_args = 2.., required = true, add = values::run_name())]
     pub folders: Vec<PathBuf>,
-    /// Also write one self-contained HTML page.
+    /// Also write a self-contained HTML page.
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
 }
 
-/// What `push` sends where.
+/// Arguments of `push`.
 #[derive(Clone, Debug, Args)]
 pub struct PushArgs {
-    /// A run folder, whose export is meant, or an export.
+    /// An export, or a run folder that contains one.
     #[arg(value_name = "RUN_OR_EXPORT", add = values::run_path())]
     pub source: PathBuf,
-    /// Repository on the hub; made if it is not there.
+    /// Hub repository; created if absent.
     #[arg(long, value_name = "OWNER/NAME")]
     pub repo: String,
-    /// Make the repository private; one that is public is then refused.
+    /// Create the repository as private; an existing public one is refused.
     #[arg(long)]
     pub private: bool,
-    /// Branch that the files go to; made if it is not there.
+    /// Branch to commit to; created if absent.
     #[arg(long, value_name = "BRANCH", default_value = "main")]
     pub revision: String,
-    /// Message of the commit.
+    /// Commit message.
     #[arg(long, value_name = "TEXT")]
     pub message: Option<String>,
-    /// Send it.
+    /// Upload. Without this flag nothing is sent.
     #[arg(long)]
     pub yes: bool,
 }
@@ -271,15 +280,15 @@ pub struct PushArgs {
 /// A policy, as `--policy` spells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PolicyName {
-    /// All KV pairs of the context with each other.
+    /// All KV pairs of the context compete.
     Pair,
-    /// The same, but every KV head keeps its best positions: at least a sixth of an even share.
+    /// As `pair`, but every KV head keeps at least a sixth of an even share.
     PairFloor,
-    /// The positions of each KV head.
+    /// Positions compete within each KV head; every head keeps the same number.
     PairUniform,
-    /// The positions of each KV head, which keeps as many as the budget that the export has for it.
+    /// Positions compete within each KV head; the number kept is the head's budget from the export.
     PairBudget,
-    /// Positions, the same in all KV heads.
+    /// Positions compete; all KV heads keep the same ones.
     Token,
 }
 
@@ -298,7 +307,7 @@ impl PolicyName {
 /// A regime, as `--regime` spells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum RegimeArg {
-    /// Proxy and mapper first, then the target: the least memory.
+    /// Proxy and mapper first, then the target; needs the least memory.
     Sequential,
     /// Both at once on one GPU.
     Streams,
@@ -315,60 +324,60 @@ pub enum DtypeArg {
     Bf16,
 }
 
-/// What `bench` times, on what, and how often.
+/// Arguments of `bench`.
 #[derive(Clone, Debug, Args)]
 pub struct BenchArgs {
-    /// The stage whose work is timed.
+    /// Stage to measure.
     #[arg(value_enum)]
     pub what: BenchWhat,
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// Models of the recipe's shapes with random weights, made on the device: no file is needed.
+    /// Use models of the recipe's shapes with random weights, created on the device; no file is needed.
     #[arg(long)]
     pub random_weights: bool,
-    /// Lengths of the contexts, tokens; the recipe's windows if absent.
+    /// Context lengths in tokens [default: the recipe's windows].
     #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
     pub context: Vec<usize>,
-    /// Runs of each piece of work, after one to warm up; `train` takes as many steps, five times.
+    /// Number of timed runs after one warm-up run; `train` runs this many steps, five times.
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub repeats: usize,
-    /// No further run of a piece of work after this many seconds, but two at least.
+    /// Time limit per measurement; at least two runs are made.
     #[arg(long, default_value_t = 20.0, value_name = "SECONDS")]
     pub max_seconds: f64,
     /// Figures of `scripts/peer/time_kvpress.py` (`train`: `mapper_compile.py`, a line per run) for the same
-    /// shape, to be printed beside ours.
+    /// shape, to print beside our own.
     #[arg(long, value_name = "FILE")]
     pub peer: Option<PathBuf>,
-    /// `decode`: sequences that decode together; several may be named.
+    /// `decode`: batch size, in sequences; a list is allowed.
     #[arg(long, default_value = "1", value_name = "N", value_delimiter = ',')]
     pub batch: Vec<usize>,
-    /// `prefill`: the proxy's features that are timed; several may be named.
+    /// `prefill`: feature set to measure; a list is allowed.
     #[arg(long, value_enum, value_name = "SET", value_delimiter = ',',
         default_values_t = [FeatureSet::Recipe, FeatureSet::Window, FeatureSet::Reconstruction])]
     pub features: Vec<FeatureSet>,
-    /// `prefill`: write the phases of each regime as a trace that ui.perfetto.dev shows.
+    /// `prefill`: write the phases of each regime as a trace for ui.perfetto.dev.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
 }
 
-/// Features, by where they come from and what they cost.
+/// Feature sets, by source and cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FeatureSet {
-    /// The recipe's.
+    /// The recipe's features.
     Recipe,
-    /// The proxy's: those of a window of queries.
+    /// Proxy features from a window of queries.
     Window,
     /// The proxy's own KVzip scores.
     Reconstruction,
-    /// The target's own prefill: the default channels, no surprisal.
+    /// Target features: the default channels without surprisal.
     Target,
-    /// The target's own prefill: those of a window of queries.
+    /// Target features from a window of queries.
     TargetWindow,
-    /// The target's own prefill: every channel that a target gives but those of the whole range.
+    /// Target features: all channels except those of the whole range.
     TargetUnrun,
-    /// The target's own prefill: every channel that a target gives.
+    /// Target features: all channels.
     TargetAll,
-    /// The target's own prefill, and the proxy's with its KVzip scores.
+    /// Target features, and proxy features with the proxy's KVzip scores.
     Both,
 }
 
@@ -391,11 +400,12 @@ impl FeatureSet {
 pub enum BenchWhat {
     /// Target: prefill, and prefill with KVzip scoring.
     Label,
-    /// Proxy: prefill, and the features by what they cost.
+    /// Proxy: prefill, and feature extraction by cost.
     Extract,
     /// Mapper: steps through the loader, and on a batch that is on the device already.
     Train,
-    /// Both models: a context to a pruned cache, by the target alone, by KVzip, and by ProxyKV in every regime.
+    /// Both models: from a context to a pruned cache, with the target alone, with KVzip, and with ProxyKV in
+    /// every regime.
     Prefill,
     /// Target: tokens per second from full and from pruned caches.
     Decode,
@@ -413,7 +423,7 @@ impl BenchWhat {
     }
 }
 
-/// What `plan` plans for.
+/// Machines that `plan` knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PlanMachine {
     /// An H200 if there is a GPU, else this CPU.
@@ -431,13 +441,14 @@ pub struct RecipeArgs {
     /// Override a key of the recipe, such as `train.steps=500`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE", add = values::assignment())]
     pub sets: Vec<Override>,
-    /// Documents in place of the recipe's: text, jsonl or parquet files, as paths or quoted patterns such as 'my/*.txt'.
+    /// Documents to use instead of the recipe's: text, jsonl or parquet files, as paths or quoted patterns
+    /// such as 'my/*.txt'.
     #[arg(long, value_name = "FILES", num_args = 1.., value_hint = ValueHint::FilePath)]
     pub data: Vec<String>,
 }
 
 impl RecipeArgs {
-    /// All that the command line says of the recipe; shorthands win over `--set`.
+    /// All overrides of the recipe from the command line; shorthands win over `--set`.
     pub fn overrides(&self) -> Vec<Override> {
         let mut all = self.sets.clone();
         if !self.data.is_empty() {
@@ -454,66 +465,69 @@ fn list(items: &[impl AsRef<str>]) -> String {
     format!("[{}]", quoted.join(", "))
 }
 
-/// What `recipes` does.
+/// Subcommands of `recipes`.
 #[derive(Clone, Debug, Subcommand)]
 pub enum RecipesCommand {
-    /// Every recipe below `recipes/` with its pair, in a line.
+    /// List the recipes below `recipes/` with their model pairs.
     Ls,
-    /// The text of a recipe.
+    /// Print a recipe.
     Show {
-        /// A name that `ls` prints, or a file.
+        /// Recipe name as printed by `ls`, or a file.
         #[arg(value_name = "NAME")]
         name: String,
     },
-    /// Write a recipe for your own pair; shapes are read from the models' config.json.
+    /// Write a recipe for your own model pair; shapes are read from the models' config.json.
     Init(InitArgs),
 }
 
-/// What `recipes init` writes.
+/// Arguments of `recipes init`.
 #[derive(Clone, Debug, Args)]
 pub struct InitArgs {
-    /// The model that you serve: folder or hub name.
+    /// The model that you serve (the target): folder or hub name.
     #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
     pub target: String,
-    /// A small model of its family, for features of its prefill; without one, the target's own prefill gives them.
+    /// A small model of the same family (the proxy), whose prefill gives the features
+    /// [default: features come from the target's own prefill].
     #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
     pub proxy: Option<String>,
-    /// Documents to train on: text, jsonl or parquet files, as paths or quoted patterns; without them, a manifest is named.
+    /// Documents to train on: text, jsonl or parquet files, as paths or quoted patterns
+    /// [default: a manifest].
     #[arg(long, value_name = "FILES", num_args = 1..)]
     pub data: Vec<String>,
     /// Name of the pair and of its run folder.
     #[arg(long)]
     pub name: Option<String>,
-    /// File to write, `-` for stdout; `recipes/NAME.toml` if absent. A file that is there is never overwritten.
+    /// File to write, `-` for stdout; existing files are never overwritten [default: recipes/NAME.toml].
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
 }
 
-/// What every stage takes.
+/// Arguments of every stage.
 #[derive(Clone, Debug, Args)]
 pub struct StageArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// Throw this stage's output away and make it again; may be repeated.
+    /// Delete this stage's output and compute it again; may be repeated.
     #[arg(long, value_name = "STAGE")]
     pub redo: Vec<Stage>,
 }
 
-/// What is evaluated: shorthands for keys of `[eval]`.
+/// What to evaluate: shorthands for keys of `[eval]`.
 #[derive(Clone, Debug, Default, Args)]
 pub struct EvalChoices {
     #[arg(long, value_delimiter = ',', value_name = "TASK,...", help = tasks_help(), add = values::tasks())]
     pub tasks: Vec<String>,
-    /// Methods in place of the recipe's, such as mapper,kvzip,snapkv.
+    /// Methods to use instead of the recipe's, such as mapper,kvzip,snapkv.
     #[arg(long, value_delimiter = ',', value_name = "METHOD,...", value_parser = method_names(), add = values::methods())]
     pub methods: Vec<String>,
-    /// Policies in place of the recipe's, of the metrics against labels and of the tasks.
+    /// Policies to use instead of the recipe's, for the metrics against labels and for the tasks.
     #[arg(long, value_delimiter = ',', value_name = "POLICY,...", value_enum)]
     pub policies: Vec<PolicyName>,
-    /// At most this many contexts of each task.
+    /// Maximum number of contexts per task.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Keep the newest N tokens of a context in every KV head, whatever their scores, as far as the budget reaches.
+    /// Keep the newest N tokens of a context in every KV head, regardless of their scores, within the
+    /// budget.
     #[arg(long, value_name = "N")]
     pub keep_recent: Option<usize>,
 }
@@ -521,7 +535,7 @@ pub struct EvalChoices {
 fn tasks_help() -> String {
     let names: Vec<&str> = pkv_eval::tasks::names().collect();
     format!(
-        "Tasks in place of the recipe's: {}; or single tasks of a benchmark, such as ruler/vt",
+        "Tasks to use instead of the recipe's: {}; or single tasks of a benchmark, such as ruler/vt",
         names.join(", ")
     )
 }

@@ -1,8 +1,8 @@
-//! `bench`: how long a stage's work takes per context, and what the machine could do.
+//! `bench`: a stage's time per context, and the machine's peak rates.
 //!
-//! Works on models of a recipe's shapes with random weights (how long it takes does not depend on
-//! their values) and on random tokens, so that nothing is downloaded and no run folder is made. What
-//! is timed is what the stages call; shards are not written. Running out of memory is a row of the table.
+//! Uses models of a recipe's shapes with random weights (time does not depend on their values) and random
+//! tokens, so that nothing is downloaded and no run folder is made. The timed functions are those that the
+//! stages call; shards are not written. Running out of memory is reported as a row of the table.
 
 mod clock;
 mod decode;
@@ -34,7 +34,7 @@ use models::Subject;
 use peer::Peer;
 use roofline::Roofline;
 
-/// What was measured, for the table and `--json`.
+/// The measurements, for the table and `--json`.
 #[derive(Debug, Serialize)]
 pub struct Report {
     pub stage: &'static str,
@@ -49,7 +49,7 @@ pub struct Report {
     pub peer: Option<String>,
 }
 
-/// What was asked for.
+/// The request.
 struct Job<'a> {
     json: bool,
     args: &'a BenchArgs,
@@ -60,13 +60,13 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Print a report: as JSON if that was asked for, else as `text` puts it.
+    /// Print a report: as JSON if requested, else as `text`.
     fn print<R: Serialize>(&self, report: &R, text: impl FnOnce(&R) -> String) -> Result<()> {
         output::print_either(self.json, report, || text(report))
     }
 }
 
-/// What the rows of a language model need.
+/// Inputs of the rows of a language model.
 pub struct Bench<'a> {
     pub recipe: &'a Recipe,
     pub contexts: &'a [usize],
@@ -76,8 +76,8 @@ pub struct Bench<'a> {
 /// Time what `args` name and print it.
 ///
 /// # Errors
-/// The recipe or the peer's file is invalid, a model cannot be had, or the work fails for another
-/// reason than memory.
+/// The recipe or the peer's file is invalid, a model is not available, or the work fails for a reason other
+/// than memory.
 pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
     let recipe = load_recipe(&args.recipe.recipe, &args.recipe.overrides())?;
     ensure!(args.repeats > 0, hinted("`--repeats` is 0", "measure at least once"));
@@ -130,7 +130,7 @@ fn models(job: &Job) -> Result<()> {
     job.print(&report, table::text)
 }
 
-/// As PyTorch spells it, and the peer's script.
+/// As PyTorch and the peer's script spell it.
 fn dtype_name(kind: Kind) -> &'static str {
     if kind == Kind::BFloat16 { "bfloat16" } else { "float32" }
 }

@@ -1,8 +1,9 @@
-//! Completion of the command line in bash, zsh and fish: the scripts that ask, and the answers.
+//! Completion of the command line in bash, zsh and fish: the shell scripts, and the candidates.
 //!
 //! A shell's script runs this binary again with the words so far; clap_complete's engine finds from `args`
-//! what may come next. Which values exist is `values`' matter. Two shells get a script of our own: bash splits words at `=` and `:`, which
-//! the engine does not know, and both must not add a blank after `key=`. Nothing here touches libtorch or logs.
+//! what may come next. The candidate values come from `values`. Two shells get a script of our own: bash
+//! splits words at `=` and `:`, which the engine does not know, and both must not add a blank after `key=`.
+//! Nothing here touches libtorch or logs.
 
 pub mod values;
 
@@ -17,16 +18,16 @@ use clap_complete::env::{CompleteEnv, Elvish, EnvCompleter, Fish, Powershell, Sh
 
 use crate::args::Cli;
 
-/// Set by the scripts; a general name such as `COMPLETE` may mean something else to somebody.
+/// Set by the scripts; a general name such as `COMPLETE` may be in use for something else.
 const VARIABLE: &str = "PROXYKV_TRAIN_COMPLETE";
 const SHELLS: Shells<'static> = Shells(&[&Bash, &Zsh, &Fish, &Elvish, &Powershell]);
 
-/// Answer a shell's script and end, if one asks.
+/// If a shell's completion script calls, answer it and exit.
 pub fn answer() {
     CompleteEnv::with_factory(Cli::command).var(VARIABLE).shells(SHELLS).complete();
 }
 
-/// The script that makes `shell` ask this binary.
+/// The completion script for `shell`, which calls this binary.
 ///
 /// # Errors
 /// There is no name for this binary.
@@ -93,8 +94,8 @@ impl EnvCompleter for Bash {
     }
 }
 
-/// Words that bash split at `=` and `:` as the user typed them, up to the word of `index`; its new index, and how many bytes of
-/// it come before the last break.
+/// Words that bash split at `=` and `:` as the user typed them, up to the word of `index`; its new index, and
+/// how many bytes of it come before the last break.
 fn joined(words: &[OsString], index: usize) -> (Vec<OsString>, usize, usize) {
     let is_break = |w: &OsStr| !w.is_empty() && w.to_string_lossy().chars().all(|c| "=:".contains(c));
     let mut out: Vec<OsString> = Vec::new();

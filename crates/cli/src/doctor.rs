@@ -1,8 +1,8 @@
-//! `doctor`: what this machine has, and whether it is what a recipe needs.
+//! `doctor`: checks the machine, and whether it meets a recipe's needs.
 //!
-//! Looks and never changes anything: no folder is made, nothing is downloaded. Each check says what
-//! it found and, where something is amiss, the command or edit that repairs it. Needs of a recipe
-//! come from `plan`, which knows them without opening a model.
+//! Changes nothing: no folder is made, nothing is downloaded. Each check reports what it found and, if
+//! something is wrong, the command or edit that repairs it. Needs of a recipe come from `plan`, which knows
+//! them without opening a model.
 
 mod hub;
 mod machine;
@@ -33,9 +33,9 @@ const LONG_SECS: f64 = 12.0 * 3600.0;
 pub struct Check {
     pub name: String,
     pub status: Status,
-    /// What was found.
+    /// The finding.
     pub detail: String,
-    /// What repairs it; empty where nothing is amiss.
+    /// The repair; empty if the check passed.
     pub hint: String,
 }
 

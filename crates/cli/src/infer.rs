@@ -1,4 +1,4 @@
-//! `infer`: a context through both models, a pruned cache, answers from it.
+//! `infer`: reads a context, prunes the target's cache, and answers questions from it.
 
 mod input;
 mod output;
@@ -93,7 +93,7 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
     }
     let context = input::context(args, &target.tokenizer, &stop)?;
     check_length(target.tokenizer.prefix().len() + context.len(), target.config.max_positions)?;
-    // Opened now, so that a wrong name is told before minutes of work.
+    // Opened now, so that a wrong name is reported before minutes of work.
     let questions = input::questions(args, &stop)?;
     let trained_tokens = config.trained_tokens.or(config.train.window_tokens);
     if let Some(most) = trained_tokens.filter(|most| context.len() > *most) {
@@ -221,10 +221,10 @@ fn answer_all(
         let index = summary.questions;
         output.asked(&text)?;
         output.whose_answer("pruned")?;
-        let told = &mut |piece: &str| output.piece(index, piece);
+        let emit = &mut |piece: &str| output.piece(index, piece);
         summary.questions += 1;
         let answered = Question::new(&text, tokenizer, args.max_new_tokens)
-            .and_then(|q| answer(model, tokenizer, &mut prefilled.cache, &q, &stopped, told));
+            .and_then(|q| answer(model, tokenizer, &mut prefilled.cache, &q, &stopped, emit));
         match answered {
             Ok(a) => {
                 output.answered(index, &text, &a)?;
@@ -233,9 +233,9 @@ fn answer_all(
                 decode_secs += a.decode_secs;
                 if let (Some(cache), Some(full)) = (&mut whole, &mut full) {
                     output.whose_answer("full")?;
-                    let told = &mut |piece: &str| output.full_piece(piece);
+                    let emit = &mut |piece: &str| output.full_piece(piece);
                     let other = Question::new(&text, tokenizer, args.max_new_tokens)
-                        .and_then(|q| answer(model, tokenizer, cache, &q, &stopped, told))?;
+                        .and_then(|q| answer(model, tokenizer, cache, &q, &stopped, emit))?;
                     full.add(&a, &other, steps(&other));
                     output.full_answered(index, &text, &a, &other)?;
                 }
@@ -302,7 +302,7 @@ const fn dtype(dtype: DtypeArg) -> DtypeName {
     }
 }
 
-/// Where proxy and mapper compute: with `dual` the next GPU, if there is one.
+/// Device of proxy and mapper: with `dual` the next GPU, if there is one.
 fn proxy_device(args: &InferArgs, regime: RegimeName, target: Device) -> Result<Device> {
     match args.proxy_device {
         Some(choice) => pkv_gpu::device(choice),

@@ -1,6 +1,6 @@
-//! `inspect`: what a file or folder that this program writes holds, as text.
+//! `inspect`: the content of a file or folder that this program writes, as text.
 //!
-//! The kind is told by what lies there, never by the name; hashes are checked where a kind has
+//! The kind is recognized by the content, never by the name; hashes are checked where a kind has
 //! them. Numbers come from the crates that own the formats.
 
 mod against;

@@ -58,7 +58,7 @@ fn end(result: Result<ExitCode>) -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
-    // Until now nobody listens for the signal: reading the arguments needs no clean stop.
+    // Until now the signal has no handler: reading the arguments needs no clean stop.
     let stop = session::stop_on_signal()?;
     match &cli.command {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),

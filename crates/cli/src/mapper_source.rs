@@ -24,7 +24,8 @@ use crate::terminal::Bar;
 /// A mapper and where it came from.
 pub struct Trained {
     pub mapper: Mapper,
-    /// What its loss had learned, if a checkpoint or an older export says: a part of what stored evaluations are known by.
+    /// What its loss had learned, if a checkpoint or an older export says: a part of what stored evaluations
+    /// are known by.
     pub loss: NamedTensors,
     /// In words, for tables.
     pub source: String,
@@ -39,8 +40,8 @@ pub struct Trained {
     pub budgets: Option<HeadBudgets>,
 }
 
-/// The folder of the export that was named: itself, that of a run folder, or a hub repository's, downloaded where the cache
-/// lacks it. What is none of these is [`Export::read`]'s to refuse.
+/// The folder of the export that was named: itself, that of a run folder, or a hub repository's, downloaded
+/// where the cache lacks it. What is none of these is [`Export::read`]'s to refuse.
 ///
 /// # Errors
 /// The hub has no such repository or does not answer.
@@ -54,8 +55,11 @@ pub fn export_folder(named: &Path, stop: &AtomicBool) -> Result<PathBuf> {
         });
     }
     let name = named.to_string_lossy();
-    let is_repository =
-        name.matches('/').count() == 1 && !name.starts_with(['/', '.', '~']) && !name.ends_with('/');
+    // Below a folder that is there it is a misspelled path.
+    let is_repository = name.matches('/').count() == 1
+        && !name.starts_with(['/', '.', '~'])
+        && !name.ends_with('/')
+        && !named.parent().is_some_and(Path::is_dir);
     if !is_repository {
         return Ok(named.to_path_buf());
     }

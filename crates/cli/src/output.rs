@@ -1,6 +1,7 @@
-//! stdout: results, and what becomes of a command whose reader goes away or whose disk is full.
+//! stdout: results, and how a command ends if the reader closes the pipe or the disk is full.
 //!
-//! The only place that writes to stdout; `print!` would panic where this returns an error. stderr is `terminal`'s.
+//! The only place that writes to stdout; `print!` would panic where this returns an error. stderr is
+//! `terminal`'s.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Write};
@@ -29,7 +30,8 @@ impl fmt::Display for Lost {
 
 impl std::error::Error for Lost {}
 
-/// Write `text` and send it off; what a terminal would obey in it is spelt out, in a form that JSON reads back.
+/// Write `text` and send it off; what a terminal would obey in it is spelt out, in a form that JSON reads
+/// back.
 ///
 /// # Errors
 /// [`Lost`].
@@ -55,7 +57,7 @@ pub fn print_either(json: bool, value: &impl Serialize, text: impl FnOnce() -> S
     if json { print_json(value) } else { print(&text()) }
 }
 
-/// What another writer to stdout met, flushed.
+/// The result of another writer to stdout, after a flush.
 ///
 /// # Errors
 /// [`Lost`].

@@ -1,4 +1,4 @@
-//! The two models of the recipe: found, compared with what the recipe says of them, loaded.
+//! Finds the recipe's two models, compares them with the recipe's shapes, and loads them.
 
 use std::path::{Path, PathBuf};
 
@@ -101,7 +101,7 @@ impl Found {
             .with_context(|| format!("cannot load the {} `{}`", self.role.name(), self.section.model))
     }
 
-    /// What the recipe says of it.
+    /// Its section of the recipe.
     pub fn section(&self) -> &ModelSection {
         &self.section
     }

@@ -42,7 +42,7 @@ pub fn run(cli: &Cli, args: &PushArgs, stop: Arc<AtomicBool>) -> Result<()> {
     let done = hub.push(&push, &Bar::new(), &check_stop)?;
     show(
         cli,
-        || told(&push, &done),
+        || in_words(&push, &done),
         || {
             let mut value = as_json(&hub, &push, &folder);
             value["dry_run"] = json!(false);
@@ -123,7 +123,7 @@ fn unlicensed(push: &Push) -> bool {
     text.lines().any(|l| l == "license: unknown")
 }
 
-fn told(push: &Push, done: &Pushed) -> String {
+fn in_words(push: &Push, done: &Pushed) -> String {
     let list = |names: &[String]| names.join(", ");
     let mut out = String::new();
     if done.sent.is_empty() {

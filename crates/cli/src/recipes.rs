@@ -1,6 +1,7 @@
-//! `recipes`: those that come with the program, and a new one for a pair whose shapes are read from config.json.
+//! `recipes`: lists and shows the recipes that come with the program, and writes one for a pair whose shapes
+//! are read from config.json.
 //!
-//! What a key means is the reference's matter (`schema --reference`).
+//! The meaning of keys is in the reference (`schema --reference`).
 
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write as _};
@@ -199,24 +200,26 @@ fn recipe_text(
     }
     let window = windows.last().copied().unwrap_or(longest);
     let least = windows[0].min(800);
-    let from = match proxy {
-        None => {
-            "# The target's own prefill: no second model, about a tenth of a prefill.\nfrom = [\"target\"]"
-        }
-        Some(_) => {
-            "# Both models answer most; `[\"target\"]` alone needs no proxy, `[\"proxy\"]` is the paper's ProxyKV.\nfrom = [\"target\", \"proxy\"]"
-        }
-    };
     format!(
         "# Written by `proxykv-train recipes init`; every key: docs/recipes.md, or `proxykv-train plan --resolved`.\n\n\
          name = {}\n\n# Shapes as the models' config.json has them.\n{}{second}[data]\n{documents}\n\
-         # Contexts of each split. `plan` says what more of them cost.\ntrain = 600\nvalidation = 60\ntest = 60\n\
+         # Contexts of each split. `plan` says what more of them cost.\ntrain = 600\n{}\n\
          # Several lengths, so that the mapper sees what changes with length. Train as long as you serve.\n\
          window_tokens = {windows:?}\ntest_window_tokens = {window}\nmin_tokens = {least}\n\n\
-         [extract]\n{from}\n\n[train]\n# Until validation no longer gains.\nsteps = \"auto\"\nbatch = 4\n\n\
-         [eval]\n# Questions are asked of contexts of this length.\ncontext_tokens = {window}\n\
-         # Chat models answer in sentences.\nanswer_match = \"contains\"\nmax_answer_tokens = 48\n",
+         {}[eval]\n{}\n# Questions are asked of contexts of this length.\ncontext_tokens = {window}\n",
         quoted(name),
         section("target", target_name, target),
+        shared("data"),
+        ["extract", "mapper", "loss", "train"].map(|of| format!("[{of}]\n{}\n\n", shared(of))).concat(),
+        shared("eval"),
     )
+}
+
+/// What the recipes of published models share.
+const SHARED: &str = include_str!("../../../recipes/base/target-features.toml");
+
+/// The lines of one section of [`SHARED`].
+fn shared(section: &str) -> &'static str {
+    let body = SHARED.split_once(&format!("[{section}]\n")).map_or("", |(_, rest)| rest);
+    body.split_once("\n[").map_or(body, |(body, _)| body).trim()
 }

@@ -1,4 +1,4 @@
-//! How an error looks on the terminal, and which exit code it has.
+//! Formatting of errors on the terminal, and their exit codes.
 
 use std::fmt::Write;
 use std::io::{self, ErrorKind};
@@ -8,13 +8,15 @@ use pkv_core::{Hinted, neutral};
 
 use crate::output::Lost;
 
-/// Exit codes: 0 done, 1 the user can repair it, 2 anything else (and, as is usual, arguments that are no command line),
-/// 3 answered without pruning because the proxy failed, 130 interrupted, 141 stdout was closed.
+/// Exit codes: 0 done, 1 the user can repair it, 2 anything else (and, as is usual, arguments that are no
+/// command line), 3 answered without pruning because the proxy failed, 130 interrupted, 141 stdout was
+/// closed.
 pub const REPAIRABLE: u8 = 1;
 pub const UNEXPECTED: u8 = 2;
 pub const FELL_BACK: u8 = 3;
 pub const INTERRUPTED: u8 = 130;
-/// What a shell reports of a program that SIGPIPE ends: not all of the output was read, which a script may want to know.
+/// What a shell reports of a program that SIGPIPE ends: not all of the output was read, which a script may
+/// want to know.
 pub const CLOSED: u8 = 141;
 
 /// The work was stopped by the user; what was done is on disk.
@@ -31,7 +33,8 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`; nothing of a reader that went away.
+/// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`; empty if stdout's reader closed the
+/// pipe.
 pub fn error(e: &Error) -> String {
     let mut out = String::new();
     if is_closed(e) {
@@ -85,10 +88,21 @@ pub fn hint(e: &Error) -> Option<&str> {
         .or_else(|| system_hint(e))
 }
 
-/// What repairs a failed call of the system that nobody closer to it has a hint for.
+/// What repairs a failed call of the system, or a file that holds no text, that nothing closer to it has a
+/// hint for.
 fn system_hint(e: &Error) -> Option<&'static str> {
     let error = e.chain().find_map(|cause| cause.downcast_ref::<io::Error>())?;
-    let number = error.raw_os_error()?;
+    let Some(number) = error.raw_os_error() else {
+        let wrong = [
+            ErrorKind::InvalidData,
+            ErrorKind::FileTooLarge,
+            ErrorKind::IsADirectory,
+            ErrorKind::InvalidInput,
+        ];
+        return wrong.contains(&error.kind()).then_some(
+            "the file is damaged, or another one lies in its place: put it back from a copy, or make it anew",
+        );
+    };
     Some(match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
             "free some space and run the same command again; what is whole is kept"
@@ -138,6 +152,8 @@ mod tests {
             assert_eq!(hint(&e.context(hinted("a", "closer"))), Some("closer"));
         }
         assert_eq!(hint(&Error::from(io::Error::other("a bug"))), None);
+        let e = Error::from(io::Error::new(ErrorKind::InvalidData, "invalid utf-8"));
+        assert!(hint(&e.context("cannot read `x`")).is_some_and(|h| h.contains("is damaged")));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `runs/<name>/`: where each stage's output lies, and `run.json`, which says how it was made.
+//! `runs/<name>/`: the folder of each stage's output, and `run.json`, the record of how it was made.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -20,14 +20,14 @@ pub struct RunFolder {
     root: PathBuf,
 }
 
-/// What a stage that ran has to say of itself.
+/// Record of a stage that ran.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StageRecord {
     /// Wall-clock time, all attempts together.
     pub secs: f64,
     /// Key numbers, such as examples and tokens.
     pub summary: Value,
-    /// Where it ran last, in words; empty in runs of earlier versions.
+    /// Device of its last run, in words; empty in runs of earlier versions.
     #[serde(default)]
     pub device: String,
     /// GPUs that it held.
@@ -128,7 +128,7 @@ impl RunFolder {
         })
     }
 
-    /// What a stage said of itself, if it ran.
+    /// Record of a stage, if it ran.
     pub fn stage(&self, stage: &str) -> Option<StageRecord> {
         serde_json::from_value(self.read().ok()?.get("stages")?.get(stage)?.clone()).ok()
     }
@@ -162,8 +162,8 @@ impl RunFolder {
     fn update(&self, change: impl FnOnce(&mut Map<String, Value>)) -> Result<()> {
         let path = self.root.join("run.json");
         let hint = || hinted(format!("cannot write `{}`", path.display()), "check the disk's free space");
-        // Several processes may work in one folder: each adds to what the others wrote. Without locks (some network folders
-        // have none) the last one counts.
+        // Several processes may work in one folder: each adds to what the others wrote. Without locks (some
+        // network folders have none) the last one counts.
         let folder = File::open(&self.root).with_context(hint)?;
         let _ = folder.lock();
         let mut run = self.read()?;

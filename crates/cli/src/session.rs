@@ -1,4 +1,4 @@
-//! One invocation: the recipe, the run folder, the device, and the wish to stop.
+//! One invocation: the recipe, the run folder, the device, and the cancellation flag.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::render::Interrupted;
 use crate::run_folder::RunFolder;
 use crate::terminal::{self, Bar};
 
-/// What every stage needs, opened once.
+/// Inputs of every stage, opened once.
 pub struct Session {
     pub recipe: Recipe,
     pub manifest: Manifest,
@@ -93,8 +93,8 @@ pub fn kind_on(device: Device, dtype: DtypeName) -> Kind {
     }
 }
 
-/// The manifest as the recipe names it, from the working directory or from the folder above the recipe's, with its path;
-/// or that of the documents which the recipe names itself.
+/// The manifest as the recipe names it, from the working directory or from the folder above the recipe's,
+/// with its path; or that of the documents which the recipe names itself.
 ///
 /// # Errors
 /// It cannot be read, or names no documents.
@@ -180,7 +180,8 @@ pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
         let begun = *first.get_or_insert_with(Instant::now);
         if flag.swap(true, Ordering::Relaxed) {
             if begun.elapsed() > SAME {
-                // Not `exit`: libtorch's threads are at work, and its destructors would pull the ground from under them.
+                // Not `exit`: libtorch's threads are at work, and its destructors would pull the ground from
+                // under them.
                 // SAFETY: `_exit` ends the process without running anything of it.
                 unsafe { libc::_exit(crate::render::INTERRUPTED.into()) }
             }

@@ -1,6 +1,6 @@
-//! `prepare --show` and `eval --show`: examples and prompts as text, to be looked at before hours of work.
+//! `prepare --show` and `eval --show`: examples and prompts as text, to check them before a long run.
 //!
-//! What a terminal would obey in a document is spelt out (`output::print`).
+//! Control characters in documents are escaped (`output::print`).
 
 use std::fmt::Write;
 

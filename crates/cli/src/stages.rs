@@ -24,13 +24,13 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use pkv_core::{Fingerprint, Source, hinted};
 use pkv_shard::durable::lock_work;
-use pkv_shard::{StageDir, StageState};
+use pkv_shard::{Row, StageDir, StageState, StageWriter};
 use serde_json::Value;
 
 use crate::args::Stage;
 use crate::session::Session;
 
-/// What a stage did.
+/// Outcome of a stage.
 pub enum Outcome {
     /// It worked; key numbers for `run.json` and the log.
     Done(Value),
@@ -41,7 +41,7 @@ pub enum Outcome {
 /// Run one stage: throw its output away if asked to, do it, say what was done, record time and numbers.
 ///
 /// # Errors
-/// Whatever the stage could not do, named by the stage.
+/// The stage's own errors.
 pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOptions) -> Result<()> {
     s.check_stop()?;
     if matches!(stage, Stage::Train | Stage::Eval | Stage::Export) && extract::is_due(s) {
@@ -82,8 +82,9 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOption
     }
 }
 
-/// A stage whose output is no folder of shards (those have a lock of their own), held against other processes: from
-/// before its output is thrown away until its record is written. Evaluations add up, and hold theirs together.
+/// A stage whose output is no folder of shards (those have a lock of their own), held against other
+/// processes: from before its output is thrown away until its record is written. Evaluations add up, and hold
+/// theirs together.
 fn hold(s: &Session, stage: Stage, again: bool, options: &eval::EvalOptions) -> Result<Option<File>> {
     let (output, shared) = match stage {
         Stage::Train => ("train".to_owned(), false),
@@ -96,6 +97,14 @@ fn hold(s: &Session, stage: Stage, again: bool, options: &eval::EvalOptions) -> 
     };
     let doing = format!("runs `{}` in `{}`", stage.name(), s.run.root().display());
     lock_work(&s.run.root().join(format!("{output}.lock")), shared, &doing).map(Some)
+}
+
+/// Keep what a stage that ends early has computed of the shard at work. Why it ends is the error that the
+/// user sees; a disk that fails here as well is a warning.
+fn keep<R: Row>(writer: StageWriter<R>) {
+    if let Err(e) = writer.keep() {
+        tracing::warn!("the {} of the shard at work are lost: {e:#}", R::FILES);
+    }
 }
 
 /// Throw a stage's output away, so that it is made again.
@@ -134,7 +143,7 @@ pub fn require(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<()>
         StageState::Partial(rows) => {
             bail!(hinted(format!("`{}` holds {rows} examples and is not finished", dir.display()), run))
         }
-        // Opening it as its own stage would says which choices differ, and how to go on.
+        // Opening it as its own stage would says which settings differ, and how to continue.
         StageState::Stale(_) => StageDir::open(dir, stage, fingerprint).map(|_| ()),
     }
 }

@@ -27,8 +27,8 @@ fn bars() -> &'static MultiProgress {
 
 /// Send `tracing` events to stderr, and to `log.jsonl` once [`log_to`] has named it.
 ///
-/// `verbose` 0 shows information, 1 details, 2 everything; `RUST_LOG` overrides it, but for the HTTP client's own
-/// log: the headers and addresses in it may repeat a token.
+/// `verbose` 0 shows information, 1 details, 2 everything; `RUST_LOG` overrides it, but for the HTTP client's
+/// own log: the headers and addresses in it may repeat a token.
 pub fn init_logs(verbose: u8) {
     let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
     let ours =
@@ -103,7 +103,7 @@ pub fn print(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// Writes above the bars, and never fails: the work goes on without its log.
+/// Writes above the bars, and never fails: the work continues without its log.
 struct Stderr;
 
 impl Write for Stderr {
@@ -165,15 +165,15 @@ pub struct Bar {
     current: Mutex<Option<(ProgressBar, Quiet)>>,
 }
 
-/// How far a bar nobody sees has come, for a log line now and then.
+/// Progress of a bar that no terminal shows, for a log line now and then.
 struct Quiet {
     what: String,
     total: u64,
     done: u64,
-    told: Instant,
+    logged: Instant,
 }
 
-/// Without a terminal, progress is told this often.
+/// Without a terminal, progress is logged this often.
 const TELL_EVERY: Duration = Duration::from_secs(30);
 
 impl Bar {
@@ -198,7 +198,7 @@ impl Progress for Bar {
         let bar = bars().add(ProgressBar::new(total).with_style(style).with_position(done));
         bar.set_prefix(neutral(what).into_owned());
         bar.reset_eta();
-        let quiet = Quiet { what: what.to_owned(), total, done, told: Instant::now() };
+        let quiet = Quiet { what: what.to_owned(), total, done, logged: Instant::now() };
         if let Ok(mut guard) = self.current.lock() {
             *guard = Some((bar, quiet));
         }
@@ -208,8 +208,8 @@ impl Progress for Bar {
         self.with(|(bar, quiet)| {
             bar.inc(units);
             quiet.done += units;
-            if bar.is_hidden() && quiet.told.elapsed() > TELL_EVERY {
-                quiet.told = Instant::now();
+            if bar.is_hidden() && quiet.logged.elapsed() > TELL_EVERY {
+                quiet.logged = Instant::now();
                 tracing::info!("{}: {} of {}", quiet.what, quiet.done, quiet.total);
             }
         });

@@ -1,14 +1,9 @@
-//! The table of features: what each channel is called, what it means, which models give it, and what it reads.
+//! The table of feature channels: name, meaning, models that can give it, and inputs.
 //!
-//! Recipes, `plan`, completion and the stages ask this table; `extract/src/channels` holds one file for each way to compute.
+//! Recipes, `plan`, completion and the stages ask this table; `extract/src/channels` holds one file for each
+//! way to compute.
 //!
-//! # Adding a channel
-//!
-//! 1. Add an entry to `channels!` below, at its end. If it reads something that no other channel reads, add a [`Pass`] too,
-//!    with its cost and the moment at which it is final.
-//! 2. Write `extract/src/channels/<name>.rs` with an `ENTRY`, and name its source there.
-//! 3. Add a line to the `REGISTRY` in `extract/src/channels.rs`.
-//! 4. Add a naive version in f64 to `extract/tests/extract`, and say in `HELD_BY` (`extract/src/channels/tests.rs`) which it is.
+//! `docs/contributing.md` has the steps to add a channel.
 
 use std::fmt;
 
@@ -17,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Source;
 
-/// What a channel reads. Channels of one pass share its work.
+/// Input of a channel. Channels of one pass share its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Pass {
     /// Attention of the whole causal range, at every `whole_range_stride`-th query.
@@ -81,8 +76,8 @@ impl Pass {
         }
     }
 
-    /// Keys that are multiplied with every query head of a position, beside those of the prefill itself. What a repeat
-    /// costs depends on the model, and is counted apart.
+    /// Keys that are multiplied with every query head of a position, beside those of the prefill itself. What
+    /// a repeat costs depends on the model, and is counted apart.
     pub fn keys_per_position(self, lengths: &PassLengths) -> f64 {
         let context = lengths.context;
         match self {
@@ -119,7 +114,7 @@ macro_rules! channels {
                 match self { $(Self::$variant => $name,)+ }
             }
 
-            /// What it is, in a phrase without its name.
+            /// Its meaning, in a phrase without its name.
             pub const fn meaning(self) -> &'static str {
                 match self { $(Self::$variant => $meaning,)+ }
             }
@@ -238,7 +233,8 @@ mod tests {
         }
     }
 
-    /// Names that shards, exports and fingerprints of older versions hold, in the order that shards are sorted by.
+    /// Names that shards, exports and fingerprints of older versions hold, in the order that shards are
+    /// sorted by.
     #[test]
     fn older_files_find_their_channels() {
         let older = [

@@ -1,4 +1,4 @@
-//! What a stage's output was made with, as one JSON value and its hash.
+//! Fingerprint of a stage's output: the settings it was made with, as one JSON value and its hash.
 //!
 //! A stage's fingerprint holds every choice that changes its output, and the fingerprints of the
 //! stages it reads. Outputs whose fingerprint differs from the recipe's are stale; `run` names the

@@ -1,4 +1,4 @@
-//! Errors that know their repair.
+//! Errors with a hint how to repair their cause.
 //!
 //! A [`Hinted`] travels in an `anyhow` chain, as root cause or as context; the command line finds
 //! it with `downcast_ref` and prints its hint after the chain. Nothing here prints.
@@ -6,7 +6,7 @@
 use std::error::Error;
 use std::fmt;
 
-/// What went wrong, and the command or edit that repairs it.
+/// An error message, and the command or edit that repairs the cause.
 ///
 /// The text of the cause is not repeated in `message`: it travels as `source` or further down
 /// the chain.

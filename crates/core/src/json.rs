@@ -1,4 +1,4 @@
-//! JSON that others wrote: what is wrong with it, in words that lead to a repair.
+//! Error messages for invalid JSON files, with the place and the repair.
 
 use serde::de::DeserializeOwned;
 
@@ -19,7 +19,7 @@ pub fn parse_json<T: DeserializeOwned>(text: &str, hint: &str) -> Result<T, Hint
     })
 }
 
-/// What kind of value it is, for messages.
+/// The kind of the value, for messages.
 pub fn json_kind(value: &serde_json::Value) -> &'static str {
     use serde_json::Value;
     match value {

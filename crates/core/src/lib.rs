@@ -1,7 +1,7 @@
-//! Plain values that every other crate speaks in: shapes, ratios, channels, seeds, hints.
+//! Plain values that all other crates share: shapes, ratios, channels, seeds, hints.
 //!
-//! No IO but the reading of small files, and no tensors, live here. Reading recipes is `recipe`'s job, tensors belong to `lm`
-//! and the crates above it.
+//! No IO but the reading of small files, and no tensors, live here. Recipes are read by `recipe`; tensors
+//! belong to `lm` and the crates that depend on it.
 
 mod channel;
 mod fingerprint;

@@ -1,12 +1,13 @@
-//! Text of others where it is shown: names, licences, documents and file names may hold what a terminal or a browser obeys.
+//! Escaping of untrusted text before it is shown: names, licences, documents and file names may contain
+//! control characters or markup.
 //!
-//! Used at the edges: stdout, stderr, the model card, the report. What is stored stays as it was.
+//! Used for stdout, stderr, the model card and the report. Stored data is not changed.
 
 use std::borrow::Cow;
 use std::fmt::Write;
 
-/// `text` without characters that a terminal obeys or that reorder what is read: each is spelt out as `\\u001b`, as in JSON.
-/// Line ends and tabs stay.
+/// `text` without characters that a terminal obeys or that reorder what is read: each is spelt out as
+/// `\\u001b`, as in JSON. Line ends and tabs stay.
 pub fn neutral(text: &str) -> Cow<'_, str> {
     if !text.contains(is_unsafe) {
         return Cow::Borrowed(text);
@@ -45,7 +46,8 @@ fn one_line(text: &str) -> String {
     neutral(text).replace(['\n', '\t'], " ")
 }
 
-/// Control characters (those of a terminal, C0, DEL and C1) and the marks that change the direction of what follows.
+/// Control characters (those of a terminal, C0, DEL and C1) and the marks that change the direction of what
+/// follows.
 fn is_unsafe(c: char) -> bool {
     (c.is_control() && c != '\n' && c != '\t')
         || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}')

@@ -1,4 +1,4 @@
-//! How a stage tells how far it is, without knowing who watches.
+//! The interface by which a stage reports its progress.
 
 /// Receives the progress of one stage. Methods are cheap and never fail.
 pub trait Progress: Sync {
@@ -12,7 +12,7 @@ pub trait Progress: Sync {
     fn finish(&self);
 }
 
-/// Nobody watches.
+/// Progress that is not shown.
 pub struct NoProgress;
 
 impl Progress for NoProgress {

@@ -1,4 +1,4 @@
-//! The share of KV pairs that stays.
+//! The retention ratio: the share of KV pairs that is kept.
 
 use std::fmt;
 
@@ -26,7 +26,7 @@ impl RetentionRatio {
         self.0
     }
 
-    /// How many of `n` KV pairs are kept: rounded to the nearest, at least one of a non-empty cache.
+    /// Number of the `n` KV pairs that are kept: rounded to the nearest, at least one of a non-empty cache.
     pub fn count(self, n: usize) -> usize {
         let kept = (n as f64 * self.0).round() as usize;
         kept.clamp(usize::from(n > 0), n)

@@ -1,7 +1,7 @@
-//! Where sentences end: places for other text that breaks none.
+//! Sentence boundaries, where other text can be inserted.
 //!
-//! A rule over marks and letters, not a trained splitter: an end that it misses costs nothing, for there are many;
-//! a place inside a sentence would. What is put there is left to `data` and `tasks`.
+//! A rule over punctuation and letters, not a trained splitter: a missed boundary costs nothing, because
+//! there are many; a false one would split a sentence. Insertion is left to `data` and `tasks`.
 
 use std::ops::Range;
 
@@ -15,15 +15,16 @@ const CLOSING: [char; 20] = [
     '｝',
 ];
 const OPENING: [char; 14] = ['"', '\'', '(', '[', '{', '“', '‘', '«', '¿', '¡', '*', '_', '`', '<'];
-/// Words that end with a period inside a sentence, in small letters; single letters and `e.g.` are known by their form.
+/// Words that end with a period inside a sentence, in small letters; single letters and `e.g.` are known by
+/// their form.
 const ABBREVIATIONS: [&str; 40] = [
     "mr", "mrs", "ms", "dr", "prof", "st", "sr", "jr", "gen", "col", "lt", "sgt", "capt", "rev", "hon",
     "sen", "rep", "gov", "vs", "cf", "al", "fig", "figs", "eq", "eqs", "sec", "ch", "no", "nos", "vol", "pp",
     "ed", "approx", "ca", "inc", "ltd", "co", "corp", "dept", "mt",
 ];
 
-/// The gap after every sentence of `text` that another one follows: its white space, which may be empty after marks of
-/// Chinese and Japanese.
+/// The gap after every sentence of `text` that another one follows: its white space, which may be empty after
+/// marks of Chinese and Japanese.
 ///
 /// Ends of lines and of `text` are no ends of sentences by themselves.
 pub fn sentence_gaps(text: &str) -> Vec<Range<usize>> {
@@ -61,7 +62,8 @@ fn begins(first: char, space: &str) -> bool {
     letter || OPENING.contains(&first) || (space.contains('\n') && !first.is_lowercase())
 }
 
-/// Whether a period after `before` belongs to its last word: an initial, an abbreviation, or the number of a list.
+/// Whether a period after `before` belongs to its last word: an initial, an abbreviation, or the number of a
+/// list.
 fn abbreviates(before: &str) -> bool {
     let word = before.rsplit(|c: char| c.is_whitespace() || OPENING.contains(&c)).next().unwrap_or_default();
     let mut letters = word.chars();

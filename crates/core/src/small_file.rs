@@ -1,8 +1,8 @@
 //! Small files, read whole: settings, indexes, records, and other files that a program writes in one piece.
 //!
-//! A path may name anything: a device that never ends, a pipe that no one writes to, a file of terabytes. None of them is
-//! read here, so that none takes forever or all memory. What the file holds is the callers'; how deep its JSON nests is
-//! limited by `serde_json`.
+//! A path may name anything: a device that never ends, a pipe that no one writes to, a file of terabytes.
+//! None of them is read here, so that none takes forever or all memory. What the file holds is the callers';
+//! how deep its JSON nests is limited by `serde_json`.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};

@@ -1,7 +1,8 @@
-//! Models that features come from, and how the features of several of them are put together.
+//! Feature sources (proxy, target), and how the features of several sources are joined.
 //!
-//! Each source is stored and computed on its own, with its own channels. [`FeatureLayout`] says where its rows go in
-//! the one array that the mapper reads: heads of the sources follow one another, and a channel that a source lacks is 0.
+//! Each source is stored and computed on its own, with its own channels. [`FeatureLayout`] says where its
+//! rows go in the one array that the mapper reads: heads of the sources follow one another, and a channel
+//! that a source lacks is 0.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -12,9 +13,9 @@ use crate::{Channel, GlobalChannel, ModelShape};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
-    /// The small model, which reads the context as well: the paper's ProxyKV.
+    /// The proxy's prefill: the paper's ProxyKV.
     Proxy,
-    /// The target itself, observed while it prefills.
+    /// The target's own prefill.
     Target,
 }
 
@@ -40,10 +41,11 @@ pub struct SourceLayout {
     pub globals: Vec<usize>,
 }
 
-/// How the features of all sources make one input.
+/// Layout of the features of all sources in one input.
 ///
-/// Heads are those of the sources in their order. Channels are the union of the sources' lists, in the order of first
-/// mention. Globals are all of the first source and, of the others, the surprisal: positions are the same for all.
+/// Heads are those of the sources in their order. Channels are the union of the sources' lists, in the order
+/// of first mention. Globals are all of the first source and, of the others, the surprisal: positions are the
+/// same for all.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FeatureLayout {
     sources: Vec<SourceLayout>,

@@ -1,4 +1,4 @@
-//! Which use a document is for.
+//! Train, validation and test splits.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! How wide the numbers of a shard are.
+//! Storage dtype of a shard's numbers.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

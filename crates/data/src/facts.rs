@@ -13,7 +13,7 @@ use pkv_shard::PlantedFact;
 use rand::Rng as _;
 use serde::Deserialize;
 
-/// What facts are made of.
+/// Words from which facts are made.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct WordLists {
     /// Adjectives: every fact is about an adjective and a noun.

@@ -1,4 +1,4 @@
-//! Which files a source means, and what stands for their content in fingerprints.
+//! Which files a source means, and what represents their content in fingerprints.
 
 use std::path::{Path, PathBuf};
 
@@ -21,7 +21,7 @@ pub fn files(manifest: &Manifest, source: &Source, hub: &Hub) -> Result<Vec<Path
     found.with_context(|| format!("cannot find the files of source `{}`", source.name))
 }
 
-/// What the examples of a manifest depend on beside the manifest itself: the content of local files,
+/// Inputs of a manifest's examples in addition to the manifest: the content of local files,
 /// the commits of hub data sets.
 ///
 /// # Errors

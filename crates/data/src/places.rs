@@ -1,8 +1,8 @@
 //! Places for facts in a context, and how they are spelt there so that the text reads on.
 //!
-//! Documents are cut by tokens, so a place is a boundary between two tokens. It is chosen by the decoded text: after
-//! a sentence; where a context has no end of a sentence inside, after a line; where it has no line either, after a
-//! word; and else after any character. What is planted is `facts`' matter.
+//! Documents are cut by tokens, so a place is a boundary between two tokens. It is chosen by the decoded
+//! text: after a sentence; where a context has no end of a sentence inside, after a line; where it has no
+//! line either, after a word; and else after any character. The facts themselves come from `facts`.
 
 use std::ops::Range;
 
@@ -49,8 +49,8 @@ impl Spacing {
         format!("{}{sentence}{}", self.before, self.after)
     }
 
-    /// Between `before` and `after`. White space that the place already has before it is used, and written once more
-    /// after the fact where none follows: a fact before a paragraph becomes a paragraph.
+    /// Between `before` and `after`. White space that the place already has before it is used, and written
+    /// once more after the fact where none follows: a fact before a paragraph becomes a paragraph.
     fn between(before: &str, after: &str) -> Self {
         let had = &before[before.trim_end().len()..];
         let has = &after[..after.len() - after.trim_start().len()];
@@ -68,8 +68,8 @@ impl Spacing {
     }
 }
 
-/// `count` of the places inside `tokens`, before token `end` at the latest, in order of position: all different
-/// while there are as many.
+/// `count` of the places inside `tokens`, before token `end` at the latest, in order of position: all
+/// different while there are as many.
 ///
 /// # Errors
 /// The tokens cannot be decoded.
@@ -119,8 +119,8 @@ fn places(tokens: &[u32], end: usize, decode: &Decode) -> Result<Vec<Place>> {
     Ok(found)
 }
 
-/// The boundary inside `gap` where a fact reads best: right after the text before it where white space follows, so that
-/// the text after keeps its own; else right before the text after it; else wherever one is.
+/// The boundary inside `gap` where a fact reads best: right after the text before it where white space
+/// follows, so that the text after keeps its own; else right before the text after it; else wherever one is.
 fn place(text: &str, boundaries: &[(usize, usize)], gap: Range<usize>) -> Option<Place> {
     let from = boundaries.partition_point(|&(byte, _)| byte < gap.start);
     let inside = boundaries[from..].iter().take_while(|&&(byte, _)| byte <= gap.end);
@@ -128,7 +128,8 @@ fn place(text: &str, boundaries: &[(usize, usize)], gap: Range<usize>) -> Option
     Some(Place { at, spacing: Spacing::between(&text[..byte], &text[byte..]) })
 }
 
-/// The text of `tokens`, and the boundaries between two of them that lie between two characters: byte and token.
+/// The text of `tokens`, and the boundaries between two of them that lie between two characters: byte and
+/// token.
 ///
 /// A character may need several tokens, and a token's text may depend on the one before it.
 fn spell(tokens: &[u32], decode: &Decode) -> Result<(String, Vec<(usize, usize)>)> {
@@ -153,7 +154,8 @@ fn spell(tokens: &[u32], decode: &Decode) -> Result<(String, Vec<(usize, usize)>
 
 /// The tokens of `text` where it follows `before`.
 ///
-/// Some tokenizers put a space of their own before whatever they encode; there the text without its space is what fits.
+/// Some tokenizers put a space of their own before whatever they encode; there the text without its space is
+/// what fits.
 ///
 /// # Errors
 /// The tokenizer fails.

@@ -1,7 +1,7 @@
 //! Facts into a context of a given length, where the recipe wants them.
 //!
-//! Used for examples and for the evaluation's contexts alike. Which places there are is `places`' matter, which facts
-//! `facts`'.
+//! Used for examples and for the evaluation's contexts alike. Places are chosen by `places`, facts by
+//! `facts`.
 
 use anyhow::Result;
 use pkv_core::Rng;

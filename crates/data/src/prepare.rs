@@ -28,7 +28,8 @@ const TOKENS_PER_FACT: usize = 40;
 /// test; within a split by source, then by document.
 ///
 /// Documents are read twice or more and never held: a first pass counts, later ones cut. Tokens are
-/// cut, not text, so an example may begin or end within a word. The recipe's `facts.place` says where facts are put.
+/// cut, not text, so an example may begin or end within a word. The recipe's `facts.place` says where facts
+/// are put.
 ///
 /// # Errors
 /// A file is absent or not what the manifest says; there are fewer windows than examples asked for;

@@ -36,13 +36,13 @@ pub(crate) struct Chosen {
     pub windows: Vec<u32>,
 }
 
-/// What one source has to offer, per split.
+/// Documents and windows of one source, per split.
 pub(crate) struct Scan {
     pub candidates: [Vec<Candidate>; 3],
     pub summary: SourceSummary,
 }
 
-/// How documents are read and cut.
+/// Settings for reading and cutting documents.
 #[derive(Clone, Copy)]
 pub(crate) struct Reading<'a> {
     pub data: &'a DataSection,

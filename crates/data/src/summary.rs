@@ -1,4 +1,4 @@
-//! What `prepare` found and made, for `run.json` and for people.
+//! Summary of `prepare`, for `run.json` and the terminal.
 
 use pkv_core::Split;
 use serde::Serialize;

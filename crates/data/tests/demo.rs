@@ -100,8 +100,8 @@ fn around(tokenizer: &TextTokenizer, tokens: &[u32], facts: &[(u32, u32)]) -> Ve
     parts.collect()
 }
 
-/// Facts are surrounded by white space. They are after a sentence or another fact, unless the text has no sentence that
-/// ends inside it; how many are.
+/// Facts are surrounded by white space. They are after a sentence or another fact, unless the text has no
+/// sentence that ends inside it; how many are.
 fn check_places(tokenizer: &TextTokenizer, tokens: &[u32], facts: &[(u32, u32)]) -> usize {
     let mut bare = tokens.to_vec();
     for &(start, len) in facts.iter().rev() {

@@ -1,6 +1,6 @@
 //! Agreement with KVzip's labels, context by context: `eval/agreement.parquet`.
 //!
-//! `results.json` has the means; two evaluations are compared over the contexts that both saw.
+//! `results.json` has the means; two evaluations are compared over the contexts that both measured.
 
 use std::path::Path;
 use std::sync::Arc;

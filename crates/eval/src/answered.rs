@@ -1,6 +1,7 @@
-//! What was answered: one context's answers from the full cache and from every pruned one, and all contexts together.
+//! Answers of one context from the full cache and from every pruned one, and their summary over all contexts.
 //!
-//! Planted facts and benchmarks have the same form. Files of earlier versions, which had one for each, are read.
+//! Planted facts and benchmarks have the same form. Files of earlier versions, which had one for each, are
+//! read.
 
 use anyhow::Result;
 use pkv_recipe::AnswerMatch;
@@ -20,7 +21,7 @@ pub struct Asked {
     /// Answers that count; a single text in facts of earlier versions.
     #[serde(deserialize_with = "one_or_several")]
     pub wanted: Vec<String>,
-    /// What it counts for, where a task mixes several kinds; empty where it has one.
+    /// Kind of question, if a task mixes several; else empty.
     #[serde(default)]
     pub part: String,
 }
@@ -37,14 +38,14 @@ pub struct Answer {
     pub kl: f64,
     /// Of these tokens, those whose most likely token differs from the full cache's.
     pub flipped: u32,
-    /// How many they are, the stop token included.
+    /// Number of tokens, including the stop token.
     pub tokens: u32,
     /// Where a short answer is wanted; absent in outcomes of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub squad: Option<Squad>,
 }
 
-/// What one context says.
+/// Outcome of one context.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AnswersOutcome {
     /// [`crate::columns::context_id`].
@@ -71,7 +72,8 @@ impl Outcome for AnswersOutcome {
 }
 
 impl AnswersOutcome {
-    /// Exact match and F1 where they are absent: of facts, whose wanted answers are all short, texts are all it takes.
+    /// Exact match and F1 where they are absent: of facts, whose wanted answers are all short, texts are all
+    /// it takes.
     pub fn with_squads(mut self) -> Self {
         for row in std::iter::once(&mut self.full).chain(self.cells.values_mut()) {
             for (answer, asked) in row.iter_mut().zip(&self.asked) {
@@ -119,7 +121,8 @@ pub struct Answerers<'a> {
     pub answer_match: Option<AnswerMatch>,
 }
 
-/// All contexts of a task together, each cell over those that have it; tasks that mix parts give one result for each.
+/// All contexts of a task together, each cell over those that have it; tasks that mix parts give one result
+/// for each.
 pub fn summarize(
     made: &Made,
     of: &Answerers,

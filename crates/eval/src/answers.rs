@@ -40,8 +40,8 @@ impl AnswerTable {
         id.clone_into(&mut self.current);
     }
 
-    /// Add an answer; `place` is context and question, no cell is the full cache. Several wanted answers are written as a
-    /// JSON list.
+    /// Add an answer; `place` is context and question, no cell is the full cache. Several wanted answers are
+    /// written as a JSON list.
     pub fn push(
         &mut self,
         task: &str,
@@ -73,7 +73,8 @@ impl AnswerTable {
         self.context_id.push(self.current.clone());
     }
 
-    /// Add every answer of a context: question by question, the full cache's and then those of each of `cells` that it has.
+    /// Add every answer of a context: question by question, the full cache's and then those of each of
+    /// `cells` that it has.
     pub fn push_all(&mut self, task: &str, context: usize, o: &AnswersOutcome, cells: &[Cell]) {
         self.of_context(&o.context_id);
         for (q, asked) in o.asked.iter().enumerate() {

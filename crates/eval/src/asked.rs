@@ -1,4 +1,4 @@
-//! What one evaluation asks for, known before a model is loaded: its tasks, how many contexts of each, and which cells.
+//! The scope of an evaluation, known before a model is loaded: tasks, number of contexts of each, and cells.
 
 use std::path::Path;
 
@@ -20,10 +20,10 @@ use crate::{tasks, worked};
 /// Folder of all outcomes, in the evaluation's folder.
 pub const CONTEXTS_FOLDER: &str = "contexts";
 
-/// What decides about the work of one evaluation.
+/// Settings that determine the work of one evaluation.
 pub struct Asked<'a> {
     pub section: &'a EvalSection,
-    /// What the numbers of every task depend on, nothing of `section` among it.
+    /// Settings on which the numbers of every task depend, without those of `section`.
     pub base: &'a Fingerprint,
     /// Examples of the test split.
     pub test_examples: usize,
@@ -40,13 +40,13 @@ pub struct AskedTask<'a> {
     pub work: Work<'a>,
 }
 
-/// What is done with each context of a task.
+/// Work on each context of a task.
 pub enum Work<'a> {
     /// Predictions are held against the stored labels.
     Labels,
     /// Pruned caches are asked.
     Ask(Box<dyn Task + 'a>),
-    /// What is kept of one context, position by position.
+    /// Kept pairs of one context, position by position.
     Example { of_facts: bool },
 }
 

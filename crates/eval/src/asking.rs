@@ -1,9 +1,11 @@
-//! Questions asked of one context's caches, full and pruned: what is said, and how far it drifts.
+//! Asks questions of one context's caches, full and pruned: the answers, and the drift of their
+//! distributions.
 //!
-//! One teacher-forced pass over question and wanted answer, behind every keep mask at once, tells whether greedy
-//! decoding would give that answer, how far the distributions drifted and which tokens flipped. Only other answers are
-//! decoded: from their first other token on, all methods, ratios and questions together, and in the cache of the first pass.
-//! What is wanted is the task's: the right answer, or the full cache's own.
+//! One teacher-forced pass over question and wanted answer, after every keep mask at once, tells whether
+//! greedy decoding would give that answer, how far the distributions drifted and which tokens flipped. Only
+//! other answers are decoded: from their first other token on, all methods, ratios and questions together,
+//! and in the cache of the first pass. What is wanted is the task's: the right answer, or the full cache's
+//! own.
 //!
 //! Dimension key: n keep mask, l layer, h KV head, k cached position, w wanted token, m hidden, v vocabulary.
 
@@ -31,7 +33,7 @@ struct Forced {
     max_tokens: usize,
 }
 
-/// What one cache said to one question.
+/// Answer of one cache to one question.
 #[derive(Clone, Debug, PartialEq)]
 struct Said {
     /// The decoded answer; `None` where it is the wanted one, token by token.
@@ -95,7 +97,8 @@ impl Asking<'_> {
         Ok(rows.into_iter().map(|row| row.into_iter().enumerate().map(answer).collect()).collect())
     }
 
-    /// Questions that are asked together: the log-probabilities of one mask stay within half of a forward's memory.
+    /// Questions that are asked together: the log-probabilities of one mask stay within half of a forward's
+    /// memory.
     fn groups<'q>(&self, questions: &'q [Forced]) -> Vec<&'q [Forced]> {
         let vocab = self.target.shape().vocab;
         let most = (forward_bytes(self.target.device()) / 2 / (8 * vocab)).max(1);
@@ -119,7 +122,7 @@ impl Asking<'_> {
     fn ask(&self, questions: &[Forced], cells: &[Cell], pruned: &PrunedContext) -> Result<Vec<Vec<Said>>> {
         let continuations: Vec<Continuation> = questions.iter().map(|q| q.continuation.clone()).collect();
         let batch = Batch::new(&continuations, self.target.device())?;
-        // A row that is done goes on beside others until it leaves.
+        // A finished row continues with the others until it leaves.
         let capacity = batch.tokens() + questions.iter().map(|q| q.max_tokens).max().unwrap_or(0);
         let (cache, width) = (&pruned.cache, questions.len());
 
@@ -156,7 +159,7 @@ impl Asking<'_> {
         Ok(answers.into_iter().zip(prompts).map(one).collect())
     }
 
-    /// What every row predicts, mask-major.
+    /// Predictions of every row, mask-major.
     fn predictions(&self, batch: &Batch, drift: &[Drift], full_tokens: &[i64]) -> Vec<Prediction> {
         let ranges = batch.ranges();
         let one = |drift: &Drift, range: std::ops::Range<usize>| {
@@ -170,7 +173,8 @@ impl Asking<'_> {
         drift.iter().flat_map(|drift| ranges.iter().map(move |range| one(drift, range.clone()))).collect()
     }
 
-    /// What is said in every row of `branches`, which have read questions and wanted answers: one entry per question and mask.
+    /// Answers of every row of `branches`, which have read questions and wanted answers: one entry per
+    /// question and mask.
     ///
     /// A row's tokens are known up to and including its first wrong one, so only the rest is decoded.
     fn say(
@@ -218,7 +222,7 @@ impl Asking<'_> {
     }
 }
 
-/// What one row predicts, the wanted tokens read.
+/// Predictions of one row along the wanted tokens.
 struct Prediction {
     kl: f64,
     flipped: u32,

@@ -34,7 +34,7 @@ impl Draws {
 
 /// Draws with replacement from the contexts of one task.
 pub struct Bootstrap {
-    /// How often each context was drawn; one row per resample.
+    /// Number of draws of each context; one row per resample.
     draws: Vec<Vec<u32>>,
     contexts: usize,
 }
@@ -61,7 +61,8 @@ impl Bootstrap {
         self.ratio(values, &weights).unwrap_or(Interval::exact(0.0))
     }
 
-    /// Sum of `above` over sum of `below`, one of each per context, and its interval; `None` if `below` sums to 0.
+    /// Sum of `above` over sum of `below`, one of each per context, and its interval; `None` if `below` sums
+    /// to 0.
     ///
     /// Resamples whose `below` sums to 0 say nothing and are left out.
     pub fn ratio(&self, above: &[f64], below: &[f64]) -> Option<Interval> {
@@ -80,8 +81,8 @@ impl Bootstrap {
         Some(interval(above.iter().sum::<f64>() / total, ratios))
     }
 
-    /// Sum of `above` over sum of `below` in every resample, in the order of the draws; not finite where `below`
-    /// sums to 0. Values of one bootstrap belong together draw by draw.
+    /// Sum of `above` over sum of `below` in every resample, in the order of the draws; not finite where
+    /// `below` sums to 0. Values of one bootstrap belong together draw by draw.
     pub fn resampled(&self, above: &[f64], below: &[f64]) -> Vec<f64> {
         let weigh = |draw: &[u32], values: &[f64]| -> f64 {
             draw.iter().zip(values).map(|(&n, v)| f64::from(n) * v).sum()

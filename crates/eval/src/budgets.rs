@@ -1,7 +1,7 @@
 //! Where the head budgets of the policy `pair-budget` come from: an export, or the training labels.
 //!
-//! What budgets are is `pkv_prune`'s. Evaluation and export read the same rows, so that what was measured is what is
-//! handed over.
+//! What budgets are is `pkv_prune`'s. Evaluation and export read the same rows, so that what was measured is
+//! what is handed over.
 
 use std::path::Path;
 

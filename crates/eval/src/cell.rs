@@ -24,8 +24,8 @@ impl Cell {
         cells
     }
 
-    /// Every cell of several contexts, each once: methods and policies in the order of first sight, ratios from the most
-    /// kept to the least.
+    /// Every cell of several contexts, each once: methods and policies in the order of first sight, ratios
+    /// from the most kept to the least.
     pub fn union(cells: impl Iterator<Item = Self>) -> Vec<Self> {
         let (mut all, mut methods, mut policies): (Vec<Self>, Vec<_>, Vec<_>) = Default::default();
         for cell in cells {
@@ -49,7 +49,7 @@ impl Cell {
     }
 }
 
-/// What one context says of each cell, in the order of measuring.
+/// Values of one context by cell, in the order of measuring.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Cells<V>(Vec<(Cell, V)>);

@@ -96,7 +96,7 @@ impl Columns {
     }
 }
 
-/// What tells a context from others, whatever evaluation reads it: a hash of its tokens.
+/// Identity of a context in all evaluations: a hash of its tokens.
 pub fn context_id(tokens: &[u32]) -> String {
     let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
     sha256_hex(&bytes)[..16].to_owned()

@@ -28,13 +28,13 @@ pub use text::{one_ratio, text, value_text};
 /// Ratio of the tables that show one, or the nearest that was measured.
 const ONE_RATIO: f64 = 0.05;
 
-/// What a comparison found. Lists by run are in the order of `runs`.
+/// Results of a comparison. Lists by run are in the order of `runs`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Comparison {
     pub target: String,
     pub policy: Policy,
     pub runs: Vec<RunName>,
-    /// What a reader must know before trusting the numbers.
+    /// Caveats for the reader.
     pub notes: Vec<String>,
     /// Share of questions answered: the mean over `tasks`, each counting alike.
     pub answers: Option<Metric>,
@@ -54,7 +54,7 @@ pub struct RunName {
     pub name: String,
     pub folder: String,
     pub proxy: String,
-    /// Where its mapper came from, in words.
+    /// Origin of its mapper, in words.
     pub mapper: String,
 }
 
@@ -67,7 +67,7 @@ pub struct Metric {
     pub contexts: Vec<usize>,
     /// By run, then by ratio.
     pub runs: Vec<Vec<Interval>>,
-    /// What the mappers are measured by, of the first run: the full cache and KVzip's own scores.
+    /// References of the first run: the full cache and KVzip's own scores.
     pub references: Vec<Reference>,
     /// Later runs minus the first; one less than there are runs, none if they cannot be taken.
     pub differences: Vec<Difference>,
@@ -96,7 +96,7 @@ pub struct TaskScores {
     pub metric: Metric,
 }
 
-/// How the mappers spread a budget over the target's layers.
+/// Distribution of a budget over the target's layers, by mapper.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Budgets {
     pub policy: Policy,
@@ -186,7 +186,8 @@ fn check_target(first: &Run, run: &Run) -> Result<()> {
         format!("`{}`{at} ({} layers x {} KV heads)", t.name, t.layers, t.kv_heads)
     };
     let same_revision = match (&first.revision, &run.revision) {
-        // One folder under two paths has one hash; a hub name and its local copy may differ in the name alone.
+        // One folder under two paths has one hash; a hub name and its local copy may differ in the name
+        // alone.
         (Some(x), Some(y)) => x == y,
         _ => a.name == b.name,
     };
@@ -256,7 +257,8 @@ fn warn_of_choices(recipe: &[RecipeKey], notes: &mut Vec<String>) {
 
 /// The seed and number of resamples of a run's own intervals.
 fn draws(run: &Run) -> (Seed, usize) {
-    // Every later command writes its recipe into `run.json`; results of earlier versions say nothing of their own.
+    // Every later command writes its recipe into `run.json`; results of earlier versions say nothing of their
+    // own.
     let of_recipe = || run.recipe.pointer("/eval/bootstrap").and_then(Value::as_u64).unwrap_or(1000);
     let resamples = run.results.bootstrap.map_or_else(of_recipe, |n| n as u64);
     (Seed(run.results.seed), resamples as usize)

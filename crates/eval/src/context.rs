@@ -1,4 +1,4 @@
-//! A context, read once by both models and scored by every method.
+//! A context, prefilled once by both models and scored by every method.
 //!
 //! Dimension key: n keep mask, l layer, h KV head, t context position, k cached position.
 
@@ -25,7 +25,7 @@ pub struct Reader<'a> {
     pub methods: Methods<'a>,
     /// There if a cell's policy needs them.
     pub budgets: Option<Arc<HeadBudgets>>,
-    /// Last positions that stay whatever their scores.
+    /// Last positions, kept regardless of their scores.
     pub keep_recent: usize,
     pub seed: Seed,
 }
@@ -41,8 +41,8 @@ pub struct PrunedContext {
 }
 
 impl<'a> Reader<'a> {
-    /// Prefill `context` after the chat template's prefix and score it by every method. Labels and features are computed
-    /// where a method needs them.
+    /// Prefill `context` after the chat template's prefix and score it by every method. Labels and features
+    /// are computed where a method needs them.
     ///
     /// # Errors
     /// A model cannot read it.
@@ -92,7 +92,8 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Score a context whose labels and features are there already. The target reads it where a method needs that.
+    /// Score a context whose labels and features are there already. The target reads it where a method needs
+    /// that.
     ///
     /// # Errors
     /// The labels are not of this context, or the target cannot read it.
@@ -133,7 +134,8 @@ impl<'a> Reader<'a> {
         self.methods.score(&view, watches, &mut untimed)
     }
 
-    /// The target's cache of `context`, and what looked on. Methods that work inside the prefill are timed with it.
+    /// The target's cache of `context`, and what looked on. Methods that work inside the prefill are timed
+    /// with it.
     fn prefill(&self, context: &[u32], clock: &mut Clock) -> Result<(KvCache, Watches<'a>)> {
         let mut watches = self.methods.watches();
         let capacity = self.scorer.cache_capacity(context.len());
@@ -156,7 +158,7 @@ impl<'a> Reader<'a> {
     }
 }
 impl PrunedContext {
-    /// What each cell keeps of the cache; the prefix is never evicted.
+    /// Keep mask of each cell; the prefix is never evicted.
     ///
     /// # Shapes
     /// - returns bool `[cells, layers, KV heads, prefix + context]`
@@ -176,7 +178,7 @@ impl PrunedContext {
         Ok(Tensor::cat(&[&Tensor::ones(prefix, (Kind::Bool, keep_nlht.device())), &keep_nlht], -1))
     }
 
-    /// What one method keeps of the context: bool `[layers, KV heads, positions]`.
+    /// Keep mask of one method: bool `[layers, KV heads, positions]`.
     ///
     /// # Errors
     /// The method did not score, or the policy lacks budgets.

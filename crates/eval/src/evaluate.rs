@@ -1,6 +1,6 @@
-//! The evaluation from end to end: shards, models and mapper in, what the store lacks out.
+//! The evaluation from end to end: from shards, models and mapper to the outcomes that the store lacks.
 //!
-//! Which contexts and cells those are is `asked`'s; summing them up, with all that was there before, is `gather`'s.
+//! `asked` decides which contexts and cells those are; `gather` summarizes them together with earlier ones.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,7 +38,7 @@ pub const RESULTS_FILE: &str = "results.json";
 /// File of every answer in the evaluation's folder.
 pub const ANSWERS_FILE: &str = "answers.parquet";
 
-/// What an evaluation looks at.
+/// Inputs of an evaluation.
 pub struct EvalInputs<'a> {
     pub target: &'a LanguageModel,
     /// Absent if no feature comes from it.
@@ -49,7 +49,7 @@ pub struct EvalInputs<'a> {
     /// Shared by both models.
     pub tokenizer: &'a TextTokenizer,
     pub mapper: &'a Mapper,
-    /// Where the mapper came from, in words.
+    /// Origin of the mapper, in words.
     pub mapper_source: String,
     /// Names of target and proxy, as the recipe has them.
     pub target_name: String,
@@ -73,8 +73,8 @@ pub struct EvalInputs<'a> {
     pub seed: Seed,
     /// Every choice of this evaluation, to be recognised by.
     pub fingerprint: Fingerprint,
-    /// What the numbers of every task depend on: the mapper and the stages read, but nothing of `section`, so that other
-    /// tasks, methods, policies, ratios and limits add to what is there.
+    /// What the numbers of every task depend on: the mapper and the stages read, but nothing of `section`, so
+    /// that other tasks, methods, policies, ratios and limits add to what is there.
     pub base: Fingerprint,
     /// Folder of the results; made if absent.
     pub out: &'a Path,
@@ -94,12 +94,12 @@ impl<'a> EvalInputs<'a> {
     }
 }
 
-/// Measure what is not there yet, write `results.json` and its tables, and return the results: everything that was ever
-/// measured with these choices.
+/// Measure what is not there yet, write `results.json` and its tables, and return the results: everything
+/// that was ever measured with these choices.
 ///
 /// An interrupted evaluation continues after its last whole context and ends with the same numbers;
-/// only times differ. Several processes may evaluate into one folder: they share the contexts, and the last one's results
-/// are those of all.
+/// only times differ. Several processes may evaluate into one folder: they share the contexts, and the last
+/// one's results are those of all.
 ///
 /// # Errors
 /// Shards are absent, damaged or of other models; a model fails; the folder cannot be written to.
@@ -122,6 +122,8 @@ impl<'a> Evaluation<'a> {
     fn open(inputs: &'a EvalInputs<'a>) -> Result<Self> {
         methods::check(&inputs.section.methods)?;
         let examples = ExampleRows::open(inputs.examples, inputs.labels, &inputs.features)?;
+        let most = LabelSection::most_score(examples.label_fingerprint());
+        let examples = examples.with_most_score(most);
         let splits = examples.splits();
         if let Some(sizes) = examples.sizes() {
             check_shapes(inputs, &sizes)?;
@@ -243,7 +245,7 @@ impl<'a> Evaluation<'a> {
         }
     }
 
-    /// What is asked of one context of a task; `None` if it is nothing.
+    /// The questions of one context of a task; `None` if there are none.
     fn ask(
         &self,
         task: &dyn Task,

@@ -1,6 +1,6 @@
-//! Teacher-forced passes: continuations whose tokens are known, read behind one pruned cache.
+//! Teacher-forced passes: continuations whose tokens are known, read after one pruned cache.
 //!
-//! Every continuation (a question with its answer, or a document's next tokens) runs behind every
+//! Every continuation (a question with its answer, or a document's next tokens) runs after every
 //! keep mask of a group in one forward. Greedy decoding gives the same tokens exactly where every
 //! most likely token is the wanted one, so a pass without decoding decides whether an answer is right.
 //!
@@ -75,7 +75,7 @@ impl Batch {
         self.ids_qs.size()[1] as usize
     }
 
-    /// Where the wanted tokens of each continuation lie in `[w]`.
+    /// Range of the wanted tokens of each continuation in `[w]`.
     pub fn ranges(&self) -> Vec<std::ops::Range<usize>> {
         let mut end = 0;
         let range = |&n: &usize| {
@@ -85,8 +85,8 @@ impl Batch {
         self.wanted.iter().map(range).collect()
     }
 
-    /// Read all continuations in every branch, mask-major: the hidden states where wanted tokens are predicted,
-    /// `[masks, wanted, hidden]`.
+    /// Read all continuations in every branch, mask-major: the hidden states where wanted tokens are
+    /// predicted, `[masks, wanted, hidden]`.
     ///
     /// # Errors
     /// The branches are of other continuations, or have no room.
@@ -97,8 +97,8 @@ impl Batch {
         Ok(hidden_rsm.view([masks, -1, width]).index_select(1, &self.at_w))
     }
 
-    /// `look` at the log-probabilities of all masks, f32 `[some masks, wanted, vocab]`, as many at a time as fit into
-    /// [`forward_bytes`] with one copy.
+    /// `look` at the log-probabilities of all masks, f32 `[some masks, wanted, vocab]`, as many at a time as
+    /// fit into [`forward_bytes`] with one copy.
     fn log_probs<T>(
         &self,
         model: &LanguageModel,
@@ -119,7 +119,7 @@ impl Batch {
         model.logits(&hidden_1wm.squeeze_dim(0)).log_softmax(-1, Kind::Float)
     }
 
-    /// How each mask's predictions differ from `full_wv`, the full cache's.
+    /// Drift of each mask's predictions from `full_wv`, the full cache's.
     ///
     /// # Errors
     /// The device fails.
@@ -142,7 +142,7 @@ impl Batch {
     }
 }
 
-/// How one mask's predictions differ from the full cache's.
+/// Drift of one mask's predictions from the full cache's.
 pub struct Drift {
     /// f64 `[w]`, KL(full || pruned), nats.
     pub kl: Vec<f64>,

@@ -1,8 +1,9 @@
-//! From the store to `results.json` and its tables: everything that was measured with the choices of one evaluation.
+//! From the store to `results.json` and its tables: all outcomes measured with the settings of one
+//! evaluation.
 //!
-//! Tasks that this evaluation asks for come with its own settings; other tasks of the same mapper come with the settings
-//! that they were last measured with. Results that were made with other choices are set aside, never mixed in and never
-//! removed.
+//! Tasks that this evaluation asks for come with its own settings; other tasks of the same mapper come with
+//! the settings that they were last measured with. Results that were made with other choices are set aside,
+//! never mixed in and never removed.
 
 use std::fs;
 use std::path::Path;
@@ -27,7 +28,7 @@ use crate::store::{About, ContextStore, Identity, Outcome, Outcomes};
 use crate::worked::ExampleOutcome;
 use crate::{answered, clock, labels, perplexity, worked};
 
-/// How the methods were made ready.
+/// Outcome of starting and fitting the methods.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MethodsOutcome {
     pub notes: Vec<MethodNote>,
@@ -45,7 +46,8 @@ impl Outcome for MethodsOutcome {
     }
 }
 
-/// Sum up the store, set aside what was made with other choices, and write results and tables; one process at a time.
+/// Sum up the store, set aside what was made with other choices, and write results and tables; one process at
+/// a time.
 ///
 /// # Errors
 /// The folder cannot be written to.

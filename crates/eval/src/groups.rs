@@ -1,4 +1,4 @@
-//! How many pruned caches are asked at once: as many as memory holds, and fewer where it runs out all the same.
+//! Batch size of pruned caches: as many as the memory estimate allows, and fewer if memory still runs out.
 
 use anyhow::{Context, Result};
 use pkv_core::hinted;
@@ -9,7 +9,7 @@ use tch::Device;
 use crate::cell::Cell;
 use crate::forced::Batch;
 
-/// How much memory the largest intermediates of a forward over many masks may take.
+/// Memory limit of the largest intermediates of a forward over many masks.
 pub fn forward_bytes(device: Device) -> usize {
     match device {
         Device::Cpu => 256 << 20,
@@ -17,7 +17,7 @@ pub fn forward_bytes(device: Device) -> usize {
     }
 }
 
-/// What one batch of questions takes of memory, cell by cell.
+/// Memory of one batch of questions, by cell.
 pub struct Groups<'a> {
     pub model: &'a LanguageModel,
     pub batch: &'a Batch,
@@ -65,8 +65,8 @@ impl Groups<'_> {
     }
 }
 
-/// `work` on all of `cells`, at most `fitting` of the rest at a time, half as many after memory ran out; `None` if it does not
-/// hold a single one.
+/// `work` on all of `cells`, at most `fitting` of the rest at a time, half as many after memory ran out;
+/// `None` if it does not hold a single one.
 fn in_groups<T>(
     cells: &[Cell],
     fitting: impl Fn(&[Cell]) -> Result<usize>,

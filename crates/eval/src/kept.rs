@@ -1,8 +1,9 @@
-//! What the mapper keeps of a context, from tokens to masks: what a port to another program is held against.
+//! Reference for ports to other programs: what the mapper keeps of a context, from tokens to masks.
 //!
-//! Nothing here is measured: which KV pairs stay follows from the features alone.
+//! Nothing is measured here: the kept KV pairs follow from the features alone.
 //!
-//! Dimension key: n retention ratio, l layer, h KV head, p KV head of a source, c channel, t context position.
+//! Dimension key: n retention ratio, l layer, h KV head, p KV head of a source, c channel, t context
+//! position.
 
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};

@@ -1,4 +1,4 @@
-//! A name in a recipe that is none of those that there are, and the one that was meant.
+//! Unknown names in a recipe, and the nearest known one as a hint.
 
 use anyhow::{Result, ensure};
 use pkv_core::hinted;

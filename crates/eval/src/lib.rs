@@ -1,9 +1,10 @@
-//! What a mapper is worth: agreement with KVzip's labels, and answers with a pruned cache.
+//! Evaluation of a mapper: agreement with KVzip's labels, and answers from pruned caches.
 //!
 //! [`evaluate`] measures the mapper beside its oracle and the baselines, with the same cache and the
 //! same budgets: recall of KVzip's kept set over the test split, planted facts and standard benchmarks
-//! asked of pruned caches, and the document's own continuation. It reads shards, never documents: contexts with facts come as
-//! values. Nothing is printed; [`table`] gives strings, and [`Results`] is what the report reads.
+//! asked of pruned caches, and the document's own continuation. It reads shards, never documents: contexts
+//! with facts come as values. Nothing is printed; [`table`] gives strings, and [`Results`] is what the report
+//! reads.
 //!
 //! Dimension key: l layer, h KV head, o target KV head (layers x heads), p proxy KV head, c channel,
 //! t context position, k cached position, n keep mask, q continuation, s token, w wanted token,

@@ -1,19 +1,10 @@
 //! The methods that score KV pairs: the mapper, KVzip's own scores, and the baselines.
 //!
-//! All of them give one score per (target layer, KV head, position), higher means keep; turning scores into masks is
-//! `prune`'s. Every method is a file with a [`Method`]; [`REGISTRY`] lists them, and everything else (the help text, the
-//! report's labels and colours, the tables) is read from there.
+//! All of them give one score per (target layer, KV head, position), higher means keep; turning scores into
+//! masks is `prune`'s. Every method is a file with a [`Method`]; [`REGISTRY`] lists them, and everything else
+//! (the help text, the report's labels and colours, the tables) is read from there.
 //!
-//! # Adding a method
-//!
-//! 1. Write `methods/<name>.rs` with a `METHOD`: its name in recipes, its label, what it does in a sentence, what it needs of
-//!    a context ([`Needs`]), and how it starts. `random.rs` is the shortest, `keydiff.rs` reads the cache, `snapkv.rs` looks
-//!    on while the target reads, `head_prior.rs` learns.
-//! 2. Name the file's source in the function that computes: the paper, the code, and how this one differs.
-//! 3. Add `mod <name>;` and a line in [`REGISTRY`], where tables and charts shall have it.
-//! 4. Add a reference: scores of its authors' code to `tests/goldens/make_goldens.py`, or a naive version in the file's tests;
-//!    and say in the tests' `HELD_BY` which it is.
-//! 5. If evaluations shall have it without naming it, add it to `eval.methods`' default in `recipe/src/section/eval.rs`.
+//! `docs/contributing.md` has the steps to add a method.
 
 mod expected_attention;
 mod head_prior;

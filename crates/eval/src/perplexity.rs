@@ -1,6 +1,6 @@
-//! The document's own continuation after a pruned context: nats per token.
+//! Perplexity task: nats per token of the document's own continuation after a pruned context.
 //!
-//! The last tokens of a test example are held out; what stands before them is prefilled, scored and
+//! The last tokens of a test example are held out; the tokens before them are prefilled, scored and
 //! pruned, and then they are read. The first of them is predicted before anything is pruned, so it
 //! is read but not counted.
 
@@ -70,7 +70,7 @@ impl Task for Perplexity<'_> {
     }
 }
 
-/// What one test example says: nats per token.
+/// Outcome of one test example: nats per token.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PerplexityOutcome {
     pub full: f64,
@@ -93,7 +93,8 @@ fn split(tokens: &[u32], continuation_tokens: usize) -> Option<(&[u32], &[u32])>
     (tokens.len() >= 2 * held_out).then(|| tokens.split_at(tokens.len() - held_out))
 }
 
-/// Nats per token of `continuation` behind the full cache and behind each cell's pruned one; times are left to the caller.
+/// Nats per token of `continuation` after the full cache and after each cell's pruned one; times are left
+/// to the caller.
 ///
 /// # Errors
 /// A forward pass fails.

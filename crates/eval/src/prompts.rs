@@ -1,4 +1,4 @@
-//! The prompts of an evaluation as they will be asked, to be looked at before any work.
+//! The exact prompts of an evaluation, to check them before any work.
 
 use anyhow::Result;
 use pkv_lm::TextTokenizer;

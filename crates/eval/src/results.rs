@@ -1,8 +1,8 @@
-//! What an evaluation found: the types of `eval/results.json`.
+//! The types of `eval/results.json`.
 //!
-//! Plain numbers and names, in the order tables show them; reading and writing the file is all
-//! that happens here. How the numbers come about is written where they are computed (`labels`,
-//! `answered`, `perplexity`), how they are shown in `table` and in the report.
+//! Plain numbers and names, in the order tables show them; reading and writing the file is all that happens
+//! here. How the numbers are defined is written where they are computed (`labels`, `answered`, `perplexity`),
+//! how they are shown in `table` and in the report.
 
 use std::path::Path;
 
@@ -27,11 +27,11 @@ pub struct Results {
     /// Resamples of the intervals; absent in results of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bootstrap: Option<usize>,
-    /// Where the mapper came from, in words: a checkpoint's step or an export's folder.
+    /// Origin of the mapper, in words: a checkpoint's step or an export's folder.
     pub mapper: String,
     pub target: ModelName,
     pub proxy: ModelName,
-    /// What a reader must know about a method's numbers, such as the channel a baseline fell back to.
+    /// Notes on a method's numbers, such as the channel that a baseline fell back to.
     pub notes: Vec<MethodNote>,
     /// Predictions against labels, over the test split.
     pub labels: LabelResults,
@@ -63,7 +63,7 @@ pub struct MethodNote {
     pub note: String,
 }
 
-/// What a task's numbers were made with.
+/// Settings with which a task's numbers were measured.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Made {
@@ -92,7 +92,8 @@ pub struct LabelResults {
     pub contexts: usize,
     /// Positions in them.
     pub positions: u64,
-    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
+    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the
+    /// least.
     pub cells: Vec<LabelCell>,
     /// Per method.
     pub ranks: Vec<RankCell>,
@@ -110,7 +111,8 @@ pub struct LabelCell {
     pub contexts: Option<usize>,
     /// |kept by the method and by KVzip| / |kept by KVzip|.
     pub recall: Interval,
-    /// The same of what KVzip keeps under `pair`, whatever the policy: what the policy costs. Absent in older results.
+    /// The same of what KVzip keeps under `pair`, whatever the policy: what the policy costs. Absent in older
+    /// results.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recall_of_pair: Option<Interval>,
     /// Score mass that the method keeps / score mass that KVzip keeps. Above 1 is possible where KVzip
@@ -127,8 +129,9 @@ pub struct RankCell {
     pub spearman: f64,
     /// Kendall's tau-b.
     pub kendall: f64,
-    /// Squared Pearson correlation with the logarithm of KVzip's scores, all KV pairs of a context together: how KVzap's
-    /// scorers are judged. Absent where the scores have no variance, and in results of earlier versions.
+    /// Squared Pearson correlation with the logarithm of KVzip's scores, all KV pairs of a context together:
+    /// how KVzap's scorers are judged. Absent where the scores have no variance, and in results of earlier
+    /// versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_r2: Option<f64>,
 }
@@ -148,12 +151,14 @@ pub struct MethodHeads {
     pub method: MethodName,
     /// [layer][KV head]; absent where KVzip keeps nothing.
     pub recall: Vec<Vec<Option<f64>>>,
-    /// [layer][KV head]: share of the head's positions that the method keeps; empty in results of earlier versions.
+    /// [layer][KV head]: share of the head's positions that the method keeps; empty in results of earlier
+    /// versions.
     #[serde(default)]
     pub kept: Vec<Vec<f64>>,
 }
 
-/// One task whose questions are asked of a pruned cache, unknown while pruning: planted facts, or a benchmark's.
+/// One task whose questions are asked of a pruned cache, unknown while pruning: planted facts, or a
+/// benchmark's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AnswerResults {
     #[serde(flatten)]
@@ -175,14 +180,16 @@ pub struct AnswerResults {
     /// Contexts of a benchmark whose middle was cut out because they were too long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut: Option<usize>,
-    /// Score of the full cache by the task's own metric, in [0, 1]; of planted facts the share that it answers.
+    /// Score of the full cache by the task's own metric, in [0, 1]; of planted facts the share that it
+    /// answers.
     pub full: Interval,
     /// Its exact match and F1; absent where no short answer is wanted, and in results of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_exact_match: Option<Interval>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_f1: Option<Interval>,
-    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
+    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the
+    /// least.
     pub cells: Vec<AnswerCell>,
 }
 
@@ -194,10 +201,12 @@ pub struct AnswerCell {
     /// Contexts that it was measured on, where these are not all of the task's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contexts: Option<usize>,
-    /// By the task's own metric, in [0, 1]; `accuracy` in the file's `facts`, the share of questions answered.
+    /// By the task's own metric, in [0, 1]; `accuracy` in the file's `facts`, the share of questions
+    /// answered.
     #[serde(alias = "accuracy")]
     pub score: Interval,
-    /// Exact match and F1 as SQuAD measures them; absent where no short answer is wanted, and in results of earlier versions.
+    /// Exact match and F1 as SQuAD measures them; absent where no short answer is wanted, and in results of
+    /// earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exact_match: Option<Interval>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -235,7 +244,8 @@ pub struct PerplexityResults {
     pub continuation_tokens: usize,
     /// Nats per token with the full cache.
     pub full: Interval,
-    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the least.
+    /// Per method, policy and retention ratio, in the order of measuring; ratios from the most kept to the
+    /// least.
     pub cells: Vec<PerplexityCell>,
 }
 
@@ -289,7 +299,7 @@ pub struct KeptCounts {
 pub struct Timing {
     pub what: String,
     pub secs: f64,
-    /// How often it was done in that time.
+    /// Number of runs in that time.
     pub times: u64,
 }
 
@@ -329,7 +339,7 @@ impl Results {
         write_file(path, text.as_bytes(), &WriteBudget::from_env()).map(drop)
     }
 
-    /// What each task was made with, by its name in `answers.parquet`; the labels' is `labels`.
+    /// Settings of each task, by its name in `answers.parquet`; the labels' is `labels`.
     pub fn made(&self) -> Vec<(String, &Made)> {
         let mut all = vec![("labels".to_owned(), &self.labels.made)];
         all.extend(self.facts.iter().map(|f| ("facts".to_owned(), &f.made)));
@@ -344,7 +354,7 @@ impl Results {
         all
     }
 
-    /// What a reader must know about `method`, if anything.
+    /// Note on `method`, if there is one.
     pub fn note(&self, method: MethodName) -> Option<&str> {
         self.notes.iter().find(|n| n.method == method).map(|n| n.note.as_str())
     }
@@ -374,8 +384,8 @@ impl Interval {
         Self { mean, low: mean, high: mean }
     }
 
-    /// The mean of several, each counting alike: their half widths in quadrature, a side at a time. That is the interval where
-    /// each is of contexts of its own, as tasks of a benchmark are. `None` of none.
+    /// The mean of several, each counting alike: their half widths in quadrature, a side at a time. That is
+    /// the interval where each is of contexts of its own, as tasks of a benchmark are. `None` of none.
     pub fn mean_of(all: &[Self]) -> Option<Self> {
         let count = (!all.is_empty()).then_some(all.len() as f64)?;
         let mean = all.iter().map(|i| i.mean).sum::<f64>() / count;

@@ -1,4 +1,4 @@
-//! One task's contexts, done once each by whoever comes first.
+//! Shares a task's contexts among processes; each is computed once, by the process that claims it first.
 
 use std::time::Duration;
 
@@ -8,11 +8,12 @@ use pkv_core::Progress;
 use crate::cell::Cell;
 use crate::store::{Outcome, TaskStore};
 
-/// How long to wait for other processes before looking again.
+/// Interval between checks for other processes.
 const PAUSE: Duration = Duration::from_millis(300);
 
-/// Have every one of the cells `asked` in contexts `0..n` of a task: those that are stored, those that others compute,
-/// and the rest from `make`, which gets a context's index and the cells that it lacks. Progress counts each context once.
+/// Have every one of the cells `asked` in contexts `0..n` of a task: those that are stored, those that others
+/// compute, and the rest from `make`, which gets a context's index and the cells that it lacks. Progress
+/// counts each context once.
 ///
 /// # Errors
 /// `make` or `check_stop` fail, or the store.

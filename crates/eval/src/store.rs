@@ -1,11 +1,12 @@
-//! Everything that evaluations measured, the source of `results.json` and its tables: one folder per task and choices,
-//! one file per context, `contexts/<task>-<hash>/<index>.json`.
+//! Everything that evaluations measured, the source of `results.json` and its tables: one folder per task and
+//! choices, one file per context, `contexts/<task>-<hash>/<index>.json`.
 //!
-//! An outcome is kept under the [`Identity`] of its task: every choice that its numbers depend on. Which methods, policies
-//! and ratios were asked is no such choice: their cells are added to the outcome, and none is ever taken away. Outcomes of
-//! other choices lie in other folders and come back with those choices. Several processes may work on one folder:
-//! whoever holds a context's [`Claim`] adds to it. A claim is a locked file, which the system unlocks when its process ends,
-//! however it ends, so that no claim is ever stale.
+//! An outcome is kept under the [`Identity`] of its task: every choice that its numbers depend on. Which
+//! methods, policies and ratios were asked is no such choice: their cells are added to the outcome, and none
+//! is ever taken away. Outcomes of other choices lie in other folders and come back with those choices.
+//! Several processes may work on one folder: the process that holds a context's [`Claim`] adds to it. A claim
+//! is a locked file, which the system unlocks when its process ends, however it ends, so that no claim is
+//! ever stale.
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -20,14 +21,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::cell::{Cell, Cells};
 
-/// How long to wait for another process before looking again.
+/// Interval between checks for another process.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// What a task is, as far as summing up its outcomes needs it.
+/// Data of a task that the summary of its outcomes needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "task", rename_all = "kebab-case")]
 pub enum About {
-    /// How the methods were made ready; one outcome.
+    /// Starting and fitting the methods; one outcome.
     Methods,
     Labels,
     Facts {
@@ -93,7 +94,7 @@ impl Identity {
     }
 }
 
-/// What one context says, to which cells can be added.
+/// Outcome of one context, to which cells can be added.
 pub trait Outcome: Serialize + DeserializeOwned {
     /// Add the cells of `new` that are not here.
     fn add(&mut self, new: Self);
@@ -113,7 +114,7 @@ impl<T: Outcome> Outcome for Option<T> {
 /// The folder `contexts/` of an evaluation.
 pub struct ContextStore {
     dir: PathBuf,
-    /// Locked by all processes that use the folder together; whoever can lock it alone is the last.
+    /// Locked by all processes that use the folder together; the process that can lock it alone is the last.
     users: File,
 }
 
@@ -219,8 +220,8 @@ impl TaskStore {
 
     /// Claim a context; `None` while another process has it.
     ///
-    /// Where the file system has no locks the claim is given: two processes may then do the same work, with the
-    /// same outcome.
+    /// Where the file system has no locks the claim is given: two processes may then do the same work, with
+    /// the same outcome.
     ///
     /// # Errors
     /// The claim's file cannot be made.
@@ -250,8 +251,8 @@ impl TaskStore {
         }
     }
 
-    /// Add to the outcome of a context, of which the caller has the claim. Reading it gives the same numbers to the last
-    /// bit.
+    /// Add to the outcome of a context, of which the caller has the claim. Reading it gives the same numbers
+    /// to the last bit.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -288,7 +289,7 @@ impl TaskStore {
         Outcomes { all, measured }
     }
 
-    /// How many cells there are, all contexts together.
+    /// Number of cells in all contexts.
     pub fn count(&self) -> usize {
         let outcomes = self.outcomes::<Option<CellsOf>>();
         outcomes.all.iter().filter_map(|(_, o)| Some(o.as_ref()?.cells.cells().count())).sum()

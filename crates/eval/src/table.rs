@@ -1,7 +1,7 @@
 //! Results as Markdown tables: rows are methods, columns retention ratios.
 //!
-//! Text only; who prints it or puts it into a file decides where it goes. Markdown reads well on a
-//! terminal too, because columns are padded.
+//! Only text is made here; callers print it or write it to a file. Columns are padded, so that Markdown reads
+//! well on a terminal too.
 
 use pkv_core::Policy;
 use pkv_recipe::MethodName;
@@ -85,7 +85,8 @@ fn answered(title: String, task: &AnswerResults, policy: Policy) -> [(String, Op
     ]
 }
 
-/// Answers in percent with their intervals; the full cache in the first row. `None` without the task or policy.
+/// Answers in percent with their intervals; the full cache in the first row. `None` without the task or
+/// policy.
 pub fn answers_table(results: &Results, policy: Policy) -> Option<String> {
     scores_table(results.facts.as_ref()?, policy)
 }
@@ -111,7 +112,8 @@ fn benchmark_title(b: &AnswerResults, policy: Policy) -> String {
     )
 }
 
-/// Scores of one task in percent with their intervals; the full cache in the first row. `None` without the policy.
+/// Scores of one task in percent with their intervals; the full cache in the first row. `None` without the
+/// policy.
 fn scores_table(task: &AnswerResults, policy: Policy) -> Option<String> {
     let cells = || task.cells.iter().filter(|c| c.policy == policy);
     let grid = Grid::new(cells().map(|c| (c.method, c.ratio, percent(c.score))));
@@ -119,8 +121,8 @@ fn scores_table(task: &AnswerResults, policy: Policy) -> Option<String> {
     noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
 }
 
-/// Mean scores in percent with their intervals, every task of a suite counting alike. `None` if it has one task only, or
-/// without the policy.
+/// Mean scores in percent with their intervals, every task of a suite counting alike. `None` if it has one
+/// task only, or without the policy.
 pub fn suite_table(results: &Results, suite: &str, policy: Policy) -> Option<String> {
     let tasks: Vec<&AnswerResults> = results.benchmarks.iter().filter(|b| b.suite == suite).collect();
     let [first, _, ..] = tasks.as_slice() else { return None };
@@ -145,8 +147,8 @@ pub fn recall_table(results: &Results, policy: Policy) -> Option<String> {
     noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
 }
 
-/// What KVzip's and the mapper's choices under each policy hold of what KVzip keeps where all pairs compete, in percent.
-/// `None` where one policy was measured only, or an older version measured.
+/// What KVzip's and the mapper's choices under each policy hold of what KVzip keeps where all pairs compete,
+/// in percent. `None` where one policy was measured only, or an older version measured.
 pub fn policy_table(results: &Results) -> Option<String> {
     let cells = &results.labels.cells;
     let mut ratios: Vec<f64> = cells.iter().map(|c| c.ratio).collect();
@@ -187,7 +189,8 @@ pub fn perplexity_table(results: &Results, policy: Policy) -> Option<String> {
     noted(table, cells().map(|c| (c.method, c.ratio, c.contexts)))
 }
 
-/// Spearman's and Kendall's coefficients, and the squared correlation with log scores. `None` if no method was measured.
+/// Spearman's and Kendall's coefficients, and the squared correlation with log scores. `None` if no method
+/// was measured.
 pub fn rank_table(results: &Results) -> Option<String> {
     let ranks = &results.labels.ranks;
     let head = ["method", "Spearman", "Kendall tau-b", "r2 to log scores"].map(str::to_owned).to_vec();
@@ -198,8 +201,8 @@ pub fn rank_table(results: &Results) -> Option<String> {
     (!ranks.is_empty()).then(|| markdown(&head, &rows.collect::<Vec<_>>()))
 }
 
-/// What a table does not show: the methods that were measured on fewer contexts than others, each with its ratios and
-/// contexts. `None` where all were measured on all.
+/// What a table does not show: the methods that were measured on fewer contexts than others, each with its
+/// ratios and contexts. `None` where all were measured on all.
 pub fn fewer_contexts(cells: impl Iterator<Item = (MethodName, f64, Option<usize>)>) -> Option<String> {
     let mut found: Vec<(MethodName, usize, Vec<String>)> = Vec::new();
     for (method, ratio, contexts) in cells {

@@ -1,10 +1,10 @@
-//! What is asked of pruned caches: one shape for planted facts, continuations and the tasks of every benchmark.
+//! Tasks that are asked of pruned caches: one interface for planted facts, continuations and all benchmarks.
 //!
-//! A [`Task`] has contexts, and each context has questions, or a continuation that is read. A question says what is right
-//! ([`Right`]) and what an answer is worth. Reading a context, pruning it, asking and storing is [`crate::evaluate`]'s,
-//! summing up is [`crate::answered`]'s and [`crate::perplexity`]'s.
+//! A [`Task`] has contexts, and each context has questions, or a continuation that is read. A question
+//! defines the right answer ([`Right`]) and the score of an answer. Prefill, pruning, asking and storing are
+//! left to `evaluate`, summaries to `answered` and `perplexity`.
 //!
-//! A new benchmark is no file here: it is a suite of `pkv-tasks`, which `benchmark` turns into tasks.
+//! A new benchmark needs no file here: it is a suite of `pkv-tasks`, which `benchmark` turns into tasks.
 
 mod benchmark;
 mod facts;
@@ -39,20 +39,20 @@ pub trait Task {
     fn context(&self, index: usize, from: &Texts) -> Result<Option<TaskContext<'_>>>;
 }
 
-/// What is known of a task before its contexts are.
+/// Data of a task that is known before its contexts.
 pub struct TaskInfo {
     /// Its name, and what summing up its outcomes needs.
     pub about: About,
     /// Choices that its numbers depend on, beside those of every task and of `about`.
     pub settings: Value,
     pub contexts: usize,
-    /// What its contexts are, for the progress bar.
+    /// Name of its contexts, for the progress bar.
     pub what: String,
-    /// What its questions are called among the times.
+    /// Name of its questions in the table of times.
     pub timed: String,
 }
 
-/// What contexts are made of.
+/// Inputs from which contexts are made.
 pub struct Texts<'a> {
     pub tokenizer: &'a TextTokenizer,
     /// The test example of that number, with its row.
@@ -69,7 +69,7 @@ pub struct TaskContext<'a> {
     pub asks: Asks<'a>,
 }
 
-/// What follows a context.
+/// Work that follows a context.
 pub enum Asks<'a> {
     Questions(Vec<Question<'a>>),
     /// Tokens whose likelihood is measured; the first is read and not counted.
@@ -78,7 +78,7 @@ pub enum Asks<'a> {
 
 /// One question, and what an answer to it is worth.
 pub struct Question<'a> {
-    /// What is read after the context.
+    /// Tokens read after the context.
     pub prompt: Vec<u32>,
     pub right: Right,
     /// Tokens that an answer may have.
@@ -94,15 +94,15 @@ pub enum Right {
         tokens: Vec<u32>,
         text: String,
     },
-    /// What the full cache answers.
+    /// The full cache's answer.
     FullCache,
 }
 
-/// Score in [0, 1], and exact match and F1 where a short answer is wanted; gets the answer's text and whether it is the
-/// right one token by token.
+/// Score in [0, 1], and exact match and F1 where a short answer is wanted; gets the answer's text and whether
+/// it is the right one token by token.
 pub type Score<'a> = Box<dyn Fn(&str, bool) -> (f64, Option<Squad>) + 'a>;
 
-/// What one context says, as it is stored.
+/// Stored outcome of one context.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum TaskOutcome {

@@ -1,6 +1,7 @@
-//! The tasks that recipes can ask for: their names, whether a recipe's are among them, how they are opened, what they cost.
+//! The tasks that recipes can name: their names, the check of a recipe's names, how they are opened, and
+//! their cost.
 //!
-//! Two are this crate's own; the others are suites of `pkv-tasks`, whose registry has the steps to add one.
+//! Two are this crate's own; the others are suites of `pkv-tasks`.
 
 use anyhow::{Result, ensure};
 use pkv_core::hinted;
@@ -33,7 +34,7 @@ static OWN: [Own; 2] = [
     },
 ];
 
-/// What `eval.tasks` may name as a whole: tasks and suites, in the order of results.
+/// Names of whole tasks and suites for `eval.tasks`, in the order of results.
 pub fn names() -> impl Iterator<Item = &'static str> {
     OWN.iter().map(|own| own.name.name()).chain(suites())
 }
@@ -72,14 +73,14 @@ pub fn check(section: &EvalSection) -> Result<()> {
 /// The tasks of an evaluation, in the order of the work.
 ///
 /// # Errors
-/// What a task needs is absent.
+/// A file that a task needs is absent.
 pub(crate) fn open<'a>(asked: &Asked<'a>) -> Result<Vec<Box<dyn Task + 'a>>> {
     let own = OWN.iter().filter(|own| asked.section.tasks.contains(&own.name)).map(|own| (own.open)(asked));
     let of_suites = asked.benchmarks.iter().map(|b| Ok(Box::new(BenchmarkTask(b)) as Box<dyn Task + 'a>));
     own.chain(of_suites).collect()
 }
 
-/// What a recipe's tasks cost at most, for `plan`.
+/// Upper bound of the cost of a recipe's tasks, for `plan`.
 pub fn work(recipe: &Recipe) -> Vec<TaskWork> {
     let section = &recipe.eval;
     let own = OWN.iter().filter(|own| section.tasks.contains(&own.name)).map(|own| (own.work)(recipe));

@@ -17,7 +17,7 @@ const RATIOS: [f64; 3] = [0.2, 0.05, 0.01];
 /// Positions shown of a longer context: a page can hold no more of them.
 const MAX_POSITIONS: usize = 4096;
 
-/// What one context says.
+/// Outcome of one context.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ExampleOutcome {
     id: String,

@@ -1,10 +1,10 @@
 //! How each channel is computed: a file for each way, and [`REGISTRY`], which lists them.
 //!
-//! Names, meanings, sources and costs are in the table of `core/src/channel.rs`, where the steps to add a channel are, too.
-//! When which is called belongs to `tap` (layer by layer), `stream` (the context's end) and `extractor` (after a repeat).
+//! Names, meanings, sources and costs are in the table of `core/src/channel.rs`. The functions are called by
+//! `tap` (layer by layer), `stream` (at the context's end) and `extractor` (after a repeat).
 //!
-//! Dimension key: h KV head of a layer, p KV head of all layers, d head_dim, k cached position, s new context position,
-//! t context position.
+//! Dimension key: h KV head of a layer, p KV head of all layers, d head_dim, k cached position, s new context
+//! position, t context position.
 
 mod attention;
 mod hidden_linear;
@@ -49,7 +49,7 @@ pub(crate) enum Compute {
     Replay { reads_means: bool, values: fn(&ContextScores) -> Result<Tensor> },
 }
 
-/// What a layer shows of new context positions.
+/// A layer's data at new context positions.
 pub(crate) struct NewPositions<'a> {
     pub view: &'a LayerView<'a>,
     /// Cache positions before the context.
@@ -64,7 +64,7 @@ impl NewPositions<'_> {
         self.view.start.max(self.prefix)
     }
 
-    /// How many there are.
+    /// Their number.
     pub fn len(&self) -> usize {
         (self.view.k_hkd.size()[1] as usize).saturating_sub(self.first())
     }
@@ -90,7 +90,7 @@ pub(crate) static REGISTRY: &[Entry] = &[
     key_diff::ENTRY,
 ];
 
-/// How `channels` are computed, each with its place in the list.
+/// The registry's entries of `channels`, each with its place in the list.
 pub(crate) fn chosen(channels: &[Channel]) -> impl Iterator<Item = (i64, &'static Compute)> {
     channels.iter().enumerate().filter_map(|(slot, channel)| Some((slot as i64, find(*channel)?)))
 }

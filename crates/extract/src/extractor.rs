@@ -1,4 +1,4 @@
-//! Runs the proxy over a context and assembles its features.
+//! Runs a model over a context and assembles its features.
 //!
 //! Dimension key: p proxy KV head (all layers x heads flattened, layer-major), c channel,
 //! t context position.

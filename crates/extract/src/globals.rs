@@ -1,4 +1,4 @@
-//! Channels per position that all proxy heads share: surprisal and where the token stands.
+//! Channels per position that all proxy heads share: surprisal and the token's position.
 //!
 //! Dimension key: s new tokens of a forward, m hidden, v vocabulary, t context position, c channel.
 
@@ -7,7 +7,8 @@ use pkv_core::GlobalChannel;
 use pkv_lm::LanguageModel;
 use tch::{Device, Kind, Tensor};
 
-/// Most logits held at once, twice that at the peak: 64 MiB of f32 on a CPU; 1 GiB on a GPU, whose matrix products want rows.
+/// Most logits held at once, twice that at the peak: 64 MiB of f32 on a CPU; 1 GiB on a GPU, whose matrix
+/// products want rows.
 fn logit_elements(device: Device) -> usize {
     if device.is_cuda() { 1 << 28 } else { 1 << 24 }
 }

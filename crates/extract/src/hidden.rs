@@ -1,9 +1,10 @@
-//! The channel `hidden_linear`: a linear map of what a layer's attention reads, fitted to KVzip's scores of that layer.
+//! The channel `hidden_linear`: a linear map of the input of a layer's attention, fitted to KVzip's scores of
+//! that layer.
 //!
-//! It is KVzap's linear scorer (arXiv 2601.07891) as a feature: a number per KV head in place of the layer's whole
-//! hidden state. It is fitted to the labels of training contexts before features are extracted. A context of the fit
-//! then sees a prediction of labels it was fitted to; with a million positions for a few thousand weights of a head that
-//! is no advantage that the mapper could lean on.
+//! It is KVzap's linear scorer (arXiv 2601.07891) as a feature: a number per KV head in place of the layer's
+//! whole hidden state. It is fitted to the labels of training contexts before features are extracted. A
+//! context of the fit then sees a prediction of labels it was fitted to; with a million positions for a few
+//! thousand weights per head, this overfitting is negligible.
 //!
 //! Dimension key: l layer, h KV head of a layer, m hidden, s new tokens of a forward, t context position.
 
@@ -97,15 +98,16 @@ impl HiddenProjection {
     }
 }
 
-/// What the attention of a layer reads of the context's new tokens, f32 `[s, hidden]`; nothing if there are none.
+/// Input of a layer's attention at the context's new tokens, f32 `[s, hidden]`; nothing if there are
+/// none.
 pub fn of_context(view: &LayerView, prefix: usize) -> Option<Tensor> {
     let skipped = prefix.saturating_sub(view.start) as i64;
     let n = view.normed_sm.size()[0] - skipped;
     (n > 0).then(|| view.normed_sm.narrow(0, skipped, n).to_kind(Kind::Float))
 }
 
-/// A projection in the making. Hidden states are not held: a layer needs two sums of products, f64 on the device,
-/// 8 layers (hidden + 1)^2 bytes in all.
+/// A projection in the making. Hidden states are not held: a layer needs two sums of products, f64 on the
+/// device, 8 layers (hidden + 1)^2 bytes in all.
 pub struct HiddenFit {
     /// Sums over positions of x x^T and x y^T, x extended by a one; a pair per layer.
     sums: Vec<(Tensor, Tensor)>,
@@ -146,8 +148,8 @@ impl HiddenFit {
         model.prefill_for_tap(&ids, &mut cache, chunk_tokens, &mut self.tap(prefix.len(), y_lht))
     }
 
-    /// Learns from a context while the model prefills it after `prefix` tokens; `y` as in [`Self::add`], layers and KV
-    /// heads as two axes or as one.
+    /// Learns from a context while the model prefills it after `prefix` tokens; `y` as in [`Self::add`],
+    /// layers and KV heads as two axes or as one.
     pub fn tap(&mut self, prefix: usize, y: &Tensor) -> HiddenFitTap<'_> {
         self.contexts += 1;
         let positions = y.size().last().copied().unwrap_or(0);

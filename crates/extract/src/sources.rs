@@ -17,12 +17,12 @@ pub struct SourceExtractors<'a> {
 }
 
 impl<'a> SourceExtractors<'a> {
-    /// `tokenizer` serves target and proxy alike: they share a vocabulary and the chat template's prefix. `hidden` is
-    /// read by the channel of hidden states alone.
+    /// `tokenizer` serves target and proxy alike: they share a vocabulary and the chat template's prefix.
+    /// `hidden` is read by the channel of hidden states alone.
     ///
     /// # Errors
-    /// The recipe takes features from a proxy and there is none, or from hidden states and there is no projection of
-    /// them; the tokenizer fails on the texts of the requests.
+    /// The recipe takes features from a proxy and there is none, or from hidden states and there is no
+    /// projection of them; the tokenizer fails on the texts of the requests.
     pub fn new(
         target: &'a LanguageModel,
         proxy: Option<&'a LanguageModel>,
@@ -54,8 +54,8 @@ impl<'a> SourceExtractors<'a> {
         self.features_beside(context, None)
     }
 
-    /// The target's only prefill, if it is a source: its cache, with room for `capacity` positions, and its features, which
-    /// [`SourceExtractors::features_beside`] takes. `tap` looks on.
+    /// The target's only prefill, if it is a source: its cache, with room for `capacity` positions, and its
+    /// features, which [`SourceExtractors::features_beside`] takes. `tap` sees the same forward pass.
     ///
     /// # Errors
     /// The context is empty, or the model or `tap` fails on it.

@@ -1,9 +1,9 @@
-//! Attention that later queries pay to each KV pair of a context, in one layer.
+//! Attention of later queries to each KV pair of a context, in one layer.
 //!
-//! Queries are context positions only; the softmax of a query runs over its whole causal row,
-//! prefix included, so that its weights are those of the prefill. Rows are taken in blocks: a block
-//! sees every key it may attend to, its softmax is exact on its own, and no matrix of all queries
-//! times all keys is ever held. Which model the queries come from is `extractor`'s business.
+//! Queries are context positions only; the softmax of a query runs over its whole causal row, prefix
+//! included, so that its weights are those of the prefill. Rows are taken in blocks: a block sees every key
+//! it may attend to, its softmax is exact on its own, and no matrix of all queries times all keys is ever
+//! held. `extractor` chooses the model.
 //!
 //! Dimension key: h KV head, g query heads per KV head, q query head (h x g), s new tokens of a
 //! forward, r rows (queries) of a block, d head_dim, k keys of the cache, t context position, c channel.
@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::channels::{Compute, chosen};
 
-/// Added to a mean before its logarithm, so that a pair nobody looks at has one.
+/// Added to a mean before its logarithm, so that a pair without attention has one.
 pub(crate) const MEAN_FLOOR: f64 = 1e-7;
 /// All channels are clamped to this on either side; also the log of a maximum over no queries.
 pub(crate) const LOG_LIMIT: f64 = 16.0;
@@ -34,7 +34,7 @@ pub(crate) enum Reach {
     Last,
 }
 
-/// What a channel makes of its queries' weights.
+/// How a channel reduces its queries' weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fold {
     /// The maximum over queries and the KV head's query group.
@@ -79,7 +79,7 @@ pub struct QueryStatistics {
 }
 
 impl QueryStatistics {
-    /// Statistics of a context of `context` tokens behind `prefix` tokens of the chat template.
+    /// Statistics of a context of `context` tokens after `prefix` tokens of the chat template.
     pub fn new(extract: &ExtractSection, prefix: usize, context: usize) -> Self {
         let slots = [Reach::All, Reach::Window, Reach::Last].into_iter().map(|reach| {
             let slot = |wanted: Fold| {
@@ -289,8 +289,8 @@ impl QueryStatistics {
     /// Maxima become logs, sums become `log(mean + 1e-7)` over the queries in reach and the query
     /// group; both are clamped to +-16, which is also what a pair without queries in reach gets.
     ///
-    /// `heads` is the number of KV heads of a layer, `group` of query heads per KV head; `gathered_hct` as in [`Self::add`],
-    /// but its first axis may hold the heads of all layers.
+    /// `heads` is the number of KV heads of a layer, `group` of query heads per KV head; `gathered_hct` as in
+    /// [`Self::add`], but its first axis may hold the heads of all layers.
     pub fn finish(&self, gathered_hct: &Tensor, heads: usize, group: usize) {
         self.finish_range(gathered_hct, heads, group, 0..self.context);
     }
@@ -312,7 +312,8 @@ impl QueryStatistics {
             }
             let Some(sum) = slots.sum() else { continue };
             if let Some(layer_mean) = slots.layer_mean {
-                // All query heads of a layer read the same queries, so the mean over its KV heads is the mean over all.
+                // All query heads of a layer read the same queries, so the mean over its KV heads is the mean
+                // over all.
                 let sum_ht = part(sum);
                 let sum_lht = sum_ht.reshape([-1, heads as i64, range.len() as i64]);
                 let mean_lht = sum_lht.mean_dim([1i64].as_slice(), true, Kind::Float).expand_as(&sum_lht);
@@ -332,7 +333,7 @@ impl QueryStatistics {
 
     /// Context positions whose features no later query changes, once `read` context tokens were read.
     ///
-    /// The window's channels settle `window_tokens` behind; those of the whole range and of the last
+    /// The window's channels settle `window_tokens` later; those of the whole range and of the last
     /// queries only when all is read.
     pub(crate) fn settled(&self, read: usize) -> usize {
         let behind = |slots: &Slots| match slots.reach {
@@ -343,7 +344,7 @@ impl QueryStatistics {
         read.saturating_sub(self.slots.iter().map(behind).max().unwrap_or(0))
     }
 
-    /// How many queries a channel reads for the key at context position `t`.
+    /// Number of queries that a channel reads for the key at context position `t`.
     fn queries(&self, reach: Reach, t: usize) -> usize {
         let near = t + self.min_distance;
         let (from, to) = match reach {

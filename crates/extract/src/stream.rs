@@ -1,8 +1,8 @@
 //! Features chunk by chunk, as the proxy reads its context.
 //!
-//! Not every feature can be told before the end. Norms, surprisal and positions settle with their
-//! token, the window's channels `window_tokens` later; all others depend on the context's end, or on that of their scoring
-//! chunk, and are called final at the context's. With the default
+//! Not every feature is final before the end. Norms, surprisal and positions settle with their
+//! token, the window's channels `window_tokens` later; all others depend on the context's end, or on that of
+//! their scoring chunk, and are called final at the context's. With the default
 //! channels everything therefore settles at the end; with the window's, norms and globals alone, all
 //! but the last `window_tokens` settle while the proxy reads on.
 //!
@@ -50,7 +50,8 @@ impl<'m> Extractor<'m> {
         self.stream_with_room(context, 0)
     }
 
-    /// As [`Extractor::stream`], into a cache with room for `capacity` positions, or for the context if that is less.
+    /// As [`Extractor::stream`], into a cache with room for `capacity` positions, or for the context if that
+    /// is less.
     pub(crate) fn stream_with_room(&self, context: &[u32], capacity: usize) -> Result<FeatureStream<'_, 'm>> {
         ensure!(
             !context.is_empty(),
@@ -174,7 +175,7 @@ impl FeatureStream<'_, '_> {
         self.settled
     }
 
-    /// `[p, c, t]`, f32; shares memory with the stream, which goes on writing behind [`Self::settled`].
+    /// `[p, c, t]`, f32; shares memory with the stream, which goes on writing after [`Self::settled`].
     pub fn heads_pct(&self) -> Tensor {
         self.heads_pct.shallow_clone()
     }
@@ -195,7 +196,7 @@ impl FeatureStream<'_, '_> {
     }
 }
 
-/// Features and somebody else's tap on one forward.
+/// Features and a second tap on one forward pass.
 struct Both<'a, 'b> {
     features: FeatureTap<'a>,
     beside: &'b mut dyn Tap,

@@ -1,4 +1,4 @@
-//! What prefill shows of each layer, written into the feature tensor as it passes.
+//! The prefill tap: writes each layer's features into the feature tensor.
 //!
 //! Dimension key: p proxy KV head (all layers x heads flattened, layer-major), c channel,
 //! t context position, h KV head of a layer, d head_dim, s new context position.

@@ -10,7 +10,7 @@ use torch_sys::C_tensor;
 
 use crate::shim;
 
-/// What an attention kernel gives.
+/// Result of an attention kernel.
 #[derive(Debug)]
 pub struct Attended {
     /// Weighted values, kind of the queries.
@@ -25,7 +25,7 @@ pub enum Mask {
     All,
     /// Bottom-right: the last query row sees the last key, each row above one key fewer.
     Causal,
-    /// At most so many keys left and right of the row's own, counted as in `Causal`.
+    /// At most this many keys left and right of the row's own, counted as in `Causal`.
     Window {
         left: usize,
         right: usize,
@@ -46,7 +46,7 @@ impl Mask {
 #[derive(Clone, Copy, Debug)]
 pub struct Softmax {
     pub mask: Mask,
-    /// What products of queries and keys are multiplied with.
+    /// Scale of products of queries and keys.
     pub scale: f64,
 }
 
@@ -74,7 +74,7 @@ pub fn flash(q_bsqd: &Tensor, k_bkhd: &Tensor, v_bkhd: &Tensor, softmax: Softmax
     launch_flash([q_bsqd, k_bkhd, v_bkhd], None, None, [s, keys], softmax)
 }
 
-/// As [`flash`], over segments of different lengths that lie behind each other; each query segment
+/// As [`flash`], over segments of different lengths that follow each other; each query segment
 /// sees the key segment of its number only.
 ///
 /// # Shapes
@@ -99,7 +99,7 @@ pub fn flash_segments(
     launch_flash([q_rqd, k_rhd, v_rhd], Some([starts_q, starts_k]), None, longest, softmax)
 }
 
-/// As [`flash_segments`], where only the first keys of each segment are there: behind them is room for
+/// As [`flash_segments`], where only the first keys of each segment are there: after them is room for
 /// more. `longest` counts those that are there.
 ///
 /// # Shapes
@@ -152,7 +152,7 @@ fn launch_flash(
     let used = used_k.map_or(std::ptr::null_mut(), pointer);
     let (causal, left, right) = softmax.mask.codes();
     // SAFETY: pointers to tensors that live beyond the call, or null where the shim allows it; on
-    // success both results are tensors on the heap that nobody else frees.
+    // success both results are tensors on the heap that only this code frees.
     unsafe {
         owned(|out, lse| {
             shim::pkv_flash(
@@ -210,7 +210,7 @@ pub fn cudnn(
 /// Run a shim function that writes an output and its log-sum-exps.
 ///
 /// # Safety
-/// On success `run` has put a tensor that the caller owns behind each pointer.
+/// On success `run` has put a tensor that the caller owns at each pointer.
 unsafe fn owned(run: impl FnOnce(*mut *mut C_tensor, *mut *mut C_tensor) -> i32) -> Result<Attended> {
     let (mut out, mut lse) = (std::ptr::null_mut(), std::ptr::null_mut());
     shim::check(run(&mut out, &mut lse))?;
@@ -349,7 +349,7 @@ mod tests {
         }
     }
 
-    /// Decoding (one row, which takes the kernel's split path) and questions, behind segments with room.
+    /// Decoding (one row, which takes the kernel's split path) and questions, after segments with room.
     #[test]
     fn flash_sees_only_the_keys_that_are_used() {
         for rows in [1, 5] {

@@ -1,4 +1,4 @@
-//! Where to compute: never a silent fallback.
+//! The choice of device, without a silent fallback.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,13 +9,13 @@ use tch::Device;
 
 use crate::shim;
 
-/// What the user asked for.
+/// The device that the user requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
     /// The first GPU if CUDA is there, else the CPU; the caller says which.
     Auto,
     Cpu,
-    /// A GPU by its index; an error if it cannot be had.
+    /// A GPU by its index; an error if it is not available.
     Cuda(usize),
 }
 
@@ -37,7 +37,7 @@ impl std::str::FromStr for DeviceChoice {
 /// The device to compute on.
 ///
 /// # Errors
-/// CUDA was asked for and cannot be had; the error says why.
+/// CUDA was requested and is not available; the error says why.
 pub fn device(choice: DeviceChoice) -> Result<Device> {
     let count = cuda_count();
     match choice {
@@ -109,8 +109,8 @@ pub(crate) fn tf32() -> bool {
     TF32.load(Ordering::Relaxed)
 }
 
-/// Work is queued on a GPU, and no other thread may change meanwhile whether TF32 is allowed: the choice is the process's, and
-/// a mapper that learns and a model that reads contexts beside it choose differently.
+/// Work is queued on a GPU, and no other thread may change meanwhile whether TF32 is allowed: the choice is
+/// the process's, and a mapper that learns and a model that reads contexts beside it choose differently.
 ///
 /// A thread that holds one must not wait for a thread that wants one.
 pub struct MathMode {

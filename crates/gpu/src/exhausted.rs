@@ -1,7 +1,7 @@
 //! Running out of GPU memory as a value, not as a crash.
 //!
 //! libtorch throws, tch's plain methods turn that into a panic, and its `f_` twins into an error.
-//! Whoever can do the same work in smaller pieces wants neither: it asks [`unless_exhausted`].
+//! A caller that can do the same work in smaller pieces needs neither: it uses [`unless_exhausted`].
 
 use std::any::Any;
 use std::cell::Cell;
@@ -10,7 +10,7 @@ use std::sync::Once;
 
 use anyhow::Result;
 
-/// What libtorch, CUDA, cuBLAS and cuDNN say when memory is short.
+/// Messages of libtorch, CUDA, cuBLAS and cuDNN when memory runs out.
 const SIGNS: [&str; 5] = [
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -28,7 +28,7 @@ thread_local! {
 /// Run `work`; `None` if memory ran out, on a GPU or on the host, and libtorch's unused GPU memory is
 /// then back with the driver. Tensors that `work` held are dropped by then.
 ///
-/// `work` must leave behind nothing that is half done, or do it over when it is called again.
+/// `work` must leave nothing half done, or do it over when it is called again.
 ///
 /// # Errors
 /// Those of `work` that are not about memory.

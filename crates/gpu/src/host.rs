@@ -5,12 +5,12 @@ use std::fs;
 /// Bytes of this machine, or of the container if that has less.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostMemory {
-    /// What processes may still take.
+    /// Memory that processes can still allocate.
     pub free: u64,
     pub total: u64,
 }
 
-/// What the system says; nothing where it does not.
+/// Memory as the system reports it, if it does.
 pub fn host_memory() -> Option<HostMemory> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let (mut free, mut total) = (meminfo(&text, "MemAvailable")?, meminfo(&text, "MemTotal")?);

@@ -1,8 +1,8 @@
 //! Our own CUDA kernels: compiled by NVRTC when first used, kept on disk, launched on libtorch's streams.
 //!
-//! `kernels/*.cu` hold the code, [`scores`], [`elementwise`], [`cross`] and [`mod@decode`] their safe interfaces. They come with the
-//! project as text: nothing is built for a GPU on machines that have none, and what a GPU runs was
-//! compiled for exactly that one.
+//! `kernels/*.cu` hold the code, [`scores`], [`elementwise`], [`cross`] and [`mod@decode`] their safe
+//! interfaces. They come with the project as text: nothing is built for a GPU on machines that have none, and
+//! what a GPU runs was compiled for exactly that one.
 
 mod cross;
 mod decode;

@@ -1,4 +1,4 @@
-//! Layers whose backward libtorch's own operations make slow or large.
+//! Layers with their own backward pass, where libtorch's is slow or needs much memory.
 
 use tch::Tensor;
 use torch_sys::C_tensor;
@@ -71,7 +71,7 @@ fn own(code: i32, out: *mut C_tensor, what: &str) -> Tensor {
     if let Err(reason) = shim::check(code) {
         panic!("{what}: {reason:#}");
     }
-    // SAFETY: the shim returned 0, so `out` is a tensor on the heap that nobody else frees.
+    // SAFETY: the shim returned 0, so `out` is a tensor on the heap that only this code frees.
     unsafe { Tensor::from_ptr(out) }
 }
 
@@ -157,7 +157,8 @@ mod tests {
         }
     }
 
-    /// Our kernels, for the sizes of a tiny and of a large pair, against the formula in f64 from the same rounded inputs.
+    /// Our kernels, for the sizes of a tiny and of a large pair, against the formula in f64 from the same
+    /// rounded inputs.
     #[test]
     fn the_cross_attentions_kernels_equal_its_formula() {
         let on = device(DeviceChoice::Auto).unwrap();

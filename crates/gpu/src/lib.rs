@@ -1,4 +1,5 @@
-//! What tch cannot reach of libtorch: CUDA loading, memory, streams, fused attention, determinism, fused AdamW.
+//! Parts of libtorch that tch does not wrap: CUDA loading, memory, streams, fused attention, determinism,
+//! fused AdamW.
 //!
 //! The C++ files of the project, in `csrc/`, and a safe interface to them. Models, losses
 //! and training loops are left to the crates above; they never call the shim's functions directly.

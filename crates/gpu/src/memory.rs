@@ -61,7 +61,7 @@ pub fn upload(host: &Tensor, device: Device) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
     // SAFETY: a live tensor; `out` receives one that we own.
     shim::check(unsafe { shim::pkv_upload(host.as_ptr().cast_mut(), gpu as i32, &mut out) })?;
-    // SAFETY: the shim returned 0, so `out` is a tensor on the heap that nobody else frees.
+    // SAFETY: the shim returned 0, so `out` is a tensor on the heap that only this code frees.
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 

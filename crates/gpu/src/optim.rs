@@ -126,7 +126,7 @@ pub fn clip_global_norm(params: &[Tensor], max: f64) -> Result<Tensor> {
     // SAFETY: an array of `grads.len()` tensors; `out` receives a tensor that we own.
     shim::check(unsafe { shim::pkv_global_norm(g.len(), g.as_mut_ptr(), &mut out) })
         .context("gradient norm")?;
-    // SAFETY: the shim returned 0, so `out` is a tensor on the heap that nobody else frees.
+    // SAFETY: the shim returned 0, so `out` is a tensor on the heap that only this code frees.
     let norm = unsafe { Tensor::from_ptr(out) };
     let by = (max / (&norm + 1e-6)).clamp_max(1.0);
     // SAFETY: as above; `by` is a scalar tensor on the same device.

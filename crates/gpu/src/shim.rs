@@ -11,7 +11,8 @@ pub struct RawEvent {
     _opaque: [u8; 0],
 }
 
-/// Functions that the shim's cross-attention calls, on whatever thread it runs: 0, or -1 after [`answer`] kept the reason.
+/// Functions that the shim's cross-attention calls, on whatever thread it runs: 0, or -1 after [`answer`]
+/// kept the reason.
 #[repr(C)]
 pub struct CrossKernels {
     /// Tokens, logit and reading weights, attention heads; scores, and the sums for the backward or null.
@@ -36,7 +37,8 @@ pub struct CrossKernels {
         *mut C_tensor,
         *mut C_tensor,
     ) -> c_int,
-    /// Logits and readings, which become their gradients; both sums, the output's gradient for every row, first position.
+    /// Logits and readings, which become their gradients; both sums, the output's gradient for every row,
+    /// first position.
     pub gradients: unsafe extern "C" fn(
         *mut C_tensor,
         *mut C_tensor,

@@ -15,7 +15,7 @@ impl HostBuffer {
     /// `n` numbers, of any value.
     ///
     /// # Errors
-    /// The memory cannot be had.
+    /// The memory cannot be allocated.
     pub fn new(n: usize, device: Device) -> Result<Self> {
         if !device.is_cuda() {
             return Ok(Self(Tensor::f_empty([n as i64], (Kind::Float, Device::Cpu))?));
@@ -24,7 +24,7 @@ impl HostBuffer {
         // SAFETY: a count; `out` receives a tensor that we own.
         shim::check(unsafe { shim::pkv_pinned(n as i64, &mut out) })
             .with_context(|| format!("cannot pin {} MB of host memory", n >> 18))?;
-        // SAFETY: the shim returned 0, so `out` is a tensor on the heap that nobody else frees.
+        // SAFETY: the shim returned 0, so `out` is a tensor on the heap that only this code frees.
         Ok(Self(unsafe { Tensor::from_ptr(out) }))
     }
 
@@ -55,7 +55,7 @@ pub fn upload_beside(host: Tensor, device: Device) -> Result<Tensor> {
     // SAFETY: a tensor and an index; `out` receives a tensor that we own.
     shim::check(unsafe { shim::pkv_upload_beside(host.as_ptr().cast_mut(), i as i32, &mut out) })
         .context("cannot copy a batch to the GPU")?;
-    // SAFETY: the shim returned 0, so `out` is a tensor on the heap that nobody else frees.
+    // SAFETY: the shim returned 0, so `out` is a tensor on the heap that only this code frees.
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 

@@ -1,4 +1,4 @@
-//! [`Hub`]: names to files that are already on this machine.
+//! [`Hub`]: from names to files that are already on this machine.
 
 use std::collections::HashSet;
 use std::fs;
@@ -18,7 +18,7 @@ use crate::store::confined;
 /// Files up to this size are hashed each time they are looked up; larger ones only by `fetch`.
 const HASHED_EACH_TIME: u64 = 32 << 20;
 
-/// The Hugging Face cache, the hub behind it, and the revisions that are locked.
+/// The Hugging Face cache, the hub that it mirrors, and the revisions that are locked.
 #[derive(Clone, Debug)]
 pub struct Hub {
     pub(crate) options: HubOptions,
@@ -137,7 +137,7 @@ impl Hub {
         let snapshot = self.snapshot(Kind::Dataset, name, revision)?;
         let mut present = files_below(&snapshot.folder)?;
         if let Some(pin) = Kind::Dataset.pin(&self.lock, name) {
-            // Other files of the data set may have been cached by somebody else.
+            // Other files of the data set may have been cached by another program.
             present.retain(|f| pin.files.contains_key(f));
         }
         let chosen = select(name, &present, patterns, || {
@@ -179,7 +179,7 @@ impl Hub {
         Ok(Snapshot { folder, commit })
     }
 
-    /// What the lock says about a repository; its names become paths, and so must be plain.
+    /// The lock's entry of a repository; its names become paths, and so must be plain.
     ///
     /// # Errors
     /// A name is not, or another revision is asked for than the locked one.
@@ -266,8 +266,8 @@ pub(crate) fn differs(path: &Path, expected: &str, found: &str) -> pkv_core::Hin
     )
 }
 
-/// All files below `folder`, as paths with `/`, sorted within each folder. A link to a folder is not followed:
-/// it may lead anywhere, or in a circle, and the cache has none.
+/// All files below `folder`, as paths with `/`, sorted within each folder. A link to a folder is not
+/// followed: it may lead anywhere, or in a circle, and the cache has none.
 pub(crate) fn files_below(folder: &Path) -> Result<Vec<String>> {
     let mut out = Vec::new();
     list(folder, "", &mut out)?;

@@ -1,12 +1,11 @@
-//! The HTTP client: what is sent to whom, for how long it is waited, where a redirect may lead, and what is
-//! tried again.
+//! The HTTP client: headers, time limits, redirects and retries.
 //!
 //! Every request carries
 //! - `User-Agent: proxykv-train/<version>`;
 //! - `Accept-Encoding: identity`: a CDN that may compress ignores ranges and announces another length. Should
 //!   it compress all the same, ureq decodes gzip, and any other encoding is refused;
 //! - `Authorization`, for addresses of the hub itself alone: the same scheme, host and port. Redirects
-//!   are followed here and not by ureq, so that a storage or a stranger never sees it.
+//!   are followed here and not by ureq, so that other hosts never get it.
 //!
 //! What the answers mean is left to `listing`, `transfer` and `push`.
 
@@ -36,7 +35,7 @@ const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
 const LONGEST_REFUSAL: usize = 64 << 10;
 /// Read timeouts, a minute by default, for an answer that takes work, and for a write.
 const WORK: u32 = 6;
-/// What must come of a body in that time: a trickle is a stall, too.
+/// Least bytes of a body in that time; slower transfers count as stalled.
 const LEAST_BYTES: u64 = 1 << 10;
 
 /// Asked while something is waited for; its error ends what is being done.
@@ -52,7 +51,7 @@ pub(crate) struct Client<'a> {
     authorization: Option<HeaderValue>,
 }
 
-/// What is left of the attempts at one thing.
+/// Remaining attempts of one request.
 pub(crate) struct Attempts {
     pub made: u32,
     wait: Duration,
@@ -113,7 +112,7 @@ impl<'a> Client<'a> {
         Url::parse(&text).map_err(|e| Failure::nonsense(format!("`{text}` is no address: {e}")))
     }
 
-    /// Whether an address is the hub's own, and not a storage's or a stranger's.
+    /// Whether an address is the hub's own, and not that of another host.
     pub fn is_home(&self, url: &Url) -> bool {
         let upgraded = self.home.scheme() == "http"
             && url.scheme() == "https"
@@ -317,7 +316,7 @@ impl<'a> Client<'a> {
         Ok(response)
     }
 
-    /// What a server says about its refusal, as far as it can be had.
+    /// A server's explanation of its refusal, if it can be read.
     fn refusal(&self, response: Response<Body>) -> Refusal {
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         // Whatever has come when it stalls or ends: the status is what counts.

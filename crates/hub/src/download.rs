@@ -22,7 +22,7 @@ use crate::redact::Secrets;
 use crate::store::{Store, confined};
 use crate::transfer::transfer;
 
-/// What is wanted of a repository.
+/// Requested files of a repository.
 #[derive(Clone, Copy)]
 pub(crate) struct Wanted<'a> {
     pub kind: Kind,
@@ -120,7 +120,7 @@ impl Hub {
         pin.files.iter().all(|(f, p)| fs::metadata(folder.join(f)).is_ok_and(|m| m.len() == p.bytes))
     }
 
-    /// What the cache has of a repository, when the hub must not be asked.
+    /// Files of a repository in the cache, for use offline.
     fn cached_listing(&self, kind: Kind, name: &str, revision: &str) -> Result<RepoInfo> {
         let snapshot = self.snapshot(kind, name, revision).with_context(|| {
             hinted(

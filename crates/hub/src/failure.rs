@@ -1,5 +1,5 @@
-//! Why a request, a transfer or a write into the cache did not succeed, whether waiting may help, and the hint
-//! that fits the cause.
+//! Failures of requests, transfers and writes into the cache: the cause, whether a retry may help, and the
+//! hint.
 
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
@@ -33,11 +33,11 @@ pub(crate) struct Refusal {
     pub status: u16,
     /// The server's own words; may be empty.
     pub message: String,
-    /// How long it asks to wait.
+    /// Requested waiting time.
     pub retry_after: Option<Duration>,
 }
 
-/// What a request is about.
+/// Subject of a request.
 #[derive(Clone, Copy)]
 pub(crate) struct Asked<'a> {
     pub kind: Kind,
@@ -120,7 +120,7 @@ impl Failure {
         }
     }
 
-    /// What it means for the user, with a hint that fits the cause.
+    /// The error for the user, with a hint that fits the cause.
     pub fn explain(self, asked: Asked, options: &HubOptions) -> Error {
         let what = asked.to_string();
         let endpoint = &options.endpoint;
@@ -173,7 +173,7 @@ impl Failure {
     }
 }
 
-/// What to do about a connection that was lost or never made.
+/// Hint for a connection that was lost or never made.
 pub(crate) fn network_hint(error: &ureq::Error, failure: &Failure, options: &HubOptions) -> String {
     const AGAIN: &str = "run it again: it goes on where it stopped";
     match error {

@@ -1,4 +1,5 @@
-//! `fetch`: all that a recipe or a manifest names into the cache, and its lock file beside it.
+//! `fetch`: downloads everything that a recipe or a manifest names into the cache, and writes the lock file
+//! beside it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -84,8 +85,8 @@ impl Hub {
         self.fetch_files(name, revision, &[CONFIG], &[], progress, check_stop)
     }
 
-    /// The folder with some files of a hub model's repository, downloaded where the cache lacks them: all of `needed`, and
-    /// those of `optional` that there are.
+    /// The folder with some files of a hub model's repository, downloaded where the cache lacks them: all of
+    /// `needed`, and those of `optional` that there are.
     ///
     /// # Errors
     /// There is no such repository, it lacks a file, or the hub does not answer.

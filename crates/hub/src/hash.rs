@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 const PIECE: usize = 1 << 20;
 
-/// Length and SHA-256 of a file's content; `read` is told how many bytes went by.
+/// Length and SHA-256 of a file's content; `read` is called with the number of bytes read.
 pub(crate) fn sha256_file(path: &Path, mut read: impl FnMut(u64)) -> Result<(u64, String)> {
     let what = || format!("cannot read `{}`", path.display());
     pkv_core::check_regular(path).with_context(what)?;
@@ -29,7 +29,7 @@ pub(crate) fn sha256_file(path: &Path, mut read: impl FnMut(u64)) -> Result<(u64
     }
 }
 
-/// What stands for a file's content: its length, and the SHA-256 of all of it up to 64 MiB, else of
+/// Identity of a file's content: its length, and the SHA-256 of all of it up to 64 MiB, else of
 /// 64 KiB from each of sixteen evenly spaced places.
 ///
 /// Tells two sets of weights or two texts apart without reading gigabytes each time a run starts.

@@ -1,4 +1,4 @@
-//! What a repository holds at a revision, as the hub lists it.
+//! The files of a repository at a revision, as the hub lists them.
 
 use hf_hub::Repo;
 use hf_hub::api::RepoInfo;

@@ -1,4 +1,4 @@
-//! Model folders: which names mean one, whether it is whole, and what stands for its revision.
+//! Model folders: which names mean one, whether it is whole, and what represents its revision.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,7 +19,7 @@ const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 /// The folder of further chat templates.
 const TEMPLATES: &str = "additional_chat_templates";
 
-/// The folder that `name` means: as it stands if absolute, else below the first of `bases` that has it.
+/// The folder that `name` means: unchanged if absolute, else below the first of `bases` that has it.
 pub(crate) fn find(name: &str, bases: &[&Path]) -> Option<PathBuf> {
     let mut candidates = bases.iter().map(|b| b.join(name));
     if Path::new(name).is_absolute() {
@@ -82,7 +82,8 @@ pub(crate) fn adapter_error(name: &str) -> Hinted {
 }
 
 /// # Errors
-/// A file without which no model can be opened is absent; all absent ones are named. Or the folder holds an adapter.
+/// A file without which no model can be opened is absent; all absent ones are named. Or the folder holds an
+/// adapter.
 pub(crate) fn check_whole(folder: &Path, hint: &str) -> Result<()> {
     let has = |name: &str| folder.join(name).is_file();
     let mut missing: BTreeSet<String> = ["config.json", "tokenizer.json"].map(String::from).into();

@@ -1,7 +1,7 @@
 //! Lock files: the commit and the files' hashes that a recipe or a manifest was fetched with.
 //!
-//! `fetch` writes them, everything later honours them: a branch that moved on changes nothing until
-//! somebody deletes the lock and fetches again.
+//! `fetch` writes them, everything later honours them: a newer commit of a branch changes nothing until the
+//! lock is deleted and `fetch` runs again.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 const VERSION: u32 = 1;
 
-/// What a lock file holds: hub repositories by name.
+/// Content of a lock file: hub repositories by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lock {
@@ -45,7 +45,7 @@ pub struct PinnedFile {
     pub sha256: String,
 }
 
-/// Where the lock of a recipe or manifest lies: `x.toml` has `x.lock.toml` beside it.
+/// Path of the lock of a recipe or manifest: `x.toml` has `x.lock.toml` beside it.
 pub fn lock_path(of: &Path) -> PathBuf {
     of.with_extension("lock.toml")
 }
@@ -75,8 +75,8 @@ impl Lock {
         Ok(lock)
     }
 
-    /// Write the lock beside `of`: a new file renamed over the old one. A file that says the same stays, so that a folder
-    /// which may only be read is no obstacle.
+    /// Write the lock beside `of`: a new file renamed over the old one. A file that says the same stays, so
+    /// that a folder which may only be read is no obstacle.
     ///
     /// # Errors
     /// The folder cannot be written to.

@@ -84,8 +84,8 @@ fn is_path(path: &str) -> bool {
         && path.split('/').all(|p| !p.is_empty() && p != "." && p != ".." && p.len() <= LONGEST_PART)
 }
 
-/// The name of a file's content in the cache, out of an `ETag` header: without quotes, and without the `W/` of
-/// a weak one, as `huggingface_hub` names it.
+/// The name of a file's content in the cache, out of an `ETag` header: without quotes, and without the `W/`
+/// of a weak one, as `huggingface_hub` names it.
 pub(crate) fn etag(header: &str) -> Option<&str> {
     let etag = header.trim();
     let etag = etag.strip_prefix("W/").unwrap_or(etag).trim_matches('"');

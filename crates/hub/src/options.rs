@@ -33,7 +33,8 @@ pub struct HubOptions {
     pub cache: PathBuf,
     /// Address of the hub, without a slash at its end and without user and password: it may be printed.
     pub endpoint: String,
-    /// `user:password` of the hub's address; sent to the hub in place of the token, as `huggingface_hub` does.
+    /// `user:password` of the hub's address; sent to the hub in place of the token, as `huggingface_hub`
+    /// does.
     pub login: Option<String>,
     /// Sent with every request to the hub if present; gated models need one.
     pub token: Option<String>,
@@ -41,7 +42,7 @@ pub struct HubOptions {
     pub implicit_token: bool,
     /// Use the cache only.
     pub offline: bool,
-    /// Attempts per request before it fails; a download goes on where the last one broke off.
+    /// Attempts per request before it fails; a download resumes where the last one stopped.
     pub attempts: u32,
     /// Wait before the second attempt; doubled for each further one.
     pub retry_after: Duration,
@@ -52,7 +53,7 @@ pub struct HubOptions {
 }
 
 impl Default for HubOptions {
-    /// What an empty environment gives.
+    /// The options of an empty environment.
     fn default() -> Self {
         Self::from_variables(|_| None)
     }
@@ -148,8 +149,8 @@ fn without_login(address: &str) -> (String, Option<String>) {
     }
 }
 
-/// `~` at the beginning, `$NAME` and `${NAME}` replaced, as Python's `expanduser` and `expandvars` do; what is
-/// not set stays as it is.
+/// `~` at the beginning, `$NAME` and `${NAME}` replaced, as Python's `expanduser` and `expandvars` do; what
+/// is not set stays as it is.
 fn expanded(path: &str, get: &impl Fn(&str) -> Option<String>) -> String {
     let home = get("HOME").unwrap_or_default();
     let path = match path.strip_prefix('~') {

@@ -33,7 +33,7 @@ use api::Api;
 /// Bytes at a file's beginning from which the hub tells text from binary.
 const SAMPLE: u64 = 512;
 
-/// What goes where.
+/// Files to send, and their repository and branch.
 #[derive(Clone, Debug)]
 pub struct Push {
     /// `owner/name`; made if the hub has no such repository.
@@ -57,7 +57,7 @@ pub struct PushFile {
     pub sha256: String,
 }
 
-/// What a push did.
+/// Outcome of a push.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pushed {
     /// Page of the repository at that branch.
@@ -72,7 +72,7 @@ pub struct Pushed {
     pub kept: Vec<String>,
 }
 
-/// How a file travels, as the hub decided.
+/// Transfer mode of a file, as the hub decided.
 struct Remote<'a> {
     file: &'a PushFile,
     lfs: bool,
@@ -244,7 +244,7 @@ fn open_repository(api: &Api, push: &Push) -> Result<bool> {
         let reply = api.post("/api/repos/create", &request);
         let doing = format!("cannot create repository `{}`", push.repo);
         let reply = api.answer(reply, &push.repo, &doing)?;
-        // 409: somebody made it meanwhile, or an attempt of ours whose answer was lost.
+        // 409: another client created it meanwhile, or an attempt of ours whose answer was lost.
         if reply.status != 409 {
             api.expect(Ok(reply), &push.repo, &doing)?;
             created = true;
@@ -302,9 +302,9 @@ fn compare<'a>(api: &Api, push: &'a Push) -> Result<Vec<Remote<'a>>> {
     }
     let path = format!("/api/models/{}/preupload/{}", push.repo, quoted(&push.revision));
     let reply = api.expect(api.post(&path, &json!({"files": files})), &push.repo, &doing)?;
-    let told = reply.json["files"].as_array().map_or(&[][..], Vec::as_slice);
+    let listed = reply.json["files"].as_array().map_or(&[][..], Vec::as_slice);
     let one = |file: &'a PushFile| -> Result<Remote<'a>> {
-        let found = told.iter().find(|t| t["path"] == file.name.as_str());
+        let found = listed.iter().find(|t| t["path"] == file.name.as_str());
         let mode = found.and_then(|t| t["uploadMode"].as_str());
         let lfs = match mode {
             Some("lfs") => file.bytes > 0, // The storage takes no empty files.

@@ -1,4 +1,4 @@
-//! What must never be printed: tokens, and users with passwords of addresses.
+//! Removal of secrets from messages: tokens, and user names with passwords in addresses.
 //!
 //! Every error and every log line of this crate passes here on its way out: a server may repeat in its
 //! answer what it was sent.

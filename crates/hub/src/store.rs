@@ -9,8 +9,8 @@
 //! | `refs/<branch>` | the commit of a branch |
 //! | `../.locks/<repository>/<etag>.lock` | locked by who downloads that content |
 //!
-//! Nothing is written that is there already: a cache which may only be read serves what it holds. No write and no
-//! look-up leaves the repository's folder, whatever links lie in it.
+//! Nothing is written that is there already: a cache which may only be read serves what it holds. No write
+//! and no look-up leaves the repository's folder, whatever links lie in it.
 
 use std::fs::{self, File, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -46,7 +46,7 @@ impl Store {
         Self { locks: cache.join(".locks").join(name), repository }
     }
 
-    /// Where the content of that ETag lies, or will.
+    /// Path of the content of that ETag, present or not.
     pub fn blob(&self, etag: &str) -> PathBuf {
         self.repository.join("blobs").join(etag)
     }
@@ -62,8 +62,8 @@ impl Store {
         confined(&self.repository, folder).map(drop).map_err(|e| Failure::nonsense(e.to_string()))
     }
 
-    /// The right to download the content of `etag`: one process at a time, where the disk knows locks. Without
-    /// a lock, and beside a process that does not move, the part has a name of its own.
+    /// The right to download the content of `etag`: one process at a time, where the disk knows locks.
+    /// Without a lock, and beside a process that does not move, the part has a name of its own.
     pub fn hold(&self, etag: &str, client: &Client) -> Result<Held, Failure> {
         let blobs = self.repository.join("blobs");
         self.make(&blobs)?;
@@ -174,7 +174,7 @@ fn symlink(_: &str, _: &Path) -> io::Result<()> {
     Err(ErrorKind::Unsupported.into())
 }
 
-/// Where `path` really lies, which must be in the folder `repository`.
+/// `path` with links resolved, which must be in the folder `repository`.
 ///
 /// # Errors
 /// It is absent, or a link leads out.

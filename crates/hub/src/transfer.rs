@@ -30,7 +30,7 @@ use crate::store::{Held, Store};
 /// An attempt that brought so much does not count as a failed one.
 const WORTHWHILE: u64 = 1 << 20;
 
-/// What the hub says about a file.
+/// Metadata of a file from the hub.
 #[derive(Debug)]
 struct Metadata {
     /// Name of its content.
@@ -73,8 +73,8 @@ fn address(client: &Client, asked: Asked, file: &str) -> Result<Url, Failure> {
     client.address(&format!("/{}/resolve/{}/{file}", repo.url(), quoted(asked.revision)))
 }
 
-/// Ask about a file: redirects within the hub are followed, and others if the hub did not say all before them,
-/// as a mirror may not.
+/// Ask about a file: redirects within the hub are followed, and others if the hub did not say all before
+/// them, as a mirror may not.
 fn metadata(client: &Client, url: &Url, commit: &str) -> Result<Metadata, Failure> {
     let mut at = url.clone();
     let mut method = Method::HEAD;
@@ -173,7 +173,7 @@ impl Content<'_> {
         done
     }
 
-    /// Bytes of the part that a download may go on from.
+    /// Bytes of the part from which a download may resume.
     fn usable(&self) -> Result<u64, Failure> {
         let part = &self.held.part;
         match fs::symlink_metadata(part) {
@@ -246,7 +246,7 @@ impl Content<'_> {
         *validator = sent.filter(is_strong);
         let chunked = text(response.headers(), "transfer-encoding").is_some();
         let arrived = self.write(response, start, total, meter).inspect_err(|failure| {
-            // Half a compressed file, taken up in its middle, is nothing to go on from.
+            // Half a compressed file, taken up in its middle, cannot be resumed from.
             if matches!(failure, Failure::Network(ureq::Error::Decompress(..))) {
                 let _ = self.drop_part();
             }

@@ -1,5 +1,5 @@
-//! A hub, or a mirror that HF_ENDPOINT names, that wants to write outside of the cache, to be sent secrets, or to
-//! have them printed; and a cache that somebody else has prepared.
+//! A hub, or a mirror that HF_ENDPOINT names, that wants to write outside of the cache, to be sent secrets,
+//! or to have them printed; and a cache that was prepared with malicious intent.
 
 mod common;
 mod server;

@@ -139,7 +139,7 @@ fn absent_and_gated_models_are_told_apart() {
 #[test]
 fn an_unreachable_hub_is_an_error_that_names_it() {
     let dir = tempfile::tempdir().unwrap();
-    // Nobody listens on the port of a closed listener.
+    // The port of a closed listener refuses connections.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let endpoint = format!("http://127.0.0.1:{port}");
     let (text, hint) = texts(fetch(&Hub::new(options(dir.path(), &endpoint))).unwrap_err());

@@ -58,7 +58,7 @@ fn send(server: &PushServer, push: &Push) -> anyhow::Result<Pushed> {
 }
 
 /// The error's whole chain, and its hint.
-fn told<T: std::fmt::Debug>(result: anyhow::Result<T>) -> (String, String) {
+fn text_and_hint<T: std::fmt::Debug>(result: anyhow::Result<T>) -> (String, String) {
     let error = result.unwrap_err();
     let hint = error
         .downcast_ref::<Hinted>()
@@ -143,7 +143,7 @@ fn a_public_repository_does_not_get_what_should_be_private() {
     let (_dir, server, mut push) = folder();
     server.state().repositories.insert(REPO.to_owned(), Default::default());
     push.private = true;
-    let (text, hint) = told(send(&server, &push));
+    let (text, hint) = text_and_hint(send(&server, &push));
     assert!(text.contains("is public") && hint.contains("settings"), "{text} {hint}");
     assert!(server.requests("POST").is_empty());
 }
@@ -151,7 +151,7 @@ fn a_public_repository_does_not_get_what_should_be_private() {
 #[test]
 fn tokens_that_are_absent_or_too_weak_are_told_apart() {
     let (_dir, server, push) = folder();
-    let with = |token| told(hub(&server.endpoint, token).push(&push, &NoProgress, &|| Ok(())));
+    let with = |token| text_and_hint(hub(&server.endpoint, token).push(&push, &NoProgress, &|| Ok(())));
     let (text, hint) = with(None);
     assert!(text.contains("there is no token") && hint.contains("HF_TOKEN"), "{text} {hint}");
     assert!(server.requests("").is_empty(), "something was sent without a token");
@@ -164,7 +164,8 @@ fn tokens_that_are_absent_or_too_weak_are_told_apart() {
     send(&server, &push).unwrap();
     fs::write(&push.files[0].path, "changed").unwrap();
     let changed = measured(push.files[0].path.parent().unwrap());
-    let (text, _) = told(hub(&server.endpoint, Some(READER)).push(&changed, &NoProgress, &|| Ok(())));
+    let (text, _) =
+        text_and_hint(hub(&server.endpoint, Some(READER)).push(&changed, &NoProgress, &|| Ok(())));
     assert!(text.contains("status 403"), "{text}");
     assert_eq!(server.branch(REPO, "main").commits.len(), 2);
 }
@@ -235,7 +236,7 @@ fn a_broken_upload_leaves_no_half_commit_and_is_taken_up() {
         for _ in 0..attempts {
             server.fail_next(part, Fault::HangUp);
         }
-        let (text, hint) = told(send(&server, &push));
+        let (text, hint) = text_and_hint(send(&server, &push));
         assert!(text.contains("cannot be reached"), "{part}: {text}");
         assert!(hint.contains("not sent a second time"), "{part}: {hint}");
         assert_untouched(&server);
@@ -250,7 +251,7 @@ fn a_broken_upload_leaves_no_half_commit_and_is_taken_up() {
 #[derive(Default)]
 struct Count {
     announced: AtomicU64,
-    told: AtomicU64,
+    counted: AtomicU64,
 }
 
 impl Progress for Count {
@@ -258,7 +259,7 @@ impl Progress for Count {
         self.announced.fetch_add(total, Ordering::Relaxed);
     }
     fn advance(&self, units: u64) {
-        self.told.fetch_add(units, Ordering::Relaxed);
+        self.counted.fetch_add(units, Ordering::Relaxed);
     }
     fn note(&self, _: &str) {}
     fn finish(&self) {}
@@ -285,7 +286,7 @@ fn an_interruption_between_requests_leaves_no_half_commit() {
                 if allowed > 0 {
                     assert_untouched(&server);
                 }
-                assert_eq!(count.told.into_inner(), count.announced.into_inner());
+                assert_eq!(count.counted.into_inner(), count.announced.into_inner());
             }
         }
     }
@@ -296,12 +297,12 @@ fn an_interruption_between_requests_leaves_no_half_commit() {
 fn files_that_change_on_the_way_are_not_committed() {
     let (dir, server, push) = folder();
     fs::write(dir.path().join("model.safetensors"), content(9)).unwrap();
-    let (text, _) = told(send(&server, &push));
+    let (text, _) = text_and_hint(send(&server, &push));
     assert!(text.contains("another hash"), "{text}");
     assert_untouched(&server);
     fs::write(dir.path().join("model.safetensors"), content(1)).unwrap();
     fs::write(dir.path().join("config.json"), "{\"changed\": true}").unwrap();
-    let (text, _) = told(send(&server, &push));
+    let (text, _) = text_and_hint(send(&server, &push));
     assert!(text.contains("config.json` changed"), "{text}");
     assert_untouched(&server);
 }
@@ -311,11 +312,12 @@ fn nothing_is_sent_offline_or_to_a_server_that_is_no_hub() {
     let (_dir, server, push) = folder();
     let mut options = hub(&server.endpoint, Some(WRITER)).options().clone();
     options.offline = true;
-    let (text, hint) = told(Hub::new(options).push(&push, &NoProgress, &|| Ok(())));
+    let (text, hint) = text_and_hint(Hub::new(options).push(&push, &NoProgress, &|| Ok(())));
     assert!(text.contains("HF_HUB_OFFLINE") && hint.contains("unset"), "{text}");
     assert!(server.requests("").is_empty());
-    let (text, _) = told(hub("http://127.0.0.1:9", Some(WRITER)).push(&push, &NoProgress, &|| Ok(())));
+    let (text, _) =
+        text_and_hint(hub("http://127.0.0.1:9", Some(WRITER)).push(&push, &NoProgress, &|| Ok(())));
     assert!(text.contains("cannot be reached"), "{text}");
-    let (text, _) = told(send(&server, &Push { repo: "nothing".to_owned(), ..push }));
+    let (text, _) = text_and_hint(send(&server, &Push { repo: "nothing".to_owned(), ..push }));
     assert!(text.contains("no name of a hub repository"), "{text}");
 }

@@ -15,12 +15,12 @@ use crate::text::TextStream;
 /// A question as the target reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// Tokens behind the context: an empty line, the question, the template's turn to the model.
+    /// Tokens after the context: an empty line, the question, the template's turn to the model.
     pub tokens: Vec<u32>,
     pub max_new_tokens: usize,
 }
 
-/// A question that cannot be asked, while the cache and all other questions are none the worse.
+/// A question that cannot be asked; the cache and all other questions are not affected.
 #[derive(Debug)]
 pub struct QuestionRefused(Hinted);
 
@@ -57,7 +57,7 @@ pub enum Finish {
     Interrupted,
 }
 
-/// What was answered.
+/// An answer.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Answer {
     pub text: String,
@@ -73,7 +73,7 @@ pub struct Answer {
 }
 
 impl Question {
-    /// A question in words, asked as in training and evaluation: behind an empty line, before the
+    /// A question in words, asked as in training and evaluation: after an empty line, before the
     /// template's switch to the model.
     ///
     /// # Errors
@@ -89,22 +89,22 @@ impl Question {
     }
 }
 
-/// Answer `question` behind the contexts of `cache`, which must hold one sequence; what was read since
+/// Answer `question` after the contexts of `cache`, which must hold one sequence; what was read since
 /// the context is forgotten first, so every question meets the same cache.
 ///
-/// `told` gets the text piece by piece, as tokens complete it. `stopped` is asked before each
-/// token; the answer then ends, and is none the worse for it.
+/// `emit` is called with each piece of text as tokens complete it. `stopped` is called before each token; if
+/// it returns true, the answer ends there and is still valid.
 ///
 /// # Errors
-/// [`QuestionRefused`] where the question is longer than what is left of the position range, or there is no memory for it;
-/// errors of `told`. The cache can be asked again after all of them.
+/// [`QuestionRefused`] where the question is longer than what is left of the position range, or there is no
+/// memory for it; errors of `emit`. The cache can be asked again after all of them.
 pub fn answer(
     target: &LanguageModel,
     tokenizer: &TextTokenizer,
     cache: &mut RaggedCache,
     question: &Question,
     stopped: &dyn Fn() -> bool,
-    told: &mut dyn FnMut(&str) -> Result<()>,
+    emit: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<Answer> {
     let _no_grad = tch::no_grad_guard();
     ensure!(cache.sequences() == 1, "a cache of {} contexts has no one to ask", cache.sequences());
@@ -131,7 +131,7 @@ pub fn answer(
     let mut text = TextStream::new(tokenizer);
     let mut whole = String::new();
     let (mut first_token_secs, mut last_secs) = (0.0, 0.0);
-    // The answer's k-th token is read at the position k - 1 behind the question, but for the last.
+    // The answer's k-th token is read at the position k - 1 after the question, but for the last.
     let most = question.max_new_tokens.min(left - question.tokens.len() + 1);
     let mut finish = match most == question.max_new_tokens {
         true => Finish::Length,
@@ -148,7 +148,7 @@ pub fn answer(
         };
         let piece = text.push(id)?;
         if !piece.is_empty() {
-            told(&piece)?;
+            emit(&piece)?;
         }
         whole.push_str(&piece);
         if stopped() {
@@ -164,7 +164,7 @@ pub fn answer(
     }
     let rest = text.finish()?;
     if !rest.is_empty() {
-        told(&rest)?;
+        emit(&rest)?;
         whole.push_str(&rest);
     }
     Ok(Answer {

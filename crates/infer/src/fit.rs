@@ -1,4 +1,4 @@
-//! Does a mapper belong to this pair? Asked before anything is computed.
+//! Checks that a mapper was trained for this model pair, before anything is computed.
 
 use anyhow::{Result, ensure};
 use pkv_checkpoint::{ExportConfig, ModelIdentity};
@@ -15,15 +15,15 @@ pub struct Side<'a> {
     pub tokenizer: &'a TextTokenizer,
 }
 
-/// Refuse a mapper that was made for other models, another tokenizer, or other features. `proxy` is absent where no
-/// feature comes from it.
+/// Refuse a mapper that was made for other models, another tokenizer, or other features. `proxy` is absent
+/// where no feature comes from it.
 ///
 /// # Errors
 /// Shape or vocabulary of a model differ from the export's, the two models do not share a vocabulary,
 /// or the export's sizes contradict its own pair and channels.
 ///
 /// Returns what differs without forbidding anything, in words: weights of another revision, and a chat
-/// template whose prefix the proxy's features were not trained behind.
+/// template whose prefix the proxy's features were not trained after.
 pub fn check_fit(config: &ExportConfig, target: &Side, proxy: Option<&Side>) -> Result<Vec<String>> {
     let sides: Vec<_> = [("target", &config.target, Some(target)), ("proxy", &config.proxy, proxy)]
         .into_iter()

@@ -1,4 +1,4 @@
-//! How much stays, and what stayed.
+//! The pruning budget, and statistics of what was kept.
 //!
 //! Dimension key: l layer, h KV head, t context position.
 
@@ -11,7 +11,7 @@ use pkv_prune::{HeadBudgets, keep_mask_budget_by, keep_mask_by, newest_first};
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
-/// How many KV pairs of a context stay.
+/// Number of KV pairs of a context to keep.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
     /// A share of them.
@@ -28,11 +28,11 @@ pub struct Keep<'a> {
     pub policy: Policy,
     /// Of the target's heads; `pair-budget` needs them.
     pub budgets: Option<&'a HeadBudgets>,
-    /// Last positions of every head that stay whatever their scores, as far as the budget reaches.
+    /// Last positions of every head, kept regardless of their scores, within the budget.
     pub recent: usize,
 }
 
-/// What stayed of a context.
+/// Statistics of a context's kept pairs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Kept {
     /// Kept KV pairs of the context.
@@ -41,7 +41,7 @@ pub struct Kept {
     pub of_pairs: usize,
     /// `pairs / of_pairs`.
     pub ratio: f64,
-    /// Pairs of the chat template's prefix, which stays in every KV head.
+    /// Pairs of the chat template's prefix, which is kept in every KV head.
     pub prefix_pairs: usize,
     /// Fewest and most context pairs of a (layer, KV head).
     pub fewest_in_head: usize,
@@ -50,21 +50,22 @@ pub struct Kept {
     pub kept_bytes: usize,
     /// Keys and values of the full cache by the same rule: of its pairs, the prefix's included, without room.
     pub full_cache_bytes: usize,
-    /// What is allocated beside the kept pairs, for the tokens of questions and answers.
+    /// Bytes allocated in addition to the kept pairs, for the tokens of questions and answers.
     pub room_bytes: usize,
     /// All that is allocated: `kept_bytes + room_bytes`.
     pub cache_bytes: usize,
 }
 
 impl Keep<'_> {
-    /// What of the full cache stays; the prefix always does.
+    /// Keep mask of the full cache; the prefix is always kept.
     ///
     /// # Shapes
     /// - `scores_lht`: `[layers, KV heads, context positions]`, any float kind, higher means keep
     /// - returns bool `[layers, KV heads, prefix + context]`, same device
     ///
     /// # Errors
-    /// A score is not finite: a proxy that computes nonsense must not choose what is evicted. Or the policy lacks budgets.
+    /// A score is not finite: a proxy that computes nonsense must not choose what is evicted. Or the policy
+    /// lacks budgets.
     pub fn mask(&self, scores_lht: &Tensor, prefix: usize) -> Result<Tensor> {
         let broken = scores_lht.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
         ensure!(
@@ -86,7 +87,7 @@ impl Keep<'_> {
 }
 
 impl Kept {
-    /// Count what `cache` holds of a context of `positions` tokens behind `prefix` ones.
+    /// Count what `cache` holds of a context of `positions` tokens after `prefix` ones.
     pub fn of(cache: &RaggedCache, prefix: usize, positions: usize, full_cache_bytes: usize) -> Self {
         let heads: Vec<usize> =
             (0..cache.layers()).flat_map(|l| cache.kept(l).iter().map(|n| n - prefix)).collect();

@@ -1,10 +1,10 @@
-//! Where a side of the work runs: a device and a stream on it.
+//! A device and a stream on it, on which one model runs.
 
 use anyhow::Result;
 use pkv_gpu::{Stream, StreamGuard};
 use tch::Device;
 
-/// One of the things that may go on at the same time.
+/// One of the activities that may run at the same time.
 #[derive(Clone, Copy, Debug)]
 pub struct Lane {
     name: &'static str,

@@ -1,4 +1,4 @@
-//! The proxy's side: features of the context, and the mapper's scores from them where it reads no other source.
+//! The proxy's side: features of the context, and the mapper's scores if it reads no other source.
 //!
 //! The mapper may run beside the proxy, in a thread and a stream of its own: it then scores a window as
 //! soon as the features of the window and of the mapper's reach around it are final. How early that is
@@ -24,38 +24,41 @@ use crate::lane::Lane;
 use crate::timeline::Timeline;
 use crate::worker::Worker;
 
-/// Tokens that a proxy prefills at a time beside its target: of a 1B model at 32,768 tokens this spares 0.8 GB.
+/// Tokens that a proxy prefills at a time beside its target: of a 1B model at 32,768 tokens this spares 0.8
+/// GB.
 const SHARED_CHUNK: usize = 16_384;
 
-/// Where and under what conditions a source works.
+/// Device, streams and conditions under which a source works.
 #[derive(Clone)]
 pub struct Situation {
     pub timeline: Arc<Timeline>,
     /// The proxy's lane; its stream is the thread's current one while a source works.
     pub lane: Lane,
-    /// Fails when the user wants to stop.
+    /// Fails if cancellation was requested.
     pub check_stop: Arc<dyn Fn() -> Result<()> + Send + Sync>,
 }
 
-/// What a source contributes to the scores of a context's KV pairs.
+/// Contribution of a source to the scores of a context's KV pairs.
 pub enum Given {
     /// The scores: f32 `[layers, KV heads, positions]` of the target, higher means keep.
     Scores(Tensor),
-    /// Features of the proxy, for a mapper that reads the target's as well ([`TargetSide`](crate::TargetSide)).
+    /// Features of the proxy, for a mapper that reads the target's as well
+    /// ([`TargetSide`](crate::TargetSide)).
     Features(ContextFeatures),
     /// Nothing: the mapper reads the target alone.
     Nothing,
 }
 
-/// What works before or beside the target, without looking at it.
+/// A source of scores that works before or during the target's prefill, independent of it.
 pub trait ScoreSource: Send {
-    /// Where it computes.
+    /// Its device.
     fn device(&self) -> Device;
 
-    /// Its contribution to the scores of a context, given without the prefix; finished: another stream may read it.
+    /// Its contribution to the scores of a context, given without the prefix; finished: another stream may
+    /// read it.
     ///
     /// # Errors
-    /// Whatever went wrong; the regime then keeps the whole cache.
+    /// Any failure; the regime then keeps the whole cache.
     fn score(&mut self, context: &[u32], at: &Situation) -> Result<Given>;
 }
 
@@ -72,14 +75,14 @@ impl ScoreSource for NoProxy {
     }
 }
 
-/// What the proxy's side is made of.
+/// Parts of the proxy's side.
 pub struct ProxyParts {
     pub proxy: LanguageModel,
     /// Absent if the mapper reads the target's features as well; the proxy's are then handed over.
     pub mapper: Option<Mapper>,
     /// Tokens of the proxy's chat template before the context.
     pub prefix: Vec<u32>,
-    /// What the proxy is asked to repeat; reconstruction channels alone need it.
+    /// Repeat requests to the proxy; only reconstruction channels need them.
     pub requests: Requests,
     /// As the mapper was trained.
     pub extract: ExtractSection,
@@ -110,19 +113,19 @@ enum MapperSide {
     Beside(Worker<Mapper>, Lane),
 }
 
-/// A news for the mapper's thread: features before this position are final once the event is reached.
+/// Message to the mapper's thread: features before this position are final once the event is reached.
 type Settled = (usize, Event);
 
 impl ProxyMapper {
-    /// The mapper works behind the proxy.
+    /// The mapper works one step later than the proxy.
     pub fn new(parts: ProxyParts) -> Self {
         let ProxyParts { proxy, mapper, prefix, requests, extract, label, target, window_tokens } = parts;
         let mapper = mapper.map_or(MapperSide::None, |mapper| MapperSide::After(Box::new(mapper)));
         Self { proxy, prefix, requests, extract, label, mapper, target, window_tokens }
     }
 
-    /// Read contexts in smaller chunks, for a proxy that shares its device with a target at work: activations take less of the
-    /// memory that the two compete for, and what is extracted is the same.
+    /// Read contexts in smaller chunks, for a proxy that shares its device with a target at work: activations
+    /// take less of the memory that the two compete for, and what is extracted is the same.
     pub fn sharing_device(mut self) -> Self {
         let chunk = &mut self.extract.prefill_chunk_tokens;
         *chunk = (*chunk).min(SHARED_CHUNK);
@@ -202,7 +205,7 @@ fn beside(
     at: &Situation,
 ) -> Result<Tensor> {
     let mut stream = extractor.stream(context)?;
-    let (news, incoming) = channel::<Settled>();
+    let (to_mapper, incoming) = channel::<Settled>();
     let (heads, globals) = (stream.heads_pct().unsqueeze(0), stream.globals_ct().unsqueeze(0));
     let (timeline, positions) = (Arc::clone(&at.timeline), context.len());
     let pending = mapper.start(move |mapper| {
@@ -212,12 +215,12 @@ fn beside(
         as_they_settle(stitched, &incoming, positions, &lane, &timeline)
     });
     let read = at.timeline.time(&at.lane, "features", || {
-        let mut told = 0;
+        let mut sent = 0;
         while {
             let more = stream.step()?;
-            if stream.settled() > told {
-                told = stream.settled();
-                tell(&news, told, &at.lane)?;
+            if stream.settled() > sent {
+                sent = stream.settled();
+                send_settled(&to_mapper, sent, &at.lane)?;
             }
             more
         } {
@@ -225,18 +228,18 @@ fn beside(
         }
         Ok(())
     });
-    // Without news the mapper's thread comes to its end; it must, because it shares the features.
-    drop(news);
+    // Without a sender the mapper's thread ends; it must, because it shares the features.
+    drop(to_mapper);
     let scores = pending.wait();
     read?;
     scores.context("the mapper failed")
 }
 
-fn tell(news: &Sender<Settled>, settled: usize, lane: &Lane) -> Result<()> {
+fn send_settled(to_mapper: &Sender<Settled>, settled: usize, lane: &Lane) -> Result<()> {
     let mut event = Event::new(false)?;
     event.record(lane.stream())?;
-    // A mapper that failed does not listen any more; its error comes when it is waited for.
-    let _ = news.send((settled, event));
+    // A mapper that failed has closed the channel; its error comes when it is waited for.
+    let _ = to_mapper.send((settled, event));
     Ok(())
 }
 

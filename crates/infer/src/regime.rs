@@ -1,4 +1,4 @@
-//! The three ways to let proxy and target work, with one interface.
+//! The three regimes of proxy and target, with one interface.
 //!
 //! `sequential`: the proxy's side first, then the target; the least memory. `streams`: both at once on
 //! one device, on two CUDA streams, or two threads of a CPU. `dual`: both at once on two devices, the
@@ -35,7 +35,7 @@ pub enum RegimeName {
     Dual,
 }
 
-/// What is to be read, and how.
+/// A context to read, and how.
 pub struct Context<'a> {
     pub target: &'a LanguageModel,
     /// Tokens of the chat template before the context.
@@ -49,7 +49,7 @@ pub struct Context<'a> {
     pub room_tokens: usize,
     /// The mapper, where it reads the target's prefill.
     pub target_side: Option<&'a TargetSide>,
-    /// Fails when the user wants to stop.
+    /// Fails if cancellation was requested.
     pub check_stop: Arc<dyn Fn() -> Result<()> + Send + Sync>,
 }
 
@@ -61,7 +61,7 @@ pub struct Prefilled {
     pub timeline: Arc<Timeline>,
     /// Why nothing was pruned, if nothing was.
     pub fallback: Option<Error>,
-    /// How long the target, done with its prefill, waited for the scores.
+    /// Time that the target waited for the scores after its prefill.
     pub waited_secs: f64,
 }
 
@@ -120,8 +120,9 @@ pub fn check_length(tokens: usize, limit: usize) -> Result<()> {
 }
 
 impl Context<'_> {
-    /// The target's full cache of prefix and context, and nothing more; beside it the target's features, where the
-    /// mapper reads them. An extraction that fails costs the pruning alone: the target then prefills once more without.
+    /// The target's full cache of prefix and context, and nothing more; beside it the target's features,
+    /// where the mapper reads them. An extraction that fails costs the pruning alone: the target then
+    /// prefills once more without.
     fn prefill_target(&self) -> Result<(KvCache, Option<Result<ContextFeatures>>)> {
         let _no_grad = tch::no_grad_guard();
         let Some(side) = self.target_side else { return Ok((self.prefill_bare()?, None)) };

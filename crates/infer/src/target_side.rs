@@ -1,4 +1,5 @@
-//! The target's own features: taken from its only prefill, and mapped to scores together with the proxy's, if any.
+//! The target's own features: taken from its only prefill, and mapped to scores together with the proxy's, if
+//! any.
 //!
 //! Dimension key: l layer, h KV head, t context position, p KV head of a source, c channel.
 
@@ -18,7 +19,7 @@ pub struct TargetSide {
     /// On the target's device.
     mapper: Mapper,
     layout: FeatureLayout,
-    /// What the target is asked for.
+    /// Settings of the target's features.
     extract: ExtractSection,
     label: LabelSection,
     requests: Requests,

@@ -1,4 +1,4 @@
-//! Tokens to text while they come.
+//! Incremental decoding of tokens to text.
 
 use anyhow::Result;
 use pkv_lm::TextTokenizer;
@@ -14,12 +14,12 @@ pub struct TextStream<'a> {
     /// Decoding begins here: far enough back for the context that a token's text depends on.
     from: usize,
     /// The text of the tokens before this one was given out.
-    told: usize,
+    emitted: usize,
 }
 
 impl<'a> TextStream<'a> {
     pub fn new(tokenizer: &'a TextTokenizer) -> Self {
-        Self { tokenizer, ids: Vec::new(), from: 0, told: 0 }
+        Self { tokenizer, ids: Vec::new(), from: 0, emitted: 0 }
     }
 
     /// The text that `id` completes; empty while a character is unfinished.
@@ -35,7 +35,7 @@ impl<'a> TextStream<'a> {
         self.give(all)
     }
 
-    /// What was held back: an unfinished character, as the tokenizer shows it.
+    /// The remaining text: an unfinished character, as the tokenizer shows it.
     ///
     /// # Errors
     /// As [`TextStream::push`].
@@ -45,9 +45,9 @@ impl<'a> TextStream<'a> {
     }
 
     fn give(&mut self, all: String) -> Result<String> {
-        let before = self.tokenizer.decode(&self.ids[self.from..self.told])?;
+        let before = self.tokenizer.decode(&self.ids[self.from..self.emitted])?;
         let piece = all.get(before.len()..).unwrap_or_default().to_owned();
-        (self.from, self.told) = (self.told, self.ids.len());
+        (self.from, self.emitted) = (self.emitted, self.ids.len());
         Ok(piece)
     }
 

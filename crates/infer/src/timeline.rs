@@ -1,4 +1,4 @@
-//! When each phase of a prefill ran, where, and how much memory it took.
+//! Timeline of a prefill: start, end, device and memory of each phase.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -14,7 +14,7 @@ use crate::lane::Lane;
 pub struct Phase {
     /// `target`, `proxy` or `mapper`.
     pub lane: &'static str,
-    /// What was done, such as `prefill`.
+    /// Name of the phase, such as `prefill`.
     pub name: &'static str,
     /// Since the timeline's beginning.
     pub start_secs: f64,
@@ -118,7 +118,7 @@ impl Timeline {
         self.phases().iter().filter(of).map(|p| p.end_secs - p.start_secs).sum()
     }
 
-    /// What these phases would take with proxy and mapper on a device of their own: the longer of the
+    /// Estimated time of these phases with proxy and mapper on a second device: the longer of the
     /// two sides, then the scores' way to the target, then pruning.
     ///
     /// Honest only of phases that did not slow each other down: those of the sequential regime.

@@ -1,4 +1,4 @@
-//! A thread that owns what it works with.
+//! A thread that owns its model.
 //!
 //! Tensors may move between threads but not be shared, and cuDNN keeps its plans per thread: so the
 //! proxy and the mapper each live in one thread for as long as they are used.
@@ -18,7 +18,7 @@ pub struct Worker<T> {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What a job will answer.
+/// The pending result of a job.
 pub struct Pending<R> {
     answer: Receiver<Result<R>>,
 }
@@ -42,7 +42,7 @@ impl<T: Send + 'static> Worker<T> {
     ) -> Pending<R> {
         let (done, answer) = channel();
         let job: Job<T> = Box::new(move |value| {
-            // Nobody may be waiting any more; then the answer is dropped.
+            // The receiver may be gone; then the answer is dropped.
             let _ = done.send(caught(|| work(value)));
         });
         if let Some(jobs) = &self.jobs {
@@ -82,7 +82,7 @@ pub(crate) fn caught<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
     }
 }
 
-/// What a panic said; libtorch's messages carry a stack behind their first line.
+/// Message of a panic; libtorch's messages have a stack trace after their first line.
 fn panic_text(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("it panicked");

@@ -42,8 +42,8 @@ fn a_source_that_fails_costs_the_pruning_not_the_answers() {
     ] {
         for mut regime in regimes(make) {
             let mut prefilled = regime.prefill(&context).unwrap();
-            let told = format!("{:#}", prefilled.fallback.as_ref().expect("a reason"));
-            assert!(told.contains(why), "{told}");
+            let message = format!("{:#}", prefilled.fallback.as_ref().expect("a reason"));
+            assert!(message.contains(why), "{message}");
             assert_eq!(prefilled.kept.pairs, prefilled.kept.of_pairs);
             for _ in 0..2 {
                 assert_eq!(ask(&target, &mut prefilled, QUESTION).unwrap().tokens, expected, "{why}");
@@ -69,8 +69,8 @@ fn a_mapper_that_does_not_take_the_features_falls_back() {
     ];
     for regime in &mut regimes {
         let prefilled = regime.prefill(&context).unwrap();
-        let told = format!("{:#}", prefilled.fallback.expect("a reason"));
-        assert!(told.contains("head features have shape"), "{told}");
+        let message = format!("{:#}", prefilled.fallback.expect("a reason"));
+        assert!(message.contains("head features have shape"), "{message}");
     }
 }
 
@@ -132,9 +132,9 @@ fn questions_end_where_the_positions_end() {
     };
     for tokens in [left, left + 100] {
         let error = ask(tokens, 5).unwrap_err();
-        let told = error.to_string();
-        assert!(told.contains(&format!("the question has {tokens} tokens")), "{told}");
-        assert!(told.contains(&format!("{left} are left")), "{told}");
+        let message = error.to_string();
+        assert!(message.contains(&format!("the question has {tokens} tokens")), "{message}");
+        assert!(message.contains(&format!("{left} are left")), "{message}");
         assert!(error.downcast_ref::<QuestionRefused>().is_some());
         assert!(error.chain().any(|cause| cause.downcast_ref::<Hinted>().is_some()));
     }
@@ -158,13 +158,13 @@ fn an_answer_can_be_interrupted_and_asked_again() {
     let mut run = |most: usize| {
         pieces.set(0);
         let mut text = String::new();
-        let told = &mut |piece: &str| {
+        let emit = &mut |piece: &str| {
             pieces.set(pieces.get() + 1);
             text.push_str(piece);
             Ok(())
         };
         let stopped = || pieces.get() >= most;
-        let a = answer(&target, &tokenizer, &mut prefilled.cache, &question, &stopped, told).unwrap();
+        let a = answer(&target, &tokenizer, &mut prefilled.cache, &question, &stopped, emit).unwrap();
         assert_eq!(a.text, text);
         a
     };
@@ -176,7 +176,7 @@ fn an_answer_can_be_interrupted_and_asked_again() {
     assert_eq!(cut.tokens[..], whole.tokens[..cut.tokens.len()]);
     assert_eq!(run(1000).tokens, whole.tokens);
     // Who cannot take the text any more ends the answer with its own error.
-    let told = &mut |_: &str| bail!("closed");
-    let error = answer(&target, &tokenizer, &mut prefilled.cache, &question, &|| false, told).unwrap_err();
+    let emit = &mut |_: &str| bail!("closed");
+    let error = answer(&target, &tokenizer, &mut prefilled.cache, &question, &|| false, emit).unwrap_err();
     assert_eq!(error.to_string(), "closed");
 }

@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 
 use crate::support::*;
 
-/// Question logits behind a pruned cache: they tell which pairs are in it.
+/// Question logits after a pruned cache: they show which pairs are in it.
 fn fingerprint(target: &pkv_lm::LanguageModel, prefilled: &mut Prefilled) -> Tensor {
     prefilled.cache.rewind();
     let ids = target.ids(&text(9)).unsqueeze(0);
@@ -70,8 +70,8 @@ fn every_regime_keeps_the_same_pairs() {
                     let phase = phase.unwrap_or_else(|| panic!("{}: no {lane} {name}", regime.name()));
                     assert!(phase.secs > 0.0 && phase.peak_bytes.is_some());
                 }
-                // Phases of one thread, one after the other, are what the estimate is made of: those of threads that share
-                // the cores add up to more than the time that passed.
+                // Phases of one thread, one after the other, are what the estimate is made of: those of
+                // threads that share the cores add up to more than the time that passed.
                 let dual = prefilled.timeline.dual_critical_secs();
                 assert!(dual > 0.0 && (number > 0 || dual <= prefilled.timeline.secs()));
             }
@@ -103,8 +103,8 @@ fn the_mapper_begins_while_the_proxy_goes_on() {
         assert!(prefilled.fallback.is_none(), "{:?}", prefilled.fallback);
         let phases = prefilled.timeline.phases();
         let windows: Vec<_> = phases.iter().filter(|p| p.lane == "mapper").collect();
-        // A stretch of work per piece of news that completed a window: one only, if all came at the end.
-        // When they ran is the scheduler's business on a busy machine.
+        // One piece of work per message that completed a window; only one, if all came at the end.
+        // On a busy machine the scheduler decides when they ran.
         assert_eq!(windows.len() > 1, early, "{windows:?}");
         let off = difference(&expected, &fingerprint(&target, &mut prefilled));
         assert!(off < 1e-4, "{off:e}");

@@ -1,8 +1,9 @@
-//! What distinguishes one supported architecture from another, as numbers and flags that the forward pass reads.
+//! The differences between supported architectures, as numbers and flags that the forward pass reads.
 //!
-//! What they all share is no field: an RMS norm before attention and one before the feed-forward layer, rotary embedding of
-//! whole heads, full attention in every layer, a SiLU-gated feed-forward layer without bias. Shapes and the rotary embedding
-//! are `config`'s; which architecture a checkpoint has, `family` says.
+//! Common to all, and therefore without a field: an RMS norm before attention and one before the feed-forward
+//! layer, rotary embedding of whole heads, full attention in every layer, a SiLU-gated feed-forward layer
+//! without bias. Shapes and the rotary embedding are `config`'s; which architecture a checkpoint has,
+//! `family` says.
 
 use anyhow::Result;
 use pkv_core::ModelShape;
@@ -20,13 +21,14 @@ pub struct Architecture {
     pub output_bias: bool,
     /// Queries and keys are normalized per head before rotary.
     pub qk_norm: bool,
-    /// What products of queries and keys are multiplied with before their softmax.
+    /// Factor of products of queries and keys before their softmax.
     pub score_scale: f64,
-    /// What embeddings are multiplied with.
+    /// Factor of embeddings.
     pub embedding_scale: f64,
-    /// What the outputs of attention and of the feed-forward layer are multiplied with before they are added to the residual.
+    /// Factor of the outputs of attention and of the feed-forward layer before they are added
+    /// to the residual.
     pub residual_scale: f64,
-    /// What logits are divided by.
+    /// Divisor of logits.
     pub logits_divisor: f64,
 }
 

@@ -1,6 +1,6 @@
 //! Attention of new tokens over a cache and over each other, in memory that grows with the cache only.
 //!
-//! New tokens behind a cache split into two parts that need no mask: the rectangle over the cache,
+//! New tokens after a cache split into two parts that need no mask: the rectangle over the cache,
 //! which every query sees whole, and the causal square over the new tokens. Each is one fused
 //! kernel; their log-sum-exps merge them exactly. No matrix of queries times keys is ever stored.
 //! `policy` decides which kernel takes which part on CUDA, `portable` has those of all other places.
@@ -21,10 +21,10 @@ use tch::{Device, Kind, Tensor};
 
 pub use policy::{AttentionPolicy, Rectangle};
 
-/// How a model attends.
+/// Attention settings of a model.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Attention {
-    /// What products of queries and keys are multiplied with.
+    /// Scale of products of queries and keys.
     pub scale: f64,
     pub policy: AttentionPolicy,
 }
@@ -46,8 +46,8 @@ pub(crate) struct Part {
 impl Part {
     /// Let rows `first..` also see the keys of `other`: in place, exact.
     ///
-    /// One pass over the outputs of both. Without a kernel of our own the weights are in the outputs' kind: in bf16 their
-    /// rounding is that of the outputs themselves.
+    /// One pass over the outputs of both. Without a kernel of our own the weights are in the outputs' kind:
+    /// in bf16 their rounding is that of the outputs themselves.
     ///
     /// # Errors
     /// The kernel fails.
@@ -98,20 +98,20 @@ pub(crate) fn causal(
     v_hkd: &Tensor,
     start: usize,
     wants_lse: bool,
-    how: &Attention,
+    attention: &Attention,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let fused = has_fused_attention(q_sqd);
     if fused && start == 0 && q_sqd.size()[0] > 1 && !wants_lse {
-        return Ok((whole(q_sqd, k_hkd, v_hkd, how.scale), None));
+        return Ok((whole(q_sqd, k_hkd, v_hkd, attention.scale), None));
     }
     let part = match fused {
-        true => fused_causal(q_sqd, k_hkd, v_hkd, start as i64, how)?,
-        false => portable::causal(q_sqd, k_hkd, v_hkd, start as i64, how.scale)?,
+        true => fused_causal(q_sqd, k_hkd, v_hkd, start as i64, attention)?,
+        false => portable::causal(q_sqd, k_hkd, v_hkd, start as i64, attention.scale)?,
     };
     Ok((part.out_rqd, wants_lse.then(|| part.lse_qr.to_kind(Kind::Float))))
 }
 
-/// A sequence from its first token whose log-sum-exp nobody wants: libtorch picks the kernel.
+/// A sequence from its first token whose log-sum-exp is not needed: libtorch picks the kernel.
 fn whole(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, scale: f64) -> Tensor {
     let [q, k, v] = [&q_sqd.transpose(0, 1), k_hkd, v_hkd].map(|x| x.unsqueeze(0));
     let shared = q.size()[1] > k.size()[1];
@@ -121,35 +121,41 @@ fn whole(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, scale: f64) -> Tensor {
 }
 
 /// CUDA in bf16 or f16.
-fn fused_causal(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: i64, how: &Attention) -> Result<Part> {
+fn fused_causal(
+    q_sqd: &Tensor,
+    k_hkd: &Tensor,
+    v_hkd: &Tensor,
+    start: i64,
+    attention: &Attention,
+) -> Result<Part> {
     let s = q_sqd.size()[0];
     if s == 1 {
         // A plan of cuDNN's for every length of the cache would take far longer than the kernel.
-        return flash_over(q_sqd, k_hkd, v_hkd, how.softmax(Mask::All));
+        return flash_over(q_sqd, k_hkd, v_hkd, attention.softmax(Mask::All));
     }
     if start == 0 {
-        return square(q_sqd, k_hkd, v_hkd, how);
+        return square(q_sqd, k_hkd, v_hkd, attention);
     }
-    let Some((rows, keys)) = how.policy.cudnn_share(s, start) else {
-        return flash_over(q_sqd, k_hkd, v_hkd, how.softmax(Mask::Causal));
+    let Some((rows, keys)) = attention.policy.cudnn_share(s, start) else {
+        return flash_over(q_sqd, k_hkd, v_hkd, attention.softmax(Mask::Causal));
     };
-    // The first rows: cuDNN over the first keys, and what lies behind those up to the rows themselves.
+    // The first rows: cuDNN over the first keys, and what follows those up to the rows themselves.
     let q_head = q_sqd.narrow(0, 0, rows);
     let behind = |x: &Tensor| x.narrow(1, keys, start + rows - keys);
     let mut part = if keys == start {
-        square(&q_head, &behind(k_hkd), &behind(v_hkd), how)?
+        square(&q_head, &behind(k_hkd), &behind(v_hkd), attention)?
     } else {
-        flash_over(&q_head, &behind(k_hkd), &behind(v_hkd), how.softmax(Mask::Causal))?
+        flash_over(&q_head, &behind(k_hkd), &behind(v_hkd), attention.softmax(Mask::Causal))?
     };
     part.add(
         0,
-        &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false, how.scale)?,
+        &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false, attention.scale)?,
     )?;
     if rows == s {
         return Ok(part);
     }
     // The last rows see everything up to the end.
-    let tail = flash_over(&q_sqd.narrow(0, rows, s - rows), k_hkd, v_hkd, how.softmax(Mask::Causal))?;
+    let tail = flash_over(&q_sqd.narrow(0, rows, s - rows), k_hkd, v_hkd, attention.softmax(Mask::Causal))?;
     Ok(Part {
         out_rqd: Tensor::cat(&[part.out_rqd, tail.out_rqd], 0),
         lse_qr: Tensor::cat(&[part.lse_qr, tail.lse_qr], 1),
@@ -157,10 +163,10 @@ fn fused_causal(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: i64, how:
 }
 
 /// As many keys as rows, causal.
-fn square(q_sqd: &Tensor, k_hsd: &Tensor, v_hsd: &Tensor, how: &Attention) -> Result<Part> {
-    match how.policy.rectangle {
-        Rectangle::Flash => flash_over(q_sqd, k_hsd, v_hsd, how.softmax(Mask::Causal)),
-        Rectangle::Cudnn => cudnn_over(q_sqd, k_hsd, v_hsd, true, how.scale),
+fn square(q_sqd: &Tensor, k_hsd: &Tensor, v_hsd: &Tensor, attention: &Attention) -> Result<Part> {
+    match attention.policy.rectangle {
+        Rectangle::Flash => flash_over(q_sqd, k_hsd, v_hsd, attention.softmax(Mask::Causal)),
+        Rectangle::Cudnn => cudnn_over(q_sqd, k_hsd, v_hsd, true, attention.scale),
     }
 }
 
@@ -183,7 +189,7 @@ fn cudnn_over(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, causal: bool, scal
     }
 }
 
-/// Rows of several segments behind each other, each of which sees only itself.
+/// Rows of several segments in sequence, each of which sees only itself.
 pub(crate) struct Segments {
     pub ranges: Vec<Range<usize>>,
     longest: usize,
@@ -221,14 +227,14 @@ pub(crate) fn squares(
     k_rhd: &Tensor,
     v_rhd: &Tensor,
     segments: &Segments,
-    how: &Attention,
+    attention: &Attention,
 ) -> Result<Part> {
     if !has_fused_attention(q_rqd) {
-        return Ok(portable::squares(q_rqd, k_rhd, v_rhd, &segments.ranges, how.scale));
+        return Ok(portable::squares(q_rqd, k_rhd, v_rhd, &segments.ranges, attention.scale));
     }
     let starts = [&segments.starts; 2];
     let attended =
-        flash_segments(q_rqd, k_rhd, v_rhd, starts, [segments.longest; 2], how.softmax(Mask::Causal))?;
+        flash_segments(q_rqd, k_rhd, v_rhd, starts, [segments.longest; 2], attention.softmax(Mask::Causal))?;
     Ok(Part { out_rqd: attended.out, lse_qr: attended.lse })
 }
 
@@ -244,29 +250,32 @@ pub(crate) fn add_rectangle(
     q_rqd: &Tensor,
     k_hkd: &Tensor,
     v_hkd: &Tensor,
-    how: &Attention,
+    attention: &Attention,
 ) -> Result<()> {
     let (r, k) = (q_rqd.size()[0], k_hkd.size()[1]);
     if k == 0 {
         return Ok(());
     }
     if !has_fused_attention(q_rqd) {
-        return part.add(0, &portable::rectangle(q_rqd, k_hkd, v_hkd, how.scale));
+        return part.add(0, &portable::rectangle(q_rqd, k_hkd, v_hkd, attention.scale));
     }
-    let Some((rows, keys)) = how.policy.cudnn_share(r, k) else {
-        return part.add(0, &flash_over(q_rqd, k_hkd, v_hkd, how.softmax(Mask::All))?);
+    let Some((rows, keys)) = attention.policy.cudnn_share(r, k) else {
+        return part.add(0, &flash_over(q_rqd, k_hkd, v_hkd, attention.softmax(Mask::All))?);
     };
     let q_head = q_rqd.narrow(0, 0, rows);
     part.add(
         0,
-        &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false, how.scale)?,
+        &cudnn_over(&q_head, &k_hkd.narrow(1, 0, keys), &v_hkd.narrow(1, 0, keys), false, attention.scale)?,
     )?;
     if keys < k {
         let rest = |x: &Tensor| x.narrow(1, keys, k - keys);
-        part.add(0, &flash_over(&q_head, &rest(k_hkd), &rest(v_hkd), how.softmax(Mask::All))?)?;
+        part.add(0, &flash_over(&q_head, &rest(k_hkd), &rest(v_hkd), attention.softmax(Mask::All))?)?;
     }
     if rows < r {
-        part.add(rows, &flash_over(&q_rqd.narrow(0, rows, r - rows), k_hkd, v_hkd, how.softmax(Mask::All))?)?;
+        part.add(
+            rows,
+            &flash_over(&q_rqd.narrow(0, rows, r - rows), k_hkd, v_hkd, attention.softmax(Mask::All))?,
+        )?;
     }
     Ok(())
 }
@@ -418,7 +427,8 @@ mod tests {
         (begun.elapsed().as_secs_f64(), result)
     }
 
-    /// What the policy is tuned by: `cargo test --release -p pkv-lm --lib -- --ignored --nocapture policies_agree`.
+    /// What the policy is tuned by: `cargo test --release -p pkv-lm --lib -- --ignored --nocapture
+    /// policies_agree`.
     #[test]
     #[ignore = "needs a GPU with 30 GB free"]
     fn policies_agree_at_full_size_and_tell_their_speed() {

@@ -1,9 +1,10 @@
-//! Several continuations of one prefilled context, each blind to KV pairs of its own choice.
+//! Several continuations of one prefilled context, each with its own keep mask.
 //!
-//! One forward is enough for all methods, retention ratios and questions of a context. Where CUDA has kernels for KV heads
-//! of different lengths, every row gets its own copy of the pairs it keeps ([`RaggedCache`]): attention then costs what is
-//! kept, and a layer of a decoding step is a dozen launches. Elsewhere, and where copies find no room, the context is stored
-//! once and masked (`shared`). Rows that are done leave the batch.
+//! One forward is enough for all methods, retention ratios and questions of a context. Where CUDA has kernels
+//! for KV heads of different lengths, every row gets its own copy of the pairs it keeps ([`RaggedCache`]):
+//! attention then costs what is kept, and a layer of a decoding step is a dozen launches. Elsewhere, and
+//! where copies find no room, the context is stored once and masked (`shared`). Finished rows leave the
+//! batch.
 //!
 //! Dimension key: n keep mask, r row (mask x question, mask-major), s new token, l layer, h KV head,
 //! t context position, d head_dim.
@@ -20,7 +21,7 @@ use crate::model::LanguageModel;
 use crate::ragged::{RaggedCache, room_for};
 use shared::SharedBranches;
 
-/// How branches hold their context; what they say differs by rounding only.
+/// How branches store their context; results differ only by rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
     /// Once, each row's mask hiding pairs.
@@ -42,7 +43,8 @@ enum Rows {
 }
 
 impl Branches {
-    /// Branch off `cache`, which must not be written or truncated and written again while the branches are in use.
+    /// Branch off `cache`, which must not be written or truncated and written again while the branches are in
+    /// use.
     ///
     /// # Shapes
     /// - `keep`: bool `[n_masks, layers, kv_heads, cache.len()]`, true where the pair is seen; `None`
@@ -121,8 +123,8 @@ impl Branches {
     /// Keep these rows alone: the others are done. `rows` ascends.
     ///
     /// # Errors
-    /// There is none, one is beyond the last, they do not ascend, or there is no memory for a second copy of one layer; the
-    /// branches are then of no more use.
+    /// There is none, one is beyond the last, they do not ascend, or there is no memory for a second copy of
+    /// one layer; the branches are then of no more use.
     pub fn retain(&mut self, rows: &[usize]) -> Result<()> {
         let ascends = rows.windows(2).all(|pair| pair[0] < pair[1]);
         ensure!(
@@ -149,7 +151,7 @@ impl LanguageModel {
     /// # Shapes
     /// - `ids`: i64 `[rows, s]`, mask-major. Shorter rows are padded on the right with any id: no
     ///   token sees a later one, so padding changes only its own hidden states;
-    ///   [`Branches::truncate`] drops it before the row goes on
+    ///   [`Branches::truncate`] drops it before the row continues
     /// - returns hidden states after the final norm, `[rows, s, hidden]`
     ///
     /// # Errors
@@ -178,8 +180,8 @@ impl LanguageModel {
         }
     }
 
-    /// Bytes of the copies that [`Branches`] make of a mask's kept KV pairs, `kept` of all heads, for so many questions; an
-    /// upper bound where they share the context.
+    /// Bytes of the copies that [`Branches`] make of a mask's kept KV pairs, `kept` of all heads, for this
+    /// many questions; an upper bound where they share the context.
     pub fn branch_bytes(&self, kept: usize, questions: usize, capacity: usize) -> usize {
         let shape = self.shape();
         let per_pair = 2 * shape.head_dim * self.kind().elt_size_in_bytes();

@@ -20,8 +20,8 @@ pub struct KvCache {
 
 impl KvCache {
     pub(crate) fn new(shape: ModelShape, capacity: usize, device: Device, kind: Kind) -> Self {
-        // cuDNN plans anew for other strides: contexts of like length shall have the same. On a CPU it only makes sure that
-        // tests meet what a GPU meets.
+        // cuDNN plans anew for other strides: contexts of like length shall have the same. On a CPU it only
+        // makes sure that tests meet what a GPU meets.
         let rows = capacity.next_multiple_of(1024);
         let size = [shape.kv_heads as i64, rows as i64, shape.head_dim as i64];
         let layers = || (0..shape.layers).map(|_| Tensor::empty(size, (kind, device))).collect();
@@ -111,7 +111,8 @@ impl KvCache {
         (self.len, self.next_position) = (len, len);
     }
 
-    /// Keys and values of all layers, `[kv_heads, rows, head_dim]` each, of which the first [`KvCache::len`] rows are held.
+    /// Keys and values of all layers, `[kv_heads, rows, head_dim]` each, of which the first [`KvCache::len`]
+    /// rows are held.
     pub(crate) fn into_layers(self) -> (Vec<Tensor>, Vec<Tensor>) {
         (self.keys, self.values)
     }
@@ -131,7 +132,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// Write new keys and values `[kv_heads, s, head_dim]` of a layer behind the present ones.
+    /// Write new keys and values `[kv_heads, s, head_dim]` of a layer after the present ones.
     pub(crate) fn write(&mut self, layer: usize, k_hsd: &Tensor, v_hsd: &Tensor) {
         let (start, s) = (self.len as i64, k_hsd.size()[1]);
         self.keys[layer].narrow(1, start, s).copy_(k_hsd);

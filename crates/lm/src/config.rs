@@ -20,7 +20,7 @@ use crate::family::{self, Family, unsupported};
 use crate::rope::RopeConfig;
 use keys::Keys;
 
-/// What a checkpoint's `config.json` says.
+/// Content of a checkpoint's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LmConfig {
     /// `model_type`.
@@ -29,16 +29,25 @@ pub struct LmConfig {
     pub architecture: Architecture,
     pub rope: RopeConfig,
     /// The embedding matrix is also the output matrix: `tie_word_embeddings`, false where it is absent, as in
-    /// transformers' configurations of these families. [`crate::LanguageModel::load`] may find that the weights say
-    /// otherwise.
+    /// transformers' configurations of these families. [`crate::LanguageModel::load`] may find that the
+    /// weights say otherwise.
     pub tied_head: bool,
     /// Positions the checkpoint was made for; longer contexts run, at the caller's risk.
     pub max_positions: usize,
-    /// What the checkpoint says its weights are stored in.
+    /// Dtype of the stored weights, according to the checkpoint.
     pub stored_kind: Option<Kind>,
     /// End-of-sequence tokens of `config.json`.
     pub eos_tokens: Vec<u32>,
 }
+
+/// A `config.json` has a few kilobytes; what its text names is copied into errors.
+const MOST_BYTES: u64 = 16 << 20;
+
+/// Sizes beyond all known models, which are 126 layers, 53,248 wide, of 262,208 tokens and 10,485,760
+/// positions at most.
+const MOST_LAYERS: usize = 1 << 12;
+const MOST_WIDE: usize = 1 << 24;
+const MOST_POSITIONS: usize = 1 << 30;
 
 impl LmConfig {
     /// Read `config.json` in `folder`.
@@ -48,7 +57,7 @@ impl LmConfig {
     /// one that the forward pass does not implement.
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = pkv_core::read_small_text(&path).with_context(|| {
+        let text = pkv_core::read_at_most(&path, MOST_BYTES).with_context(|| {
             hinted(
                 format!("reading a model's configuration from `{}`", path.display()),
                 "a model folder holds `config.json`, `*.safetensors` and `tokenizer.json`; \
@@ -56,7 +65,7 @@ impl LmConfig {
             )
         })?;
         let json: Value =
-            serde_json::from_str(&text).with_context(|| format!("parsing `{}`", path.display()))?;
+            serde_json::from_slice(&text).with_context(|| format!("parsing `{}`", path.display()))?;
         Self::from_json(&json).with_context(|| format!("cannot use the model of `{}`", path.display()))
     }
 
@@ -99,8 +108,18 @@ impl LmConfig {
             vocab: keys.count("vocab_size")?,
         };
         refuse_sliding_layers(&keys)?;
-
         let max_positions = keys.count_or("max_position_embeddings", 2048)?;
+        for (key, found, most) in [
+            ("num_hidden_layers", shape.layers, MOST_LAYERS),
+            ("num_attention_heads", query_heads, MOST_WIDE),
+            ("head_dim", head_dim, MOST_WIDE),
+            ("hidden_size", hidden, MOST_WIDE),
+            ("intermediate_size", shape.intermediate, MOST_WIDE),
+            ("vocab_size", shape.vocab, MOST_WIDE),
+            ("max_position_embeddings", max_positions, MOST_POSITIONS),
+        ] {
+            ensure!(found <= most, "`{key}` is {found}, at most {most} are supported");
+        }
         Ok(Self {
             family: family.model_type,
             shape,
@@ -182,8 +201,9 @@ fn family(keys: &Keys) -> Result<&'static Family> {
         .and_then(Value::as_array)
         .map(|names| names.iter().filter_map(Value::as_str).collect())
         .unwrap_or_default();
-    // `model_type` decides, as in transformers: training wrappers write their own names (`FSDPLlamaForCausalLM`).
-    // But a classifier, reward or embedding model has the same model_type, and no language head.
+    // `model_type` decides, as in transformers: training wrappers write their own names
+    // (`FSDPLlamaForCausalLM`). But a classifier, reward or embedding model has the same model_type, and no
+    // language head.
     let language = |name: &&str| name.ends_with("ForCausalLM") || WRAPPERS.contains(name);
     if !classes.is_empty() && !classes.iter().any(language) {
         return Err(unsupported(format!("architecture `{}` of `{model_type}`", classes.join(", "))).into());

@@ -1,8 +1,6 @@
 //! The model families that are supported, each in a file of its own that reads its keys of `config.json`.
 //!
-//! A new family is a file with a `FAMILY` and a line in [`FAMILIES`]; if it computes something that [`Architecture`] does not
-//! describe yet, also a field there and its place in the forward pass. Its proof is a golden: a line in
-//! `tests/goldens/make_goldens.py`.
+//! `docs/contributing.md` has the steps to add a family.
 
 mod granite;
 mod llama;

@@ -1,7 +1,8 @@
 //! The one loop over decoder layers.
 //!
-//! What a layer's attention may see differs: one cache, the cache and several continuations that do not see one another, caches
-//! whose KV heads have different lengths. Each of those is a [`KvStore`], in the file of its cache.
+//! What a layer's attention may see differs: one cache, the cache and several continuations that do not see
+//! one another, caches whose KV heads have different lengths. Each of those is a [`KvStore`], in the file of
+//! its cache.
 
 use anyhow::Result;
 use pkv_gpu::CacheSlot;
@@ -11,7 +12,7 @@ use crate::layer::Projected;
 use crate::model::LanguageModel;
 use crate::rope::Rotation;
 
-/// What a layer works on.
+/// Input of a layer.
 pub(crate) struct LayerInput<'a> {
     pub layer: usize,
     /// Its input: `[.., s, hidden]`.
@@ -27,17 +28,17 @@ pub(crate) trait KvStore {
         None
     }
 
-    /// Attention of new tokens: `[.., s, query_heads, head_dim]`. Where it is not `wanted`, because no layer follows, it may
-    /// be left out.
+    /// Attention of new tokens: `[.., s, query_heads, head_dim]`. Where it is not `wanted`, because no layer
+    /// follows, it may be left out.
     ///
     /// # Errors
-    /// A kernel fails, or whoever looks on.
+    /// A kernel or a tap fails.
     fn attend(&mut self, input: &LayerInput, new: &Projected, wanted: bool) -> Result<Option<Tensor>>;
 }
 
 impl LanguageModel {
-    /// Run all layers on `hidden`, the new tokens' embeddings; what returns is not normed. Without `complete` the last layer
-    /// ends after its store has seen the new tokens, and what returns is that layer's input.
+    /// Run all layers on `hidden`, the new tokens' embeddings; what returns is not normed. Without `complete`
+    /// the last layer ends after its store has seen the new tokens, and what returns is that layer's input.
     ///
     /// # Errors
     /// A kernel fails, or the store does.

@@ -1,4 +1,4 @@
-//! One sequence over its whole cache, with taps that look on.
+//! Forward pass of one sequence over its full cache, with taps.
 //!
 //! Dimension key: h KV head, k cached position, q query head, s new token, d head_dim, m hidden.
 
@@ -13,7 +13,7 @@ use crate::model::LanguageModel;
 use crate::tap::{LayerView, Tap};
 
 impl LanguageModel {
-    /// Read new tokens behind those in the cache, and append theirs to it.
+    /// Read new tokens after those in the cache, and append theirs to it.
     ///
     /// # Shapes
     /// - `ids`: i64 `[s]`, best on the host; ids that are on a GPU already are not checked, because that
@@ -34,8 +34,8 @@ impl LanguageModel {
         self.read(ids, cache, tap, false).map(drop)
     }
 
-    /// The attention of one forward alone, all layers with the same queries, outputs dropped: for benchmarks. The new
-    /// tokens' keys are whatever the cache's room holds.
+    /// The attention of one forward alone, all layers with the same queries, outputs dropped: for benchmarks.
+    /// The new tokens' keys are whatever the cache's room holds.
     ///
     /// # Shapes
     /// - `q_sqd`: `[s, query_heads, head_dim]`, kind and device of the cache
@@ -60,20 +60,20 @@ impl LanguageModel {
         let hidden_sm = self.embed(ids)?;
         let rotation = self.rope.range(cache.next_position(), s);
         let wants_lse = tap.wants_lse();
-        let mut store = FullStore { cache: &mut *cache, tap, wants_lse, s, how: &self.attention };
+        let mut store = FullStore { cache: &mut *cache, tap, wants_lse, s, attention: &self.attention };
         let hidden_sm = self.run(hidden_sm, &rotation, &mut store, complete)?;
         cache.advance(s);
         Ok(hidden_sm)
     }
 }
 
-/// A cache, `s` new tokens behind what it holds.
+/// A cache, `s` new tokens after what it holds.
 struct FullStore<'a> {
     cache: &'a mut KvCache,
     tap: &'a mut dyn Tap,
     wants_lse: bool,
     s: usize,
-    how: &'a Attention,
+    attention: &'a Attention,
 }
 
 impl KvStore for FullStore<'_> {
@@ -83,7 +83,7 @@ impl KvStore for FullStore<'_> {
         let (k_hkd, v_hkd) = self.cache.with_new(layer, self.s);
         let q_sqd = attention::arranged(&new.q);
         let (attended, lse_qs) = match wanted || self.wants_lse {
-            true => attention::causal(&q_sqd, &k_hkd, &v_hkd, start, self.wants_lse, self.how)
+            true => attention::causal(&q_sqd, &k_hkd, &v_hkd, start, self.wants_lse, self.attention)
                 .map(|(out, lse)| (Some(out), lse))?,
             false => (None, None),
         };
@@ -93,7 +93,7 @@ impl KvStore for FullStore<'_> {
             k_hkd: &k_hkd,
             v_hkd: &v_hkd,
             start,
-            scale: self.how.scale,
+            scale: self.attention.scale,
             hidden_sm: input.hidden,
             normed_sm: input.normed,
             lse_qs: lse_qs.as_ref(),

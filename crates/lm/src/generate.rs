@@ -59,7 +59,7 @@ impl Sequences for KvCache {
 }
 
 impl LanguageModel {
-    /// Read `ids` behind the cache and answer greedily: at most `max_new` tokens, ended by a token
+    /// Read `ids` after the cache and answer greedily: at most `max_new` tokens, ended by a token
     /// of `stop`, which is not part of the answer.
     ///
     /// The cache then holds `ids` and the answer, but for the answer's last token.
@@ -128,7 +128,7 @@ impl LanguageModel {
         let ids_rs = Tensor::from_slice(&padded).view([rows as i64, widest as i64]);
         let before = branches.lengths().to_vec();
         let hidden_rsm = self.forward_branches(&ids_rs, branches)?;
-        // Padding is dropped, so that each row goes on behind its own question.
+        // Padding is dropped, so that each row continues after its own question.
         let lengths: Vec<usize> = before.iter().zip(questions).map(|(n, ids)| n + ids.len()).collect();
         branches.truncate(&lengths)?;
         let last: Vec<i64> = questions.iter().map(|ids| ids.len() as i64 - 1).collect();
@@ -139,7 +139,8 @@ impl LanguageModel {
         self.answer(self.most_likely(&hidden_rm), branches, &vec![max_new; rows], stop, None)
     }
 
-    /// Go on answering in every branch: read `next`, one token per row, and add at most `limits[row]` tokens to it.
+    /// Go on answering in every branch: read `next`, one token per row, and add at most `limits[row]` tokens
+    /// to it.
     ///
     /// Answers are without `next`; for the rest as [`LanguageModel::generate_branches`].
     ///
@@ -197,11 +198,11 @@ impl LanguageModel {
         Ok(self.answer(first_1, sequence, &[max_new], stop, Some(each))?.remove(0))
     }
 
-    /// Answers that begin with `id_r`, i64 `[rows]`, which no row has read; no limit is 0. `each` gets the tokens of all rows
-    /// and may end the answers.
+    /// Answers that begin with `id_r`, i64 `[rows]`, which no row has read; no limit is 0. `each` gets the
+    /// tokens of all rows and may end the answers.
     ///
-    /// On a GPU several tokens are decoded before the host looks at them: it would wait for each. Rows that ended leave once
-    /// half of the batch has.
+    /// On a GPU several tokens are decoded before the host looks at them: it would wait for each. Rows that
+    /// ended leave once half of the batch has.
     fn answer(
         &self,
         mut id_r: Tensor,

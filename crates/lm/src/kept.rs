@@ -1,4 +1,4 @@
-//! What keep masks leave of a context, gathered: on a CPU attention then costs what is kept.
+//! Gathers the KV pairs that each mask keeps, so that attention on a CPU costs only those.
 //!
 //! Hiding pairs by a mask costs as much as seeing them. Where most are hidden it is cheaper to copy
 //! the others together once, head by head, because every head of every mask keeps another number.

@@ -134,7 +134,8 @@ impl Layer {
         rms_norm(hidden, &self.input_norm, self.architecture.norm_eps)
     }
 
-    /// Queries, keys and values of `normed` `[.., s, hidden]`; where one kernel can, it puts keys and values into `cache`, too.
+    /// Queries, keys and values of `normed` `[.., s, hidden]`; where one kernel can, it puts keys and values
+    /// into `cache`, too.
     ///
     /// # Errors
     /// A kernel fails.
@@ -155,7 +156,8 @@ impl Layer {
         }
     }
 
-    /// Queries and keys of `qkv` `[.., s, heads, head_dim]`: normalized where the architecture does, then rotated.
+    /// Queries and keys of `qkv` `[.., s, heads, head_dim]`: normalized where the architecture does, then
+    /// rotated.
     fn rotated(&self, qkv: &Tensor, rotation: &Rotation) -> Tensor {
         let mut qk = qkv.narrow(-2, 0, (self.shape.query_heads + self.shape.kv_heads) as i64);
         qk = qk.to_kind(exact_kind(qkv.kind()));
@@ -183,7 +185,7 @@ impl Layer {
         Ok(true)
     }
 
-    /// Views of rotated queries and keys, and of values behind what they were made of.
+    /// Views of rotated queries and keys, and of values after what they were made of.
     fn projected(&self, qk: &Tensor, qkv: &Tensor, written: bool) -> Projected {
         let (heads, kv) = (self.shape.query_heads as i64, self.shape.kv_heads as i64);
         Projected {

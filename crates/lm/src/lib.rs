@@ -1,9 +1,9 @@
 //! Target and proxy: decoder-only language models in tch, with the taps that scoring needs.
 //!
-//! Owns `config.json`, weights, the tokenizer and its chat template, the KV cache, the forward pass
-//! and greedy generation. Which KV pairs matter is `score`'s and `prune`'s question; this crate only
-//! lets them look ([`Tap`], [`RepeatTap`]), lets a cache be read with some of its pairs hidden
-//! ([`Branches`]), and shrinks it to those that are kept ([`RaggedCache`]).
+//! Owns `config.json`, weights, the tokenizer and its chat template, the KV cache, the forward pass and
+//! greedy generation. Which KV pairs matter is left to `score` and `prune`; this crate gives them access to
+//! the forward pass ([`Tap`], [`RepeatTap`]), reads a cache with some of its pairs hidden ([`Branches`]), and
+//! shrinks it to the kept pairs ([`RaggedCache`]).
 //!
 //! Dimension key: l layer, h KV head, g query heads per KV head, q query head, s new token of a
 //! forward, t context position, k key attended to, d head_dim, m hidden.

@@ -1,7 +1,8 @@
 //! A decoder-only language model: its weights, and what comes before and after the layers.
 //!
-//! The layers' loop is `forward`'s subject, one sequence over a full cache `full`'s, several continuations of one context
-//! [`crate::Branches`]'. Text, pruning and what taps compute are other modules' and crates'.
+//! The loop over layers is in `forward`, one sequence over a full cache in `full`, several continuations of
+//! one context in [`crate::Branches`].
+//!  Text, pruning and what taps compute are other modules' and crates'.
 //!
 //! Dimension key: s new token, m hidden.
 
@@ -91,7 +92,8 @@ impl LanguageModel {
         model
     }
 
-    /// Another handle on the same weights, for another thread: tensors may move between threads, not be shared.
+    /// Another handle on the same weights, for another thread: tensors may move between threads, not be
+    /// shared.
     pub fn share(&self) -> Self {
         Self {
             config: self.config.clone(),
@@ -202,8 +204,8 @@ impl LanguageModel {
         }
     }
 
-    /// Negative log-likelihood (nats) of the token `next_s`, i64 `[s]` on the model's device, by each of `hidden_sm`, the
-    /// hidden states after the final norm: f32 `[s]`. All their logits are held at once.
+    /// Negative log-likelihood (nats) of the token `next_s`, i64 `[s]` on the model's device, by each of
+    /// `hidden_sm`, the hidden states after the final norm: f32 `[s]`. All their logits are held at once.
     ///
     /// # Errors
     /// The driver refuses.
@@ -267,8 +269,9 @@ impl LanguageModel {
     }
 }
 
-/// Whether the embedding is the output matrix too: `tie_word_embeddings`, unless the checkpoint holds both and they
-/// differ. Then transformers 5 does not tie them and warns (`PreTrainedModel.tie_weights`), and so does this.
+/// Whether the embedding is the output matrix too: `tie_word_embeddings`, unless the checkpoint holds both
+/// and they differ. Then transformers 5 does not tie them and warns (`PreTrainedModel.tie_weights`), and so
+/// does this.
 fn is_tied(config: &LmConfig, checkpoint: &Checkpoint, folder: &Path) -> Result<bool> {
     let differ = config.tied_head
         && checkpoint.holds(EMBEDDING)

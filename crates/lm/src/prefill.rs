@@ -1,4 +1,4 @@
-//! A context read in chunks: how long each is, and what happens where memory runs out.
+//! Chunked prefill: the length of each chunk, and the retry with shorter ones when memory runs out.
 
 use std::ops::Range;
 
@@ -11,18 +11,18 @@ use crate::cache::KvCache;
 use crate::model::LanguageModel;
 use crate::tap::{LayerView, Tap};
 
-/// Below so many tokens a prefill chunk saves no memory that matters.
+/// Below this many tokens, a shorter prefill chunk saves little memory.
 const LEAST_TOKENS: usize = 512;
 
-/// The next prefill chunk of a context of `tokens` of which `done` are read: `size` tokens, or all that are left if those
-/// are at most a quarter more. A last chunk of a few tokens would read all weights for little.
+/// The next prefill chunk of a context of `tokens` of which `done` are read: `size` tokens, or all that are
+/// left if those are at most a quarter more. A last chunk of a few tokens would read all weights for little.
 pub fn prefill_chunk(done: usize, tokens: usize, size: usize) -> Range<usize> {
     let (left, size) = (tokens - done, size.max(1));
     done..done + if left <= size + size / 4 { left } else { size }
 }
 
-/// The chunks of a context, read one after the other. They become shorter where memory runs out; results do not depend on
-/// them but for rounding.
+/// The chunks of a context, read one after the other. They become shorter where memory runs out; results do
+/// not depend on them but for rounding.
 #[derive(Debug)]
 pub struct Chunks {
     tokens: usize,
@@ -46,8 +46,8 @@ impl Chunks {
 
     /// Read the next chunk by `read`, which gets its range of tokens and what to show it to.
     ///
-    /// A chunk that memory has no room for is read again, half as long. `read` must then have left the cache as it was;
-    /// `tap` sees every token of every layer once, whatever failed.
+    /// A chunk that memory has no room for is read again, half as long. `read` must then have left the cache
+    /// as it was; `tap` sees every token of every layer once, whatever failed.
     ///
     /// # Errors
     /// Those of `read`; memory has no room for 512 tokens either, or none for the tap's own work.
@@ -255,7 +255,8 @@ mod tests {
         }
     }
 
-    /// Memory runs out in the second of three layers, then in the third; chunks end within what the first was shown.
+    /// Memory runs out in the second of three layers, then in the third; chunks end within what the first was
+    /// shown.
     #[test]
     fn a_tap_sees_every_token_of_a_layer_once() {
         let show = |chunk: &Range<usize>, layer: usize, tap: &mut dyn Tap| {

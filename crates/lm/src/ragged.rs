@@ -1,7 +1,7 @@
-//! A KV cache that pruning has really shrunk: every KV head of every layer has its own length.
+//! A KV cache that pruning has made smaller in memory: every KV head of every layer has its own length.
 //!
 //! The kept pairs of a layer lie packed in one matrix of rows, KV head after KV head. Keys keep the
-//! rotary positions they were computed with; what is read next gets the true next position. Behind
+//! rotary positions they were computed with; what is read next gets the true next position. After
 //! each KV head's pairs there is room for a block of further tokens, and all rooms grow together.
 //! A cache may hold several sequences, which then decode as one batch. How attention reads it is
 //! [`attend`]'s subject, the forward pass is [`forward`]'s, sequences that share a context are [`rows`]'s;
@@ -45,9 +45,9 @@ pub struct RaggedCache {
     kept_lx: Tensor,
     /// First row of each segment and the end of the last, i32 `[l, x + 1]`.
     bounds_lx: Tensor,
-    /// Position behind each context and its settled tokens, evicted or not, f32 `[b]`.
+    /// Position after each context and its settled tokens, evicted or not, f32 `[b]`.
     context_end_b: Tensor,
-    /// What the kernel for one new token per sequence works in, once it has run.
+    /// Workspace of the kernel for one new token per sequence, once it has run.
     space: Option<DecodeSpace>,
 }
 
@@ -61,12 +61,12 @@ struct RaggedLayer {
     kept: Vec<usize>,
 }
 
-/// How far one sequence has come.
+/// Lengths and position of one sequence.
 #[derive(Clone, Copy, Debug)]
 struct Sequence {
     /// Tokens read since the context, as far as sequences were not in step with each other.
     settled: usize,
-    /// The position behind the context, evicted or not.
+    /// The position after the context, evicted or not.
     context_end: usize,
 }
 
@@ -286,7 +286,8 @@ impl RaggedCache {
         self.sequences[sequence].settled + self.appended
     }
 
-    /// Count what was read in each sequence, so that sequences may differ; [`RaggedCache::index`] tells the device.
+    /// Count what was read in each sequence, so that sequences may differ; [`RaggedCache::index`] tells the
+    /// device.
     fn settle(&mut self) {
         let appended = std::mem::take(&mut self.appended);
         self.sequences.iter_mut().for_each(|s| s.settled += appended);

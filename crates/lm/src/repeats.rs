@@ -1,11 +1,11 @@
 //! Several independent continuations of one cache in one forward, for a tap alone.
 //!
-//! Their rows lie behind each other, so that matrix products are large; each continuation sees the
+//! Their rows follow each other, so that matrix products are large; each continuation sees the
 //! whole cache and itself. Nothing is written to the cache and there is no hidden state to return:
 //! this is how a context is repeated to score its KV pairs. [`crate::Branches`] is for continuations
 //! that go on, and that hide pairs.
 //!
-//! Dimension key: r row (all segments behind each other), q query head, h KV head, k cache position,
+//! Dimension key: r row (all segments in sequence), q query head, h KV head, k cache position,
 //! m hidden, d head_dim.
 
 use std::ops::Range;
@@ -27,11 +27,11 @@ pub trait RepeatTap {
     }
 
     /// # Errors
-    /// Whatever stops the tap's work; the forward pass ends with it.
+    /// The tap's own errors; the forward pass ends with it.
     fn layer(&mut self, view: &RepeatView) -> Result<()>;
 }
 
-/// What a layer's attention works on. Views: copy what must outlive the call.
+/// Data of a layer's attention. Views: copy what must outlive the call.
 pub struct RepeatView<'a> {
     pub layer: usize,
     /// Queries, rotary applied: `[rows, query_heads, head_dim]`, rows apart by a fixed stride that may
@@ -44,7 +44,7 @@ pub struct RepeatView<'a> {
     /// The cache's keys and values: `[kv_heads, len, head_dim]`, heads apart by the cache's capacity.
     pub k_cache_hkd: &'a Tensor,
     pub v_cache_hkd: &'a Tensor,
-    /// What products of queries and keys are multiplied with.
+    /// Scale of products of queries and keys.
     pub scale: f64,
     /// Natural log-sum-exp of each row's scaled logits over its own segment up to itself, the cache
     /// left out: f32 `[query_heads, rows]`, contiguous. There if the tap wants it.
@@ -79,24 +79,24 @@ impl LanguageModel {
         let rotation = self.rope.at(&pkv_gpu::upload(&Tensor::from_slice(&positions), self.device())?);
         let segments = Segments::new(segments.iter().map(|ids| ids.len()), self.device())?;
         let wants_lse = tap.wants_lse();
-        let mut store = RepeatStore { cache, segments, tap, wants_lse, how: &self.attention };
+        let mut store = RepeatStore { cache, segments, tap, wants_lse, attention: &self.attention };
         self.run(self.embed(&self.ids(&ids))?, &rotation, &mut store, false).map(drop)
     }
 }
 
-/// A cache that stays as it is, and segments that each see it and themselves.
+/// A cache that is not changed, and segments that each attend to it and to themselves.
 struct RepeatStore<'a> {
     cache: &'a KvCache,
     segments: Segments,
     tap: &'a mut dyn RepeatTap,
     wants_lse: bool,
-    how: &'a Attention,
+    attention: &'a Attention,
 }
 
 impl KvStore for RepeatStore<'_> {
     fn attend(&mut self, input: &LayerInput, new: &Projected, wanted: bool) -> Result<Option<Tensor>> {
         let own = match wanted || self.wants_lse {
-            true => Some(attention::squares(&new.q, &new.k, &new.v, &self.segments, self.how)?),
+            true => Some(attention::squares(&new.q, &new.k, &new.v, &self.segments, self.attention)?),
             false => None,
         };
         // A copy, because the rectangle is added in place.
@@ -112,13 +112,13 @@ impl KvStore for RepeatStore<'_> {
             v_rhd: &new.v,
             k_cache_hkd: &k_cache_hkd,
             v_cache_hkd: &v_cache_hkd,
-            scale: self.how.scale,
+            scale: self.attention.scale,
             own_lse_qr: own_lse_qr.as_ref(),
             segments: &self.segments.ranges,
             normed_rm: input.normed,
         })?;
         let Some(mut own) = own.filter(|_| wanted) else { return Ok(None) };
-        attention::add_rectangle(&mut own, &new.q, &k_cache_hkd, &v_cache_hkd, self.how)?;
+        attention::add_rectangle(&mut own, &new.q, &k_cache_hkd, &v_cache_hkd, self.attention)?;
         Ok(Some(own.out_rqd))
     }
 }

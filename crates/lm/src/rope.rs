@@ -21,7 +21,7 @@ pub struct RopeConfig {
     pub scaling: RopeScaling,
 }
 
-/// How frequencies are changed so that a model reaches further than it was first trained for.
+/// Scaling of frequencies for contexts longer than in the first training.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// Frequencies theta^(-2i/d) as they are.
@@ -132,7 +132,7 @@ impl RopeConfig {
         }
     }
 
-    /// What cosine and sine are multiplied with.
+    /// Factor of cosine and sine.
     pub fn attention_factor(&self) -> f64 {
         match self.scaling {
             RopeScaling::Yarn { attention_factor, .. } => attention_factor,
@@ -158,7 +158,7 @@ fn unknown_type(what: &str, key: &str) -> pkv_core::Hinted {
     )
 }
 
-/// What values of `kind` are computed in between two roundings: bf16 and f16 in f32, as on a GPU.
+/// Dtype in which values of `kind` are computed between two roundings: bf16 and f16 in f32, as on a GPU.
 pub(crate) fn exact_kind(kind: Kind) -> Kind {
     if matches!(kind, Kind::BFloat16 | Kind::Half) { Kind::Float } else { kind }
 }
@@ -230,7 +230,8 @@ impl Movement {
         Tensor::cat(&[&a * cos_d - &b * sin_d, &b * cos_d + &a * sin_d], -1)
     }
 
-    /// The same by a kernel, rounded to the kind of `x_hsd` and written to `out_hsd`, as [`pkv_gpu::turn`] wants them.
+    /// The same by a kernel, rounded to the kind of `x_hsd` and written to `out_hsd`, as [`pkv_gpu::turn`]
+    /// wants them.
     ///
     /// # Errors
     /// There is no such kernel, or shapes disagree.
@@ -243,9 +244,9 @@ impl Movement {
 pub(crate) struct Rotation {
     /// Cosine and sine, f32 `[.., head_dim / 2]`.
     exact_sd: [Tensor; 2],
-    /// What [`Rotation::apply`] computes in.
+    /// Dtype in which [`Rotation::apply`] computes.
     kind: Kind,
-    /// What [`Rotation::apply`] reads; made when first asked for, as kernels do without it.
+    /// Tables of [`Rotation::apply`]; made on first use, because kernels do not need them.
     portable: OnceCell<Portable>,
 }
 
@@ -259,15 +260,17 @@ struct Portable {
 }
 
 impl Rotation {
-    /// Cosine and sine of as many rows as `rows`, f32 `[rows, head_dim / 2]`; `None` if positions are shared between rows.
+    /// Cosine and sine of as many rows as `rows`, f32 `[rows, head_dim / 2]`; `None` if positions are shared
+    /// between rows.
     pub fn of_rows(&self, rows: i64) -> Option<[Tensor; 2]> {
         let half = self.exact_sd[0].size().last().copied()?;
         let of_all = self.exact_sd[0].numel() as i64 == rows * half;
         of_all.then(|| [0, 1].map(|i| self.exact_sd[i].reshape([rows, half])))
     }
 
-    /// Rotate heads `[.., heads, head_dim]`, positions in the leading dimensions as in [`Rope::at`]. `x` and what returns are
-    /// of the kind of [`exact_kind`]: rounded to bf16 are the results alone, not the terms and the angles.
+    /// Rotate heads `[.., heads, head_dim]`, positions in the leading dimensions as in [`Rope::at`]. `x` and
+    /// what returns are of the kind of [`exact_kind`]: rounded to bf16 are the results alone, not the terms
+    /// and the angles.
     pub fn apply(&self, x: &Tensor) -> Tensor {
         let half = x.size().last().copied().unwrap_or(0) / 2;
         let Portable { cos_sd, sin_sd, minus_sin_sd } = self.portable.get_or_init(|| {

@@ -1,4 +1,4 @@
-//! How scoring and feature extraction look into a forward pass.
+//! Taps: how scoring and feature extraction read a forward pass.
 
 use anyhow::Result;
 use tch::Tensor;
@@ -11,11 +11,11 @@ pub trait Tap {
     }
 
     /// # Errors
-    /// Whatever stops the tap's work; the forward pass ends with it, the cache as it was before.
+    /// The tap's own errors; the forward pass ends with it, the cache as it was before.
     fn layer(&mut self, view: &LayerView) -> Result<()>;
 }
 
-/// What a layer's attention works on. Views: copy what must outlive the call.
+/// Data of a layer's attention. Views: copy what must outlive the call.
 pub struct LayerView<'a> {
     pub layer: usize,
     /// Queries of the new tokens, rotary applied: `[query_heads, s, head_dim]`, any strides. Query
@@ -27,7 +27,7 @@ pub struct LayerView<'a> {
     pub v_hkd: &'a Tensor,
     /// Index in the cache of the first new token; its position too, unless pairs were evicted.
     pub start: usize,
-    /// What products of queries and keys are multiplied with.
+    /// Scale of products of queries and keys.
     pub scale: f64,
     /// The layer's input, before the norm: `[s, hidden]`.
     pub hidden_sm: &'a Tensor,

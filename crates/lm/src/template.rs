@@ -1,6 +1,6 @@
-//! Chat templates: what stands before a user's text, and between it and the model's answer.
+//! Chat templates: what precedes a user's text, and between it and the model's answer.
 //!
-//! Where a template comes from is `source`'s matter, how it is rendered `jinja`'s.
+//! `source` finds the template, `jinja` renders it.
 
 mod jinja;
 mod limits;
@@ -22,17 +22,19 @@ pub(crate) struct Frame {
     pub prefix: String,
     /// After it, up to where the model's answer begins.
     pub switch: String,
-    /// Between the model's answer and the user's next text; none if the template cannot render a conversation.
+    /// Between the model's answer and the user's next text; none if the template cannot render a
+    /// conversation.
     pub turn: Option<String>,
 }
 
 impl Frame {
-    /// Render the chat template in `folder`. Without one, as a base model has none: the bos token before, if the
-    /// tokenizer has one, and a line break after.
+    /// Render the chat template in `folder`. Without one, as a base model has none: the bos token before, if
+    /// the tokenizer has one, and a line break after.
     ///
-    /// That is kvpress' rule for such models (`KVPressTextGenerationPipeline.preprocess`: `bos_token + context`, question
-    /// suffix `"\\n"`), whose scores ours are compared with; the bos token is the attention sink that they were trained with.
-    /// Tokenizers of Qwen have no bos token: their contexts begin with the text.
+    /// That is kvpress' rule for such models (`KVPressTextGenerationPipeline.preprocess`:
+    /// `bos_token + context`, question suffix `"\\n"`), whose scores ours are compared with; the bos token is
+    /// the attention sink that they were trained with. Tokenizers of Qwen have no bos token: their contexts
+    /// begin with the text.
     ///
     /// # Errors
     /// The template cannot be read or rendered, takes too long, or drops the user's text.

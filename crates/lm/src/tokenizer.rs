@@ -1,10 +1,11 @@
 //! Text to token ids and back, and the fixed tokens around a user's text.
 //!
-//! `tokenizer.json` is the reference `tokenizers` crate's matter, whether it can be used `checks`', and the tokens that
-//! other files add `special`'s; this module adds what labels depend on: prefix, switch, stop tokens, and hashes that
-//! tell whether two models share a vocabulary.
+//! `tokenizer.json` is the reference `tokenizers` crate's matter, whether it can be used `checks`', where a
+//! long text is cut `pieces`', and the tokens that other files add `special`'s; this module adds what labels
+//! depend on: prefix, switch, stop tokens, and hashes that tell whether two models share a vocabulary.
 
 mod checks;
+mod pieces;
 mod special;
 
 use std::borrow::Cow;
@@ -18,13 +19,14 @@ use tokenizers::Tokenizer;
 
 use crate::config::token_ids;
 use crate::template::Frame;
+use pieces::PIECE;
 pub(crate) use special::SpecialTokens;
 use special::optional_json;
 
 /// A model's tokenizer with its chat template.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
-    /// What stands before each text while it is encoded, and its tokens.
+    /// Text put before each text while it is encoded, and its tokens.
     lead: Option<(&'static str, Vec<u32>)>,
     prefix: Vec<u32>,
     switch: Vec<u32>,
@@ -35,12 +37,12 @@ pub struct TextTokenizer {
 }
 
 impl TextTokenizer {
-    /// Open the tokenizer of a model folder: `tokenizer.json`, and where they are there the files that add tokens and
-    /// chat templates (as transformers reads them), `config.json` and `generation_config.json`.
+    /// Open the tokenizer of a model folder: `tokenizer.json`, and where they are there the files that add
+    /// tokens and chat templates (as transformers reads them), `config.json` and `generation_config.json`.
     ///
     /// # Errors
-    /// A file is missing or damaged, the tokenizer or the chat template cannot be used, or a token has no row in the
-    /// embedding.
+    /// A file is missing or damaged, the tokenizer or the chat template cannot be used, or a token has no row
+    /// in the embedding.
     pub fn open(folder: &Path) -> Result<Self> {
         let mut tokenizer = checks::open(&folder.join("tokenizer.json"))?;
         let special = SpecialTokens::read(folder)?;
@@ -62,7 +64,7 @@ impl TextTokenizer {
             turn: None,
             stop: Vec::new(),
         };
-        // The prefix begins the prompt; all other texts go on with it.
+        // The prefix begins the prompt; all other texts continue it.
         opened.prefix = opened.encode(&frame.prefix)?;
         opened.lead = lead.map(|lead| opened.encode(lead).map(|ids| (lead, ids))).transpose()?;
         opened.switch = opened.encode(&frame.switch)?;
@@ -71,18 +73,33 @@ impl TextTokenizer {
         Ok(opened)
     }
 
-    /// Token ids of `text` as it is, within a prompt: nothing is put before or after it. Special tokens that the
-    /// text spells out are recognized.
+    /// Token ids of `text` as it is, within a prompt: nothing is put before or after it. Special tokens that
+    /// the text spells out are recognized.
+    ///
+    /// Memory does not grow with the text, unless it can be cut nowhere, as one word of a megabyte.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        if text.len() <= 2 * PIECE {
+            return self.encode_whole(text);
+        }
+        let pieces = pieces::pieces(text, PIECE, |part| self.encode_whole(part))?;
+        let mut ids = Vec::new();
+        for piece in pieces {
+            ids.extend(self.encode_whole(&text[piece])?);
+        }
+        Ok(ids)
+    }
+
+    fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
         let (lead, skipped) = self.lead.as_ref().map_or(("", &[][..]), |(lead, ids)| (lead, ids));
         let text = if lead.is_empty() { Cow::Borrowed(text) } else { Cow::Owned(format!("{lead}{text}")) };
         let encoding =
             self.tokenizer.encode_fast(&*text, false).map_err(|e| anyhow!("encoding text: {e}"))?;
         let ids = encoding.get_ids().strip_prefix(skipped);
-        Ok(ids.context("encoding text: its first token depends on what stands before it")?.to_vec())
+        Ok(ids.context("encoding text: its first token depends on what precedes it")?.to_vec())
     }
 
-    /// From now on, special tokens that a text spells out are encoded as text. Prefix, switch and turn keep theirs.
+    /// From now on, special tokens that a text spells out are encoded as text. Prefix, switch and turn keep
+    /// theirs.
     pub fn read_special_tokens_as_text(&mut self) {
         self.tokenizer.set_encode_special_tokens(true);
     }
@@ -99,7 +116,8 @@ impl TextTokenizer {
         self.tokenizer.decode(ids, false).map_err(|e| anyhow!("decoding {} tokens: {e}", ids.len()))
     }
 
-    /// Tokens of the chat template before the user's text, or the bos token without a template; never evicted.
+    /// Tokens of the chat template before the user's text, or the bos token without a template; never
+    /// evicted.
     pub fn prefix(&self) -> &[u32] {
         &self.prefix
     }
@@ -109,7 +127,8 @@ impl TextTokenizer {
         &self.switch
     }
 
-    /// Tokens between the model's answer and the user's next text; `None` if the chat template takes no conversation.
+    /// Tokens between the model's answer and the user's next text; `None` if the chat template takes no
+    /// conversation.
     pub fn turn(&self) -> Option<&[u32]> {
         self.turn.as_deref()
     }

@@ -2,7 +2,7 @@
 //!
 //! A model allocates its parameters first and names the place of each weight; this module reads
 //! every weight with `pread` through one staging buffer, so host memory stays at the buffer's size
-//! whatever the checkpoint's. Which names a model has is `model`'s business.
+//! whatever the checkpoint's. The names of a model's weights come from `model`.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
@@ -28,7 +28,7 @@ pub(crate) const HEAD: &str = "lm_head.weight";
 /// Its input matrix.
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
-/// What wrappers write into the names of weights, and whose they are.
+/// Parts that wrappers add to the names of weights, with the wrapper's name.
 const WRAPPERS: [(&str, &str); 5] = [
     ("_orig_mod.", "torch.compile"),
     ("_fsdp_wrapped_module.", "FSDP"),
@@ -40,7 +40,7 @@ const WRAPPERS: [(&str, &str); 5] = [
 /// Headers of real checkpoints are below 1 MiB; a larger one is damage.
 const MAX_HEADER_BYTES: u64 = 100 << 20;
 
-/// Where each weight goes: its name in the checkpoint and a contiguous view that receives it.
+/// Destination of each weight: its name in the checkpoint and a contiguous view that receives it.
 pub(crate) type Places = HashMap<String, Tensor>;
 
 /// The safetensors files of a model folder, headers read and checked.
@@ -50,8 +50,9 @@ pub(crate) struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Open `model.safetensors`, or without it the files that `model.safetensors.index.json` names: the order in which
-    /// transformers looks (`modeling_utils._get_resolved_checkpoint_files`). Other files are never weights.
+    /// Open `model.safetensors`, or without it the files that `model.safetensors.index.json` names: the order
+    /// in which transformers looks (`modeling_utils._get_resolved_checkpoint_files`). Other files are never
+    /// weights.
     ///
     /// # Errors
     /// No weights in the folder; a file missing, truncated or with a damaged header.
@@ -257,8 +258,8 @@ impl Shard {
     }
 
     /// # Errors
-    /// A weight that is `needed` and that the index places here is not here. The index may list others that no file has,
-    /// such as the output matrix of a tied model.
+    /// A weight that is `needed` and that the index places here is not here. The index may list others that
+    /// no file has, such as the output matrix of a tied model.
     fn check_index(&self, needed: impl Fn(&str) -> bool) -> Result<()> {
         let ours = self.index.iter().filter(|(_, file)| *file == self.name()).map(|(name, _)| name);
         let absent = ours.filter(|name| needed(name) && self.header.info(name).is_none()).min();

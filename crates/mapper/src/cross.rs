@@ -1,12 +1,11 @@
 //! Stage 3, head-axis cross-attention: at each position, one query per target KV head over the
 //! proxy heads' tokens and the position's context token.
 //!
-//! Queries are learned and the same at every position, and so is what each target head reads out
-//! of a value. Both fold into the key and value projections: a token gives `cross_heads` x outputs
-//! attention logits and as many readings, in two matrix products over all positions at once, and a
-//! score is the attention-weighted sum of readings. No query, key or value is ever held per
-//! position: with 12 proxy and 36 target heads this takes a quarter of the time of attention
-//! followed by a layer per target head.
+//! Queries are learned and the same at every position, and so is what each target head reads out of a value.
+//! Both fold into the key and value projections: a token gives `cross_heads` x outputs attention logits and
+//! as many readings, in two matrix products over all positions at once, and a score is the attention-weighted
+//! sum of readings. No query, key or value is held per position: with 12 proxy and 36 target heads this takes
+//! a quarter of the time of attention followed by a layer per target head.
 //!
 //! Attention weights and readings of all tokens are 2 x (proxy heads + 1) x `cross_heads` x outputs
 //! numbers per position: 15 kB on the tiny pair, 1.1 MB with 128 proxy and 256 target heads. They are
@@ -31,7 +30,7 @@ pub(crate) struct Cross {
     query_noe: Param,
     key_ned: Param,
     value_ned: Param,
-    /// What a target head takes of a value; zero at the start.
+    /// Readout of a value by each target head; zero at the start.
     readout_noe: Param,
     heads: i64,
     scale: f64,

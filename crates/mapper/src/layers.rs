@@ -1,4 +1,4 @@
-//! The layers that all stages are made of; channels last.
+//! Layers shared by all stages; channels last.
 
 use tch::Tensor;
 
@@ -71,8 +71,8 @@ impl Conv {
     ///
     /// On a CPU as a 2-D convolution of height 1, whose channels-last form takes the tensor as it lies.
     /// Forward and backward of 16 x 1000 positions, width 192, kernel 5, one CPU core: 186 ms, a
-    /// 1-D convolution 242 ms (it copies both ways), one matrix product about twice as long. On a GPU as a matrix
-    /// product: cuDNN plans every new length anew, and hardly two batches are equally long.
+    /// 1-D convolution 242 ms (it copies both ways), one matrix product about twice as long. On a GPU as a
+    /// matrix product: cuDNN plans every new length anew, and hardly two batches are equally long.
     pub fn forward(&self, pass: &Pass, x_rtm: &Tensor) -> Tensor {
         let (weight, bias) = (&pass.weights[self.weight], &pass.weights[self.bias]);
         if x_rtm.device().is_cuda() {

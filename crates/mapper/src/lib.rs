@@ -1,11 +1,12 @@
 //! The HybridAxialMapper: from features of the proxy, the target or both to the target's scores.
 //!
-//! Owns the network and its variants, and the ridge solution that training starts from. The loss, batching and the
-//! optimization loop are left to `train`, checkpoints to `checkpoint`; what a feature means is known to `extract` alone.
+//! Owns the network and its variants, and the ridge solution that training starts from. The loss, batching
+//! and the optimization loop are left to `train`, checkpoints to `checkpoint`; the meaning of features to
+//! `extract`.
 //!
-//! Time and heads are taken apart: stages 1 and 2 look along time, stage 3 along heads. All stages
-//! keep channels last, because normalization and matrix products want them there; only the
-//! features that come in and the scores that go out have positions last.
+//! Time and heads are processed separately: stages 1 and 2 work along time, stage 3 along heads. All stages
+//! keep channels last, because normalization and matrix products need them there; only the features that come
+//! in and the scores that go out have positions last.
 //!
 //! Dimension key: b batch, p proxy KV head (layers x heads, layer-major), c channel, g global
 //! channel, t position, o target KV head (layers x heads, layer-major), f flat input (p x c, then
@@ -25,7 +26,7 @@ mod standardize;
 mod temporal;
 
 pub use long::StitchedScores;
-pub use mapper::{Mapper, Training};
+pub use mapper::{ForwardOptions, Mapper};
 pub use params::load_parameters;
 pub use ridge::RidgeAccumulator;
 pub use standardize::{FEATURE_LIMIT, MapperDims, Standardization, StandardizationAccumulator};

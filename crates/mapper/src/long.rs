@@ -22,7 +22,7 @@ pub struct StitchedScores<'a> {
 impl<'a> StitchedScores<'a> {
     /// # Shapes
     /// - as [`Mapper::forward`]; the features may stay on the CPU, only a window's are moved. They may
-    ///   still be written behind what [`Self::advance`] was told of
+    ///   still be written after what [`Self::advance`] was given
     /// - `window`: positions that a forward yields, at least 1; a few times the reach is economical
     ///
     /// # Panics

@@ -1,4 +1,4 @@
-//! The mapper as a whole: stages put together, parameters by name.
+//! The whole mapper: its stages in order, and its parameters by name.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use pkv_core::{Seed, hinted};
@@ -28,7 +28,7 @@ pub struct Mapper {
     parameters: Vec<(String, Tensor)>,
 }
 
-/// What a variant has beside the skip.
+/// Layers of a variant in addition to the skip.
 enum Body {
     Linear,
     Mlp { hidden: [Linear; 2], output: Linear },
@@ -36,11 +36,11 @@ enum Body {
     HybridAxial { temporal: Temporal, context: Context, cross: Cross, output: Linear },
 }
 
-/// How a forward computes when it is a step of training. The default is what [`Mapper::forward`] does.
+/// Options of a training forward pass. The default is what [`Mapper::forward`] computes.
 ///
-/// What is random is drawn from libtorch's generator of the device, by whatever seed it has.
+/// Random numbers come from the device's libtorch generator.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Training {
+pub struct ForwardOptions {
     /// Kind of all stages, f32 or bf16. Parameters, standardization, skip and sums over attention
     /// heads are f32 in either.
     pub kind: Kind,
@@ -52,13 +52,13 @@ pub struct Training {
     pub dropout: f64,
 }
 
-impl Default for Training {
+impl Default for ForwardOptions {
     fn default() -> Self {
         Self { kind: Kind::Float, noise: 0.0, drop_rows: 0.0, dropout: 0.0 }
     }
 }
 
-impl Training {
+impl ForwardOptions {
     /// Whether a forward draws random numbers.
     pub fn is_random(&self) -> bool {
         self.noise > 0.0 || self.drop_rows > 0.0 || self.dropout > 0.0
@@ -125,18 +125,19 @@ impl Mapper {
     /// # Panics
     /// Other shapes; [`MapperDims::check_features`] tells beforehand.
     pub fn forward(&self, heads_bpct: &Tensor, globals_bct: &Tensor) -> Tensor {
-        self.forward_training(heads_bpct, globals_bct, &Training::default())
+        self.forward_training(heads_bpct, globals_bct, &ForwardOptions::default())
     }
 
-    /// [`Self::forward`] as predictions are made of contexts: on a GPU the stages of a large mapper in bf16, as it was
-    /// trained; skip and sums in f32. Scores differ from [`Self::forward`]'s by the stages' rounding.
+    /// [`Self::forward`] as predictions are made of contexts: on a GPU the stages of a large mapper in bf16,
+    /// as it was trained; skip and sums in f32. Scores differ from [`Self::forward`]'s by the stages'
+    /// rounding.
     ///
     /// # Panics
     /// As [`Self::forward`].
     pub fn predict(&self, heads_bpct: &Tensor, globals_bct: &Tensor) -> Tensor {
         let bf16 = self.device.is_cuda() && self.dims.is_large();
         let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
-        self.forward_training(heads_bpct, globals_bct, &Training { kind, ..Training::default() })
+        self.forward_training(heads_bpct, globals_bct, &ForwardOptions { kind, ..ForwardOptions::default() })
     }
 
     /// [`Self::forward`] as a step of training computes it.
@@ -145,20 +146,25 @@ impl Mapper {
     ///
     /// # Panics
     /// As [`Self::forward`].
-    pub fn forward_training(&self, heads_bpct: &Tensor, globals_bct: &Tensor, how: &Training) -> Tensor {
+    pub fn forward_training(
+        &self,
+        heads_bpct: &Tensor,
+        globals_bct: &Tensor,
+        options: &ForwardOptions,
+    ) -> Tensor {
         if let Err(wrong) = self.dims.check_features(heads_bpct, globals_bct) {
             panic!("{wrong}");
         }
-        let pass = Pass { weights: Weights::new(&self.parameters, how.kind), dropout: how.dropout };
+        let pass = Pass { weights: Weights::new(&self.parameters, options.kind), dropout: options.dropout };
         let (heads_bpct, globals_bct) = self.stats.features(heads_bpct, globals_bct);
         let flat_btf = flat(&heads_bpct, &globals_bct);
         let skip_bto = self.skip.as_ref().map(|skip| skip.forward(&pass, &flat_btf));
-        let body_bto = if how.noise > 0.0 || how.drop_rows > 0.0 {
-            let (heads_bpct, globals_bct) = how.disturb(heads_bpct, globals_bct);
+        let body_bto = if options.noise > 0.0 || options.drop_rows > 0.0 {
+            let (heads_bpct, globals_bct) = options.disturb(heads_bpct, globals_bct);
             let flat_btf = flat(&heads_bpct, &globals_bct);
-            self.body.forward(&pass, how.kind, &heads_bpct, &globals_bct, &flat_btf)
+            self.body.forward(&pass, options.kind, &heads_bpct, &globals_bct, &flat_btf)
         } else {
-            self.body.forward(&pass, how.kind, &heads_bpct, &globals_bct, &flat_btf)
+            self.body.forward(&pass, options.kind, &heads_bpct, &globals_bct, &flat_btf)
         };
         let scores_bto = match (skip_bto, body_bto) {
             (Some(skip), Some(body)) => skip + body,
@@ -203,7 +209,7 @@ impl Mapper {
         self.parameters.iter().map(|(_, x)| x.numel()).sum()
     }
 
-    /// What is stored beside the parameters and not trained: the standardization.
+    /// Stored values that are not trained: the standardization.
     pub fn buffers(&self) -> Vec<(String, Tensor)> {
         self.stats.buffers()
     }

@@ -1,4 +1,4 @@
-//! Named parameters, how they start, and in which kind a forward uses them.
+//! Named parameters, their initialization, and the dtype in which a forward pass uses them.
 //!
 //! Every parameter draws from a stream of its own name, so adding one leaves the others as they
 //! were. Uniform draws only: they are exact in f32, while a normal's logarithm and cosine differ

@@ -3,11 +3,14 @@
 //! Where training starts, and a baseline by itself. Sums run in f64 over all positions added, so
 //! memory does not grow with their number.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use pkv_core::hinted;
 use tch::{Device, Kind, Tensor};
 
 use crate::standardize::{MapperDims, Standardization, flat};
+
+/// Variance of a standardized feature below which it is constant; rounding leaves up to some 1e-13.
+const LEAST_VARIANCE: f64 = 1e-6;
 
 /// Normal equations of the regression from standardized features to standardized log-odds.
 pub struct RidgeAccumulator {
@@ -74,24 +77,39 @@ impl RidgeAccumulator {
     /// [`crate::Mapper::set_linear`].
     ///
     /// The penalty is `ridge` times the mean diagonal of the centred normal matrix, so that it means
-    /// the same for any number of positions; the bias is free of it.
+    /// the same for any number of positions; the bias is free of it. Constant channels get weights of 0, all
+    /// of them as well: a diagonal below `LEAST_VARIANCE` counts as that much.
     ///
     /// # Errors
-    /// Nothing was added, or the matrix is not positive definite: a feature or label is not finite,
-    /// or `ridge` is 0 and a channel constant.
+    /// Nothing was added; a feature or label is not finite; or `ridge` is so small that channels that are
+    /// sums of others leave no solution.
     pub fn solve(&self, ridge: f64) -> Result<(Tensor, Tensor)> {
         ensure!(self.n > 0.0, "no position to solve a ridge regression on");
         let cpu = |x: &Tensor| x.to_device(Device::Cpu);
         let (x_f, y_o) = (cpu(&self.x_f) / self.n, cpu(&self.y_o) / self.n);
         let xx_ff = cpu(&self.xx_ff) - x_f.outer(&x_f) * self.n;
         let xy_fo = cpu(&self.xy_fo) - x_f.outer(&y_o) * self.n;
-        let f = self.dims.flat() as i64;
-        let penalty = xx_ff.diagonal(0, 0, 1).mean(Kind::Double) * ridge;
-        let eye = Tensor::eye(f, (Kind::Double, Device::Cpu));
-        let factor = (xx_ff + eye * penalty).f_linalg_cholesky(false).with_context(|| {
+        for (x, what, stage) in [(&xx_ff, "feature", "extract"), (&xy_fo, "label", "label")] {
+            ensure!(
+                x.isfinite().all().int64_value(&[]) == 1,
+                hinted(
+                    format!("the ridge regression has no solution: a {what} is not finite"),
+                    format!("make them again: `--redo {stage}`")
+                )
+            );
+        }
+        let diagonal_f = xx_ff.diagonal(0, 0, 1);
+        let least = LEAST_VARIANCE * self.n;
+        let penalty = diagonal_f.mean(Kind::Double).double_value(&[]).max(least) * ridge;
+        let eye = Tensor::eye(self.dims.flat() as i64, (Kind::Double, Device::Cpu));
+        let factor = (&xx_ff + eye * penalty).f_linalg_cholesky(false).map_err(|_| {
+            let constant = diagonal_f.lt(least).sum(Kind::Int64).int64_value(&[]);
             hinted(
-                "the ridge regression's normal matrix is not positive definite",
-                "raise `mapper.ridge`; if that does not help, a feature or label is not finite: `--redo extract`",
+                format!(
+                    "the ridge regression has no solution: of {} features, {constant} are constant and others depend on each other",
+                    self.dims.flat()
+                ),
+                format!("raise `mapper.ridge` from {ridge}, or leave channels out of `extract.channels`"),
             )
         })?;
         let weight_fo = xy_fo.cholesky_solve(&factor, false);

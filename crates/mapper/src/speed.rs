@@ -1,4 +1,5 @@
-//! Where `hybrid-axial`'s time goes: each stage by itself, forward and backward. No assertion, so ignored by default:
+//! Where `hybrid-axial`'s time goes: each stage by itself, forward and backward. No assertion, so ignored by
+//! default:
 //!
 //!     cargo test --release -p pkv-mapper --lib -- --ignored --nocapture speed_of_each_stage
 
@@ -15,8 +16,8 @@ use crate::params::{ParamStore, Pass, Weights};
 use crate::standardize::MapperDims;
 use crate::temporal::Temporal;
 
-/// KV heads of features and of the target: the real pair with its proxy, with the target's own features, with both, and
-/// the largest pair of the recipes.
+/// KV heads of features and of the target: the real pair with its proxy, with the target's own features, with
+/// both, and the largest pair of the recipes.
 const HEADS: [(usize, usize); 4] = [(48, 56), (56, 56), (104, 56), (250, 250)];
 
 /// Best of three, ms: forward, and forward with backward.

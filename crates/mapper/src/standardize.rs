@@ -1,7 +1,7 @@
-//! Raw features and labels to numbers of one scale, by statistics of the training examples.
+//! Standardization of features and labels by statistics of the training examples.
 //!
-//! The statistics are buffers of the mapper: a checkpoint holds them, and nobody standardizes
-//! before calling it.
+//! The statistics are buffers of the mapper: a checkpoint holds them, and callers pass
+//! raw features.
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
@@ -13,10 +13,11 @@ pub const FEATURE_LIMIT: f64 = 6.0;
 /// Smallest standard deviation that is divided by; a constant channel becomes 0, not infinite.
 const SMALLEST_STD: f64 = 1e-3;
 
-/// What goes into a mapper and comes out.
+/// Sizes of a mapper's input and output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapperDims {
-    /// KV heads of all layers of all sources of features; exports call them proxy heads since there was no other source.
+    /// KV heads of all layers of all sources of features; exports call them proxy heads since there was no
+    /// other source.
     pub proxy_heads: usize,
     /// Features per KV head of a source and position.
     pub channels: usize,
@@ -26,8 +27,8 @@ pub struct MapperDims {
     pub outputs: usize,
 }
 
-/// Proxy heads times target heads from which a mapper is bound by memory: the tiny pair has 432, an 8B target with a 1B
-/// proxy 32,768.
+/// Proxy heads times target heads from which a mapper is bound by memory: the tiny pair has 432, an 8B target
+/// with a 1B proxy 32,768.
 const LARGE: usize = 4096;
 
 impl MapperDims {

@@ -1,5 +1,6 @@
-//! The mapper against an independent PyTorch implementation in f64 (`goldens/make_goldens.py`): forward, and the gradients
-//! that the loss's gradient at the output gives. The loss and ten steps of both are held in `train`'s tests.
+//! The mapper against an independent PyTorch implementation in f64 (`goldens/make_goldens.py`): forward, and
+//! the gradients that the loss's gradient at the output gives. The loss and ten steps of both are held in
+//! `train`'s tests.
 
 use crate::fixtures::{CASES, Golden, device, max_difference, relative};
 

@@ -1,7 +1,9 @@
 //! What must hold for any mapper: batches, lengths, windows, starts, seeds.
 
 use pkv_core::Seed;
-use pkv_mapper::{Mapper, MapperDims, Standardization, StandardizationAccumulator, StitchedScores, Training};
+use pkv_mapper::{
+    ForwardOptions, Mapper, MapperDims, Standardization, StandardizationAccumulator, StitchedScores,
+};
 use pkv_recipe::{MapperSection, Variant};
 use tch::{Device, Kind, Tensor};
 
@@ -246,23 +248,25 @@ fn statistics_are_those_of_all_positions_together() {
     assert!(all.finish().unwrap_err().to_string().contains("not finite"));
 }
 
-/// bf16 has 8 bits: scores of order 1 to 10 through a dozen layers agree to some percent, and so do gradients.
+/// bf16 has 8 bits: scores of order 1 to 10 through a dozen layers agree to some percent, and so do
+/// gradients.
 #[test]
 fn bf16_stages_are_close_to_f32_and_hand_their_gradients_to_f32_parameters() {
     for (variant, attention) in VARIANTS {
         let mapper = small(variant, attention, device());
         let (heads, globals) = features(11, 2, 40);
-        let gradients = |how: &Training| {
+        let gradients = |options: &ForwardOptions| {
             mapper.parameters().iter().for_each(|(_, x)| x.shallow_clone().zero_grad());
-            let scores = mapper.forward_training(&heads, &globals, how);
+            let scores = mapper.forward_training(&heads, &globals, options);
             assert_eq!(scores.kind(), Kind::Float);
             (&scores * random(12, &scores.size()).to_device(scores.device())).sum(Kind::Float).backward();
             let of: Vec<(String, Tensor)> =
                 mapper.parameters().iter().map(|(n, x)| (n.clone(), x.grad().copy())).collect();
             (scores.detach(), of)
         };
-        let (exact, exact_of) = gradients(&Training::default());
-        let (narrow, narrow_of) = gradients(&Training { kind: Kind::BFloat16, ..Training::default() });
+        let (exact, exact_of) = gradients(&ForwardOptions::default());
+        let (narrow, narrow_of) =
+            gradients(&ForwardOptions { kind: Kind::BFloat16, ..ForwardOptions::default() });
         let relative = |a: &Tensor, b: &Tensor| ((a - b).norm() / b.norm().clamp_min(1e-3)).double_value(&[]);
         assert!(relative(&narrow, &exact) < 0.03, "{variant} {attention:?}: {}", relative(&narrow, &exact));
         assert_eq!(variant == "linear", max_difference(&narrow, &exact) == 0.0, "{variant}: bf16 was used");
@@ -276,24 +280,24 @@ fn bf16_stages_are_close_to_f32_and_hand_their_gradients_to_f32_parameters() {
 #[test]
 fn what_is_random_repeats_with_its_seed_and_spares_the_skip() {
     let (heads, globals) = features(13, 3, 30);
-    let off = Training::default();
-    for how in [
-        Training { noise: 0.3, ..off },
-        Training { drop_rows: 0.4, ..off },
-        Training { dropout: 0.4, ..off },
-        Training { noise: 0.1, drop_rows: 0.1, dropout: 0.1, kind: Kind::BFloat16 },
+    let off = ForwardOptions::default();
+    for options in [
+        ForwardOptions { noise: 0.3, ..off },
+        ForwardOptions { drop_rows: 0.4, ..off },
+        ForwardOptions { dropout: 0.4, ..off },
+        ForwardOptions { noise: 0.1, drop_rows: 0.1, dropout: 0.1, kind: Kind::BFloat16 },
     ] {
-        assert!(how.is_random());
+        assert!(options.is_random());
         let run = |variant: &str, seed| {
             let mapper = small(variant, &[], device());
             tch::manual_seed(seed);
             let exact = mapper.forward(&heads, &globals);
-            (mapper.forward_training(&heads, &globals, &how), exact)
+            (mapper.forward_training(&heads, &globals, &options), exact)
         };
         let ((a, exact), (again, _), (b, _)) =
             (run("hybrid-axial", 1), run("hybrid-axial", 1), run("hybrid-axial", 2));
-        assert_eq!(a, again, "{how:?}");
-        assert!(max_difference(&a, &b) > 0.01 && max_difference(&a, &exact) > 0.01, "{how:?}");
+        assert_eq!(a, again, "{options:?}");
+        assert!(max_difference(&a, &b) > 0.01 && max_difference(&a, &exact) > 0.01, "{options:?}");
         let (linear, exact) = run("linear", 1);
         assert_eq!(max_difference(&linear, &exact), 0.0);
     }
@@ -305,8 +309,8 @@ fn rows_are_dropped_whole() {
     let mapper = small("mlp", &[], device());
     let (heads, globals) = (Tensor::ones([64, 3, 2, 9], (Kind::Float, device())), random(1, &[64, 2, 9]));
     tch::manual_seed(3);
-    let how = Training { drop_rows: 0.25, ..Training::default() };
-    let scores = mapper.forward_training(&heads, &(globals * 0.0), &how);
+    let options = ForwardOptions { drop_rows: 0.25, ..ForwardOptions::default() };
+    let scores = mapper.forward_training(&heads, &(globals * 0.0), &options);
     // Constant features of a network without time: constant scores, of at most 2^6 kinds.
     let per_context = scores.flatten(0, 0).std_dim(-1, false, false).max().double_value(&[]);
     assert!(per_context < 1e-5, "{per_context}");

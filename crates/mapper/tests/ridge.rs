@@ -113,9 +113,29 @@ fn what_cannot_be_solved_is_an_error() {
     assert!(sums.add(&heads, &globals, &random(3, &[1, 4, 9])).is_err(), "labels of another target");
     assert!(sums.add(&heads, &random(2, &[1, 2, 8]), &random(3, &[1, 5, 9])).is_err());
     sums.add(&heads, &globals, &(random(3, &[1, 5, 9]) * f64::NAN)).unwrap();
-    assert!(sums.solve(1e-4).is_err(), "labels that are no numbers");
+    let said = sums.solve(1e-4).unwrap_err().to_string();
+    assert!(said.contains("a label is not finite"), "{said}");
     let mut constant = RidgeAccumulator::new(DIMS, &stats, Device::Cpu).unwrap();
     constant.add(&(&heads * 0.0 + 1.0), &globals, &random(3, &[1, 5, 9])).unwrap();
     let (weight, _) = constant.solve(1e-3).unwrap();
     assert_eq!(weight.narrow(1, 0, 6).abs().max().double_value(&[]), 0.0, "a constant tells nothing");
+    // One and the same everywhere, far from 0, as after the clamp: nothing is left but the labels' means.
+    for value in [0.0, 1.0, 0.1, -5.7] {
+        let mut constant = RidgeAccumulator::new(DIMS, &stats, Device::Cpu).unwrap();
+        let labels = random(3, &[1, 5, 9]);
+        for _ in 0..40 {
+            constant.add(&(&heads * 0.0 + value), &(&globals * 0.0 - value), &labels).unwrap();
+        }
+        let (weight, bias) = constant.solve(1e-4).unwrap();
+        let features = Tensor::cat(
+            &[
+                Tensor::full([6], value, (Kind::Double, Device::Cpu)),
+                Tensor::full([2], -value, (Kind::Double, Device::Cpu)),
+            ],
+            0,
+        );
+        let predicted = weight.to_kind(Kind::Double).matmul(&features) + bias;
+        let means = labels.mean_dim(&[0i64, 2][..], false, Kind::Double);
+        assert!(max_difference(&predicted, &means) < 1e-5, "{value}");
+    }
 }

@@ -1,5 +1,5 @@
-//! Times of forward and backward on this machine; no assertion, so ignored by default. The loss and the optimizer:
-//! `crates/train/examples/step_time.rs`.
+//! Times of forward and backward on this machine; no assertion, so ignored by default. The loss and the
+//! optimizer: `crates/train/examples/step_time.rs`.
 
 use std::time::Instant;
 

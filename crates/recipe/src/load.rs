@@ -54,8 +54,8 @@ pub struct Recipe {
     pub path: PathBuf,
 }
 
-/// Read `path` and the recipe that its `base` names, apply `overrides` (each `section.key=value`, value in TOML; bare
-/// words are strings), check.
+/// Read `path` and the recipe that its `base` names, apply `overrides` (each `section.key=value`, value in
+/// TOML; bare words are strings), check.
 ///
 /// # Errors
 /// The file is absent or no TOML; a key is unknown or has the wrong type; a value is out of range.
@@ -106,7 +106,8 @@ pub fn load_with_origins(path: &Path, overrides: &[Override]) -> Result<(Recipe,
 fn in_files(error: toml::de::Error, path: &Path, files: &[(PathBuf, String)]) -> anyhow::Error {
     let invalid = format!("invalid recipe `{}`", path.display());
     if let [(_, text)] = files {
-        // From the text, so that the error shows line and column; a proxy that may be absent is no mistake of it.
+        // From the text, so that the error shows line and column; a proxy that may be absent is no mistake of
+        // it.
         let no_proxy = |e: &toml::de::Error| e.message().contains("missing field `proxy`");
         let shown = toml::from_str::<Recipe>(text).err().filter(|e| !no_proxy(e) || no_proxy(&error));
         return mistake::in_recipe(shown.unwrap_or(error), invalid);
@@ -116,8 +117,8 @@ fn in_files(error: toml::de::Error, path: &Path, files: &[(PathBuf, String)]) ->
     mistake::in_recipe(error, place.unwrap_or(invalid))
 }
 
-/// A recipe whose features come from the target alone needs no proxy; where none is named, the target takes its place, so
-/// that every recipe has both. Whether it does.
+/// A recipe whose features come from the target alone needs no proxy; where none is named, the target takes
+/// its place, so that every recipe has both. Whether it does.
 fn proxy_of_one_model(table: &mut Table) -> bool {
     let from = table.get("extract").and_then(|extract| extract.get("from"));
     let alone = from.is_some_and(|from| *from == Value::from(vec![Source::Target.name()]));
@@ -138,8 +139,8 @@ fn read(path: &Path) -> Result<(String, Table)> {
     Ok((text, table))
 }
 
-/// The recipe of `path` on top of the recipe that its `base` names, which may have a base itself; all their texts are
-/// added to `files`.
+/// The recipe of `path` on top of the recipe that its `base` names, which may have a base itself; all their
+/// texts are added to `files`.
 fn based(path: &Path, deeper: usize, files: &mut Vec<(PathBuf, String)>) -> Result<Table> {
     let (text, mut table) = read(path)?;
     files.push((path.to_path_buf(), text));
@@ -175,10 +176,11 @@ fn merge(under: &mut Table, over: Table) {
 }
 
 impl Recipe {
-    /// Whether `label` takes the target's features from its own prefill, behind a prefix of `prefix` tokens.
+    /// Whether `label` takes the target's features from its own prefill, after a prefix of `prefix` tokens.
     ///
-    /// A channel that is fitted to the labels needs a second pass when they are complete. Where prefill chunks of the two
-    /// stages differ, one prefill would round features or labels otherwise than the stage alone does.
+    /// A channel that is fitted to the labels needs a second pass when they are complete. Where prefill
+    /// chunks of the two stages differ, one prefill would round features or labels otherwise than the stage
+    /// alone does.
     pub fn labels_give_features(&self, prefix: usize) -> bool {
         let chunks = [self.label.prefill_chunk_tokens, self.extract.prefill_chunk_tokens];
         let longest = self.data.longest_window() + prefix;

@@ -1,6 +1,6 @@
 //! Data manifests: the documents a run reads, pinned by revision, with their licence.
 //!
-//! Opening the files and cutting them into examples is `data`'s job.
+//! Opening the files and cutting them into examples is left to `data`.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use crate::mistake;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// What the mixture is for, in a sentence.
+    /// Purpose of the mixture, in a sentence.
     pub description: String,
     /// Where the documents come from; at least one.
     #[serde(rename = "source")]
@@ -49,14 +49,15 @@ pub struct Source {
     /// Column (parquet) or key (jsonl) that holds the text.
     #[serde(default = "text")]
     pub text: String,
-    /// What separates documents in a txt file; one document per file if absent.
+    /// Separator of documents in a txt file; one document per file if absent.
     #[serde(default)]
     pub separator: Option<String>,
     /// Share of the examples, relative to the other sources' weights.
     #[serde(default = "one")]
     pub weight: f64,
-    /// What the documents are for. One kind of text held out of training is a source with `splits = ["test"]`. A
-    /// document whose hash puts it in a split that is not here goes to the first that is.
+    /// What the documents are for. One kind of text held out of training is a source with
+    /// `splits = ["test"]`. A document whose hash puts it in a split that is not here goes to the first that
+    /// is.
     #[serde(default = "all_splits", skip_serializing_if = "is_all")]
     pub splits: Vec<Split>,
     /// Licence of the text (SPDX name or a sentence).
@@ -101,7 +102,8 @@ impl SourceFormat {
 }
 
 /// Planted-fact augmentation: sentences such as "The owner of the silver lantern is Alice Tall." in
-/// a document, so that examples hold what questions are asked about. Their places are the recipe's `facts.place`.
+/// a document, so that examples hold what questions are asked about. Their places are the recipe's
+/// `facts.place`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Facts {
@@ -233,7 +235,7 @@ fn is_all(splits: &[Split]) -> bool {
 }
 
 impl Source {
-    /// Where a document goes whose hash puts it in `split`.
+    /// Split of a document whose hash puts it in `split`.
     pub fn split(&self, split: Split) -> Split {
         if self.splits.contains(&split) { split } else { *self.splits.iter().min().unwrap_or(&split) }
     }

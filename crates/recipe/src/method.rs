@@ -1,7 +1,7 @@
 //! A method's name: how recipes and result files spell a way to score KV pairs.
 //!
-//! Any text is a name here. Which methods there are, what each does and what it needs is `pkv_eval::methods`' business, which
-//! refuses names that it does not know.
+//! Any text is a name here. Which methods there are, what each does and what it needs is `pkv_eval::methods`'
+//! business, which refuses names that it does not know.
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -11,7 +11,7 @@ use toml::de::DeTable;
 use crate::Override;
 use crate::schema::Keys;
 
-/// How alike two names must be, from 0 to 1, for one to be a misspelling of the other.
+/// Similarity, from 0 to 1, from which one name counts as a misspelling of the other.
 const ALIKE: f64 = 0.8;
 
 /// The error of a file that is no recipe, with its hint under the context `what`.
@@ -69,7 +69,7 @@ pub(crate) fn line_in(text: &str, keys: &[&str]) -> Option<usize> {
     None
 }
 
-/// What repairs it; `set` is the key and the value of an assignment.
+/// The repair; `set` is the key and the value of an assignment.
 fn hint(message: &str, set: Option<(&str, &str)>) -> String {
     let names = names(message);
     let meant = names.split_first().and_then(|(wrong, known)| closest(wrong, known));
@@ -130,7 +130,8 @@ fn names(message: &str) -> Vec<&str> {
     message.split('`').skip(1).step_by(2).collect()
 }
 
-/// The hint for an unknown key that is no misspelling of its section's keys, if other sections have one of that name.
+/// The hint for an unknown key that is no misspelling of its section's keys, if other sections have one of
+/// that name.
 fn elsewhere(message: &str) -> Option<String> {
     let names = names(message);
     let (wrong, known) = names.split_first().filter(|_| message.starts_with("unknown field"))?;

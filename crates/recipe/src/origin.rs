@@ -1,4 +1,5 @@
-//! Where each value of a recipe comes from: a line of the recipe or of its base, the command line, or a default.
+//! Where each value of a recipe comes from: a line of the recipe or of its base, the command line, or a
+//! default.
 
 use std::fmt;
 use std::path::PathBuf;

@@ -36,9 +36,9 @@ pub struct Plan {
     pub train_steps: String,
     /// In the order they run.
     pub stages: Vec<StagePlan>,
-    /// What the mapper is made for, at the longest window.
+    /// The plan of inference, at the longest window.
     pub infer: InferPlan,
-    /// What else is good to know, in sentences.
+    /// Further notes, in sentences.
     #[serde(default)]
     pub notes: Vec<String>,
 }

@@ -1,4 +1,5 @@
-//! A resolved recipe as TOML to read: every key with its meaning above it and, at the end of the line, where it was set.
+//! A resolved recipe as TOML to read: every key with its meaning above it and, at the end of the line, where
+//! it was set.
 
 use std::fmt::Write;
 

@@ -1,7 +1,8 @@
 //! The JSON schema of recipes, for editors, and the list of a recipe's keys that is read off it.
 //!
-//! Both come from the structs that serde reads and their doc comments. How the list is shown is [`crate::reference`]'s and
-//! [`crate::resolved`]'s; which methods there are, `pkv_eval` knows and the command adds.
+//! Both come from the structs that serde reads and their doc comments. How the list is shown is
+//! `reference`'s and `resolved`'s; which methods there are, `pkv_eval` knows and the
+//! command adds.
 
 use std::sync::LazyLock;
 
@@ -25,7 +26,8 @@ pub fn schema() -> Value {
     schema
 }
 
-/// What a recipe without a base must have, section by section; a proxy is needed only where features come from one.
+/// Keys that a recipe without a base must have, section by section; a proxy is needed only where features
+/// come from one.
 fn complete(root: &Value, section: &Value) -> Value {
     let mut rules = Map::new();
     if let Some(required) = section["required"].as_array() {
@@ -60,7 +62,7 @@ fn strip_required(root: &mut Value) {
     }
 }
 
-/// What a `$ref` refers to.
+/// The target of a `$ref`.
 fn follow<'a>(root: &'a Value, value: &'a Value) -> &'a Value {
     let named = value["$ref"].as_str().and_then(|r| root.pointer(r.strip_prefix('#')?));
     named.unwrap_or(value)
@@ -75,7 +77,7 @@ pub struct Key {
     pub section: String,
     /// `lr`.
     pub name: String,
-    /// What may be written there, in words.
+    /// Accepted values, in words.
     pub kind: String,
     /// As TOML; `None` for a key that must be there, or may be absent.
     pub default: Option<String>,
@@ -252,7 +254,7 @@ mod tests {
         assert_eq!(get("train.steps").kind, "whole number or `\"auto\"`");
         assert_eq!(get("data.window_tokens").kind, "list of whole numbers");
         assert!(get("target.model").required && get("train.patience").default.is_none());
-        assert_eq!(get("eval.policies").choices.len(), 4);
+        assert_eq!(get("eval.policies").choices.len(), pkv_core::Policy::ALL.len());
     }
 
     /// serde names the keys that it knows when it meets one that it does not.

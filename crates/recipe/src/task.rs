@@ -1,7 +1,6 @@
 //! A task's name: how recipes spell what is asked of pruned caches.
 //!
-//! Any text is a name here. Which tasks and suites there are is `pkv_eval::tasks`' business, which refuses names that it
-//! does not know.
+//! Any text is a name here. The known tasks and suites are in `pkv_eval::tasks`, which refuses other names.
 
 use std::borrow::Cow;
 use std::fmt;

@@ -406,7 +406,10 @@ fn the_place_of_a_bad_value_is_named() {
     for (set, expected) in [
         (limit, "own.toml`: cannot apply `--limit 0`: `eval.contexts` is 0"),
         ("train.lr=-2".into(), "own.toml`: cannot apply `--set train.lr=-2`: `train.lr` is -2"),
-        (Override::by_flag("--tasks fact", "eval.tasks=[\"fact\"]"), "cannot apply `--tasks fact`"),
+        (
+            Override::by_flag("--policies pairs", "eval.policies=[\"pairs\"]"),
+            "cannot apply `--policies pairs`",
+        ),
     ] {
         let (said, hint) = at("own.toml", &[set]);
         assert!(said.contains(expected) && !said.contains(": line ") && !hint.is_empty(), "{said}");

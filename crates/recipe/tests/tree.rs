@@ -41,7 +41,8 @@ fn every_ablation_changes_one_section_of_its_base() {
             .filter(|(key, value)| key != "name" && base.get(key) != Some(value))
             .map(|(key, _)| key)
             .collect();
-        // Many more contexts want more steps too; those of the learning curve change nothing but how many of them are used.
+        // Many more contexts want more steps too; those of the learning curve change nothing but how many of
+        // them are used.
         let expected = if short == "data-10000" { 2 } else { 1 };
         assert_eq!(changed.len(), expected, "{short} changes {changed:?}");
     }
@@ -82,8 +83,8 @@ fn every_recipe_loads_and_names_a_manifest_that_loads() {
                 source.name
             );
         }
-        // A proxy is the smaller of two models of one family; vocabularies differ by padding at most. Where there is none,
-        // the target is in its place.
+        // A proxy is the smaller of two models of one family; vocabularies differ by padding at most. Where
+        // there is none, the target is in its place.
         let (target, proxy) = (&recipe.target.shape, &recipe.proxy.shape);
         let alone = recipe.proxy.model == recipe.target.model;
         assert!(alone || proxy.matrix_parameters() < target.matrix_parameters() / 2, "{}", path.display());

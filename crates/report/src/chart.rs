@@ -1,7 +1,7 @@
 //! Charts as SVG text: scales, axes, lines with intervals, heat maps.
 //!
 //! Colours and strokes are classes of `templates/chart.css`, so that one chart serves light and
-//! dark pages; which numbers are drawn is `figures`' business. Every chart is one `<svg>` with a
+//! dark pages; the numbers come from `figures`. Every chart is one `<svg>` with a
 //! `role="img"` and a label, and every mark has a `<title>` that a browser shows as a tooltip.
 
 mod axis;

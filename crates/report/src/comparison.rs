@@ -1,6 +1,7 @@
 //! The page that puts several runs side by side; `templates/comparison.html` lays it out.
 //!
-//! The numbers come from `pkv_eval::compare`; here they become charts and tables, of the same make as a run's own.
+//! The numbers come from `pkv_eval::compare`; here they become charts and tables, of the same make as a run's
+//! own.
 
 use std::path::Path;
 

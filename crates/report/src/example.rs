@@ -20,7 +20,7 @@ const DIGITS: &[u8; 64] = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOP
 /// Shades of the page's style sheet, beside none.
 const SHADES: f64 = 10.0;
 
-/// What the template shows.
+/// Data of the template.
 #[derive(Debug, Serialize)]
 pub struct ExampleView {
     pub id: String,
@@ -62,7 +62,7 @@ pub struct FactView {
     pub kept: String,
 }
 
-/// What the script reads.
+/// Data of the script.
 #[derive(Serialize)]
 struct Data<'a> {
     pairs: u32,

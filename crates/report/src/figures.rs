@@ -1,4 +1,4 @@
-//! Which numbers become which chart.
+//! The report's charts: which numbers each one shows.
 
 use pkv_core::Policy;
 use pkv_eval::{AnswerResults, HeadRecall, Interval, LabelResults, PerplexityResults};
@@ -224,7 +224,7 @@ pub fn validation_recall(metrics: &Metrics) -> Option<LineChart> {
         .collect();
     ratios.sort_by(|a, b| b.total_cmp(a));
     ratios.dedup();
-    // Five lines can be told apart; where much is kept, every mapper looks good.
+    // Five lines can be distinguished; where much is kept, every mapper looks good.
     ratios.drain(..ratios.len().saturating_sub(5));
     let line = |&ratio: &f64, index: usize| {
         let points: Vec<(u64, f64)> = metrics

@@ -1,4 +1,4 @@
-//! The top of the page: what was made and how good it is, for a stranger.
+//! The top of the page: what was trained and how good it is, for readers who do not know the project.
 
 use std::fmt::Write;
 

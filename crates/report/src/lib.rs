@@ -1,9 +1,9 @@
-//! A run folder as one self-contained HTML file, and the curve of answers as one SVG picture; several runs as one
-//! page that compares them.
+//! A run folder as one self-contained HTML file, and the curve of answers as one SVG picture; several runs as
+//! one page that compares them.
 //!
 //! The page needs no network and no other file: styles, charts and the one small script are
 //! inside. Parts of a run that do not exist yet are left out, with a sentence that says which
-//! command makes them. Measuring is `eval`'s job; nothing is computed here beyond what a reader
+//! command makes them. Measuring is left to `eval`; nothing is computed here beyond what a reader
 //! could do with the numbers in the folder.
 
 mod chart;
@@ -29,7 +29,7 @@ pub use comparison::write_comparison;
 
 use run::RunData;
 
-/// The files that [`write`] made.
+/// The files that [`write()`] made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Written {
     /// `report.html`.

@@ -1,7 +1,8 @@
-//! How a method looks in charts and tables. What it is called and what it does, the registry says.
+//! Colour and marker of a method in charts and tables. Its name and meaning come from the registry.
 //!
-//! Colour and marker follow from a method's place in the registry, so that every report shows it alike and a new method needs
-//! nothing here. Results may hold a method that this version does not know: it goes by its name.
+//! Colour and marker follow from a method's place in the registry, so that every report shows it alike and a
+//! new method needs nothing here. Results may hold a method that this version does not know: it goes by its
+//! name.
 
 use pkv_core::Policy;
 use pkv_eval::methods::{self, REGISTRY};
@@ -9,7 +10,8 @@ use pkv_recipe::MethodName;
 
 use crate::chart::Marker;
 
-/// Colours of `chart.css`'s palette: `p0`, `p1` and so on. The first is the mapper's, the second KVzip's, and theirs alone.
+/// Colours of `chart.css`'s palette: `p0`, `p1` and so on. The first is the mapper's, the second KVzip's, and
+/// theirs alone.
 const PALETTE: usize = 16;
 const MARKERS: [Marker; 6] =
     [Marker::Circle, Marker::Square, Marker::TriangleUp, Marker::Diamond, Marker::TriangleDown, Marker::Ring];
@@ -43,7 +45,7 @@ pub fn label(method: MethodName) -> &'static str {
     methods::find(method).map_or(method.name(), |m| m.label)
 }
 
-/// What it does, in a sentence without its name.
+/// Its meaning, in a sentence without its name.
 pub fn meaning(method: MethodName) -> &'static str {
     methods::find(method).map_or("a method of another version of proxykv-train", |m| m.meaning)
 }
@@ -74,7 +76,7 @@ pub fn is_oracle(method: MethodName) -> bool {
     methods::find(method).is_some_and(|m| m.is_oracle())
 }
 
-/// What a policy ranks against each other.
+/// Meaning of a policy.
 pub const fn policy_meaning(policy: Policy) -> &'static str {
     match policy {
         Policy::Pair => "all KV pairs of all layers and heads compete",

@@ -1,4 +1,4 @@
-//! Where the numbers come from: choices, versions, the command that makes them again, and limits.
+//! Provenance of the numbers: settings, versions, the command to reproduce them, and limits.
 
 use pkv_recipe::plan::{Machine, Plan};
 use pkv_recipe::{MapperSection, Recipe, Variant};
@@ -13,7 +13,7 @@ pub struct Origin {
     pub choices: Vec<(String, String)>,
     /// The recipe as TOML, every default written out.
     pub recipe: Option<String>,
-    /// What to type.
+    /// The command.
     pub command: Option<String>,
     /// Revisions, versions, seed.
     pub versions: Vec<(String, String)>,
@@ -134,7 +134,7 @@ fn versions(data: &RunData) -> Vec<(String, String)> {
     out
 }
 
-/// What these numbers cannot tell.
+/// Limits of these numbers.
 pub fn limits(data: &RunData) -> Vec<String> {
     let mut out = Vec::new();
     if let Some(results) = &data.results {

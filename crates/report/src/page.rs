@@ -1,4 +1,4 @@
-//! What the page says, section by section; `templates/report.html` lays it out.
+//! The page's content, section by section; `templates/report.html` has its layout.
 //!
 //! Sentences are made here, from numbers; the template has only the ones that never change.
 
@@ -56,7 +56,7 @@ struct Training {
     note: String,
 }
 
-/// A chart and the tables behind it.
+/// A chart and the tables of its numbers.
 #[derive(Serialize)]
 struct Figure {
     policy: String,
@@ -193,7 +193,7 @@ fn answers(results: &Results, data: &RunData) -> Vec<Figure> {
             .answers
             .as_ref()
             .map(|a| pkv_eval::compare::mapper_lead(a, "facts", policy, Seed(results.seed), resamples));
-        // Behind the two that are open.
+        // After the two that are open.
         shown.splice(shown.len().min(2)..shown.len().min(2), lead.and_then(tables::lead));
         Some(figure(policy, figures::answers(facts, policy)?.svg(), shown))
     };

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::metrics::Metrics;
 
-/// What was found in a run folder.
+/// Data read from a run folder.
 pub struct RunData {
     pub name: String,
     /// `run.json`; null if absent.
@@ -34,7 +34,7 @@ pub struct RunData {
     pub sizes: Vec<(&'static str, u64)>,
     /// `YYYY-MM-DD` of the youngest of `run.json` and `eval/results.json`, UTC.
     pub date: Option<String>,
-    /// What is there and cannot be read.
+    /// Files that exist and cannot be read.
     pub problems: Vec<String>,
 }
 

@@ -1,4 +1,4 @@
-//! What each stage took and left behind.
+//! Time and output of each stage.
 
 use pkv_recipe::plan::{human_bytes, human_secs};
 use serde::Serialize;
@@ -94,7 +94,8 @@ fn short_time(secs: f64) -> String {
     }
 }
 
-/// `examples 640, tokens 850000` of a JSON object; deeper values are left out, and seconds, which have a column.
+/// `examples 640, tokens 850000` of a JSON object; deeper values are left out, and seconds, which have a
+/// column.
 fn brief(summary: &Value) -> String {
     let show = |v: &Value| match v {
         Value::Number(n) => n.as_f64().map(|f| match f {

@@ -13,7 +13,7 @@ use crate::method;
 #[derive(Clone, Debug, Serialize)]
 pub struct Table {
     pub caption: String,
-    /// What to read off, in a sentence or two.
+    /// Explanation, in a sentence or two.
     pub note: String,
     pub columns: Vec<String>,
     pub rows: Vec<Row>,
@@ -134,7 +134,7 @@ fn add_full(table: &mut Table, full: Interval) {
     table.rows.insert(0, row);
 }
 
-/// How far the mapper leads each other method, question for question.
+/// Paired difference of the mapper from each other method.
 pub fn lead(cells: Vec<(MethodName, f64, Interval)>) -> Option<Table> {
     let mut table = build(
         "The mapper's answers minus those of each method, points",

@@ -5,6 +5,7 @@ mod run;
 use std::fs;
 use std::path::Path;
 
+use pkv_core::Policy;
 use pkv_eval::Results;
 
 fn folder() -> tempfile::TempDir {
@@ -71,7 +72,7 @@ fn a_whole_run_fills_every_section() {
     );
     assert_eq!(section(&page, "training").matches("<svg").count(), 2);
     assert!(section(&page, "training").contains("The checkpoint of step 1400 did best"));
-    assert_eq!(section(&page, "recall").matches("<svg").count(), 4, "one chart per policy");
+    assert_eq!(section(&page, "recall").matches("<svg").count(), Policy::ALL.len(), "one chart per policy");
     assert!(page.contains("prefers-color-scheme:dark") && page.contains("@media print"));
     assert!(section(&page, "stages").contains("20 min 10 s"));
     assert!(section(&page, "limits").contains("proxykv-train run --recipe recipes&#x2f;tiny-llama.toml"));
@@ -122,7 +123,7 @@ fn the_best_rival_is_bold_and_kvzip_is_a_reference() {
     assert!(row("mapper").contains("<td class=\"best\">97.9"));
     assert!(!row("KVzip").contains("best"));
     assert!(!row("random").contains("best"));
-    // 93.8 / 87.1: better than what it learnt from.
+    // 93.8 / 87.1: better than what it learned from.
     assert!(answers.contains("107.7<small>"));
 }
 
@@ -163,7 +164,7 @@ fn an_evaluation_without_tasks_or_mapper_is_shown_as_far_as_it_goes() {
         r.labels.cells.retain(|c| c.method == pkv_recipe::MethodName::RANDOM && c.ratio == 0.05);
     });
     assert!(section(&page, "answers").contains("No answers have been measured yet"));
-    assert_eq!(section(&page, "recall").matches("<svg").count(), 4);
+    assert_eq!(section(&page, "recall").matches("<svg").count(), Policy::ALL.len());
     assert_no_broken_numbers(&page);
     let page = with_results(dir.path(), |r| {
         r.labels = pkv_eval::LabelResults::default();

@@ -1,8 +1,8 @@
 //! The score of one scoring chunk in one layer, from queries and keys.
 //!
-//! Which tokens make the queries is `request`'s business, KVzip+'s factors are `weighting`'s.
-//! Rows are taken in blocks that bound memory. A block sees every key it may attend to, so its
-//! softmax is exact on its own and no second pass is needed.
+//! The tokens of the queries come from `request`, KVzip+'s factors from `weighting`. Rows are taken in blocks
+//! that bound memory. A block sees every key it may attend to, so its softmax is exact on its own and no
+//! second pass is needed.
 //!
 //! Dimension key: h KV head, g query heads per KV head, q query head (h x g), s new tokens (rows),
 //! r rows of a block, d head_dim, k keys attended to, t position in the scoring chunk.
@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::Weighting;
 
-/// How many softmax weights to hold at once: what [`chunk_scores`] and `extract` cut their blocks by.
+/// Number of softmax weights held at once; sets the block size of [`chunk_scores`] and `extract`.
 ///
 /// On a CPU 2 MiB of f32, which stay in its cache: 0.76 s of one core for a chunk of 1,400 tokens
 /// in 12 layers of 6 query heads, against 2.1 s with 128 MiB. On a GPU 128 MiB, twice that at the
@@ -29,7 +29,7 @@ pub struct ChunkAttention<'a> {
     pub q_qsd: &'a Tensor,
     /// `[kv_heads, positions, head_dim]`: the cache's keys, the `s` new tokens last.
     pub k_hkd: &'a Tensor,
-    /// What products of queries and keys are multiplied with.
+    /// Scale of products of queries and keys.
     pub scale: f64,
     /// Every row sees the first `sink` positions of the cache.
     pub sink: usize,

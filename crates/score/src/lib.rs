@@ -1,9 +1,9 @@
-//! KVzip labels: how strongly a model looks at each KV pair while it repeats its context.
+//! KVzip labels: how much attention each KV pair gets while a model repeats its context.
 //!
-//! The model prefills `prefix + context` once, then repeats the context chunk by chunk; the score
-//! of a KV pair is the strongest softmax weight that any row of its chunk's repeat pays it
-//! (KVzip, arXiv 2505.23416). [`Requests`] knows which tokens are fed, [`chunk_scores`] holds the
-//! maths on tensors alone, [`Scorer`] runs a model through them.
+//! The model prefills `prefix + context` once, then repeats the context chunk by chunk; the score of a KV
+//! pair is its largest softmax weight over all rows of its chunk's repeat (KVzip, arXiv 2505.23416).
+//! [`Requests`] knows which tokens are fed, [`chunk_scores`] holds the maths on tensors alone, [`Scorer`]
+//! runs a model through them.
 //!
 //! Log-odds, span pooling and keep masks belong to `prune`; storing labels belongs to `shard`.
 

@@ -1,6 +1,7 @@
-//! Packs of repeats that get smaller where memory runs out, as prefill chunks do ([`pkv_lm::Chunks`]).
+//! Groups of repeats for one forward, made smaller when memory runs out, as prefill chunks are
+//! ([`pkv_lm::Chunks`]).
 //!
-//! Results do not depend on the packs but for rounding.
+//! Results depend on the groups only by rounding.
 
 use anyhow::{Result, bail};
 use pkv_core::hinted;

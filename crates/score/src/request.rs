@@ -1,6 +1,6 @@
-//! Which tokens are fed to make a model repeat its context, chunk by chunk.
+//! The tokens of each repeat request, chunk by chunk.
 //!
-//! What the model does with them is `scorer`'s business.
+//! Running the model on them is left to `scorer`.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use pkv_recipe::LabelSection;
 const FIRST: &str = "\n\nRepeat the previous context exactly.";
 /// Asks for a later one, and is followed by the last tokens of the chunk before.
 const LATER: &str = "\n\nRepeat the part of the previous context exactly, starting with";
-/// How many tokens of the chunk before a later request quotes.
+/// Number of tokens of the previous chunk that a later request quotes.
 const QUOTED_TOKENS: usize = 8;
 
 /// The request of every scoring chunk, as token ids.
@@ -62,8 +62,8 @@ impl Requests {
         request.len() + self.quote(chunk).len() + self.switch.len()
     }
 
-    /// Context positions before `chunk` that its request quotes: a chunk shorter than the quote is quoted whole, no further
-    /// back.
+    /// Context positions before `chunk` that its request quotes: a chunk shorter than the quote is quoted
+    /// whole, no further back.
     fn quote(&self, chunk: &Range<usize>) -> Range<usize> {
         chunk.start.saturating_sub(self.chunk_tokens.min(QUOTED_TOKENS))..chunk.start
     }

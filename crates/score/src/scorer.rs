@@ -2,7 +2,7 @@
 //!
 //! The tokens fed come from `request`, the maths from `chunk` and `weighting`, what happens when
 //! memory runs out from `pieces`. The repeats of all scoring chunks are independent once the cache
-//! stands, so several are read in one forward; they leave no KV pairs behind.
+//! is filled, so several are read in one forward; they append no KV pairs to the cache.
 //!
 //! Dimension key: l layer, h KV head, t context position.
 
@@ -34,7 +34,7 @@ pub struct Scorer<'a> {
     requests: Requests,
     prefix: Vec<u32>,
     sink: usize,
-    /// How to get the factors of softmax weights, where the preset has any.
+    /// Function for the factors of softmax weights, if the preset has any.
     factors: Option<Factors>,
     means: bool,
     prefill_chunk_tokens: usize,
@@ -68,7 +68,8 @@ impl<'a> Scorer<'a> {
         }
     }
 
-    /// Leave means out, which labels do not need: without them the fused kernels compute no exponential per weight.
+    /// Leave means out, which labels do not need: without them the fused kernels compute no exponential per
+    /// weight.
     pub fn maxima_only(mut self) -> Self {
         self.means = false;
         self
@@ -95,7 +96,7 @@ impl<'a> Scorer<'a> {
 
     /// A cache that holds the prefix and a context.
     ///
-    /// Where memory runs out, prefill chunks get smaller.
+    /// If memory runs out, prefill chunks become smaller.
     ///
     /// # Errors
     /// The context is empty, or the model fails on it.
@@ -113,7 +114,7 @@ impl<'a> Scorer<'a> {
 
     /// Score a context whose prefix and tokens `cache` already holds.
     ///
-    /// Where memory runs out, packs get smaller.
+    /// If memory runs out, packs become smaller.
     ///
     /// # Errors
     /// The context is empty; the cache holds something else; the model fails.
@@ -244,7 +245,7 @@ impl PackTap<'_> {
             None
         };
         let own = |x_rhd: &Tensor| x_rhd.narrow(0, first_row, rows).transpose(0, 1);
-        // What the rows may see and nothing else, so that the chunk lies right behind the sink.
+        // What the rows may see and nothing else, so that the chunk follows the sink at once.
         let k_hkd = Tensor::cat(
             &[
                 view.k_cache_hkd.narrow(1, 0, sink as i64),

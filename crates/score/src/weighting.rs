@@ -1,8 +1,7 @@
-//! What softmax weights are multiplied with before the maximum: factors of rows and columns, a file for each kind, and
-//! [`REGISTRY`], which lists them.
+//! Label weightings: factors of rows and columns that softmax weights are multiplied with before the maximum;
+//! a file for each kind, and [`REGISTRY`], which lists them.
 //!
-//! Which preset has which is data of `recipe` (`section/label/preset.rs`, which has the steps to add one). Where the factors are
-//! applied is `chunk`'s business, and the fused kernel's.
+//! Presets name their weighting in `recipe`. `chunk` and the fused kernel apply the factors.
 //!
 //! Dimension key: h KV head, g query heads per KV head, q query head (h x g), s new tokens (rows),
 //! t position in the scoring chunk, d head_dim, m hidden.
@@ -28,7 +27,7 @@ pub(crate) struct Entry {
 /// All kinds of weighting.
 pub(crate) static REGISTRY: &[Entry] = &[plain::ENTRY, kvzip_plus::ENTRY];
 
-/// How to compute a weighting's factors, if it has any.
+/// Function for a weighting's factors, if it has any.
 pub(crate) fn factors(weighting: LabelWeighting) -> Option<Factors> {
     REGISTRY.iter().find(|entry| entry.weighting == weighting).and_then(|entry| entry.factors)
 }

@@ -1,4 +1,4 @@
-//! One stage's output folder: opening, resuming, checking, clearing.
+//! A stage's output folder: open, resume, check, clear.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ pub struct StageDir {
     budget: WriteBudget,
 }
 
-/// What a stage's folder holds, compared with the choices of a run.
+/// State of a stage's folder, compared with the settings of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum StageState {
     /// No index: nothing has been written.
@@ -93,7 +93,10 @@ impl StageDir {
         }
         // An index that names nothing has nothing to lose: a stage that failed before its first shard
         // starts anew, whatever the choices were.
-        found.take_if(|index| index.shards.is_empty() && !index.complete);
+        found.take_if(|index| {
+            let kept = index.rest.is_some() && index.fingerprint.difference(fingerprint).is_empty();
+            index.shards.is_empty() && !index.complete && !kept
+        });
         if let Some(index) = &found {
             check_fresh(dir, index, fingerprint)?;
         }
@@ -122,7 +125,7 @@ impl StageDir {
         Ok(Self { dir: dir.to_path_buf(), index, lock: None, budget: WriteBudget::from_env() })
     }
 
-    /// What `dir` holds, compared with the choices of this run; nothing is changed.
+    /// State of `dir`, compared with the settings of this run; nothing is changed.
     ///
     /// # Errors
     /// The index is damaged or of another version.
@@ -180,6 +183,13 @@ impl StageDir {
         self.index.complete
     }
 
+    /// A complete stage of the rows alone that an orderly stop kept beside the whole shards.
+    pub(crate) fn rest(&self) -> Option<Self> {
+        let shards = vec![self.index.rest.clone()?];
+        let index = Index { shards, rest: None, complete: true, ..self.index.clone() };
+        Some(Self { dir: self.dir.clone(), index, lock: None, budget: self.budget.clone() })
+    }
+
     /// Compare every shard with the hash in the index.
     ///
     /// # Errors
@@ -214,10 +224,10 @@ impl StageDir {
         self.index.shards.iter().try_for_each(|s| check_size(&self.dir, &self.index.stage, s).map(drop))
     }
 
-    /// Remove what no index names.
+    /// Remove files that no index names.
     fn sweep(&self) -> Result<()> {
         for name in stage_files(&self.dir)? {
-            if !self.index.shards.iter().any(|s| s.file == name) {
+            if !self.index.shards.iter().chain(&self.index.rest).any(|s| s.file == name) {
                 tracing::info!(file = %self.dir.join(&name).display(), "removing what an interrupted run left");
                 remove(&self.dir.join(name))?;
             }

@@ -65,7 +65,7 @@ pub struct DurableFile {
     published: bool,
 }
 
-/// How a file's first failed write failed.
+/// Kind of a file's first failed write.
 ///
 /// Encoders between the caller and the file may turn an IO error into text; this keeps its kind.
 #[derive(Clone, Debug, Default)]
@@ -77,7 +77,7 @@ impl WriteFailure {
     }
 }
 
-/// What a published file holds.
+/// Size and hash of a published file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Published {
     pub bytes: u64,
@@ -104,7 +104,7 @@ impl DurableFile {
         })
     }
 
-    /// To ask after an error of whoever writes through this file.
+    /// To ask after an error of the code that writes through this file.
     pub fn failure(&self) -> WriteFailure {
         self.failure.clone()
     }
@@ -146,7 +146,7 @@ impl Write for DurableFile {
 impl Drop for DurableFile {
     fn drop(&mut self) {
         if !self.published {
-            // Nothing to do if it fails: whoever opens the folder next removes it.
+            // Nothing to do if it fails: the next process that opens the folder removes it.
             let _ = fs::remove_file(&self.temporary);
         }
     }
@@ -218,9 +218,9 @@ pub fn lock_dir(dir: &Path) -> Result<File> {
     }
 }
 
-/// Hold the file `path`, made if absent, against other processes until the returned file is dropped: alone, or together
-/// with all who hold it `shared`. For work whose folder is itself replaced or removed, and for a file system without locks
-/// none is held.
+/// Hold the file `path`, made if absent, against other processes until the returned file is dropped: alone,
+/// or together with all who hold it `shared`. For work whose folder is itself replaced or removed, and for a
+/// file system without locks none is held.
 ///
 /// # Errors
 /// Another process holds it, `doing` what it holds it for; or the file cannot be made.

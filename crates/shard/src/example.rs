@@ -1,4 +1,4 @@
-//! Examples: what is labelled, extracted and trained on, token by token.
+//! Examples: the tokenized contexts that are labelled, extracted and trained on.
 
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
 //! The three stages of a run as one: examples with their labels and features, row by row.
 //!
-//! Owns that they belong together: as many rows of each when they are opened, one example and one size in every row that is
-//! read. Tensors are left to the crates above.
+//! Owns that they belong together: as many rows of each when they are opened, one example and one size in
+//! every row that is read. Tensors are left to the crates above.
 
 use std::path::Path;
 
@@ -17,16 +17,17 @@ pub struct ExampleRows {
     features: FeatureSet,
     known: Vec<Known>,
     sizes: Option<Sizes>,
+    most_score: f32,
 }
 
-/// What is known of every example without reading it again.
+/// Data of every example that is kept in memory.
 struct Known {
     id: String,
     split: Split,
     positions: usize,
 }
 
-/// What is the same in all rows.
+/// Sizes that are the same in all rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     /// KV heads of all layers of all sources of features.
@@ -71,7 +72,7 @@ impl ExampleRows {
         };
         checked(labels.stage().path(), labels.len(), "label")?;
         checked(features.path(), features.len(), "extract")?;
-        let mut this = Self { examples, labels, features, known, sizes: None };
+        let mut this = Self { examples, labels, features, known, sizes: None, most_score: f32::INFINITY };
         if !this.known.is_empty() {
             let (y, x) = this.read(0)?;
             this.sizes = Some(Sizes {
@@ -83,6 +84,11 @@ impl ExampleRows {
             });
         }
         Ok(this)
+    }
+
+    /// Refuse labels above `most`.
+    pub fn with_most_score(self, most: f32) -> Self {
+        Self { most_score: most, ..self }
     }
 
     /// The sizes of the first row; none without examples.
@@ -122,6 +128,10 @@ impl ExampleRows {
     /// A shard is damaged, or label and features are not of this example or not of the first row's sizes.
     pub fn get(&self, row: u64) -> Result<(LabelRow, FeatureRow)> {
         let (label, feature) = self.read(row)?;
+        label.check_limit(self.most_score).map_err(|e| {
+            let labels = self.labels.stage().path().display();
+            e.context(format!("cannot use the labels of row {row}, example `{}`, in `{labels}`", label.id))
+        })?;
         let (Some(known), Some(sizes)) = (self.known.get(row as usize), self.sizes) else {
             return Err(anyhow!("there is no row {row} of {} examples", self.known.len()));
         };

@@ -1,4 +1,4 @@
-//! Features: what the mapper sees of one example.
+//! Features: the mapper's input for one example.
 
 use std::sync::Arc;
 

@@ -23,11 +23,11 @@ pub trait FeatureSource: Debug + Send + Sync {
     /// They cannot be made.
     fn row(&self, i: u64) -> Result<FeatureRow>;
 
-    /// Where they would be stored, for messages.
+    /// Path at which they would be stored, for messages.
     fn path(&self) -> &Path;
 }
 
-/// Where the features of one source come from.
+/// Origin of one source's features.
 #[derive(Clone, Debug)]
 pub enum FeaturesFrom {
     /// The shards in a folder.
@@ -35,7 +35,7 @@ pub enum FeaturesFrom {
     Source(Arc<dyn FeatureSource>),
 }
 
-/// Where the features of a run are.
+/// Feature folders of a run.
 #[derive(Clone, Debug)]
 pub struct FeatureFolders {
     /// One for each source, in the layout's order.
@@ -109,11 +109,12 @@ impl FeatureSet {
         self.parts[0].path()
     }
 
-    /// Features of example `i`. Those of several sources are one row of one layer: the heads of all, channels and
-    /// globals as the layout says, 0 where a source lacks a channel.
+    /// Features of example `i`. Those of several sources are one row of one layer: the heads of all, channels
+    /// and globals as the layout says, 0 where a source lacks a channel.
     ///
     /// # Errors
-    /// A shard is damaged, or the sources' rows are of different examples or have other channels than the layout.
+    /// A shard is damaged, or the sources' rows are of different examples or have other channels than the
+    /// layout.
     pub fn get(&self, i: u64) -> Result<FeatureRow> {
         let Some(layout) = &self.layout else { return self.parts[0].row(i) };
         let rows = self.parts.iter().map(|part| part.row(i)).collect::<Result<Vec<_>>>()?;

@@ -1,5 +1,6 @@
-//! `index.json`: what a stage has written so far, and with which choices.
+//! `index.json`: the shards that a stage has written so far, and the settings they were made with.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -27,6 +28,9 @@ pub struct Index {
     pub complete: bool,
     /// In the order of the rows.
     pub shards: Vec<ShardEntry>,
+    /// Rows of a shard that was at work when the process was asked to stop; a complete stage has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rest: Option<ShardEntry>,
 }
 
 /// A whole shard.
@@ -49,6 +53,7 @@ impl Index {
             rows_expected: None,
             complete: false,
             shards: Vec::new(),
+            rest: None,
         }
     }
 
@@ -68,19 +73,20 @@ impl Index {
     /// It cannot be read, is no index, or is one of another version.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(INDEX_FILE);
+        let unusable = || {
+            hinted(
+                format!("cannot use shard index `{}`", path.display()),
+                format!("make the stage again with `--redo`, or remove `{}`", dir.display()),
+            )
+        };
         let text = match pkv_core::read_small_text(&path) {
             Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            // What it holds is no text.
+            Err(e) if e.kind() == ErrorKind::InvalidData => return Err(e).with_context(unusable),
             Err(e) => return Err(e).with_context(|| format!("cannot read `{}`", path.display())),
         };
-        Self::parse(&text)
-            .with_context(|| {
-                hinted(
-                    format!("cannot use shard index `{}`", path.display()),
-                    format!("make the stage again with `--redo`, or remove `{}`", dir.display()),
-                )
-            })
-            .map(Some)
+        Self::parse(&text).with_context(unusable).map(Some)
     }
 
     fn parse(text: &str) -> Result<Self> {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use arrow::array::{RecordBatch, StringArray, UInt32Array};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt32Type};
 use pkv_core::{StoreDtype, hinted};
@@ -49,9 +49,32 @@ impl LabelRow {
         Ok(())
     }
 
+    /// No score is above `most`.
+    ///
+    /// # Errors
+    /// One is; the error names it.
+    pub fn check_limit(&self, most: f32) -> Result<()> {
+        check_scores(&self.scores, most)
+    }
+
     fn shape(&self) -> Vec<usize> {
         [self.layers, self.kv_heads, self.positions].map(|n| n as usize).to_vec()
     }
+}
+
+/// Scores are maxima of weights, from 0 to `most`.
+fn check_scores(scores: &[f32], most: f32) -> Result<()> {
+    if scores.iter().fold(true, |fits, x| fits & (0.0..=most).contains(x)) {
+        return Ok(());
+    }
+    let Some(i) = scores.iter().position(|x| !(0.0..=most).contains(x)) else { return Ok(()) };
+    bail!(hinted(
+        match most.is_finite() {
+            true => format!("score {i} is {}, expected 0 to {most}", scores[i]),
+            false => format!("score {i} is {}, expected 0 or more", scores[i]),
+        },
+        "these are no KVzip scores: make them again with `--redo label`"
+    ))
 }
 
 impl Row for LabelRow {
@@ -85,7 +108,8 @@ impl Row for LabelRow {
             self.kv_heads,
             self.positions
         );
-        check_numbers("scores", &self.scores, store)
+        check_numbers("scores", &self.scores, store)?;
+        check_scores(&self.scores, f32::INFINITY)
     }
 
     fn encode(rows: &[Self], store: StoreDtype) -> Result<Vec<Column>> {
@@ -106,5 +130,71 @@ impl Row for LabelRow {
         let axes = [layers, kv_heads, positions].map(|n| Some(n as usize));
         let (_, scores) = decode_nested(batch, "scores", i, &axes)?;
         Ok(Self { id: text(batch, "id", i)?.to_owned(), layers, kv_heads, positions, scores })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pkv_core::Fingerprint;
+
+    use super::*;
+    use crate::{StageDir, StageReader, StageWriter};
+
+    /// Labels that another program wrote: nothing looked at them before they were stored.
+    struct Unchecked(LabelRow);
+
+    impl Row for Unchecked {
+        const FILES: &'static str = LabelRow::FILES;
+
+        fn schema(store: StoreDtype) -> SchemaRef {
+            LabelRow::schema(store)
+        }
+
+        fn id(&self) -> &str {
+            self.0.id()
+        }
+
+        fn raw_bytes(&self, store: StoreDtype) -> usize {
+            self.0.raw_bytes(store)
+        }
+
+        fn check(&self, _: StoreDtype) -> Result<()> {
+            Ok(())
+        }
+
+        fn encode(rows: &[Self], store: StoreDtype) -> Result<Vec<Column>> {
+            LabelRow::encode(&rows.iter().map(|r| r.0.clone()).collect::<Vec<_>>(), store)
+        }
+
+        fn decode(batch: &RecordBatch, i: usize) -> Result<Self> {
+            LabelRow::decode(batch, i).map(Self)
+        }
+    }
+
+    #[test]
+    fn a_stored_score_that_is_none_is_refused_with_its_row() {
+        let found =
+            [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -0.5].map(|score| (score, format!("{score}")));
+        for ((score, text), store) in found.into_iter().zip([StoreDtype::F16, StoreDtype::F32].repeat(2)) {
+            let folder = tempfile::tempdir().unwrap();
+            let stage = StageDir::open(folder.path(), "label", &Fingerprint::new()).unwrap();
+            let mut writer = StageWriter::new(stage, 2, store, Some(4)).unwrap();
+            for i in 0..4 {
+                let (id, mut scores) = (format!("doc-{i}"), vec![0.25; 6]);
+                if i == 3 {
+                    scores[4] = score;
+                }
+                writer
+                    .push(Unchecked(LabelRow { id, layers: 1, kv_heads: 2, positions: 3, scores }))
+                    .unwrap();
+            }
+            writer.finish().unwrap();
+            let reader = StageReader::<LabelRow>::open(folder.path()).unwrap();
+            assert!((0..3).all(|i| reader.get(i).is_ok()));
+            let said = format!("{:#}", reader.get(3).unwrap_err());
+            for part in ["row 1 of shard", "labels-00001.parquet", "example `doc-3`", " 4 ", &text] {
+                assert!(said.contains(part), "`{part}` is missing in: {said}");
+            }
+        }
     }
 }

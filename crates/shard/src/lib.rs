@@ -1,4 +1,4 @@
-//! What stages leave on disk: examples, labels and features as Parquet shards, and an index of them.
+//! Stage outputs on disk: examples, labels and features as Parquet shards, and an index of them.
 //!
 //! A stage's folder holds `index.json` and the shards that it names, each with its row count and
 //! SHA-256: what the index names is whole. A shard is written as a temporary file, fsynced and

@@ -1,8 +1,9 @@
 //! Columns of scores and features as Parquet pages: numbers of one width in nested lists without nulls.
 //!
-//! All lists of an axis are equally long, so the levels that say where lists begin are a few runs for each innermost list, and
-//! the numbers are stored as they lie in memory. Arrow's own writer finds levels number by number and puts each f16 into a box
-//! of its own. Other columns are left to it; reading is Arrow's for all of them.
+//! All lists of an axis are equally long, so the levels that say where lists begin are a few runs for each
+//! innermost list, and the numbers are stored as they lie in memory. Arrow's own writer finds levels number
+//! by number and puts each f16 into a box of its own. Other columns are left to it; reading is Arrow's for
+//! all of them.
 
 use std::io::Write;
 
@@ -25,7 +26,7 @@ pub struct Numbers {
     /// Entries of the level lists: a number each, or an empty list.
     entries: usize,
     depth: usize,
-    /// Levels of both kinds, each behind its length, and the numbers: a data page of version 1.
+    /// Levels of both kinds, each after its length, and the numbers: a data page of version 1.
     page: Vec<u8>,
 }
 
@@ -121,7 +122,7 @@ impl NumbersChunk {
     }
 }
 
-/// Where the lists of one row begin: an entry's level is the number of lists that it continues.
+/// Beginnings of the lists of one row: an entry's level is the number of lists that it continues.
 fn repeat_levels(shape: &[usize], runs: &mut Runs) {
     let Some((&innermost, outer)) = shape.split_last() else { return runs.push(0, 1) };
     for list in 0..outer.iter().product() {

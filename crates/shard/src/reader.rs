@@ -10,7 +10,7 @@ use arrow::array::RecordBatch;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
-use pkv_core::{hinted, refuse_panics};
+use pkv_core::{StoreDtype, hinted, refuse_panics};
 
 use crate::dir::{StageDir, check_hash, check_size, redo};
 use crate::index::{SCHEMA_VERSION, ShardEntry};
@@ -45,7 +45,11 @@ impl<R: Row> StageReader<R> {
     /// # Errors
     /// There is no index, it is of another version, or the stage is not complete.
     pub fn open(dir: &Path) -> Result<Self> {
-        let stage = StageDir::read(dir)?;
+        Self::of(StageDir::read(dir)?)
+    }
+
+    pub(crate) fn of(stage: StageDir) -> Result<Self> {
+        let dir = stage.path();
         ensure!(
             stage.is_complete(),
             hinted(
@@ -106,14 +110,18 @@ impl<R: Row> StageReader<R> {
                 batch
             }
         };
-        R::decode(&batch, in_group as usize).with_context(|| {
-            redo(
-                format!(
-                    "cannot read row {in_shard} of shard `{}`",
-                    self.stage.path().join(&entry.file).display()
-                ),
-                &self.stage.index().stage,
-            )
+        // A hash says that a shard is what was written, not that what was written is a score or a feature.
+        let read = || {
+            let row = R::decode(&batch, in_group as usize)?;
+            row.check(StoreDtype::F32).with_context(|| format!("example `{}`", row.id()))?;
+            Ok(row)
+        };
+        read().map_err(|e: anyhow::Error| {
+            let failed = format!(
+                "cannot read row {in_shard} of shard `{}`",
+                self.stage.path().join(&entry.file).display()
+            );
+            e.context(redo(failed, &self.stage.index().stage))
         })
     }
 

@@ -1,4 +1,4 @@
-//! What can be stored: a row type with its Arrow schema.
+//! Row types that can be stored, with their Arrow schema.
 
 use anyhow::{Result, ensure};
 use arrow::array::{ArrayRef, RecordBatch};
@@ -39,7 +39,7 @@ pub trait Row: Sized + Send + 'static {
 
 /// A column of a row group.
 pub enum Column {
-    /// Whatever Arrow writes.
+    /// Any column that Arrow writes.
     Array(ArrayRef),
     /// Scores or features.
     Numbers(Numbers),

@@ -1,8 +1,8 @@
 //! Rows in, shards out.
 //!
-//! Encoding a row group, which is mostly compression, may take longer than a GPU takes to compute the rows of a small pair.
-//! Row groups are therefore encoded side by side, a thread each, and appended in their order: the bytes are the same for any
-//! number of threads.
+//! Encoding a row group, which is mostly compression, may take longer than a GPU takes to compute the rows of
+//! a small pair. Row groups are therefore encoded side by side, a thread each, and appended in their order:
+//! the bytes are the same for any number of threads.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -26,6 +26,7 @@ use crate::dir::StageDir;
 use crate::durable::{DurableFile, WriteFailure, write_error, write_error_of_kind};
 use crate::index::{SCHEMA_VERSION, ShardEntry};
 use crate::page::NumbersChunk;
+use crate::reader::StageReader;
 use crate::row::{Column, Row};
 
 /// Raw bytes after which a row group ends. Training reads single rows at random and decodes the
@@ -37,8 +38,8 @@ const MOST_THREADS: usize = 8;
 
 /// Writes a stage's rows in order, `shard_rows` to a shard.
 ///
-/// Continues after [`StageDir::rows`]; the caller skips those. Dropped without
-/// [`StageWriter::finish`], it leaves the whole shards and no temporary file.
+/// Continues after [`StageWriter::rows`]; the caller skips those. Dropped without [`StageWriter::finish`] or
+/// [`StageWriter::keep`], it leaves the whole shards and no temporary file.
 pub struct StageWriter<R: Row> {
     stage: StageDir,
     shard_rows: usize,
@@ -86,7 +87,29 @@ impl<R: Row> StageWriter<R> {
         if stage.index().rows_expected != rows_expected {
             stage.update(|index| index.rows_expected = rows_expected)?;
         }
-        Ok(Self { stage, shard_rows, store, pending: Vec::new(), pending_bytes: 0, open: None })
+        let rest = stage.rest();
+        let mut this = Self { stage, shard_rows, store, pending: Vec::new(), pending_bytes: 0, open: None };
+        // They are encoded again, so that the shard has the bytes that it has without a stop.
+        if let Some(rest) = rest {
+            let rows = StageReader::of(rest).and_then(|rest| rest.iter().collect::<Result<Vec<R>>>());
+            match rows {
+                Ok(rows) => rows.into_iter().try_for_each(|row| this.push(row))?,
+                Err(e) => {
+                    tracing::warn!("rows that an earlier process kept are made again: {e:#}");
+                    this.stage.update(|index| index.rest = None)?;
+                }
+            }
+        }
+        Ok(this)
+    }
+
+    /// Rows that are there, those of the shard at work included.
+    pub fn rows(&self) -> u64 {
+        self.stage.rows() + self.at_work() as u64
+    }
+
+    fn at_work(&self) -> usize {
+        self.pending.len() + self.open.as_ref().map_or(0, |s| s.rows)
     }
 
     /// The stage, with the shards that are whole.
@@ -108,8 +131,7 @@ impl<R: Row> StageWriter<R> {
         }
         self.pending.push(row);
         self.pending_bytes += bytes;
-        let rows = self.pending.len() + self.open.as_ref().map_or(0, |s| s.rows);
-        if rows == self.shard_rows {
+        if self.at_work() == self.shard_rows {
             self.close_shard()?;
         }
         Ok(())
@@ -136,6 +158,18 @@ impl<R: Row> StageWriter<R> {
         Ok(self.stage)
     }
 
+    /// Keep the rows of the shard at work beside the whole ones: the next writer goes on after them. For a
+    /// process that ends before the stage does.
+    ///
+    /// # Errors
+    /// The disk is full or fails; the whole shards are safe.
+    pub fn keep(mut self) -> Result<()> {
+        match self.publish_shard()? {
+            Some(entry) => self.stage.update(|index| index.rest = Some(entry)),
+            None => Ok(()),
+        }
+    }
+
     /// Pending rows become one row group.
     fn write_group(&mut self) -> Result<()> {
         if self.pending.is_empty() {
@@ -160,14 +194,21 @@ impl<R: Row> StageWriter<R> {
 
     /// The open shard gets its name, then its entry in the index.
     fn close_shard(&mut self) -> Result<()> {
+        let Some(entry) = self.publish_shard()? else { return Ok(()) };
+        self.stage.update(|index| {
+            index.shards.push(entry);
+            index.rest = None;
+        })
+    }
+
+    fn publish_shard(&mut self) -> Result<Option<ShardEntry>> {
         self.write_group()?;
-        let Some(mut shard) = self.open.take() else { return Ok(()) };
+        let Some(mut shard) = self.open.take() else { return Ok(None) };
         shard.append(0)?;
         let OpenShard { file, path, writer, failure, rows, .. } = shard;
         let durable = writer.into_inner().map_err(|e| encode_error(&path, &failure, e))?;
         let published = durable.publish().map_err(|e| write_error(&path, e))?;
-        let entry = ShardEntry { file, rows: rows as u64, bytes: published.bytes, sha256: published.sha256 };
-        self.stage.update(|index| index.shards.push(entry))
+        Ok(Some(ShardEntry { file, rows: rows as u64, bytes: published.bytes, sha256: published.sha256 }))
     }
 }
 
@@ -236,7 +277,8 @@ fn encode_group<R: Row>(
     Ok(chunks)
 }
 
-/// Of features of f16, 1 takes a fifth less time and a tenth more of the disk; encoding is no bottleneck at either.
+/// Of features of f16, 1 takes a fifth less time and a tenth more of the disk; encoding is no bottleneck at
+/// either.
 fn zstd_level() -> Result<ZstdLevel> {
     ZstdLevel::try_new(3).context("zstd level 3")
 }
@@ -249,7 +291,7 @@ fn open_shard<R: Row>(stage: &StageDir, store: StoreDtype) -> Result<OpenShard> 
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(zstd_level()?))
         // Scores and features hardly repeat, so a dictionary would be built and thrown away; and
-        // nobody searches them by value.
+        // they are never searched by value.
         .set_dictionary_enabled(false)
         .set_statistics_enabled(EnabledStatistics::None)
         .set_key_value_metadata(Some(vec![

@@ -1,3 +1,5 @@
+//! Rows that the other files write, and folders to write them to.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -61,9 +63,8 @@ pub const SHARD_ROWS: usize = 8;
 
 /// Write labels `from the first missing one` to `n` and finish.
 pub fn write_labels(stage: StageDir, n: usize) -> Result<StageDir> {
-    let done = stage.rows() as usize;
     let mut writer = StageWriter::new(stage, SHARD_ROWS, StoreDtype::F16, Some(n as u64))?;
-    for i in done..n {
+    for i in writer.rows() as usize..n {
         writer.push(label(i))?;
     }
     writer.finish()

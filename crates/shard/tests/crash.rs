@@ -1,3 +1,5 @@
+//! A process that dies at any moment costs nothing but time.
+
 use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -72,6 +74,68 @@ fn a_shard_renamed_but_not_indexed_is_made_again() {
     assert_eq!(files(dir.path()), whole);
 }
 
+/// Asked to stop after every number of rows in turn, and once more after what is there by then.
+#[test]
+fn an_orderly_stop_keeps_all_rows_and_changes_no_byte() {
+    let whole = files(unbroken(ROWS).path());
+    let writer = |dir: &TempDir, shard_rows| {
+        pkv_shard::StageWriter::new(open(dir), shard_rows, pkv_core::StoreDtype::F16, Some(ROWS as u64))
+            .unwrap()
+    };
+    for first in 0..ROWS {
+        let dir = tempdir().unwrap();
+        for stop in [first, first, (first + 2).min(ROWS - 1)] {
+            let mut writer = writer(&dir, SHARD_ROWS);
+            (writer.rows() as usize..stop).for_each(|i| writer.push(label(i)).unwrap());
+            writer.keep().unwrap();
+        }
+        let at_work = (first + 2).min(ROWS - 1) % SHARD_ROWS;
+        assert_eq!(
+            StageDir::read(dir.path()).unwrap().index().rest.as_ref().map_or(0, |r| r.rows),
+            at_work as u64
+        );
+        // One that dies with the rows in its hands loses none of them.
+        drop(writer(&dir, SHARD_ROWS));
+        write_labels(open(&dir), ROWS).unwrap();
+        assert_eq!(files(dir.path()), whole, "stopped after {first}");
+    }
+}
+
+#[test]
+fn kept_rows_that_are_damaged_or_of_other_choices_are_made_again() {
+    let whole = files(unbroken(ROWS).path());
+    for stop in [2, SHARD_ROWS + 2] {
+        for damage in ["flipped", "cut", "gone", "other choices"] {
+            let dir = tempdir().unwrap();
+            let stage = match damage {
+                "other choices" => StageDir::open(dir.path(), "label", &choices().with("other", 1)).unwrap(),
+                _ => open(&dir),
+            };
+            let mut writer =
+                pkv_shard::StageWriter::new(stage, SHARD_ROWS, pkv_core::StoreDtype::F16, Some(30)).unwrap();
+            (0..stop).for_each(|i| writer.push(label(i)).unwrap());
+            writer.keep().unwrap();
+            let rest = StageDir::read(dir.path()).unwrap().index().rest.clone().unwrap().file;
+            let (path, mut bytes) = (dir.path().join(&rest), fs::read(dir.path().join(&rest)).unwrap());
+            match damage {
+                "flipped" => bytes[100] ^= 1,
+                "cut" => bytes.truncate(100),
+                _ => {}
+            }
+            fs::write(&path, bytes).unwrap();
+            if damage == "gone" {
+                fs::remove_file(&path).unwrap();
+            }
+            if damage == "other choices" && stop > SHARD_ROWS {
+                assert!(StageDir::open(dir.path(), "label", &choices()).is_err());
+                continue;
+            }
+            write_labels(open(&dir), ROWS).unwrap();
+            assert_eq!(files(dir.path()), whole, "{damage}, after {stop}");
+        }
+    }
+}
+
 #[test]
 fn a_run_that_ends_early_is_not_complete() {
     let dir = tempdir().unwrap();
@@ -94,7 +158,7 @@ fn two_processes_do_not_write_one_folder() {
     StageDir::read(dir.path()).unwrap();
 }
 
-/// SIGKILL at moments that nobody chose.
+/// SIGKILL at random moments.
 #[test]
 fn a_killed_process_is_continued_by_the_next() {
     let whole = files(unbroken(MANY_ROWS).path());

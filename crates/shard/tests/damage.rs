@@ -1,3 +1,5 @@
+//! Bytes, files and choices that changed without the index.
+
 use std::fs;
 use std::path::Path;
 
@@ -124,6 +126,8 @@ fn another_schema_version_is_refused() {
     }
     fs::write(&index, "{\"schema_ver").unwrap();
     says(&open(dir.path()).unwrap_err(), &["index.json", "it is no shard index"]);
+    fs::write(&index, b"{\"schema_version\": \xff1}").unwrap();
+    says(&open(dir.path()).unwrap_err(), &["cannot use shard index", "invalid utf-8"]);
 }
 
 #[test]

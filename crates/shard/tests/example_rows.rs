@@ -1,3 +1,5 @@
+//! The three stages as one: rows belong together or are refused.
+
 use std::path::{Path, PathBuf};
 
 use pkv_core::{Split, StoreDtype};
@@ -9,7 +11,8 @@ use crate::common::*;
 
 const ROWS: usize = 9;
 
-/// Example `i` with its labels and features: 3 layers x 2 KV heads, 1 layer x 2 KV heads of 3 channels, 1 global.
+/// Example `i` with its labels and features: 3 layers x 2 KV heads, 1 layer x 2 KV heads of 3 channels, 1
+/// global.
 fn rows(i: usize) -> (Example, LabelRow, FeatureRow) {
     let (example, positions) = (example(i), example(i).tokens.len());
     let (id, t) = (example.id.clone(), positions as u32);
@@ -123,4 +126,17 @@ fn rows_that_do_not_belong_together_are_refused_by_name() {
         &["features of row 5", "and 55 positions", "and 54 positions"],
         "--redo extract",
     );
+}
+
+#[test]
+fn labels_above_the_highest_score_are_refused_by_name() {
+    let dir = stages(ROWS, |labels, _| labels[5].scores[7] = 1.5);
+    assert!(open(dir.path()).unwrap().get(5).is_ok(), "some scores have no limit");
+    let opened = open(dir.path()).unwrap().with_most_score(1.001);
+    assert!((0..5).all(|row| opened.get(row).is_ok()));
+    let (text, hint) = told(&opened.get(5).unwrap_err());
+    for part in ["labels of row 5, example `doc-5-2`", "score 7 is 1.5, expected 0 to 1.001"] {
+        assert!(text.contains(part), "`{part}` is missing in: {text}");
+    }
+    assert!(hint.contains("--redo label"), "{hint}");
 }

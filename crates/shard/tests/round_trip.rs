@@ -1,3 +1,5 @@
+//! What goes in comes out, in any order, and the same bytes each time.
+
 use std::fs::{self, File};
 
 use parquet::arrow::ArrowWriter;
@@ -125,7 +127,8 @@ fn what_cannot_be_stored_is_refused_by_name() {
     writer.push(with(|s| s[5] = 65_504.0)).unwrap();
 }
 
-/// Scores and features were once written by Arrow, with other levels, encodings and pages; such shards stay readable.
+/// Scores and features were once written by Arrow, with other levels, encodings and pages; such shards stay
+/// readable.
 #[test]
 fn shards_that_arrow_wrote_hold_the_same_rows() {
     for store in [StoreDtype::F16, StoreDtype::F32] {

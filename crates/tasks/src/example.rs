@@ -15,10 +15,11 @@ pub struct Example {
     pub context: String,
     /// At least one.
     pub turns: Vec<Turn>,
-    /// Whether a turn sees the turns before it, with their wanted answers; else each is asked of the context alone.
+    /// Whether a turn sees the turns before it, with their wanted answers; else each is asked of the context
+    /// alone.
     pub conversation: bool,
-    /// Whether the model's chat template closes the question. Some tasks are continuations (code, few-shot lists),
-    /// which the references give to chat models without a template.
+    /// Whether the model's chat template closes the question. Some tasks are continuations (code, few-shot
+    /// lists), which the references give to chat models without a template.
     pub chat: bool,
 }
 
@@ -27,24 +28,24 @@ pub struct Example {
 pub struct Turn {
     /// Text between the context (or the turn before) and the model's answer.
     pub question: String,
-    /// How the answer begins: given, not generated. Empty for most tasks.
+    /// Beginning of the answer, which is given and not generated. Empty for most tasks.
     pub answer_prefix: String,
     /// Answers that count, in the form that the metric reads.
     pub wanted: Vec<String>,
     /// The right answer as later turns of a conversation see it.
     pub given: String,
-    /// What else the metric compares with: LongBench's classes, a repository's other functions.
+    /// Further texts that the metric compares with: LongBench's classes, a repository's other functions.
     pub others: Vec<String>,
     pub metric: Metric,
     pub max_new_tokens: usize,
     /// Whether only the answer's first line counts (LongBench's few-shot tasks).
     pub first_line: bool,
-    /// What this turn counts for, where a task mixes several; else the task's name.
+    /// Kind of this turn, if a task mixes several; else the task's name.
     pub part: String,
 }
 
 impl Turn {
-    /// What `answer` is worth, in [0, 1].
+    /// Score of `answer`, in [0, 1].
     pub fn score(&self, answer: &str) -> f64 {
         self.metric.score(self.counted(answer), &self.wanted, &self.others)
     }
@@ -55,7 +56,7 @@ impl Turn {
         self.metric.is_short_answer(self.wanted.len()).then(|| Squad::of(self.counted(answer), wanted))
     }
 
-    /// What of an answer counts.
+    /// The part of an answer that is scored.
     fn counted<'a>(&self, answer: &'a str) -> &'a str {
         match self.first_line {
             true => answer.trim_start_matches('\n').split('\n').next().unwrap_or_default(),

@@ -15,7 +15,7 @@ pub struct Files {
 }
 
 impl Files {
-    /// What a task depends on: the files, and its `settings`.
+    /// Inputs of a task: the files, and its `settings`.
     pub fn identity_with(&self, settings: impl Serialize) -> String {
         self.identity.clone().with("settings", settings).hash()
     }
@@ -33,7 +33,8 @@ impl Files {
         Ok(files.first().map(PathBuf::as_path))
     }
 
-    /// The files of each of a suite's tasks `names`: those in `named`, or all there are. A task's shards are in order.
+    /// The files of each of a suite's tasks `names`: those in `named`, or all there are. A task's shards are
+    /// in order.
     ///
     /// # Errors
     /// The suite has no source, a named task no file, or a shard is absent.

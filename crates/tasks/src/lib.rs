@@ -1,9 +1,9 @@
 //! Standard long-context benchmarks as plain text: contexts, questions, wanted answers, and scores.
 //!
-//! [`ruler`] generates its examples; [`longbench`] and [`scbench`] read the data sets' own files. Each is a [`Suite`] in [`REGISTRY`], and
-//! [`suite`] has the steps to add one. All give [`Example`]s: one context, read before any question is
-//! known, and the turns that are asked of it. [`Metric`] says what an answer is worth. Nothing here knows models or tensors: lengths come from
-//! a function that counts a text's tokens, and asking is left to `eval`.
+//! [`ruler`] generates its examples; [`longbench`] and [`scbench`] read the data sets' own files. Each is a
+//! [`Suite`] in [`REGISTRY`]. All give [`Example`]s: one context, read before any question is known, and the
+//! turns that are asked of it. [`Metric`] scores an answer. Nothing here knows models or tensors: lengths
+//! come from a function that counts a text's tokens, and asking is left to `eval`.
 
 mod draw;
 mod example;
@@ -25,5 +25,5 @@ pub use metric::{Metric, Squad};
 pub use middle::cut_middle;
 pub use suite::{Benchmark, CountTokens, MakeExample, Opening, Suite};
 
-/// All suites, in the order of results; `suite.rs` has the steps to add one.
+/// All suites, in the order of results.
 pub static REGISTRY: &[&dyn Suite] = &[&ruler::Ruler, &longbench::LongBench, &scbench::ScBench];

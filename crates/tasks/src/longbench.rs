@@ -1,8 +1,9 @@
 //! LongBench (arXiv 2308.14508): 21 tasks read from the data set's own files.
 //!
-//! The hub keeps them in `data.zip` of `THUDM/LongBench`: one JSON-lines file per task, with `input`, `context`,
-//! `answers`, `all_classes`. Prompts are cut at the context's end, so that the question is not known while the cache
-//! is pruned; some tasks (summaries, counting, code) have no question in their own words.
+//! The hub keeps them in `data.zip` of `THUDM/LongBench`: one JSON-lines file per task, with `input`,
+//! `context`, `answers`, `all_classes`. Prompts are cut at the context's end, so that the question is not
+//! known while the cache is pruned; some tasks (summaries, counting, code) have no question in their own
+//! words.
 
 mod table;
 
@@ -76,8 +77,8 @@ impl Task {
     /// The examples of a task's files, one after the other, at most `limit`.
     ///
     /// # Errors
-    /// A file is absent or damaged, or a row is not one of this task: it lacks a column, or one is empty, of another
-    /// type, or of a form that the metric cannot read.
+    /// A file is absent or damaged, or a row is not one of this task: it lacks a column, or one is empty, of
+    /// another type, or of a form that the metric cannot read.
     pub fn read(&self, paths: &[PathBuf], limit: usize) -> Result<Vec<Example>> {
         let mut examples: Vec<Example> = Vec::new();
         let mut seen: HashMap<String, String> = HashMap::new();

@@ -1,4 +1,4 @@
-//! What an answer is worth: the metrics of RULER, LongBench and SCBench.
+//! Scores of answers: the metrics of RULER, LongBench and SCBench.
 //!
 //! Every metric gives a share in [0, 1] for one answer; means over examples are `eval`'s. Each is held
 //! against the reference's own code on recorded answers (`tests/goldens`).
@@ -17,7 +17,7 @@ pub use squad::Squad;
 
 use serde::{Deserialize, Serialize};
 
-/// How an answer is scored.
+/// Metric of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Metric {
@@ -59,13 +59,13 @@ pub enum Metric {
     RougeLsum,
     /// SCBench `string_match_all`: RULER's, rounded to two decimals.
     StringMatchAllRounded,
-    /// SCBench `repo_qa_utils.compute_score` at threshold 0.8: whether the answer's code is nearer (BLEU) to the wanted
-    /// function than to the repository's others, and near enough.
+    /// SCBench `repo_qa_utils.compute_score` at threshold 0.8: whether the answer's code is nearer (BLEU) to
+    /// the wanted function than to the repository's others, and near enough.
     Function,
 }
 
 impl Metric {
-    /// What `answer` is worth in [0, 1]; of several wanted answers the best counts.
+    /// Score of `answer` in [0, 1]; of several wanted answers the best counts.
     ///
     /// `others`: LongBench's classes; the other functions of a repository.
     pub fn score(self, answer: &str, wanted: &[String], others: &[String]) -> f64 {
@@ -97,7 +97,8 @@ impl Metric {
         }
     }
 
-    /// Whether each of so many wanted answers is a short one that counts alone: then exact match and token F1 say something.
+    /// Whether each of so many wanted answers is a short one that counts alone: then exact match and token F1
+    /// say something.
     pub fn is_short_answer(self, wanted: usize) -> bool {
         match self {
             Self::StringMatchPart | Self::QaF1 | Self::Contains | Self::ContainsAnyCase => true,

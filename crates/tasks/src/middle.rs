@@ -1,10 +1,10 @@
-//! What is left of a prompt that is too long: its two ends.
+//! Truncation of a prompt that is too long: its beginning and end are kept.
 
 /// Cut the middle out of `context`, so that it and the `after` tokens that follow it are `most` at most.
 ///
 /// Of the whole prompt the first `most / 2` tokens stay and as many of the last, since both ends may hold
-/// instructions (LongBench `pred.py`; SCBench `truncate_input`). What is cut is cut out of the context; where the
-/// last half is too short for what follows, the first half makes room.
+/// instructions (LongBench `pred.py`; SCBench `truncate_input`). What is cut is cut out of the context; where
+/// the last half is too short for what follows, the first half makes room.
 ///
 /// Returns whether anything was cut. Differs: the references decode the two halves and tokenize them again.
 pub fn cut_middle(context: &mut Vec<u32>, after: usize, most: usize) -> bool {

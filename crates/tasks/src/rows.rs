@@ -17,7 +17,8 @@ pub struct Row {
     pub place: String,
 }
 
-/// The rows of a task's files, one file after the other; further files are left alone once there are `most` rows.
+/// The rows of a task's files, one file after the other; further files are left alone once there are `most`
+/// rows.
 ///
 /// # Errors
 /// As [`read`].
@@ -36,7 +37,8 @@ pub fn read_all(paths: &[PathBuf], most: usize) -> Result<Vec<Row>> {
 /// Every row of `path` as a JSON object, in order; columns that are null are absent from those of Parquet.
 ///
 /// # Errors
-/// The file is absent, damaged, of another kind than its name says (`.jsonl`, `.json`, `.parquet`), or holds no row.
+/// The file is absent, damaged, of another kind than its name says (`.jsonl`, `.json`, `.parquet`), or holds
+/// no row.
 pub fn read(path: &Path) -> Result<Vec<Value>> {
     let reading = || format!("cannot read the data set `{}`", path.display());
     let rows = match path.extension().and_then(|e| e.to_str()) {

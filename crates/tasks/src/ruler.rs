@@ -1,6 +1,6 @@
-//! RULER (arXiv 2404.06654): 13 tasks whose examples are made up, at any length.
+//! RULER (arXiv 2404.06654): 13 tasks whose examples are generated, at any length.
 //!
-//! Parameters, prompts and scoring are those of NVIDIA/RULER at commit c3f5e3b, the version behind the
+//! Parameters, prompts and scoring are those of NVIDIA/RULER at commit c3f5e3b, the version of the
 //! published tables: `scripts/synthetic.yaml`, `scripts/data/synthetic/constants.py` and the generators
 //! beside it, `scripts/eval/synthetic/constants.py`. Each constant names its file. Random numbers are ours,
 //! so examples differ from the reference's in what is drawn, not in what it is drawn from.
@@ -110,7 +110,8 @@ impl RulerTask {
         }
     }
 
-    /// Tokens that an answer may have (`tokens_to_generate` in `constants.py`); they count towards the length.
+    /// Tokens that an answer may have (`tokens_to_generate` in `constants.py`); they count towards the
+    /// length.
     pub const fn max_new_tokens(self) -> usize {
         match self {
             Self::Vt => 30,
@@ -233,10 +234,12 @@ pub(crate) struct Draft {
 }
 
 impl<'a> Generator<'a> {
-    /// Prepare `task` for examples of `tokens` tokens, the answer's room and `frame_tokens` of chat template included.
+    /// Prepare `task` for examples of `tokens` tokens, the answer's room and `frame_tokens` of chat template
+    /// included.
     ///
     /// # Errors
-    /// The task's sources are absent, a text cannot be counted, or the length has no room for the smallest example.
+    /// The task's sources are absent, a text cannot be counted, or the length has no room for the smallest
+    /// example.
     pub fn new(
         task: RulerTask,
         tokens: usize,
@@ -274,13 +277,14 @@ impl<'a> Generator<'a> {
         Ok(g)
     }
 
-    /// About how many tokens an example takes, the answer's room and the chat template's included. Less than was asked
-    /// for where there is not enough to make a longer one of.
+    /// About how many tokens an example takes, the answer's room and the chat template's included. Less than
+    /// was asked for where there is not enough to make a longer one of.
     pub fn tokens(&self) -> usize {
         self.tokens
     }
 
-    /// RULER's lists and documents end: what is asked of a context shorter than `wanted` says nothing about that length.
+    /// RULER's lists and documents end: what is asked of a context shorter than `wanted` says nothing about
+    /// that length.
     fn shortness(&self, wanted: usize) -> Option<String> {
         let more = match self.task {
             RulerTask::Cwe => {
@@ -339,7 +343,7 @@ impl<'a> Generator<'a> {
         Ok(Example { id, context: draft.context, turns: vec![turn], conversation: false, chat: true })
     }
 
-    /// How many examples there are: QA sets end.
+    /// Number of examples: QA sets are finite.
     pub fn len(&self) -> Option<usize> {
         match &self.kind {
             Kind::Qa(set) => Some(set.questions.len()),

@@ -1,11 +1,11 @@
 //! SCBench (arXiv 2412.10319): 12 tasks with several turns per context, read from the data set's own files.
 //!
-//! Facts of microsoft/MInference at commit fb56c91: prompts and answer lengths of `scbench/eval_utils.py`, metrics of
-//! `scbench/compute_scores.py`. The hub keeps the rows in `microsoft/SCBench`: `id`, `context` and `multi_turns`, a list
-//! of `input`, `answer` and, by task, `options`, `task`, `name`.
+//! Facts of microsoft/MInference at commit fb56c91: prompts and answer lengths of `scbench/eval_utils.py`,
+//! metrics of `scbench/compute_scores.py`. The hub keeps the rows in `microsoft/SCBench`: `id`, `context` and
+//! `multi_turns`, a list of `input`, `answer` and, by task, `options`, `task`, `name`.
 //!
-//! Both modes cut the prompt at the context's end (the reference's multi-request mode does so too), and the turns of a
-//! conversation see the wanted answers of the turns before them (its default, golden context).
+//! Both modes cut the prompt at the context's end (the reference's multi-request mode does so too), and the
+//! turns of a conversation see the wanted answers of the turns before them (its default, golden context).
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -111,7 +111,7 @@ impl Task {
         Self::ALL.into_iter().find(|t| t.name() == name)
     }
 
-    /// What a turn of `part` may take (`DATA_NAME_TO_MAX_NEW_TOKENS`).
+    /// Maximum number of tokens of an answer to `part` (`DATA_NAME_TO_MAX_NEW_TOKENS`).
     fn max_new_tokens(self, part: Part) -> usize {
         match (self, part) {
             (Self::SummaryWithNeedles, Part::Summary) => 800,
@@ -156,8 +156,8 @@ impl Task {
     /// The examples of a task's files, one after the other, at most `limit`.
     ///
     /// # Errors
-    /// A file is absent or damaged, or a row is not one of this task: it lacks a column, or one is empty, of another
-    /// type, or of a form that the metric cannot read.
+    /// A file is absent or damaged, or a row is not one of this task: it lacks a column, or one is empty, of
+    /// another type, or of a form that the metric cannot read.
     pub fn read(self, paths: &[PathBuf], mode: Mode, limit: usize) -> Result<Vec<Example>> {
         let of_code = matches!(self, Self::Repoqa | Self::RepoqaAndKv);
         let rows = rows::read_all(paths, if of_code { usize::MAX } else { limit })?;
@@ -211,7 +211,8 @@ impl Task {
         };
         let mut before = self.before().to_owned();
         if self == Self::Mf {
-            // The first question stands before the numbers too: by itself in requests, in its own words in conversations.
+            // The first question comes before the numbers too: by itself in requests, in its own words in
+            // conversations.
             let input = rows::filled(&asked[0], "input").context("`multi_turns[0]`")?;
             let first = if mode == Mode::MultiRequest { input.to_owned() } else { mf_question(input)? };
             before = format!("{first}\n\n");
@@ -305,7 +306,7 @@ impl Task {
     }
 }
 
-/// What a turn asks for; mixed tasks have two kinds.
+/// Kind of a turn; mixed tasks have two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Kv,
@@ -327,8 +328,8 @@ impl Part {
             Self::Kv => Metric::Contains,
             Self::Vt => Metric::StringMatchAllRounded,
             Self::Repoqa => Metric::Function,
-            // Differs for `ManyShot`: the reference walks through the letters of an answer that is no list, so that any
-            // answer with a bracket in it counts; here the whole answer must be found.
+            // Differs for `ManyShot`: the reference walks through the letters of an answer that is no list,
+            // so that any answer with a bracket in it counts; here the whole answer must be found.
             Self::QaEng | Self::ManyShot => Metric::ContainsAnyCase,
             Self::QaChn => Metric::QaF1ZhCharacters,
             Self::Choice => Metric::Choice,

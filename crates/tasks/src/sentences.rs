@@ -4,7 +4,8 @@ use pkv_core::sentence_gaps;
 
 /// Sentences of `text`, which has single spaces.
 ///
-/// Differs: the reference uses NLTK's trained splitter; `pkv_core` goes by marks, capitals and common abbreviations.
+/// Differs: the reference uses NLTK's trained splitter; `pkv_core` goes by marks, capitals and common
+/// abbreviations.
 pub fn split(text: &str) -> Vec<&str> {
     let gaps = sentence_gaps(text);
     let starts = std::iter::once(0).chain(gaps.iter().map(|g| g.end));

@@ -1,15 +1,9 @@
-//! What a benchmark is to the rest of the project.
+//! The interface of a benchmark suite, and the registry of all suites.
 //!
-//! Everything else (the names that `--tasks` takes, their completion, `plan`, the order of results) is read from
-//! [`REGISTRY`]; what is asked, and of which caches, is `eval`'s.
+//! Everything else (the names that `--tasks` takes, their completion, `plan`, the order of results) is read
+//! from [`REGISTRY`]; what is asked, and of which caches, is `eval`'s.
 //!
-//! # Adding a suite
-//!
-//! 1. Write `<name>.rs` with a type that implements [`Suite`]: its name in recipes, its tasks, and how files become
-//!    [`Example`]s. `longbench.rs` reads one file per task, `ruler.rs` makes its examples up.
-//! 2. Name the source of each constant: the paper, the code, and how this one differs.
-//! 3. In `lib.rs`, add `pub mod <name>;` and a line in [`REGISTRY`], where tables shall have it.
-//! 4. Name its files in `data-manifests/benchmarks.toml`, as a source of the suite's name.
+//! `docs/contributing.md` has the steps to add a suite.
 //!
 //! `eval.tasks = ["<name>"]` asks all its tasks, `["<name>/<task>"]` one.
 
@@ -42,18 +36,18 @@ pub trait Suite: Sync {
     /// The tasks that the recipe asks for, their files read.
     ///
     /// # Errors
-    /// What a task needs is absent or damaged.
+    /// A file that a task needs is absent or damaged.
     fn open<'a>(&self, from: &Opening<'a>) -> Result<Vec<Benchmark<'a>>>;
 
-    /// What the tasks `named` cost at most; all tasks if it is empty.
+    /// Upper bound of the cost of the tasks `named`; of all tasks if it is empty.
     fn work(&self, section: &EvalSection, named: &[&str]) -> Vec<TaskWork>;
 }
 
-/// What suites make examples of.
+/// Inputs from which suites make examples.
 pub struct Opening<'a> {
     pub section: &'a EvalSection,
     pub files: &'a Files,
-    /// How long a text is in the model's tokens.
+    /// Length of a text in the model's tokens.
     pub count: &'a CountTokens<'a>,
     /// Tokens of the chat template around a prompt.
     pub frame_tokens: usize,
@@ -62,7 +56,7 @@ pub struct Opening<'a> {
     pub warn: &'a dyn Fn(&str),
 }
 
-/// How long a text is in the model's tokens.
+/// Length of a text in the model's tokens.
 pub type CountTokens<'a> = dyn Fn(&str) -> Result<usize> + 'a;
 
 /// Makes example number `index` of a task; the same one whenever it is asked for.
@@ -76,9 +70,10 @@ pub struct Benchmark<'a> {
     pub task: String,
     pub examples: usize,
     pub example: MakeExample<'a>,
-    /// Longest prompt in tokens; of longer ones the middle is cut out. `None` where examples have their length.
+    /// Longest prompt in tokens; of longer ones the middle is cut out. `None` where examples have their
+    /// length.
     pub prompt_tokens: Option<usize>,
-    /// What the examples depend on beside their number: settings, files, versions. Outcomes are kept by it.
+    /// Inputs of the examples apart from their number: settings, files, versions. Key of stored outcomes.
     pub identity: String,
 }
 
@@ -146,8 +141,8 @@ fn shortened(benchmark: Benchmark<'_>, most: usize) -> Benchmark<'_> {
 }
 
 impl<'a> Opening<'a> {
-    /// One task for each of the suite's that is asked for and has files; `read` makes their examples, at most the number
-    /// given. `settings` are choices that the examples depend on.
+    /// One task for each of the suite's that is asked for and has files; `read` makes their examples, at most
+    /// the number given. `settings` are choices that the examples depend on.
     ///
     /// # Errors
     /// There are no files of a task, or `read` fails.

@@ -1,4 +1,4 @@
-//! What a training step costs, part by part, on made-up data of a given size.
+//! Time of a training step, part by part, on synthetic data of a given size.
 //!
 //! `cargo run --release -p pkv-train --example step_time -- hybrid-axial 16 1000 12 36`
 //! (variant, contexts, positions, proxy KV heads, target KV heads; 8 channels, 4 globals).

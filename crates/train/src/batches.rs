@@ -1,8 +1,9 @@
-//! Which examples meet in a batch, and which part of each.
+//! Batching: which examples form a batch, and which window of each.
 //!
 //! A batch has one length, so that nothing is padded: its examples are of similar length, and each
-//! gives a window as long as the shortest of them (or a little less, see [`even`]), at a random place. Features and labels
-//! belong to their position, whatever window they are read in, so a window is an example like any other.
+//! gives a window as long as the shortest of them (or a little less, see [`even`]), at a random place.
+//! Features and labels belong to their position, whatever window they are read in, so a window is an example
+//! like any other.
 //!
 //! With a limit on the window's length, a context longer than it gives as many windows per epoch as
 //! fit into it: slices of one long labelled context, whose features and labels saw all of it.
@@ -74,7 +75,8 @@ impl Batches {
         self.items.iter().map(|i| i.window).max().unwrap_or(0) * self.batch
     }
 
-    /// Whole batches of one pass over the examples. What is left over, another part each time, waits for the next.
+    /// Whole batches of one pass over the examples. What is left over, another part each time, waits for the
+    /// next.
     pub fn per_epoch(&self) -> u64 {
         (self.items.len() / self.batch) as u64
     }
@@ -124,10 +126,11 @@ impl Batches {
     }
 }
 
-/// The largest even length within 3% below `length`: a multiple of 32 from 1,024 on, of 16 from 512, of 8 from 256.
+/// The largest even length within 3% below `length`: a multiple of 32 from 1,024 on, of 16 from 512, of 8
+/// from 256.
 ///
-/// Matrix products of a GPU want rows that begin at 16 bytes, and its allocator blocks that fit those it has: of contexts of any
-/// length nearly every batch would have a length of its own, and most of them an odd one.
+/// Matrix products of a GPU want rows that begin at 16 bytes, and its allocator blocks that fit those it has:
+/// of contexts of any length nearly every batch would have a length of its own, and most of them an odd one.
 fn even(length: usize) -> usize {
     let step = 1 << (length / 32).max(1).ilog2().min(5);
     length / step * step

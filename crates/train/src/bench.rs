@@ -1,7 +1,7 @@
-//! What a training step costs on made-up data: through the loader, and on batches that are there already.
+//! Time of a training step on synthetic data: through the loader, and on batches already on the device.
 //!
-//! The data are real shards, so that reading, decoding, pooling, assembling and copying are all part
-//! of the first figure. The device is waited for at the ends of a round of steps only.
+//! The data are real shards, so that reading, decoding, pooling, assembling and copying are all part of the
+//! first figure. The host waits for the device only at the end of a round of steps.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,12 +25,12 @@ use crate::step::{Stepper, Tf32, number_format};
 
 /// Rounds whose median counts.
 const ROUNDS: usize = 5;
-/// Batches of one pass over the made-up contexts.
+/// Batches of one pass over the synthetic contexts.
 const PER_EPOCH: usize = 4;
 /// Numbers that features and labels are cut from.
 const NOISE: usize = 1 << 20;
 
-/// What to measure.
+/// Options of the measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct BenchOptions<'a> {
     pub mapper: &'a MapperSection,
@@ -43,13 +43,13 @@ pub struct BenchOptions<'a> {
     pub shortest: f64,
     /// Steps of a round; there are five, after a warm-up.
     pub steps: usize,
-    /// A folder for the made-up shards, which are removed in the end.
+    /// A folder for the synthetic shards, which are removed at the end.
     pub scratch: &'a Path,
     pub seed: Seed,
     pub device: Device,
 }
 
-/// What was measured; medians over rounds.
+/// The measurements; medians over rounds.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BenchReport {
     pub parameters: usize,
@@ -77,7 +77,7 @@ pub struct BenchReport {
     pub peak_bytes: Option<i64>,
 }
 
-/// Time training steps on made-up shards of the given sizes.
+/// Time training steps on synthetic shards of the given sizes.
 ///
 /// # Errors
 /// A size is 0, `scratch` cannot be written, or the device runs out of memory.
@@ -207,7 +207,7 @@ impl Drop for Folder {
     }
 }
 
-/// Shards of `contexts` made-up examples: features around 0, scores whose log-odds are around -4.
+/// Shards of `contexts` synthetic examples: features around 0, scores whose log-odds are around -4.
 fn write_stages(dir: &Path, o: &BenchOptions, contexts: usize) -> Result<()> {
     let mut rng = o.seed.stream("bench.noise", 0);
     let noise: Vec<f32> = (0..NOISE).map(|_| rng.random_range(-1.7f32..1.7)).collect();

@@ -1,7 +1,7 @@
 //! Decoded examples kept in memory, up to a budget.
 //!
-//! Every epoch reads every example once, in another order: what is in stays in, since whatever was
-//! thrown out would be asked for again. Data beyond the budget is decoded each time.
+//! Every epoch reads every example once, in another order, so nothing is evicted: an evicted example would be
+//! read again. Data beyond the budget is decoded each time.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use anyhow::Result;
 use pkv_gpu::host_memory;
 
-/// What the loader copies windows from: one example, f32, row-major.
+/// One example, f32, row-major, from which the loader copies windows.
 #[derive(Debug, PartialEq)]
 pub struct Sample {
     pub positions: usize,

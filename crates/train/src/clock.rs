@@ -1,4 +1,4 @@
-//! How long steps take, validations and checkpoints left out.
+//! Time per step, without validations and checkpoints.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! Means over the steps between two log lines, without waiting for the device.
+//! Mean losses between two log lines, without waiting for the device.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};

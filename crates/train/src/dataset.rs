@@ -1,4 +1,4 @@
-//! The examples of a run as training reads them: which row is in which split, labels and features as tensors.
+//! The training data of a run: the split of each row, and its labels and features as tensors.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use pkv_core::{Seed, Split, hinted};
 use pkv_mapper::MapperDims;
 use pkv_prune::{log_odds, pool_targets};
-use pkv_recipe::TargetPool;
+use pkv_recipe::{LabelSection, TargetPool};
 use pkv_shard::{ExampleRows, FeatureFolders};
 use tch::Tensor;
 
@@ -33,7 +33,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// What the mapper learns: log-odds, span-pooled. f32 `[target heads, positions]`.
+    /// Training targets of the mapper: log-odds, span-pooled. f32 `[target heads, positions]`.
     pub fn targets(&self, pool: &TargetPool) -> Tensor {
         pool_targets(&log_odds(&self.scores_ot), pool)
     }
@@ -47,6 +47,8 @@ impl Dataset {
     /// is no training example.
     pub fn open(examples: &Path, labels: &Path, features: &FeatureFolders) -> Result<Self> {
         let rows = ExampleRows::open(examples, labels, features)?;
+        let most = LabelSection::most_score(rows.label_fingerprint());
+        let rows = rows.with_most_score(most);
         let splits = rows.splits();
         let sizes = rows.sizes().filter(|_| splits.contains(&Split::Train)).with_context(|| {
             hinted(
@@ -72,8 +74,8 @@ impl Dataset {
         (0..self.splits.len() as u64).filter(|&i| self.splits[i as usize] == split).collect()
     }
 
-    /// Training rows to learn from, in their order: `contexts` of them drawn by `seed`, or all. A smaller draw is part
-    /// of a larger one.
+    /// Training rows to learn from, in their order: `contexts` of them drawn by `seed`, or all. A smaller
+    /// draw is part of a larger one.
     pub fn training_rows(&self, contexts: Option<usize>, seed: Seed) -> Vec<u64> {
         let rows = self.rows(Split::Train);
         draw(rows, contexts, seed)

@@ -1,6 +1,6 @@
-//! A training that ran away: which step, which batch, which examples, and how to go on.
+//! Error for a diverged training: step, batch, examples, and how to continue.
 //!
-//! What counts as such, and that nothing of it is saved, is `run`'s.
+//! `run` detects divergence and saves nothing of it.
 
 use std::fmt;
 

@@ -1,6 +1,6 @@
-//! What the optimizer changes: the network, and the numbers that its loss learns beside it.
+//! The trained parameters: those of the network, and those of its loss.
 //!
-//! How both start is `start`'s, how they are stored `checkpoint`'s.
+//! `start` initializes both, `checkpoint` stores them.
 
 use anyhow::{Context as _, Result};
 use pkv_checkpoint::{NamedTensors, TrainingState, restore_mapper};

@@ -1,4 +1,4 @@
-//! Batches as tensors, made on other threads while the last one is learnt from.
+//! Prefetching of batches as tensors, on other threads, while the device trains on the one before.
 //!
 //! Thread i of n makes batches i, i + n, i + 2n and so on, and hands them over one by one: their
 //! order and their bytes are the same for any n, and at most two batches per thread are in memory.
@@ -44,7 +44,7 @@ impl Loaded {
     }
 }
 
-/// Where samples come from.
+/// A source of samples.
 pub trait Source: Sync {
     fn dims(&self) -> MapperDims;
 
@@ -53,7 +53,7 @@ pub trait Source: Sync {
     fn sample(&self, row: u64) -> Result<Arc<Sample>>;
 }
 
-/// What batches are made of, the same for all of them.
+/// Inputs that all batches share.
 #[derive(Clone, Copy)]
 pub struct Loader<'a> {
     source: &'a dyn Source,
@@ -83,7 +83,8 @@ impl<'a> Loader<'a> {
         Self { source, batches, pairs, seed, device }
     }
 
-    /// Threads for batches of up to `largest` positions (all contexts together), if the recipe leaves it open.
+    /// Threads for batches of up to `largest` positions (all contexts together), if the recipe leaves it
+    /// open.
     pub fn threads(&self, asked: Option<usize>, largest: usize) -> usize {
         let d = self.source.dims();
         let batch_bytes = 4 * largest * (d.flat() + d.outputs);

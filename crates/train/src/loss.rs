@@ -1,11 +1,11 @@
 //! The multi-granularity hybrid loss, and the numbers that it learns beside the network.
 //!
-//! Five views of one question, which KV pairs of a context come first: at a handful of budgets
-//! (`binary`), by value (`value_mse`), pair by pair inside the top (`fine`), as a distribution over
-//! the whole context (`global`), as a direction (`cosine`). Heads and positions of a context are
-//! ranked together, contexts of a batch never: every term is a mean over contexts.
+//! Five terms for one question, how the KV pairs of a context are ranked: at a few budgets (`binary`), by
+//! value (`value_mse`), pair by pair inside the top (`fine`), as a distribution over the whole context
+//! (`global`), as a direction (`cosine`). Heads and positions of a context are ranked together, contexts of a
+//! batch never: every term is a mean over contexts.
 //!
-//! Which network made the predictions is not known here.
+//! It does not depend on the network that made the predictions.
 
 use anyhow::{Context as _, Result, ensure};
 use pkv_checkpoint::{LOSS_PREFIX, NamedTensors};
@@ -48,7 +48,7 @@ pub struct HybridLoss {
     parameters: NamedTensors,
 }
 
-/// What the binary term knows of its retention ratios; tensors `[ratios]`.
+/// Constants of the binary term's retention ratios; tensors `[ratios]`.
 struct Binary {
     ratios: Vec<RetentionRatio>,
     /// The ratios, f64.
@@ -137,7 +137,7 @@ impl HybridLoss {
     /// # Shapes
     /// - `scores_bot`: predictions, `[b, o, t]`, f32, standardized log-odds
     /// - `y_bot`: labels as log-odds, raw or pooled, not standardized, the same shape, any float kind
-    /// - `pairs_seed`: draws the `fine` term's pairs, by [`draw_pairs`]; another one in every step
+    /// - `pairs_seed`: draws the `fine` term's pairs, by `draw_pairs`; another one in every step
     ///
     /// # Errors
     /// Shapes differ or are empty, or every term is off.
@@ -261,8 +261,8 @@ fn value_mse(s_bn: &Tensor, y_std_bn: &Tensor, value_bn: &Tensor) -> Tensor {
     (error_b / weight_bn.sum_dim_intlist(1, false, None)).mean(None)
 }
 
-/// Pairs of places among the first `top` of `n` values in order, uniform: as `[2, contexts, pairs]`, row-major.
-/// Every context has a stream of its own.
+/// Pairs of places among the first `top` of `n` values in order, uniform: as `[2, contexts, pairs]`,
+/// row-major. Every context has a stream of its own.
 pub fn draw_pairs(fine: &FineLoss, seed: u64, contexts: i64, n: i64) -> Vec<i64> {
     let top = top_count(fine.top, n) as u64;
     let mut draws = Vec::with_capacity(2 * contexts.max(0) as usize * fine.pairs);

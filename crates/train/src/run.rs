@@ -1,4 +1,4 @@
-//! The loop: steps, logs, validations, checkpoints, and where to continue.
+//! The training loop: steps, logs, validations, checkpoints, and resume.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,7 +29,7 @@ use crate::step::{Stepper, Tf32, number_format};
 use crate::tensorboard::EventFile;
 use crate::validate::{Ranking, Validation, Validator};
 
-/// What training reads and where it writes.
+/// Inputs and output folder of training.
 #[derive(Clone, Debug)]
 pub struct TrainInputs<'a> {
     /// The run folder: `checkpoints/`, `train/metrics.jsonl` and `tb/` are made in it.
@@ -56,14 +56,14 @@ impl TrainInputs<'_> {
     }
 }
 
-/// What training came to.
+/// Summary of a training.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TrainSummary {
     /// Steps taken, of all runs together.
     pub step: u64,
     /// The recipe's steps are done; false if it was asked to stop.
     pub finished: bool,
-    /// What the recipe asks for: a number, or `auto` and the most.
+    /// The recipe's steps: a number, or `auto` with its maximum.
     pub steps: String,
     /// Steps done when the learning rate began to decay, if the steps are `auto` and it has.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -169,11 +169,12 @@ pub fn train(
                 tracing::info!("stopping at step {} of {}", run.step, inputs.train.steps_in_words());
                 return run.save_once().map_err(|e| diverged::explain(e, inputs, &batches, &dataset));
             }
-            let queued = run.queue(&now)?;
+            let queued = run.launch_step(&now)?;
             // On its way while the device is busy with this one.
             batch = if run.step + 1 < run.schedule.most() { Some(feed.take()?) } else { None };
             let before = run.schedule.most();
-            run.settle(queued, now.tokens()).map_err(|e| diverged::explain(e, inputs, &batches, &dataset))?;
+            run.finish_step(queued, now.tokens())
+                .map_err(|e| diverged::explain(e, inputs, &batches, &dataset))?;
             progress.advance(1);
             if run.schedule.most() != before {
                 // The end is known now.
@@ -290,13 +291,13 @@ impl<'a> Run<'a> {
     }
 
     /// Queue the next step on the device.
-    fn queue(&mut self, batch: &Loaded) -> Result<(LossTerms, Tensor)> {
+    fn launch_step(&mut self, batch: &Loaded) -> Result<(LossTerms, Tensor)> {
         let lr = self.schedule.rate(self.step);
         self.stepper.step(&self.learner, &mut self.optimizer, batch, self.step, lr)
     }
 
-    /// Count a step of `tokens` positions, and do what falls due after it.
-    fn settle(&mut self, (loss, norm): (LossTerms, Tensor), tokens: u64) -> Result<()> {
+    /// Count a step of `tokens` positions; log, validate and save if due.
+    fn finish_step(&mut self, (loss, norm): (LossTerms, Tensor), tokens: u64) -> Result<()> {
         let train = self.inputs.train;
         self.window.add(self.step, &loss, &norm);
         let lr = self.schedule.rate(self.step);

@@ -1,9 +1,9 @@
 //! The learning rate over the steps, and when they end.
 //!
-//! A number of steps: linear warm-up, then a cosine to the last step. `auto`, where the end is not known: constant after
-//! the warm-up (warmup-stable-decay, MiniCPM, arXiv 2404.06395) until validation no longer gains, then a decay of
-//! 1 - sqrt(share done), the best of the forms that arXiv 2405.18392 compares, whose length follows from the steps
-//! done. What this depends on beside the step is in the checkpoint.
+//! A number of steps: linear warm-up, then a cosine to the last step. `auto`, where the end is not known:
+//! constant after the warm-up (warmup-stable-decay, MiniCPM, arXiv 2404.06395) until validation no longer
+//! gains, then a decay of 1 - sqrt(share done), the best of the forms that arXiv 2405.18392 compares, whose
+//! length follows from the steps done. What this depends on beside the step is in the checkpoint.
 
 use std::f64::consts::PI;
 
@@ -12,10 +12,10 @@ use pkv_recipe::{AutoSteps, Steps, TrainSection};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-/// What the learning rate ends at, as a share of its peak: the last steps still move.
+/// Final learning rate, as a share of its peak; above zero, so that the last steps still have an effect.
 const FLOOR: f64 = 0.01;
 
-/// Where training is between its first step and its last.
+/// The schedule of a training.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schedule {
     warmup: u64,
@@ -31,7 +31,7 @@ enum Course {
     Auto(AutoSteps, Waiting),
 }
 
-/// What validation showed so far.
+/// State of the validations so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Waiting {
     /// The score that a gain is measured from, its bits: decimal numbers are not read back bit for bit.

@@ -1,4 +1,4 @@
-//! Where training starts: standardization, the ridge solution, the thresholds, another mapper's parameters.
+//! Initialization: standardization, the ridge solution, the thresholds, or another mapper's parameters.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,17 +14,19 @@ use crate::run::TrainInputs;
 
 /// Most training contexts that statistics are taken of.
 const SAMPLE_CONTEXTS: usize = 512;
-/// Most positions of them: half a million settle means to three digits and the ridge solution to less than it is off.
+/// Most positions of them: half a million settle means to three digits and the ridge solution to less than it
+/// is off.
 const SAMPLE_POSITIONS: usize = 1 << 19;
 /// Contexts whose thresholds are averaged.
 const THRESHOLD_CONTEXTS: usize = 64;
 
 /// A mapper at its start: standardized by the training examples, its skip the best linear mapper,
-/// the binary term's offsets at the labels' mean thresholds. `inputs.start_from` has the parameters of another mapper: those replace the
-/// ridge solution and random numbers; standardization stays its own.
+/// the binary term's offsets at the labels' mean thresholds. `inputs.start_from` has the parameters of
+/// another mapper: those replace the ridge solution and random numbers; standardization stays its own.
 ///
 /// # Errors
-/// A shard is damaged, a feature or label is not finite, `inputs.start_from` is of another network, or `stop` is raised.
+/// A shard is damaged, a feature or label is not finite, `inputs.start_from` is of another network, or `stop`
+/// is raised.
 pub fn start(
     dataset: &Dataset,
     inputs: &TrainInputs,
@@ -79,8 +81,8 @@ pub fn start(
     Ok(learner)
 }
 
-/// Give the mapper the parameters in `from`, which older exports hold the loss's numbers beside: those are taken where they
-/// fit, since the loss may differ.
+/// Give the mapper the parameters in `from`, which older exports hold the loss's numbers beside: those are
+/// taken where they fit, since the loss may differ.
 fn adopt(learner: &Learner, from: &[(String, Tensor)]) -> Result<()> {
     learner.mapper.load_parameters(from).with_context(|| {
         hinted(

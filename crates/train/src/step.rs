@@ -1,11 +1,11 @@
-//! One step: what is queued on the device, and nothing that waits for it.
+//! One training step: queues work on the device and never waits for it.
 
 use std::collections::VecDeque;
 
 use anyhow::Result;
 use pkv_core::Seed;
 use pkv_gpu::{Event, MathMode};
-use pkv_mapper::{MapperDims, Training};
+use pkv_mapper::{ForwardOptions, MapperDims};
 use pkv_recipe::{TrainDtype, TrainSection};
 use tch::{Device, Kind, Tensor};
 
@@ -18,11 +18,11 @@ use crate::optimizer::Optimizer;
 /// that the batches it still needs stay few, and that a step's time is the device's.
 const AHEAD: usize = 2;
 
-/// How the steps of a run compute.
+/// Computes the steps of a run.
 pub struct Stepper {
     seed: Seed,
     device: Device,
-    how: Training,
+    options: ForwardOptions,
     queued: VecDeque<Event>,
 }
 
@@ -32,16 +32,17 @@ impl Stepper {
             TrainDtype::Bf16 => Kind::BFloat16,
             _ => Kind::Float,
         };
-        let how = Training {
+        let options = ForwardOptions {
             kind,
             noise: train.feature_noise,
             drop_rows: train.feature_dropout,
             dropout: train.dropout,
         };
-        Self { seed, device, how, queued: VecDeque::new() }
+        Self { seed, device, options, queued: VecDeque::new() }
     }
 
-    /// Queue step `step` (from 0) at learning rate `lr`. Returns the loss and the gradient's norm, scalars on the device.
+    /// Queue step `step` (from 0) at learning rate `lr`. Returns the loss and the gradient's norm, scalars on
+    /// the device.
     ///
     /// # Errors
     /// libtorch refuses, or a kernel queued before failed.
@@ -53,14 +54,15 @@ impl Stepper {
         step: u64,
         lr: f64,
     ) -> Result<(LossTerms, Tensor)> {
-        if self.how.is_random() {
+        if self.options.is_random() {
             // A step's randomness is its own, so that a run continues anywhere.
             tch::manual_seed(self.seed.derive("train.noise", step) as i64);
         }
         optimizer.drop_gradients()?;
         // A model may make features beside.
         let alone = MathMode::as_set(self.device);
-        let scores_bot = learner.mapper.forward_training(&batch.heads_bpct, &batch.globals_bct, &self.how);
+        let scores_bot =
+            learner.mapper.forward_training(&batch.heads_bpct, &batch.globals_bct, &self.options);
         let loss = learner.loss.of_pairs(&scores_bot, &batch.y_bot, batch.pairs_2bq.as_ref())?;
         loss.total.backward();
         drop(alone);
@@ -75,7 +77,7 @@ impl Stepper {
     }
 }
 
-/// What `auto` comes to.
+/// The number format that `auto` resolves to.
 pub fn number_format(asked: TrainDtype, dims: MapperDims, device: Device) -> TrainDtype {
     match asked {
         TrainDtype::Auto if !device.is_cuda() => TrainDtype::F32,

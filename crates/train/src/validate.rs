@@ -1,6 +1,6 @@
-//! How good a mapper is on the validation split.
+//! Validation of a mapper on the validation split.
 //!
-//! Owns which contexts are measured, what of them is kept between validations, and the means. The metrics are `prune`'s.
+//! Owns the choice of contexts, the data kept between validations, and the means. The metrics are `prune`'s.
 
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
@@ -22,12 +22,13 @@ pub const VALIDATION_RATIOS: [f64; 8] = [0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0
 /// Contexts that are read and compared side by side: what they hold together stays small.
 const THREADS: usize = 16;
 
-/// Most positions of one forward on a GPU: enough work to fill it, 50 MB of activations per 100 numbers that a position has.
+/// Most positions of one forward on a GPU: enough work to fill it, 50 MB of activations per 100 numbers that
+/// a position has.
 const POSITIONS_PER_FORWARD: usize = 1 << 15;
 
-/// Most bytes of decoded contexts that are kept between validations, and the share of the device's free memory that they
-/// may take, whichever is less. 60 contexts of 1,024 to 4,096 tokens, 56 heads, 9 channels: 0.5 GB. Contexts beyond it
-/// are read and ranked each time.
+/// Most bytes of decoded contexts that are kept between validations, and the share of the device's free
+/// memory that they may take, whichever is less. 60 contexts of 1,024 to 4,096 tokens, 56 heads, 9 channels:
+/// 0.5 GB. Contexts beyond it are read and ranked each time.
 const KEPT_BYTES: u64 = 4 << 30;
 const KEPT_SHARE: u64 = 4;
 
@@ -46,7 +47,7 @@ pub struct Validation {
     pub score: f64,
 }
 
-/// Where predictions are ranked.
+/// Device on which predictions are ranked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ranking {
     /// Threads of the host, a context each.
@@ -80,7 +81,7 @@ pub struct Validator<'a> {
 struct Ready {
     heads_pct: Tensor,
     globals_ct: Tensor,
-    /// What the mapper learns.
+    /// Training targets.
     y_ot: Tensor,
     scores_ot: Tensor,
     /// The scores ranked, where the device ranks.
@@ -135,7 +136,7 @@ impl<'a> Validator<'a> {
         self
     }
 
-    /// What is kept between validations now.
+    /// Bytes kept between validations.
     pub fn kept_bytes(&self) -> u64 {
         self.bytes
     }
@@ -317,7 +318,8 @@ fn compare(predicted_ot: &Tensor, oracle_ot: &Tensor, ratios: &[f64]) -> Result<
     })
 }
 
-/// `f` of every item on a thread of its own, libtorch's operations on that thread alone; results in the items' order.
+/// `f` of every item on a thread of its own, libtorch's operations on that thread alone; results in the
+/// items' order.
 fn side_by_side<T: Send, U: Send>(items: Vec<T>, f: impl Fn(T) -> Result<U> + Sync) -> Result<Vec<U>> {
     let f = &f;
     let _single = SingleThreaded::set();
@@ -330,8 +332,8 @@ fn side_by_side<T: Send, U: Send>(items: Vec<T>, f: impl Fn(T) -> Result<U> + Sy
     })
 }
 
-/// libtorch's own threads off for threads that start while it lives: otherwise each of them would start as many as there
-/// are cores.
+/// libtorch's own threads off for threads that start while it lives: otherwise each of them would start as
+/// many as there are cores.
 struct SingleThreaded(i32);
 
 impl SingleThreaded {

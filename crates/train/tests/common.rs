@@ -1,3 +1,5 @@
+//! Stage folders of a small synthetic pair whose labels can be learned from its features.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -170,7 +172,7 @@ impl<F: Fn() + Sync> Progress for At<F> {
 }
 
 /// The error's chain in one line, and its first hint.
-pub fn told(error: &anyhow::Error) -> (String, String) {
+pub fn text_and_hint(error: &anyhow::Error) -> (String, String) {
     let hint = error.downcast_ref::<Hinted>().map(|h| h.hint().to_owned());
     (format!("{error:#}"), hint.unwrap_or_default())
 }

@@ -1,5 +1,5 @@
-//! The loss, and ten steps of mapper and loss together, against an independent PyTorch implementation in f64: the goldens
-//! of `crates/mapper/tests/goldens`, where one script makes both.
+//! The loss, and ten steps of mapper and loss together, against an independent PyTorch implementation in f64:
+//! the goldens of `crates/mapper/tests/goldens`, where one script makes both.
 
 use std::path::PathBuf;
 
@@ -154,8 +154,8 @@ fn ten_steps_give_the_same_losses_and_weights() {
         let worst = parameters
             .iter()
             .map(|(name, x)| {
-                // Queries and keys of a single position have no influence. AdamW makes whole steps of what rounding leaves of
-                // a gradient that is zero.
+                // Queries and keys of a single position have no influence. AdamW makes whole steps of what
+                // rounding leaves of a gradient that is zero.
                 let counts = golden.get(&format!("grad.{name}")).ne(0.0);
                 let expected = golden.get(&format!("final.{name}"));
                 max_difference(&(x * &counts), &(expected * &counts))

@@ -1,3 +1,5 @@
+//! Wrong input is refused with an error and a hint.
+
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,7 +11,7 @@ use crate::common::*;
 #[track_caller]
 fn fails(setup: &Setup, expected: &[&str], hint: &str) {
     let error = setup.finish("run").expect_err("training should fail");
-    let (said, hinted) = told(&error);
+    let (said, hinted) = text_and_hint(&error);
     for text in expected {
         assert!(said.contains(text), "`{text}` is missing in: {said}");
     }
@@ -109,7 +111,7 @@ fn nothing_that_is_not_finite_is_saved() {
         let stop = AtomicBool::new(false);
         let bad = At::new(10, || stop.store(due == "stop", Ordering::Relaxed));
         let error = setup.run("run", &bad, &stop).expect_err(due);
-        let (said, hint) = told(&error);
+        let (said, hint) = text_and_hint(&error);
         assert!(said.contains("training diverged at step") && said.contains("`doc-"), "{due}: {said}");
         assert!(hint.contains("the checkpoint of step 3 is whole"), "{due}: {hint}");
         assert!(hint.contains("--redo train") && hint.contains("another `name`"), "{due}: {hint}");

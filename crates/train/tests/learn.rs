@@ -1,3 +1,5 @@
+//! A run that learns, in every variant.
+
 use pkv_checkpoint::CheckpointStore;
 use pkv_recipe::{TargetPool, TrainDtype, Variant};
 use serde_json::Value;
@@ -120,7 +122,8 @@ fn without_validation_the_last_checkpoint_counts() {
     assert_eq!(store.best(tch::Device::Cpu).unwrap().unwrap().step, 24);
 }
 
-/// Another training seed learns from the same contexts from another start; the recipe's own seed is what stands if there is none.
+/// Another training seed learns from the same contexts from another start; the recipe's own seed is what
+/// remains if there is none.
 #[test]
 fn the_training_seed_changes_the_training_alone() {
     let mut setup = Setup::new(12, 3);
@@ -183,10 +186,10 @@ fn a_start_takes_the_losss_numbers_where_they_fit_and_no_other_network() {
     assert!(setup.finish("other-loss").unwrap().finished);
 
     setup.mapper.width = 24;
-    let (text, hint) = told(&setup.finish("wider").unwrap_err());
+    let (text, hint) = text_and_hint(&setup.finish("wider").unwrap_err());
     assert!(text.contains("of another network") && text.contains("has shape"), "{text}");
     assert!(hint.contains("train.start_from"), "{hint}");
     setup.mapper.variant = Variant::Mlp;
-    let (text, _) = told(&setup.finish("mlp").unwrap_err());
+    let (text, _) = text_and_hint(&setup.finish("mlp").unwrap_err());
     assert!(text.contains("is missing"), "{text}");
 }

@@ -1,3 +1,5 @@
+//! Stopped, killed, damaged: the same bits in the end.
+
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
@@ -69,8 +71,8 @@ fn disturbed_features_and_crops_end_with_the_same_bits() {
     same(&setup, "broken", "whole");
 }
 
-/// The learning rate falls from step 14 on, for 9 steps: the validation after 7 steps is what the next is measured from, and
-/// no later one gains 90 points.
+/// The learning rate falls from step 14 on, for 9 steps: the validation after 7 steps is what the next is
+/// measured from, and no later one gains 90 points.
 fn auto(setup: &mut Setup) {
     let train = &mut setup.train;
     train.steps = Steps::Auto;
@@ -134,7 +136,7 @@ fn automatic_steps_end_at_their_most_while_validation_gains() {
 fn automatic_steps_without_validation_are_refused() {
     let mut setup = Setup::new(9, 0);
     auto(&mut setup);
-    let (text, hint) = told(&setup.finish("run").unwrap_err());
+    let (text, hint) = text_and_hint(&setup.finish("run").unwrap_err());
     assert!(text.contains("no validation example that would end the training"), "{text}");
     assert!(hint.contains("data.validation"), "{hint}");
 }
@@ -205,7 +207,7 @@ fn a_finished_run_has_nothing_to_do() {
     assert_eq!(setup.outcome("run"), before);
 }
 
-/// SIGKILL at moments that nobody chose.
+/// SIGKILL at random moments.
 #[test]
 fn a_killed_process_is_continued_by_the_next() {
     let setup = Setup::new(26, 5);

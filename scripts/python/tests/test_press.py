@@ -116,7 +116,7 @@ class Press(unittest.TestCase):
     def test_channels_of_an_unrun_replay_are_read_in_one_prefill(self):
         made, cache = self.prefill(self.ids(0), run="own-all", retention=0.1)
         n = kept("own-all")["ratios"].tolist().index(0.1)
-        self.assertTrue(torch.equal(made.kept[..., len(frame().prefix) :], kept("own-all")["0.pair"][n]))
+        self.assertTrue(torch.equal(made.kept[..., len(frame().prefix) :], kept("own-all")[f"0.{made.policy}"][n]))
         cache = DynamicCache()
         with torch.inference_mode(), self.assertRaisesRegex(ValueError, "in one forward"), press("own-all", retention=0.1)(pipe().model):
             for part in (self.ids(0)[:300], self.ids(0)[300:]):

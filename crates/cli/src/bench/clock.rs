@@ -1,4 +1,4 @@
-//! Timing a piece of work: one run to warm up, then the median of the others.
+//! Timing: one warm-up run, then the median of the others.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use super::roofline::Roofline;
 use crate::args::BenchArgs;
 use crate::render::Interrupted;
 
-/// A piece of work at one length, and how long it took; or that it did not fit.
+/// A measurement at one length: its time, or that it did not fit.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     pub what: &'static str,
@@ -28,7 +28,7 @@ pub struct Row {
     /// Time over that of the bare prefill at the same length.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub over_prefill: Option<f64>,
-    /// What the peer needs for the same.
+    /// The peer's time for the same work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peer: Option<PeerCell>,
 }
@@ -41,7 +41,7 @@ pub struct Measured {
     pub tokens_per_s: f64,
     /// `flops` per second of the median, over those of the matrix product.
     pub roofline_share: f64,
-    /// Most GPU memory in tensors at once, the model's included; absent on a CPU.
+    /// Peak GPU memory of tensors, including the model; absent on a CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
 }
@@ -66,7 +66,7 @@ impl Row {
     }
 }
 
-/// How often and how long a piece of work is measured.
+/// Number of runs and time limit of a measurement.
 pub struct Clock<'a> {
     device: Device,
     repeats: usize,
@@ -81,10 +81,10 @@ impl<'a> Clock<'a> {
         Self { device, repeats: args.repeats, most, roofline, stop }
     }
 
-    /// Fill in `row` with the times of `work`; what it returns is dropped within the measured time.
+    /// Fill in `row` with the times of `work`; its result is dropped within the measured time.
     ///
     /// # Errors
-    /// The work's own, unless it is about memory, and [`Interrupted`].
+    /// Those of `work`, except running out of memory; and [`Interrupted`].
     pub fn time<T>(&self, row: Row, mut work: impl FnMut() -> Result<T>) -> Result<Row> {
         let _no_grad = tch::no_grad_guard();
         let Some(times) = unless_exhausted(|| self.times(&mut work))? else {
@@ -108,8 +108,8 @@ impl<'a> Clock<'a> {
         Ok(Row { measured: Some(measured), ..row })
     }
 
-    /// Seconds that the device spends on `work`, by events around it: the median of the repeats. On a CPU seconds of the
-    /// host; `None` where there is no memory.
+    /// Seconds that the device spends on `work`, by events around it: the median of the repeats. On a CPU
+    /// seconds of the host; `None` where there is no memory.
     ///
     /// # Errors
     /// As [`Clock::time`].

@@ -1,8 +1,8 @@
-//! Decoding from full and from pruned caches: tokens per second, and the attention's part of it.
+//! Decoding from full and pruned caches: tokens per second, and the share of attention.
 //!
-//! Caches hold noise: how long a step takes does not depend on what it reads. Scores that choose what
-//! stays are noise too, with heads that differ, so that KV heads keep different numbers as they do in
-//! earnest.
+//! Caches hold random numbers, because a step's time does not depend on them. The scores that decide what is
+//! kept are random too, with differences between heads, so that KV heads keep different numbers of pairs, as
+//! in real use.
 
 use std::fmt::Write;
 
@@ -24,9 +24,10 @@ use crate::session::device_name;
 
 /// Steps of one run.
 const STEPS: usize = 32;
-/// Shares that stay; 1 is the full cache, read as pruned ones are.
+/// Retention ratios; 1 is the full cache in the form of pruned ones.
 const RATIOS: [f64; 5] = [1.0, 0.5, 0.2, 0.1, 0.05];
-/// Heads of different lengths, and of one: what a server with paged caches holds. Where all is kept they are the same.
+/// Heads of different lengths, and of one: what a server with paged caches holds. Where all is kept they are
+/// the same.
 const POLICIES: [Policy; 2] = [Policy::Pair, Policy::PairUniform];
 
 #[derive(Debug, Serialize)]
@@ -50,14 +51,14 @@ struct DecodeRow {
     context: usize,
     batch: usize,
     retain: f64,
-    /// How the kept pairs are spread.
+    /// Distribution of the kept pairs over heads.
     policy: Policy,
     /// Absent if it does not fit.
     tokens_per_s: Option<f64>,
     step_s: Option<f64>,
-    /// Of a step, the attention of all layers alone, by the device's clock.
+    /// Time of attention in all layers per step, by the device's clock.
     attention_s: Option<f64>,
-    /// All that is allocated for keys and values: `kept_bytes + room_bytes`.
+    /// Bytes allocated for keys and values: `kept_bytes + room_bytes`.
     cache_bytes: Option<usize>,
     /// Of the KV pairs that are held.
     kept_bytes: Option<usize>,
@@ -71,7 +72,7 @@ struct DecodeRow {
 }
 
 /// # Errors
-/// The target cannot be had, or fails for another reason than memory.
+/// The target is not available, or fails for a reason other than memory.
 pub(super) fn run(job: &Job) -> Result<()> {
     let Job { args, recipe, contexts, device, stop, .. } = *job;
     let target = Subject::new(recipe, Role::Target, device, args.random_weights);
@@ -225,7 +226,8 @@ impl DecodeRow {
         }
     }
 
-    /// `steps` and `attention` (seconds) are of [`STEPS`] steps; bytes of kept pairs, and of the room beside them.
+    /// `steps` and `attention` (seconds) are of [`STEPS`] steps; bytes of kept pairs, and of the room beside
+    /// them.
     fn timed(mut self, steps: &Row, attention: Option<f64>, [kept, room]: [usize; 2]) -> Self {
         self.step_s = steps.measured.as_ref().map(|m| m.median_s / STEPS as f64);
         self.tokens_per_s = self.step_s.map(|s| self.batch as f64 / s);

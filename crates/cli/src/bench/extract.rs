@@ -13,11 +13,11 @@ use super::models::{PREFIX_TOKENS, Subject, TEMPLATE};
 
 /// Rows per context: `prefill`, without logits; then, each beside it, features with the windowed
 /// channels alone, with all prefill channels, with the channels and globals of the recipe (surprisal
-/// needs the LM head at every position), and with the reconstruction channels, without and with their mean. Globals other than
-/// surprisal cost nothing and are in all of them.
+/// needs the LM head at every position), and with the reconstruction channels, without and with their mean.
+/// Globals other than surprisal cost nothing and are in all of them.
 ///
 /// # Errors
-/// The model cannot be had, or fails for another reason than memory.
+/// The model is not available, or fails for a reason other than memory.
 pub fn rows(bench: &Bench, proxy: &Subject) -> Result<Vec<Row>> {
     let (section, shape) = (&bench.recipe.extract, &proxy.section.shape);
     let by = Repeat::new(&bench.recipe.label, TEMPLATE);
@@ -57,7 +57,7 @@ pub fn rows(bench: &Bench, proxy: &Subject) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// What is timed beside the prefill, by name.
+/// The work timed beside the prefill, by name.
 fn variants(section: &ExtractSection) -> Vec<(&'static str, ExtractSection)> {
     let free = |g: &&GlobalChannel| **g != GlobalChannel::Surprisal;
     let globals: Vec<GlobalChannel> = section.globals.iter().filter(free).copied().collect();
@@ -71,7 +71,8 @@ fn variants(section: &ExtractSection) -> Vec<(&'static str, ExtractSection)> {
         ("windowed", with(&windowed)),
         ("all prefill", with(&Channel::PREFILL)),
         ("recipe", section.clone()),
-        // The scores, which is what the peer computes; the mean over rows comes on top and has no fused kernel.
+        // The scores, which is what the peer computes; the mean over rows comes on top and has no fused
+        // kernel.
         ("reconstruction", with(&[Channel::ReconLog, Channel::ReconLogOdds])),
         ("recon + mean", with(&Channel::RECONSTRUCTION)),
     ]

@@ -12,7 +12,7 @@ use super::models::{PREFIX_TOKENS, Subject, TEMPLATE};
 /// Two rows per context: `prefill`, without logits, and `label`, which is prefill and scoring.
 ///
 /// # Errors
-/// The model cannot be had, or fails for another reason than memory.
+/// The model is not available, or fails for a reason other than memory.
 pub fn rows(bench: &Bench, target: &Subject) -> Result<Vec<Row>> {
     let (section, shape) = (&bench.recipe.label, &target.section.shape);
     let by = Repeat::new(section, TEMPLATE);

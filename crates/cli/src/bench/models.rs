@@ -103,7 +103,7 @@ pub const TEMPLATE: usize = PREFIX + SWITCH;
 /// Positions that prefill reads before the context.
 pub const PREFIX_TOKENS: usize = PREFIX;
 
-/// A configuration of the recipe's shape in the family that the model's name tells.
+/// A configuration of the recipe's shape in the family that the model's name suggests.
 fn random_config(section: &ModelSection) -> Result<LmConfig> {
     let name = section.model.to_lowercase();
     let family = pkv_lm::model_types().find(|f| name.contains(f)).unwrap_or("llama");

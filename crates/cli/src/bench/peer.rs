@@ -33,7 +33,7 @@ struct PeerRow {
     median_s: Option<f64>,
 }
 
-/// What the peer needs at its best for a row of ours.
+/// The peer's best time for one of our rows.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PeerCell {
     pub median_s: f64,

@@ -1,9 +1,8 @@
-//! A context to a pruned cache: the target alone, KVzip, and ProxyKV in each regime.
+//! From a context to a pruned cache: the target alone, KVzip, and ProxyKV in each regime.
 //!
-//! The target is measured before the proxy is made, so that memory over the bare prefill is honest.
-//! `dual` is measured where there is a second GPU. It is computed besides, from the phases of
-//! `sequential`, which do not slow each other down, with the scores sent to the host and back in place
-//! of the way to another GPU: what a second one would give.
+//! The target is measured before the proxy is made, so that its memory does not include the proxy. `dual` is
+//! measured where there is a second GPU. It is also estimated from the phases of `sequential`, which do not
+//! slow each other down; a copy of the scores to the host and back takes the place of the copy between GPUs.
 
 use std::cell::RefCell;
 use std::fmt::Write;
@@ -35,7 +34,7 @@ use crate::infer::{Trace, write_traces};
 use crate::pair::Role;
 use crate::session::{device_name, next_gpu};
 
-/// Share of the KV pairs that stays; how long it takes hardly depends on it.
+/// Retention ratio; the time hardly depends on it.
 const RETAIN: f64 = 0.2;
 /// Positions that the mapper scores in one forward.
 const WINDOW: usize = 16_384;
@@ -45,7 +44,7 @@ fn windowed() -> Vec<Channel> {
     Channel::PREFILL.into_iter().filter(|c| c.pass().is_final() != Final::AtEnd).collect()
 }
 
-/// What was measured.
+/// The measurements.
 #[derive(Debug, Serialize)]
 struct Report {
     stage: &'static str,
@@ -81,7 +80,7 @@ struct PrefillRow {
     phases: Vec<PhaseTotal>,
 }
 
-/// What is extracted for a set of features.
+/// The channels and globals of a feature set.
 fn section(recipe: &Recipe, set: FeatureSet) -> ExtractSection {
     let with = |channels: Vec<Channel>| {
         // Surprisal needs the LM head at every position; the recipe's own set tells what it costs.
@@ -112,7 +111,7 @@ fn section(recipe: &Recipe, set: FeatureSet) -> ExtractSection {
 }
 
 /// # Errors
-/// The models or the peer's file cannot be had, or the work fails for another reason than memory.
+/// The models or the peer's file are not available, or the work fails for a reason other than memory.
 pub(super) fn run(job: &Job) -> Result<()> {
     let Job { args, recipe, contexts, device, stop, .. } = *job;
     let target = Subject::new(recipe, Role::Target, device, args.random_weights);
@@ -156,7 +155,7 @@ pub(super) fn run(job: &Job) -> Result<()> {
     job.print(&report, text)
 }
 
-/// What all rows share.
+/// Data that all rows share.
 struct Bench<'a> {
     recipe: &'a Recipe,
     target: &'a Subject<'a>,
@@ -249,7 +248,7 @@ impl Bench<'_> {
             }
             rows.push(timed.row);
         }
-        // Computed last, as it is told.
+        // Computed last, as it is reported.
         rows.sort_by_key(|r| r.row.what == DUAL);
         Ok(rows)
     }
@@ -299,7 +298,7 @@ impl Bench<'_> {
         Ok(Timed { row: timed, all })
     }
 
-    /// What two GPUs would take, by the phases of one.
+    /// Estimated time on two GPUs, from the phases on one.
     fn dual(
         &self,
         sequential: &PrefillRow,

@@ -1,4 +1,4 @@
-//! What the device can do at best: a large matrix product and a large copy, measured now.
+//! Peak rates of the device: a large matrix product and a large copy, measured in this run.
 
 use std::time::Instant;
 

@@ -1,4 +1,4 @@
-//! The report as text.
+//! The benchmark's report as a text table.
 
 use std::fmt::Write;
 
@@ -27,7 +27,7 @@ pub fn text(report: &Report) -> String {
     out + &aligned(&lines)
 }
 
-/// What the machine can do, on a line.
+/// Peak rates of the machine, on one line.
 pub fn ceilings(roofline: &Roofline) -> String {
     format!(
         "ceilings measured in this run: matrix product {}/s ({n} x {n} x {n}), copy {}/s",

@@ -1,4 +1,4 @@
-//! The mapper: steps on made-up shards, through the loader and on batches that are on the device already.
+//! The mapper: training steps on synthetic shards, through the loader and on batches already on the device.
 
 use std::fs;
 use std::path::Path;
@@ -20,7 +20,7 @@ use super::table::{aligned, ceilings};
 use crate::render::Interrupted;
 use crate::session::device_name;
 
-/// What was measured, for the table and `--json`.
+/// The measurements, for the table and `--json`.
 #[derive(Debug, Serialize)]
 struct Report {
     stage: &'static str,

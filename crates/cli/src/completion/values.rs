@@ -1,4 +1,4 @@
-//! Values that exist only here and now: recipes, runs and keys, and the names that lists of words are made of.
+//! Candidate values: recipes, runs and keys that exist on this machine, and names of tasks and methods.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;

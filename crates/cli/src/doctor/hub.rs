@@ -45,7 +45,7 @@ fn connect(to: (String, u16)) -> Result<(), String> {
             let address = to.to_socket_addrs()?.next().ok_or(std::io::ErrorKind::NotFound)?;
             TcpStream::connect_timeout(&address, CONNECT_WITHIN).map(drop)
         };
-        // Nobody listens any more once the time is up.
+        // There is no receiver any more once the time is up.
         let _ = send.send(attempt().map_err(|e| e.to_string()));
     });
     receive.recv_timeout(CONNECT_WITHIN).unwrap_or_else(|_| Err("no answer in time".to_owned()))

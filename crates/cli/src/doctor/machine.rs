@@ -1,4 +1,4 @@
-//! What this machine has: libtorch, GPUs, threads, memory, disk.
+//! Checks of the machine: libtorch, GPUs, threads, memory, disk.
 
 use std::fmt::Write;
 use std::fs;
@@ -19,7 +19,7 @@ const SPARE_DISK: u64 = 5_000_000_000;
 pub fn libtorch() -> Check {
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let Some(library) = mapped(&maps, "libtorch_cpu.so") else {
-        return Check::warn("libtorch", "its place cannot be told from `/proc/self/maps`", "");
+        return Check::warn("libtorch", "its place is not in `/proc/self/maps`", "");
     };
     // `torch/lib/libtorch_cpu.so` has `torch/version.py` in a wheel, `torch/build-version` in the archive.
     let root = library.parent().and_then(Path::parent).unwrap_or(Path::new("/"));

@@ -1,4 +1,4 @@
-//! What a recipe needs beside the machine: its models and its data.
+//! Checks of a recipe's models and data.
 
 use std::path::{Path, PathBuf};
 

@@ -1,6 +1,6 @@
-//! What is read: a context, and questions from arguments, a file or stdin.
+//! Input of `infer`: a context, and questions from arguments, a file or stdin.
 //!
-//! Lines of the questions are untrusted: a line that is no question is refused alone, and reading goes on.
+//! Question lines are untrusted: an invalid line is refused, and reading continues.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -21,7 +21,7 @@ use crate::render::Interrupted;
 /// Some editors put it first; it is no text.
 const BYTE_ORDER_MARK: &str = "\u{feff}";
 
-/// What comes next from the questions.
+/// The next question.
 pub enum Asked {
     Question(String),
     /// A line that is no question, counted from 1.
@@ -97,8 +97,8 @@ fn text(path: &Path, stop: &Arc<AtomicBool>) -> Result<String> {
 }
 
 /// The questions, those of the arguments first; a file's are read one by one. Those of stdin may be
-/// long in coming: waiting for one ends when the user wants to stop. Blank lines of a file are passed over; on stdin every line
-/// asks for something, and has its answer or its error.
+/// long in coming: waiting for one ends when the user wants to stop. Blank lines of a file are passed over;
+/// on stdin every line asks for something, and has its answer or its error.
 ///
 /// # Errors
 /// There is nothing to ask, a question of the arguments is empty, or the file cannot be opened.
@@ -158,7 +158,8 @@ pub fn questions(
     Ok(Box::new(given.chain(asked)))
 }
 
-/// What comes from stdin, read on another thread: a blocked read does not hear Ctrl-C. Ends with stdin, or when the user stops.
+/// What comes from stdin, read on another thread: a blocked read does not hear Ctrl-C. Ends with stdin, or
+/// when the user stops.
 struct OnStdin {
     parts: Receiver<io::Result<Vec<u8>>>,
     stop: Arc<AtomicBool>,

@@ -1,8 +1,8 @@
-//! What is told: answers as they come, then what was kept and what it took.
+//! Output of `infer`: streamed answers, then retention and timing.
 //!
 //! As text, answers go to stdout and the rest to stderr. With `--json` every event is a line on stdout:
-//! `pruned`, `token`s and an `answer` (with `--compare-full` a `full_answer`, too) or `refused` per question, an `error` with its `line` for what is no question, and at
-//! last a `summary`.
+//! `pruned`, `token`s and an `answer` (with `--compare-full` a `full_answer`, too) or `refused` per question,
+//! an `error` with its `line` for what is no question, and at last a `summary`.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -31,7 +31,7 @@ pub struct Summary {
     pub kept: Kept,
     /// From the beginning of the prefill to the pruned cache.
     pub prefill_secs: f64,
-    /// How long the target, done with its prefill, waited for the scores.
+    /// Time that the target waited for the scores after its prefill.
     pub waited_secs: f64,
     /// With proxy and mapper on a GPU of their own, by these phases; phases of `streams` slowed each
     /// other down, so there it is no forecast.
@@ -53,7 +53,7 @@ pub struct Summary {
     pub full: Option<FullSummary>,
 }
 
-/// What the full cache took and answered beside the pruned one.
+/// Answers, time and memory of the full cache, for comparison.
 #[derive(Debug, Default, Serialize)]
 pub struct FullSummary {
     /// All that is allocated, room for new tokens included.
@@ -72,7 +72,8 @@ impl FullSummary {
         Self { cache_bytes, ..Self::default() }
     }
 
-    /// The answers of both caches to one question; `steps` are the full one's forwards between first and last prediction.
+    /// The answers of both caches to one question; `steps` are the full one's forwards between first and last
+    /// prediction.
     pub fn add(&mut self, pruned: &Answer, full: &Answer, steps: usize) {
         self.questions += 1;
         self.same += usize::from(pruned.tokens == full.tokens);
@@ -83,7 +84,7 @@ impl FullSummary {
     }
 }
 
-/// Where everything goes.
+/// The output streams.
 pub struct Output {
     pub json: bool,
     /// More than one question: each is printed before its answer.
@@ -242,7 +243,7 @@ fn event(value: &Value) -> Result<()> {
     print(&format!("{value}\n"))
 }
 
-/// What was kept, and phases with their times and memory.
+/// Kept pairs, and the phases with their time and memory.
 fn table(s: &Summary) -> String {
     let mut out = String::new();
     let k = &s.kept;

@@ -1,6 +1,6 @@
-//! Two folders of one stage, made differently from the same examples: how far their numbers are apart.
+//! Compares the numbers of two folders of one stage, made from the same examples with other settings.
 //!
-//! What differs between the recipes is named; what follows from it is left to the reader.
+//! The differing keys of the recipes are listed; conclusions are left to the reader.
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
-//! Single files of a run, and the folders that hold nothing else: tables of the evaluation, outcomes, tensors, journals.
+//! Single files of a run, and the folders that hold nothing else: tables of the evaluation, outcomes,
+//! tensors, journals.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -18,7 +19,7 @@ use super::shards::shard;
 use super::weights::{checkpoint, export, model};
 use super::{Lines, stage};
 
-/// What a file holds; `None` if this program writes no such file.
+/// Content of a file as text; `None` if this program writes no such file.
 ///
 /// # Errors
 /// It is damaged.
@@ -33,7 +34,7 @@ pub fn file(path: &Path) -> Result<Option<String>> {
     }
 }
 
-/// What a folder of such files holds; `None` if it is none.
+/// Content of a folder of such files as text; `None` for other folders.
 ///
 /// # Errors
 /// A file cannot be looked at.
@@ -46,7 +47,8 @@ pub fn folder(dir: &Path) -> Result<Option<String>> {
     let name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let is = |path: &PathBuf| {
         let (name, extension) = (name(path), path.extension().and_then(|e| e.to_str()));
-        // Of `train/`, `tb/`, `hidden/` and `eval/scorers/`; of `eval/` before its results; of `eval/contexts/`.
+        // Of `train/`, `tb/`, `hidden/` and `eval/scorers/`; of `eval/` before its results; of
+        // `eval/contexts/`.
         name == "metrics.jsonl"
             || name.contains(".tfevents.")
             || extension == Some("safetensors")

@@ -41,11 +41,11 @@ pub fn run(dir: &Path) -> Result<String> {
     out.add("seed", &run["seed"]);
     out.block("stages");
     for folder in STAGE_FOLDERS {
-        let told = match StageDir::read(&dir.join(folder)) {
+        let summary = match StageDir::read(&dir.join(folder)) {
             Ok(stage) => format!("{}, {}", rows(&stage), human_bytes(stage.index().bytes())),
             Err(_) => "not there yet".to_owned(),
         };
-        out.add(folder, told);
+        out.add(folder, summary);
     }
     out.add("checkpoints", best_checkpoint(&dir.join("checkpoints")));
     let results = Results::read(&dir.join("eval").join(RESULTS_FILE)).ok();

@@ -1,4 +1,4 @@
-//! What holds weights: checkpoints, exports, language models.
+//! Files with weights: checkpoints, exports, language models.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -101,8 +101,8 @@ pub fn export(dir: &Path) -> Result<String> {
     Ok(out.text)
 }
 
-/// What each head keeps of a long context under `pair-budget`: what a server has to allocate, beside the chat template's
-/// prefix and the tokens that follow.
+/// What each head keeps of a long context under `pair-budget`: what a server has to allocate, beside the chat
+/// template's prefix and the tokens that follow.
 fn head_budgets(out: &mut Lines, budgets: &HeadBudgets, kv_heads: usize) -> Result<()> {
     const POSITIONS: usize = 32_768;
     for ratio in [0.2, 0.1] {

@@ -1,7 +1,9 @@
-//! The target's features, taken from the prefill that `label` makes: whether they can be, and which examples lack them.
+//! Target features from the prefill that `label` makes: whether this is possible, and which examples lack
+//! them.
 //!
-//! The rows are those that `extract` would write, byte for byte, and lie in its folder under its fingerprint: `extract` finds
-//! them done, or goes on where they end. Labels never depend on them: where features cannot be taken, `label` works alone.
+//! The rows are byte for byte those that `extract` would write, in its folder and under its fingerprint:
+//! `extract` finds them complete, or continues after the last one. Labels never depend on them: where
+//! features cannot be taken, `label` works alone.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -28,8 +30,8 @@ pub struct Beside {
 }
 
 impl Beside {
-    /// Open the folder of the target's features; nothing if the recipe does not take them with the labels, or the folder is
-    /// of other choices or in use.
+    /// Open the folder of the target's features; nothing if the recipe does not take them with the labels, or
+    /// the folder is of other choices or in use.
     pub fn open(
         s: &Session,
         target: &Found,
@@ -43,12 +45,14 @@ impl Beside {
         let fingerprint = extract::fingerprint(s, Source::Target, target, upstream);
         let open = || -> Result<_> {
             let stage = StageDir::open(&s.run.features(Source::Target), "extract", &fingerprint)?;
-            let (first, shard) = (stage.rows(), s.recipe.data.shard_examples);
-            let writer = match stage.is_complete() {
-                true => None,
-                false => Some(StageWriter::new(stage, shard, section.store, Some(total))?),
-            };
-            Ok((first, writer))
+            let (whole, shard) = (stage.rows(), s.recipe.data.shard_examples);
+            Ok(match stage.is_complete() {
+                true => (whole, None),
+                false => {
+                    let writer = StageWriter::new(stage, shard, section.store, Some(total))?;
+                    (writer.rows(), Some(writer))
+                }
+            })
         };
         let (first, writer) = open()
             .inspect_err(|e| tracing::warn!("features of the target are left to `extract`: {e:#}"))
@@ -57,11 +61,11 @@ impl Beside {
         Some((Self { section, first, given_up: AtomicBool::new(false) }, writer))
     }
 
-    /// Prefill an example as `extract` does: the cache, which is the one that scoring reads, and the features unless the
-    /// folder has those of `row`. Nothing if memory has no room for it.
+    /// Prefill an example as `extract` does: the cache, which is the one that scoring reads, and the features
+    /// unless the folder has those of `row`. Nothing if memory has no room for it.
     ///
-    /// An example whose features are there is read in the same way, so that its labels do not depend on where a run was
-    /// interrupted: on a GPU, attention has another kernel where taps look on.
+    /// An example whose features are there is read in the same way, so that its labels do not depend on where
+    /// a run was interrupted: on a GPU, attention uses another kernel when a tap is present.
     ///
     /// # Errors
     /// The model fails on it.
@@ -107,8 +111,8 @@ impl BesideWriter {
         self.writer.as_ref().map(|_| self.first)
     }
 
-    /// Add those of example `row`, if they are new. Rows have no gaps: at the first that is absent the writer goes, the
-    /// folder keeps its whole shards, and `extract` continues there.
+    /// Add those of example `row`, if they are new. Rows have no gaps: at the first that is absent the writer
+    /// goes, the folder keeps its whole shards, and `extract` continues there.
     ///
     /// # Errors
     /// They cannot be stored, or the disk fails.
@@ -128,6 +132,11 @@ impl BesideWriter {
             _ => {}
         }
         Ok(())
+    }
+
+    /// As [`super::keep`].
+    pub fn keep(self) {
+        self.writer.into_iter().for_each(super::keep);
     }
 
     /// Mark the folder complete if all have come; how many came in this run.

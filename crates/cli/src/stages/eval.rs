@@ -1,4 +1,4 @@
-//! `eval`: predictions against labels, and answers with a pruned cache, beside the baselines.
+//! `eval`: agreement with labels, and answers from pruned caches, of the mapper and the baselines.
 
 use std::path::PathBuf;
 
@@ -24,16 +24,16 @@ use crate::session::{Session, benchmark_manifest_path};
 /// File of the kept sets, in the results' folder.
 const KEPT_FILE: &str = "kept.safetensors";
 
-/// What `eval` takes beside the recipe.
+/// Options of `eval` in addition to the recipe.
 #[derive(Clone, Debug, Default)]
 pub struct EvalOptions {
     /// An export in place of the run's best checkpoint.
     pub mapper: Option<PathBuf>,
-    /// Write down what the mapper keeps of so many contexts.
+    /// Write the mapper's kept pairs of this many contexts.
     pub kept: Option<usize>,
 }
 
-/// Where the results go: an export's beside the checkpoint's.
+/// Folder of the results; an export has its own beside that of the checkpoint.
 pub fn folder(s: &Session, options: &EvalOptions) -> PathBuf {
     if options.mapper.is_some() { s.run.root().join("eval-export") } else { s.run.eval() }
 }
@@ -138,7 +138,7 @@ fn with_budgets(fingerprint: Fingerprint, recipe: &Recipe, trained: &Trained) ->
     }
 }
 
-/// What the numbers of every task depend on: the mapper's weights, the stages that were read, the seed.
+/// Settings on which the numbers of every task depend: the mapper's weights, the stages read, the seed.
 fn base(s: &Session, upstream: &train::Upstream, trained: &Trained) -> Result<Fingerprint> {
     let mut weights = Vec::new();
     for (name, tensor) in

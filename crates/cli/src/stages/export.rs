@@ -151,7 +151,7 @@ fn cost(s: &Session, tokens: u64) -> Vec<StageCost> {
     [Stage::Label, Stage::Extract, Stage::Train, Stage::Eval].into_iter().filter_map(one).collect()
 }
 
-/// What these weights were not shown to do.
+/// Known limits of these weights.
 fn limits(s: &Session, results: Option<&Results>) -> Vec<String> {
     let r = &s.recipe;
     let longest = r.data.window_tokens.iter().max().copied().unwrap_or(0);

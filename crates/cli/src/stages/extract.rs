@@ -1,4 +1,4 @@
-//! `extract`: features of each source; those of the target may be there already, from the prefill of `label`.
+//! `extract`: features of each source. Those of the target may already exist, from the prefill of `label`.
 
 use anyhow::Result;
 use pkv_core::{Fingerprint, ModelShape, Progress, Source};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::lanes::{Lane, lanes};
 use super::pump::pump;
 use super::to_host::ToHost;
-use super::{Outcome, hidden, prepare, require};
+use super::{Outcome, hidden, keep, prepare, require};
 use crate::pair::{self, Found};
 use crate::session::Session;
 
@@ -69,9 +69,10 @@ fn one(
     let (shape, prefix) = (model.shape(), found.tokenizer.prefix());
     let n = lanes(s.device, &shape, s.recipe.data.longest_window());
 
-    let (done, total) = (stage.rows(), examples.len());
+    let total = examples.len();
     let mut writer =
         StageWriter::<FeatureRow>::new(stage, s.recipe.data.shard_examples, section.store, Some(total))?;
+    let done = writer.rows();
     let mut tokens = 0;
     let compute = |lane: Lane| {
         let (requests, section, label) = (&requests, &section, &s.recipe.label);
@@ -99,7 +100,14 @@ fn one(
             s.bar.advance(1);
             Ok(())
         },
-    )?;
+    );
+    let times = match times {
+        Ok(times) => times,
+        Err(e) => {
+            keep(writer);
+            return Err(e);
+        }
+    };
     s.bar.finish();
     tracing::info!("extract from the {}: {times}", source.name());
     writer.finish()?;
@@ -142,8 +150,8 @@ impl OnHost {
     }
 }
 
-/// The choices of a source's features: the examples, its part of the recipe's `extract`, the model; `label` if a channel
-/// depends on how the context would be repeated; the labels if a channel is fitted to them.
+/// The choices of a source's features: the examples, its part of the recipe's `extract`, the model; `label`
+/// if a channel depends on how the context would be repeated; the labels if a channel is fitted to them.
 pub(super) fn fingerprint(s: &Session, source: Source, found: &Found, examples: &Fingerprint) -> Fingerprint {
     let fingerprint = Fingerprint::new()
         .with("examples", examples)
@@ -159,8 +167,8 @@ pub(super) fn fingerprint(s: &Session, source: Source, found: &Found, examples: 
     }
 }
 
-/// Whether a stage that reads features must make them first: the recipe wants them made and kept, and a source's are not
-/// complete.
+/// Whether a stage that reads features must make them first: the recipe wants them made and kept, and a
+/// source's are not complete.
 pub fn is_due(s: &Session) -> bool {
     let extract = &s.recipe.extract;
     let complete = |&source: &Source| StageDir::read(&s.run.features(source)).is_ok_and(|d| d.is_complete());
@@ -169,7 +177,8 @@ pub fn is_due(s: &Session) -> bool {
         && !extract.from.iter().all(complete)
 }
 
-/// The choices of all features, which must match the recipe, and be there unless they are made when they are read.
+/// The choices of all features, which must match the recipe, and be there unless they are made when they are
+/// read.
 ///
 /// # Errors
 /// Those of a source are absent, unfinished or stale; the hint names the command that makes them.

@@ -1,7 +1,7 @@
-//! Where a stage's features come from: shards, or the models themselves, which then make a row each time it is read.
+//! Source of a stage's features: shards, or the models, which then compute a row each time it is read.
 //!
-//! A row that is made equals the row that `extract` would store: the same extractor, the same rounding. Joining sources and
-//! asking ahead belong to those who read.
+//! A computed row equals the row that `extract` would store: the same extractor, the same rounding. Joining
+//! sources and prefetching are left to the readers.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,7 +33,7 @@ pub struct Loaded<'a> {
 /// The features of the recipe; if it does not keep them, those that are missing are made when they are read.
 ///
 /// # Errors
-/// What is missing cannot be made: a model, an example or a label cannot be read.
+/// Missing features cannot be computed: a model, an example or a label cannot be read.
 pub fn features(s: &Session, upstream: &Upstream, loaded: Loaded) -> Result<FeatureFolders> {
     let section = &s.recipe.extract;
     if !section.is_transient() {
@@ -104,8 +104,8 @@ pub fn delete_used(s: &Session, upstream: &Upstream) -> Result<()> {
 /// A row, and where it goes.
 type Asked = (u64, SyncSender<Result<FeatureRow>>);
 
-/// Rows of one source, made on a thread of their own: their bits must not depend on how many threads libtorch may use where
-/// they are read. What is made ahead waits with the readers, in the queues of their batches.
+/// Rows of one source, made on a thread of their own: their bits must not depend on how many threads libtorch
+/// may use where they are read. What is made ahead waits with the readers, in the queues of their batches.
 #[derive(Debug)]
 struct Generated {
     /// The thread ends when this is dropped.
@@ -146,7 +146,7 @@ impl FeatureSource for Generated {
     }
 }
 
-/// What the thread owns.
+/// Data that the thread owns.
 struct Maker {
     model: LanguageModel,
     examples: StageReader<Example>,

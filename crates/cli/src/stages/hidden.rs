@@ -1,5 +1,5 @@
-//! The map of the target's hidden states that the channel `hidden_linear` needs: fitted before features are extracted,
-//! kept in the run folder, shipped with the export.
+//! The map of the target's hidden states that the channel `hidden_linear` needs: fitted before features are
+//! extracted, kept in the run folder, shipped with the export.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,5 @@
-//! `label`: KVzip scores of the target; where the recipe takes features of the target, those of the same prefill as well.
+//! `label`: KVzip scores of the target; where the recipe takes features of the target, those of the same
+//! prefill as well.
 
 use anyhow::Result;
 use pkv_core::{Fingerprint, Progress};
@@ -10,7 +11,7 @@ use super::beside::{Beside, BesideWriter};
 use super::lanes::{Lane, lanes};
 use super::pump::pump;
 use super::to_host::ToHost;
-use super::{Outcome, prepare};
+use super::{Outcome, keep, prepare};
 use crate::pair::{self, Found};
 use crate::session::Session;
 
@@ -26,10 +27,11 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let (shape, prefix) = (model.shape(), target.tokenizer.prefix());
     let n = lanes(s.device, &shape, s.recipe.data.longest_window());
 
-    let (done, total) = (stage.rows(), examples.len());
+    let total = examples.len();
     let (beside, mut features_writer) = Beside::open(s, &target, &upstream, total).unzip();
     let mut writer =
         StageWriter::<LabelRow>::new(stage, s.recipe.data.shard_examples, s.recipe.label.store, Some(total))?;
+    let done = writer.rows();
     let mut tokens = 0;
     let compute = |lane: Lane| {
         let (requests, beside) = (&requests, beside.as_ref());
@@ -79,7 +81,15 @@ pub fn run(s: &Session) -> Result<Outcome> {
             s.bar.advance(1);
             Ok(())
         },
-    )?;
+    );
+    let times = match times {
+        Ok(times) => times,
+        Err(e) => {
+            keep(writer);
+            features_writer.into_iter().for_each(BesideWriter::keep);
+            return Err(e);
+        }
+    };
     s.bar.finish();
     tracing::info!("label: {times}");
     let features = features_writer.map(BesideWriter::finish).transpose()?;

@@ -1,4 +1,4 @@
-//! Several contexts at once, where one leaves the GPU waiting for the host.
+//! Several contexts at once, for models so small that the GPU would wait for the host.
 //!
 //! A small model reads a short context in less time than the host needs to queue its kernels. Threads
 //! that each queue on a CUDA stream of their own then share the GPU: they share the weights too, and a
@@ -14,11 +14,11 @@ use anyhow::Result;
 /// Contexts at once on a GPU whose models and contexts are small.
 const LANES: usize = 4;
 
-/// Multiply-adds of a context below which the host is the bottleneck: about a millisecond of an H100 in bf16, and
-/// as long as the host needs for the kernels of a few layers.
+/// Multiply-adds of a context below which the host is the bottleneck: about a millisecond of an H100 in bf16,
+/// and as long as the host needs for the kernels of a few layers.
 const SMALL: usize = 400_000_000_000;
 
-/// How many contexts of about `tokens` tokens should be at work at once.
+/// Number of contexts of about `tokens` tokens to process at once.
 pub fn lanes(device: Device, shape: &ModelShape, tokens: usize) -> usize {
     let small = shape.matrix_parameters().saturating_mul(tokens) < SMALL;
     if device.is_cuda() && small { LANES } else { 1 }

@@ -1,4 +1,4 @@
-//! `plan`: what a run will cost, before anything is downloaded.
+//! `plan`: estimates the cost of a run before anything is downloaded.
 
 use anyhow::Result;
 use pkv_recipe::plan::{Machine, Plan};

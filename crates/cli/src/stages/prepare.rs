@@ -24,14 +24,16 @@ pub fn run(s: &Session) -> Result<Outcome> {
         pkv_data::prepare(&s.recipe, &s.manifest, &s.hub, &target.tokenizer, &s.bar, &mut |example| {
             s.check_stop()?;
             seen += 1;
-            // Examples come in the same order every time; those written before an interruption are not written twice.
+            // Examples come in the same order every time; those written before an interruption are not
+            // written twice.
             if seen <= done { Ok(()) } else { writer.push(example) }
         })?;
     writer.finish()?;
     Ok(Outcome::Done(serde_json::to_value(summary)?))
 }
 
-/// The examples' choices: the recipe's `data`, the manifest, the places of its facts, the tokenizer, the seed.
+/// The examples' choices: the recipe's `data`, the manifest, the places of its facts, the tokenizer, the
+/// seed.
 pub fn fingerprint(s: &Session, target: &pair::Found) -> Result<Fingerprint> {
     let fingerprint = Fingerprint::new()
         .with("data", &s.recipe.data)

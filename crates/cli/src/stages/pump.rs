@@ -1,7 +1,8 @@
-//! Reading and writing beside computing: one thread each, one per lane of computing, and bounded queues between them.
+//! Pipeline of reading, computing and writing: a thread to read, a thread to write, one thread per compute
+//! lane, and bounded queues between them.
 //!
-//! Items go to the lanes in turn and results are taken from them in turn, so order is kept. An error on any thread ends
-//! all of them, after the results of the items before it have been written.
+//! Items go to the lanes in turn and results are taken from them in turn, so order is kept. An error on any
+//! thread ends all of them, after the results of the items before it have been written.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -21,10 +22,11 @@ const AHEAD: usize = 4;
 /// Results that the device may still be working on while the next one's work is queued.
 const QUEUED: usize = 2;
 
-/// Results of a lane that may wait to be written: with the one in the writer's hands, most of the host's memory.
+/// Results of a lane that may wait to be written: with the one in the writer's hands, most of the host's
+/// memory.
 const BEHIND: usize = 2;
 
-/// What the computing threads spent their time on, their mean.
+/// Mean time of the computing threads, by activity.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Times {
     /// From the first read to the last write.
@@ -65,10 +67,11 @@ impl fmt::Display for Times {
     }
 }
 
-/// Take every item through `read` (a thread), one of `lanes` (a thread each) and `write` (another thread), in order.
+/// Take every item through `read` (a thread), one of `lanes` (a thread each) and `write` (another thread), in
+/// order.
 ///
-/// A lane may return when its work is queued on `device`: a few results ahead of the device it is made to wait, so that a
-/// wait for the writer is about writing.
+/// A lane may return when its work is queued on `device`: a few results ahead of the device it is made to
+/// wait, so that a wait for the writer is about writing.
 ///
 /// # Errors
 /// The first error of the three; the writer's before the others', because it concerns an earlier item.

@@ -1,5 +1,5 @@
-//! `train.start_from`: the export whose weights training starts from. What must be the same in both recipes is compared
-//! here, by name; the weights are `train`'s to load.
+//! `train.start_from`: the export whose weights training starts from. What must be the same in both recipes
+//! is compared here, by name; the weights are `train`'s to load.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! Results on their way from the device to the thread that writes them.
+//! Asynchronous copies of results from the device to the thread that writes them.
 
 use anyhow::{Context, Result};
 use pkv_gpu::Event;
@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 /// A tensor of f32 on its way to the host.
 ///
-/// [`ToHost::begin`] queues the copy behind the work at hand and returns at once: the host side is pinned
+/// [`ToHost::begin`] queues the copy after the work at hand and returns at once: the host side is pinned
 /// memory, which libtorch keeps for the next copy. [`ToHost::wait`], on any thread, has the numbers.
 pub struct ToHost {
     host: Tensor,

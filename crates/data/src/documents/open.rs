@@ -1,7 +1,7 @@
 //! Opening a file of text, compressed or not. What it is is decided by its first bytes, not by its name.
 //!
-//! gzip and Zstandard are read as they come, so that a file of any size takes the same memory; other kinds are refused
-//! by their name.
+//! gzip and Zstandard are read as they come, so that a file of any size takes the same memory; other kinds
+//! are refused by their name.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};

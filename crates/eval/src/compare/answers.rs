@@ -16,7 +16,7 @@ pub struct Answers {
     pub tasks: Vec<(String, Vec<ContextScores>)>,
 }
 
-/// What one context says.
+/// Outcome of one context.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ContextScores {
     /// Hash of its tokens and of what was asked; `None` where the file does not tell contexts apart.

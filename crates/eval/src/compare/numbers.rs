@@ -48,7 +48,8 @@ fn summed(groups: &[Group]) -> Option<Interval> {
     Some(interval(mean, resampled.into_iter().filter(|v| v.is_finite()).collect()))
 }
 
-/// Draws of task number `task`: those of an evaluation for the first, others for the rest, which are independent.
+/// Draws of task number `task`: those of an evaluation for the first, others for the rest, which are
+/// independent.
 fn bootstrap(run: &Run, task: usize, contexts: usize) -> Bootstrap {
     let (seed, resamples) = draws(run);
     Bootstrap::new(contexts, resamples, Seed(seed.0.wrapping_add(task as u64)))
@@ -80,7 +81,7 @@ fn pairs<'a>(
     Some(a.iter().filter_map(pair).collect())
 }
 
-/// What a run's contexts of each task say.
+/// Outcomes of a run's contexts, by task.
 type Tasks<'a> = Vec<&'a [ContextScores]>;
 
 /// Ratios of the mapper that all runs have, from the most kept to the least.
@@ -124,7 +125,7 @@ impl Of<'_> {
         Some(Reference { name: name.to_owned(), values })
     }
 
-    /// A run minus the first one; `None` where contexts cannot be told apart.
+    /// A run minus the first one; `None` where contexts cannot be distinguished.
     fn difference(&self, run: usize) -> Option<Difference> {
         let shared: Vec<_> = self.tasks[0]
             .iter()
@@ -331,8 +332,8 @@ pub fn budgets(runs: &[Run]) -> Option<Budgets> {
     })
 }
 
-/// How far the mapper leads each other method of one evaluation, paired over its contexts: method, ratio, mapper minus
-/// method in shares of the score. The draws are those of the evaluation.
+/// How far the mapper leads each other method of one evaluation, paired over its contexts: method, ratio,
+/// mapper minus method in shares of the score. The draws are those of the evaluation.
 pub fn mapper_lead(
     answers: &Answers,
     task: &str,

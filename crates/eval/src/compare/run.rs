@@ -16,7 +16,7 @@ use crate::results::Results;
 
 /// One evaluated run.
 pub struct Run {
-    /// What tables call it.
+    /// Name in tables.
     pub name: String,
     pub folder: PathBuf,
     pub results: Results,

@@ -1,4 +1,4 @@
-//! Comparisons of made-up runs, whose differences are known.
+//! Comparisons of synthetic runs with known differences.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use crate::results::{
 const RATIOS: [f64; 2] = [0.1, 0.05];
 const QUESTIONS: usize = 4;
 
-/// How many of a context's questions the mapper answers at [`RATIOS`].
+/// Number of a context's questions that the mapper answers at [`RATIOS`].
 type Right = [usize; 2];
 
 fn results(target: &str) -> Results {

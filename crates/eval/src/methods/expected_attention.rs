@@ -1,11 +1,13 @@
-//! Expected Attention: the attention that the next queries are expected to pay, from the statistics of those so far.
+//! Expected Attention: the attention that the next queries are expected to pay, from the statistics of those
+//! so far.
 //!
-//! Queries before their rotation are taken for draws from one normal distribution per head. Rotated to the positions that come
-//! next and averaged over them, its mean and covariance give the expected attention weight of every key. Both are sums over
-//! positions, so a [`QueryMoments`] needs one matrix per head however long the context is.
+//! Queries before their rotation are taken for draws from one normal distribution per head. Rotated to the
+//! positions that come next and averaged over them, its mean and covariance give the expected attention
+//! weight of every key. Both are sums over positions, so a [`QueryMoments`] needs one matrix per head however
+//! long the context is.
 //!
-//! Dimension key: q query head, h KV head, g query heads per KV head, s new token, k cached position (prefix and context, sinks
-//! left out), d and e head_dim, t context position.
+//! Dimension key: q query head, h KV head, g query heads per KV head, s new token, k cached position (prefix
+//! and context, sinks left out), d and e head_dim, t context position.
 
 use anyhow::{Result, ensure};
 use pkv_lm::{LayerView, RopeConfig, Tap};
@@ -30,7 +32,8 @@ pub const METHOD: Method = Method {
 
 /// Positions after the context that queries are expected at.
 const FUTURE: i64 = 512;
-/// First positions, of the prefix where there is one: always kept, and neither their queries nor their keys count.
+/// First positions, of the prefix where there is one: always kept, and neither their queries nor their keys
+/// count.
 const SINKS: i64 = 4;
 
 /// Sums over the queries of a context, before their rotation.
@@ -43,7 +46,7 @@ struct QueryMoments {
 /// Of one layer, f64.
 struct Moments {
     queries: i64,
-    /// What products of queries and keys are multiplied with.
+    /// Scale of products of queries and keys.
     scale: f64,
     sum_qd: Tensor,
     sum_qde: Tensor,
@@ -73,8 +76,8 @@ impl Tap for QueryMoments {
 }
 
 impl QueryMoments {
-    /// Cosine and sine at each of `positions` from `first` on, f32 `[positions, head_dim / 2]`; the same numbers that the
-    /// model rotates by.
+    /// Cosine and sine at each of `positions` from `first` on, f32 `[positions, head_dim / 2]`; the same
+    /// numbers that the model rotates by.
     fn rotation(&self, first: i64, positions: i64, device: Device) -> [Tensor; 2] {
         let frequencies_d =
             Tensor::from_slice(&self.rope.frequencies(self.head_dim)).to_kind(Kind::Float).to_device(device);
@@ -93,7 +96,8 @@ impl QueryMoments {
         back / self.rope.attention_factor()
     }
 
-    /// The mean rotation over the positions from `first` on, f64 `[d, e]`: a query times its transpose is rotated.
+    /// The mean rotation over the positions from `first` on, f64 `[d, e]`: a query times its transpose is
+    /// rotated.
     fn mean_rotation(&self, first: i64, device: Device) -> Tensor {
         let factor = self.rope.attention_factor();
         let [cos_dd, sin_dd] = self.rotation(first, FUTURE, device).map(|x| {
@@ -130,8 +134,9 @@ impl Watch for QueryMoments {
 impl Moments {
     /// Scores of one layer's keys.
     ///
-    /// The expected weight of key k is exp(s mean . k + s^2 k' covariance k / 2), s being the scale of products, relative to all keys; its mean over a
-    /// KV head's query heads is multiplied with the value's norm.
+    /// The expected weight of key k is exp(s mean . k + s^2 k' covariance k / 2), s being the scale of
+    /// products, relative to all keys; its mean over a KV head's query heads is multiplied with the value's
+    /// norm.
     ///
     /// # Shapes
     /// - `rotation_de`: f64, the mean rotation of later positions
@@ -139,10 +144,11 @@ impl Moments {
     /// - returns f32 `[KV heads, k]`
     ///
     /// # Source
-    /// Expected Attention (arXiv 2510.00636); `presses/expected_attention_press.py` in NVIDIA/kvpress 0.5.5 with its defaults
-    /// (512 positions, 4 sinks, covariance, value norms, epsilon 0). Differs: queries are rotated back by the angles that the
-    /// model rotated them by instead of projected a second time, moments are f64 and summed chunk by chunk, all else is f32
-    /// whatever the model's kind; a context of sinks alone is kept, where kvpress stops.
+    /// Expected Attention (arXiv 2510.00636); `presses/expected_attention_press.py` in NVIDIA/kvpress 0.5.5
+    /// with its defaults (512 positions, 4 sinks, covariance, value norms, epsilon 0). Differs: queries are
+    /// rotated back by the angles that the model rotated them by instead of projected a second time, moments
+    /// are f64 and summed chunk by chunk, all else is f32 whatever the model's kind; a context of sinks alone
+    /// is kept, where kvpress stops.
     fn scores(&self, rotation_de: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor) -> Result<Tensor> {
         let (kv_heads, keys, _) = k_hkd.size3()?;
         if keys == 0 {

@@ -1,7 +1,8 @@
-//! The head prior: stronger KV heads before weaker ones, positions of a head at random.
+//! The head prior: KV heads in order of their mean label, positions of a head at random.
 //!
-//! The floor that a claim must clear: it knows nothing of the context. A head's strength is its mean training label. The means
-//! are of the raw log-odds, since pooling along positions says nothing of a head.
+//! A lower bound for every method: it uses nothing of the context. A head's strength is its mean training
+//! label. The means are of the raw log-odds, since pooling along positions does not change the order of
+//! heads.
 //!
 //! Dimension key: o target KV head, t position.
 
@@ -17,7 +18,7 @@ use super::training::TrainingContext;
 pub const METHOD: Method = Method {
     name: MethodName::HEAD_PRIOR,
     label: "head prior",
-    meaning: "each KV head's mean training score, positions at random: the floor that any claim must clear",
+    meaning: "each KV head's mean training score, positions at random: a lower bound for any method",
     needs: Needs::NOTHING,
     start: |_| Start::fit(Means::default()),
 };

@@ -1,9 +1,9 @@
 //! IAM-style rigid alignment: each target head takes over one proxy head.
 //!
-//! IAM (arXiv 2507.11953) lets a small model's attention stand for a large one's by matching their
-//! heads. Here the match is fitted on training examples: every target head takes the proxy head
-//! whose channel ranks positions most like the target's labels, and its values are carried to the
-//! label's scale by quantile matching, so that heads can compete for one budget.
+//! IAM (arXiv 2507.11953) replaces a large model's attention by a small one's, by matching their heads. Here
+//! the match is fitted on training examples: every target head takes the proxy head whose channel ranks
+//! positions most like the target's labels, and its values are carried to the label's scale by quantile
+//! matching, so that heads can compete for one budget.
 //!
 //! Dimension key: p proxy KV head, o target KV head, n sampled position, u quantile, t position.
 

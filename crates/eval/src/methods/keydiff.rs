@@ -13,7 +13,7 @@ use super::method::{Method, Needs, Ready};
 pub const METHOD: Method = Method {
     name: MethodName::of("keydiff"),
     label: "KeyDiff",
-    meaning: "how little a key resembles the mean key of its head; no attention is looked at",
+    meaning: "how dissimilar a key is to the mean key of its head; uses no attention",
     needs: Needs::PREFILL,
     start: |_| {
         Ready::scores(|view| {

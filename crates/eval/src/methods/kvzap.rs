@@ -1,19 +1,21 @@
 //! KVzap-style scorers: scores from the target's own hidden states, layer by layer.
 //!
-//! The learned competitor of a mapper. A scorer per layer reads what the layer's attention reads, and predicts the log-odds of
-//! KVzip's scores of the layer's KV heads: a linear map, or a network with one hidden layer. It needs no second model, only
-//! the target's own prefill. How the scorers are fitted is [`fit`]'s business.
+//! A learned alternative to the mapper. One scorer per layer reads the input of the layer's attention and
+//! predicts the log-odds of KVzip's scores of the layer's KV heads: a linear map, or a network with one
+//! hidden layer. It needs no second model, only the target's own prefill. [`fit`] fits the scorers.
 //!
 //! # Source
-//! KVzap (arXiv 2601.07891; NVIDIA/kvpress, `kvzap/train.py` and `data.py`): ridge regression with penalty 1, or one hidden
-//! layer of 512 with GELU, AdamW at 5e-3 with a cosine, batches of 512, gradients clipped to 1, from the attention's input.
-//! Differs: the targets are the recipe's labels, pooled as the mapper's are, on the log-odds scale, where KVzap takes the log of
-//! KVzip+; a network sees at most 65,536 positions of a layer ([`sample`]), where KVzap samples up to 2.25 million; no part of
-//! the sample is held out; the contexts are the mapper's training contexts, so that both learn from the same labels; pruning is
-//! by the budgets of all methods here, where KVzap serves by a threshold. Its scoring is timed inside the target's prefill,
-//! where it happens.
+//! KVzap (arXiv 2601.07891; NVIDIA/kvpress, `kvzap/train.py` and `data.py`): ridge regression with penalty 1,
+//! or one hidden layer of 512 with GELU, AdamW at 5e-3 with a cosine, batches of 512, gradients clipped to 1,
+//! from the attention's input. Differs: the targets are the recipe's labels, pooled as the mapper's are, on
+//! the log-odds scale, where KVzap takes the log of KVzip+; a network sees at most 65,536 positions of a
+//! layer ([`sample`]), where KVzap samples up to 2.25 million; no part of the sample is held out; the
+//! contexts are the mapper's training contexts, so that both learn from the same labels; pruning is by the
+//! budgets of all methods here, where KVzap serves by a threshold. Its scoring is timed inside the target's
+//! prefill, where it happens.
 //!
-//! Dimension key: l target layer, h target KV head, m hidden, w hidden units of the scorer, s new tokens, t context position.
+//! Dimension key: l target layer, h target KV head, m hidden, w hidden units of the scorer, s new tokens, t
+//! context position.
 
 mod fit;
 mod network;

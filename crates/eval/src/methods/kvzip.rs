@@ -8,7 +8,7 @@ use super::method::{Method, Needs, Ready};
 pub const RAW: Method = Method {
     name: MethodName::KVZIP,
     label: "KVzip",
-    meaning: "the oracle: the target repeats its context and shows what it looked at; this is what the mapper learnt from",
+    meaning: "the oracle: attention of the target while it repeats its context; the mapper is trained on these scores",
     needs: Needs::LABELS,
     start: |_| Ready::scores(|view| Ok(view.labels()?.shallow_clone())).start(),
 };

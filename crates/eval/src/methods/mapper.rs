@@ -12,7 +12,7 @@ use super::method::{Method, Needs, Ready};
 pub const METHOD: Method = Method {
     name: MethodName::MAPPER,
     label: "mapper",
-    meaning: "the trained network: attention of the proxy or the target's own prefill in, the target's scores out",
+    meaning: "the trained network: from features of the proxy's or the target's prefill to the target's scores",
     needs: Needs::FEATURES,
     start: |setup| {
         let mapper = setup.mapper;

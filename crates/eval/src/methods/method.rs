@@ -15,32 +15,32 @@ pub struct Method {
     pub name: MethodName,
     /// For readers of tables and charts.
     pub label: &'static str,
-    /// What it does, in a sentence without its name.
+    /// Its meaning, in a sentence without its name.
     pub meaning: &'static str,
     pub needs: Needs,
     /// Get ready to score, or to learn from the training contexts first.
     ///
     /// # Errors
-    /// What it needs cannot be had.
+    /// Its inputs are not available.
     pub(crate) start: for<'a> fn(&Setup<'a>) -> Result<Start<'a>>,
 }
 
 impl Method {
-    /// Does it look at KVzip's own scores? They cost what a mapper avoids: such a method is compared with, not competed
-    /// with.
+    /// Does it look at KVzip's own scores? They cost what a mapper avoids: such a method is compared with,
+    /// not competed with.
     pub const fn is_oracle(&self) -> bool {
         self.needs.labels
     }
 }
 
-/// What must be computed of a context before a method can score it.
+/// Inputs of a method that must be computed for each context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     /// KVzip's scores.
     pub labels: bool,
     /// The features that the recipe names.
     pub features: bool,
-    /// The target's prefill: its cache, and what a [`Watch`] sees on the way.
+    /// The target's prefill: its cache, and what a `Watch` sees on the way.
     pub prefill: bool,
 }
 
@@ -91,7 +91,7 @@ pub(crate) trait Fit<'a> {
 /// A method that can score contexts.
 pub(crate) struct Ready<'a> {
     pub scoring: Scoring<'a>,
-    /// What a reader of its results should know, such as what it was fitted on.
+    /// Note for readers of its results, such as the data it was fitted on.
     pub note: Option<String>,
 }
 

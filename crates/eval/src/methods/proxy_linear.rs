@@ -1,4 +1,4 @@
-//! Ridge regression from one kind of channel alone, the nearest to a score, and which that is.
+//! Ridge regression from the one kind of channel that is nearest to a score, and the choice of that channel.
 
 use anyhow::{Context, Result};
 use pkv_core::Channel;
@@ -20,7 +20,7 @@ pub const METHOD: Method = Method {
     },
 };
 
-/// The channel that stands for the proxy's own opinion: its reconstruction, else its strongest attention.
+/// The channel that represents the proxy's own opinion: its reconstruction, else its strongest attention.
 ///
 /// # Errors
 /// There is no channel.
@@ -39,7 +39,7 @@ pub fn opinion(channels: &[Channel]) -> Result<(usize, Channel)> {
     found.or(first).context("the features have no channel")
 }
 
-/// All reconstruction channels, or the one that stands for the proxy's opinion without them.
+/// All reconstruction channels, or the one that represents the proxy's opinion without them.
 fn proxy_slots(channels: &[Channel]) -> Result<Vec<usize>> {
     let recon: Vec<usize> =
         channels.iter().enumerate().filter(|(_, c)| c.is_reconstruction()).map(|(i, _)| i).collect();

@@ -1,4 +1,4 @@
-//! Positions and heads at random: what a ranking is worth that knows nothing.
+//! Random positions and heads: the value of a ranking without information.
 //!
 //! Dimension key: t position.
 

@@ -70,7 +70,7 @@ impl RidgeFit {
         Ok(Self { seen, dims, ridge: mapper.section().ridge, stats: seen_stats, sums, note: None })
     }
 
-    /// What a reader of the results should know of it.
+    /// A note for readers of the results.
     pub fn noted(self, note: String) -> Self {
         Self { note: Some(note), ..self }
     }

@@ -1,4 +1,4 @@
-//! The methods that were asked for: started, fitted in one pass over the training contexts, and run on a context.
+//! The requested methods: started, fitted in one pass over the training contexts, and run on each context.
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
@@ -51,7 +51,7 @@ impl<'a> Methods<'a> {
         Ok(Self { chosen: ready, notes })
     }
 
-    /// What a reader of the results should know of single methods.
+    /// Notes on single methods for readers of the results.
     pub fn notes(&self) -> &[MethodNote] {
         &self.notes
     }
@@ -61,7 +61,7 @@ impl<'a> Methods<'a> {
         self.chosen.iter().fold(Needs::NOTHING, |all, (method, _)| all.and(method.needs))
     }
 
-    /// Those that look on while the target prefills a context, for one context.
+    /// The methods that watch the target's prefill of one context.
     pub fn watches(&self) -> Watches<'a> {
         let watch = |(_, scoring): &(&Method, Scoring<'a>)| match scoring {
             Scoring::Watching(watch) => Some(watch()),

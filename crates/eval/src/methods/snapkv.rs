@@ -18,7 +18,7 @@ use super::view::ContextView;
 pub const METHOD: Method = Method {
     name: MethodName::SNAPKV,
     label: "SnapKV",
-    meaning: "what the last tokens of the context attend to; the question is not known yet",
+    meaning: "attention of the last tokens of the context; the question is not known yet",
     needs: Needs::PREFILL,
     start: |_| Ready::watches(QueryTail::default).start(),
 };
@@ -32,7 +32,7 @@ const POOL: i64 = 5;
 #[derive(Default)]
 struct QueryTail {
     layers_qwd: Vec<Tensor>,
-    /// What products of queries and keys are multiplied with.
+    /// Scale of products of queries and keys.
     scale: f64,
 }
 

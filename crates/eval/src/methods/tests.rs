@@ -20,7 +20,8 @@ use super::view::{ContextView, Draw};
 use super::{Methods, REGISTRY, check, random};
 use crate::clock::Clock;
 
-/// What holds each method: its authors' scores, or the test that has a naive version or a property that defines it.
+/// Reference of each method: its authors' scores, or the test that has a naive version or a property that
+/// defines it.
 const HELD_BY: [(&str, &str, &str); 14] = [
     ("mapper", "../mapper/tests/goldens.rs", "fn the_forward_agrees"),
     ("kvzip", "../score/tests/score/goldens.rs", "fn nano_target"),
@@ -42,7 +43,7 @@ const HELD_BY: [(&str, &str, &str); 14] = [
     ("random", "src/methods/random.rs", "fn numbers_are_spread_evenly"),
 ];
 
-/// What stays of `scores` `[heads, positions]` when they compete for `ratio` of all pairs.
+/// Pairs kept of `scores` `[heads, positions]` when they compete for `ratio` of all pairs.
 pub fn kept(scores: &Tensor, ratio: f64) -> Vec<Vec<i64>> {
     let mask = keep_mask(scores, Policy::Pair, RetentionRatio::new(ratio).unwrap());
     (0..scores.size()[0])

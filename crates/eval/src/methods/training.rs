@@ -1,6 +1,7 @@
-//! What methods get to start and to learn from: the models, and the training examples with their labels and features.
+//! Inputs with which methods start and learn: the models, and the training examples with labels and features.
 //!
-//! Methods that learn are fitted to what the mapper is trained on: log-odds of KVzip's scores, span-pooled as the recipe says.
+//! Methods that learn are fitted to what the mapper is trained on: log-odds of KVzip's scores, span-pooled as
+//! the recipe says.
 //!
 //! Dimension key: o target KV head, p proxy KV head, c channel, t context position.
 
@@ -20,7 +21,7 @@ use tch::{Device, Tensor};
 /// Training contexts that methods learn from; more of them change nothing in the third digit.
 const MAX_CONTEXTS: u64 = 512;
 
-/// What methods may look at before they score.
+/// Inputs with which methods start.
 pub struct Setup<'a> {
     pub target: Target<'a>,
     /// Linear methods share its standardization and ridge penalty.
@@ -57,7 +58,7 @@ impl Target<'_> {
     }
 }
 
-/// Where the training examples are.
+/// The training examples.
 pub struct TrainingSet<'a> {
     pub examples: &'a ExampleRows,
     /// Rows of the training split.
@@ -76,7 +77,7 @@ pub struct TrainingContext {
 }
 
 impl TrainingSet<'_> {
-    /// How many contexts methods learn from.
+    /// Number of contexts that methods learn from.
     pub fn contexts(&self) -> u64 {
         (self.rows.end - self.rows.start).min(MAX_CONTEXTS)
     }

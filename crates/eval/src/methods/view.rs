@@ -1,4 +1,4 @@
-//! What a method sees of one context.
+//! The data of one context that a method may read.
 //!
 //! Dimension key: l target layer, h target KV head, t context position.
 
@@ -20,7 +20,7 @@ pub struct Draw<'a> {
 pub struct ContextView<'a> {
     /// Layers, KV heads and positions.
     pub size_lht: [i64; 3],
-    /// Where scores are wanted.
+    /// Device of the scores.
     pub device: Device,
     pub seed: Seed,
     pub draw: Draw<'a>,
@@ -28,7 +28,8 @@ pub struct ContextView<'a> {
     pub label_lht: Option<&'a Tensor>,
     /// Raw features.
     pub features: Option<&'a ContextFeatures>,
-    /// The target's cache, nothing but the chat template's prefix and the context in it, and the tokens of the prefix.
+    /// The target's cache, nothing but the chat template's prefix and the context in it, and the tokens of
+    /// the prefix.
     pub prefilled: Option<(&'a KvCache, usize)>,
 }
 

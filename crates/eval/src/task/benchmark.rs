@@ -1,5 +1,5 @@
-//! A task of a standard benchmark: its texts in tokens. Drift is measured along the full cache's own answer, which needs no
-//! right one to be unique. What an answer is worth is `pkv-tasks`'.
+//! A task of a standard benchmark, tokenized. Drift is measured along the full cache's own answer, because
+//! the right answer need not be unique. Scores of answers are defined by `pkv-tasks`.
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
@@ -57,7 +57,8 @@ struct Tokenized {
 /// Tokenize an example; of a prompt above `prompt_tokens` the middle is cut out of the context.
 ///
 /// # Errors
-/// A text cannot be encoded, nothing of the context is left, or it is a conversation and the chat template takes none.
+/// A text cannot be encoded, nothing of the context is left, or it is a conversation and the chat template
+/// takes none.
 fn tokenize(e: &Example, prompt_tokens: Option<usize>, tokenizer: &TextTokenizer) -> Result<Tokenized> {
     let mut context = tokenizer.encode(&e.context)?;
     let mut prompts: Vec<Vec<u32>> = Vec::with_capacity(e.turns.len());

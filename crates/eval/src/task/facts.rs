@@ -47,7 +47,7 @@ impl<'a> Facts<'a> {
         }
     }
 
-    /// What decides about the contexts.
+    /// Settings that determine the contexts.
     pub fn planted(section: &EvalSection, contexts: &[FactContext]) -> Value {
         json!({
             "context_tokens": section.context_tokens,
@@ -106,8 +106,8 @@ impl Task for Facts<'_> {
     }
 }
 
-/// A hash of all that is in a context. How many there are changes none of them, so the first one stands for all: it
-/// changes with the documents, the lists of words and the places of facts.
+/// A hash of all that is in a context. How many there are changes none of them, so the first one represents
+/// all: it changes with the documents, the lists of words and the places of facts.
 fn content(context: &FactContext) -> String {
     let asked = |q: &FactQuestion| format!("{:?} {} {}", q.fact, q.question_text, q.answer_text);
     let questions: Vec<String> = context.questions.iter().map(asked).collect();

@@ -29,7 +29,7 @@ fn answers_equal_greedy_decoding_one_question_at_a_time() {
     nano.section.answer_ratios = vec![1.0, 0.3, 0.2, 0.1, 0.05];
     nano.section.tasks.truncate(1);
     let found = answers(&nano, "exact");
-    assert_eq!(found.len(), 2 * 3 * (1 + 2 * 3 * 5));
+    assert_eq!(found.len(), 2 * 3 * (1 + 2 * Policy::OF_SCORES.len() * 5));
     let mut wrong = 0;
     for (c, context) in nano.contexts.iter().enumerate() {
         let ratios = &nano.section.answer_ratios;

@@ -87,7 +87,7 @@ fn benchmarks_are_answered_from_the_same_caches_and_continued() {
     let ruler: &AnswerResults = of("niah_single_1");
     assert_eq!((ruler.contexts, ruler.questions, ruler.cut), (2, 2, Some(0)));
     assert!(ruler.mean_context_tokens.is_some_and(|n| n > 200.0 && n < 352.0), "{ruler:?}");
-    // Parts of a task are scored apart, and the second turn is answered behind the first.
+    // Parts of a task are scored apart, and the second turn is answered after the first.
     let (first, second) = (of("talk/silver lantern"), of("talk/old tower"));
     assert_eq!((first.questions, second.questions, first.cut), (2, 2, Some(2)));
     for b in &results.benchmarks {

@@ -1,7 +1,8 @@
 //! What an earlier version stored is read, summed up to the same bytes, and added to.
 //!
-//! `tests/stored/` was written by version 0.1.0 before answers of facts and of benchmarks had one form. To make it anew with
-//! another version: `PKV_STORE=<folder> cargo test -p pkv-eval --test main -- --ignored make_stored`.
+//! `tests/stored/` was written by version 0.1.0 before answers of facts and of benchmarks had one form. To
+//! make it anew with another version: `PKV_STORE=<folder> cargo test -p pkv-eval --test main -- --ignored
+//! make_stored`.
 
 use std::fs;
 use std::path::{Path, PathBuf};

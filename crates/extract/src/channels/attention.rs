@@ -1,6 +1,6 @@
-//! The channels of attention statistics: which queries each reads, and what it makes of their weights.
+//! The channels of attention statistics: the queries of each, and how it reduces their weights.
 //!
-//! The maths is `statistics`', which computes all of them in one sweep.
+//! `statistics` computes all of them in one pass.
 
 use pkv_core::Channel;
 

@@ -1,4 +1,5 @@
-//! KeyDiff's score: how little a key resembles the mean key of its head. Also the baseline `keydiff` of `eval`.
+//! KeyDiff's score: how dissimilar a key is to the mean key of its head. Also the baseline `keydiff` of
+//! `eval`.
 //!
 //! Dimension key: h KV head, k cached position (prefix and context), d head_dim, t context position.
 
@@ -16,15 +17,17 @@ const SHORTEST: f64 = 1e-12;
 /// Minus the cosine between each key and the mean of its head's normalized keys, in one layer.
 ///
 /// # Shapes
-/// - `k_hkd`: `[KV heads, positions, head_dim]`: the chat template's prefix (`prefix` positions) and then the context
+/// - `k_hkd`: `[KV heads, positions, head_dim]`: the chat template's prefix (`prefix` positions) and then the
+///   context
 /// - returns `[KV heads, context positions]`, f32 in [-1, 1]
 ///
 /// # Errors
 /// There is no context.
 ///
 /// # Source
-/// KeyDiff (arXiv 2504.15364); `presses/keydiff_press.py` in NVIDIA/kvpress 0.5.5, which scores the whole prompt at once, as
-/// here. Differs: cosines in f32 whatever the cache's kind; the paper evicts block by block while it reads.
+/// KeyDiff (arXiv 2504.15364); `presses/keydiff_press.py` in NVIDIA/kvpress 0.5.5, which scores the whole
+/// prompt at once, as here. Differs: cosines in f32 whatever the cache's kind; the paper evicts block by
+/// block while it reads.
 pub fn key_diff(k_hkd: &Tensor, prefix: usize) -> Result<Tensor> {
     let positions = k_hkd.size3()?.1;
     let context = positions - prefix as i64;

@@ -1,12 +1,15 @@
-//! The replay that is never run: a scoring chunk's own queries, moved to where its repeat would be, against its keys.
+//! An estimate of KVzip's score without the repeat: a scoring chunk's own queries, rotated to the positions
+//! of its repeat, against its keys.
 //!
-//! KVzip scores a chunk by the queries of its repeat, which needs one more forward of the chunk. The prefill's queries of the
-//! same tokens are there already. In the repeat, all tokens of a chunk are the same number of positions further on, so one
-//! rotation moves them: here of the keys, which are fewer, the other way. What stays out is what the repeat's hidden states
-//! have learned from the context, the request's own rows, and the other keys that they see.
+//! KVzip scores a chunk by the queries of its repeat, which needs one more forward of the chunk. The
+//! prefill's queries of the same tokens are there already. In the repeat, all tokens of a chunk are the same
+//! number of positions further on, so one rotation moves them: here of the keys, which are fewer, the other
+//! way. Not included are the change of hidden states in the repeat, the request's own rows, and the other
+//! keys that they attend to.
 //!
-//! Dimension key: h KV head, g query heads per KV head, q query head (h x g), s positions of the scoring chunk as queries,
-//! t as keys, r rows (query heads of a group x positions) of a block, d head_dim. The kernels' rows r are positions.
+//! Dimension key: h KV head, g query heads per KV head, q query head (h x g), s positions of the scoring
+//! chunk as queries, t as keys, r rows (query heads of a group x positions) of a block, d head_dim. The
+//! kernels' rows r are positions.
 
 use std::ops::Range;
 
@@ -28,7 +31,7 @@ pub(super) const MEAN: Entry = Entry {
     compute: Compute::ScoringChunk(|scores| (&scores.mean_ht + MEAN_FLOOR).log()),
 };
 
-/// What a chunk's queries see of its keys.
+/// Attention of a chunk's queries to its keys.
 pub struct UnrunScores {
     /// `[KV heads, t]`, f32 in `[0, 1]`: the strongest weight over the chunk's queries and the query group.
     pub max_ht: Tensor,
@@ -36,7 +39,8 @@ pub struct UnrunScores {
     pub mean_ht: Tensor,
 }
 
-/// Softmax weights of every query over all keys, products scaled by `scale`, and their maximum and mean per key.
+/// Softmax weights of every query over all keys, products scaled by `scale`, and their maximum and mean per
+/// key.
 ///
 /// # Shapes
 /// - `q_qsd`: `[query heads, s, head_dim]`; query heads of one KV head are neighbours
@@ -95,7 +99,8 @@ pub fn fused_unrun_scores(of: Products, chunks: &[ScoreRows]) -> Result<UnrunSco
     Ok(scores)
 }
 
-/// Gathers the queries of scoring chunks, layer by layer, and scores each chunk when its last token has been read.
+/// Gathers the queries of scoring chunks, layer by layer, and scores each chunk when its last token has been
+/// read.
 pub(crate) struct UnrunReplay {
     prefix: usize,
     chunks: Vec<Chunk>,
@@ -124,8 +129,8 @@ impl UnrunReplay {
         }
     }
 
-    /// Take a layer's new queries; `write` gets context positions and the scores of the chunks there, which are complete now.
-    /// `fused`: the kernels serve.
+    /// Take a layer's new queries; `write` gets context positions and the scores of the chunks there, which
+    /// are complete now. `fused`: the kernels serve.
     pub fn layer(
         &mut self,
         view: &LayerView,
@@ -137,7 +142,8 @@ impl UnrunReplay {
         let from = view.start.saturating_sub(prefix);
         let end = (view.start + view.q_qsd.size()[1] as usize).saturating_sub(prefix);
         let k_htd = |at: &Range<usize>| view.k_hkd.narrow(1, (prefix + at.start) as i64, at.len() as i64);
-        // Query rows, of which the first is at context position `first`, and neighbouring chunks that lie in them.
+        // Query rows, of which the first is at context position `first`, and neighbouring chunks that lie in
+        // them.
         let mut score = |q_rqd: &Tensor, first: usize, chunks: &[&Chunk]| -> Result<()> {
             if fused {
                 let at = chunks[0].at.start..chunks[chunks.len() - 1].at.end;

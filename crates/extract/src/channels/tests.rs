@@ -7,7 +7,7 @@ use pkv_core::{Channel, Pass};
 
 use super::{Compute, REGISTRY};
 
-/// What holds each channel: the test's file, and the line of it that has the channel's definition.
+/// Reference of each channel: the test's file, and the line of it that has the channel's definition.
 const HELD_BY: [(Channel, &str, &str); 16] = [
     (Channel::MaxAll, "reference.rs", "Channel::MaxAll |"),
     (Channel::MeanAll, "reference.rs", "Channel::MeanAll |"),

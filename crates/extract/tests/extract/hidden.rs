@@ -1,4 +1,5 @@
-//! The channel of hidden states: its fit against least squares in f64 by another way, its values against the map.
+//! The channel of hidden states: its fit against least squares in f64 by another way, its values against the
+//! map.
 
 use std::path::Path;
 

@@ -52,7 +52,8 @@ impl Nano {
     }
 }
 
-/// Every channel but the fitted one, which `hidden` holds; sizes small enough for short texts to have all kinds of positions.
+/// Every channel but the fitted one, which `hidden` holds; sizes small enough for short texts to have all
+/// kinds of positions.
 fn extract() -> ExtractSection {
     ExtractSection {
         channels: Channel::ALL.iter().rev().filter(|c| !c.is_fitted()).copied().collect(),
@@ -360,7 +361,7 @@ fn a_stream_settles_what_no_later_token_changes() {
     let norms = [Channel::ValueNorm];
     let with_last = [Channel::MaxWindow, Channel::MeanLast];
     let all = extract().channels;
-    // Positions settled behind what was read; the whole context where it must be read to its end.
+    // Positions settled at each point of reading; the whole context where it must be read to its end.
     for (channels, behind) in [(&local[..], 16), (&norms, 0), (&with_last, 90), (&all, 90)] {
         let extract = ExtractSection { channels: channels.to_vec(), prefill_chunk_tokens: 23, ..extract() };
         let expected = nano.features(&extract, &context);

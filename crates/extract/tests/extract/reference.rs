@@ -7,7 +7,7 @@ pub struct Reference {
     pub heads: usize,
     pub group: usize,
     pub head_dim: usize,
-    /// What products of queries and keys are multiplied with.
+    /// Scale of products of queries and keys.
     pub scale: f64,
     pub prefix: usize,
     pub context: usize,

@@ -1,4 +1,5 @@
-//! The replay that is never run: its softmax against loops in f64, and its place against a repeat that is run.
+//! The replay that is never run: its softmax against loops in f64, and its place against a repeat that is
+//! run.
 
 use std::ops::Range;
 use std::path::Path;
@@ -85,8 +86,8 @@ impl RepeatTap for First {
     }
 }
 
-/// Before the first layer no token has seen another, so a repeat that is run has the same queries there, but for their
-/// positions.
+/// Before the first layer no token has seen another, so a repeat that is run has the same queries there, but
+/// for their positions.
 #[test]
 fn queries_are_moved_to_where_the_repeat_has_them() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/target");
@@ -129,8 +130,8 @@ impl Tap for All {
     }
 }
 
-/// Prefill chunks that cut scoring chunks, hold several, and end within the prefix; on a GPU the kernels in 16-bit kinds,
-/// from the same queries and keys.
+/// Prefill chunks that cut scoring chunks, hold several, and end within the prefix; on a GPU the kernels in
+/// 16-bit kinds, from the same queries and keys.
 #[test]
 fn chunks_are_scored_by_their_own_queries_however_the_prefill_is_cut() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/target");

@@ -1,7 +1,7 @@
 //! Cross-attention over the proxy heads of a position: `kernels/cross.cu`.
 //!
-//! What the numbers mean is `mapper`'s subject; how they are put together with libtorch's autograd is `csrc/train.cpp`'s,
-//! which calls the two functions here.
+//! `mapper` defines the computation; `csrc/train.cpp` connects it to libtorch's autograd and calls the two
+//! functions here.
 
 use std::ffi::c_int;
 
@@ -22,12 +22,12 @@ const MOST_SHARED: usize = 160 * 1024;
 /// Blocks that sum gradients of the weights: four per multiprocessor of an H100.
 const WEIGHT_BLOCKS: usize = 528;
 
-/// What the shim calls.
+/// Functions that the shim calls.
 static KERNELS: CrossKernels = CrossKernels { forward, backward, gradients };
 
-/// The kernels, if they can work on tokens `[b, p, t, d]` and `rows` rows of both weights: CUDA from compute capability
-/// 8.0 on, bf16 or f16, or f32 where TF32 is allowed; d a multiple of 16 up to 64, rows a multiple of 8, and a position's
-/// tokens fit a block.
+/// The kernels, if they can work on tokens `[b, p, t, d]` and `rows` rows of both weights: CUDA from compute
+/// capability 8.0 on, bf16 or f16, or f32 where TF32 is allowed; d a multiple of 16 up to 64, rows a multiple
+/// of 8, and a position's tokens fit a block.
 pub fn cross_kernels(tokens_bptd: &Tensor, rows: i64) -> Option<&'static CrossKernels> {
     let Device::Cuda(gpu) = tokens_bptd.device() else { return None };
     let size = tokens_bptd.size();

@@ -1,11 +1,11 @@
 //! Attention of one new token per sequence over KV heads of different lengths: `kernels/decode.cu`.
 //!
-//! Decoding reads every key and value once and does little with them, so the memory sets its pace. One launch does a layer:
-//! blocks share all segments' rows evenly, whatever the segments' lengths, and the last block of a segment merges what the
-//! others found.
+//! Decoding reads every key and value once and computes little with them, so it is bound by memory bandwidth.
+//! One launch does a layer: blocks share all segments' rows evenly, whatever the segments' lengths, and the
+//! last block of a segment merges what the others found.
 //!
-//! Dimension key: b sequence, q query head, x segment (sequence x KV head, sequence-major), n row of packed keys and values,
-//! d head_dim.
+//! Dimension key: b sequence, q query head, x segment (sequence x KV head, sequence-major), n row of packed
+//! keys and values, d head_dim.
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
@@ -19,8 +19,8 @@ const UNIT_KEYS: usize = 16;
 /// The last block of a segment holds two numbers for every other one's part in shared memory.
 const MAX_BLOCKS: usize = 384;
 
-/// Is there a kernel for such attention? CUDA from compute capability 8.0 on, bf16 or f16, head_dim 64, 96, 128 or 256, at
-/// most 16 query heads per KV head and 1,024 segments.
+/// Is there a kernel for such attention? CUDA from compute capability 8.0 on, bf16 or f16, head_dim 64, 96,
+/// 128 or 256, at most 16 query heads per KV head and 1,024 segments.
 pub fn has_decode(device: Device, kind: Kind, head_dim: i64, group: usize, segments: usize) -> bool {
     let Device::Cuda(gpu) = device else { return false };
     Variant::bf16(kind).is_some()
@@ -55,7 +55,7 @@ pub struct Segments<'a> {
     pub lengths_x: &'a Tensor,
 }
 
-/// What blocks leave for each other: for launches of one shape on one stream, one after the other.
+/// Workspace that blocks share, for consecutive launches of one shape on one stream.
 #[derive(Debug)]
 pub struct DecodeSpace {
     parts: Tensor,
@@ -94,12 +94,13 @@ impl DecodeSpace {
 
 /// Attention of one new token per sequence over all rows of its segments.
 ///
-/// Where segments lie is the caller's word: their rows are not checked against the keys', which would wait for the GPU.
-/// `rows`, those of all segments together, only sets how many blocks share the work. `scale` is what products of queries
-/// and keys are multiplied with.
+/// Where segments lie is the caller's word: their rows are not checked against the keys', which would wait
+/// for the GPU. `rows`, those of all segments together, only sets how many blocks share the work. `scale` is
+/// what products of queries and keys are multiplied with.
 ///
 /// # Shapes
-/// - `q_bqd`: `[sequences, query_heads, head_dim]`, bf16 or f16, CUDA; heads contiguous, sequences any even stride apart
+/// - `q_bqd`: `[sequences, query_heads, head_dim]`, bf16 or f16, CUDA; heads contiguous, sequences any even
+///   stride apart
 /// - returns `[sequences, query_heads, head_dim]`, contiguous, same kind; zeros where a segment is empty
 ///
 /// # Errors
@@ -257,7 +258,7 @@ mod tests {
     }
 
     fn check(on: Device, kind: Kind, d: i64, group: usize, kv_heads: usize, lengths: &[i32]) {
-        // Segments have rows behind them that must not be read: NaN.
+        // Segments have rows after them that must not be read: NaN.
         let mut end = 0;
         let starts: Vec<i32> = lengths
             .iter()

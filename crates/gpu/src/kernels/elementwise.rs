@@ -1,8 +1,8 @@
-//! What lies between a decoder layer's matrix products, the likelihood behind them, and the lengths and moves of keys and
-//! values that features want: `kernels/elementwise.cu`.
+//! Fused elementwise kernels of a decoder layer: gated SiLU, rotary, token likelihoods, and the lengths and
+//! moves of keys and values that features need: `kernels/elementwise.cu`.
 //!
-//! Each is one pass over its bytes; libtorch's operators take two to six. At 32,768 tokens of an 8B model the gated product
-//! moves 2.8 GB: 0.66 ms at an H200's 4.3 TB/s, 2.65 ms as two operators.
+//! Each is one pass over its bytes; libtorch's operators take two to six. At 32,768 tokens of an 8B model the
+//! gated product moves 2.8 GB: 0.66 ms at an H200's 4.3 TB/s, 2.65 ms as two operators.
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
@@ -10,7 +10,8 @@ use tch::{Device, Kind, Tensor};
 use super::module::{Arg, Launch, capability, kernel};
 use super::source::{Unit, Variant};
 
-/// Can these kernels work on such tensors? CUDA from compute capability 8.0 on, bf16 or f16, head_dim a multiple of 8.
+/// Can these kernels work on such tensors? CUDA from compute capability 8.0 on, bf16 or f16, head_dim a
+/// multiple of 8.
 pub fn has_elementwise(device: Device, kind: Kind, head_dim: i64) -> bool {
     let Device::Cuda(gpu) = device else { return false };
     Variant::bf16(kind).is_some()
@@ -59,13 +60,14 @@ pub fn gated_silu(gate_up: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// Where [`rotate`] puts keys and values.
+/// Destination of keys and values in [`rotate`].
 pub enum CacheSlot<'a> {
-    /// Behind each KV head's rows: `[kv_heads, rows, head_dim]`, views of the cache where the new rows go; positions
-    /// contiguous.
+    /// After each KV head's rows: `[kv_heads, rows, head_dim]`, views of the cache where the new rows go;
+    /// positions contiguous.
     Dense { k_hsd: &'a Tensor, v_hsd: &'a Tensor },
-    /// Into packed rows `[n, head_dim]`, at `slot_n`, i64 `[sequences * kv_heads * tokens]`, sequences outside and tokens
-    /// inside; slots are not checked. New rows are `tokens` of one sequence after the other.
+    /// Into packed rows `[n, head_dim]`, at `slot_n`, i64 `[sequences * kv_heads * tokens]`, sequences
+    /// outside and tokens inside; slots are not checked. New rows are `tokens` of one sequence after the
+    /// other.
     Packed { k_nd: &'a Tensor, v_nd: &'a Tensor, slot_n: &'a Tensor, tokens: usize },
 }
 
@@ -117,7 +119,8 @@ impl CacheSlot<'_> {
 /// With a `cache` keys and values go there, and those in `qkv_rnd` stay as they were.
 ///
 /// # Shapes
-/// - `qkv_rnd`: `[rows, query_heads + 2 kv_heads, head_dim]`: queries, keys, values; contiguous, bf16 or f16, CUDA
+/// - `qkv_rnd`: `[rows, query_heads + 2 kv_heads, head_dim]`: queries, keys, values; contiguous, bf16 or f16,
+///   CUDA
 /// - `norm`: `[query_heads + kv_heads, head_dim]`, same kind; `eps` belongs to it
 /// - `cos_rd`, `sin_rd`: f32 `[rows, head_dim / 2]`, contiguous
 ///
@@ -196,7 +199,8 @@ pub fn rotate(
 /// Vectors with each pair of dimensions (i, i + head_dim / 2) turned by an angle, which all vectors share.
 ///
 /// # Shapes
-/// - `vectors_hsd`: `[heads, rows, head_dim]`, see [`has_elementwise`]; rows contiguous, heads any distance apart
+/// - `vectors_hsd`: `[heads, rows, head_dim]`, see [`has_elementwise`]; rows contiguous, heads any distance
+///   apart
 /// - `cos_d`, `sin_d`: f32 `[head_dim / 2]`, contiguous, same device
 /// - `out_hsd`: the same shape, kind and device, rows contiguous; written
 ///
@@ -251,7 +255,8 @@ pub fn turn(vectors_hsd: &Tensor, cos_d: &Tensor, sin_d: &Tensor, out_hsd: &Tens
     unsafe { kernel.launch(&Launch { grid, threads: 256, shared: 0 }, &args) }
 }
 
-/// Attention of rows whose keys were attended to in two parts: merge `b` into `a` by their log-sum-exps, in place.
+/// Attention of rows whose keys were attended to in two parts: merge `b` into `a` by their log-sum-exps, in
+/// place.
 ///
 /// # Shapes
 /// - `a_rqd`, `b_rqd`: `[rows, query_heads, head_dim]`, bf16 or f16, CUDA, head_dim innermost, any strides
@@ -307,8 +312,9 @@ pub fn merge_attended(a_rqd: &Tensor, a_lse_qr: &Tensor, b_rqd: &Tensor, b_lse_q
 
 /// Negative log-likelihood (nats) of the next token by each row of logits, in f32 from one pass over them.
 ///
-/// libtorch's cross-entropy wants the logits in f32 and passes over them four times: at 32,768 tokens, a hidden size of 2,048
-/// and a vocabulary of 128,256 surprisal took 63 ms on an H100, most of it not the LM head; with this kernel 36 ms.
+/// libtorch's cross-entropy wants the logits in f32 and passes over them four times: at 32,768 tokens, a
+/// hidden size of 2,048 and a vocabulary of 128,256 surprisal took 63 ms on an H100, most of it not the LM
+/// head; with this kernel 36 ms.
 ///
 /// # Shapes
 /// - `logits_sv`: `[rows, vocabulary]`, contiguous, bf16 or f16, CUDA; vocabulary a multiple of 8
@@ -348,7 +354,8 @@ pub fn row_nats(logits_sv: &Tensor, next_s: &Tensor) -> Result<Tensor> {
 /// Logarithms of vectors' lengths, in one pass; libtorch's operators take five, one of them in f32.
 ///
 /// # Shapes
-/// - `vectors_hsd`: `[heads, rows, head_dim]`, see [`has_elementwise`]; rows contiguous, heads any distance apart
+/// - `vectors_hsd`: `[heads, rows, head_dim]`, see [`has_elementwise`]; rows contiguous, heads any distance
+///   apart
 /// - `out_hs`: f32 `[heads, rows]`, rows contiguous, same device; written
 ///
 /// A vector shorter than `floor` counts as `floor` long.

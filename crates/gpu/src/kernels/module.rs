@@ -131,8 +131,9 @@ impl Kernel {
         unsafe { self.queue(launch, args, false) }
     }
 
-    /// As [`Kernel::launch`], where blocks may take their places while the kernel queued before still runs: the kernel waits
-    /// for it itself (`griddepcontrol.wait`) before it reads or writes anything. A plain launch before Hopper.
+    /// As [`Kernel::launch`], where blocks may take their places while the kernel queued before still runs:
+    /// the kernel waits for it itself (`griddepcontrol.wait`) before it reads or writes anything. A plain
+    /// launch before Hopper.
     ///
     /// # Errors
     /// As [`Kernel::launch`].
@@ -187,7 +188,8 @@ impl Kernel {
             attrs: &raw mut overlap,
             numAttrs: u32::from(early),
         };
-        // SAFETY: the caller's arguments; the stream is libtorch's, of this GPU; all outlives the call, which copies it.
+        // SAFETY: the caller's arguments; the stream is libtorch's, of this GPU; all outlives the call, which
+        // copies it.
         unsafe {
             sys::cuLaunchKernelEx(
                 &raw const config,

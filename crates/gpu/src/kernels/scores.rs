@@ -1,7 +1,7 @@
 //! KVzip scores and query statistics: `kernels/scores.cu`.
 //!
-//! Nothing of size rows x keys leaves the registers. What the numbers mean is `score`'s and `extract`'s subject,
-//! which also hold the plain versions that these are tested against.
+//! Nothing of size rows x keys leaves the registers. The definitions are in `score` and `extract`, with the
+//! plain versions that these kernels are tested against.
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
@@ -10,8 +10,8 @@ use super::module::{Arg, Launch, capability, kernel};
 use super::source::{Tiles, Unit, Variant};
 use crate::upload;
 
-/// Long sweeps over queries or keys. With 32 query heads of 64 and 8 KV heads, 32,768 positions, one H200: 7.3 ms, against
-/// 8.0 for `NARROW` and 8.8 for two warpgroups without overlap.
+/// Long sweeps over queries or keys. With 32 query heads of 64 and 8 KV heads, 32,768 positions, one H200:
+/// 7.3 ms, against 8.0 for `NARROW` and 8.8 for two warpgroups without overlap.
 pub(super) const WIDE: Tiles = Tiles { groups: 4, parts: 4, stages: 2, blocks: 1 };
 /// Short sweeps, as windows are: 0.50 ms where `WIDE` takes 0.76.
 pub(super) const NARROW: Tiles = Tiles { groups: 2, parts: 2, stages: 3, blocks: 2 };
@@ -44,15 +44,15 @@ pub fn has_fused_scores(device: Device, kind: Kind, head_dim: i64) -> bool {
         && capability(gpu).is_ok_and(|(major, _)| major == 9)
 }
 
-/// What the kernels take logits of.
+/// Queries and keys from which the kernels compute logits.
 #[derive(Clone, Copy, Debug)]
 pub struct Products<'a> {
-    /// `[rows, query_heads, head_dim]`, bf16 or f16, CUDA, head_dim innermost, any strides; query heads of a KV head are
-    /// neighbours.
+    /// `[rows, query_heads, head_dim]`, bf16 or f16, CUDA, head_dim innermost, any strides; query heads of a
+    /// KV head are neighbours.
     pub q_rqd: &'a Tensor,
     /// `[kv_heads, positions, head_dim]`, same kind, positions contiguous.
     pub k_hkd: &'a Tensor,
-    /// What products of queries and keys are multiplied with.
+    /// Scale of products of queries and keys.
     pub scale: f64,
 }
 
@@ -66,8 +66,8 @@ pub struct ScoreRows {
     pub keys: usize,
 }
 
-/// Where scores go, and means if they are wanted: the mean over rows and query group of the weights whose maximum is the score.
-/// Computing them takes an exponential per weight, which the maximum does without.
+/// Where scores go, and means if they are wanted: the mean over rows and query group of the weights whose
+/// maximum is the score. Computing them takes an exponential per weight, which the maximum does without.
 #[derive(Clone, Copy)]
 pub struct ScoreOutput<'a> {
     pub max_ht: &'a Tensor,
@@ -76,18 +76,20 @@ pub struct ScoreOutput<'a> {
     pub first: usize,
 }
 
-/// KVzip scores of several scoring chunks of one layer: for each KV pair the largest softmax weight that a row of its
-/// chunk's repeat pays it, over rows and query group.
+/// KVzip scores of several scoring chunks of one layer: for each KV pair the largest softmax weight that a
+/// row of its chunk's repeat pays it, over rows and query group.
 ///
-/// The softmax of a row runs over the first `sink` cached keys, its chunk's keys, and the repeat's own keys up to the row,
-/// whose log-sum-exp is `own_lse_qr`; there are no own keys without it. Products and softmax are f32.
+/// The softmax of a row runs over the first `sink` cached keys, its chunk's keys, and the repeat's own keys
+/// up to the row, whose log-sum-exp is `own_lse_qr`; there are no own keys without it. Products and softmax
+/// are f32.
 ///
 /// # Shapes
 /// - `of`: see [`Products`]
 /// - `own_lse_qr`: f32 `[query_heads, rows]`, natural log
-/// - `weights`: f32 `[rows]` and `[query_heads, out positions]`, which multiply the softmax weights (KVzip+); positive
-/// - `out`: each f32 `[kv_heads, out positions]`, innermost contiguous; position 0 is cache position `first_out`. The
-///   chunks' positions are written.
+/// - `weights`: f32 `[rows]` and `[query_heads, out positions]`, which multiply the softmax weights (KVzip+);
+///   positive
+/// - `out`: each f32 `[kv_heads, out positions]`, innermost contiguous; position 0 is cache position
+///   `first_out`. The chunks' positions are written.
 ///
 /// # Errors
 /// Shapes or kinds disagree, [`has_fused_scores`] is false, or the driver refuses.
@@ -251,9 +253,9 @@ pub struct QueryStatistics {
     pub channels: StatisticChannels,
     /// Cache positions before the context.
     pub prefix: usize,
-    /// A query counts if it is at least so many positions later.
+    /// A query counts if it is at least this many positions later.
     pub min_distance: usize,
-    /// The window's queries are at most so many positions later.
+    /// The window's queries are at most this many positions later.
     pub window: usize,
     /// The first of the last queries.
     pub last: usize,
@@ -264,9 +266,10 @@ pub struct QueryStatistics {
 /// Maximum and sum of the softmax weights that new queries pay each key, folded into what `out_hct` holds.
 ///
 /// # Shapes
-/// - `of`: see [`Products`]; queries are those of cache positions `first_query..first_query + rows`, of which those of the
-///   prefix are skipped, and their own keys are the last
-/// - `lse_qr`: f32 `[query_heads, rows]`, any strides, natural log-sum-exp of each row over all the keys it sees
+/// - `of`: see [`Products`]; queries are those of cache positions `first_query..first_query + rows`, of which
+///   those of the prefix are skipped, and their own keys are the last
+/// - `lse_qr`: f32 `[query_heads, rows]`, any strides, natural log-sum-exp of each row over all the keys it
+///   sees
 /// - `out_hct`: f32 `[kv_heads, channels, context positions]`, innermost contiguous: maxima and sums so far
 ///
 /// # Errors
@@ -309,7 +312,8 @@ pub fn fused_query_statistics(
     )
 }
 
-/// Where the rows of a sweep lie: at context positions `begin`, `begin + step` and so on; `positions` are read so far.
+/// Where the rows of a sweep lie: at context positions `begin`, `begin + step` and so on; `positions` are
+/// read so far.
 #[derive(Clone, Copy)]
 struct Queries {
     begin: i64,

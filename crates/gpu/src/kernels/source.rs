@@ -25,15 +25,15 @@ pub enum Unit {
     /// Scores and query statistics, for tiles of this form.
     Scores(Tiles),
     Elementwise,
-    /// Cross-attention over heads; `warps` positions of a block, `tiles` of 16 tokens of a warp in the backward, `full` for
-    /// f32. `head_dim` is a token's depth.
+    /// Cross-attention over heads; `warps` positions of a block, `tiles` of 16 tokens of a warp in the
+    /// backward, `full` for f32. `head_dim` is a token's depth.
     Cross {
         warps: u32,
         tiles: u32,
         full: bool,
     },
-    /// Attention of single tokens over ragged caches: `warps` of a block, `stages` of copies, `wide` for groups of more than
-    /// 8 query heads.
+    /// Attention of single tokens over ragged caches: `warps` of a block, `stages` of copies, `wide` for
+    /// groups of more than 8 query heads.
     Decode {
         warps: u32,
         stages: u32,
@@ -54,7 +54,7 @@ pub struct Tiles {
     pub blocks: u32,
 }
 
-/// What a compilation depends on, beside the text.
+/// Parameters of a compilation, in addition to the source text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Variant {
     pub unit: Unit,

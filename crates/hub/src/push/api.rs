@@ -81,7 +81,8 @@ impl<'a> Api<'a> {
         }
     }
 
-    /// One attempt to send a body to a storage: its addresses are signed and need no token, and it does not redirect.
+    /// One attempt to send a body to a storage: its addresses are signed and need no token, and it does not
+    /// redirect.
     pub fn store<B: AsSendBody>(
         &self,
         method: Method,

@@ -1,4 +1,5 @@
-//! Large files into the hub's storage: the Git LFS batch interface, with its `basic` and `multipart` transfers.
+//! Large files into the hub's storage: the Git LFS batch interface, with its `basic` and `multipart`
+//! transfers.
 //!
 //! What is stored belongs to no commit yet and shows nowhere.
 
@@ -42,11 +43,11 @@ pub fn upload(
     .to_string();
     let path = format!("{}/{}.git/info/lfs/objects/batch", api.endpoint(), push.repo);
     let reply = api.expect(post(api, &path, &Value::Null, &request), &push.repo, &doing)?;
-    let told = reply.json["objects"].as_array().map_or(&[][..], Vec::as_slice);
+    let listed = reply.json["objects"].as_array().map_or(&[][..], Vec::as_slice);
     for file in files {
         check_stop()?;
         let doing = format!("cannot send `{}` to `{}`", file.name, push.repo);
-        let object = told.iter().find(|o| o["oid"] == file.sha256.as_str()).with_context(|| {
+        let object = listed.iter().find(|o| o["oid"] == file.sha256.as_str()).with_context(|| {
             hinted(
                 format!("{doing}: the hub did not say where to"),
                 "check that HF_ENDPOINT is a hub's address",
@@ -134,7 +135,7 @@ fn put(
     header: &Value,
     progress: &dyn Progress,
 ) -> Result<Reply, Failure> {
-    let mut told = 0;
+    let mut reported = 0;
     let length = range.1.to_string();
     let headers = headers(asked_for(header).chain([("Content-Length", length.as_str())]))?;
     api.client.retry(&format!("sending {}", file.name), |_| {
@@ -144,7 +145,7 @@ fn put(
             Ok(source.take(range.1))
         };
         let inner = open().map_err(|e: io::Error| Failure::Network(e.into()))?;
-        let mut part = Metered { inner, progress, seen: 0, told: &mut told };
+        let mut part = Metered { inner, progress, seen: 0, reported: &mut reported };
         api.store(Method::PUT, url, &headers, SendBody::from_reader(&mut part))
     })
 }
@@ -168,21 +169,21 @@ fn number(value: &Value) -> Option<u64> {
     value.as_u64().or_else(|| value.as_str()?.parse().ok())
 }
 
-/// Tells the progress of what goes out; bytes of a repeated attempt are told once.
+/// Reports the progress of what is sent; bytes of a repeated attempt are reported once.
 struct Metered<'a> {
     inner: io::Take<File>,
     progress: &'a dyn Progress,
     seen: u64,
-    told: &'a mut u64,
+    reported: &'a mut u64,
 }
 
 impl Read for Metered<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let n = self.inner.read(buf)?;
         self.seen += n as u64;
-        if self.seen > *self.told {
-            self.progress.advance(self.seen - *self.told);
-            *self.told = self.seen;
+        if self.seen > *self.reported {
+            self.progress.advance(self.seen - *self.reported);
+            *self.reported = self.seen;
         }
         Ok(n)
     }

@@ -1,5 +1,5 @@
-//! A hub to download from, with its storage on another host: the addresses, headers and redirects that clients
-//! rely on; what CDNs and mirrors make of them; the faults that networks have; and a hub that lies.
+//! A hub to download from, with its storage on another host: the addresses, headers and redirects that
+//! clients rely on; what CDNs and mirrors make of them; the faults that networks have; and a hub that lies.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};

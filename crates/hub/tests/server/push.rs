@@ -1,6 +1,6 @@
 //! A hub that takes uploads: repositories with branches, a storage for large files, and the faults of both.
 //!
-//! It is strict where the hub is: a storage refuses a stranger's token and content of another hash, and a
+//! It is strict where the hub is: a storage refuses an unknown token and content of another hash, and a
 //! commit names only large files that were stored and verified.
 
 use std::collections::BTreeMap;
@@ -243,9 +243,9 @@ impl State {
             None if !r.headers.contains_key("x-signed") => return refuse(403, "not signed"),
             None => r.body.clone(),
             Some("complete") => {
-                let told: Value = serde_json::from_slice(&r.body).unwrap();
+                let body: Value = serde_json::from_slice(&r.body).unwrap();
                 let mut whole = Vec::new();
-                for p in told["parts"].as_array().unwrap() {
+                for p in body["parts"].as_array().unwrap() {
                     let number = p["partNumber"].as_u64().unwrap() as usize;
                     assert_eq!(p["etag"], format!("\"{oid}-{number}\""));
                     whole.extend(&self.parts[&(oid.to_owned(), number)]);

@@ -1,7 +1,7 @@
 //! The proxy's side beside the target: on streams of one device, or on a device of its own.
 //!
 //! The source lives in a thread of its own. The target works in the caller's thread on its current
-//! stream, so that the cache it leaves behind is of the same allocator pool as what is made of it.
+//! stream, so that the cache that it makes is of the same allocator pool as what is made of it.
 
 use std::sync::Arc;
 
@@ -66,7 +66,7 @@ impl Regime for Parallel {
         });
         let full = timeline.time(&lane, "prefill", || context.prefill_target());
         let done = timeline.secs();
-        // Also where the target failed: the source must not go on behind the caller's back.
+        // Also where the target failed: the source must not outlive the call.
         let given = pending.wait();
         let waited = timeline.secs() - done;
         context.finish(full?, given, &lane, timeline, waited)

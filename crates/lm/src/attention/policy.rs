@@ -1,8 +1,8 @@
-//! Which kernel takes which part of attention on CUDA in bf16 and f16: numbers to be tuned, no tensors.
+//! Choice of the attention kernel for each part on CUDA in bf16 and f16: tunable numbers, no tensors.
 //!
-//! cuDNN is the faster kernel on Hopper, but it plans anew, about 50 ms, for every shape that its
-//! thread has not shown it yet. So it gets whole blocks of rows and keys, whose shapes come back in
-//! other chunks and contexts, and flash attention gets what remains.
+//! cuDNN is the faster kernel on Hopper, but it needs about 50 ms to plan for every shape that is new to its
+//! thread. So it gets whole blocks of rows and keys, whose shapes recur in other chunks and contexts, and
+//! flash attention gets the rest.
 
 /// Who computes the rectangle of many rows over a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,9 +17,9 @@ pub enum Rectangle {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionPolicy {
     pub rectangle: Rectangle,
-    /// cuDNN takes a multiple of so many rows, and none of fewer.
+    /// cuDNN gets a multiple of this many rows, or none.
     pub row_block: usize,
-    /// cuDNN takes a multiple of so many keys, and none of fewer.
+    /// cuDNN gets a multiple of this many keys, or none.
     pub key_block: usize,
 }
 
@@ -30,7 +30,7 @@ impl Default for AttentionPolicy {
 }
 
 impl AttentionPolicy {
-    /// How many of the first rows and of the first keys cuDNN takes; `None` if flash takes all.
+    /// Number of first rows and first keys that cuDNN takes; `None` if flash takes all.
     pub(crate) fn cudnn_share(&self, rows: i64, keys: i64) -> Option<(i64, i64)> {
         let whole = |n: i64, block: usize| n - n % block.max(1) as i64;
         let share = (whole(rows, self.row_block), whole(keys, self.key_block));

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::Part;
 
-/// New tokens behind `start` cached ones; shapes as [`super::causal`].
+/// New tokens after `start` cached ones; shapes as [`super::causal`].
 pub fn causal(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: i64, scale: f64) -> Result<Part> {
     let s = q_sqd.size()[0];
     if s == 1 {

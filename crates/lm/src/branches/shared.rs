@@ -66,7 +66,7 @@ impl SharedBranches {
         };
         let rows = masks * questions as i64;
         let own = || -> Vec<Tensor> {
-            // Zeros: what lies behind a row's end is masked, but must be finite.
+            // Zeros: what follows a row's end is masked, but must be finite.
             (0..layers).map(|_| Tensor::zeros([heads, rows, capacity as i64, d], options)).collect()
         };
         Ok(Self {
@@ -106,7 +106,7 @@ impl SharedBranches {
     }
 }
 
-/// What one forward of all branches needs in every layer.
+/// Data of one forward pass of all branches, for every layer.
 struct Step {
     /// i64 `[rows, s]`: where in its row's own tokens each new token goes.
     slot_rs: Tensor,
@@ -116,7 +116,7 @@ struct Step {
     mask_r: Tensor,
     /// Own tokens to look at: the longest row's.
     own: i64,
-    /// What products of queries and keys are multiplied with.
+    /// Scale of products of queries and keys.
     scale: f64,
 }
 

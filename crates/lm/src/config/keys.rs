@@ -1,4 +1,5 @@
-//! The keys of a `config.json`, each read with its type checked; what they mean is `config`'s and the families' subject.
+//! The keys of a `config.json`, each read with its type checked; their meaning is left to `config` and the
+//! families.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
@@ -30,7 +31,7 @@ impl Keys<'_> {
         value.as_f64().map(Some).with_context(|| format!("`{key}` is {value}; expected a number"))
     }
 
-    /// What something is multiplied with; 1 where the key is absent.
+    /// A factor; 1 if the key is absent.
     pub fn multiplier(&self, key: &str) -> Result<f64> {
         let number = self.number(key)?.unwrap_or(1.0);
         ensure!(number > 0.0, "`{key}` is {number}; expected a number above 0");

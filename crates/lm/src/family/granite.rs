@@ -1,5 +1,6 @@
-//! IBM Granite 3.0 to 3.3: Llama with four multipliers, each 1 where its key is absent; so is the scale of products of queries
-//! and keys, which is then not 1/sqrt(head_dim). `modeling_granite.py` of transformers 5.2.
+//! IBM Granite 3.0 to 3.3: Llama with four multipliers, each 1 where its key is absent; so is the scale of
+//! products of queries and keys, which is then not 1/sqrt(head_dim). `modeling_granite.py` of transformers
+//! 5.2.
 
 use super::Family;
 use crate::architecture::Architecture;

@@ -30,18 +30,18 @@ impl RaggedCache {
         layer: usize,
         step: &Step,
         q_bsqd: &Tensor,
-        how: &Attention,
+        attention: &Attention,
     ) -> Result<Tensor> {
         let query_bounds_x = match &step.reading {
-            Reading::Single(space) => return self.decode(layer, step, q_bsqd, space, how.scale),
+            Reading::Single(space) => return self.decode(layer, step, q_bsqd, space, attention.scale),
             Reading::Segments(query_bounds_x) => query_bounds_x,
         };
         let (b, s, heads_q, d) = q_bsqd.size4()?;
         let (heads, group) = (self.kv_heads as i64, heads_q / self.kv_heads as i64);
         let q_xsgd = by_segment(q_bsqd, heads)?;
         let out_xsgd = match has_fused_attention(q_bsqd) {
-            true => self.attend_at_once(layer, step, query_bounds_x, &q_xsgd, how.scale)?,
-            false => self.attend_one_by_one(layer, step, &q_xsgd, how)?,
+            true => self.attend_at_once(layer, step, query_bounds_x, &q_xsgd, attention.scale)?,
+            false => self.attend_one_by_one(layer, step, &q_xsgd, attention)?,
         };
         Ok(out_xsgd.view([b, heads, s, group, d]).transpose(1, 2).reshape([b, s, heads_q, d]))
     }
@@ -94,7 +94,7 @@ impl RaggedCache {
         index: usize,
         step: &Step,
         q_xsgd: &Tensor,
-        how: &Attention,
+        attention: &Attention,
     ) -> Result<Tensor> {
         let layer = &self.layers[index];
         let bounds = layer.bounds(self.room);
@@ -104,7 +104,7 @@ impl RaggedCache {
             let rows = |all: &Tensor| all.narrow(0, bounds[x] as i64, before as i64 + step.s).unsqueeze(0);
             let q_sgd = attention::arranged(&q_xsgd.get(x as i64));
             let (k, v) = (rows(&layer.keys), rows(&layer.values));
-            outs.push(attention::causal(&q_sgd, &k, &v, before, false, how)?.0);
+            outs.push(attention::causal(&q_sgd, &k, &v, before, false, attention)?.0);
         }
         Ok(Tensor::stack(&outs, 0))
     }
@@ -116,8 +116,8 @@ impl RaggedCache {
     }
 }
 
-/// Queries `[b, s, query_heads, d]` by the segment that they read, `[b * heads, s, group, d]`, contiguous: a segment's rows are
-/// its new tokens, and its query heads the group. Nothing moves for one token.
+/// Queries `[b, s, query_heads, d]` by the segment that they read, `[b * heads, s, group, d]`, contiguous: a
+/// segment's rows are its new tokens, and its query heads the group. Nothing moves for one token.
 fn by_segment(q_bsqd: &Tensor, heads: i64) -> Result<Tensor> {
     let (b, s, heads_q, d) = q_bsqd.size4()?;
     let q_bhsgd = q_bsqd.reshape([b, s, heads, heads_q / heads, d]).transpose(1, 2);

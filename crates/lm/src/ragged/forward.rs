@@ -1,4 +1,4 @@
-//! New tokens behind a ragged cache: questions of several tokens, and decoding one by one.
+//! New tokens after a ragged cache: questions of several tokens, and decoding one by one.
 //!
 //! Dimension key: as [`super`]; m hidden, q query head.
 
@@ -12,11 +12,11 @@ use crate::forward::{KvStore, LayerInput};
 use crate::layer::Projected;
 use crate::model::LanguageModel;
 
-/// What one forward needs in every layer.
+/// Data of one forward pass, for every layer.
 pub(super) struct Step {
     /// New tokens of each sequence.
     pub s: i64,
-    /// Where new rows go, i64 `[l, x * s]`.
+    /// Slots of new rows, i64 `[l, x * s]`.
     pub slot_ln: Tensor,
     /// Rows that each segment holds with the new ones, i32 `[l, x]`.
     pub used_lx: Tensor,
@@ -34,7 +34,7 @@ pub(super) enum Reading {
 }
 
 impl LanguageModel {
-    /// Read new tokens behind every sequence of the cache, as many of each, and append theirs to it.
+    /// Read new tokens after every sequence of the cache, as many of each, and append theirs to it.
     ///
     /// Ids that are on the device already are taken as they are: the model itself has chosen them, and
     /// nothing is read back.
@@ -61,7 +61,8 @@ impl LanguageModel {
         cache.reserve(size[1] as usize)?;
         let step = cache.step(size[1], self)?;
         let rotation = self.rope.at(&cache.positions(size[1], self.device()));
-        let mut store = RaggedStore { cache: &mut *cache, slot_n: Tensor::new(), step, how: &self.attention };
+        let mut store =
+            RaggedStore { cache: &mut *cache, slot_n: Tensor::new(), step, attention: &self.attention };
         let hidden_bsm = self.run(hidden_bsm, &rotation, &mut store, true)?;
         cache.advance(size[1] as usize);
         Ok(self.finish(&hidden_bsm))
@@ -90,7 +91,7 @@ struct RaggedStore<'a> {
     step: Step,
     /// The step's rows of the layer at work.
     slot_n: Tensor,
-    how: &'a Attention,
+    attention: &'a Attention,
 }
 
 impl KvStore for RaggedStore<'_> {
@@ -103,7 +104,7 @@ impl KvStore for RaggedStore<'_> {
         if !new.written {
             self.cache.write(input.layer, &self.slot_n, &new.k, &new.v);
         }
-        self.cache.attend(input.layer, &self.step, &new.q, self.how).map(Some)
+        self.cache.attend(input.layer, &self.step, &new.q, self.attention).map(Some)
     }
 }
 
@@ -126,7 +127,7 @@ impl RaggedCache {
         Ok(Step { s, slot_ln, used_lx, read, reading })
     }
 
-    /// What the kernel for one new token per sequence works in, where there is one for `s` tokens.
+    /// Workspace of the kernel for one new token per sequence, if there is one for `s` tokens.
     fn space(&mut self, s: i64, model: &LanguageModel) -> Result<Option<DecodeSpace>> {
         let (device, shape) = (model.device(), model.shape());
         let (segments, group) =
@@ -140,19 +141,20 @@ impl RaggedCache {
         Ok(self.space.as_ref().map(DecodeSpace::share))
     }
 
-    /// Positions of the next `s` tokens, f32 `[b, s]`. The device knows them but for a number, and nothing waits for it.
+    /// Positions of the next `s` tokens, f32 `[b, s]`. The device knows them but for a number, and nothing
+    /// waits for it.
     fn positions(&self, s: i64, device: Device) -> Tensor {
         let next_b1 = (&self.context_end_b + self.appended as f64).unsqueeze(1);
         if s == 1 { next_b1 } else { next_b1 + Tensor::arange(s, (Kind::Float, device)) }
     }
 
-    /// Where a layer's new keys and values go; `slot_n` is the step's for the layer.
+    /// Slots of a layer's new keys and values; `slot_n` is the step's for the layer.
     fn slot<'a>(&'a self, layer: usize, step: &Step, slot_n: &'a Tensor) -> CacheSlot<'a> {
         let RaggedLayer { keys, values, .. } = &self.layers[layer];
         CacheSlot::Packed { k_nd: keys, v_nd: values, slot_n, tokens: step.s as usize }
     }
 
-    /// Write new keys and values `[b, s, kv_heads, d]` of a layer behind the present ones.
+    /// Write new keys and values `[b, s, kv_heads, d]` of a layer after the present ones.
     fn write(&mut self, layer: usize, slot_n: &Tensor, k_bshd: &Tensor, v_bshd: &Tensor) {
         let layer = &mut self.layers[layer];
         for (rows, new) in [(&mut layer.keys, k_bshd), (&mut layer.values, v_bshd)] {

@@ -1,4 +1,5 @@
-//! Sequences that share a context: made from a full cache, which stays as it is, cut at their own ends, and dropped.
+//! Sequences that share a context: made from a full cache, which is not changed, cut at their own ends, and
+//! dropped.
 //!
 //! Dimension key: as [`super`]; n keep mask, c packed row of a layer.
 
@@ -9,7 +10,8 @@ use super::{RaggedCache, RaggedLayer, Sequence, room_for};
 use crate::cache::KvCache;
 
 impl RaggedCache {
-    /// `questions` sequences for each keep mask, mask-major, each with its own copy of the pairs that its mask keeps.
+    /// `questions` sequences for each keep mask, mask-major, each with its own copy of the pairs that its
+    /// mask keeps.
     ///
     /// A few operations do a layer, however many masks there are.
     ///

@@ -1,7 +1,7 @@
 //! One template rendered as transformers' Jinja renders it, within limits of work and size.
 //!
-//! Templates are programs that come with a checkpoint. Sandboxing is minijinja's: a template reads its variables only.
-//! `python` has what they expect of Python, `limits` what stops them.
+//! Templates are programs that come with a checkpoint. Sandboxing is minijinja's: a template reads its
+//! variables only. `python` has what they expect of Python, `limits` what stops them.
 
 use std::sync::mpsc::RecvTimeoutError;
 
@@ -20,7 +20,7 @@ use super::limits::{self, ADD, CONCAT, MUL, REM};
 use super::python;
 use crate::tokenizer::SpecialTokens;
 
-/// Stands for the user's text while a template is rendered; no real text holds this character.
+/// Placeholder of the user's text while a template is rendered; no real text holds this character.
 pub(super) const MARK: &str = "\u{1}";
 
 /// As transformers sets up Jinja.
@@ -39,13 +39,15 @@ pub(super) fn render(template: &str, special: &SpecialTokens, roles: &[&str]) ->
             "real templates have less than 50,000 bytes; put the model's own into `chat_template.jinja`"
         )
     );
-    // Long chains of operators and nested values go deep into the stack; pages that are not touched cost nothing.
+    // Long chains of operators and nested values go deep into the stack; pages that are not touched cost
+    // nothing.
     let (send, receive) = std::sync::mpsc::channel();
     let (template, variables) = (template.to_owned(), special.texts().collect::<Vec<_>>());
     let roles: Vec<String> = roles.iter().map(|role| (*role).to_owned()).collect();
     let work = move || {
         let result = render_here(&template, variables, &roles);
-        // As text: minijinja's errors hold values, which may be nested too deep for the stack of another thread.
+        // As text: minijinja's errors hold values, which may be nested too deep for the stack of another
+        // thread.
         drop(send.send(result.map_err(|e| anyhow!("{e:#}"))));
     };
     std::thread::Builder::new()
@@ -95,7 +97,8 @@ fn render_here(template: &str, special: Vec<(String, String)>, roles: &[String])
     Ok(text)
 }
 
-/// `{% generation %}`, which transformers puts around what a model is trained on: a scope of its own, nothing else.
+/// `{% generation %}`, which transformers puts around what a model is trained on: a scope of its own, nothing
+/// else.
 fn with_generation(template: &str) -> Result<String> {
     let tokens: Vec<_> = tokenize(template, false, SyntaxConfig, BLANKS).collect::<Result<_, _>>()?;
     let (mut out, mut done) = (String::with_capacity(template.len()), 0);
@@ -116,7 +119,8 @@ fn with_generation(template: &str) -> Result<String> {
     Ok(out)
 }
 
-/// Have the operations that make texts and lists grow done by `limits`; the length of the longest literal text.
+/// Have the operations that make texts and lists grow done by `limits`; the length of the longest literal
+/// text.
 fn guard(program: &mut Instructions) -> usize {
     let mut longest = 0;
     for at in 0.. {

@@ -1,7 +1,7 @@
-//! What a chat template may cost: work, and the size of the texts and lists that it makes.
+//! Limits of a chat template: instructions, and the size of the texts and lists that it makes.
 //!
-//! minijinja counts instructions, but a few of them can double a text until memory is full. So the operators and
-//! filters that make values larger are done here: each looks at the size of its result first.
+//! minijinja counts instructions, but a few of them can double a text until memory is full. So the operators
+//! and filters that make values larger are done here: each looks at the size of its result first.
 
 use std::fmt::{self, Write};
 use std::sync::Arc;
@@ -40,7 +40,8 @@ const SIZED: [&str; 18] = [
     "pprint", "replace", "slice", "sort", "string", "sum", "unique",
 ];
 
-/// Bound the work of `env` and the size of what it makes. `literal` is the length of the longest literal text.
+/// Bound the work of `env` and the size of what it makes. `literal` is the length of the longest literal
+/// text.
 pub(super) fn install(env: &mut Environment<'static>, literal: usize) {
     env.set_fuel(Some(INSTRUCTIONS.min(LITERAL_BYTES / literal.max(1)) as u64));
     // The same operations as they are without limits.
@@ -76,7 +77,8 @@ pub(super) fn install(env: &mut Environment<'static>, literal: usize) {
 
 /// A template whose literals alone make too long a text: minijinja computes with constants before it counts.
 pub(super) fn check_literals(template: &str, blanks: WhitespaceConfig) -> Result<()> {
-    // Of the expression that is being read: bytes of its texts, product of its numbers, whether it multiplies.
+    // Of the expression that is being read: bytes of its texts, product of its numbers, whether it
+    // multiplies.
     let (mut texts, mut product, mut multiplies) = (0usize, 1usize, false);
     for token in tokenize(template, false, SyntaxConfig, blanks) {
         match token?.0 {

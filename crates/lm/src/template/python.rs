@@ -1,6 +1,7 @@
-//! What Python gives to templates and minijinja lacks: how values print, methods of texts, `%`, JSON, dates.
+//! Python features that templates use and minijinja lacks: printing of values, string methods, `%`, JSON,
+//! dates.
 //!
-//! How large a result may be is `limits`' matter.
+//! The size of results is limited by `limits`.
 
 use std::fmt::{self, Write};
 
@@ -102,7 +103,8 @@ pub(super) fn method(state: &State, value: &Jinja, name: &str, args: &[Jinja]) -
         }
         ("ljust" | "rjust" | "center", 1 | 2, _) => {
             let room = args[0].as_usize().unwrap_or(0).saturating_sub(s.chars().count());
-            // Python's `center` puts the odd blank to the left where text and width are both odd or the width is.
+            // Python's `center` puts the odd blank to the left where text and width are both odd or the width
+            // is.
             let left = match name {
                 "ljust" => 0,
                 "rjust" => room,

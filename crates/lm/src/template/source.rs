@@ -1,6 +1,6 @@
 //! The files that a chat template may come from, in the order in which transformers takes them.
 //!
-//! What is in a template is `jinja`'s matter.
+//! Rendering is left to `jinja`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,9 +19,9 @@ pub(super) struct Source {
 
 /// The template of a model folder; `None` for a base model.
 ///
-/// The order is that of `PreTrainedTokenizerBase.from_pretrained` (transformers 5.24): `chat_template.jinja` and the named
-/// ones of `additional_chat_templates/` replace what `tokenizer_config.json` says. `chat_template.json` is what
-/// processors read; it counts where there is no other.
+/// The order is that of `PreTrainedTokenizerBase.from_pretrained` (transformers 5.24): `chat_template.jinja`
+/// and the named ones of `additional_chat_templates/` replace what `tokenizer_config.json` says.
+/// `chat_template.json` is what processors read; it counts where there is no other.
 ///
 /// # Errors
 /// A file cannot be read, or there are several templates and none is called `default`.

@@ -1,6 +1,7 @@
-//! What is asked of a `tokenizer.json` before it is used: a size, a format and rules that give right ids.
+//! Checks of a `tokenizer.json` before it is used: size, format, and rules that give the right ids.
 //!
-//! The `tokenizers` crate reads the file; here is what it would read without limit, misread in silence or panic at.
+//! The `tokenizers` crate reads the file; refused here is what it would read without limit, misread silently,
+//! or panic on.
 
 use std::fmt;
 use std::fs;
@@ -20,7 +21,9 @@ use tokenizers::{
 const MAX_BYTES: u64 = 256 << 20;
 /// The largest known vocabularies of language models have 262,144 tokens.
 const MAX_TOKENS: usize = 1 << 20;
-/// How many times longer the replacements of a tokenizer may make a text; known ones stay below 10.
+/// Bytes of the longest added or special token; known ones have below 50.
+const LONGEST_TOKEN: usize = 4096;
+/// Largest growth of a text by a tokenizer's replacements; known ones stay below 10.
 const MAX_GROWTH: usize = 64;
 
 /// Read a tokenizer.
@@ -41,7 +44,9 @@ pub(super) fn open(path: &Path) -> Result<Tokenizer> {
     );
     let text = fs::read(path).with_context(|| reading(fetch))?;
     let probe: Probe = serde_json::from_slice(&text).with_context(|| reading(fetch))?;
-    let tokens = probe.model.vocab.0.max(probe.added_tokens.0);
+    let added = probe.added_tokens.unwrap_or_default();
+    let tokens = probe.model.vocab.0.max(added.len());
+    added.iter().try_for_each(|token| check_length(&token.content, path))?;
     ensure!(
         tokens <= MAX_TOKENS && probe.model.merges.0 <= 4 * MAX_TOKENS,
         hinted(
@@ -90,10 +95,12 @@ pub(super) fn check_ids(tokenizer: &Tokenizer, rows: u64, path: &Path) -> Result
     ))
 }
 
-/// What must stand before a text so that its tokens are those that it has within a longer one; `None` for most tokenizers.
+/// What must stand before a text so that its tokens are those that it has within a longer one; `None` for
+/// most tokenizers.
 ///
-/// Prompts are made of pieces that are encoded one by one: prefix, context, question, switch. A SentencePiece tokenizer
-/// puts a blank before every text, which the pieces have in no prompt; after another character there is none.
+/// Prompts are made of pieces that are encoded one by one: prefix, context, question, switch. A SentencePiece
+/// tokenizer puts a blank before every text, which the pieces have in no prompt; after another character
+/// there is none.
 ///
 /// # Errors
 /// There is no such character: the tokenizer cuts blanks off the ends of a text, for example.
@@ -139,7 +146,7 @@ fn stays_apart(tokenizer: &Tokenizer, lead: &str) -> Result<bool> {
     Ok(!alone.is_empty())
 }
 
-/// What the model of the tokenizer is given to split into tokens.
+/// Pieces of text that the tokenizer's model splits into tokens.
 fn pieces(tokenizer: &Tokenizer, text: &str) -> Result<String> {
     let failed = |e| anyhow!("reading {text:?} with it: {e}");
     let mut normalized = NormalizedString::from(text);
@@ -154,7 +161,7 @@ fn pieces(tokenizer: &Tokenizer, text: &str) -> Result<String> {
     Ok(splits.into_iter().map(|(text, ..)| text).collect())
 }
 
-/// How many times longer these rules can make a text.
+/// Largest growth of a text by these rules.
 ///
 /// # Errors
 /// A rule replaces or splits at nothing, which the `tokenizers` crate has no answer to.
@@ -191,6 +198,26 @@ fn growth(rules: &Value) -> Result<usize> {
     Ok(product.saturating_mul(added.div_ceil(literal.map_or(1, str::len)).max(1)))
 }
 
+/// Refuse an added or special token that searching texts for takes minutes and more.
+///
+/// # Errors
+/// It is longer than [`LONGEST_TOKEN`].
+pub(super) fn check_length(token: &str, file: &Path) -> Result<()> {
+    ensure!(
+        token.len() <= LONGEST_TOKEN,
+        hinted(
+            format!(
+                "a token in `{}` has {} bytes, at most {LONGEST_TOKEN} are read: `{}...`",
+                file.display(),
+                token.len(),
+                token.chars().take(20).collect::<String>()
+            ),
+            "special tokens are short, such as `<|im_end|>`; is the file damaged?"
+        )
+    );
+    Ok(())
+}
+
 fn unusable(what: impl Into<String>) -> Hinted {
     hinted(
         what,
@@ -202,7 +229,7 @@ fn unusable(what: impl Into<String>) -> Hinted {
 #[derive(Deserialize)]
 struct Probe {
     #[serde(default)]
-    added_tokens: Count,
+    added_tokens: Option<Vec<Added>>,
     #[serde(default)]
     normalizer: Value,
     #[serde(default)]
@@ -213,6 +240,11 @@ struct Probe {
 }
 
 #[derive(Deserialize)]
+struct Added {
+    content: String,
+}
+
+#[derive(Deserialize)]
 struct ProbedModel {
     #[serde(default)]
     vocab: Count,
@@ -220,7 +252,7 @@ struct ProbedModel {
     merges: Count,
 }
 
-/// How many entries a list or object has.
+/// Number of entries of a list or object.
 #[derive(Default)]
 struct Count(usize);
 

@@ -1,8 +1,9 @@
-//! Tokens that a model folder names outside `tokenizer.json`: special tokens by their names, and tokens to add.
+//! Tokens that a model folder names outside `tokenizer.json`: special tokens by their names, and tokens to
+//! add.
 //!
-//! The order of files and the rules are those of `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__`
-//! (transformers 5.24); goldens of it are in `tests/goldens/tokenizers`. What the tokens mean to a chat template is
-//! `template`'s matter.
+//! The order of files and the rules are those of `PreTrainedTokenizerBase._from_pretrained` and
+//! `TokenizersBackend.__init__` (transformers 5.24); goldens of it are in `tests/goldens/tokenizers`. Their
+//! meaning in a chat template is left to `template`.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,8 @@ use anyhow::{Context, Result};
 use pkv_core::hinted;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
+
+use super::checks::check_length;
 
 /// The names that transformers knows, in the order in which it adds their tokens.
 const NAMES: [&str; 7] =
@@ -30,8 +33,8 @@ pub(crate) struct SpecialTokens {
 }
 
 impl SpecialTokens {
-    /// Read `tokenizer_config.json`; only where that has no `added_tokens_decoder`, also `special_tokens_map.json`, whose
-    /// tokens win, and `added_tokens.json`.
+    /// Read `tokenizer_config.json`; only where that has no `added_tokens_decoder`, also
+    /// `special_tokens_map.json`, whose tokens win, and `added_tokens.json`.
     ///
     /// # Errors
     /// A file cannot be read or parsed, or a token in it is malformed.
@@ -69,6 +72,7 @@ impl SpecialTokens {
         for token in found.stated.values_mut() {
             token.special |= names.contains(&token.content);
         }
+        found.all().chain(found.stated.values()).try_for_each(|t| check_length(&t.content, folder))?;
         found.config = config;
         Ok(found)
     }
@@ -88,9 +92,9 @@ impl SpecialTokens {
         self.named.iter().map(|(name, token)| (name.clone(), token.content.clone()))
     }
 
-    /// Add to the tokenizer what its own file lacks. A token that is in its vocabulary keeps its id and is recognized in
-    /// texts from now on; another gets the next id. Where a file states a different id, that is logged, because
-    /// transformers gives the same one without a word.
+    /// Add to the tokenizer what its own file lacks. A token that is in its vocabulary keeps its id and is
+    /// recognized in texts from now on; another gets the next id. Where a file states a different id, that is
+    /// logged, because transformers gives the same one without a word.
     pub fn add_to(&self, tokenizer: &mut Tokenizer) {
         let known: Vec<AddedToken> = tokenizer.get_added_tokens_decoder().into_values().collect();
         let mut texts: HashSet<String> = known.iter().map(|token| token.content.clone()).collect();

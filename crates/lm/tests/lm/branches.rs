@@ -124,7 +124,7 @@ fn without_a_mask_branches_equal_the_cache() {
             let found = hidden.get(row as i64).narrow(0, 0, ids.len() as i64);
             assert_close(&format!("{name}, {storage:?}, row {row}"), &found, &expected, 1e-4);
         }
-        // Padding dropped, each row goes on at its own position.
+        // With the padding dropped, each row continues at its own position.
         branches.truncate(&[10, 4, 7]).unwrap();
         branches.truncate(&[9, 4, 7]).unwrap();
         let more = Tensor::from_slice(&[11i64, 12, 13]).view([3, 1]);
@@ -200,7 +200,8 @@ fn rows_that_leave_change_no_answer_of_others() {
             let together = model.generate_branches(&rows, &mut branches, 24, &stop).unwrap();
             assert_eq!(together, expected, "{name}, {storage:?}");
 
-            // A question and a known beginning are read, tried tokens are dropped, some rows leave, the others go on.
+            // A question and a known beginning are read, tried tokens are dropped, some rows leave, the
+            // others go on.
             let open: Vec<usize> = (0..12).filter(|&row| expected[row].len() > 2 && row != 4).collect();
             let mut branches = Branches::with_storage(&cache, Some(&keep), 3, 60, storage).unwrap();
             let mut padded = vec![0i64; 12 * 15];

@@ -162,7 +162,7 @@ fn a_forward_for_the_tap_fills_cache_and_tap_alike() {
     assert_eq!(difference(&a.values(5), &b.values(5)), 0.0);
 }
 
-/// What is left behind by a chunk that memory had no room for: nothing.
+/// A chunk that memory had no room for leaves nothing in the cache.
 #[test]
 fn a_prefill_that_runs_out_of_memory_goes_on_in_smaller_chunks() {
     /// Has no room for the second layer of more than 700 tokens.
@@ -233,7 +233,7 @@ fn the_target_answers_from_its_context() {
         let mut ids = tokenizer.encode(&format!("\n\n{question}")).unwrap();
         ids.extend(tokenizer.switch());
         let answer = model.generate(&ids, &mut cache, 16, tokenizer.stop_tokens()).unwrap();
-        // The answer's last token, and the stop token behind it, were not read.
+        // The answer's last token, and the stop token after it, were not read.
         assert!(cache.len() < context.len() + ids.len() + answer.len() + 1);
         cache.truncate(context.len());
         assert!(!answer.contains(&4), "the stop token is no part of the answer");
@@ -306,13 +306,14 @@ fn random_models_depend_on_their_seed_alone() {
 
 /// bf16 and f16 are as far from f32 as their rounding alone explains, on every CPU and GPU.
 ///
-/// The yardstick is f32 with every weight off by a random share of half a unit in the last place of the kind: rounding, and
-/// nothing else. It says how far each row goes for how little. One of these rows (105) goes very far, KL 0.0003 to 0.012 by
-/// the draw where the median row goes 0.00015, so the worst row says which roundings it met, not how good they are. Hence
-/// quantiles over rows, and over several ways to split the text into chunks, which round differently.
+/// The yardstick is f32 with every weight off by a random share of half a unit in the last place of the kind:
+/// rounding, and nothing else. It says how far each row goes for how little. One of these rows (105) goes
+/// very far, KL 0.0003 to 0.012 by the draw where the median row goes 0.00015, so the worst row says which
+/// roundings it met, not how good they are. Hence quantiles over rows, and over several ways to split the
+/// text into chunks, which round differently.
 ///
-/// Measured in bf16 on AVX2, AVX-512 and without either: 1.1 to 1.5 times the yardstick at these quantiles. Matrix products
-/// that sum blocks of 32 in bf16 give 2.0 to 2.6, norms in bf16 throughout 2.0 to 2.8.
+/// Measured in bf16 on AVX2, AVX-512 and without either: 1.1 to 1.5 times the yardstick at these quantiles.
+/// Matrix products that sum blocks of 32 in bf16 give 2.0 to 2.6, norms in bf16 throughout 2.0 to 2.8.
 #[test]
 fn half_precision_follows_f32() {
     let folder = nano("target");

@@ -197,8 +197,8 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     assert_eq!(pruned.next_position(0), 9);
 }
 
-/// Half precision takes other kernels on a GPU, one for questions and one for single tokens; it must follow f32 as closely as
-/// the full cache does.
+/// Half precision takes other kernels on a GPU, one for questions and one for single tokens; it must follow
+/// f32 as closely as the full cache does.
 #[test]
 fn half_precision_follows_f32() {
     for name in MODELS {
@@ -221,8 +221,9 @@ fn half_precision_follows_f32() {
     }
 }
 
-/// The kernel for single tokens has head_dims from 64 on, which no checkpoint here has: random models in half precision. Two
-/// sequences of different lengths decode together, and each as behind a mask on its full cache.
+/// The kernel for single tokens has head_dims from 64 on, which no checkpoint here has: random models in half
+/// precision. Two sequences of different lengths decode together, and each as after a mask on its full
+/// cache.
 #[test]
 fn single_tokens_decode_as_behind_a_mask() {
     for (name, head_dim, query_heads) in

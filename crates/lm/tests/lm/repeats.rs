@@ -180,7 +180,7 @@ fn repeats_that_cannot_be_read_are_refused() {
     }
     let error = model.forward_repeats(&[&[5]], &cache, &mut Stop).unwrap_err();
     assert_eq!(error.to_string(), "seen enough");
-    // Behind an empty cache each segment is a sequence of its own.
+    // After an empty cache each segment is a sequence of its own.
     let mut empty = Record { wants_lse: true, ..Record::default() };
     model.forward_repeats(&[&[5, 6], &[7]], &model.new_cache(4), &mut empty).unwrap();
     assert_eq!(empty.layers[0].lse_qs.as_ref().unwrap().size()[1], 3);

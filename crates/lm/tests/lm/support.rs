@@ -27,7 +27,8 @@ pub const TRAINED: [&str; 2] = ["smollm2-135m", "qwen2.5-coder-0.5b"];
 
 /// The folder of a checkpoint that goldens exist for.
 ///
-/// The tiny pair and the trained models are too large for the project: `PKV_FAMILY` names the folder that holds them.
+/// The tiny pair and the trained models are too large for the project: `PKV_FAMILY` names the folder that
+/// holds them.
 pub fn checkpoint(name: &str) -> Option<PathBuf> {
     match name {
         "nano-llama-target" => Some(nano("target")),

@@ -125,6 +125,31 @@ fn a_missing_or_damaged_tokenizer_is_named() {
     assert_error(TextTokenizer::open(folder.path()), &["reading the tokenizer", "EOF"]);
 }
 
+/// Searching a text for a token of 200,000 letters took minutes.
+#[test]
+fn tokens_of_endless_length_are_refused_in_every_file_that_names_them() {
+    let long = "x".repeat(200_000);
+    let folder = edited(|_| ());
+    let path = folder.path().join("tokenizer.json");
+    let mut whole: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    whole["added_tokens"][0]["content"] = long.as_str().into();
+    fs::write(&path, whole.to_string()).unwrap();
+    assert!(refused(folder.path()).contains("has 200000 bytes"));
+    for (name, content) in [
+        ("special_tokens_map.json", json!({"bos_token": long})),
+        ("special_tokens_map.json", json!({"additional_special_tokens": ["<|eot_id|>", long]})),
+        ("added_tokens.json", json!({ (long.clone()): 7 })),
+    ] {
+        let folder = edited(|config| drop(config.as_object_mut().unwrap().remove("added_tokens_decoder")));
+        fs::write(folder.path().join(name), content.to_string()).unwrap();
+        assert!(refused(folder.path()).contains("has 200000 bytes"), "{name}");
+    }
+}
+
+fn refused(folder: &Path) -> String {
+    format!("{:#}", TextTokenizer::open(folder).err().expect("it is refused"))
+}
+
 #[test]
 fn vocabularies_are_compared_token_by_token() {
     let (target, proxy) = (open(&nano("target")), open(&nano("proxy")));

@@ -18,7 +18,7 @@ fn attention_width(shape: &ModelShape) -> f64 {
     (shape.query_heads * shape.head_dim) as f64
 }
 
-/// How a context is repeated.
+/// Settings of the repeat of a context.
 pub struct Repeat {
     /// Tokens per scoring chunk.
     pub tokens: usize,
@@ -74,8 +74,8 @@ pub fn repeat(shape: &ModelShape, t: usize, by: &Repeat) -> f64 {
     total
 }
 
-/// Features of a prefilled model: queries times keys once more for every pass that a channel asks for, and the LM head for
-/// surprisal. A repeat is not counted: see [`repeat`].
+/// Features of a prefilled model: queries times keys once more for every pass that a channel asks for, and
+/// the LM head for surprisal. A repeat is not counted: see [`repeat`].
 pub fn features(shape: &ModelShape, section: &ExtractSection, t: usize, by: &Repeat) -> f64 {
     let t_f = t as f64;
     let lengths = PassLengths {

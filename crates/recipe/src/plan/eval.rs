@@ -7,15 +7,16 @@ use super::stages::{Reading, TEMPLATE_TOKENS};
 use super::{Machine, StagePlan, element_bytes, parameters};
 use crate::{BenchmarkSection, Recipe};
 
-/// How much memory the largest intermediates of a forward over many masks may take, on a CPU and on a GPU: what `eval`
-/// limits itself to.
+/// Memory limit of the largest intermediates of a forward over many masks, on a CPU and on a GPU:
+/// what `eval` limits itself to.
 const FORWARD_BYTES: [u64; 2] = [256 << 20, 4 << 30];
-/// How much copies of pruned caches may take on a CPU; on a GPU three eighths of what is free. The same.
+/// Memory limit of copies of pruned caches on a CPU; on a GPU it is three eighths of the free memory. The
+/// same.
 const CPU_COPY_BYTES: u64 = 384 << 20;
 /// Tokens of a question where they are not counted.
 const QUESTION_TOKENS: usize = 64;
 
-/// What one task asks, at most.
+/// Upper bound of one task's work.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskWork {
     /// As results have it.
@@ -31,7 +32,7 @@ pub struct TaskWork {
     pub answers: Answers,
 }
 
-/// How answers come about.
+/// How answers are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answers {
     /// The full cache's is decoded first, then others that leave it.
@@ -84,8 +85,9 @@ impl Copies {
         Self { masks: each * section.answer_ratios.len(), kept: each as f64 * kept, largest }
     }
 
-    /// Memory of the copies that are asked at once: all, or as many as there is room for beside the bytes `taken`, and one
-    /// at least. Kernels of a GPU read a copy for each question; without them one serves all.
+    /// Memory of the copies that are asked at once: all, or as many as there is room for beside the bytes
+    /// `taken`, and one at least. Kernels of a GPU read a copy for each question; without them one serves
+    /// all.
     fn bytes(&self, work: &TaskWork, cache: u64, own: u64, taken: u64, machine: &Machine) -> u64 {
         let questions = if machine.cpu { 1 } else { work.questions };
         let of = |kept: f64| (kept * cache as f64 * questions as f64) as u64;

@@ -8,7 +8,7 @@ use crate::{ExtractSection, ModelSection, Recipe};
 
 /// Tokens that a chat template puts around a context or a question; models differ by a few dozen.
 pub const TEMPLATE_TOKENS: usize = 48;
-/// How many examples there are of which length, at most.
+/// Upper bound of the number of examples of each length.
 pub struct Lengths(Vec<(f64, usize)>);
 
 impl Lengths {
@@ -147,8 +147,8 @@ impl<'a> Reading<'a> {
         prefill(&self.model.shape, t + TEMPLATE_TOKENS) + self.features_flops(recipe, t)
     }
 
-    /// Memory beside the weights and the cache, `chunk` tokens at a time, `scoring` tokens in a scoring chunk: activations and
-    /// features.
+    /// Memory beside the weights and the cache, `chunk` tokens at a time, `scoring` tokens in a scoring
+    /// chunk: activations and features.
     fn working_bytes(&self, context: usize, chunk: usize, scoring: usize, machine: &Machine) -> u64 {
         let width = element_bytes(self.model.dtype, machine);
         let (shape, section) = (&self.model.shape, &self.section);
@@ -184,9 +184,11 @@ impl<'a> Reading<'a> {
     }
 }
 
-/// Contexts that a model reads for features: each once, or, where features are not kept, whenever they are read.
+/// Contexts that a model reads for features: each once, or, where features are not kept, whenever they are
+/// read.
 ///
-/// What fits into `train.cache_gb` or is kept between validations is read once all the same: this is the most.
+/// What fits into `train.cache_gb` or is kept between validations is read once all the same: this is the
+/// most.
 fn feature_reads(recipe: &Recipe, lengths: &Lengths) -> Lengths {
     /// Training contexts of a pass of statistics, and of the baselines of `eval`, at most.
     const SAMPLE: usize = 512;
@@ -205,7 +207,7 @@ fn feature_reads(recipe: &Recipe, lengths: &Lengths) -> Lengths {
     out
 }
 
-/// What it costs that features are not kept, in words.
+/// Cost of not storing features, in words.
 pub fn features_made_anew(recipe: &Recipe, lengths: &Lengths) -> Option<String> {
     recipe.extract.is_transient().then(|| {
         let saved: u64 = Reading::all(recipe).map(|(_, reading)| reading.disk_bytes(lengths)).sum();
@@ -238,7 +240,7 @@ pub fn extract(recipe: &Recipe, examples: &Lengths, machine: &Machine) -> StageP
     if stage.examples == 0 { stage } else { stage.timed(machine, machine.efficiency.extract) }
 }
 
-/// How many times the target reads an example, in words, where its features are wanted.
+/// Number of times that the target reads an example, in words, if its features are needed.
 pub fn target_reads(recipe: &Recipe) -> Option<String> {
     let extract = &recipe.extract;
     if !extract.from.contains(&Source::Target) || extract.is_transient() {
@@ -299,8 +301,8 @@ pub fn infer(recipe: &Recipe, tokens: usize, machine: &Machine, mapper: &MapperC
 /// Most elements of one piece's tensor in stage 3 of the mapper.
 const PIECE_ELEMENTS: f64 = (1u64 << 26) as f64;
 
-/// Forward and backward are three forwards; parameters, gradients and both moments are f32. Steps that are `auto` count as
-/// their most.
+/// Forward and backward are three forwards; parameters, gradients and both moments are f32. Steps that are
+/// `auto` count as their most.
 pub fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &MapperCost) -> StagePlan {
     let (data, section) = (&recipe.data, &recipe.train);
     let mut of_train = Lengths(Vec::new());

@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BenchmarkSection {
-    /// Data manifest of the benchmarks' files; its sources are named `essays`, `squad`, `hotpotqa`, `words` (RULER),
-    /// `longbench` and `scbench`. Empty: none, which leaves RULER's tasks that need no file.
+    /// Data manifest of the benchmarks' files; its sources are named `essays`, `squad`, `hotpotqa`, `words`
+    /// (RULER), `longbench` and `scbench`. Empty: none, which leaves RULER's tasks that need no file.
     pub manifest: String,
-    /// Examples of each task, at most.
+    /// Maximum number of examples of each task.
     pub examples: usize,
     /// Tokens of a RULER example, chat template and room for the answer included.
     pub ruler_tokens: usize,
@@ -21,13 +21,13 @@ pub struct BenchmarkSection {
     pub longbench_tasks: Vec<String>,
     /// SCBench's tasks; empty: all whose files there are.
     pub scbench_tasks: Vec<String>,
-    /// How the questions of one SCBench context hang together.
+    /// Whether the questions of one SCBench context form a conversation.
     pub scbench_mode: SharedContext,
-    /// Longest prompt of LongBench and SCBench in tokens; of longer ones the middle is cut out. 31,500 is LongBench's
-    /// own limit for models of 32k.
+    /// Longest prompt of LongBench and SCBench in tokens; of longer ones the middle is cut out. 31,500 is
+    /// LongBench's own limit for models of 32k.
     pub prompt_tokens: usize,
-    /// Most tokens of an answer; 0: as many as each benchmark says. Fewer save time on models that do not stop, such as
-    /// small ones that were never taught to, and lose what comes later.
+    /// Maximum number of tokens of an answer; 0: each benchmark's own limit. A lower limit saves time on
+    /// models that do not stop, and cuts longer answers.
     pub answer_tokens: usize,
 }
 
@@ -35,10 +35,10 @@ pub struct BenchmarkSection {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum SharedContext {
-    /// A conversation: each turn sees those before it, with their right answers.
+    /// A conversation: each turn follows the earlier turns with their right answers.
     #[default]
     MultiTurn,
-    /// Each is asked of the context alone.
+    /// Each question is asked of the context alone.
     MultiRequest,
 }
 

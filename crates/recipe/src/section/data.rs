@@ -9,11 +9,12 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
-    /// Manifest (TOML) that names the documents. Left out where `files` names them.
+    /// Manifest (TOML) that names the documents. Absent if `files` is given.
     #[serde(default)]
     pub manifest: String,
-    /// Documents named here, in place of a manifest: paths or patterns such as `my/*.txt`, from the working directory. `.jsonl`
-    /// and `.parquet` hold their text as `text`; any other file is text. 0 to 8 facts are planted in each example.
+    /// Documents, instead of a manifest: paths or patterns such as `my/*.txt`, from the working directory.
+    /// `.jsonl` and `.parquet` hold their text as `text`; any other file is text. 0 to 8 facts are planted in
+    /// each example.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<String>,
     /// Examples of the training split.
@@ -22,12 +23,13 @@ pub struct DataSection {
     pub validation: usize,
     /// Examples of the test split.
     pub test: usize,
-    /// Lengths of the sliding window, tokens; each document draws one (several lengths teach the
-    /// mapper that lengths vary). A document shorter than the window is one example of its own length.
+    /// Lengths of the sliding window, tokens; one is drawn per document (several lengths train the mapper for
+    /// different context lengths). A document shorter than the window is one example of its own length.
     #[serde(default = "default_windows")]
     pub window_tokens: Vec<usize>,
-    /// Distance of consecutive training windows of a document as a share of the window's length, in (0, 1]. Windows of
-    /// the other splits lie end to end whatever it is, so that more training contexts are measured on the same text.
+    /// Distance of consecutive training windows of a document as a share of the window's length, in (0, 1].
+    /// Windows of the other splits never overlap, so that recipes with another stride are measured on the
+    /// same text.
     #[serde(default = "one")]
     pub stride: f64,
     /// Shorter examples are dropped, tokens; at least 2.
@@ -39,7 +41,7 @@ pub struct DataSection {
     /// Share of the documents for test.
     #[serde(default = "default_share")]
     pub test_share: f64,
-    /// Length of the windows of the test split, tokens, in place of `window_tokens`.
+    /// Length of the windows of the test split, tokens, instead of `window_tokens`.
     #[serde(default)]
     pub test_window_tokens: Option<usize>,
     /// What special tokens are that a document spells out, such as `<|im_end|>`.

@@ -13,31 +13,33 @@ use crate::task::TaskName;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvalSection {
-    /// Retention ratios of the metrics against labels. 0.125, 0.0625 and 0.03125 are the compressions by 8, 16 and 32 that others
-    /// report.
+    /// Retention ratios of the metrics against labels. 0.125, 0.0625 and 0.03125 are the compressions by 8,
+    /// 16 and 32 that others report.
     pub ratios: Vec<f64>,
     /// Retention ratios of the tasks. Above 10% kept, nothing separates the methods.
     pub answer_ratios: Vec<f64>,
     /// Policies of the metrics against labels.
     pub policies: Vec<Policy>,
-    /// Policies of the tasks. On the real pair `pair-floor` answers 3 to 9 points more than `pair` at the same ratio.
+    /// Policies of the tasks. On the real pair `pair-floor` answers 3 to 9 points more than `pair` at the
+    /// same ratio.
     pub answer_policies: Vec<Policy>,
-    /// Ways to score KV pairs; which there are, `pkv_eval::methods` knows.
+    /// Methods that score KV pairs.
     pub methods: Vec<MethodName>,
-    /// What is asked of the pruned caches: `facts`, `perplexity`, suites such as `ruler`, single tasks such as `ruler/vt`.
+    /// What is asked of the pruned caches: `facts`, `perplexity`, suites such as `ruler`, single tasks such
+    /// as `ruler/vt`.
     pub tasks: Vec<TaskName>,
     /// Contexts of the `facts` task, and at most as many test examples for `perplexity`.
     pub contexts: usize,
     /// Tokens of each context of the `facts` task.
     pub context_tokens: usize,
-    /// Facts planted in each, every one of them asked.
+    /// Facts planted in each context; each is asked.
     pub facts_per_context: usize,
-    /// When an answer counts.
+    /// When an answer counts as right.
     pub answer_match: AnswerMatch,
-    /// Tokens that an answer may have.
+    /// Maximum number of tokens of an answer.
     pub max_answer_tokens: usize,
-    /// Newest tokens of a context that stay in every KV head of a pruned cache, whatever their scores and as far as the budget
-    /// reaches; they count as kept. Metrics against labels are of the scores alone.
+    /// Newest tokens of a context that are kept in every KV head of a pruned cache, regardless of their
+    /// scores and within the budget; they count as kept. Metrics against labels are of the scores alone.
     #[serde(skip_serializing_if = "is_none")]
     #[schemars(extend("default" = 0))]
     pub keep_recent: usize,
@@ -45,7 +47,7 @@ pub struct EvalSection {
     pub continuation_tokens: usize,
     /// Resamples of the bootstrap over contexts.
     pub bootstrap: usize,
-    /// What the benchmark tasks ask.
+    /// Settings of the benchmark tasks.
     pub benchmark: BenchmarkSection,
 }
 
@@ -61,9 +63,10 @@ pub enum AnswerMatch {
     Contains,
 }
 
-/// What is measured without being named: the mapper, KVzip, and the baselines that cost little beside a context's own reading.
-/// KVzap's scorers prefill the target on up to 512 training contexts first, which on a real pair is a part of what the labels
-/// cost. A longer list makes finished evaluations of recipes without a list stale.
+/// What is measured without being named: the mapper, KVzip, and the baselines that cost little beside a
+/// context's own reading. KVzap's scorers prefill the target on up to 512 training contexts first, which on a
+/// real pair is a part of what the labels cost. A longer list makes finished evaluations of recipes without a
+/// list stale.
 const DEFAULT_METHODS: [MethodName; 10] = [
     MethodName::MAPPER,
     MethodName::KVZIP,
@@ -106,7 +109,8 @@ fn is_none(keep_recent: &usize) -> bool {
 }
 
 impl EvalSection {
-    /// The single tasks of a suite that are asked for, none for all of them; `None` if the suite is not asked for.
+    /// The single tasks of a suite that are asked for, none for all of them; `None` if the suite is not asked
+    /// for.
     pub fn named(&self, suite: &str) -> Option<Vec<&str>> {
         let of_suite = || self.tasks.iter().map(TaskName::parts).filter(|(of, _)| *of == suite);
         of_suite().next()?;

@@ -9,15 +9,15 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExtractSection {
-    /// Models that features come from, in the order in which the mapper sees them: `proxy` is the paper's ProxyKV,
-    /// `target` reads them off the target's own prefill and needs no second model.
+    /// Models that features come from, in the order of the mapper's input: `proxy` is the paper's ProxyKV;
+    /// `target` takes them from the target's own prefill and needs no second model.
     #[serde(skip_serializing_if = "is_proxy_alone")]
     #[schemars(extend("default" = ExtractSection::default().from))]
     pub from: Vec<Source>,
-    /// Channels per (layer, KV head) of the proxy, in this order. The prefill-only eight by default: they match
-    /// the reconstruction set and cost a tenth of it.
+    /// Channels per (layer, KV head) of the proxy, in this order. By default the eight that need only a
+    /// prefill: they are as good as the reconstruction channels at a tenth of the cost.
     pub channels: Vec<Channel>,
-    /// The same of the target, where it is a source; no reconstruction, which would be KVzip itself.
+    /// The same for the target, if it is a source; without reconstruction, which would be KVzip itself.
     #[serde(skip_serializing_if = "is_prefill")]
     #[schemars(extend("default" = ExtractSection::default().target_channels))]
     pub target_channels: Vec<Channel>,
@@ -29,9 +29,9 @@ pub struct ExtractSection {
     pub min_distance: usize,
     /// Queries at the end of the context that the `*_last` channels read.
     pub last_queries: usize,
-    /// Of the whole causal range, every so many-th query counts: those at multiples of it. A maximum and a mean over a
-    /// quarter of thousands of queries tell the mapper as much as over all of them, at a quarter of the cost, which grows
-    /// with the square of the context.
+    /// Stride of the queries of the whole causal range: those at multiples of it count. Every fourth query is
+    /// as good for the mapper as all of them, at a quarter of the cost, which grows with the square of the
+    /// context.
     pub whole_range_stride: usize,
     /// Queries per block of the blockwise statistics; bounds memory, changes nothing else.
     pub block_tokens: usize,
@@ -39,11 +39,11 @@ pub struct ExtractSection {
     pub prefill_chunk_tokens: usize,
     /// Dtype of the stored features.
     pub store: StoreDtype,
-    /// What to do about features that are not on disk.
+    /// What to do if features are not on disk.
     #[serde(skip_serializing_if = "MissingFeatures::is_default")]
     #[schemars(extend("default" = MissingFeatures::default()))]
     pub missing: MissingFeatures,
-    /// What becomes of features that the mapper was trained on; `delete` needs `missing = "generate"`.
+    /// What to do with features after the mapper was trained on them; `delete` needs `missing = "generate"`.
     #[serde(skip_serializing_if = "AfterUse::is_default")]
     #[schemars(extend("default" = AfterUse::default()))]
     pub after_use: AfterUse,
@@ -53,10 +53,10 @@ pub struct ExtractSection {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MissingFeatures {
-    /// Say so, and name `extract`.
+    /// Fail with a hint to run `extract`.
     #[default]
     Fail,
-    /// Make them. With `after_use = "keep"`, the work of `extract` is done first; with `"delete"`, a row is made each
+    /// Compute them. With `after_use = "keep"`, `extract` runs first; with `"delete"`, a row is computed each
     /// time it is read.
     Generate,
 }
@@ -68,8 +68,9 @@ pub enum AfterUse {
     /// They stay on disk.
     #[default]
     Keep,
-    /// What is missing is never written: `extract` has nothing to do, and contexts beyond `train.cache_gb` are read again
-    /// by the models in every epoch. Complete shards that were there are used, and removed when the training is complete.
+    /// Missing features are never written: `extract` does nothing, and the models read contexts beyond
+    /// `train.cache_gb` again in every epoch. Existing complete shards are used, and removed when training is
+    /// complete.
     Delete,
 }
 
@@ -120,8 +121,9 @@ impl ExtractSection {
         FeatureLayout::new(&sources, &self.globals)
     }
 
-    /// What one source is asked for: the section of a recipe that has this source alone, with its list as `channels`.
-    /// What else the recipe takes features from does not show in it, so that runs share what one source gave.
+    /// What one source is asked for: the section of a recipe that has this source alone, with its list as
+    /// `channels`. What else the recipe takes features from does not show in it, so that runs share what one
+    /// source gave.
     pub fn of(&self, source: Source) -> Self {
         Self {
             channels: self.channels_of(source).to_vec(),

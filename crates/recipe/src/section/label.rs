@@ -1,9 +1,9 @@
-//! `[label]`: which KVzip score of the target becomes the label.
+//! `[label]`: the KVzip score of the target that is used as label.
 
 mod preset;
 
 use anyhow::{Result, ensure};
-use pkv_core::StoreDtype;
+use pkv_core::{Fingerprint, StoreDtype};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -21,8 +21,8 @@ pub struct LabelSection {
     pub sink: Option<Sink>,
     /// Tokens per forward while prefilling (KVzip: 16,000). Memory and speed only.
     pub prefill_chunk_tokens: usize,
-    /// Tokens per forward while repeating: so many that whole scoring chunks fit, but at least one of
-    /// them. 16,384 on a GPU, one chunk on a CPU, where matrix products gain nothing. Memory and speed only.
+    /// Tokens per forward while repeating: as many whole scoring chunks as fit, at least one. 16,384 on a
+    /// GPU, one chunk on a CPU, where matrix products gain nothing. Memory and speed only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pack_tokens: Option<usize>,
     /// Dtype of the stored scores. f16 keeps 99.4% of the f32 kept set at 1% kept, measured on the tiny pair.
@@ -70,6 +70,18 @@ impl LabelSection {
             prefill_chunk_tokens: default.prefill_chunk_tokens,
             pack_tokens: default.pack_tokens,
             ..self.clone()
+        }
+    }
+
+    /// The highest score of labels whose fingerprint is `choices`, with room for the rounding of f16: softmax
+    /// weights end at
+    /// 1. Infinite where they are multiplied with something, or where the choices are not known.
+    pub fn most_score(choices: &Fingerprint) -> f32 {
+        const ROUNDED_ONE: f32 = 1.001;
+        let section = choices.get("label").and_then(|label| Self::deserialize(label).ok());
+        match section.map(|label| label.preset.preset().weighting) {
+            Some(LabelWeighting::Plain) => ROUNDED_ONE,
+            Some(LabelWeighting::KvzipPlus) | None => f32::INFINITY,
         }
     }
 

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PruneSection {
-    /// Training contexts, evenly spread over the split, whose labels give each head its budget. Which heads KVzip prefers
-    /// hardly depends on the context: of 50 the mean is steady.
+    /// Training contexts, evenly spread over the split, whose labels give each head its budget. Which heads
+    /// KVzip prefers hardly depends on the context: the mean of 50 is stable.
     pub budget_contexts: u64,
 }
 

@@ -34,13 +34,13 @@ impl Default for AutoSteps {
         Self {
             // Five times what the real pair gained by.
             max_steps: 20_000,
-            // At a constant rate the score goes up and down by some tenths of a point from one validation to the next:
-            // one or two without a gain say little.
+            // At a constant rate the score goes up and down by some tenths of a point from one validation to
+            // the next: one or two without a gain say little.
             patience: 4,
             // A tenth of a point of recall; differences of one seed are established from about a point on.
             min_gain: 0.001,
-            // A fifth of the whole: from there on a longer decay gains little (arXiv 2405.18392, section 3; MiniCPM,
-            // arXiv 2404.06395, takes a tenth).
+            // A fifth of the whole: from there on a longer decay gains little (arXiv 2405.18392, section 3;
+            // MiniCPM, arXiv 2404.06395, takes a tenth).
             decay: 0.25,
         }
     }

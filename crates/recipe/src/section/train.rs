@@ -11,13 +11,14 @@ use super::steps::{AutoSteps, Steps};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainSection {
-    /// Optimizer steps: a number, or `auto`, until validation no longer gains. How many a new pair needs is not
-    /// known: the tiny ones 1,500, the first real one more than twice as many.
+    /// Optimizer steps: a number, or `auto`, until validation no longer gains. How many a new pair needs is
+    /// not known: the tiny ones 1,500, the first real one more than twice as many.
     pub steps: Steps,
-    /// `auto`: most steps, the decay included; absent: 20,000.
+    /// `auto`: maximum number of steps, including the decay; absent: 20,000.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<u64>,
-    /// `auto`: validations in a row without a gain, after which the learning rate decays and training ends; absent: 4.
+    /// `auto`: validations in a row without a gain, after which the learning rate decays and training ends;
+    /// absent: 4.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub patience: Option<u64>,
     /// `auto`: the least rise of the mean recall at `best_by` that counts as a gain; absent: 0.001.
@@ -26,23 +27,24 @@ pub struct TrainSection {
     /// `auto`: steps of the decay, as a share of those before it; absent: 0.25, a fifth of the whole.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decay: Option<f64>,
-    /// Training contexts to learn from, drawn by the recipe's seed; absent: all. Smaller draws are part of larger ones, so a
-    /// learning curve needs one set of labels.
+    /// Training contexts to learn from, drawn by the recipe's seed; absent: all. Smaller draws are part of
+    /// larger ones, so a learning curve needs one set of labels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub contexts: Option<usize>,
-    /// Seed of the start, the order of contexts and all else that training draws; absent: the recipe's. Other seeds on the same
-    /// labels tell what one run's figures are worth.
+    /// Seed of the start, the order of contexts and all else that training draws; absent: the recipe's. Other
+    /// seeds on the same labels show the spread of a run's figures.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<Seed>,
-    /// Export, run folder or name of a run beside this one whose mapper's weights training starts from, in place of the
-    /// ridge solution and random numbers. Layers, KV heads, sources, channels and `[mapper]` must be the same; means and
-    /// deviations are this run's own. Absent: none.
+    /// Export, run folder or name of a run beside this one whose mapper's weights training starts from,
+    /// instead of the ridge solution and random numbers. Layers, KV heads, sources, channels and `[mapper]`
+    /// must be the same; means and deviations are this run's own. Absent: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_from: Option<String>,
     /// Contexts of similar length per step.
     pub batch: usize,
-    /// Most tokens of a context that a step reads; longer contexts give several windows per epoch, slices
-    /// of one long labelled context. Absent: contexts are read whole, which is what short ones want.
+    /// Maximum number of tokens of a context that a step reads; longer contexts give several windows per
+    /// epoch, slices of one long labelled context. Absent: contexts are read whole, which is best for short
+    /// ones.
     pub window_tokens: Option<usize>,
     /// Shortest crop of a batch's windows, as a share of them: each batch draws its own between this and
     /// 1, at random places. 1 is off. Features and labels belong to their position, so a crop is valid.
@@ -51,16 +53,17 @@ pub struct TrainSection {
     pub dtype: TrainDtype,
     /// Deviation of noise added to the standardized features that the stages see; 0 is off.
     pub feature_noise: f64,
-    /// Share of a context's (proxy head, channel) feature rows that the stages do not see in a step; 0 is off.
+    /// Share of a context's (proxy head, channel) feature rows that the stages do not see in a step; 0 is
+    /// off.
     pub feature_dropout: f64,
     /// Dropout inside the context encoder; 0 is off.
     pub dropout: f64,
-    /// Peak learning rate. A number of steps: cosine to 1% of it. `auto`: constant after the warm-up, then the decay, by
-    /// the root of what is done of it, to 1%.
+    /// Peak learning rate. A number of steps: cosine to 1% of it. `auto`: constant after the warm-up, then a
+    /// `1 - sqrt` decay to 1%.
     pub lr: f64,
-    /// Pairs of a step and a factor, in the order of the steps: from that step on, the learning rate is multiplied by the
-    /// factor. A training that diverged goes on from its last checkpoint with one. Checkpoints up to the step of a cut do not
-    /// depend on it. Empty: none.
+    /// Pairs of a step and a factor, in the order of the steps: from that step on, the learning rate is
+    /// multiplied by the factor. After a divergence, training resumes from its last checkpoint with one.
+    /// Checkpoints up to the step of a cut do not depend on it. Empty: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("default" = Vec::<(u64, f64)>::new()))]
     pub lr_cuts: Vec<(u64, f64)>,
@@ -90,7 +93,8 @@ pub struct TrainSection {
     pub log_every: u64,
     /// Span pooling of the labels.
     pub target_pool: TargetPool,
-    /// Decoded examples kept in memory, GB; those that fit are decoded once. Absent: a quarter of the free memory.
+    /// Decoded examples kept in memory, GB; those that fit are decoded once. Absent: a quarter of the free
+    /// memory.
     pub cache_gb: Option<f64>,
     /// Threads that assemble batches. Absent: up to 8, fewer on fewer cores and for large batches.
     pub loader_threads: Option<usize>,
@@ -174,8 +178,8 @@ impl Default for TrainSection {
 }
 
 impl TrainSection {
-    /// The choices that a trained mapper depends on: how batches are loaded is none of them. Nor is the place of the export
-    /// that training starts from: its hash goes into the fingerprint beside them.
+    /// The choices that a trained mapper depends on: how batches are loaded is none of them. Nor is the place
+    /// of the export that training starts from: its hash goes into the fingerprint beside them.
     #[must_use]
     pub fn choices(&self) -> Self {
         let all = Self { cache_gb: None, loader_threads: None, start_from: None, ..self.clone() };

@@ -1,9 +1,9 @@
-//! From numbers to pixels, and the ticks along the way.
+//! Scales from numbers to pixels, and their ticks.
 
 /// Least distance of the ticks of ratios, as a share of the axis: room for a text such as `12.5%`.
 const TICKS_APART: f64 = 0.07;
 
-/// How values spread over an axis.
+/// Linear or logarithmic scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scale {
     Linear {
@@ -20,7 +20,7 @@ pub enum Scale {
 /// One axis with its ticks.
 #[derive(Clone, Debug)]
 pub struct Axis {
-    /// What is measured, with its unit.
+    /// The quantity, with its unit.
     pub label: String,
     pub scale: Scale,
     /// Values and their texts.
@@ -28,7 +28,7 @@ pub struct Axis {
 }
 
 impl Scale {
-    /// Where `value` lies between the ends, 0 to 1; ends that coincide put everything in the middle.
+    /// Position of `value` between the ends, 0 to 1; if the ends are equal, the middle.
     pub fn share(self, value: f64) -> f64 {
         let (from, to, value) = match self {
             Self::Linear { from, to } => (from, to, value),
@@ -56,7 +56,8 @@ impl Axis {
         at.dedup();
         let (from, to) = (at.first().copied().unwrap_or(1.0), at.last().copied().unwrap_or(0.01));
         let scale = Scale::Log { from, to };
-        // Where ratios lie close together, the one that is shorter to write has the tick: 3% rather than 3.125%.
+        // Where ratios lie close together, the one that is shorter to write has the tick: 3% rather than
+        // 3.125%.
         let mut shortest = at.clone();
         shortest.sort_by_key(|&r| percent_text(r).len());
         let mut marked: Vec<f64> = Vec::new();

@@ -14,14 +14,14 @@ pub struct HeatMap {
     pub title: String,
     /// [layer][KV head] in [0, 1]; absent cells are drawn hollow.
     pub cells: Vec<Vec<Option<f64>>>,
-    /// What a cell is, for its tooltip: `recall`, `kept`.
+    /// Quantity of a cell, for its tooltip: `recall`, `kept`.
     pub what: String,
-    /// What a hollow cell is.
+    /// Meaning of an empty cell.
     pub absent: String,
     pub tone: Tone,
 }
 
-/// How shares become colours.
+/// Colour scale of shares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tone {
     Linear,

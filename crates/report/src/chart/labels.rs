@@ -6,7 +6,7 @@
 /// adjacent violators way, which gives the least squared displacement.
 pub fn spread(wanted: &[f64], gap: f64, low: f64, high: f64) -> Vec<f64> {
     let mut order: Vec<usize> = (0..wanted.len()).collect();
-    // Of equal wishes the later one, which is drawn on top, gets the higher place.
+    // Of equal preferred heights the later one, which is drawn on top, gets the higher place.
     order.sort_by(|&a, &b| wanted[a].total_cmp(&wanted[b]).then(b.cmp(&a)));
     // A block: where its first label wants to be (mean of wanted - offset), and its members.
     let mut blocks: Vec<(f64, Vec<usize>)> = Vec::new();

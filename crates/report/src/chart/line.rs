@@ -9,7 +9,7 @@ use super::{Px, escape};
 /// A chart of lines.
 #[derive(Clone, Debug)]
 pub struct LineChart {
-    /// What is shown, for readers that cannot see it.
+    /// Description for screen readers.
     pub title: String,
     pub width: f64,
     pub height: f64,

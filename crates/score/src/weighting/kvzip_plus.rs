@@ -1,4 +1,4 @@
-//! KVzip+: a softmax weight becomes the size of what it writes into the residual stream.
+//! KVzip+: a softmax weight is scaled to the norm of its contribution to the residual stream.
 //!
 //! Each weight is divided by the norm of its row's attention input and multiplied by the norm of
 //! the value after the output projection.

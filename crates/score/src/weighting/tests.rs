@@ -7,7 +7,7 @@ use pkv_recipe::{LabelPreset, LabelWeighting};
 
 use super::REGISTRY;
 
-/// What holds each kind: the test's file, and the test in it.
+/// Reference of each kind: the test's file, and the test in it.
 const HELD_BY: [(LabelWeighting, &str, &str); 2] = [
     (LabelWeighting::Plain, "naive.rs", "fn scores_match_loops_in_f64"),
     (LabelWeighting::KvzipPlus, "naive.rs", "fn kvzip_plus_factors_match_loops_in_f64"),

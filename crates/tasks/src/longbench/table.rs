@@ -1,7 +1,8 @@
 //! The 21 tasks of LongBench: prompts, room for answers, metrics.
 //!
-//! Facts of THUDM/LongBench at commit 2e00731: prompts of `LongBench/config/dataset2prompt.json`, answer lengths of
-//! `dataset2maxlen.json`, metrics of `LongBench/eval.py`, chat templates and first lines of `pred.py` and `eval.py`.
+//! Facts of THUDM/LongBench at commit 2e00731: prompts of `LongBench/config/dataset2prompt.json`, answer
+//! lengths of `dataset2maxlen.json`, metrics of `LongBench/eval.py`, chat templates and first lines of
+//! `pred.py` and `eval.py`.
 
 use super::Task;
 use crate::metric::Metric;

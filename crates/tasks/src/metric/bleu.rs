@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-/// `nltk.translate.bleu_score.sentence_bleu([wanted], answer, smoothing_function=method4)` of texts cut at white space.
+/// `nltk.translate.bleu_score.sentence_bleu([wanted], answer, smoothing_function=method4)` of texts cut at
+/// white space.
 pub fn bleu(answer: &str, wanted: &str) -> f64 {
     // `re.split` of an empty text is one empty word.
     let words = |text: &str| -> Vec<String> {
@@ -32,7 +33,8 @@ pub fn bleu(answer: &str, wanted: &str) -> f64 {
     brevity * log_sum.exp()
 }
 
-/// n-grams of `answer` that `wanted` has too, each as often as in both, and all of them; at least one of these.
+/// n-grams of `answer` that `wanted` has too, each as often as in both, and all of them; at least one of
+/// these.
 fn shared(answer: &[String], wanted: &[String], order: usize) -> (usize, usize) {
     let mut counts: HashMap<&[String], usize> = HashMap::new();
     wanted.windows(order).for_each(|w| *counts.entry(w).or_default() += 1);

@@ -1,4 +1,5 @@
-//! Chinese text, cut into words as the reference cuts it: jieba's dictionary with its model for unknown words.
+//! Chinese text, cut into words as the reference cuts it: jieba's dictionary with its model for unknown
+//! words.
 
 use std::sync::LazyLock;
 
@@ -32,8 +33,8 @@ pub fn normalized(text: &str) -> String {
     text.chars().filter(kept).collect()
 }
 
-/// Differs from the crate's own cut in what it restores: Python's jieba cuts `GPT-4` into three, since only a full stop
-/// holds digits together (`finalseg`, `re_skip`), the crate takes any character for that stop.
+/// Differs from the crate's own cut in what it restores: Python's jieba cuts `GPT-4` into three, since only a
+/// full stop holds digits together (`finalseg`, `re_skip`), the crate takes any character for that stop.
 fn cut(text: &str) -> Vec<String> {
     let mut words = Vec::new();
     for word in JIEBA.cut(text, true) {

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 /// `difflib.SequenceMatcher(None, a, b).ratio()`: 2 x matching characters / all characters.
 ///
-/// Matching blocks are found greedily, longest first. As there (`autojunk`), characters that make up more than a
-/// hundredth of a `b` of 200 characters or more do not begin a block.
+/// Matching blocks are found greedily, longest first. As there (`autojunk`), characters that make up more
+/// than a hundredth of a `b` of 200 characters or more do not begin a block.
 pub fn ratio(a: &str, b: &str) -> f64 {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
     if a.is_empty() && b.is_empty() {

@@ -7,7 +7,8 @@ use super::diff;
 /// A class that is part of the wanted one's name does not count.
 pub fn classification(answer: &str, wanted: &str, classes: &[String]) -> f64 {
     let mut named: Vec<&str> = classes.iter().map(String::as_str).filter(|c| answer.contains(*c)).collect();
-    // The reference removes from the list that it walks through, and so skips the entry after each that it removes.
+    // The reference removes from the list that it walks through, and so skips the entry after each that it
+    // removes.
     let mut at = 0;
     while at < named.len() {
         let class = named[at];
@@ -21,7 +22,7 @@ pub fn classification(answer: &str, wanted: &str, classes: &[String]) -> f64 {
     if named.contains(&wanted) { 1.0 / named.len() as f64 } else { 0.0 }
 }
 
-/// Share of the numbers in `answer` that are the one behind `label` in `wanted`.
+/// Share of the numbers in `answer` that are the one after `label` in `wanted`.
 pub fn retrieval(answer: &str, wanted: &str, label: &str) -> f64 {
     let number = wanted.split(label).skip(1).find_map(numbers_at_start);
     number.map_or(0.0, |n| count(answer, &n))
@@ -34,7 +35,8 @@ pub fn count(answer: &str, wanted: &str) -> f64 {
     if numbers.is_empty() { 0.0 } else { right as f64 / numbers.len() as f64 }
 }
 
-/// Similarity of the answer's first line that is code (no backquote, `#` or `//`) to the wanted line, in whole percents.
+/// Similarity of the answer's first line that is code (no backquote, `#` or `//`) to the wanted line, in
+/// whole percents.
 pub fn code_similarity(answer: &str, wanted: &str) -> f64 {
     let lines = answer.trim_start_matches('\n').split('\n');
     let mut code = lines.filter(|l| !l.contains('`') && !l.contains('#') && !l.contains("//"));

@@ -7,10 +7,11 @@ use super::lcs::positions;
 /// F-measure of ROUGE-L, package rouge 1.0.1 (`rouge_l_summary_level`, what LongBench reports).
 ///
 /// Texts are cut at full stops and spaces. Words count once each, however often they stand in a text, and
-/// subsequences of all sentence pairs are united. 0 where either text has no sentence, as LongBench's `except` has it.
+/// subsequences of all sentence pairs are united. 0 where either text has no sentence, as LongBench's
+/// `except` has it.
 ///
-/// Differs: where sentences are so long that the package's recursion fails (about 1,000 words in both together),
-/// LongBench counts 0; here they count.
+/// Differs: where sentences are so long that the package's recursion fails (about 1,000 words in both
+/// together), LongBench counts 0; here they count.
 pub fn rouge_l(answer: &str, wanted: &str) -> f64 {
     fn sentences(text: &str) -> Vec<Vec<&str>> {
         let pieces = text.split('.').filter(|s| !s.is_empty());
@@ -35,8 +36,8 @@ pub fn rouge_l(answer: &str, wanted: &str) -> f64 {
 
 /// F-measure of ROUGE-Lsum, package rouge-score 0.1.2 without stemming (what SCBench reports).
 ///
-/// Texts are cut at line breaks; words are runs of ASCII letters and digits, lower case. No word counts more often
-/// than it stands in either text.
+/// Texts are cut at line breaks; words are runs of ASCII letters and digits, lower case. No word counts more
+/// often than it occurs in either text.
 pub fn rouge_lsum(answer: &str, wanted: &str) -> f64 {
     fn sentences(text: &str) -> Vec<Vec<String>> {
         let words = |s: &str| {

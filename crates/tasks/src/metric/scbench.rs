@@ -7,7 +7,8 @@ pub fn first_number(answer: &str) -> &str {
     answer.split(|c: char| !c.is_ascii_digit()).find(|run| !run.is_empty()).unwrap_or_default()
 }
 
-/// Whether the first number of `answer`, decimals included, is `wanted`; a whole `wanted` is compared with its whole part.
+/// Whether the first number of `answer`, decimals included, is `wanted`; a whole `wanted` is compared with
+/// its whole part.
 pub fn math_find(answer: &str, wanted: &str) -> bool {
     let Some(start) = answer.find(|c: char| c.is_ascii_digit()) else { return false };
     let rest = &answer[start..];
@@ -40,7 +41,7 @@ pub fn choice(answer: &str, wanted: &[String]) -> bool {
     }
     for prefix in ["answer is:", "answer:", "answer is", "option is"] {
         let Some(at) = text.find(prefix) else { continue };
-        // One character, a space as a rule, stands between prefix and answer.
+        // One character, a space as a rule, is between prefix and answer.
         let mut after = text[at + prefix.len()..].chars();
         if after.next().is_none() {
             return false;
@@ -57,8 +58,8 @@ const SIMILAR: f64 = 0.8;
 
 /// Whether the code in `answer` is nearest to `wanted` among it and `others`, and at least [`SIMILAR`].
 ///
-/// Differs: the reference cuts the first function out of a code block with a parser for each language; here the whole
-/// first block counts, so text around the function lowers the similarity.
+/// Differs: the reference cuts the first function out of a code block with a parser for each language; here
+/// the whole first block counts, so text around the function lowers the similarity.
 pub fn function(answer: &str, wanted: &str, others: &[String]) -> bool {
     let code = code_block(answer.trim());
     let similarity = bleu(&code, wanted);

@@ -1,9 +1,9 @@
 //! Exact match and token F1 of short answers, as SQuAD measures them.
 //!
 //! # Source
-//! P. Rajpurkar, J. Zhang, K. Lopyrev, P. Liang, "SQuAD: 100,000+ Questions for Machine Comprehension of Text" (arXiv
-//! 1606.05250) and its `evaluate-v1.1.py`: `normalize_answer` (lower case, no ASCII punctuation, no articles, single
-//! spaces), `exact_match_score`, `f1_score`, and the best of several wanted answers.
+//! P. Rajpurkar, J. Zhang, K. Lopyrev, P. Liang, "SQuAD: 100,000+ Questions for Machine Comprehension of
+//! Text" (arXiv 1606.05250) and its `evaluate-v1.1.py`: `normalize_answer` (lower case, no ASCII punctuation,
+//! no articles, single spaces), `exact_match_score`, `f1_score`, and the best of several wanted answers.
 
 use serde::{Deserialize, Serialize};
 

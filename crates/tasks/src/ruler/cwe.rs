@@ -6,7 +6,7 @@ use super::Draft;
 use crate::draw::{sample, shuffle};
 use crate::words::Words;
 
-/// Common words, how often each of them stands in the list, and how often every other word.
+/// Common words, how often each of them is in the list, and how often every other word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counts {
     pub common: usize,
@@ -27,7 +27,7 @@ const ANSWER_PREFIX: &str = " Answer: The top 10 words that appear most often in
 /// The generator; a size is a number of different words.
 pub struct Cwe {
     counts: Counts,
-    /// Counts and different words of the solved example that stands first.
+    /// Counts and different words of the solved example at the start.
     example: (Counts, usize),
     words: Vec<String>,
     /// More words, for lists that are longer than [`Words`] has words.

@@ -69,7 +69,7 @@ impl Fwe {
     }
 }
 
-/// How often the word of `rank` (from 1) stands in a text scaled to `size` words.
+/// How often the word of `rank` (from 1) is in a text scaled to `size` words.
 pub(super) fn times(size: usize, rank: usize) -> usize {
     (size as f64 * (rank as f64).powi(-ALPHA) / ZETA) as usize
 }

@@ -10,14 +10,14 @@ use crate::draw::{sample, shuffle, uuid};
 use crate::sentences;
 use crate::words::Words;
 
-/// `niah.py`: what stands around the needles.
+/// `niah.py`: what surrounds the needles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Haystack {
     /// The same five sentences, again and again.
     Noise,
     /// Prose.
     Essay,
-    /// Needles that nobody asks for.
+    /// Needles that no question asks for.
     Needle,
 }
 
@@ -65,7 +65,7 @@ impl Parameters {
 /// `niah.py`: one piece of noise.
 pub const NOISE: &str =
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
-/// `constants.py`, `niah`: `{v}` stands for `type_needle_v`, `{q}` for `query`.
+/// `constants.py`, `niah`: `{v}` means `type_needle_v`, `{q}` for `query`.
 const INTRODUCTION: &str = "Some special magic {v} are hidden within the following text. Make sure to memorize it. \
                             I will quiz you about the {v} afterwards.\n";
 const QUESTION: &str = "\nWhat are all the special magic {v} for {q} mentioned in the provided text?";

@@ -11,7 +11,7 @@ use super::Draft;
 use crate::draw::{sample, shuffle};
 use crate::rows;
 
-/// `constants.py`, `qa`: `{q}` stands for `query`.
+/// `constants.py`, `qa`: `{q}` means `query`.
 const INTRODUCTION: &str = "Answer the question based on the given documents. Only give me the answer and do not output any \
                             other words.\n\nThe following are given documents.\n\n";
 const QUESTION: &str = "\n\nAnswer the question based on the given documents. Only give me the answer and do not output any \
@@ -40,8 +40,8 @@ pub struct QaSet {
 }
 
 impl QaSet {
-    /// SQuAD 2.0: the original JSON file (`dev-v2.0.json`), or rows with `title`, `context`, `question`, `answers`,
-    /// as the hub has them. Questions that have no answer are left out.
+    /// SQuAD 2.0: the original JSON file (`dev-v2.0.json`), or rows with `title`, `context`, `question`,
+    /// `answers`, as the hub has them. Questions that have no answer are left out.
     ///
     /// # Errors
     /// The file is absent or of another form.
@@ -108,8 +108,8 @@ impl QaSet {
         read().and_then(Self::checked).with_context(|| unreadable(path, "SQuAD 2.0", "dev-v2.0.json"))
     }
 
-    /// HotpotQA with distractors: the original JSON file (`hotpot_dev_distractor_v1.json`), or rows with `question`,
-    /// `answer` and `context`, as the hub has them.
+    /// HotpotQA with distractors: the original JSON file (`hotpot_dev_distractor_v1.json`), or rows with
+    /// `question`, `answer` and `context`, as the hub has them.
     ///
     /// # Errors
     /// The file is absent or of another form.
@@ -198,8 +198,8 @@ fn original(path: &Path) -> Result<Option<Value>> {
     Ok(Some(rows::json(path)?).filter(Value::is_object))
 }
 
-/// The texts of `answers`, a list of objects in the original, an object of lists on the hub; none where a question has
-/// no answer, as SQuAD 2.0 asks some.
+/// The texts of `answers`, a list of objects in the original, an object of lists on the hub; none where a
+/// question has no answer, as SQuAD 2.0 asks some.
 fn squad_answers(qa: &Value) -> Result<Vec<String>> {
     let answers = rows::column(qa, "answers")?;
     match answers {

@@ -12,7 +12,8 @@ use super::qa::QaSet;
 use crate::files::Files;
 use crate::rows;
 
-/// What the tasks draw from beside their own constants; a task whose source is absent cannot be made.
+/// Texts from which the tasks draw, in addition to their constants; a task whose source is absent cannot be
+/// made.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
     /// Words of the essays that needles are hidden in; the reference has Paul Graham's.
@@ -21,8 +22,8 @@ pub struct Sources {
     pub squad: Option<Rc<QaSet>>,
     /// Paragraphs and questions of `qa_2`.
     pub hotpotqa: Option<Rc<QaSet>>,
-    /// Words of `cwe` beyond the built-in 8,000: lists of that many words are longer than about 128,000 tokens. The
-    /// reference has `scripts/data/synthetic/json/english_words.json`.
+    /// Words of `cwe` beyond the built-in 8,000: lists of that many words are longer than about 128,000
+    /// tokens. The reference has `scripts/data/synthetic/json/english_words.json`.
     pub extra_words: Option<Vec<String>>,
 }
 

@@ -18,7 +18,7 @@ fn count(text: &str) -> Result<usize> {
 }
 
 fn sources() -> Sources {
-    // Sentences that can be told apart: sentence 17 says so.
+    // Sentences that can be distinguished: sentence 17 says so.
     let essay =
         (0..4000).map(|i| format!("Sentence {i} of the essay, which says little. ")).collect::<String>();
     let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
@@ -61,8 +61,8 @@ fn prompt(e: &Example) -> String {
 fn parameters_are_the_references() {
     use Haystack::{Essay, Needle, Noise};
     use Token::{Numbers, Uuids, Words};
-    // scripts/synthetic.yaml: type_haystack, type_needle_k, type_needle_v, num_needle_k, num_needle_v, num_needle_q;
-    // niah.py raises num_needle_k to num_needle_q.
+    // scripts/synthetic.yaml: type_haystack, type_needle_k, type_needle_v, num_needle_k, num_needle_v,
+    // num_needle_q; niah.py raises num_needle_k to num_needle_q.
     let niah = [
         (RulerTask::NiahSingle1, Noise, Words, Numbers, 1, 1, 1),
         (RulerTask::NiahSingle2, Essay, Words, Numbers, 1, 1, 1),
@@ -80,7 +80,8 @@ fn parameters_are_the_references() {
             "{task:?}"
         );
     }
-    // scripts/data/synthetic/constants.py: tokens_to_generate; scripts/eval/synthetic/constants.py: metric_fn.
+    // scripts/data/synthetic/constants.py: tokens_to_generate; scripts/eval/synthetic/constants.py:
+    // metric_fn.
     let rest = [
         (RulerTask::NiahSingle1, 128, Metric::StringMatchAll),
         (RulerTask::Vt, 30, Metric::StringMatchAll),
@@ -129,7 +130,8 @@ fn lengths_lie_just_below_the_wanted_one() {
             });
             let (least, most) = (*total.iter().min().unwrap(), *total.iter().max().unwrap());
             assert!(most <= tokens, "{} at {tokens}: {most}", task.name());
-            // Measured: 97.8% at the least, `niah_single_1` at 1,000 tokens, where a piece of noise is the step.
+            // Measured: 97.8% at the least, `niah_single_1` at 1,000 tokens, where a piece of noise is the
+            // step.
             assert!(100 * least >= 97 * tokens, "{} at {tokens}: {least} to {most}", task.name());
         }
     }
@@ -157,8 +159,8 @@ fn needles_lie_anywhere() {
 
 #[test]
 fn needles_in_essays_are_between_whole_sentences() {
-    // niah.py: needle i before sentence int(n * depth / 100) of n, depths drawn from 40 without repetition; essays are
-    // cut after a number of words, so that the last piece alone may be no whole sentence.
+    // niah.py: needle i before sentence int(n * depth / 100) of n, depths drawn from 40 without repetition;
+    // essays are cut after a number of words, so that the last piece alone may be no whole sentence.
     for task in [
         RulerTask::NiahSingle2,
         RulerTask::NiahSingle3,
@@ -236,7 +238,7 @@ fn prompts_read_as_the_references() {
     assert!(e.turns[0].question.starts_with("\nWhat are all the special magic numbers for "));
     assert_eq!(e.turns[0].wanted.len(), 4);
     assert!(e.turns[0].question.contains(", and "));
-    // A needle stands between whole sentences.
+    // A needle is between whole sentences.
     let at = e.context.find("One of the special").unwrap();
     assert!(e.context[..at].ends_with(". "), "{}", &e.context[at - 20..at + 10]);
     let e = with(RulerTask::NiahMultivalue, 4096, |g| g.example(0).unwrap());
@@ -283,7 +285,8 @@ fn key_of(e: &Example) -> String {
 
 #[test]
 fn words_are_as_frequent_as_the_reference_has_them() {
-    // Below 4,096 tokens: 6 times and once, with a solved list of 20 words (3 and 1); else 30 and 3, 40 words (10 and 3).
+    // Below 4,096 tokens: 6 times and once, with a solved list of 20 words (3 and 1); else 30 and 3, 40 words
+    // (10 and 3).
     for (tokens, common, other, solved) in [(1400, 6, 1, 10 * 3 + 10), (4096, 30, 3, 10 * 10 + 30 * 3)] {
         let e = with(RulerTask::Cwe, tokens, |g| g.example(0).unwrap());
         let lists: Vec<&str> =

@@ -15,11 +15,11 @@ const HOPS: usize = 4;
 const LETTERS: usize = 5;
 const EXAMPLE_LETTERS: usize = 3;
 const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ";
-/// `main`: length of the solved example that stands first, in tokens.
+/// `main`: length of the solved example at the start, in tokens.
 const EXAMPLE_TOKENS: usize = 500;
 /// `generate_chains`: value of the solved example, replaced afterwards.
 const EXAMPLE_VALUE: &str = "12345";
-/// `constants.py`, `variable_tracking`: `{q}` stands for `query`, `{n}` for `num_v`.
+/// `constants.py`, `variable_tracking`: `{q}` means `query`, `{n}` for `num_v`.
 const INTRODUCTION: &str =
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n";
 const QUESTION: &str = "\nQuestion: Find all variables that are assigned the value {q} in the text above.";
@@ -30,7 +30,7 @@ const ANSWER_PREFIX: &str = " Answer: According to the chain(s) of variable assi
 #[derive(Default)]
 pub struct Vt {
     example: String,
-    /// What changes in the example from prompt to prompt: its variables.
+    /// The part of the example that changes between prompts: its variables.
     example_variables: Vec<String>,
 }
 
@@ -103,7 +103,7 @@ fn in_noise(size: usize, value: &str, variables: &[String], rng: &mut Rng) -> St
     for (i, at) in at.into_iter().enumerate() {
         let line = match i {
             0 => format!("VAR {} = {value}", variables[0]),
-            // `generate_chains` leaves a space behind.
+            // `generate_chains` leaves a space at the end.
             _ => format!("VAR {} = VAR {} ", variables[i], variables[i - 1]),
         };
         lines.insert(at + i, line);

@@ -144,7 +144,7 @@ mod tests {
         }
     }
 
-    /// How many layers share a step is the device's business alone.
+    /// The number of layers per step depends on the device alone.
     #[test]
     fn layers_do_not_feel_each_other() {
         let _no_grad = tch::no_grad_guard();

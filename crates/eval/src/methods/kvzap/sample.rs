@@ -1,4 +1,4 @@
-//! Evenly spaced positions of every training context: what a layer's attention reads there, and its labels.
+//! Evenly spaced positions of every training context: the attention's input in each layer, and the labels.
 //!
 //! On the host and in f16, so that tens of thousands of positions of a large target fit.
 //!

@@ -1,7 +1,8 @@
 //! Fitted scorers on disk, so that one process fits what all processes of an evaluation use.
 //!
-//! Fitting prefills the target on hundreds of contexts: minutes for a large one. A file carries the hash of all that its
-//! scorer depends on in its name; another hash is another file. Files of earlier versions hold both scorers, and are read too.
+//! Fitting prefills the target on hundreds of contexts: minutes for a large one. A file carries the hash of
+//! all that its scorer depends on in its name; another hash is another file. Files of earlier versions hold
+//! both scorers, and are read too.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -19,22 +20,22 @@ use crate::store::lock_file;
 
 /// Changes when the same choices give another scorer.
 const VERSION: u32 = 2;
-/// How many contexts and tokens it was fitted on.
+/// Number of contexts and tokens that it was fitted on.
 const COST: &str = "fitted_on";
 
 /// The place of one scorer.
 pub struct KvzapStore {
     method: MethodName,
     path: PathBuf,
-    /// Where earlier versions put it, with the other one.
+    /// Path in earlier versions, which stored both scorers in one file.
     shared: Vec<PathBuf>,
     /// Locked while this process looks for the file or makes it.
     _lock: Option<File>,
 }
 
 impl KvzapStore {
-    /// Of `method`, in `folder`, made if absent; waits while another process fits it. `choices` are those that scorers
-    /// depend on which were fitted together under these names.
+    /// Of `method`, in `folder`, made if absent; waits while another process fits it. `choices` are those
+    /// that scorers depend on which were fitted together under these names.
     ///
     /// # Errors
     /// The folder cannot be written to.
@@ -49,12 +50,14 @@ impl KvzapStore {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot make folder `{}`", folder.display()))?;
         let file = lock_file(&lock).with_context(|| format!("cannot make `{}`", lock.display()))?;
-        // Without locks (some network folders have none) each process fits its own: the same, but for rounding.
+        // Without locks (some network folders have none) each process fits its own: the same, but for
+        // rounding.
         let held = file.lock().is_ok();
         Ok(Self { method, path: own, shared, _lock: held.then_some(file) })
     }
 
-    /// The scorer that was fitted before, and on how many contexts and tokens; a file that cannot be read is none.
+    /// The scorer that was fitted before, and on how many contexts and tokens; a file that cannot be read is
+    /// none.
     pub fn load(&self, device: Device) -> Option<(Scorer, [usize; 2])> {
         std::iter::once(&self.path).chain(&self.shared).find_map(|path| self.load_from(path, device))
     }

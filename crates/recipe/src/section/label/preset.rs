@@ -1,12 +1,6 @@
 //! The published definitions of the label, as data: one entry each.
 //!
-//! # Adding a preset
-//!
-//! 1. Add an entry to `presets!` below: its name, what it takes, and a phrase with its source.
-//! 2. If it weights the softmax in a way that no other preset does, add a [`LabelWeighting`] and, in `score/src/weighting`, a
-//!    file and a line in the registry.
-//! 3. Add its authors' scores to `crates/lm/tests/goldens/make_goldens.py`; `score/tests/score/goldens.rs` reads them for every
-//!    preset there is.
+//! `docs/contributing.md` has the steps to add a preset or a weighting.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
