@@ -122,6 +122,12 @@ fn a_recipe_for_a_pair_has_the_shapes_of_its_models() {
     // The new recipe plans.
     s.write("my/a.txt", "some text");
     command(&s, &["plan", "--recipe", "new/own.toml"]).ok();
+    s.write(
+        "alone.toml",
+        &alone.replace("manifest = \"data-manifests/long-documents.toml\"", "files = [\"my/*.txt\"]"),
+    );
+    let planned = command(&s, &["plan", "--recipe", "alone.toml"]).ok().stdout;
+    assert!(planned.contains("  target ") && !planned.contains("  proxy "), "{planned}");
 }
 
 #[test]

@@ -2,13 +2,15 @@
 
 use std::fs;
 
+use serde_json::Value;
+
 use crate::sandbox::{Ran, Sandbox};
 
 const TARGET: [&str; 4] = [
     "--set",
     "extract.from=[\"target\"]",
     "--set",
-    "extract.target_channels=[\"max_window\", \"mean_window\", \"key_norm\", \"hidden_linear\", \"replay_unrun\", \
+    "extract.target_channels=[\"key_norm\", \"mean_window\", \"max_window\", \"hidden_linear\", \"replay_unrun\", \
      \"replay_unrun_mean\", \"key_diff\", \"mean_last_layer\"]",
 ];
 
@@ -28,19 +30,52 @@ fn infer(s: &Sandbox) -> serde_json::Value {
 #[test]
 fn a_target_needs_no_proxy() {
     let s = Sandbox::new();
-    // A recipe without a proxy.
+    // Its recipe names one that is not there, which no stage looks for.
+    s.edit("recipe.toml", "/proxy\"", "/no-such-proxy\"");
+    s.run(&["prepare"]).fails_with(&["cannot open the proxy", "no-such-proxy"]);
+    let own = |args: &[&str]| s.run(&[args, &TARGET].concat());
+    let doctor = own(&["doctor"]).stdout;
+    assert!(doctor.contains("nano-llama/target") && !doctor.contains("proxy`"), "{doctor}");
+    assert!(!own(&["plan"]).ok().stdout.contains("  proxy "));
+    let fetched: Value = serde_json::from_str(&own(&["fetch", "--json"]).ok().stdout).unwrap();
+    assert!(fetched["target"].is_object() && fetched.get("proxy").is_none(), "{fetched}");
+    own(&["run"]).ok();
+    for file in ["run.json", "export/config.json", "eval/results.json"] {
+        let text = fs::read_to_string(s.path("runs/small").join(file)).unwrap();
+        let found: Value = serde_json::from_str(&text).unwrap();
+        assert!(found["target"].is_object() && found.get("proxy").is_none(), "{file}: {found}");
+    }
+    let results = fs::read_to_string(s.path("runs/small/eval/results.json")).unwrap();
+    // The baselines read the channel that they name where it is.
+    for note in ["ridge regression from `max_window`", "heads matched by `max_window`"] {
+        assert!(results.contains(note), "`{note}` is missing");
+    }
+    for what in ["runs/small", "runs/small/export", "runs/small/eval/results.json"] {
+        let shown = Ran::new(s.command(&["inspect", what]).output().unwrap()).ok().stdout;
+        assert!(!shown.contains("\n  proxy "), "{shown}");
+    }
+    let page = fs::read_to_string(s.path("runs/small/report.html")).unwrap();
+    assert!(page.contains("by its own attention") && !page.contains("proxy <b>"));
+    let bench = ["bench", "extract", "--random-weights", "--context", "40", "--repeats", "2"];
+    let timed = own(&bench).ok().stdout;
+    assert!(timed.contains("recipe") && !timed.contains("recon"), "{timed}");
+    let bench = ["bench", "prefill", "--random-weights", "--context", "40", "--repeats", "2"];
+    let timed = own(&bench).ok().stdout;
+    assert!(timed.contains("own prefill") && !timed.contains("proxy"), "{timed}");
+    // Without the section all is as it was.
     let text = fs::read_to_string(s.path("recipe.toml")).unwrap();
     let (before, rest) = text.split_once("[proxy]").unwrap();
     let (_, after) = rest.split_once("[data]").unwrap();
     s.write("recipe.toml", &format!("{before}[data]{after}"));
-    let ran = s.run(&[&["run"][..], &TARGET].concat()).ok();
-    assert!(!ran.stderr.contains("loading the proxy"), "{}", ran.stderr);
+    s.run(&["plan"]).fails_with(&["no section `[proxy]`", "extract.from = [\"target\"]"]);
+    own(&["bench", "prefill", "--features", "window", "--random-weights"])
+        .fails_with(&["no section `[proxy]`"]);
     assert!(s.path("runs/small/features-target/index.json").is_file());
     assert!(!s.path("runs/small/features").exists());
     let card = fs::read_to_string(s.path("runs/small/export/README.md")).unwrap();
-    assert!(card.contains("Per target KV head: `max_window`"), "{card}");
-    let again = s.run(&[&["run"][..], &TARGET].concat()).ok();
-    for stage in ["label", "extract", "train", "eval", "export"] {
+    assert!(card.contains("Per target KV head: `key_norm`"), "{card}");
+    let again = own(&["run"]).ok();
+    for stage in ["prepare", "label", "extract", "train", "eval", "export"] {
         assert!(again.stderr.contains(&format!("{stage}: skipped")), "{stage}\n{}", again.stderr);
     }
     let summary = infer(&s);
@@ -60,6 +95,8 @@ fn a_target_needs_no_proxy() {
     ];
     let refused = Ran::new(s.command(&[&dual[..], &["--regime", "streams"]].concat()).output().unwrap());
     refused.fails_with(&["reads the target alone", "leave `--regime` out"]);
+    let refused = Ran::new(s.command(&[&dual[..], &["--proxy", "x"]].concat()).output().unwrap());
+    refused.fails_with(&["reads the target alone", "leave `--proxy` out"]);
 }
 
 #[test]

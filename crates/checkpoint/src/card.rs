@@ -78,16 +78,19 @@ impl ModelCard {
     fn write(&self, out: &mut String, c: &ExportConfig) -> std::fmt::Result {
         front::write(out, c, &self.licences.mapper)?;
         writeln!(out, "# {}\n", markdown(&c.name))?;
+        let source = match &c.proxy {
+            Some(proxy) => format!("the attention of {}", markdown_code(&proxy.model)),
+            None => "its own prefill".to_owned(),
+        };
         writeln!(
             out,
-            "Predicts which KV pairs of {} matter, from the attention of {}: a {} trained to reproduce \
+            "Predicts which KV pairs of {} matter, from {source}: a {} trained to reproduce \
              KVzip reconstruction scores (arXiv 2505.23416), as in ProxyKV (arXiv 2605.16360). Keep the highest \
              scores, evict the rest; the question need not be known.\n",
             markdown_code(&c.target.model),
-            markdown_code(&c.proxy.model),
             variant(c.mapper.variant)
         )?;
-        writeln!(out, "## Pair\n")?;
+        writeln!(out, "## {}\n", if c.proxy.is_some() { "Pair" } else { "Model" })?;
         let head = ["", "model", "revision", "shape", "tokenizer"].map(str::to_owned).to_vec();
         let row = |role: &str, m: &crate::ModelIdentity| {
             vec![
@@ -98,7 +101,8 @@ impl ModelCard {
                 markdown_code(m.vocab_hash.get(..12).unwrap_or(&m.vocab_hash)),
             ]
         };
-        table(out, &head, &[row("target", &c.target), row("proxy", &c.proxy)])?;
+        let proxy = c.proxy.as_ref().map(|proxy| row("proxy", proxy));
+        table(out, &head, &std::iter::once(row("target", &c.target)).chain(proxy).collect::<Vec<_>>())?;
 
         writeln!(out, "\n## Labels\n")?;
         writeln!(
@@ -177,9 +181,10 @@ impl ModelCard {
         writeln!(out, "\n## Limits\n")?;
         writeln!(
             out,
-            "- For this pair alone: other revisions, tokenizers or chat templates shift the features and the scores.\n\
+            "- For {} alone: other revisions, tokenizers or chat templates shift the features and the scores.\n\
              - Scores rank the KV pairs of one context; they are no probabilities and do not compare between contexts.\n\
-             - The prefix of the chat template is not scored and must be kept."
+             - The prefix of the chat template is not scored and must be kept.",
+            if c.proxy.is_some() { "this pair" } else { "this model" }
         )?;
         for limit in &self.limits {
             writeln!(out, "- {limit}")?;
@@ -189,10 +194,10 @@ impl ModelCard {
         let said = |text: &str| if text.is_empty() { "not stated".to_owned() } else { markdown(text) };
         writeln!(
             out,
-            "Mapper: {}. Target: {}. Proxy: {}. The data's licences stand above.",
+            "Mapper: {}. Target: {}. {}The data's licences stand above.",
             said(&self.licences.mapper),
             said(&self.licences.target),
-            said(&self.licences.proxy)
+            c.proxy.as_ref().map_or_else(String::new, |_| format!("Proxy: {}. ", said(&self.licences.proxy)))
         )?;
         writeln!(out, "\n## Files\n")?;
         writeln!(

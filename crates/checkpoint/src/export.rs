@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Fingerprint, ModelShape, Seed, hinted};
+use pkv_core::{Fingerprint, ModelShape, Seed, Source, hinted};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::HeadBudgets;
 use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection, Variant};
@@ -48,7 +48,9 @@ pub struct ExportConfig {
     /// The recipe's name.
     pub name: String,
     pub target: ModelIdentity,
-    pub proxy: ModelIdentity,
+    /// Absent if no feature comes from it; exports of earlier versions name one all the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<ModelIdentity>,
     /// The mapper's input and output sizes.
     pub dims: ExportDims,
     pub label: LabelSection,
@@ -96,6 +98,13 @@ pub struct ExportDims {
     pub channels: usize,
     pub globals: usize,
     pub outputs: usize,
+}
+
+impl ExportConfig {
+    /// The proxy, if features come from it.
+    pub fn read_proxy(&self) -> Option<&ModelIdentity> {
+        self.proxy.as_ref().filter(|_| self.extract.from.contains(&Source::Proxy))
+    }
 }
 
 /// Size and hash of a file in the folder.
@@ -369,6 +378,11 @@ fn read_config(path: &Path) -> Result<ExportConfig> {
     );
     let config: ExportConfig = serde_json::from_value(value).with_context(context)?;
     config.mapper.check().with_context(context)?;
+    ensure!(
+        config.proxy.is_some() || !config.extract.from.contains(&Source::Proxy),
+        "the mapper of `{}` reads features of a proxy, and it names none",
+        path.display()
+    );
     Ok(config)
 }
 

@@ -8,7 +8,7 @@ use pkv_checkpoint::{
     BUDGETS_FILE, Beside, CardTable, DataSource, EXPORT_FILES, Export, ExportConfig, Licences, ModelCard,
     ModelIdentity, Parity, StageCost, restore_mapper,
 };
-use pkv_core::{ModelShape, Seed};
+use pkv_core::{ModelShape, Seed, Source};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::BudgetFit;
 use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection, Variant};
@@ -75,7 +75,7 @@ fn config(section: &MapperSection) -> ExportConfig {
         written_by: "0.1.0".to_owned(),
         name: "tiny".to_owned(),
         target: model("models/big|one", 2),
-        proxy: hub,
+        proxy: Some(hub),
         dims: DIMS.into(),
         label: LabelSection::default(),
         extract: ExtractSection::default(),
@@ -364,10 +364,44 @@ fn a_full_disk_leaves_the_export_that_was_there() {
 }
 
 #[test]
+fn a_mapper_of_the_target_alone_names_no_proxy() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("export");
+    let section = MapperSection::default();
+    let mapper = mapper(&section);
+    let parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
+    let alone = |proxy: Option<ModelIdentity>| {
+        let extract = ExtractSection { from: vec![Source::Target], ..ExtractSection::default() };
+        ExportConfig { proxy, extract, ..config(&section) }
+    };
+    let put = |config: &ExportConfig| {
+        Export::write(&folder, config, &mapper, Beside::default(), &card(), &parity).unwrap();
+        fs::read_to_string(folder.join("README.md")).unwrap()
+    };
+    let text = put(&alone(None));
+    for part in ["from its own prefill", "## Model\n", "For this model alone", "Target: MIT. The data"] {
+        assert!(text.contains(part), "`{part}` is not in\n{text}");
+    }
+    assert!(!text.to_lowercase().replace("proxykv", "").contains("proxy"), "{text}");
+    let written = fs::read_to_string(folder.join("config.json")).unwrap();
+    assert!(!written.contains("\"proxy\""), "{written}");
+    assert_eq!(Export::read(&folder).unwrap().config().read_proxy(), None);
+    // Earlier versions named one all the same.
+    put(&alone(config(&section).proxy));
+    let old = Export::read(&folder).unwrap();
+    assert!(old.config().proxy.is_some() && old.config().read_proxy().is_none());
+    // One that reads a proxy must name it.
+    put(&ExportConfig { proxy: None, ..config(&section) });
+    let refused = format!("{:#}", Export::read(&folder).unwrap_err());
+    assert!(refused.contains("reads features of a proxy, and it names none"), "{refused}");
+}
+
+#[test]
 fn markup_in_names_and_licences_is_text_in_the_card() {
     let hostile = "<script>alert(1)</script>\u{1b}[2J\u{9b}`</code>![x](http://127.0.0.1/x)\n# Title";
     let mut config = config(&MapperSection::default());
-    for name in [&mut config.name, &mut config.target.model, &mut config.proxy.revision] {
+    let proxy = config.proxy.as_mut().unwrap();
+    for name in [&mut config.name, &mut config.target.model, &mut proxy.revision] {
         *name = hostile.to_owned();
     }
     let mut card = card();

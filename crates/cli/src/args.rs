@@ -351,9 +351,9 @@ pub struct BenchArgs {
     /// `decode`: batch size, in sequences; a list is allowed.
     #[arg(long, default_value = "1", value_name = "N", value_delimiter = ',')]
     pub batch: Vec<usize>,
-    /// `prefill`: feature set to measure; a list is allowed.
-    #[arg(long, value_enum, value_name = "SET", value_delimiter = ',',
-        default_values_t = [FeatureSet::Recipe, FeatureSet::Window, FeatureSet::Reconstruction])]
+    /// `prefill`: feature set to measure; a list is allowed [default: `recipe`; if it reads a proxy, `window`
+    /// and `reconstruction` as well].
+    #[arg(long, value_enum, value_name = "SET", value_delimiter = ',')]
     pub features: Vec<FeatureSet>,
     /// `prefill`: write the phases of each regime as a trace for ui.perfetto.dev.
     #[arg(long, value_name = "FILE")]
@@ -400,7 +400,7 @@ impl FeatureSet {
 pub enum BenchWhat {
     /// Target: prefill, and prefill with KVzip scoring.
     Label,
-    /// Proxy: prefill, and feature extraction by cost.
+    /// Proxy, or the target if no feature comes from a proxy: prefill, and feature extraction by cost.
     Extract,
     /// Mapper: steps through the loader, and on a batch that is on the device already.
     Train,

@@ -104,8 +104,8 @@ pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
 fn models(job: &Job) -> Result<()> {
     let Job { args, recipe, contexts, device, stop, .. } = *job;
     let label = args.what == BenchWhat::Label;
-    let role = if label { Role::Target } else { Role::Proxy };
-    let subject = Subject::new(recipe, role, device, args.random_weights);
+    let role = if label || recipe.read_proxy().is_none() { Role::Target } else { Role::Proxy };
+    let subject = Subject::new(recipe, role, device, args.random_weights)?;
     let peer =
         args.peer.as_deref().map(|path| Peer::read(path, &subject, &args.recipe.recipe)).transpose()?;
 

@@ -72,10 +72,15 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCod
         target.tokenizer.read_special_tokens_as_text();
     }
     let sources = &config.extract.from;
-    let proxy = match sources.contains(&Source::Proxy) {
-        true => Some(find("proxy", args.proxy.as_deref(), &config.proxy)?),
-        false => None,
-    };
+    ensure!(
+        args.proxy.is_none() || config.read_proxy().is_some(),
+        hinted(
+            format!("the mapper `{}` reads the target alone: `--proxy` has no use", args.mapper.display()),
+            "leave `--proxy` out"
+        )
+    );
+    let proxy =
+        config.read_proxy().map(|made_for| find("proxy", args.proxy.as_deref(), made_for)).transpose()?;
     ensure!(
         proxy.is_some() || regime_name == RegimeName::Sequential,
         hinted(

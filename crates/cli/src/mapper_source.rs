@@ -75,12 +75,12 @@ pub fn export_folder(named: &Path, stop: &AtomicBool) -> Result<PathBuf> {
 
 /// The sizes that the recipe gives the mapper.
 pub fn dims(recipe: &Recipe) -> ExportDims {
-    let layout = recipe.extract.layout();
+    let (layout, (target, proxy)) = (recipe.extract.layout(), recipe.shapes());
     ExportDims {
-        proxy_heads: layout.heads(&recipe.target.shape, &recipe.proxy.shape),
+        proxy_heads: layout.heads(target, proxy),
         channels: layout.channels().len(),
         globals: layout.globals(),
-        outputs: recipe.target.shape.total_kv_heads(),
+        outputs: target.total_kv_heads(),
     }
 }
 
@@ -140,10 +140,9 @@ pub fn from_export(s: &Session, upstream: &Upstream, folder: &Path) -> Result<Tr
             "use the recipe that it was made with, or export a mapper of this one",
         )
     };
-    for (role, theirs, shape, tokenizer) in [
-        ("target", &c.target, &s.recipe.target.shape, &upstream.target.tokenizer),
-        ("proxy", &c.proxy, &s.recipe.proxy.shape, &upstream.proxy.tokenizer),
-    ] {
+    let proxys = c.read_proxy().zip(upstream.proxy.as_ref()).map(|(theirs, found)| ("proxy", theirs, found));
+    for (role, theirs, found) in std::iter::once(("target", &c.target, &upstream.target)).chain(proxys) {
+        let (shape, tokenizer) = (&found.section().shape, &found.tokenizer);
         ensure!(
             theirs.shape == *shape,
             refuse(&format!("the {role}'s shape"), theirs.shape.to_string(), shape.to_string())

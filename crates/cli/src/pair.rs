@@ -1,4 +1,4 @@
-//! Finds the recipe's two models, compares them with the recipe's shapes, and loads them.
+//! Finds the models that a recipe reads, compares them with the recipe's shapes, and loads them.
 
 use std::path::{Path, PathBuf};
 
@@ -24,13 +24,6 @@ impl Role {
             Self::Proxy => "proxy",
         }
     }
-
-    fn section(self, s: &Session) -> &ModelSection {
-        match self {
-            Self::Target => &s.recipe.target,
-            Self::Proxy => &s.recipe.proxy,
-        }
-    }
 }
 
 /// A model that was found on disk and has the recipe's shape; its weights are not read yet.
@@ -42,12 +35,15 @@ pub struct Found {
     section: ModelSection,
 }
 
-/// Find a model in the cache or a local folder and check its shape and tokenizer.
+/// Find the target in the cache or a local folder and check its shape and tokenizer.
 ///
 /// # Errors
 /// It is not there (the hint names `fetch`), its config.json has another shape, or its tokenizer is broken.
-pub fn find(s: &Session, role: Role) -> Result<Found> {
-    let section = role.section(s);
+pub fn find_target(s: &Session) -> Result<Found> {
+    find(s, Role::Target, &s.recipe.target)
+}
+
+fn find(s: &Session, role: Role, section: &ModelSection) -> Result<Found> {
     let root = recipe_root(&s.recipe);
     let context = || format!("cannot open the {} `{}`", role.name(), section.model);
     let resolved =
@@ -72,12 +68,15 @@ pub fn find(s: &Session, role: Role) -> Result<Found> {
     })
 }
 
-/// Find both models; they must share one vocabulary, because labels and features meet position by position.
+/// Find the target and, if features come from it, the proxy; they must share one vocabulary, because labels
+/// and features meet position by position.
 ///
 /// # Errors
-/// As [`find`], or the vocabularies differ.
-pub fn find_both(s: &Session) -> Result<(Found, Found)> {
-    let (target, proxy) = (find(s, Role::Target)?, find(s, Role::Proxy)?);
+/// As [`find_target`], or the vocabularies differ.
+pub fn find_both(s: &Session) -> Result<(Found, Option<Found>)> {
+    let target = find_target(s)?;
+    let Some(section) = s.recipe.read_proxy() else { return Ok((target, None)) };
+    let proxy = find(s, Role::Proxy, section)?;
     target.tokenizer.same_vocab(&proxy.tokenizer).with_context(|| {
         hinted(
             format!(
@@ -87,7 +86,7 @@ pub fn find_both(s: &Session) -> Result<(Found, Found)> {
             "choose a proxy of the target's family: both must tokenize alike",
         )
     })?;
-    Ok((target, proxy))
+    Ok((target, Some(proxy)))
 }
 
 impl Found {

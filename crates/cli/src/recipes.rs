@@ -61,7 +61,7 @@ fn ls(cli: &Cli) -> Result<()> {
         rows.push(match load_recipe(&path, &[]) {
             Ok(recipe) => json!({
                 "name": stem(&path), "file": path, "target": recipe.target.model,
-                "proxy": (recipe.proxy.model != recipe.target.model).then_some(&recipe.proxy.model),
+                "proxy": recipe.proxy.as_ref().map(|proxy| &proxy.model),
                 "features": recipe.extract.from.iter().map(|s| s.name()).collect::<Vec<_>>(),
             }),
             Err(e) => json!({"name": stem(&path), "file": path, "error": format!("{e:#}").split_whitespace().collect::<Vec<_>>().join(" ")}),

@@ -92,6 +92,10 @@ impl RunFolder {
         self.update(|run| {
             run.insert("name".into(), json!(recipe.name));
             run.insert("recipe".into(), json!(recipe));
+            if recipe.read_proxy().is_none() {
+                // What an earlier recipe of this run read.
+                run.remove("proxy");
+            }
             run.insert("recipe_path".into(), json!(recipe.path));
             run.insert("seed".into(), json!(recipe.seed));
             run.insert(

@@ -12,7 +12,7 @@ use pkv_shard::{Example, StageReader};
 use serde_json::{Value, json};
 
 use crate::output;
-use crate::pair::{self, Role};
+use crate::pair;
 use crate::session::Session;
 use crate::stages::{self, eval, prepare};
 
@@ -22,7 +22,7 @@ use crate::stages::{self, eval, prepare};
 /// The examples are absent or damaged.
 pub fn examples(s: &Session, n: usize) -> Result<()> {
     some(n)?;
-    let target = pair::find(s, Role::Target)?;
+    let target = pair::find_target(s)?;
     let mut shown = Vec::new();
     for (i, example) in StageReader::<Example>::open(&s.run.examples())?.iter().take(n).enumerate() {
         let example = example?;
@@ -46,7 +46,7 @@ pub fn examples(s: &Session, n: usize) -> Result<()> {
 /// The examples are absent, or a task lacks its files.
 pub fn prompts(s: &Session, n: usize) -> Result<()> {
     some(n)?;
-    let target = pair::find(s, Role::Target)?;
+    let target = pair::find_target(s)?;
     let tokenizer = &target.tokenizer;
     stages::require(&s.run.examples(), "prepare", &prepare::fingerprint(s, &target)?)?;
     let test = eval::test_examples(s)?;

@@ -91,9 +91,10 @@ impl FeatureLayout {
         self.sources.iter().map(|s| s.globals.len()).sum()
     }
 
-    /// KV heads of the mapper's input, over all layers of all sources.
-    pub fn heads(&self, target: &ModelShape, proxy: &ModelShape) -> usize {
-        self.sources.iter().map(|s| s.source.shape(target, proxy).total_kv_heads()).sum()
+    /// KV heads of the mapper's input, over all layers of all sources; a proxy that is not there has none.
+    pub fn heads(&self, target: &ModelShape, proxy: Option<&ModelShape>) -> usize {
+        let shapes = self.sources.iter().filter_map(|s| s.source.shape(target, proxy));
+        shapes.map(ModelShape::total_kv_heads).sum()
     }
 
     pub fn has(&self, source: Source) -> bool {
@@ -102,11 +103,15 @@ impl FeatureLayout {
 }
 
 impl Source {
-    /// This one of the pair's shapes.
-    pub const fn shape<'a>(self, target: &'a ModelShape, proxy: &'a ModelShape) -> &'a ModelShape {
+    /// This one of the pair's shapes, if it is there.
+    pub const fn shape<'a>(
+        self,
+        target: &'a ModelShape,
+        proxy: Option<&'a ModelShape>,
+    ) -> Option<&'a ModelShape> {
         match self {
             Self::Proxy => proxy,
-            Self::Target => target,
+            Self::Target => Some(target),
         }
     }
 }

@@ -53,7 +53,9 @@ pub struct Comparison {
 pub struct RunName {
     pub name: String,
     pub folder: String,
-    pub proxy: String,
+    /// Absent if its mapper reads none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<String>,
     /// Origin of its mapper, in words.
     pub mapper: String,
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Fingerprint, ModelShape, Policy, Progress, Seed, Split, hinted};
+use pkv_core::{FeatureLayout, Fingerprint, Policy, Progress, Seed, Split, hinted};
 use pkv_data::{FactContext, FactQuestion};
 use pkv_extract::{HiddenProjection, SourceExtractors};
 use pkv_lm::{LanguageModel, TextTokenizer};
@@ -43,7 +43,6 @@ pub struct EvalInputs<'a> {
     pub target: &'a LanguageModel,
     /// Absent if no feature comes from it.
     pub proxy: Option<&'a LanguageModel>,
-    pub proxy_shape: ModelShape,
     /// Map of the target's hidden states, if a channel reads them.
     pub hidden: Option<&'a HiddenProjection>,
     /// Shared by both models.
@@ -53,7 +52,7 @@ pub struct EvalInputs<'a> {
     pub mapper_source: String,
     /// Names of target and proxy, as the recipe has them.
     pub target_name: String,
-    pub proxy_name: String,
+    pub proxy_name: Option<String>,
     /// Folders of the stages.
     pub examples: &'a Path,
     pub labels: &'a Path,
@@ -109,6 +108,8 @@ pub fn evaluate(inputs: &EvalInputs, progress: &dyn Progress) -> Result<Results>
 
 struct Evaluation<'a> {
     inputs: &'a EvalInputs<'a>,
+    /// Of the features in `examples`.
+    layout: FeatureLayout,
     examples: ExampleRows,
     train: std::ops::Range<u64>,
     test: std::ops::Range<u64>,
@@ -140,7 +141,8 @@ impl<'a> Evaluation<'a> {
         .tasks()?;
         let store = ContextStore::open(inputs.out.join(CONTEXTS_FOLDER))?;
         let scorers = inputs.out.join("scorers");
-        Ok(Self { inputs, examples, train, test, asked, store, scorers })
+        let layout = inputs.extract.layout();
+        Ok(Self { inputs, layout, examples, train, test, asked, store, scorers })
     }
 
     fn run(self, progress: &dyn Progress) -> Result<Results> {
@@ -199,7 +201,7 @@ impl<'a> Evaluation<'a> {
         let setup = Setup {
             target,
             mapper: i.mapper,
-            channels: &i.extract.channels,
+            channels: self.layout.channels(),
             pool: i.pool,
             training: TrainingSet { examples: &self.examples, rows: self.train.clone() },
             seed: i.seed,
@@ -339,7 +341,7 @@ fn check_shapes(inputs: &EvalInputs, sizes: &Sizes) -> Result<()> {
         )
     );
     let layout = inputs.extract.layout();
-    let heads = layout.heads(&target, &inputs.proxy_shape);
+    let heads = layout.heads(&target, inputs.proxy.map(LanguageModel::shape).as_ref());
     let found = (sizes.heads, sizes.channels);
     ensure!(
         found == (heads, layout.channels().len()),

@@ -141,7 +141,7 @@ impl Gathered {
             bootstrap: Some(i.section.bootstrap),
             mapper: i.mapper_source.clone(),
             target: name(i.target.shape(), &i.target_name),
-            proxy: name(i.proxy_shape, &i.proxy_name),
+            proxy: i.proxy.zip(i.proxy_name.as_ref()).map(|(model, of)| name(model.shape(), of)),
             notes: Vec::new(),
             labels: Default::default(),
             facts: None,

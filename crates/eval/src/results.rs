@@ -30,7 +30,9 @@ pub struct Results {
     /// Origin of the mapper, in words: a checkpoint's step or an export's folder.
     pub mapper: String,
     pub target: ModelName,
-    pub proxy: ModelName,
+    /// Absent if no feature comes from it; results of earlier versions name one all the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<ModelName>,
     /// Notes on a method's numbers, such as the channel that a baseline fell back to.
     pub notes: Vec<MethodNote>,
     /// Predictions against labels, over the test split.
@@ -422,7 +424,7 @@ mod tests {
             bootstrap: Some(1000),
             mapper: "step 10".to_owned(),
             target: ModelName { name: "t".to_owned(), layers: 2, kv_heads: 1 },
-            proxy: ModelName { name: "p".to_owned(), layers: 1, kv_heads: 1 },
+            proxy: Some(ModelName { name: "p".to_owned(), layers: 1, kv_heads: 1 }),
             notes: vec![MethodNote {
                 method: MethodName::of("proxy-linear"),
                 note: "from `max_all`".to_owned(),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Progress, hinted};
-use pkv_recipe::{Manifest, Recipe};
+use pkv_recipe::{Manifest, ModelSection, Recipe};
 
 use crate::cache::{DatasetFiles, Hub, Kind, Resolved, select};
 use crate::download::Wanted;
@@ -141,32 +141,33 @@ impl Hub {
     }
 }
 
-/// Both models of a recipe into the cache; writes `<recipe>.lock.toml` if one of them is a hub model.
+/// The models that a recipe reads into the cache; writes `<recipe>.lock.toml` if one of them is a hub
+/// model.
 ///
-/// Returns the target's and the proxy's folders. What the lock file already holds is kept.
+/// Returns the target's folder, and the proxy's if features come from it. What the lock file already holds is
+/// kept.
 pub fn fetch_recipe(
     hub: &Hub,
     recipe: &Recipe,
     bases: &[&Path],
     progress: &dyn Progress,
     check_stop: &dyn Fn() -> Result<()>,
-) -> Result<[Resolved; 2]> {
+) -> Result<(Resolved, Option<Resolved>)> {
     let mut lock = Lock::beside(&recipe.path)?;
     let hub = hub.clone().with_lock(lock.clone());
-    let mut one = |section: &str, name: &str, revision: &str| {
+    let mut one = |section: &str, model: &ModelSection| {
+        let (name, revision) = (&model.model, &model.revision);
         let (resolved, pin) = hub
             .fetch_model(name, revision, bases, progress, check_stop)
             .with_context(|| format!("cannot fetch `{section}.model`"))?;
         if let Some(pin) = pin {
-            lock.models.insert(name.to_owned(), pin);
+            lock.models.insert(name.clone(), pin);
             lock.write_beside(&recipe.path)?;
         }
         anyhow::Ok(resolved)
     };
-    Ok([
-        one("target", &recipe.target.model, &recipe.target.revision)?,
-        one("proxy", &recipe.proxy.model, &recipe.proxy.revision)?,
-    ])
+    let target = one("target", &recipe.target)?;
+    Ok((target, recipe.read_proxy().map(|proxy| one("proxy", proxy)).transpose()?))
 }
 
 /// All hub data sets of a manifest, read from `path`, into the cache; writes `<manifest>.lock.toml`

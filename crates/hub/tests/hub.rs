@@ -266,22 +266,39 @@ fn a_locked_commit_outlives_a_branch_that_moved() {
     let recipe_path = dir.path().join("pair.toml");
     fs::write(&recipe_path, recipe_text()).unwrap();
     let recipe = pkv_recipe::load(&recipe_path, &[]).unwrap();
-    let [target, proxy] = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
-    assert_eq!((&target, target.revision.as_str()), (&proxy, COMMIT));
+    let (target, proxy) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
+    assert_eq!((Some(&target), target.revision.as_str()), (proxy.as_ref(), COMMIT));
     let written = fs::read_to_string(lock_path(&recipe_path)).unwrap();
     assert!(written.contains(COMMIT) && written.contains(&sha256(&weights(1))), "{written}");
 
     server.move_branch_to("ffffffffffffffffffffffffffffffffffffffff");
     fs::remove_dir_all(&hub.options().cache).unwrap();
-    let [target, _] = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
+    let (target, _) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
     assert_eq!(target.revision, COMMIT);
     assert_eq!(fs::read_to_string(lock_path(&recipe_path)).unwrap(), written);
     let locked = hub.clone().with_lock(Lock::beside(&recipe_path).unwrap());
     assert_eq!(locked.model(NAME, "main", &[]).unwrap().revision, COMMIT);
 
     fs::remove_file(lock_path(&recipe_path)).unwrap();
-    let [target, _] = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
+    let (target, _) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
     assert_eq!(target.revision, "ffffffffffffffffffffffffffffffffffffffff");
+}
+
+#[test]
+fn a_proxy_that_is_not_read_is_neither_fetched_nor_pinned() {
+    let (dir, _server, hub) = model();
+    let recipe_path = dir.path().join("pair.toml");
+    let text = recipe_text().replace("[proxy]\nmodel = \"", "[proxy]\nmodel = \"absent-");
+    fs::write(&recipe_path, format!("{text}[extract]\nfrom = [\"target\"]\n")).unwrap();
+    let recipe = pkv_recipe::load(&recipe_path, &[]).unwrap();
+    assert!(recipe.proxy.is_some());
+    let (target, proxy) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
+    assert_eq!((target.revision.as_str(), proxy), (COMMIT, None));
+    let written = fs::read_to_string(lock_path(&recipe_path)).unwrap();
+    assert!(written.contains(NAME) && !written.contains("absent-"), "{written}");
+    let both = pkv_recipe::load(&recipe_path, &["extract.from=[\"proxy\"]".into()]).unwrap();
+    let refused = fetch_recipe(&hub, &both, &[], &NoProgress, &|| Ok(())).unwrap_err();
+    assert!(format!("{refused:#}").contains("`proxy.model`"), "{refused:#}");
 }
 
 fn recipe_text() -> String {

@@ -25,10 +25,8 @@ pub struct Side<'a> {
 /// Returns what differs without forbidding anything, in words: weights of another revision, and a chat
 /// template whose prefix the proxy's features were not trained after.
 pub fn check_fit(config: &ExportConfig, target: &Side, proxy: Option<&Side>) -> Result<Vec<String>> {
-    let sides: Vec<_> = [("target", &config.target, Some(target)), ("proxy", &config.proxy, proxy)]
-        .into_iter()
-        .filter_map(|(role, theirs, side)| Some((role, theirs, side?)))
-        .collect();
+    let proxys = config.read_proxy().zip(proxy).map(|(theirs, side)| ("proxy", theirs, side));
+    let sides: Vec<_> = std::iter::once(("target", &config.target, target)).chain(proxys).collect();
     for (role, theirs, side) in &sides {
         check_side(role, theirs, side)?;
     }
@@ -40,7 +38,7 @@ pub fn check_fit(config: &ExportConfig, target: &Side, proxy: Option<&Side>) -> 
         (
             "KV heads of its sources",
             dims.proxy_heads,
-            layout.heads(&config.target.shape, &config.proxy.shape),
+            layout.heads(&config.target.shape, config.read_proxy().map(|proxy| &proxy.shape)),
         ),
         ("channels", dims.channels, layout.channels().len()),
         ("global channels", dims.globals, layout.globals()),

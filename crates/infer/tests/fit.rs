@@ -47,7 +47,7 @@ fn config(target: &Found, proxy: &Found) -> ExportConfig {
         written_by: "test".to_owned(),
         name: "nano".to_owned(),
         target: identity(target),
-        proxy: identity(proxy),
+        proxy: Some(identity(proxy)),
         dims: dims.into(),
         label: LabelSection::default(),
         extract,
@@ -81,7 +81,7 @@ fn a_mapper_of_another_pair_is_refused_with_what_differs() {
     other.target.shape.layers += 1;
     refused(&other, "the shape of the target");
     let mut other = fits.clone();
-    other.proxy.vocab_hash = "0".repeat(64);
+    other.proxy.as_mut().unwrap().vocab_hash = "0".repeat(64);
     refused(&other, "the vocabulary of the proxy");
     let mut other = fits.clone();
     other.dims.outputs -= 1;
@@ -96,7 +96,7 @@ fn a_mapper_of_another_pair_is_refused_with_what_differs() {
     // Other weights or another template are said, not refused.
     let mut other = fits.clone();
     other.target.revision = "def".to_owned();
-    other.proxy.template_hash = "0".to_owned();
+    other.proxy.as_mut().unwrap().template_hash = "0".to_owned();
     let said = check_fit(&other, &side(&target), Some(&side(&proxy))).unwrap();
     assert_eq!(said.len(), 2, "{said:?}");
     assert!(said[0].contains("revision abc") && said[1].contains("chat template of the proxy"), "{said:?}");

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use pkv_core::{Seed, Source, hinted};
+use pkv_core::{ModelShape, Seed, Source, hinted};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -17,7 +17,7 @@ use crate::{Origins, Override, bounds, mistake};
 /// Recipes that may be based on one another in a row.
 const MOST_BASES: usize = 8;
 
-/// One resolved run: nothing is optional that a stage needs.
+/// One resolved run: nothing that a stage needs is optional, but for [`Recipe::read_proxy`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
@@ -28,8 +28,11 @@ pub struct Recipe {
     pub seed: Seed,
     /// The big model, whose cache is pruned.
     pub target: ModelSection,
-    /// The small model, whose attention is read; the target, if features come from it alone.
-    pub proxy: ModelSection,
+    /// The small model, whose attention is read. Needed, and read at all, only where `extract.from` names the
+    /// proxy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "ModelSection")]
+    pub proxy: Option<ModelSection>,
     pub data: DataSection,
     #[serde(default)]
     pub facts: FactsSection,
@@ -71,22 +74,20 @@ pub fn load_with_origins(path: &Path, overrides: &[Override]) -> Result<(Recipe,
     let invalid = || format!("invalid recipe `{}`", path.display());
     let mut files = Vec::new();
     let own = based(path, MOST_BASES, &mut files)?;
-    let with = |overrides: &mut dyn Iterator<Item = &Override>| -> Result<(Table, bool)> {
+    let with = |overrides: &mut dyn Iterator<Item = &Override>| -> Result<Table> {
         let mut table = own.clone();
         for over in overrides {
             set(&mut table, &over.assignment).with_context(|| format!("cannot apply `{}`", over.said))?;
         }
-        let no_proxy = proxy_of_one_model(&mut table);
-        Ok((table, no_proxy))
+        Ok(table)
     };
-    let (table, no_proxy) = with(&mut overrides.iter())?;
-    let mut recipe: Recipe = match table.try_into() {
+    let mut recipe: Recipe = match with(&mut overrides.iter())?.try_into() {
         Ok(recipe) => recipe,
         Err(error) => {
             let error: toml::de::Error = error;
             // The assignment without which it would be right, or wrong in another way.
             for (i, over) in overrides.iter().enumerate() {
-                let (others, _) =
+                let others =
                     with(&mut overrides.iter().enumerate().filter(|(k, _)| *k != i).map(|(_, o)| o))?;
                 if others.try_into::<Recipe>().map_or_else(|e| e.to_string() != error.to_string(), |_| true) {
                     return Err(mistake::in_assignment(error, over)).with_context(invalid);
@@ -97,7 +98,7 @@ pub fn load_with_origins(path: &Path, overrides: &[Override]) -> Result<(Recipe,
     };
     recipe.path = path.to_path_buf();
     recipe.eval.settle();
-    let origins = Origins { files, overrides: overrides.to_vec(), no_proxy };
+    let origins = Origins { files, overrides: overrides.to_vec() };
     recipe.check().map_err(|e| origins.place(e, invalid()))?;
     Ok((recipe, origins))
 }
@@ -106,24 +107,13 @@ pub fn load_with_origins(path: &Path, overrides: &[Override]) -> Result<(Recipe,
 fn in_files(error: toml::de::Error, path: &Path, files: &[(PathBuf, String)]) -> anyhow::Error {
     let invalid = format!("invalid recipe `{}`", path.display());
     if let [(_, text)] = files {
-        // From the text, so that the error shows line and column; a proxy that may be absent is no mistake of
-        // it.
-        let no_proxy = |e: &toml::de::Error| e.message().contains("missing field `proxy`");
-        let shown = toml::from_str::<Recipe>(text).err().filter(|e| !no_proxy(e) || no_proxy(&error));
+        // From the text, so that the error shows line and column.
+        let shown = toml::from_str::<Recipe>(text).err();
         return mistake::in_recipe(shown.unwrap_or(error), invalid);
     }
     let place = mistake::line_of(&error, files);
     let place = place.map(|(file, line)| format!("{invalid}: line {line} of `{}`", file.display()));
     mistake::in_recipe(error, place.unwrap_or(invalid))
-}
-
-/// A recipe whose features come from the target alone needs no proxy; where none is named, the target takes
-/// its place, so that every recipe has both. Whether it does.
-fn proxy_of_one_model(table: &mut Table) -> bool {
-    let from = table.get("extract").and_then(|extract| extract.get("from"));
-    let alone = from.is_some_and(|from| *from == Value::from(vec![Source::Target.name()]));
-    let target = table.get("target").filter(|_| alone && !table.contains_key("proxy")).cloned();
-    target.map(|target| table.insert("proxy".to_owned(), target)).is_some()
 }
 
 /// The text of a recipe, and its table.
@@ -176,6 +166,26 @@ fn merge(under: &mut Table, over: Table) {
 }
 
 impl Recipe {
+    /// The proxy, if features come from it. With those of the target alone none is found, fetched, opened,
+    /// planned or named, whether the recipe has a `[proxy]` or not: all that ask for a proxy ask here.
+    pub fn read_proxy(&self) -> Option<&ModelSection> {
+        self.proxy.as_ref().filter(|_| self.extract.from.contains(&Source::Proxy))
+    }
+
+    /// The section of a source of features; a recipe that `load` returned has one for each that
+    /// `extract.from` names.
+    pub fn model_of(&self, source: Source) -> Option<&ModelSection> {
+        match source {
+            Source::Target => Some(&self.target),
+            Source::Proxy => self.read_proxy(),
+        }
+    }
+
+    /// Shapes of the target and of the proxy that is read, as layouts of features take them.
+    pub fn shapes(&self) -> (&ModelShape, Option<&ModelShape>) {
+        (&self.target.shape, self.read_proxy().map(|proxy| &proxy.shape))
+    }
+
     /// Whether `label` takes the target's features from its own prefill, after a prefix of `prefix` tokens.
     ///
     /// A channel that is fitted to the labels needs a second pass when they are complete. Where prefill
@@ -199,7 +209,8 @@ impl Recipe {
                 "use letters, digits, `-`, `_` and `.`: it names the run folder"
             )
         );
-        for (section, m) in [("target", &self.target), ("proxy", &self.proxy)] {
+        let proxy = self.proxy.as_ref().map(|proxy| ("proxy", proxy));
+        for (section, m) in [("target", &self.target)].into_iter().chain(proxy) {
             let s = &m.shape;
             let all = [s.layers, s.kv_heads, s.query_heads, s.head_dim, s.hidden, s.intermediate, s.vocab];
             ensure!(all.iter().all(|&n| n > 0), "`{section}.shape` holds a 0");
@@ -214,6 +225,13 @@ impl Recipe {
         self.data.check()?;
         self.label.check()?;
         self.extract.check()?;
+        ensure!(
+            self.proxy.is_some() || !self.extract.from.contains(&Source::Proxy),
+            hinted(
+                "`extract.from` takes features from the proxy, and the recipe has no section `[proxy]`",
+                "add `[proxy]` with its `model` and `[proxy.shape]`, or set `extract.from = [\"target\"]`, which needs none"
+            )
+        );
         self.mapper.check()?;
         self.loss.check()?;
         self.train.check()?;

@@ -46,8 +46,6 @@ pub enum Origin {
     Default,
     Line(PathBuf, usize),
     CommandLine(String),
-    /// A recipe that needs no proxy and names none.
-    Target,
 }
 
 impl fmt::Display for Origin {
@@ -56,7 +54,6 @@ impl fmt::Display for Origin {
             Self::Default => f.write_str("default"),
             Self::Line(path, line) => write!(f, "{}, line {line}", path.display()),
             Self::CommandLine(said) => f.write_str(said),
-            Self::Target => f.write_str("as the target: no proxy is named"),
         }
     }
 }
@@ -67,7 +64,6 @@ pub struct Origins {
     /// The recipe's own text, then that of its base, and so on.
     pub(crate) files: Vec<(PathBuf, String)>,
     pub(crate) overrides: Vec<Override>,
-    pub(crate) no_proxy: bool,
 }
 
 impl Origins {
@@ -83,7 +79,6 @@ impl Origins {
         let line = self.files.iter().find_map(|(path, text)| Some((path, mistake::line_in(text, &keys)?)));
         match line {
             Some((path, line)) => Origin::Line(path.clone(), line),
-            None if self.no_proxy && keys[0] == "proxy" => Origin::Target,
             None => Origin::Default,
         }
     }

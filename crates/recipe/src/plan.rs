@@ -30,7 +30,9 @@ pub struct Plan {
     pub name: String,
     pub machine: Machine,
     pub target: ModelPlan,
-    pub proxy: ModelPlan,
+    /// Absent if no feature comes from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<ModelPlan>,
     pub mapper: MapperPlan,
     /// A number, or `auto` and the most, which is what the stage's figures count.
     pub train_steps: String,
@@ -125,7 +127,7 @@ impl Plan {
             eval(recipe, &machine, &mapper_cost, tasks),
         ];
         let target = model_plan(&recipe.target, &machine);
-        let proxy = model_plan(&recipe.proxy, &machine);
+        let proxy = recipe.read_proxy().map(|proxy| model_plan(proxy, &machine));
         let infer = infer(recipe, longest, &machine, &mapper_cost);
         let notes = target_reads(recipe).into_iter().chain(features_made_anew(recipe, &lengths)).collect();
         let train_steps = recipe.train.steps_in_words();
@@ -330,8 +332,11 @@ window_tokens = [2048, 8192]
 
     #[test]
     fn a_recipe_of_one_model_is_planned_with_one() {
-        let alone = ["extract.from=[\"target\"]", "proxy.model=meta-llama/Llama-3.1-8B-Instruct"];
-        let plan = Plan::new(&recipe(&alone), Machine::h200(), &[]);
+        // It has a `[proxy]`, which it does not read.
+        let alone = recipe(&["extract.from=[\"target\"]"]);
+        let plan = Plan::new(&alone, Machine::h200(), &[]);
+        assert_eq!(plan.proxy, None);
+        assert_eq!(plan, Plan::new(&Recipe { proxy: None, ..alone }, Machine::h200(), &[]));
         assert_eq!(plan.stage("fetch").unwrap().disk_bytes, 2 * plan.target.parameters);
         assert!(!plan.table().contains("  proxy "), "{}", plan.table());
         assert!(Plan::new(&recipe(&[]), Machine::h200(), &[]).table().contains("  proxy "));

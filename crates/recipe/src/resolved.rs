@@ -24,7 +24,7 @@ impl Recipe {
             self.name
         );
         let mut section = "";
-        for key in &all.keys {
+        for key in all.keys.iter().filter(|key| is_there(&values, &key.section)) {
             if key.section != section {
                 section = &key.section;
                 let of = all.sections.iter().find(|s| s.path == *section);
@@ -49,7 +49,8 @@ impl Recipe {
     /// Never for a recipe that `load` returned.
     pub fn explained_json(&self, origins: &Origins) -> Value {
         let values = serde_json::to_value(self).expect("a recipe can be written as JSON");
-        let places = Keys::all().keys.iter().map(|key| {
+        let there = Keys::all().keys.iter().filter(|key| is_there(&values, &key.section));
+        let places = there.map(|key| {
             let place = origins.of(&key.path);
             let file = match &place {
                 Origin::Line(path, line) => serde_json::json!({"file": path, "line": line}),
@@ -59,6 +60,11 @@ impl Recipe {
         });
         serde_json::json!({"recipe": values, "origins": places.collect::<serde_json::Map<_, _>>()})
     }
+}
+
+/// Whether a recipe has a section: `[proxy]` may be absent, and its defaults with it.
+fn is_there(recipe: &Value, section: &str) -> bool {
+    section.split('.').next().is_none_or(|top| top.is_empty() || recipe.get(top).is_some())
 }
 
 /// `text` as comment lines, its first sentence only: the reference has the rest.

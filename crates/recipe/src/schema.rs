@@ -26,13 +26,11 @@ pub fn schema() -> Value {
     schema
 }
 
-/// Keys that a recipe without a base must have, section by section; a proxy is needed only where features
-/// come from one.
+/// Keys that a recipe without a base must have, section by section.
 fn complete(root: &Value, section: &Value) -> Value {
     let mut rules = Map::new();
-    if let Some(required) = section["required"].as_array() {
-        let needed: Vec<&Value> = required.iter().filter(|key| *key != "proxy").collect();
-        rules.insert("required".to_owned(), json!(needed));
+    if let Some(required) = section.get("required") {
+        rules.insert("required".to_owned(), required.clone());
     }
     let mut inner = Map::new();
     for (name, value) in section["properties"].as_object().into_iter().flatten() {

@@ -187,7 +187,8 @@ fn overrides_reach_every_section_and_need_no_quotes() {
         "seed=9",
     ])
     .unwrap();
-    assert_eq!((recipe.train.most_steps(), recipe.seed.0, recipe.proxy.shape.layers), (7, 9, 3));
+    let layers = recipe.proxy.as_ref().unwrap().shape.layers;
+    assert_eq!((recipe.train.most_steps(), recipe.seed.0, layers), (7, 9, 3));
     assert_eq!(recipe.data.window_tokens, [300, 400]);
     assert_eq!(recipe.target.model, "models/other folder");
     assert_eq!((recipe.train.target_pool.width, recipe.train.target_pool.blend), (5, 0.5));
@@ -236,6 +237,36 @@ fn numbers_out_of_range_are_refused() {
         let (text, hint) = texts(overridden(&[assignment]));
         assert!(text.contains("invalid recipe") && text.contains(expected), "{assignment}: {text}");
         assert!(!hint.is_empty(), "{assignment} has no hint");
+    }
+}
+
+#[test]
+fn a_proxy_is_needed_where_features_come_from_one() {
+    let (before, rest) = RECIPE.split_once("[proxy]").unwrap();
+    let (proxy, data) = rest.split_once("[data]").unwrap();
+    let section = format!("[proxy]{proxy}");
+    for from in ["extract.from=[\"proxy\"]", "extract.from=[\"target\", \"proxy\"]"] {
+        let (text, hint) = texts(with(&section, "", &[from]));
+        assert!(text.contains("`extract.from`") && text.contains("no section `[proxy]`"), "{text}");
+        assert!(hint.contains("extract.from = [\"target\"]"), "{hint}");
+        assert!(with("", "# as it is\n", &[from]).unwrap().read_proxy().is_some());
+    }
+    assert!(with(&section, "", &[]).is_err(), "the proxy is the default source");
+    let alone = ["extract.from=[\"target\"]"];
+    let without = with(&section, "", &alone).unwrap();
+    let unread = with("", "# as it is\n", &alone).unwrap();
+    for recipe in [&without, &unread] {
+        assert_eq!((recipe.read_proxy(), recipe.shapes().1), (None, None));
+    }
+    assert!(without.proxy.is_none() && unread.proxy.is_some());
+    // Resolved, neither gains nor loses the section.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pair.toml");
+    for text in [format!("{before}[data]{data}"), RECIPE.to_owned()] {
+        fs::write(&path, text).unwrap();
+        let (recipe, origins) = load_with_origins(&path, &alone.map(Override::from)).unwrap();
+        fs::write(&path, recipe.explained(&origins)).unwrap();
+        assert_eq!(load(&path, &[]).unwrap(), recipe);
     }
 }
 

@@ -105,7 +105,7 @@ fn runs(c: &Comparison) -> Vec<RunView> {
         name: r.name.clone(),
         class: class(i),
         folder: r.folder.clone(),
-        proxy: r.proxy.clone(),
+        proxy: r.proxy.clone().unwrap_or_else(|| "none".to_owned()),
         mapper: r.mapper.clone(),
         first: i == 0,
     };

@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use pkv_core::Policy;
 use pkv_eval::{AnswerCell, AnswerResults, Interval, LabelResults};
-use pkv_recipe::MethodName;
 use pkv_recipe::plan::{Machine, Plan, human_count};
+use pkv_recipe::{MethodName, ModelSection, Recipe};
 use serde::Serialize;
 
 use crate::chart::percent_text;
@@ -25,7 +25,8 @@ pub const TOY_SHARE: f64 = 0.2;
 pub struct Headline {
     pub title: String,
     pub target: String,
-    pub proxy: String,
+    /// Absent if no feature comes from it.
+    pub proxy: Option<String>,
     /// Date, device, tool: what one line can hold.
     pub byline: Vec<String>,
     /// Paragraphs.
@@ -42,7 +43,9 @@ pub struct Tile {
 }
 
 pub fn headline(data: &RunData) -> Headline {
-    let (target, proxy) = (model(data, "target"), model(data, "proxy"));
+    let target = of_recipe(data, |r| Some(&r.target)).or(data.results.as_ref().map(|r| &r.target.name));
+    let target = target.cloned().unwrap_or_else(|| "the target".to_owned());
+    let proxy = proxy(data);
     let mut byline: Vec<String> = data.date.iter().cloned().collect();
     byline.push(format!("run {}", data.name));
     if let Some(device) = data.text("device") {
@@ -55,10 +58,15 @@ pub fn headline(data: &RunData) -> Headline {
     if let Some(version) = data.text("tool.version") {
         byline.push(format!("proxykv-train {version}"));
     }
-    let mut lead = vec![purpose(data, &target, &proxy)];
+    let mut lead = vec![purpose(data, &target, proxy.as_deref())];
     lead.extend(verdict(data));
     Headline {
-        title: format!("Pruning the cache of {} by the attention of {}", short(&target), short(&proxy)),
+        title: match &proxy {
+            Some(proxy) => {
+                format!("Pruning the cache of {} by the attention of {}", short(&target), short(proxy))
+            }
+            None => format!("Pruning the cache of {} by its own attention", short(&target)),
+        },
         target,
         proxy,
         byline,
@@ -67,12 +75,22 @@ pub fn headline(data: &RunData) -> Headline {
     }
 }
 
-/// Name of one of the models, from the recipe or else the results.
-fn model(data: &RunData, role: &str) -> String {
-    let results = data.results.as_ref().map(|r| if role == "target" { &r.target } else { &r.proxy });
-    let recipe =
-        data.recipe.as_ref().map(|r| if role == "target" { &r.target.model } else { &r.proxy.model });
-    recipe.or(results.map(|m| &m.name)).cloned().unwrap_or_else(|| format!("the {role}"))
+/// Name of the proxy, if features come from it: from the recipe, or else the results.
+pub fn proxy(data: &RunData) -> Option<String> {
+    if data.recipe.is_some() {
+        return of_recipe(data, Recipe::read_proxy).cloned();
+    }
+    match &data.results {
+        Some(results) => results.proxy.as_ref().map(|proxy| proxy.name.clone()),
+        None => Some("the proxy".to_owned()),
+    }
+}
+
+fn of_recipe<'a>(
+    data: &'a RunData,
+    section: impl Fn(&'a Recipe) -> Option<&'a ModelSection>,
+) -> Option<&'a String> {
+    Some(&section(data.recipe.as_ref()?)?.model)
 }
 
 /// The last part of a hub name or path; two parts where the last says only which of the two it is.
@@ -85,17 +103,20 @@ pub fn short(model: &str) -> String {
     }
 }
 
-fn purpose(data: &RunData, target: &str, proxy: &str) -> String {
+fn purpose(data: &RunData, target: &str, proxy: Option<&str>) -> String {
     let size = data.recipe.as_ref().map_or_else(String::new, |r| {
         format!(" ({} layers × {} KV heads)", r.target.shape.layers, r.target.shape.kv_heads)
     });
+    let source = match proxy {
+        Some(proxy) => format!("the attention of {}, a much smaller model of the same family", short(proxy)),
+        None => "what the reading itself shows: no second model is needed".to_owned(),
+    };
     format!(
         "While {} reads a text, it stores a key and a value for every token in every layer and KV head{size}: \
          a KV pair. Most are never needed again, but which? KVzip finds out by letting the model repeat what it read, \
-         which costs several times the reading. Here a small network, the mapper, predicts KVzip's verdict from the \
-         attention of {}, a much smaller model of the same family.",
-        short(target),
-        short(proxy)
+         which costs several times the reading. Here a small network, the mapper, predicts KVzip's verdict from \
+         {source}.",
+        short(target)
     )
 }
 

@@ -4,7 +4,7 @@ use pkv_recipe::plan::{Machine, Plan};
 use pkv_recipe::{MapperSection, Recipe, Variant};
 use serde::Serialize;
 
-use crate::headline::{TOY_SHARE, short};
+use crate::headline::{TOY_SHARE, proxy, short};
 use crate::run::RunData;
 
 #[derive(Serialize)]
@@ -118,7 +118,8 @@ fn name(value: impl Serialize) -> String {
 fn versions(data: &RunData) -> Vec<(String, String)> {
     let mut out = Vec::new();
     let mut say = |what: &str, value: Option<String>| out.extend(value.map(|v| (what.to_owned(), v)));
-    for role in ["target", "proxy"] {
+    let reads_proxy = proxy(data).is_some();
+    for role in std::iter::once("target").chain(reads_proxy.then_some("proxy")) {
         let model = data.text(&format!("{role}.model"));
         let revision = data.text(&format!("{role}.revision"));
         say(role, model.map(|m| revision.map_or_else(|| m.to_owned(), |r| format!("{m} @ {r}"))));
@@ -138,9 +139,13 @@ fn versions(data: &RunData) -> Vec<(String, String)> {
 pub fn limits(data: &RunData) -> Vec<String> {
     let mut out = Vec::new();
     if let Some(results) = &data.results {
-        let (target, proxy) = (short(&results.target.name), short(&results.proxy.name));
+        let target = short(&results.target.name);
+        let of = proxy(data).map_or_else(
+            || format!("One model ({target})"),
+            |p| format!("One pair ({target}, {})", short(&p)),
+        );
         out.push(format!(
-            "One pair ({target}, {proxy}), one training run, one seed: another seed may move accuracies by as much as \
+            "{of}, one training run, one seed: another seed may move accuracies by as much as \
              their intervals."
         ));
         if let Some(facts) = &results.facts {
@@ -174,9 +179,12 @@ pub fn limits(data: &RunData) -> Vec<String> {
                 100.0 * share
             )
         };
-        out.push(format!(
-            "{cost}; the proxy's own prefill comes on top and runs beside the target's where there are two devices."
-        ));
+        out.push(match recipe.read_proxy() {
+            Some(_) => format!(
+                "{cost}; the proxy's own prefill comes on top and runs beside the target's where there are two devices."
+            ),
+            None => format!("{cost}; taking the features during the target's prefill comes on top."),
+        });
     }
     out.push(
         "Pruned pairs are masked, which is exactly what evicting them computes; memory saved is not measured here."

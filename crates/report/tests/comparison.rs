@@ -27,7 +27,7 @@ fn comparison() -> Comparison {
     let run = |name: &str| RunName {
         name: name.to_owned(),
         folder: format!("runs/{name}"),
-        proxy: "small".to_owned(),
+        proxy: Some("small".to_owned()),
         mapper: "checkpoint of step 9".to_owned(),
     };
     let reference = |name: &str, v| Reference { name: name.to_owned(), values: vec![around(v); 2] };

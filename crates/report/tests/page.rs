@@ -128,6 +128,20 @@ fn the_best_rival_is_bold_and_kvzip_is_a_reference() {
 }
 
 #[test]
+fn a_mapper_of_the_target_alone_has_no_proxy_on_its_page() {
+    let dir = folder();
+    let path = dir.path().join("run.json");
+    let mut run: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    run["recipe"]["extract"]["from"] = serde_json::json!(["target"]);
+    fs::write(&path, run.to_string()).unwrap();
+    let page = pkv_report::render(dir.path()).unwrap();
+    for part in ["by its own attention", "no second model is needed", "One model (tiny-llama-target)"] {
+        assert!(page.contains(part), "`{part}` is missing");
+    }
+    assert!(!page.contains("proxy <b>") && !page.contains("local:7d793037"));
+}
+
+#[test]
 fn missing_parts_are_named_and_the_rest_is_there() {
     let dir = folder();
     fs::remove_dir_all(dir.path().join("eval")).unwrap();

@@ -122,6 +122,8 @@ class ProxyKV:
             return cls(config, mapper, hidden=hidden or None, budgets=budgets)
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        if "proxy" not in config:
+            raise ValueError(f"the mapper of `{folder}` reads features of a proxy, and the export names none")
         named = config["proxy"]
         pinned = {}
         if proxy is None:

@@ -197,7 +197,9 @@ class Features(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(shutil.copytree(export("own"), Path(folder) / "export")) / "config.json"
             config = json.loads(path.read_text())
-            config["proxy"]["model"] = "absent/proxy"
+            self.assertNotIn("proxy", config)
+            # Exports of earlier versions name one all the same.
+            config["proxy"] = {"model": "absent/proxy"}
             path.write_text(json.dumps(config))
             px = proxykv.ProxyKV.from_pretrained(path.parent)
             self.assertIsNone(px.proxy)
@@ -207,6 +209,15 @@ class Features(unittest.TestCase):
             config["extract"]["target_channels"][0] = "of_tomorrow"
             path.write_text(json.dumps(config))
             with self.assertRaisesRegex(ValueError, "of_tomorrow"):
+                proxykv.ProxyKV.from_pretrained(path.parent)
+
+    def test_a_proxy_that_is_a_source_must_be_named(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(shutil.copytree(export("both"), Path(folder) / "export")) / "config.json"
+            config = json.loads(path.read_text())
+            del config["proxy"]
+            path.write_text(json.dumps(config))
+            with self.assertRaisesRegex(ValueError, "names none"):
                 proxykv.ProxyKV.from_pretrained(path.parent)
 
     def test_sources_are_joined_as_the_layout_of_the_rust_side_says(self):

@@ -65,7 +65,8 @@ pub fn write(out: &mut String, c: &ExportConfig, licence: &str) -> std::fmt::Res
     }
     writeln!(out, "library_name: proxykv-train")?;
     // A hub refuses names that are none of its models; a folder's name is none.
-    let models: Vec<&ModelIdentity> = [&c.target, &c.proxy].into_iter().filter(|m| is_of_hub(m)).collect();
+    let models = std::iter::once(&c.target).chain(&c.proxy);
+    let models: Vec<&ModelIdentity> = models.filter(|m| is_of_hub(m)).collect();
     if !models.is_empty() {
         writeln!(out, "base_model:")?;
         models.iter().try_for_each(|m| writeln!(out, "- {}", quoted(&m.model)))?;

@@ -75,7 +75,7 @@ struct DecodeRow {
 /// The target is not available, or fails for a reason other than memory.
 pub(super) fn run(job: &Job) -> Result<()> {
     let Job { args, recipe, contexts, device, stop, .. } = *job;
-    let target = Subject::new(recipe, Role::Target, device, args.random_weights);
+    let target = Subject::new(recipe, Role::Target, device, args.random_weights)?;
     let roofline = roofline::measure(device, target.kind)?;
     let clock = Clock::new(device, args, &roofline, stop);
     let model = target.model()?.context("the target alone does not fit into the device's memory")?;

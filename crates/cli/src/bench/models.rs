@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use pkv_core::hinted;
 use pkv_gpu::unless_exhausted;
 use pkv_hub::{Hub, Lock};
 use pkv_lm::{LanguageModel, LmConfig};
@@ -36,12 +37,19 @@ pub struct Subject<'a> {
 }
 
 impl<'a> Subject<'a> {
-    pub fn new(recipe: &'a Recipe, role: Role, device: Device, random: bool) -> Self {
+    /// # Errors
+    /// It is the proxy, and the recipe has none.
+    pub fn new(recipe: &'a Recipe, role: Role, device: Device, random: bool) -> Result<Self> {
         let section = match role {
             Role::Target => &recipe.target,
-            Role::Proxy => &recipe.proxy,
+            Role::Proxy => recipe.proxy.as_ref().with_context(|| {
+                hinted(
+                    "the benchmark measures a proxy, and the recipe has no section `[proxy]`",
+                    "add `[proxy]` with its `model` and `[proxy.shape]`, or name feature sets of the target: `--features target`",
+                )
+            })?,
         };
-        Self { section, role, kind: kind_on(device, section.dtype), recipe, device, random }
+        Ok(Self { section, role, kind: kind_on(device, section.dtype), recipe, device, random })
     }
 
     /// The model, random or from its files; `None` if it does not fit.
@@ -140,10 +148,10 @@ mod tests {
             ("qwen3-8b--qwen3-0.6b.toml", "qwen3"),
         ] {
             let recipe = recipe(path);
-            let (target, proxy) =
-                (random_config(&recipe.target).unwrap(), random_config(&recipe.proxy).unwrap());
+            let of_proxy = recipe.proxy.as_ref().unwrap();
+            let (target, proxy) = (random_config(&recipe.target).unwrap(), random_config(of_proxy).unwrap());
             assert_eq!((target.family, target.shape), (family, recipe.target.shape));
-            assert_eq!((proxy.family, proxy.shape), (family, recipe.proxy.shape));
+            assert_eq!((proxy.family, proxy.shape), (family, of_proxy.shape));
             assert!(!target.tied_head && proxy.tied_head);
         }
     }
@@ -152,12 +160,12 @@ mod tests {
     fn tokens_are_of_the_vocabulary_and_always_the_same() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/demo-nano.toml");
         let recipe = pkv_recipe::load(&root, &[]).unwrap();
-        let subject = Subject::new(&recipe, Role::Target, Device::Cpu, true);
+        let subject = Subject::new(&recipe, Role::Target, Device::Cpu, true).unwrap();
         let context = subject.context(500).unwrap();
         assert!(context.len() == 500 && context.iter().all(|&id| id < 4096));
         assert_eq!(context, subject.context(500).unwrap());
         let requests = subject.requests(&recipe.label).unwrap();
-        let longer = Subject::new(&recipe, Role::Target, Device::Cpu, true).context(5000).unwrap();
+        let longer = subject.context(5000).unwrap();
         assert_eq!(requests.ids(&longer, &(2000..4000)).len(), LATER + 8 + SWITCH + 2000);
     }
 }

@@ -53,7 +53,8 @@ struct Report {
     dtype: &'static str,
     random_weights: bool,
     target: ModelShape,
-    proxy: ModelShape,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    proxy: Option<ModelShape>,
     retain: f64,
     roofline: Roofline,
     rows: Vec<PrefillRow>,
@@ -110,18 +111,31 @@ fn section(recipe: &Recipe, set: FeatureSet) -> ExtractSection {
     }
 }
 
+/// The feature sets that were named; else, of a recipe that reads a proxy, its features and those of a proxy
+/// by cost.
+fn sets(job: &Job) -> Vec<FeatureSet> {
+    match (&job.args.features[..], job.recipe.read_proxy()) {
+        ([], Some(_)) => vec![FeatureSet::Recipe, FeatureSet::Window, FeatureSet::Reconstruction],
+        ([], None) => vec![FeatureSet::Recipe],
+        (named, _) => named.to_vec(),
+    }
+}
+
 /// # Errors
 /// The models or the peer's file are not available, or the work fails for a reason other than memory.
 pub(super) fn run(job: &Job) -> Result<()> {
     let Job { args, recipe, contexts, device, stop, .. } = *job;
-    let target = Subject::new(recipe, Role::Target, device, args.random_weights);
-    let proxy = Subject::new(recipe, Role::Proxy, device, args.random_weights);
-    let beside = next_gpu(device).map(|gpu| Subject::new(recipe, Role::Proxy, gpu, args.random_weights));
+    let target = Subject::new(recipe, Role::Target, device, args.random_weights)?;
+    let sets: Vec<_> = sets(job).into_iter().map(|set| (set.name(), section(recipe, set))).collect();
+    let reads_proxy = sets.iter().any(|(_, section)| section.from.contains(&Source::Proxy));
+    let proxy = |device| Subject::new(recipe, Role::Proxy, device, args.random_weights);
+    let here = reads_proxy.then(|| proxy(device)).transpose()?;
+    let beside = next_gpu(device).filter(|_| reads_proxy).map(proxy).transpose()?;
     let peer = args.peer.as_deref().map(|path| Peer::read(path, &target, &args.recipe.recipe)).transpose()?;
     let roofline = roofline::measure(device, target.kind)?;
     let clock = Clock::new(device, args, &roofline, stop);
     let model = target.model()?.context("the target alone does not fit into the device's memory")?;
-    let (target, proxy, beside) = (&target, &proxy, beside.as_ref());
+    let (target, proxy, beside) = (&target, here.as_ref(), beside.as_ref());
     let bench = Bench { recipe, target, proxy, beside, model: &model, clock: &clock, device };
     let mut rows = Vec::new();
     for &t in contexts {
@@ -129,8 +143,8 @@ pub(super) fn run(job: &Job) -> Result<()> {
     }
     let mut traces = Vec::new();
     for &t in contexts {
-        for &set in &args.features {
-            rows.extend(bench.with_proxy(t, set.name(), &section(recipe, set), &mut traces)?);
+        for (set, section) in &sets {
+            rows.extend(bench.with_proxy(t, set, section, &mut traces)?);
         }
     }
     // Beside each other by context, as they are compared.
@@ -146,7 +160,7 @@ pub(super) fn run(job: &Job) -> Result<()> {
         dtype: super::dtype_name(target.kind),
         random_weights: args.random_weights,
         target: target.section.shape,
-        proxy: proxy.section.shape,
+        proxy: proxy.map(|proxy| proxy.section.shape),
         retain: RETAIN,
         roofline,
         rows,
@@ -159,7 +173,8 @@ pub(super) fn run(job: &Job) -> Result<()> {
 struct Bench<'a> {
     recipe: &'a Recipe,
     target: &'a Subject<'a>,
-    proxy: &'a Subject<'a>,
+    /// Absent if no feature set reads it.
+    proxy: Option<&'a Subject<'a>>,
     /// The proxy on a GPU of its own.
     beside: Option<&'a Subject<'a>>,
     model: &'a LanguageModel,
@@ -206,25 +221,25 @@ impl Bench<'_> {
         section: &ExtractSection,
         traces: &mut Vec<Trace>,
     ) -> Result<Vec<PrefillRow>> {
-        let shapes = (&self.target.section.shape, &self.proxy.section.shape);
+        let shapes = (&self.target.section.shape, self.proxy.map(|proxy| &proxy.section.shape));
         let by = Repeat::new(&self.recipe.label, TEMPLATE);
         let recipe = Recipe { extract: section.clone(), ..self.recipe.clone() };
         let mut flops = prefill(shapes.0, PREFIX_TOKENS + t) + MapperCost::new(&recipe).forward_flops(t);
         for &source in &section.from {
-            let shape = source.shape(shapes.0, shapes.1);
+            let shape = source.shape(shapes.0, shapes.1).context("the recipe has no proxy")?;
             flops += features(shape, &section.of(source), t, &by);
             flops += if section.repeats(source) { repeat(shape, t, &by) } else { 0.0 };
             flops += if source == Source::Proxy { prefill(shape, PREFIX_TOKENS + t) } else { 0.0 };
         }
         let mut rows = Vec::new();
-        if !section.from.contains(&Source::Proxy) {
+        let Some(here) = self.proxy.filter(|_| section.from.contains(&Source::Proxy)) else {
             let side = self.target_side(section)?;
             let mut regime = Sequential::new(NoProxy(self.device));
             let timed = self.time(&mut regime, Row::new("own prefill", t, flops), set, t, side.as_ref())?;
             traces.push(Trace { name: format!("{set} features, {t} tokens"), phases: timed.all });
             return Ok(vec![timed.row]);
-        }
-        let here = [("sequential", self.proxy), ("streams", self.proxy), ("streams, overlap", self.proxy)];
+        };
+        let here = [("sequential", here), ("streams", here), ("streams, overlap", here)];
         let there = self.beside.into_iter().flat_map(|p| [("dual", p), ("dual, overlap", p)]);
         for (what, proxy) in here.into_iter().chain(there) {
             // A thread and its plans belong to one regime, so each has a proxy of its own.
@@ -438,10 +453,11 @@ fn compare(rows: &mut [PrefillRow], peer: Option<&Peer>) {
 fn text(report: &Report) -> String {
     let mut out = String::new();
     let weights = if report.random_weights { "random weights" } else { "their own weights" };
+    let proxy = report.proxy.map_or_else(String::new, |proxy| format!(", proxy {proxy}"));
     let _ = writeln!(
         out,
-        "prefill to a pruned cache, `{}` on {}, {}, {weights}\ntarget {}, proxy {}, {} kept",
-        report.recipe, report.device, report.dtype, report.target, report.proxy, report.retain
+        "prefill to a pruned cache, `{}` on {}, {}, {weights}\ntarget {}{proxy}, {} kept",
+        report.recipe, report.device, report.dtype, report.target, report.retain
     );
     if let Some(peer) = &report.peer {
         let _ = writeln!(out, "peer: {peer}, its fastest attention");

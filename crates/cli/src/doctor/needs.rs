@@ -21,13 +21,14 @@ pub fn needs(recipe: &Recipe, hub: Hub) -> Vec<Check> {
         Ok(lock) => hub.with_lock(lock),
         Err(e) => return vec![Check::error("lock", &e)],
     };
-    let (target, proxy) =
-        (model("target", &recipe.target, recipe, &hub), model("proxy", &recipe.proxy, recipe, &hub));
+    let target = model("target", &recipe.target, recipe, &hub);
+    let proxy = recipe.read_proxy().map(|proxy| model("proxy", proxy, recipe, &hub));
     let vocabulary = match (&target, &proxy) {
-        (Ok((_, a)), Ok((_, b))) => Some(vocabulary(a, b)),
+        (Ok((_, a)), Some(Ok((_, b)))) => Some(vocabulary(a, b)),
         _ => None,
     };
-    let mut out: Vec<Check> = [target, proxy].map(|found| found.map_or_else(|c| c, |(c, _)| c)).into();
+    let found = std::iter::once(target).chain(proxy);
+    let mut out: Vec<Check> = found.map(|found| found.map_or_else(|c| c, |(c, _)| c)).collect();
     out.extend(vocabulary);
     out.push(match manifest.and_then(|(m, _)| Ok((pkv_data::inputs(&m, &hub)?, m))) {
         Ok((_, m)) => {

@@ -97,11 +97,11 @@ fn headline(r: &Results) -> String {
 pub fn results(path: &Path) -> Result<String> {
     let r = Results::read(path)?;
     let mut out = Lines::new(format!("results `{}`", path.display()));
-    out.add("schema", r.schema_version)
-        .add("mapper", &r.mapper)
-        .add("target", &r.target.name)
-        .add("proxy", &r.proxy.name)
-        .add("fingerprint", &r.fingerprint)
+    out.add("schema", r.schema_version).add("mapper", &r.mapper).add("target", &r.target.name);
+    if let Some(proxy) = &r.proxy {
+        out.add("proxy", &proxy.name);
+    }
+    out.add("fingerprint", &r.fingerprint)
         .add("labels", format!("{} contexts, {} positions", r.labels.contexts, r.labels.positions));
     if let Some(f) = &r.facts {
         out.add(

@@ -71,7 +71,8 @@ pub fn export(dir: &Path) -> Result<String> {
     let config: &ExportConfig = export.config();
     let mut out = Lines::new(format!("export `{}` of `{}`", dir.display(), config.name));
     out.add("schema", config.schema_version).add("written by", &config.written_by);
-    for (role, model) in [("target", &config.target), ("proxy", &config.proxy)] {
+    let proxy = config.read_proxy().map(|proxy| ("proxy", proxy));
+    for (role, model) in [("target", &config.target)].into_iter().chain(proxy) {
         out.add(role, format!("{} @ {}, {}, {}", model.model, model.revision, model.shape, model.dtype));
     }
     let d = config.dims;
@@ -79,7 +80,7 @@ pub fn export(dir: &Path) -> Result<String> {
     out.add(
         "mapper",
         format!(
-            "{} proxy heads x {} channels + {} globals to {} target heads",
+            "{} heads x {} channels + {} globals to {} target heads",
             d.proxy_heads, d.channels, d.globals, d.outputs
         ),
     )

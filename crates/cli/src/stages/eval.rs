@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use pkv_checkpoint::write_tensors;
-use pkv_core::{Fingerprint, Source, Split, sha256_hex};
+use pkv_core::{Fingerprint, Split, sha256_hex};
 use pkv_data::{FactContext, fact_contexts};
 use pkv_eval::{Asked, Budgets, EvalInputs, RESULTS_FILE, Results};
 use pkv_lm::TextTokenizer;
@@ -67,20 +67,18 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         return Ok(Outcome::Skipped(skipped));
     }
     let target = upstream.target.load(s)?;
-    let reads_proxy = s.recipe.extract.from.contains(&Source::Proxy);
-    let proxy = reads_proxy.then(|| upstream.proxy.load(s)).transpose()?;
+    let proxy = upstream.proxy.as_ref().map(|proxy| proxy.load(s)).transpose()?;
     s.check_stop()?;
     let loaded = Loaded { target: Some(&target), proxy: proxy.as_ref() };
     let inputs = EvalInputs {
         target: &target,
         proxy: proxy.as_ref(),
-        proxy_shape: s.recipe.proxy.shape,
         hidden: trained.hidden.as_ref(),
         tokenizer: &upstream.target.tokenizer,
         mapper: &trained.mapper,
         mapper_source: trained.source.clone(),
         target_name: s.recipe.target.model.clone(),
-        proxy_name: s.recipe.proxy.model.clone(),
+        proxy_name: s.recipe.read_proxy().map(|proxy| proxy.model.clone()),
         examples: &s.run.examples(),
         labels: &s.run.labels(),
         features: generated::features(s, &upstream, loaded)?,

@@ -33,8 +33,11 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let contexts = s.recipe.prune.budget_contexts;
     let budgets = pkv_eval::learn_budgets(&s.run.examples(), &s.run.labels(), contexts, s.device)?;
     if let Ok(old) = Export::read(&folder) {
-        // One of an older version holds the same mapper: other runs may know it by its weights' hash.
-        let config = ExportConfig { schema_version: old.config().schema_version, ..config.clone() };
+        // One of an older version holds the same mapper: other runs may know it by its weights' hash. It may
+        // name a proxy that is not read.
+        let (schema_version, unread) = (old.config().schema_version, old.config().proxy.clone());
+        let proxy = if config.read_proxy().is_some() { config.proxy.clone() } else { unread };
+        let config = ExportConfig { schema_version, proxy, ..config.clone() };
         let card_is_current =
             pkv_core::read_small_text(&folder.join("README.md")).is_ok_and(|t| t == card.render(&config));
         let same = ExportConfig { files: BTreeMap::new(), ..old.config().clone() } == config;
@@ -57,7 +60,7 @@ fn config(s: &Session, upstream: &train::Upstream, trained: &Trained) -> ExportC
         written_by: concat!("proxykv-train ", env!("CARGO_PKG_VERSION")).to_owned(),
         name: r.name.clone(),
         target: identity(s, &upstream.target),
-        proxy: identity(s, &upstream.proxy),
+        proxy: upstream.proxy.as_ref().map(|proxy| identity(s, proxy)),
         dims: dims(r),
         label: r.label.clone(),
         extract: r.extract.content(),

@@ -1,6 +1,6 @@
 //! `extract`: features of each source. Those of the target may already exist, from the prefill of `label`.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, ModelShape, Progress, Source};
 use pkv_extract::{ContextFeatures, Extractor};
 use pkv_recipe::MissingFeatures;
@@ -24,7 +24,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let (examples, upstream) = prepare::examples(s, &target)?;
     let mut done = serde_json::Map::new();
     for &source in &s.recipe.extract.from {
-        let model = of_pair(source, &target, &proxy);
+        let model = of_pair(source, &target, proxy.as_ref())?;
         if let Some(summary) = one(s, source, model, &examples, &upstream)? {
             done.insert(source.name().to_owned(), summary);
         }
@@ -40,10 +40,14 @@ pub fn run(s: &Session) -> Result<Outcome> {
     }))
 }
 
-pub(super) const fn of_pair<'a>(source: Source, target: &'a Found, proxy: &'a Found) -> &'a Found {
+/// The model of a source of features.
+///
+/// # Errors
+/// It is the proxy, and the recipe reads none.
+pub(super) fn of_pair<'a>(source: Source, target: &'a Found, proxy: Option<&'a Found>) -> Result<&'a Found> {
     match source {
-        Source::Target => target,
-        Source::Proxy => proxy,
+        Source::Target => Ok(target),
+        Source::Proxy => proxy.context("features are asked of a proxy, and the recipe reads none"),
     }
 }
 
@@ -185,11 +189,11 @@ pub fn is_due(s: &Session) -> bool {
 pub fn require_all(
     s: &Session,
     target: &Found,
-    proxy: &Found,
+    proxy: Option<&Found>,
     examples: &Fingerprint,
 ) -> Result<Fingerprint> {
     let of = |&source: &Source| {
-        let fingerprint = fingerprint(s, source, of_pair(source, target, proxy), examples);
+        let fingerprint = fingerprint(s, source, of_pair(source, target, proxy)?, examples);
         if !s.recipe.extract.is_transient() {
             require(&s.run.features(source), "extract", &fingerprint)?;
         }

@@ -19,7 +19,7 @@ pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool, stop: Arc<AtomicBool
     let bar = Bar::new();
     let check_stop = || if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) };
     let root = recipe_root(&recipe);
-    let [target, proxy] = pkv_hub::fetch_recipe(&hub, &recipe, &[Path::new(""), &root], &bar, &check_stop)?;
+    let (target, proxy) = pkv_hub::fetch_recipe(&hub, &recipe, &[Path::new(""), &root], &bar, &check_stop)?;
     if !models_only {
         let (manifest, path) = manifest(&recipe)?;
         if let Some(path) = path {
@@ -31,7 +31,10 @@ pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool, stop: Arc<AtomicBool
     }
     if cli.json {
         let folder = |r: &pkv_hub::Resolved| serde_json::json!({"folder": r.folder, "revision": r.revision});
-        let models = serde_json::json!({"target": folder(&target), "proxy": folder(&proxy)});
+        let mut models = serde_json::json!({"target": folder(&target)});
+        if let Some(proxy) = &proxy {
+            models["proxy"] = folder(proxy);
+        }
         output::print(&format!("{models}\n"))?;
     }
     Ok(())

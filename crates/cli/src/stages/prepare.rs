@@ -10,6 +10,7 @@ use crate::pair;
 use crate::session::Session;
 
 pub fn run(s: &Session) -> Result<Outcome> {
+    // A proxy that does not fit is refused before any work.
     let (target, _) = pair::find_both(s)?;
     let stage = StageDir::open(&s.run.examples(), "prepare", &fingerprint(s, &target)?)?;
     if stage.is_complete() {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use pkv_checkpoint::{Export, ExportDims};
-use pkv_core::{Fingerprint, Source, hinted};
+use pkv_core::{Fingerprint, ModelShape, hinted};
 use pkv_recipe::{ExtractSection, Recipe};
 
 use crate::mapper_source::dims;
@@ -65,28 +65,19 @@ fn check(export: &Export, recipe: &Recipe) -> Result<()> {
     let sources = |e: &ExtractSection| names(&e.from);
     same("`extract.from`", sources(&c.extract), sources(&recipe.extract))?;
     for &source in &recipe.extract.from {
-        let (what, theirs, ours) = match source {
-            Source::Target => ("target", &c.target.shape, &recipe.target.shape),
-            Source::Proxy => ("proxy", &c.proxy.shape, &recipe.proxy.shape),
-        };
+        let what = source.name();
         same(
             &format!("the channels of the {what}"),
             names(c.extract.channels_of(source)),
             names(recipe.extract.channels_of(source)),
         )?;
-        same(
-            &format!("the {what}'s layers x KV heads"),
-            heads(theirs.layers, theirs.kv_heads),
-            heads(ours.layers, ours.kv_heads),
-        )?;
+        let theirs = source.shape(&c.target.shape, c.read_proxy().map(|proxy| &proxy.shape));
+        let ours = source.shape(recipe.shapes().0, recipe.shapes().1);
+        let heads = |shape: Option<&ModelShape>| shape.map_or_else(String::new, heads);
+        same(&format!("the {what}'s layers x KV heads"), heads(theirs), heads(ours))?;
     }
     same("`extract.globals`", names(&c.extract.globals), names(&recipe.extract.globals))?;
-    let (theirs, ours) = (&c.target.shape, &recipe.target.shape);
-    same(
-        "the target's layers x KV heads",
-        heads(theirs.layers, theirs.kv_heads),
-        heads(ours.layers, ours.kv_heads),
-    )?;
+    same("the target's layers x KV heads", heads(&c.target.shape), heads(&recipe.target.shape))?;
     let network = |m: &pkv_recipe::MapperSection| Fingerprint::new().with("mapper", m);
     let differences = network(&c.mapper).difference(&network(&recipe.mapper));
     // How the skip was found says nothing about what it is.
@@ -97,8 +88,8 @@ fn check(export: &Export, recipe: &Recipe) -> Result<()> {
     same("its sizes", format!("{theirs:?}"), format!("{ours:?}"))
 }
 
-fn heads(layers: usize, kv_heads: usize) -> String {
-    format!("{layers} x {kv_heads}")
+fn heads(shape: &ModelShape) -> String {
+    format!("{} x {}", shape.layers, shape.kv_heads)
 }
 
 fn names<T: serde::Serialize>(list: &[T]) -> String {

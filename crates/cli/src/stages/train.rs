@@ -13,7 +13,8 @@ use crate::session::Session;
 /// The stages that training reads, with the choices they were made with.
 pub struct Upstream {
     pub target: Found,
-    pub proxy: Found,
+    /// Absent if no feature comes from it.
+    pub proxy: Option<Found>,
     /// Of the examples alone.
     pub examples: Fingerprint,
     /// The mapper that training starts from, if it is another's.
@@ -64,7 +65,7 @@ pub fn upstream(s: &Session) -> Result<Upstream> {
     let labels = label::fingerprint(s, &target, &examples);
     require(&s.run.labels(), "label", &labels)?;
     let r = &s.recipe;
-    let features = extract::require_all(s, &target, &proxy, &examples)?;
+    let features = extract::require_all(s, &target, proxy.as_ref(), &examples)?;
     let fingerprint = Fingerprint::new()
         .with("labels", &labels)
         .with("features", &features)

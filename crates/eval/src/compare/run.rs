@@ -102,7 +102,7 @@ impl Run {
         RunName {
             name: self.name.clone(),
             folder: self.folder.display().to_string(),
-            proxy: self.results.proxy.name.clone(),
+            proxy: self.results.proxy.as_ref().map(|proxy| proxy.name.clone()),
             mapper: self.results.mapper.clone(),
         }
     }

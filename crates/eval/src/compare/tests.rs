@@ -52,7 +52,7 @@ fn results(target: &str) -> Results {
         bootstrap: Some(400),
         mapper: "checkpoint of step 9".to_owned(),
         target: ModelName { name: target.to_owned(), layers: 2, kv_heads: 2 },
-        proxy: ModelName { name: "p".to_owned(), layers: 1, kv_heads: 1 },
+        proxy: Some(ModelName { name: "p".to_owned(), layers: 1, kv_heads: 1 }),
         notes: Vec::new(),
         labels: LabelResults {
             made: Default::default(),

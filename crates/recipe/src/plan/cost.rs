@@ -136,8 +136,9 @@ impl MapperCost {
     pub fn new(recipe: &Recipe) -> Self {
         let m = &recipe.mapper;
         let layout = recipe.extract.layout();
-        let p = layout.heads(&recipe.target.shape, &recipe.proxy.shape);
-        let o = recipe.target.shape.total_kv_heads();
+        let (target, proxy) = recipe.shapes();
+        let p = layout.heads(target, proxy);
+        let o = target.total_kv_heads();
         let (c, g) = (layout.channels().len(), layout.globals());
         let inputs = p * c + g;
         let (d1, d, x, n) = (m.head_width, m.width, m.cross_width, m.cross_heads);

@@ -49,8 +49,8 @@ impl Lengths {
 
 /// Weights are on the hub in bf16, whatever they are computed in.
 pub fn fetch(recipe: &Recipe) -> StagePlan {
-    // A recipe without a proxy has the target in its place.
-    let proxy = if recipe.proxy.model == recipe.target.model { 0 } else { parameters(&recipe.proxy) };
+    // A model that is both is fetched once.
+    let proxy = recipe.read_proxy().filter(|proxy| proxy.model != recipe.target.model).map_or(0, parameters);
     let disk_bytes = 2 * (parameters(&recipe.target) + proxy);
     StagePlan { disk_bytes, ..StagePlan::nothing("fetch") }
 }
@@ -113,13 +113,9 @@ pub struct Reading<'a> {
 impl<'a> Reading<'a> {
     /// Of each source of the recipe, in its order.
     pub fn all(recipe: &'a Recipe) -> impl Iterator<Item = (Source, Self)> {
-        recipe.extract.from.iter().map(|&source| {
-            let model = match source {
-                Source::Target => &recipe.target,
-                Source::Proxy => &recipe.proxy,
-            };
-            let section = recipe.extract.of(source);
-            (source, Self { model, section, repeats: recipe.extract.repeats(source) })
+        recipe.extract.from.iter().filter_map(|&source| {
+            let (model, section) = (recipe.model_of(source)?, recipe.extract.of(source));
+            Some((source, Self { model, section, repeats: recipe.extract.repeats(source) }))
         })
     }
 

@@ -10,8 +10,7 @@ const COLUMNS: [&str; 8] =
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "plan of `{}` on {}", self.name, self.machine.name)?;
-        let alone = self.proxy.model == self.target.model;
-        let proxy = (!alone).then_some(("proxy", &self.proxy));
+        let proxy = self.proxy.as_ref().map(|proxy| ("proxy", proxy));
         for (role, model) in [("target", &self.target)].into_iter().chain(proxy) {
             writeln!(
                 f,

@@ -162,7 +162,7 @@ pub fn results() -> Results {
         bootstrap: Some(1000),
         mapper: "checkpoint of step 1400".to_owned(),
         target: ModelName { name: "models/tiny-llama-target".to_owned(), layers: LAYERS, kv_heads: KV_HEADS },
-        proxy: ModelName { name: "models/tiny-llama-proxy".to_owned(), layers: 6, kv_heads: 2 },
+        proxy: Some(ModelName { name: "models/tiny-llama-proxy".to_owned(), layers: 6, kv_heads: 2 }),
         notes: vec![MethodNote {
             method: MethodName::of("proxy-linear"),
             note: "the features hold no reconstruction scores; from `max_all`".to_owned(),
