@@ -6,7 +6,9 @@ use std::borrow::Cow;
 
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
-use pkv_prune::metrics::{LOG_FLOOR, OracleKept, kendall_tau_b, log_r2, recall, spearman};
+use pkv_prune::metrics::{
+    HeadRanks, LOG_FLOOR, OracleKept, kendall_tau_b, log_r2, log_r2_of, log_scores, recall, spearman,
+};
 use pkv_prune::{HeadBudgets, keep_mask, keep_mask_by};
 use pkv_recipe::{EvalSection, MethodName};
 use serde::{Deserialize, Serialize};
@@ -117,7 +119,7 @@ impl Plan {
         budgets: Option<&HeadBudgets>,
     ) -> Result<LabelOutcome> {
         let positions = label_lht.size()[2];
-        let label = numbers(label_lht)?;
+        let ranking = Ranking::of(label_lht)?;
         let of = |method| {
             let found = scored.iter().find(|s| s.method == method);
             found.with_context(|| format!("`{method}` has not scored this example"))
@@ -161,7 +163,7 @@ impl Plan {
                 heads.push((cell, Heads { both, kept: per_head(&keep)? }));
             }
             if ranks.iter().all(|(method, _)| *method != cell.method) {
-                let found = rank_correlation(cell.method, &numbers(scores_lht)?, &label, positions as usize);
+                let found = ranking.correlations(cell.method, scores_lht)?;
                 ranks.push((cell.method, found));
             }
         }
@@ -272,6 +274,50 @@ fn head_recall(outcomes: &[&LabelOutcome], layers: usize, kv_heads: usize) -> Op
     })
 }
 
+/// The labels of one example, ready to be compared with the scores of any number of methods. A GPU ranks them
+/// once and counts there; the host's cores are the faster ones where the scores are theirs.
+enum Ranking {
+    Host { label: Vec<f32>, positions: usize },
+    Device { ranks: HeadRanks, logs_lht: Tensor },
+}
+
+impl Ranking {
+    fn of(label_lht: &Tensor) -> Result<Self> {
+        match label_lht.device() {
+            Device::Cpu => Self::host(label_lht),
+            _ => Ok(Self::device(label_lht)),
+        }
+    }
+
+    fn host(label_lht: &Tensor) -> Result<Self> {
+        Ok(Self::Host { label: numbers(label_lht)?, positions: label_lht.size()[2] as usize })
+    }
+
+    fn device(label_lht: &Tensor) -> Self {
+        Self::Device { ranks: HeadRanks::new(&label_lht.flatten(0, 1)), logs_lht: log_scores(label_lht) }
+    }
+
+    /// # Errors
+    /// The scores have another shape than the labels, or the device fails.
+    fn correlations(&self, method: MethodName, scores_lht: &Tensor) -> Result<Ranks> {
+        match self {
+            Self::Host { label, positions } => {
+                Ok(rank_correlation(method, &numbers(scores_lht)?, label, *positions))
+            }
+            Self::Device { ranks, logs_lht } => {
+                let (spearman, kendall) = HeadRanks::new(&scores_lht.flatten(0, 1)).coefficients(ranks)?;
+                let compared = match is_oracle(method) {
+                    // Rounded as the host's logarithms are.
+                    true => log_scores(&scores_lht.to_kind(Kind::Float)).to_kind(Kind::Float),
+                    false => scores_lht.to_kind(Kind::Float),
+                };
+                let log_r2 = log_r2_of(&compared, logs_lht)?;
+                Ok(Ranks { spearman: mean(&spearman), kendall: mean(&kendall), log_r2 })
+            }
+        }
+    }
+}
+
 /// Mean over heads of `positions` numbers each; heads are shared out to all cores, because Kendall's
 /// tau of 256 heads of 32k positions takes seconds.
 fn rank_correlation(method: MethodName, scores: &[f32], label: &[f32], positions: usize) -> Ranks {
@@ -296,10 +342,14 @@ fn rank_correlation(method: MethodName, scores: &[f32], label: &[f32], positions
 /// An oracle's scores are attention weights, as the labels are: their logarithms are compared. Other methods'
 /// scores have scales of their own.
 fn in_logs(method: MethodName, scores: &[f32]) -> Cow<'_, [f32]> {
-    match methods::find(method).is_some_and(Method::is_oracle) {
+    match is_oracle(method) {
         true => scores.iter().map(|s| s.ln().max(LOG_FLOOR as f32)).collect(),
         false => scores.into(),
     }
+}
+
+fn is_oracle(method: MethodName) -> bool {
+    methods::find(method).is_some_and(Method::is_oracle)
 }
 
 /// All numbers in order, on the CPU.
@@ -343,6 +393,35 @@ mod tests {
             ratios: vec![0.5, 0.25],
             ..EvalSection::default()
         }
+    }
+
+    #[test]
+    fn a_device_ranks_as_the_host_does() {
+        use rand::Rng;
+        let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Auto).unwrap();
+        let mut rng = Seed(2).stream("ranking", 0);
+        // Labels have many ties: those of pairs that no query looks at.
+        let mut draw = |n: i32| -> Tensor {
+            let all: Vec<f32> = (0..6 * 300).map(|_| rng.random_range(0..n) as f32 / n as f32).collect();
+            Tensor::from_slice(&all).view([3, 2, 300])
+        };
+        let label = draw(40);
+        let host = Ranking::host(&label).unwrap();
+        let there = Ranking::device(&label.to_device(device));
+        let all_alike = label.zeros_like();
+        for (method, scores) in [
+            (MethodName::KVZIP, &label),
+            (MethodName::RANDOM, &draw(1 << 20)),
+            (MethodName::SNAPKV, &all_alike),
+        ] {
+            let expected = host.correlations(method, scores).unwrap();
+            let found = there.correlations(method, &scores.to_device(device)).unwrap();
+            assert_eq!((found.spearman, found.kendall), (expected.spearman, expected.kendall), "{method}");
+            assert_eq!(found.log_r2.is_some(), expected.log_r2.is_some(), "{method}");
+            let off = found.log_r2.unwrap_or(0.0) - expected.log_r2.unwrap_or(0.0);
+            assert!(off.abs() < 1e-9, "{method}: {found:?}, expected {expected:?}");
+        }
+        assert!(there.correlations(MethodName::RANDOM, &label.to_device(device).narrow(2, 0, 9)).is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! At a budget: [`KeptAgreement`] of two keep masks, the one definition for validations and evaluations. Over
 //! the whole ranking: Spearman's and Kendall's coefficients per KV head, and the squared correlation with
-//! KVzip's log scores, computed in f64 on the CPU so that they are exact.
+//! KVzip's log scores, computed in f64 on the CPU, or by exact counts where the scores are ([`HeadRanks`]).
 
 mod log_r2;
 mod rank;
@@ -13,9 +13,9 @@ use pkv_core::{Policy, RetentionRatio};
 use tch::{Device, Kind, Tensor};
 
 use crate::{keep_mask, token_scores};
-pub use log_r2::{LOG_FLOOR, log_r2};
+pub use log_r2::{LOG_FLOOR, log_r2, log_r2_of, log_scores};
 pub use rank::{average_ranks, kendall_tau_b, spearman};
-pub use reference::{Agreement, Budgets, Reference};
+pub use reference::{Agreement, Budgets, HeadRanks, Reference};
 
 /// Two keep masks of one budget: the prediction's beside KVzip's.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -4,6 +4,9 @@
 //! KVzap (arXiv 2601.07891) judges its scorers by the squared Pearson correlation of predicted and true log
 //! scores, over heads and positions alike. Differs: KVzap's log scores are those of KVzip+, ours of KVzip.
 
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
 /// Logarithms of scores below it are its own: that of the smallest f32 label, 0, is no number. e^-16, as in
 /// the features.
 pub const LOG_FLOOR: f64 = -16.0;
@@ -25,6 +28,39 @@ pub fn log_r2(predicted: &[f32], scores: &[f32]) -> Option<f64> {
         yy += y * y;
         xy += x * y;
     }
+    share_of_variance(xx, yy, xy)
+}
+
+/// The logarithms of scores that [`log_r2_of`] takes, f64, on the scores' device.
+///
+/// # Shapes
+/// - `scores`: any shape, any float kind; returns the same shape
+pub fn log_scores(scores: &Tensor) -> Tensor {
+    // A negative score has no logarithm and counts as the floor, as on the host.
+    let logs = scores.to_kind(Kind::Double).log();
+    logs.fmax(&Tensor::from(LOG_FLOOR).to_device(scores.device()))
+}
+
+/// [`log_r2`] of tensors on one device, but for the order of its sums.
+///
+/// # Shapes
+/// - `predicted`: any shape, any float kind; `log_scores`: the same shape, of [`log_scores`]
+///
+/// # Errors
+/// The shapes differ, or the device fails.
+pub fn log_r2_of(predicted: &Tensor, log_scores: &Tensor) -> Result<Option<f64>> {
+    super::same_shape(predicted, log_scores)?;
+    let centred = |x: &Tensor| {
+        let x = x.to_kind(Kind::Double).reshape([-1]);
+        &x - x.mean(Kind::Double)
+    };
+    let (x, y) = (centred(predicted), centred(log_scores));
+    let dots = [(&x, &x), (&y, &y), (&x, &y)].map(|(a, b)| (a * b).sum(Kind::Double));
+    let dots: Vec<f64> = Tensor::stack(&dots, 0).to_device(Device::Cpu).try_into()?;
+    Ok(share_of_variance(dots[0], dots[1], dots[2]))
+}
+
+fn share_of_variance(xx: f64, yy: f64, xy: f64) -> Option<f64> {
     let r2 = xy * xy / (xx * yy);
     (xx > 0.0 && yy > 0.0 && r2.is_finite()).then_some(r2.min(1.0))
 }
@@ -32,6 +68,7 @@ pub fn log_r2(predicted: &[f32], scores: &[f32]) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pkv_gpu::DeviceChoice;
     use rand::Rng;
 
     /// The sums of the textbook, without means.
@@ -73,5 +110,23 @@ mod tests {
         assert_eq!(log_r2(&[1.0, f32::NAN, 3.0], &[0.1, 0.2, 0.3]), None);
         assert_eq!(log_r2(&[1.0, f32::INFINITY, 3.0], &[0.1, 0.2, 0.3]), None);
         assert_eq!(log_r2(&[], &[]), None);
+    }
+
+    #[test]
+    fn tensors_give_the_same_number() {
+        let device = pkv_gpu::device(DeviceChoice::Auto).unwrap();
+        let mut rng = pkv_core::Seed(6).stream("log r2", 0);
+        let mut scores: Vec<f32> = (0..600).map(|_| rng.random_range(1e-9..1.0f32)).collect();
+        scores[..4].copy_from_slice(&[0.0, 1.0, -1.0, 1e-30]);
+        let predicted: Vec<f32> =
+            scores.iter().map(|s| s.sqrt().max(0.0) + rng.random_range(-0.3..0.3f32)).collect();
+        let tensor = |x: &[f32]| Tensor::from_slice(x).reshape([2, 3, -1]).to_device(device);
+        let of = |x: &[f32]| log_r2_of(&tensor(x), &log_scores(&tensor(&scores))).unwrap();
+        let (found, expected) = (of(&predicted).unwrap(), log_r2(&predicted, &scores).unwrap());
+        assert!((found - expected).abs() < 1e-12, "{found}, expected {expected}");
+        for odd in [vec![1.0; 600], vec![f32::NAN; 600], vec![f32::INFINITY; 600]] {
+            assert_eq!((of(&odd), log_r2(&odd, &scores)), (None, None));
+        }
+        assert!(log_r2_of(&tensor(&scores), &tensor(&scores).flatten(0, 1)).is_err());
     }
 }

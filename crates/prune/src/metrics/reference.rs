@@ -11,7 +11,7 @@
 
 use anyhow::{Result, ensure};
 use pkv_core::{Policy, RetentionRatio};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{KeptAgreement, Sums, share, under};
 use crate::keep::{Ranked as _, by_place, ordered, place, token_scores};
@@ -19,7 +19,7 @@ use crate::keep::{Ranked as _, by_place, ordered, place, token_scores};
 /// An oracle's scores of one context, ranked.
 #[derive(Debug)]
 pub struct Reference {
-    ranks: Ranks,
+    ranks: HeadRanks,
     /// Places of the pairs, in the order of [`Policy::OF_SCORES`].
     places: Vec<Tensor>,
     /// Scores whose sum is the mass, per policy.
@@ -70,7 +70,7 @@ impl Reference {
             _ => mass_ot.shallow_clone(),
         };
         let mut this = Self {
-            ranks: Ranks::new(oracle_ot),
+            ranks: HeadRanks::new(oracle_ot),
             places: places(oracle_ot),
             mass: Policy::OF_SCORES.map(mass_of).into(),
             kept: Tensor::new(),
@@ -116,7 +116,7 @@ impl Reference {
                 numbers.push(under(&mass, &ours.lt(budget)));
             }
         }
-        let ranks = Ranks::new(predicted_ot);
+        let ranks = HeadRanks::new(predicted_ot);
         let mut all = vec![self.kept.shallow_clone(), Tensor::stack(&numbers, 0)];
         all.extend(ranks.spearman(&self.ranks));
         all.extend(ranks.kendall(&self.ranks));
@@ -148,12 +148,7 @@ impl Budgets {
         let n = self.ratios.len();
         let (oracle, rest) = numbers.split_at(Policy::OF_SCORES.len() * (1 + n));
         let (ours, rest) = rest.split_at(Policy::OF_SCORES.len() * 2 * n);
-        // Roots and quotients here, as on a host: devices round them differently.
-        let of_heads: Vec<&[f64]> = rest.chunks(self.heads).collect();
-        let coefficients = |of: &[&[f64]]| -> Vec<f64> {
-            let over_norm = |h: usize| share(of[0][h], (of[1][h] * of[2][h]).sqrt());
-            (0..self.heads).map(over_norm).collect()
-        };
+        let (spearman, kendall) = rest.split_at(3 * self.heads);
         let mut kept = Vec::new();
         for (i, policy) in Policy::OF_SCORES.into_iter().enumerate() {
             let oracle = &oracle[i * (1 + n)..][..1 + n];
@@ -173,7 +168,7 @@ impl Budgets {
                 }));
             }
         }
-        Ok(Agreement { kept, spearman: coefficients(&of_heads[..3]), kendall: coefficients(&of_heads[3..]) })
+        Ok(Agreement { kept, spearman: quotients(spearman), kendall: quotients(kendall) })
     }
 
     /// Groups of competitors, and how many compete in each.
@@ -208,21 +203,37 @@ fn places(scores_ot: &Tensor) -> Vec<Tensor> {
     Policy::OF_SCORES.map(of).into()
 }
 
-/// Rank of every score within its head.
+/// Rank of every score within its head, on the scores' device: ranked once, compared with any others.
 #[derive(Debug)]
-struct Ranks {
+pub struct HeadRanks {
     /// Number of lower scores, i32 `[o, t]`.
     below_ot: Tensor,
     /// Number of equal scores including itself, i32 `[o, t]`.
     equal_ot: Tensor,
 }
 
-impl Ranks {
-    fn new(scores_ot: &Tensor) -> Self {
+impl HeadRanks {
+    /// # Shapes
+    /// - `scores_ot`: `[KV heads, positions]`, any kind, any device
+    pub fn new(scores_ot: &Tensor) -> Self {
         // As the host's coefficients: in f32.
         let scores_ot = ordered(&scores_ot.to_kind(Kind::Float)).contiguous();
         let (below_ot, equal_ot) = below_and_equal(&scores_ot.sort(-1, false).0, &scores_ot);
         Self { below_ot: below_ot.to_kind(Kind::Int), equal_ot: equal_ot.to_kind(Kind::Int) }
+    }
+
+    /// Spearman's and Kendall's coefficients of every head: those of [`super::spearman`] and
+    /// [`super::kendall_tau_b`], from exact counts on the device.
+    ///
+    /// # Errors
+    /// The other scores have another shape, or the device fails.
+    pub fn coefficients(&self, other: &Self) -> Result<(Vec<f64>, Vec<f64>)> {
+        super::same_shape(&self.below_ot, &other.below_ot)?;
+        let parts: Vec<Tensor> = self.spearman(other).into_iter().chain(self.kendall(other)).collect();
+        let parts = Tensor::stack(&parts, 0);
+        let numbers: Vec<f64> = parts.to_device(Device::Cpu).reshape([-1]).try_into()?;
+        let (spearman, kendall) = numbers.split_at(numbers.len() / 2);
+        Ok((quotients(spearman), quotients(kendall)))
     }
 
     /// Per head, what Pearson's coefficient of average ranks is made of: the product, and both squares;
@@ -256,6 +267,14 @@ impl Ranks {
         let balance = tied_both + pairs - &tied_a - &tied_b - exchanges * 2;
         [balance, pairs - tied_a, pairs - tied_b].map(|x| x.to_kind(Kind::Double))
     }
+}
+
+/// Coefficients of the heads from a product and both squares, of all heads each. On the host: devices round
+/// roots and quotients differently.
+fn quotients(parts: &[f64]) -> Vec<f64> {
+    let (product, squares) = parts.split_at(parts.len() / 3);
+    let (a, b) = squares.split_at(product.len());
+    product.iter().zip(a.iter().zip(b)).map(|(product, (a, b))| share(*product, (a * b).sqrt())).collect()
 }
 
 /// For each value, the number of lower and of equal entries of its sorted row; i64.
@@ -292,7 +311,6 @@ mod tests {
     use crate::metrics::{kendall_per_head, spearman_per_head};
     use pkv_gpu::DeviceChoice;
     use rand::Rng;
-    use tch::Device;
 
     fn scores(seed: u64, heads: usize, positions: usize, levels: i32) -> Tensor {
         let mut rng = pkv_core::Seed(seed).stream("reference-test", 0);
@@ -327,6 +345,9 @@ mod tests {
         }
         assert_eq!(got.spearman, spearman_per_head(predicted_ot, oracle_ot).unwrap(), "{what}");
         assert_eq!(got.kendall, kendall_per_head(predicted_ot, oracle_ot).unwrap(), "{what}");
+        let ranked = HeadRanks::new(&to(oracle_ot));
+        let found = HeadRanks::new(&to(predicted_ot)).coefficients(&ranked).unwrap();
+        assert_eq!(found, (got.spearman, got.kendall), "{what}");
     }
 
     #[test]
@@ -356,6 +377,7 @@ mod tests {
         let reference = Reference::new(&x, &x, &ratios()).unwrap();
         assert!(reference.compare(&scores(1, 5, 2, 3)).is_err());
         assert!(reference.budgets().read(&[0.0]).is_err());
+        assert!(HeadRanks::new(&x).coefficients(&HeadRanks::new(&scores(1, 5, 2, 3))).is_err());
         assert!(Reference::new(&x, &scores(1, 2, 4, 3), &ratios()).is_err());
         assert!(Reference::new(&Tensor::zeros([2, 0], (Kind::Float, Device::Cpu)), &x, &ratios()).is_err());
     }
