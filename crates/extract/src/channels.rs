@@ -17,6 +17,7 @@ mod tests;
 
 use anyhow::Result;
 use pkv_core::Channel;
+use pkv_gpu::ReplayScores;
 use pkv_lm::LayerView;
 use pkv_score::ContextScores;
 use tch::Tensor;
@@ -25,7 +26,6 @@ use crate::hidden::HiddenProjection;
 use crate::statistics::{Fold, Reach};
 
 pub use key_diff::key_diff;
-pub use replay_unrun::{UnrunScores, fused_unrun_scores, unrun_scores};
 
 pub(crate) use replay_unrun::UnrunReplay;
 
@@ -42,7 +42,7 @@ pub(crate) enum Compute {
     /// As a layer's new context positions come: written into the channel's row of them, f32 `[h, s]`.
     Layer(fn(&NewPositions, &mut Tensor) -> Result<()>),
     /// Once a scoring chunk has been read: f32 `[h, positions of the chunk]`.
-    ScoringChunk(fn(&UnrunScores) -> Tensor),
+    ScoringChunk(fn(&ReplayScores) -> Tensor),
     /// From all of a layer's keys `[h, k]`, of which the first are the prefix: f32 `[h, t]`.
     Keys(fn(&Tensor, usize) -> Result<Tensor>),
     /// From the scores of a repeat: f32 `[p, t]`.

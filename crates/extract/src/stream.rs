@@ -11,7 +11,7 @@
 
 use anyhow::{Result, ensure};
 use pkv_core::{Final, GlobalChannel, Pass, hinted};
-use pkv_gpu::has_fused_scores;
+use pkv_gpu::wants_lse;
 use pkv_lm::{Chunks, KvCache, LayerView, NoTap, Tap, prefill_chunk};
 use tch::Tensor;
 
@@ -110,14 +110,15 @@ impl FeatureStream<'_, '_> {
         }
         let _no_grad = tch::no_grad_guard();
         let Extractor { model, prefix, extract, hidden, .. } = self.extractor;
-        let fused = has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64);
+        let wants_lse =
+            !self.statistics.is_empty() && wants_lse(model.device(), model.kind(), model.shape().head_dim);
         let features = FeatureTap {
             statistics: &self.statistics,
             channels: &extract.channels,
             prefix: prefix.len(),
             hidden: *hidden,
             unrun: self.unrun.as_mut(),
-            fused,
+            wants_lse,
             heads_pct: &self.gathered_pct,
         };
         let mut tap = Both { features, beside };

@@ -21,29 +21,24 @@ pub(crate) struct FeatureTap<'a> {
     pub(crate) hidden: Option<&'a HiddenProjection>,
     /// Present if a channel moves the queries of scoring chunks.
     pub(crate) unrun: Option<&'a mut UnrunReplay>,
-    /// Do the fused kernels serve on this device, in this kind?
-    pub(crate) fused: bool,
+    /// Do the statistics want the log-sum-exps of queries?
+    pub(crate) wants_lse: bool,
     /// `[p, c, t]`, f32.
     pub(crate) heads_pct: &'a Tensor,
 }
 
 impl Tap for FeatureTap<'_> {
     fn wants_lse(&self) -> bool {
-        self.fused && !self.statistics.is_empty()
+        self.wants_lse
     }
 
     fn layer(&mut self, view: &LayerView) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let heads = view.k_hkd.size()[0];
         let features_hct = self.heads_pct.narrow(0, view.layer as i64 * heads, heads);
-        match view.lse_qs {
-            Some(lse_qs) if self.fused && !self.statistics.is_empty() => {
-                let q_rqd = view.q_qsd.transpose(0, 1);
-                let of = Products { q_rqd: &q_rqd, k_hkd: view.k_hkd, scale: view.scale };
-                self.statistics.add_fused(of, lse_qs, view.start, &features_hct)?;
-            }
-            _ => self.statistics.add(view.q_qsd, view.k_hkd, view.scale, view.start, &features_hct)?,
-        }
+        let q_rqd = view.q_qsd.transpose(0, 1);
+        let of = Products { q_rqd: &q_rqd, k_hkd: view.k_hkd, scale: view.scale };
+        self.statistics.add(of, view.lse_qs, view.start, &features_hct)?;
         let new = NewPositions { view, prefix: self.prefix, hidden: self.hidden };
         let row = |slot: i64, first: usize, n: usize| {
             features_hct.select(1, slot).narrow(1, first as i64, n as i64)
@@ -57,7 +52,7 @@ impl Tap for FeatureTap<'_> {
         }
         if let Some(unrun) = &mut self.unrun {
             let channels = self.channels;
-            unrun.layer(view, self.fused, &mut |at, scores| {
+            unrun.layer(view, &mut |at, scores| {
                 for (slot, compute) in chosen(channels) {
                     if let Compute::ScoringChunk(values) = compute {
                         row(slot, at.start, at.len()).copy_(&values(scores));

@@ -12,11 +12,11 @@ mod scores;
 mod source;
 
 pub(crate) use cross::cross_kernels;
-pub use decode::{DecodeSpace, Segments, decode, has_decode};
-pub use elementwise::{
-    CacheSlot, gated_silu, has_elementwise, log_norms, merge_attended, rotate, row_nats, turn,
+pub use decode::{DecodeSpace, PackedKv};
+pub(crate) use decode::{decode, has_decode};
+pub use elementwise::PackedSlots;
+pub(crate) use elementwise::{
+    gated_silu, has_elementwise, log_norms, merge_attended, rotate, row_nats, turn,
 };
-pub use scores::{
-    Products, QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels, fused_chunk_scores,
-    fused_query_statistics, has_fused_scores,
-};
+pub use scores::{Products, QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels};
+pub(crate) use scores::{fused_chunk_scores, fused_query_statistics, has_fused_scores};

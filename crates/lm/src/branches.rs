@@ -13,7 +13,7 @@ mod shared;
 
 use anyhow::{Result, ensure};
 use pkv_core::hinted;
-use pkv_gpu::{cuda_memory, has_fused_attention};
+use pkv_gpu::{cuda_memory, packs};
 use tch::{Device, Kind, Tensor};
 
 use crate::cache::KvCache;
@@ -54,7 +54,7 @@ impl Branches {
     /// # Errors
     /// The mask is of another shape or not bool; no question; no memory.
     pub fn new(cache: &KvCache, keep: Option<&Tensor>, questions: usize, capacity: usize) -> Result<Self> {
-        let storage = match can_pack(&cache.keys(0)) {
+        let storage = match packs(&cache.keys(0)) {
             true => fitting(cache, keep, questions, capacity)?,
             false => Storage::Shared,
         };
@@ -186,17 +186,12 @@ impl LanguageModel {
         let shape = self.shape();
         let per_pair = 2 * shape.head_dim * self.kind().elt_size_in_bytes();
         let keys = Tensor::empty([0, shape.head_dim as i64], (self.kind(), self.device()));
-        match can_pack(&keys) {
+        match packs(&keys) {
             true => per_pair * packed_pairs(kept * questions, questions * shape.total_kv_heads(), capacity),
             // Gathered once for all questions.
             false => per_pair * kept,
         }
     }
-}
-
-/// Whether attention over such keys has kernels for KV heads of different lengths.
-fn can_pack(keys: &Tensor) -> bool {
-    has_fused_attention(keys)
 }
 
 /// Packed, if the copies fit beside what else a forward needs.

@@ -5,12 +5,10 @@
 //! its cache.
 
 use anyhow::Result;
-use pkv_gpu::CacheSlot;
+use pkv_gpu::{PackedSlots, Projected, Rotation};
 use tch::Tensor;
 
-use crate::layer::Projected;
 use crate::model::LanguageModel;
-use crate::rope::Rotation;
 
 /// Input of a layer.
 pub(crate) struct LayerInput<'a> {
@@ -23,8 +21,8 @@ pub(crate) struct LayerInput<'a> {
 
 /// Keeps keys and values of new tokens, and lets their queries attend to what they may see.
 pub(crate) trait KvStore {
-    /// Where the kernel that rotates keys can write them, and values, so that [`KvStore::attend`] need not.
-    fn slot(&mut self, _layer: usize) -> Option<CacheSlot<'_>> {
+    /// Where keys and values go when they are rotated, so that [`KvStore::attend`] need not write them.
+    fn slot(&mut self, _layer: usize) -> Option<PackedSlots<'_>> {
         None
     }
 
@@ -39,6 +37,11 @@ pub(crate) trait KvStore {
 impl LanguageModel {
     /// Run all layers on `hidden`, the new tokens' embeddings; what returns is not normed. Without `complete`
     /// the last layer ends after its store has seen the new tokens, and what returns is that layer's input.
+    ///
+    /// A layer of input x, with K and V the keys and values that a token may see, its own included:
+    /// - n = norm(x); q, k, v = W_qkv n, with q and k normed where the architecture does, and rotated
+    /// - y = x + W_O softmax(scale q K^T) V
+    /// - m = norm(y); the next layer's input is y + W_down (silu(W_gate m) * W_up m)
     ///
     /// # Errors
     /// A kernel fails, or the store does.

@@ -3,12 +3,11 @@
 //! Dimension key: h KV head, k cached position, q query head, s new token, d head_dim, m hidden.
 
 use anyhow::{Result, ensure};
+use pkv_gpu::{Attention, Projected, arranged, attend};
 use tch::Tensor;
 
-use crate::attention::{self, Attention};
 use crate::cache::KvCache;
 use crate::forward::{KvStore, LayerInput};
-use crate::layer::Projected;
 use crate::model::LanguageModel;
 use crate::tap::{LayerView, Tap};
 
@@ -47,7 +46,7 @@ impl LanguageModel {
         cache.check_room(new)?;
         for index in 0..self.layers.len() {
             let (k_hkd, v_hkd) = cache.with_new(index, new);
-            let _ = attention::causal(q_sqd, &k_hkd, &v_hkd, cache.len(), false, &self.attention)?;
+            let _ = attend(q_sqd, &k_hkd, &v_hkd, cache.len(), false, &self.attention)?;
         }
         Ok(())
     }
@@ -81,9 +80,9 @@ impl KvStore for FullStore<'_> {
         let (layer, start) = (input.layer, self.cache.len());
         self.cache.write(layer, &new.k.transpose(0, 1), &new.v.transpose(0, 1));
         let (k_hkd, v_hkd) = self.cache.with_new(layer, self.s);
-        let q_sqd = attention::arranged(&new.q);
+        let q_sqd = arranged(&new.q);
         let (attended, lse_qs) = match wanted || self.wants_lse {
-            true => attention::causal(&q_sqd, &k_hkd, &v_hkd, start, self.wants_lse, self.attention)
+            true => attend(&q_sqd, &k_hkd, &v_hkd, start, self.wants_lse, self.attention)
                 .map(|(out, lse)| (Some(out), lse))?,
             false => (None, None),
         };

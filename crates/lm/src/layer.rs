@@ -4,12 +4,11 @@
 
 use anyhow::Result;
 use pkv_core::ModelShape;
-use pkv_gpu::{CacheSlot, gated_silu, has_elementwise, rotate};
+use pkv_gpu::{PackedSlots, Projected, Rotation, gated_silu, rotate};
 use tch::{Device, Kind, Tensor};
 
 use crate::architecture::Architecture;
 use crate::config::LmConfig;
-use crate::rope::{Rotation, exact_kind};
 use crate::weights::Places;
 
 /// Weights of a layer. Matrices that read the same input are stored as one.
@@ -30,17 +29,6 @@ pub(crate) struct Layer {
     /// `[2 * intermediate, hidden]`: gate, up.
     gate_up: Tensor,
     down: Tensor,
-}
-
-/// Queries, keys and values of new tokens, rotary applied; views of what the projection gave.
-pub(crate) struct Projected {
-    /// `[.., s, query_heads, head_dim]`.
-    pub q: Tensor,
-    /// `[.., s, kv_heads, head_dim]`; keys without rotary where they went to the cache.
-    pub k: Tensor,
-    pub v: Tensor,
-    /// Whether keys and values are in the cache already.
-    pub written: bool,
 }
 
 impl Layer {
@@ -134,8 +122,8 @@ impl Layer {
         rms_norm(hidden, &self.input_norm, self.architecture.norm_eps)
     }
 
-    /// Queries, keys and values of `normed` `[.., s, hidden]`; where one kernel can, it puts keys and values
-    /// into `cache`, too.
+    /// Queries, keys and values of `normed` `[.., s, hidden]`: projected, normalized where the architecture
+    /// does, rotated. With `cache` keys and values go there.
     ///
     /// # Errors
     /// A kernel fails.
@@ -143,57 +131,15 @@ impl Layer {
         &self,
         normed: &Tensor,
         rotation: &Rotation,
-        cache: Option<&CacheSlot>,
+        cache: Option<&PackedSlots>,
     ) -> Result<Projected> {
         let heads = (self.shape.query_heads + 2 * self.shape.kv_heads) as i64;
         let mut size = normed.size();
         size.pop();
         size.extend([heads, self.shape.head_dim as i64]);
         let qkv = normed.linear(&self.qkv, self.qkv_bias.as_ref()).view(size.as_slice());
-        match self.rotated_by_kernel(&qkv, rotation, cache)? {
-            true => Ok(self.projected(&qkv, &qkv, cache.is_some())),
-            false => Ok(self.projected(&self.rotated(&qkv, rotation), &qkv, false)),
-        }
-    }
-
-    /// Queries and keys of `qkv` `[.., s, heads, head_dim]`: normalized where the architecture does, then
-    /// rotated.
-    fn rotated(&self, qkv: &Tensor, rotation: &Rotation) -> Tensor {
-        let mut qk = qkv.narrow(-2, 0, (self.shape.query_heads + self.shape.kv_heads) as i64);
-        qk = qk.to_kind(exact_kind(qkv.kind()));
-        if let Some(weight) = &self.qk_norm {
-            qk = unit_rms(&qk, self.architecture.norm_eps) * weight;
-        }
-        rotation.apply(&qk).to_kind(qkv.kind())
-    }
-
-    /// The same in place by one kernel, if there is one.
-    fn rotated_by_kernel(
-        &self,
-        qkv: &Tensor,
-        rotation: &Rotation,
-        cache: Option<&CacheSlot>,
-    ) -> Result<bool> {
-        let d = self.shape.head_dim as i64;
-        if !has_elementwise(qkv.device(), qkv.kind(), d) {
-            return Ok(false);
-        }
-        let rows_rnd = qkv.view([-1, qkv.size()[qkv.dim() - 2], d]);
-        let Some([cos, sin]) = rotation.of_rows(rows_rnd.size()[0]) else { return Ok(false) };
         let norm = self.qk_norm.as_ref().map(|weight| (weight, self.architecture.norm_eps));
-        rotate(&rows_rnd, self.shape.query_heads, norm, &cos, &sin, cache)?;
-        Ok(true)
-    }
-
-    /// Views of rotated queries and keys, and of values after what they were made of.
-    fn projected(&self, qk: &Tensor, qkv: &Tensor, written: bool) -> Projected {
-        let (heads, kv) = (self.shape.query_heads as i64, self.shape.kv_heads as i64);
-        Projected {
-            q: qk.narrow(-2, 0, heads),
-            k: qk.narrow(-2, heads, kv),
-            v: qkv.narrow(-2, heads + kv, kv),
-            written,
-        }
+        rotate(&qkv, self.shape.query_heads, norm, rotation, cache)
     }
 
     /// The rest of the layer: output projection, residual, feed-forward, residual.
@@ -214,7 +160,7 @@ impl Layer {
         }
         let normed = rms_norm(&mid, &self.post_norm, self.architecture.norm_eps);
         let gate_up = normed.linear::<&Tensor>(&self.gate_up, None);
-        Ok(self.add(mid, &gated(&gate_up)?, &self.down).view(size.as_slice()))
+        Ok(self.add(mid, &gated_silu(&gate_up)?, &self.down).view(size.as_slice()))
     }
 
     /// `residual` `[n, hidden]` plus the scaled product of `x` and `weight`, in place.
@@ -228,39 +174,7 @@ impl Layer {
     }
 }
 
-/// silu(gate) * up of `[n, 2 * intermediate]`, gate first: `[n, intermediate]`.
-fn gated(gate_up: &Tensor) -> Result<Tensor> {
-    let wide = gate_up.size()[1] / 2;
-    if wide % 8 == 0 && has_elementwise(gate_up.device(), gate_up.kind(), 64) {
-        return gated_silu(gate_up);
-    }
-    let mut gated = gate_up.narrow(1, 0, wide).to_kind(exact_kind(gate_up.kind())).silu();
-    gated *= gate_up.narrow(1, wide, wide);
-    Ok(gated.to_kind(gate_up.kind()))
-}
-
 /// x / sqrt(mean(x^2) + eps) * weight, statistics in f32, over the last axis.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     x.rms_norm(weight.size(), Some(weight), eps)
-}
-
-/// RMS norm without a weight.
-fn unit_rms(x: &Tensor, eps: f64) -> Tensor {
-    let width = x.size().last().copied().unwrap_or(0);
-    x.rms_norm::<Tensor>([width], None, eps)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_gate_in_half_precision_rounds_nothing_but_the_result() {
-        tch::manual_seed(1);
-        for kind in [Kind::BFloat16, Kind::Half] {
-            let gate_up = (Tensor::randn([30, 2 * 24], (Kind::Float, Device::Cpu)) * 3.0).to_kind(kind);
-            let exact = gated(&gate_up.to_kind(Kind::Float)).unwrap();
-            assert!(gated(&gate_up).unwrap().equal(&exact.to_kind(kind)), "{kind:?}");
-        }
-    }
 }

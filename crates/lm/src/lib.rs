@@ -9,7 +9,6 @@
 //! forward, t context position, k key attended to, d head_dim, m hidden.
 
 mod architecture;
-mod attention;
 mod branches;
 mod cache;
 mod config;
@@ -30,7 +29,6 @@ mod tokenizer;
 mod weights;
 
 pub use architecture::Architecture;
-pub use attention::{AttentionPolicy, Rectangle};
 pub use branches::{Branches, Storage, spare_bytes};
 pub use cache::KvCache;
 pub use config::LmConfig;
@@ -39,6 +37,6 @@ pub use model::LanguageModel;
 pub use prefill::{Chunks, prefill_chunk};
 pub use ragged::RaggedCache;
 pub use repeats::{RepeatTap, RepeatView};
-pub use rope::{Movement, RopeConfig, RopeScaling};
+pub use rope::{RopeConfig, RopeScaling};
 pub use tap::{LayerView, NoTap, Tap};
 pub use tokenizer::TextTokenizer;

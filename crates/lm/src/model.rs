@@ -11,14 +11,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{ModelShape, Seed, hinted};
-use pkv_gpu::{has_elementwise, row_nats};
-use tch::{Device, Kind, Reduction, Tensor};
+use pkv_gpu::{Attention, Movement, nats};
+use tch::{Device, Kind, Tensor};
 
-use crate::attention::{Attention, AttentionPolicy};
 use crate::cache::KvCache;
 use crate::config::LmConfig;
 use crate::layer::{Layer, rms_norm};
-use crate::rope::{Movement, Rope};
+use crate::rope::Rope;
 use crate::weights::{Checkpoint, EMBEDDING, HEAD, Places};
 
 /// A target or proxy, loaded onto one device in one kind.
@@ -127,10 +126,7 @@ impl LanguageModel {
             layers: (0..shape.layers).map(|_| Layer::empty(&config, device, kind)).collect(),
             final_norm: Tensor::empty([shape.hidden as i64], (kind, device)),
             rope: Rope::new(&config.rope, shape.head_dim, device, kind),
-            attention: Attention {
-                scale: config.architecture.score_scale,
-                policy: AttentionPolicy::default(),
-            },
+            attention: Attention::new(config.architecture.score_scale),
             config,
             device,
             kind,
@@ -166,11 +162,6 @@ impl LanguageModel {
 
     pub fn kind(&self) -> Kind {
         self.kind
-    }
-
-    /// Split attention between CUDA's kernels in another way; results differ by rounding only.
-    pub fn set_attention(&mut self, policy: AttentionPolicy) {
-        self.attention.policy = policy;
     }
 
     /// An empty cache with room for `capacity` positions.
@@ -210,11 +201,7 @@ impl LanguageModel {
     /// # Errors
     /// The driver refuses.
     pub fn nats(&self, hidden_sm: &Tensor, next_s: &Tensor) -> Result<Tensor> {
-        if has_elementwise(self.device, self.kind, 64) && self.shape().vocab.is_multiple_of(8) {
-            return row_nats(&self.products(hidden_sm), &next_s.contiguous());
-        }
-        let logits_sv = self.logits(hidden_sm);
-        Ok(logits_sv.cross_entropy_loss::<Tensor>(next_s, None, Reduction::None, -100, 0.0))
+        nats(&self.products(hidden_sm), next_s)
     }
 
     /// The move of rotated queries or keys `by` positions further on.

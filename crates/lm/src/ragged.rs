@@ -3,14 +3,13 @@
 //! The kept pairs of a layer lie packed in one matrix of rows, KV head after KV head. Keys keep the
 //! rotary positions they were computed with; what is read next gets the true next position. After
 //! each KV head's pairs there is room for a block of further tokens, and all rooms grow together.
-//! A cache may hold several sequences, which then decode as one batch. How attention reads it is
-//! [`attend`]'s subject, the forward pass is [`forward`]'s, sequences that share a context are [`rows`]'s;
-//! which pairs are kept is `prune`'s.
+//! A cache may hold several sequences, which then decode as one batch. How attention reads it is the subject
+//! of `pkv_gpu::RaggedAttention`, the forward pass is [`forward`]'s, sequences that share a context are
+//! [`rows`]'s; which pairs are kept is `prune`'s.
 //!
 //! Dimension key: l layer, b sequence, h KV head, x segment (sequence x KV head, sequence-major),
 //! t position of the full cache, s new token, n row of a layer's packed storage, d head_dim.
 
-mod attend;
 mod forward;
 mod rows;
 

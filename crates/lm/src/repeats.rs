@@ -11,12 +11,11 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
+use pkv_gpu::{Attention, Projected, Segments, add_attention, attend_segments};
 use tch::{Kind, Tensor};
 
-use crate::attention::{self, Attention, Segments};
 use crate::cache::KvCache;
 use crate::forward::{KvStore, LayerInput};
-use crate::layer::Projected;
 use crate::model::LanguageModel;
 
 /// Called once per layer of [`LanguageModel::forward_repeats`], after rotary.
@@ -96,7 +95,7 @@ struct RepeatStore<'a> {
 impl KvStore for RepeatStore<'_> {
     fn attend(&mut self, input: &LayerInput, new: &Projected, wanted: bool) -> Result<Option<Tensor>> {
         let own = match wanted || self.wants_lse {
-            true => Some(attention::squares(&new.q, &new.k, &new.v, &self.segments, self.attention)?),
+            true => Some(attend_segments(&new.q, &new.k, &new.v, &self.segments, self.attention)?),
             false => None,
         };
         // A copy, because the rectangle is added in place.
@@ -118,7 +117,7 @@ impl KvStore for RepeatStore<'_> {
             normed_rm: input.normed,
         })?;
         let Some(mut own) = own.filter(|_| wanted) else { return Ok(None) };
-        attention::add_rectangle(&mut own, &new.q, &k_cache_hkd, &v_cache_hkd, self.attention)?;
+        add_attention(&mut own, &new.q, &k_cache_hkd, &v_cache_hkd, self.attention)?;
         Ok(Some(own.out_rqd))
     }
 }

@@ -1,16 +1,16 @@
 //! Rotary position embedding with the scalings that long-context checkpoints use.
 //!
-//! Owns the frequencies and the rotation of queries and keys; positions are the caller's.
+//! Owns the frequencies; positions are the caller's, and `pkv_gpu::rotate` turns queries and keys.
 //! Formulas as in Hugging Face transformers 5.2 (`modeling_rope_utils.py`), which follows the Llama
 //! 3.1 reference code for `llama3` and YaRN (arXiv 2309.00071) for `yarn`.
 //!
 //! Dimension key: s new tokens, q query head, d head_dim.
 
-use std::cell::OnceCell;
 use std::f64::consts::TAU;
 
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::hinted;
+use pkv_gpu::{Movement, Rotation};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
@@ -158,11 +158,6 @@ fn unknown_type(what: &str, key: &str) -> pkv_core::Hinted {
     )
 }
 
-/// Dtype in which values of `kind` are computed between two roundings: bf16 and f16 in f32, as on a GPU.
-pub(crate) fn exact_kind(kind: Kind) -> Kind {
-    if matches!(kind, Kind::BFloat16 | Kind::Half) { Kind::Float } else { kind }
-}
-
 /// Frequencies on a device, ready to turn positions into rotations.
 #[derive(Debug)]
 pub(crate) struct Rope {
@@ -187,15 +182,11 @@ impl Rope {
     ///
     /// # Shapes
     /// - `positions`: f32, any shape `[..]`; exact below 2^24
-    /// - returns cosine and sine; a model of bf16 or f16 rotates in f32, as our kernel does
+    /// - returns cosine and sine; a model of bf16 or f16 rotates in f32
     pub fn at(&self, positions: &Tensor) -> Rotation {
         let angles = positions.unsqueeze(-1) * &self.frequencies_d;
         let exact = |t: Tensor| if self.attention_factor == 1.0 { t } else { t * self.attention_factor };
-        Rotation {
-            exact_sd: [exact(angles.cos()), exact(angles.sin())],
-            kind: exact_kind(self.kind),
-            portable: OnceCell::new(),
-        }
+        Rotation::new([exact(angles.cos()), exact(angles.sin())], self.kind)
     }
 
     /// The move `by` positions further on. The attention factor stays out: what was rotated has it already.
@@ -204,7 +195,7 @@ impl Rope {
     pub fn movement(&self, by: i64) -> Movement {
         let angles_d = self.frequencies_d.to_kind(Kind::Double) * by;
         let [cos_d, sin_d] = [angles_d.cos(), angles_d.sin()].map(|t| t.to_kind(Kind::Float));
-        Movement { cos_d, sin_d }
+        Movement::new(cos_d, sin_d)
     }
 
     /// The rotation at `len` positions from `start` on.
@@ -214,84 +205,10 @@ impl Rope {
     }
 }
 
-/// One distance, by which rotated queries or keys can be moved: f32 `[head_dim / 2]`.
-pub struct Movement {
-    cos_d: Tensor,
-    sin_d: Tensor,
-}
-
-impl Movement {
-    /// What `x`, rotated at its positions, is at the others: f32, dimensions before head_dim as they come.
-    pub fn of(&self, x: &Tensor) -> Tensor {
-        let _no_grad = tch::no_grad_guard();
-        let Self { cos_d, sin_d } = self;
-        let (x, half) = (x.to_kind(Kind::Float), cos_d.numel() as i64);
-        let (a, b) = (x.narrow(-1, 0, half), x.narrow(-1, half, half));
-        Tensor::cat(&[&a * cos_d - &b * sin_d, &b * cos_d + &a * sin_d], -1)
-    }
-
-    /// The same by a kernel, rounded to the kind of `x_hsd` and written to `out_hsd`, as [`pkv_gpu::turn`]
-    /// wants them.
-    ///
-    /// # Errors
-    /// There is no such kernel, or shapes disagree.
-    pub fn write(&self, x_hsd: &Tensor, out_hsd: &Tensor) -> Result<()> {
-        pkv_gpu::turn(x_hsd, &self.cos_d, &self.sin_d, out_hsd)
-    }
-}
-
-/// Cosine and sine of one forward's positions, shared by all layers.
-pub(crate) struct Rotation {
-    /// Cosine and sine, f32 `[.., head_dim / 2]`.
-    exact_sd: [Tensor; 2],
-    /// Dtype in which [`Rotation::apply`] computes.
-    kind: Kind,
-    /// Tables of [`Rotation::apply`]; made on first use, because kernels do not need them.
-    portable: OnceCell<Portable>,
-}
-
-/// In the kind of the computation.
-struct Portable {
-    /// `[.., 1, head_dim]`: both halves are the same.
-    cos_sd: Tensor,
-    /// `[.., 1, head_dim / 2]`, and its negative.
-    sin_sd: Tensor,
-    minus_sin_sd: Tensor,
-}
-
-impl Rotation {
-    /// Cosine and sine of as many rows as `rows`, f32 `[rows, head_dim / 2]`; `None` if positions are shared
-    /// between rows.
-    pub fn of_rows(&self, rows: i64) -> Option<[Tensor; 2]> {
-        let half = self.exact_sd[0].size().last().copied()?;
-        let of_all = self.exact_sd[0].numel() as i64 == rows * half;
-        of_all.then(|| [0, 1].map(|i| self.exact_sd[i].reshape([rows, half])))
-    }
-
-    /// Rotate heads `[.., heads, head_dim]`, positions in the leading dimensions as in [`Rope::at`]. `x` and
-    /// what returns are of the kind of [`exact_kind`]: rounded to bf16 are the results alone, not the terms
-    /// and the angles.
-    pub fn apply(&self, x: &Tensor) -> Tensor {
-        let half = x.size().last().copied().unwrap_or(0) / 2;
-        let Portable { cos_sd, sin_sd, minus_sin_sd } = self.portable.get_or_init(|| {
-            let [cos, sin] = [0, 1].map(|i| self.exact_sd[i].to_kind(self.kind));
-            Portable {
-                cos_sd: Tensor::cat(&[&cos, &cos], -1).unsqueeze(-2),
-                minus_sin_sd: sin.neg().unsqueeze(-2),
-                sin_sd: sin.unsqueeze(-2),
-            }
-        });
-        let out = x * cos_sd;
-        // Halves are written in place: x is read twice and its rotation written twice, no more.
-        let _ = out.narrow(-1, 0, half).addcmul_(&x.narrow(-1, half, half), minus_sin_sd);
-        let _ = out.narrow(-1, half, half).addcmul_(&x.narrow(-1, 0, half), sin_sd);
-        out
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pkv_gpu::{Projected, rotate};
     use serde_json::json;
 
     fn config(json: Value) -> Result<RopeConfig> {
@@ -343,8 +260,10 @@ mod tests {
     fn rotation_turns_pairs_by_their_angle() {
         let rope = RopeConfig { theta: 100.0, scaling: RopeScaling::None };
         let rotation = Rope::new(&rope, 4, Device::Cpu, Kind::Double).range(2, 2);
-        let x = Tensor::from_slice(&[1.0f64, 2.0, 3.0, 4.0]).expand([2, 1, 4], false);
-        let turned = Vec::<f64>::try_from(rotation.apply(&x).reshape([-1])).unwrap();
+        // A query head, and a KV head's key and value.
+        let x = Tensor::from_slice(&[1.0f64, 2.0, 3.0, 4.0]).expand([2, 3, 4], false).contiguous();
+        let turned = rotate(&x, 1, None, &rotation, None).unwrap().q;
+        let turned = Vec::<f64>::try_from(turned.reshape([-1])).unwrap();
         for (row, position) in [2.0f64, 3.0].iter().enumerate() {
             for (pair, frequency) in [1.0, 0.1].iter().enumerate() {
                 let (sin, cos) = (position * frequency).sin_cos();
@@ -361,12 +280,13 @@ mod tests {
         let rope = RopeConfig { theta: 10_000.0, scaling: RopeScaling::None };
         tch::manual_seed(1);
         for kind in [Kind::BFloat16, Kind::Half] {
-            let x = Tensor::randn([40, 2, 16], (Kind::Float, Device::Cpu)).to_kind(kind);
-            let rotated = |kind| {
-                let rotation = Rope::new(&rope, 16, Device::Cpu, kind).range(1000, 40);
-                rotation.apply(&x.to_kind(exact_kind(kind))).to_kind(kind)
+            let x = Tensor::randn([40, 4, 16], (Kind::Float, Device::Cpu)).to_kind(kind);
+            let rotated = |in_kind| {
+                let rotation = Rope::new(&rope, 16, Device::Cpu, in_kind).range(1000, 40);
+                let Projected { q, k, .. } = rotate(&x.to_kind(in_kind), 2, None, &rotation, None).unwrap();
+                Tensor::cat(&[q, k], 1).to_kind(kind)
             };
-            assert!(rotated(kind).equal(&rotated(Kind::Float).to_kind(kind)), "{kind:?}");
+            assert!(rotated(kind).equal(&rotated(Kind::Float)), "{kind:?}");
         }
     }
 

@@ -51,15 +51,13 @@ pub(crate) struct Conv {
     weight: Param,
     bias: Param,
     dilation: i64,
-    pad: i64,
 }
 
 impl Conv {
     pub fn new(params: &mut ParamStore, name: &str, width: usize, kernel: usize, dilation: usize) -> Self {
         let weight = params.weight(format!("{name}.weight"), &[width, width, kernel], width * kernel);
         let bias = params.constant(format!("{name}.bias"), &[width], 0.0);
-        let pad = Self::reach(kernel, dilation) as i64;
-        Self { weight, bias, dilation: dilation as i64, pad }
+        Self { weight, bias, dilation: dilation as i64 }
     }
 
     /// Positions on either side that one output depends on.
@@ -68,19 +66,7 @@ impl Conv {
     }
 
     /// `[rows, positions, width]` to the same.
-    ///
-    /// On a CPU as a 2-D convolution of height 1, whose channels-last form takes the tensor as it lies.
-    /// Forward and backward of 16 x 1000 positions, width 192, kernel 5, one CPU core: 186 ms, a
-    /// 1-D convolution 242 ms (it copies both ways), one matrix product about twice as long. On a GPU as a
-    /// matrix product: cuDNN plans every new length anew, and hardly two batches are equally long.
     pub fn forward(&self, pass: &Pass, x_rtm: &Tensor) -> Tensor {
-        let (weight, bias) = (&pass.weights[self.weight], &pass.weights[self.bias]);
-        if x_rtm.device().is_cuda() {
-            return pkv_gpu::time_conv(x_rtm, weight, bias, self.dilation);
-        }
-        let image = x_rtm.transpose(1, 2).unsqueeze(2);
-        let weight = weight.unsqueeze(2);
-        let y = image.conv2d(&weight, Some(bias), [1, 1], [0, self.pad], [1, self.dilation], 1);
-        y.squeeze_dim(2).transpose(1, 2)
+        pkv_gpu::time_conv(x_rtm, &pass.weights[self.weight], &pass.weights[self.bias], self.dilation)
     }
 }

@@ -42,31 +42,3 @@ fn speed_of_a_training_step() {
         );
     }
 }
-
-/// Which form of the convolution a CPU wants.
-#[test]
-#[ignore = "measures, does not judge"]
-fn speed_of_the_convolutions_forms() {
-    let device = device();
-    tch::set_num_threads(1);
-    let x = random(1, &[16, 1000, 192]).to_device(device).set_requires_grad(true);
-    let weight = random(2, &[192, 192, 5]).to_device(device).set_requires_grad(true);
-    let bias = random(3, &[192]).to_device(device).set_requires_grad(true);
-    let plain = || {
-        let image = x.transpose(1, 2).unsqueeze(2);
-        let y = image.conv2d(&weight.unsqueeze(2), Some(&bias), [1, 1], [0, 4], [1, 2], 1);
-        y.squeeze_dim(2).transpose(1, 2)
-    };
-    let forms: [(&str, &dyn Fn() -> tch::Tensor); 2] =
-        [("conv2d", &plain), ("one product", &|| pkv_gpu::time_conv(&x, &weight, &bias, 2))];
-    for (name, form) in forms {
-        let mut best = f64::INFINITY;
-        for _ in 0..5 {
-            let start = Instant::now();
-            form().sum(tch::Kind::Float).backward();
-            pkv_gpu::synchronize(device).unwrap();
-            best = best.min(start.elapsed().as_secs_f64() * 1e3);
-        }
-        println!("{name}: {best:.1} ms");
-    }
-}

@@ -2,18 +2,16 @@
 //!
 //! The model prefills `prefix + context` once, then repeats the context chunk by chunk; the score of a KV
 //! pair is its largest softmax weight over all rows of its chunk's repeat (KVzip, arXiv 2505.23416).
-//! [`Requests`] knows which tokens are fed, [`chunk_scores`] holds the maths on tensors alone, [`Scorer`]
-//! runs a model through them.
+//! [`Requests`] knows which tokens are fed, [`pkv_gpu::chunk_scores`] holds the maths on tensors alone,
+//! [`Scorer`] runs a model through them.
 //!
 //! Log-odds, span pooling and keep masks belong to `prune`; storing labels belongs to `shard`.
 
-mod chunk;
 mod pieces;
 mod request;
 mod scorer;
 mod weighting;
 
-pub use chunk::{ChunkAttention, ChunkScores, block_elements, chunk_scores};
 pub use request::Requests;
 pub use scorer::{ContextScores, Scorer};
-pub use weighting::{Weighting, value_output_norms};
+pub use weighting::{kvzip_plus, value_output_norms};

@@ -1,7 +1,7 @@
 //! Runs a model through prefill and repeat, and collects the scores of a whole context.
 //!
-//! The tokens fed come from `request`, the maths from `chunk` and `weighting`, what happens when
-//! memory runs out from `pieces`. The repeats of all scoring chunks are independent once the cache
+//! The tokens fed come from `request`, the maths from [`pkv_gpu::chunk_scores`] and `weighting`, what happens
+//! when memory runs out from `pieces`. The repeats of all scoring chunks are independent once the cache
 //! is filled, so several are read in one forward; they append no KV pairs to the cache.
 //!
 //! Dimension key: l layer, h KV head, t context position.
@@ -10,14 +10,14 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
-use pkv_gpu::{Products, ScoreOutput, ScoreRows, fused_chunk_scores, has_fused_scores};
+use pkv_gpu::{Products, Repeats, ScoreOutput, ScoreRows, WeightingOf, chunk_scores, wants_lse};
 use pkv_lm::{KvCache, LanguageModel, NoTap, RepeatTap, RepeatView, TextTokenizer};
 use pkv_recipe::LabelSection;
 use tch::{Kind, Tensor};
 
 use crate::pieces;
+use crate::request::Requests;
 use crate::weighting::{self, Factors};
-use crate::{ChunkAttention, Requests, block_elements, chunk_scores};
 
 /// Scores of a context's KV pairs; the chat template's prefix has none.
 pub struct ContextScores {
@@ -171,30 +171,12 @@ struct PackTap<'a> {
 
 impl RepeatTap for PackTap<'_> {
     fn wants_lse(&self) -> bool {
-        self.fused()
+        let model = self.scorer.model;
+        wants_lse(model.device(), model.kind(), model.shape().head_dim)
     }
 
     fn layer(&mut self, view: &RepeatView) -> Result<()> {
-        if let Some(own_lse_qr) = view.own_lse_qr {
-            return self.score_fused(view, own_lse_qr);
-        }
-        for (repeat, rows) in self.pack.iter().zip(view.segments) {
-            self.score(view, &repeat.chunk, rows)?;
-        }
-        Ok(())
-    }
-}
-
-impl PackTap<'_> {
-    /// Do the fused kernels serve? On some GPUs, in 16-bit kinds.
-    fn fused(&self) -> bool {
-        let model = self.scorer.model;
-        has_fused_scores(model.device(), model.kind(), model.shape().head_dim as i64)
-    }
-
-    /// Score all chunks of the pack in two kernels.
-    fn score_fused(&self, view: &RepeatView, own_lse_qr: &Tensor) -> Result<()> {
-        let (prefix, layer) = (self.scorer.prefix.len(), view.layer as i64);
+        let (prefix, model) = (self.scorer.prefix.len(), self.scorer.model);
         let chunks: Vec<ScoreRows> = self
             .pack
             .iter()
@@ -206,70 +188,23 @@ impl PackTap<'_> {
                 keys: repeat.chunk.len(),
             })
             .collect();
-        let weights = self.scorer.factors.map(|factors| self.weights(view, factors)).transpose()?;
-        fused_chunk_scores(
-            Products { q_rqd: view.q_rqd, k_hkd: view.k_cache_hkd, scale: view.scale },
-            Some(own_lse_qr),
-            weights.as_ref().map(|(rows_r, columns_qt)| (rows_r, columns_qt)),
-            &chunks,
-            self.scorer.sink,
-            ScoreOutput {
-                max_ht: &self.scores.max_lht.get(layer),
-                mean_ht: self.scores.mean_lht.as_ref().map(|mean_lht| mean_lht.get(layer)).as_ref(),
-                first: prefix,
-            },
-        )
-    }
-
-    /// Factors of all rows `[rows]` and of the context's positions `[query_heads, t]`, f32.
-    fn weights(&self, view: &RepeatView, factors: Factors) -> Result<(Tensor, Tensor)> {
-        let prefix = self.scorer.prefix.len() as i64;
-        let context = view.v_cache_hkd.size()[1] - prefix;
-        let v_htd = view.v_cache_hkd.narrow(1, prefix, context);
-        let projection = self.scorer.model.output_projection(view.layer);
-        let both = factors(view.normed_rm, &v_htd, projection)?;
-        Ok((both.rows_s.contiguous(), both.columns_qt.contiguous()))
-    }
-
-    /// Score one chunk by the rows of its repeat.
-    fn score(&self, view: &RepeatView, chunk: &Range<usize>, rows: &Range<usize>) -> Result<()> {
-        let (first_row, rows) = (rows.start as i64, rows.len() as i64);
-        let (start, len) = (chunk.start as i64, chunk.len() as i64);
-        let sink = self.scorer.sink;
-        let cached = self.scorer.prefix.len() as i64 + start;
-        let weighting = if let Some(factors) = self.scorer.factors {
-            let v_htd = view.v_cache_hkd.narrow(1, cached, len);
-            let projection = self.scorer.model.output_projection(view.layer);
-            Some(factors(&view.normed_rm.narrow(0, first_row, rows), &v_htd, projection)?)
-        } else {
-            None
+        let repeats = Repeats {
+            of: Products { q_rqd: view.q_rqd, k_hkd: view.k_cache_hkd, scale: view.scale },
+            own_k_rhd: view.k_rhd,
+            own_lse_qr: view.own_lse_qr,
+            sink: self.scorer.sink,
         };
-        let own = |x_rhd: &Tensor| x_rhd.narrow(0, first_row, rows).transpose(0, 1);
-        // What the rows may see and nothing else, so that the chunk follows the sink at once.
-        let k_hkd = Tensor::cat(
-            &[
-                view.k_cache_hkd.narrow(1, 0, sink as i64),
-                view.k_cache_hkd.narrow(1, cached, len),
-                own(view.k_rhd),
-            ],
-            1,
-        );
-        let attention = ChunkAttention {
-            q_qsd: &own(view.q_rqd),
-            k_hkd: &k_hkd,
-            scale: view.scale,
-            sink,
-            chunk: sink..sink + chunk.len(),
-        };
-        let scores = chunk_scores(&attention, weighting.as_ref(), block_elements(view.q_rqd.device()))?;
-        let write = |into_lht: &Tensor, from_ht: &Tensor| {
-            into_lht.get(view.layer as i64).narrow(1, start, len).copy_(from_ht);
-        };
-        write(&self.scores.max_lht, &scores.max_ht);
-        if let Some(mean_lht) = &self.scores.mean_lht {
-            write(mean_lht, &scores.mean_ht);
-        }
-        Ok(())
+        let weighting = self.scorer.factors.map(|factors| {
+            move |rows: Range<usize>, positions: Range<usize>| {
+                let normed_sm = view.normed_rm.narrow(0, rows.start as i64, rows.len() as i64);
+                let v_htd = view.v_cache_hkd.narrow(1, positions.start as i64, positions.len() as i64);
+                factors(&normed_sm, &v_htd, model.output_projection(view.layer))
+            }
+        });
+        let layer = |scores_lht: &Tensor| scores_lht.get(view.layer as i64);
+        let (max_ht, mean_ht) = (layer(&self.scores.max_lht), self.scores.mean_lht.as_ref().map(layer));
+        let to = ScoreOutput { max_ht: &max_ht, mean_ht: mean_ht.as_ref(), first: prefix };
+        chunk_scores(&repeats, &chunks, weighting.as_ref().map(|of| of as &WeightingOf), to)
     }
 }
 

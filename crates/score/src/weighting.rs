@@ -1,7 +1,7 @@
 //! Label weightings: factors of rows and columns that softmax weights are multiplied with before the maximum;
 //! a file for each kind, and [`REGISTRY`], which lists them.
 //!
-//! Presets name their weighting in `recipe`. `chunk` and the fused kernel apply the factors.
+//! Presets name their weighting in `recipe`. [`pkv_gpu::chunk_scores`] applies the factors.
 //!
 //! Dimension key: h KV head, g query heads per KV head, q query head (h x g), s new tokens (rows),
 //! t position in the scoring chunk, d head_dim, m hidden.
@@ -12,8 +12,11 @@ mod plain;
 mod tests;
 
 use anyhow::{Result, ensure};
+use pkv_gpu::Weighting;
 use pkv_recipe::LabelWeighting;
 use tch::{Kind, Tensor};
+
+pub use kvzip_plus::kvzip_plus;
 
 /// Factors from the rows' attention inputs `[s, hidden]`, the values `[h, t, d]`, and W_O of the layer.
 pub(crate) type Factors = fn(&Tensor, &Tensor, &Tensor) -> Result<Weighting>;
@@ -30,25 +33,6 @@ pub(crate) static REGISTRY: &[Entry] = &[plain::ENTRY, kvzip_plus::ENTRY];
 /// Function for a weighting's factors, if it has any.
 pub(crate) fn factors(weighting: LabelWeighting) -> Option<Factors> {
     REGISTRY.iter().find(|entry| entry.weighting == weighting).and_then(|entry| entry.factors)
-}
-
-/// Factors of the softmax weights of one scoring chunk in one layer.
-pub struct Weighting {
-    /// `[s]`, f32.
-    pub rows_s: Tensor,
-    /// `[query_heads, t]`, f32, not negative.
-    pub columns_qt: Tensor,
-}
-
-impl Weighting {
-    pub(crate) fn check(&self, rows: i64, query_heads: i64, positions: i64) -> Result<()> {
-        let (r, c) = (self.rows_s.size(), self.columns_qt.size());
-        ensure!(
-            r == [rows] && c == [query_heads, positions],
-            "weighting of rows {r:?} and columns {c:?}, expected [{rows}] and [{query_heads}, {positions}]"
-        );
-        Ok(())
-    }
 }
 
 /// Norm of each value after the output projection, per query head.

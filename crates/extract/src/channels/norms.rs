@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use pkv_core::Channel;
-use pkv_gpu::{has_elementwise, log_norms};
-use tch::{Kind, Tensor};
+use pkv_gpu::log_norms;
+use tch::Tensor;
 
 use super::{Compute, Entry, NewPositions};
 
@@ -23,10 +23,5 @@ pub(super) const VALUE: Entry = Entry {
 /// Of the new positions' `vectors_hkd`, `[h, k, d]`.
 fn norms(vectors_hkd: &Tensor, new: &NewPositions, floor: f64, into_hs: &mut Tensor) -> Result<()> {
     let new_hsd = vectors_hkd.narrow(1, new.first() as i64, new.len() as i64);
-    if has_elementwise(new_hsd.device(), new_hsd.kind(), new_hsd.size()[2]) {
-        return log_norms(&new_hsd, floor, into_hs);
-    }
-    let norms_hs = new_hsd.to_kind(Kind::Float).norm_scalaropt_dim(2.0, [-1i64], false);
-    into_hs.copy_(&norms_hs.clamp_min(floor).log());
-    Ok(())
+    log_norms(&new_hsd, floor, into_hs)
 }

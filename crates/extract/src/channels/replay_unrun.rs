@@ -7,18 +7,16 @@
 //! way. Not included are the change of hidden states in the repeat, the request's own rows, and the other
 //! keys that they attend to.
 //!
-//! Dimension key: h KV head, g query heads per KV head, q query head (h x g), s positions of the scoring
-//! chunk as queries, t as keys, r rows (query heads of a group x positions) of a block, d head_dim. The
-//! kernels' rows r are positions.
+//! Dimension key: h KV head, q query head, s and r positions as queries, k and t as keys, d head_dim.
 
 use std::ops::Range;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use pkv_core::Channel;
-use pkv_gpu::{Products, ScoreOutput, ScoreRows, fused_chunk_scores};
-use pkv_lm::{LanguageModel, LayerView, Movement};
-use pkv_score::{Requests, block_elements};
-use tch::{Kind, Tensor};
+use pkv_gpu::{Movement, Products, ReplayScores, ScoreRows, replay_scores};
+use pkv_lm::{LanguageModel, LayerView};
+use pkv_score::Requests;
+use tch::Tensor;
 
 use super::{Compute, Entry};
 use crate::statistics::MEAN_FLOOR;
@@ -30,74 +28,6 @@ pub(super) const MEAN: Entry = Entry {
     channel: Channel::ReplayUnrunMean,
     compute: Compute::ScoringChunk(|scores| (&scores.mean_ht + MEAN_FLOOR).log()),
 };
-
-/// Attention of a chunk's queries to its keys.
-pub struct UnrunScores {
-    /// `[KV heads, t]`, f32 in `[0, 1]`: the strongest weight over the chunk's queries and the query group.
-    pub max_ht: Tensor,
-    /// The same shape: the mean weight.
-    pub mean_ht: Tensor,
-}
-
-/// Softmax weights of every query over all keys, products scaled by `scale`, and their maximum and mean per
-/// key.
-///
-/// # Shapes
-/// - `q_qsd`: `[query heads, s, head_dim]`; query heads of one KV head are neighbours
-/// - `k_htd`: `[KV heads, t, head_dim]`, f32, same device
-///
-/// `block_elements` bounds how many weights are held at once (at least one row of each KV head is).
-///
-/// # Errors
-/// Shapes disagree.
-pub fn unrun_scores(
-    q_qsd: &Tensor,
-    k_htd: &Tensor,
-    scale: f64,
-    block_elements: usize,
-) -> Result<UnrunScores> {
-    let _no_grad = tch::no_grad_guard();
-    let (q, k) = (q_qsd.size(), k_htd.size());
-    ensure!(
-        q.len() == 3 && k.len() == 3 && q[2] == k[2] && k[0] > 0 && q[0] > 0 && q[0] % k[0] == 0 && k[1] > 0,
-        "queries {q:?} and keys {k:?} do not fit: expected [query heads, positions, head_dim] and \
-         [KV heads, positions, head_dim]"
-    );
-    let (heads, keys) = (k[0], k[1]);
-    let rows = q[0] / heads * q[1];
-    let q_hrd = q_qsd.to_kind(Kind::Float).reshape([heads, rows, q[2]]) / scale.recip();
-    let k_hdt = k_htd.transpose(1, 2);
-    let options = (Kind::Float, q_qsd.device());
-    let mut max_ht = Tensor::zeros([heads, keys], options);
-    let mut sum_ht = Tensor::zeros([heads, keys], options);
-    let block = ((block_elements as i64) / (heads * keys)).clamp(1, rows.max(1));
-    for first in (0..rows).step_by(block as usize) {
-        let n = block.min(rows - first);
-        let weights_hrt = q_hrd.narrow(1, first, n).matmul(&k_hdt).softmax(-1, Kind::Float);
-        max_ht = max_ht.maximum(&weights_hrt.amax([1], false));
-        sum_ht += weights_hrt.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
-    }
-    Ok(UnrunScores { max_ht, mean_ht: sum_ht / rows.max(1) as f64 })
-}
-
-/// [`unrun_scores`] of several chunks of a layer by the kernels of KVzip's scores, which hold no weights.
-///
-/// # Shapes
-/// - `of.q_rqd`: `[rows, query heads, head_dim]`, see [`has_fused_scores`](pkv_gpu::has_fused_scores)
-/// - `of.k_hkd`: `[KV heads, t, head_dim]`, moved, positions contiguous; kind and device of the queries
-/// - `chunks`: which rows and keys belong together; every key to one
-/// - returns all keys' scores
-///
-/// # Errors
-/// Shapes disagree, or the driver refuses.
-pub fn fused_unrun_scores(of: Products, chunks: &[ScoreRows]) -> Result<UnrunScores> {
-    let k_htd = of.k_hkd;
-    let room = || Tensor::empty(&k_htd.size()[..2], (Kind::Float, k_htd.device()));
-    let scores = UnrunScores { max_ht: room(), mean_ht: room() };
-    let to = ScoreOutput { max_ht: &scores.max_ht, mean_ht: Some(&scores.mean_ht), first: 0 };
-    fused_chunk_scores(of, None, None, chunks, 0, to)?;
-    Ok(scores)
-}
 
 /// Gathers the queries of scoring chunks, layer by layer, and scores each chunk when its last token has been
 /// read.
@@ -130,40 +60,31 @@ impl UnrunReplay {
     }
 
     /// Take a layer's new queries; `write` gets context positions and the scores of the chunks there, which
-    /// are complete now. `fused`: the kernels serve.
+    /// are complete now.
     pub fn layer(
         &mut self,
         view: &LayerView,
-        fused: bool,
-        write: &mut dyn FnMut(&Range<usize>, &UnrunScores),
+        write: &mut dyn FnMut(&Range<usize>, &ReplayScores),
     ) -> Result<()> {
         let waiting = self.waiting.get_mut(view.layer).context("a layer that the model does not have")?;
         let prefix = self.prefix;
         let from = view.start.saturating_sub(prefix);
         let end = (view.start + view.q_qsd.size()[1] as usize).saturating_sub(prefix);
-        let k_htd = |at: &Range<usize>| view.k_hkd.narrow(1, (prefix + at.start) as i64, at.len() as i64);
         // Query rows, of which the first is at context position `first`, and neighbouring chunks that lie in
         // them.
         let mut score = |q_rqd: &Tensor, first: usize, chunks: &[&Chunk]| -> Result<()> {
-            if fused {
-                let at = chunks[0].at.start..chunks[chunks.len() - 1].at.end;
-                let moved_htd = Tensor::empty(k_htd(&at).size(), (view.k_hkd.kind(), q_rqd.device()));
-                let mut rows = Vec::new();
-                for Chunk { at: own, back } in chunks {
-                    let (first_key, keys) = (own.start - at.start, own.len());
-                    back.write(&k_htd(own), &moved_htd.narrow(1, first_key as i64, keys as i64))?;
-                    rows.push(ScoreRows { first_row: own.start - first, rows: keys, first_key, keys });
-                }
-                let of = Products { q_rqd, k_hkd: &moved_htd, scale: view.scale };
-                write(&at, &fused_unrun_scores(of, &rows)?);
-                return Ok(());
-            }
-            for Chunk { at, back } in chunks {
-                let q_qsd = q_rqd.narrow(0, (at.start - first) as i64, at.len() as i64).transpose(0, 1);
-                let (moved_htd, block) = (back.of(&k_htd(at)), block_elements(q_rqd.device()));
-                write(at, &unrun_scores(&q_qsd, &moved_htd, view.scale, block)?);
-            }
-            Ok(())
+            let at = chunks[0].at.start..chunks[chunks.len() - 1].at.end;
+            let rows = |own: &Range<usize>| ScoreRows {
+                first_row: own.start - first,
+                rows: own.len(),
+                first_key: own.start - at.start,
+                keys: own.len(),
+            };
+            let rows: Vec<_> = chunks.iter().map(|chunk| (rows(&chunk.at), &chunk.back)).collect();
+            let k_hkd = view.k_hkd.narrow(1, (prefix + at.start) as i64, at.len() as i64);
+            replay_scores(Products { q_rqd, k_hkd: &k_hkd, scale: view.scale }, &rows, &mut |keys, scores| {
+                write(&(at.start + keys.start..at.start + keys.end), scores);
+            })
         };
         let new_rqd = |at: Range<usize>| {
             view.q_qsd.narrow(1, (at.start + prefix - view.start) as i64, at.len() as i64).transpose(0, 1)

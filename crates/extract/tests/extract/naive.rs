@@ -2,6 +2,7 @@
 
 use pkv_core::{Channel, Rng, Seed};
 use pkv_extract::QueryStatistics;
+use pkv_gpu::Products;
 use pkv_recipe::ExtractSection;
 use rand::Rng as _;
 use tch::{Kind, Tensor};
@@ -90,8 +91,9 @@ impl Case {
         let gathered = statistics.zeros(self.sizes.heads, device());
         for start in (0..self.sizes.positions()).step_by(piece) {
             let end = self.sizes.positions().min(start + piece);
-            let q = q.narrow(1, start as i64, (end - start) as i64);
-            statistics.add(&q, &k.narrow(1, 0, end as i64), self.sizes.scale, start, &gathered).unwrap();
+            let q_rqd = &q.narrow(1, start as i64, (end - start) as i64).transpose(0, 1);
+            let of = Products { q_rqd, k_hkd: &k.narrow(1, 0, end as i64), scale: self.sizes.scale };
+            statistics.add(of, None, start, &gathered).unwrap();
         }
         statistics.finish(&gathered, self.sizes.heads, self.sizes.group);
         Vec::try_from(gathered.flatten(0, -1).to_kind(Kind::Double)).unwrap()
@@ -152,7 +154,9 @@ fn pieces_that_do_not_fit_are_errors() {
     let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, device()));
     let room = statistics.zeros(2, device());
     let say = |q: &[i64], k: &[i64], start, room: &Tensor| {
-        statistics.add(&zeros(q), &zeros(k), 1.0, start, room).unwrap_err().to_string()
+        let (q_rqd, k_hkd) = (zeros(q).transpose(0, 1), zeros(k));
+        let of = Products { q_rqd: &q_rqd, k_hkd: &k_hkd, scale: 1.0 };
+        statistics.add(of, None, start, room).unwrap_err().to_string()
     };
     assert!(say(&[5, 4, 8], &[2, 4, 8], 0, &room).contains("[5, 4, 8]"));
     assert!(say(&[6, 4, 8], &[2, 9, 8], 4, &room).contains("9 keys"));

@@ -1,69 +1,19 @@
-//! The replay that is never run: its softmax against loops in f64, and its place against a repeat that is
-//! run.
+//! The replay that is never run: its place against a repeat that is run. Its softmax:
+//! `gpu/src/ops/tests/scores.rs`.
 
 use std::ops::Range;
 use std::path::Path;
 
 use anyhow::Result;
-use pkv_core::{Channel, Rng, Seed};
-use pkv_extract::{Extractor, unrun_scores};
+use pkv_core::Channel;
+use pkv_extract::Extractor;
+use pkv_gpu::{Products, ScoreRows, replay_scores};
 use pkv_lm::{LanguageModel, LayerView, RepeatTap, RepeatView, Tap};
 use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::Requests;
-use rand::Rng as _;
 use tch::{Kind, Tensor};
 
-use crate::reference::difference;
 use crate::support::device;
-
-fn numbers(rng: &mut Rng, n: usize) -> Vec<f64> {
-    (0..n).map(|_| f64::from(rng.random_range(-2.5f32..2.5))).collect()
-}
-
-/// 1/sqrt(head_dim) of none of the cases.
-const SCALE: f64 = 0.3;
-
-#[test]
-fn maxima_and_means_are_those_of_loops_in_f64() {
-    for (index, [heads, group, d, n]) in
-        [[1, 1, 4, 1], [2, 3, 5, 7], [3, 1, 8, 40], [2, 2, 6, 33]].into_iter().enumerate()
-    {
-        let rng = &mut Seed(8).stream("replay unrun", index as u64);
-        let (qs, ks) = (numbers(rng, heads * group * n * d), numbers(rng, heads * n * d));
-        let (mut max, mut mean) = (vec![0.0f64; heads * n], vec![0.0; heads * n]);
-        for q in 0..heads * group {
-            for i in 0..n {
-                let (query, h) = (&qs[(q * n + i) * d..][..d], q / group);
-                let logit = |t: usize| -> f64 {
-                    query.iter().zip(&ks[(h * n + t) * d..][..d]).map(|(a, b)| a * b).sum::<f64>() * SCALE
-                };
-                let total: f64 = (0..n).map(|t| logit(t).exp()).sum();
-                for t in 0..n {
-                    let weight = logit(t).exp() / total;
-                    max[h * n + t] = max[h * n + t].max(weight);
-                    mean[h * n + t] += weight / (group * n) as f64;
-                }
-            }
-        }
-        let tensor = |values: &[f64], heads: usize| {
-            Tensor::from_slice(values)
-                .view([heads as i64, n as i64, d as i64])
-                .to_kind(Kind::Float)
-                .to_device(device())
-        };
-        let flat = |x: &Tensor| Vec::<f64>::try_from(x.flatten(0, -1).to_kind(Kind::Double)).unwrap();
-        for block in [1, 50, 1 << 20] {
-            let found = unrun_scores(&tensor(&qs, heads * group), &tensor(&ks, heads), SCALE, block).unwrap();
-            assert!(difference(&max, &flat(&found.max_ht)) < 1e-5, "case {index}, blocks of {block}");
-            assert!(difference(&mean, &flat(&found.mean_ht)) < 1e-5, "case {index}, blocks of {block}");
-        }
-    }
-    let (q, k) = (
-        Tensor::zeros([3, 2, 4], (Kind::Float, device())),
-        Tensor::zeros([2, 2, 4], (Kind::Float, device())),
-    );
-    assert!(unrun_scores(&q, &k, SCALE, 10).is_err(), "three query heads for two KV heads");
-}
 
 /// Queries of the first layer, `[q, s, d]`.
 struct First(Option<Tensor>);
@@ -166,9 +116,14 @@ fn chunks_are_scored_by_their_own_queries_however_the_prefill_is_cut() {
                     // Here the queries are moved, which is the same.
                     let q_qsd = model.movement(further).of(&own(q_qsd));
                     let k_htd = own(k_hkd).to_kind(Kind::Float);
-                    let scores = unrun_scores(&q_qsd, &k_htd, scale, 1 << 20).unwrap();
-                    max_ht.push(scores.max_ht.log());
-                    mean_ht.push((scores.mean_ht + 1e-7).log());
+                    let of = Products { q_rqd: &q_qsd.transpose(0, 1), k_hkd: &k_htd, scale };
+                    let (rows, keys) = (at.len(), at.len());
+                    let chunk = ScoreRows { first_row: 0, rows, first_key: 0, keys };
+                    replay_scores(of, &[(chunk, &model.movement(0))], &mut |_, scores| {
+                        max_ht.push(scores.max_ht.log());
+                        mean_ht.push((&scores.mean_ht + 1e-7).log());
+                    })
+                    .unwrap();
                 }
                 max.push(Tensor::cat(&max_ht, 1));
                 mean.push(Tensor::cat(&mean_ht, 1));

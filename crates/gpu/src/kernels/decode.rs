@@ -44,14 +44,14 @@ pub(super) fn unit_for(head_dim: u32, wide: bool, capability: (u32, u32)) -> Uni
     Unit::Decode { warps: warps as u32, stages: stages as u32, wide }
 }
 
-/// Packed keys and values, and where each segment's lie.
-pub struct Segments<'a> {
-    /// `[n, d]`, contiguous.
+/// Packed keys and values of a layer, and where each segment's lie; all on one device.
+pub struct PackedKv<'a> {
+    /// `[n, d]`, contiguous, rotary applied.
     pub keys_nd: &'a Tensor,
     pub values_nd: &'a Tensor,
-    /// First row of each segment, i32 `[x]` or longer.
+    /// First row of each segment and the end of the last, i32 `[x + 1]`.
     pub starts_x: &'a Tensor,
-    /// Rows of each, i32 `[x]`.
+    /// Rows of each that are in use, i32 `[x]`.
     pub lengths_x: &'a Tensor,
 }
 
@@ -105,7 +105,7 @@ impl DecodeSpace {
 ///
 /// # Errors
 /// Shapes or kinds disagree, there is no kernel for them, or the driver refuses.
-pub fn decode(q_bqd: &Tensor, kv: &Segments, rows: usize, space: &DecodeSpace, scale: f64) -> Result<Tensor> {
+pub fn decode(q_bqd: &Tensor, kv: &PackedKv, rows: usize, space: &DecodeSpace, scale: f64) -> Result<Tensor> {
     let (b, heads, d) = q_bqd.size3()?;
     let (kind, device) = (q_bqd.kind(), q_bqd.device());
     let [segments, group, head_dim] = space.shape;
@@ -282,7 +282,7 @@ mod tests {
         let space = DecodeSpace::new(on, lengths.len(), group, d as usize).unwrap();
         let starts_x = Tensor::from_slice(&starts).to_device(on);
         let lengths_x = Tensor::from_slice(lengths).to_device(on);
-        let kv = Segments { keys_nd: &keys, values_nd: &values, starts_x: &starts_x, lengths_x: &lengths_x };
+        let kv = PackedKv { keys_nd: &keys, values_nd: &values, starts_x: &starts_x, lengths_x: &lengths_x };
         let rows = lengths.iter().map(|n| *n as usize).sum();
         let q_xgd = q.to_kind(Kind::Double).reshape([lengths.len() as i64, group as i64, d]);
         let exact =

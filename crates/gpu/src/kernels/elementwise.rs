@@ -60,57 +60,40 @@ pub fn gated_silu(gate_up: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// Destination of keys and values in [`rotate`].
-pub enum CacheSlot<'a> {
-    /// After each KV head's rows: `[kv_heads, rows, head_dim]`, views of the cache where the new rows go;
-    /// positions contiguous.
-    Dense { k_hsd: &'a Tensor, v_hsd: &'a Tensor },
-    /// Into packed rows `[n, head_dim]`, at `slot_n`, i64 `[sequences * kv_heads * tokens]`, sequences
-    /// outside and tokens inside; slots are not checked. New rows are `tokens` of one sequence after the
-    /// other.
-    Packed { k_nd: &'a Tensor, v_nd: &'a Tensor, slot_n: &'a Tensor, tokens: usize },
+/// Where keys and values of [`rotate`] go: packed rows `[n, head_dim]`, at `slot_n`, i64
+/// `[sequences * kv_heads * tokens]`, sequences outside and tokens inside; slots are not checked. New rows
+/// are `tokens` of one sequence after the other.
+pub struct PackedSlots<'a> {
+    pub k_nd: &'a Tensor,
+    pub v_nd: &'a Tensor,
+    pub slot_n: &'a Tensor,
+    pub tokens: usize,
 }
 
-impl CacheSlot<'_> {
-    /// Elements between the heads of a dense cache; checks what kernels rely on.
-    fn check(&self, kv_heads: i64, rows: i64, d: i64, kind: Kind) -> Result<i64> {
-        match self {
-            Self::Dense { k_hsd, v_hsd } => {
-                let head = k_hsd.stride().first().copied().unwrap_or(0);
-                for t in [k_hsd, v_hsd] {
-                    ensure!(
-                        t.size() == [kv_heads, rows, d] && t.kind() == kind && t.stride() == [head, d, 1],
-                        "the cache's slot is {:?} {:?} of strides {:?}, expected {kind:?} [{kv_heads}, {rows}, {d}]",
-                        t.kind(),
-                        t.size(),
-                        t.stride()
-                    );
-                }
-                Ok(head)
-            }
-            Self::Packed { k_nd, v_nd, slot_n, tokens } => {
-                for t in [k_nd, v_nd] {
-                    ensure!(
-                        t.dim() == 2 && t.size()[1] == d && t.kind() == kind && t.is_contiguous(),
-                        "the packed cache is {:?} {:?}, expected {kind:?} [rows, {d}]",
-                        t.kind(),
-                        t.size()
-                    );
-                }
-                ensure!(
-                    *tokens > 0
-                        && rows % *tokens as i64 == 0
-                        && slot_n.size() == [rows * kv_heads]
-                        && slot_n.kind() == Kind::Int64
-                        && slot_n.device() == k_nd.device()
-                        && slot_n.is_contiguous(),
-                    "{:?} slots {:?} for {rows} rows of {kv_heads} heads, {tokens} tokens of a sequence",
-                    slot_n.kind(),
-                    slot_n.size()
-                );
-                Ok(0)
-            }
+impl PackedSlots<'_> {
+    /// Check what kernels rely on.
+    fn check(&self, kv_heads: i64, rows: i64, d: i64, kind: Kind) -> Result<()> {
+        let Self { k_nd, v_nd, slot_n, tokens } = self;
+        for t in [k_nd, v_nd] {
+            ensure!(
+                t.dim() == 2 && t.size()[1] == d && t.kind() == kind && t.is_contiguous(),
+                "the packed cache is {:?} {:?}, expected {kind:?} [rows, {d}]",
+                t.kind(),
+                t.size()
+            );
         }
+        ensure!(
+            *tokens > 0
+                && rows % *tokens as i64 == 0
+                && slot_n.size() == [rows * kv_heads]
+                && slot_n.kind() == Kind::Int64
+                && slot_n.device() == k_nd.device()
+                && slot_n.is_contiguous(),
+            "{:?} slots {:?} for {rows} rows of {kv_heads} heads, {tokens} tokens of a sequence",
+            slot_n.kind(),
+            slot_n.size()
+        );
+        Ok(())
     }
 }
 
@@ -132,7 +115,7 @@ pub fn rotate(
     norm: Option<(&Tensor, f64)>,
     cos_rd: &Tensor,
     sin_rd: &Tensor,
-    cache: Option<&CacheSlot>,
+    cache: Option<&PackedSlots>,
 ) -> Result<()> {
     let size = qkv_rnd.size();
     ensure!(
@@ -160,17 +143,10 @@ pub fn rotate(
             norm.size()
         );
     }
-    let cache_head = cache.map_or(Ok(0), |slot| slot.check(kv_heads, rows, d, qkv_rnd.kind()))?;
+    cache.map_or(Ok(()), |slots| slots.check(kv_heads, rows, d, qkv_rnd.kind()))?;
     if rows == 0 {
         return Ok(());
     }
-    let (keys, values, slots, tokens) = match cache {
-        None => (None, None, None, 1),
-        Some(CacheSlot::Dense { k_hsd, v_hsd }) => (Some(*k_hsd), Some(*v_hsd), None, 1),
-        Some(CacheSlot::Packed { k_nd, v_nd, slot_n, tokens }) => {
-            (Some(*k_nd), Some(*v_nd), Some(*slot_n), *tokens)
-        }
-    };
     let kernel = kernel(qkv_rnd.device(), variant(qkv_rnd, d)?, "rotate", 0)?;
     let launch = Launch { grid: [((rows * heads) as usize).div_ceil(8), 1, 1], threads: 256, shared: 0 };
     // SAFETY: the kernel's arguments; sizes were checked.
@@ -182,15 +158,16 @@ pub fn rotate(
                 norm.map_or(Arg::Absent, |n| Arg::Tensor(n.0)),
                 Arg::Tensor(cos_rd),
                 Arg::Tensor(sin_rd),
-                keys.map_or(Arg::Absent, Arg::Tensor),
-                values.map_or(Arg::Absent, Arg::Tensor),
+                cache.map_or(Arg::Absent, |slots| Arg::Tensor(slots.k_nd)),
+                cache.map_or(Arg::Absent, |slots| Arg::Tensor(slots.v_nd)),
                 Arg::Int(rows as i32),
                 Arg::Int(query_heads as i32),
                 Arg::Int(kv_heads as i32),
-                Arg::Long(cache_head),
+                // Between the heads of a cache without slots, which is not in use.
+                Arg::Long(0),
                 Arg::Float(norm.map_or(0.0, |n| n.1) as f32),
-                slots.map_or(Arg::Absent, Arg::Tensor),
-                Arg::Int(tokens as i32),
+                cache.map_or(Arg::Absent, |slots| Arg::Tensor(slots.slot_n)),
+                Arg::Int(cache.map_or(1, |slots| slots.tokens) as i32),
             ],
         )
     }
@@ -432,7 +409,7 @@ mod tests {
         let slot_n = Tensor::randperm(40, (Kind::Int64, on)).narrow(0, 0, rows * kv).contiguous();
         let new = || Tensor::zeros([40, d], (Kind::BFloat16, on));
         let (k_nd, v_nd) = (new(), new());
-        let slot = CacheSlot::Packed { k_nd: &k_nd, v_nd: &v_nd, slot_n: &slot_n, tokens: tokens as usize };
+        let slot = PackedSlots { k_nd: &k_nd, v_nd: &v_nd, slot_n: &slot_n, tokens: tokens as usize };
         let packed = qkv.copy();
         rotate(&packed, heads as usize, None, &cos, &sin, Some(&slot)).unwrap();
         assert!(packed.narrow(1, 0, heads).equal(&in_place.narrow(1, 0, heads)));
@@ -469,49 +446,6 @@ mod tests {
             assert!(off.max().double_value(&[]) < 1e-5, "{kind:?}, {d}");
             let _ = out.shallow_clone().fill_(-7.0);
             assert!(room.eq(-7.0).all().int64_value(&[]) == 1, "{kind:?}, {d}: wrote elsewhere");
-        }
-    }
-
-    #[test]
-    fn nats_equal_the_cross_entropy_of_the_same_logits() {
-        let Some(on) = gpu("nats") else { return };
-        for (kind, rows, vocab, scale) in
-            [(Kind::BFloat16, 37, 4096, 3.0), (Kind::Half, 5, 8, 20.0), (Kind::BFloat16, 3, 128_256, 10.0)]
-        {
-            let logits = (Tensor::randn([rows, vocab], (Kind::Float, on)) * scale).to_kind(kind);
-            let next = Tensor::randint(vocab, [rows], (Kind::Int64, on));
-            let picked =
-                logits.to_kind(Kind::Double).log_softmax(1, None).gather(1, &next.unsqueeze(1), false);
-            let off =
-                (row_nats(&logits, &next).unwrap() + picked.squeeze_dim(1)).abs().max().double_value(&[]);
-            assert!(off < 1e-4, "{kind:?}, {vocab}: off by {off:e}");
-        }
-    }
-
-    #[test]
-    fn norms_equal_those_in_f64() {
-        let Some(on) = gpu("norms") else { return };
-        for (kind, heads, rows, d, floor) in [
-            (Kind::BFloat16, 8, 1000, 64, 1e-4),
-            (Kind::Half, 3, 33, 80, 0.5),
-            (Kind::BFloat16, 1, 1, 96, 0.0),
-            (Kind::Half, 2, 70, 128, 1e-4),
-            (Kind::BFloat16, 2, 31, 256, 1e-4),
-        ] {
-            let cache = Tensor::randn([heads, rows + 7, d], (Kind::Float, on)).to_kind(kind);
-            let vectors = cache.narrow(1, 5, rows);
-            let _ = vectors.select(1, rows / 2).fill_(0.0);
-            // One channel of several, at positions further on.
-            let features = Tensor::full([heads, 3, rows + 2], -7.0, (Kind::Float, on));
-            let out = features.select(1, 1).narrow(1, 2, rows);
-            log_norms(&vectors, floor, &out).unwrap();
-            let expected =
-                vectors.to_kind(Kind::Double).square().sum_dim_intlist([-1i64].as_slice(), false, None);
-            let expected = expected.sqrt().clamp_min(floor).log().clamp_min(-99.0);
-            let off = (out.clamp_min(-99.0) - expected).abs().max().double_value(&[]);
-            assert!(off < 2e-6, "{kind:?}, {d}: off by {off:e}");
-            let _ = out.shallow_clone().fill_(-7.0);
-            assert!(features.eq(-7.0).all().int64_value(&[]) == 1, "{kind:?}, {d}: wrote elsewhere");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! KVzip scores and query statistics: `kernels/scores.cu`.
 //!
-//! Nothing of size rows x keys leaves the registers. The definitions are in `score` and `extract`, with the
-//! plain versions that these kernels are tested against.
+//! Nothing of size rows x keys leaves the registers. The definitions are the portable forms of the operators
+//! that choose these kernels, `ops/scores.rs`, `ops/replay.rs` and `ops/statistics.rs`.
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
@@ -44,13 +44,13 @@ pub fn has_fused_scores(device: Device, kind: Kind, head_dim: i64) -> bool {
         && capability(gpu).is_ok_and(|(major, _)| major == 9)
 }
 
-/// Queries and keys from which the kernels compute logits.
+/// Queries and keys whose scaled products are logits.
 #[derive(Clone, Copy, Debug)]
 pub struct Products<'a> {
-    /// `[rows, query_heads, head_dim]`, bf16 or f16, CUDA, head_dim innermost, any strides; query heads of a
-    /// KV head are neighbours.
+    /// `[rows, query_heads, head_dim]`, any floating kind and device, head_dim innermost, any strides; query
+    /// heads of a KV head are neighbours.
     pub q_rqd: &'a Tensor,
-    /// `[kv_heads, positions, head_dim]`, same kind, positions contiguous.
+    /// `[kv_heads, positions, head_dim]`, same kind and device, positions contiguous.
     pub k_hkd: &'a Tensor,
     /// Scale of products of queries and keys.
     pub scale: f64,
@@ -70,6 +70,7 @@ pub struct ScoreRows {
 /// maximum is the score. Computing them takes an exponential per weight, which the maximum does without.
 #[derive(Clone, Copy)]
 pub struct ScoreOutput<'a> {
+    /// f32 `[kv_heads, positions]`, innermost contiguous; the mean's room is the same.
     pub max_ht: &'a Tensor,
     pub mean_ht: Option<&'a Tensor>,
     /// Cache position of the outputs' position 0.
@@ -242,7 +243,7 @@ impl StatisticChannels {
         self.all_max.is_some() || self.all_sum.is_some()
     }
 
-    fn list(&self) -> [Option<usize>; 6] {
+    pub(crate) fn list(&self) -> [Option<usize>; 6] {
         [self.all_max, self.all_sum, self.window_max, self.window_sum, self.last_max, self.last_sum]
     }
 }
@@ -261,6 +262,8 @@ pub struct QueryStatistics {
     pub last: usize,
     /// Of the whole range, queries at multiples of this count.
     pub stride: usize,
+    /// Most queries that the portable form takes at once.
+    pub block_tokens: usize,
 }
 
 /// Maximum and sum of the softmax weights that new queries pay each key, folded into what `out_hct` holds.

@@ -8,13 +8,12 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
+use pkv_gpu::{Projected, logits};
 use tch::{Kind, Tensor};
 
-use crate::attention::logits;
 use crate::cache::KvCache;
 use crate::forward::{KvStore, LayerInput};
 use crate::kept::KeptPairs;
-use crate::layer::Projected;
 use crate::model::LanguageModel;
 
 /// Attention weights held at a time: 64 Mi f32 are 256 MiB.

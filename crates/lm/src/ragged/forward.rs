@@ -3,34 +3,22 @@
 //! Dimension key: as [`super`]; m hidden, q query head.
 
 use anyhow::{Result, ensure};
-use pkv_gpu::{CacheSlot, DecodeSpace, has_decode};
+use pkv_gpu::{PackedKv, PackedSlots, Projected, RaggedAttention, RaggedShape};
 use tch::{Device, Kind, Tensor};
 
 use super::{RaggedCache, RaggedLayer};
-use crate::attention::Attention;
 use crate::forward::{KvStore, LayerInput};
-use crate::layer::Projected;
 use crate::model::LanguageModel;
 
 /// Data of one forward pass, for every layer.
-pub(super) struct Step {
+struct Step {
     /// New tokens of each sequence.
-    pub s: i64,
+    s: i64,
     /// Slots of new rows, i64 `[l, x * s]`.
-    pub slot_ln: Tensor,
+    slot_ln: Tensor,
     /// Rows that each segment holds with the new ones, i32 `[l, x]`.
-    pub used_lx: Tensor,
-    /// Tokens that each sequence has read, new ones not counted.
-    pub read: Vec<usize>,
-    pub reading: Reading,
-}
-
-/// How attention reads the cache.
-pub(super) enum Reading {
-    /// By the kernel for one new token per sequence, which works in this.
-    Single(DecodeSpace),
-    /// By any other; where each segment's queries begin, and the end, i32 `[x + 1]`.
-    Segments(Tensor),
+    used_lx: Tensor,
+    attention: RaggedAttention,
 }
 
 impl LanguageModel {
@@ -61,8 +49,7 @@ impl LanguageModel {
         cache.reserve(size[1] as usize)?;
         let step = cache.step(size[1], self)?;
         let rotation = self.rope.at(&cache.positions(size[1], self.device()));
-        let mut store =
-            RaggedStore { cache: &mut *cache, slot_n: Tensor::new(), step, attention: &self.attention };
+        let mut store = RaggedStore { cache: &mut *cache, slot_n: Tensor::new(), step };
         let hidden_bsm = self.run(hidden_bsm, &rotation, &mut store, true)?;
         cache.advance(size[1] as usize);
         Ok(self.finish(&hidden_bsm))
@@ -79,7 +66,7 @@ impl LanguageModel {
     pub fn attend_ragged(&self, q_bsqd: &Tensor, cache: &mut RaggedCache) -> Result<()> {
         let step = cache.step(q_bsqd.size()[1], self)?;
         for index in 0..self.layers.len() {
-            let _ = cache.attend(index, &step, q_bsqd, &self.attention)?;
+            let _ = cache.attend(index, &step, q_bsqd)?;
         }
         Ok(())
     }
@@ -91,27 +78,22 @@ struct RaggedStore<'a> {
     step: Step,
     /// The step's rows of the layer at work.
     slot_n: Tensor,
-    attention: &'a Attention,
 }
 
 impl KvStore for RaggedStore<'_> {
-    fn slot(&mut self, layer: usize) -> Option<CacheSlot<'_>> {
+    fn slot(&mut self, layer: usize) -> Option<PackedSlots<'_>> {
         self.slot_n = self.step.slot_ln.get(layer as i64);
         Some(self.cache.slot(layer, &self.step, &self.slot_n))
     }
 
     fn attend(&mut self, input: &LayerInput, new: &Projected, _: bool) -> Result<Option<Tensor>> {
-        if !new.written {
-            self.cache.write(input.layer, &self.slot_n, &new.k, &new.v);
-        }
-        self.cache.attend(input.layer, &self.step, &new.q, self.attention).map(Some)
+        self.cache.attend(input.layer, &self.step, &new.q).map(Some)
     }
 }
 
 impl RaggedCache {
     fn step(&mut self, s: i64, model: &LanguageModel) -> Result<Step> {
         let device = model.device();
-        let segments = (self.sequences.len() * self.kv_heads) as i64;
         // Sequences are in step with each other: nothing goes to the device.
         let n = self.appended as i64;
         let (slot_lx, used_lx) = (&self.room_start_lx + n, &self.kept_lx + (n + s));
@@ -119,26 +101,16 @@ impl RaggedCache {
             1 => slot_lx,
             _ => (slot_lx.unsqueeze(-1) + Tensor::arange(s, (Kind::Int64, device))).flatten(1, 2),
         };
-        let reading = match self.space(s, model)? {
-            Some(space) => Reading::Single(space),
-            None => Reading::Segments(Tensor::arange(segments + 1, (Kind::Int, device)) * s),
+        let shape = model.shape();
+        let sizes = RaggedShape {
+            sequences: self.sequences.len(),
+            tokens: s,
+            query_heads: shape.query_heads,
+            kv_heads: self.kv_heads,
+            head_dim: shape.head_dim,
         };
-        let read = (0..self.sequences.len()).map(|b| self.read(b)).collect();
-        Ok(Step { s, slot_ln, used_lx, read, reading })
-    }
-
-    /// Workspace of the kernel for one new token per sequence, if there is one for `s` tokens.
-    fn space(&mut self, s: i64, model: &LanguageModel) -> Result<Option<DecodeSpace>> {
-        let (device, shape) = (model.device(), model.shape());
-        let (segments, group) =
-            (self.sequences.len() * self.kv_heads, shape.query_heads / self.kv_heads.max(1));
-        if s > 1 || !has_decode(device, model.kind(), shape.head_dim as i64, group, segments) {
-            return Ok(None);
-        }
-        if self.space.is_none() {
-            self.space = Some(DecodeSpace::new(device, segments, group, shape.head_dim)?);
-        }
-        Ok(self.space.as_ref().map(DecodeSpace::share))
+        let attention = RaggedAttention::new(model.attention, sizes, device, model.kind(), &mut self.space)?;
+        Ok(Step { s, slot_ln, used_lx, attention })
     }
 
     /// Positions of the next `s` tokens, f32 `[b, s]`. The device knows them but for a number, and nothing
@@ -149,18 +121,27 @@ impl RaggedCache {
     }
 
     /// Slots of a layer's new keys and values; `slot_n` is the step's for the layer.
-    fn slot<'a>(&'a self, layer: usize, step: &Step, slot_n: &'a Tensor) -> CacheSlot<'a> {
+    fn slot<'a>(&'a self, layer: usize, step: &Step, slot_n: &'a Tensor) -> PackedSlots<'a> {
         let RaggedLayer { keys, values, .. } = &self.layers[layer];
-        CacheSlot::Packed { k_nd: keys, v_nd: values, slot_n, tokens: step.s as usize }
+        PackedSlots { k_nd: keys, v_nd: values, slot_n, tokens: step.s as usize }
     }
 
-    /// Write new keys and values `[b, s, kv_heads, d]` of a layer after the present ones.
-    fn write(&mut self, layer: usize, slot_n: &Tensor, k_bshd: &Tensor, v_bshd: &Tensor) {
-        let layer = &mut self.layers[layer];
-        for (rows, new) in [(&mut layer.keys, k_bshd), (&mut layer.values, v_bshd)] {
-            let d = rows.size()[1];
-            let _ = rows.index_copy_(0, slot_n, &new.transpose(1, 2).reshape([-1, d]));
-        }
+    /// Attention of new tokens, whose keys and values are written: [`RaggedAttention::attend`].
+    fn attend(&self, index: usize, step: &Step, q_bsqd: &Tensor) -> Result<Tensor> {
+        let (layer, at) = (&self.layers[index], index as i64);
+        let kv = PackedKv {
+            keys_nd: &layer.keys,
+            values_nd: &layer.values,
+            starts_x: &self.bounds_lx.get(at),
+            lengths_x: &step.used_lx.get(at),
+        };
+        let mut next = 0;
+        let rows = layer.kept.iter().enumerate().map(|(x, kept)| {
+            let start = next;
+            next += kept + self.room;
+            start..start + kept + self.read(x / self.kv_heads) + step.s as usize
+        });
+        step.attention.attend(q_bsqd, &kv, rows)
     }
 
     /// Count `new` tokens that every layer has written.

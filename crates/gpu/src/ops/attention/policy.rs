@@ -31,7 +31,7 @@ impl Default for AttentionPolicy {
 
 impl AttentionPolicy {
     /// Number of first rows and first keys that cuDNN takes; `None` if flash takes all.
-    pub(crate) fn cudnn_share(&self, rows: i64, keys: i64) -> Option<(i64, i64)> {
+    pub(super) fn cudnn_share(&self, rows: i64, keys: i64) -> Option<(i64, i64)> {
         let whole = |n: i64, block: usize| n - n % block.max(1) as i64;
         let share = (whole(rows, self.row_block), whole(keys, self.key_block));
         (self.rectangle == Rectangle::Cudnn && share.0 > 0 && share.1 > 0).then_some(share)

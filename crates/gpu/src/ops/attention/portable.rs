@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::Part;
 
-/// New tokens after `start` cached ones; shapes as [`super::causal`].
+/// New tokens after `start` cached ones; shapes as [`super::attend`].
 pub fn causal(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: i64, scale: f64) -> Result<Part> {
     let s = q_sqd.size()[0];
     if s == 1 {
@@ -21,7 +21,7 @@ pub fn causal(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, start: i64, scale:
     Ok(all)
 }
 
-/// Each segment over itself; shapes as [`super::squares`].
+/// Each segment over itself; shapes as [`super::attend_segments`].
 pub fn squares(
     q_rqd: &Tensor,
     k_rhd: &Tensor,
@@ -53,6 +53,15 @@ pub fn rectangle(q_rqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, scale: f64) -> 
     let folded = q_rqd.transpose(0, 1).contiguous().view([kv_heads, q_heads / kv_heads * rows, d]);
     let (out, lse) = kernel(&folded, k_hkd, v_hkd, false, scale);
     Part { out_rqd: out.reshape([q_heads, rows, d]).transpose(0, 1), lse_qr: lse.reshape([q_heads, rows]) }
+}
+
+/// Merge `other` into outputs and log-sum-exps, in place; shapes as [`Part`].
+pub fn merge(out_rqd: &mut Tensor, lse_qr: &Tensor, other: &Part) {
+    // exp(a) / (exp(a) + exp(b)) = sigmoid(a - b)
+    let weight_qr = (&other.lse_qr - lse_qr).sigmoid().to_kind(out_rqd.kind());
+    let weight_rqd = weight_qr.transpose(0, 1).unsqueeze(-1).expand_as(&*out_rqd);
+    let _ = out_rqd.lerp_tensor_(&other.out_rqd, &weight_rqd);
+    lse_qr.shallow_clone().copy_(&lse_qr.logaddexp(&other.lse_qr));
 }
 
 /// As many keys as rows, causal.

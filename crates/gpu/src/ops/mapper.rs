@@ -1,4 +1,6 @@
-//! Layers with their own backward pass, where libtorch's is slow or needs much memory.
+//! Operators of the mapper, differentiable: convolution over time and cross-attention over heads.
+//!
+//! Where libtorch's form is slow or needs much memory, they have their own backward pass.
 
 use tch::Tensor;
 use torch_sys::C_tensor;
@@ -6,8 +8,11 @@ use torch_sys::C_tensor;
 use crate::kernels::cross_kernels;
 use crate::shim;
 
-/// Dense convolution over time, centred, zeros beyond both ends; one matrix product each way.
+/// Dense convolution over time, centred, zeros beyond both ends.
 ///
+/// On a CPU as a 2-D convolution of height 1, whose channels-last form takes the tensor as it lies. Forward
+/// and backward of 16 x 1000 positions, width 192, kernel 5, one CPU core: 186 ms, a 1-D convolution 242 ms
+/// (it copies both ways), one matrix product about twice as long. On a GPU as one matrix product each way:
 /// cuDNN plans every new length anew, and hardly two batches are equally long.
 ///
 /// # Shapes
@@ -18,6 +23,21 @@ use crate::shim;
 /// # Panics
 /// Shapes or kinds disagree.
 pub fn time_conv(x_rti: &Tensor, weight_oik: &Tensor, bias_o: &Tensor, dilation: i64) -> Tensor {
+    if x_rti.device().is_cuda() {
+        return one_product(x_rti, weight_oik, bias_o, dilation);
+    }
+    by_image(x_rti, weight_oik, bias_o, dilation)
+}
+
+pub(super) fn by_image(x_rti: &Tensor, weight_oik: &Tensor, bias_o: &Tensor, dilation: i64) -> Tensor {
+    let image = x_rti.transpose(1, 2).unsqueeze(2);
+    let weight = weight_oik.unsqueeze(2);
+    let pad = weight_oik.size()[2] / 2 * dilation;
+    let y = image.conv2d(&weight, Some(bias_o), [1, 1], [0, pad], [1, dilation], 1);
+    y.squeeze_dim(2).transpose(1, 2)
+}
+
+fn one_product(x_rti: &Tensor, weight_oik: &Tensor, bias_o: &Tensor, dilation: i64) -> Tensor {
     let mut out = std::ptr::null_mut();
     // SAFETY: three tensors; `out` receives a tensor that we own.
     let code = unsafe {
@@ -127,8 +147,10 @@ mod tests {
                 y.transpose(1, 2)
             });
             for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::Float, 1e-5), (Kind::BFloat16, 3e-2)] {
-                let got = both(&inputs, kind, |x| time_conv(&x[0], &x[1], &x[2], dilation));
-                near(&got, &expected, tolerance, &format!("{kind:?}, {t} positions, kernel {kernel}"));
+                for form in [by_image, one_product] {
+                    let got = both(&inputs, kind, |x| form(&x[0], &x[1], &x[2], dilation));
+                    near(&got, &expected, tolerance, &format!("{kind:?}, {t} positions, kernel {kernel}"));
+                }
             }
         }
     }
@@ -196,6 +218,29 @@ mod tests {
                 assert!(attend_heads(&plain[0], &plain[1], &plain[2], n, piece).equal(&got[0]));
             }
             set_tf32(false).unwrap();
+        }
+    }
+
+    /// Which form of the convolution a CPU wants.
+    #[test]
+    #[ignore = "measures, does not judge"]
+    fn speed_of_the_convolutions_forms() {
+        let device = device(DeviceChoice::Auto).unwrap();
+        tch::set_num_threads(1);
+        let x = numbers(1, &[16, 1000, 192], device).to_kind(Kind::Float).set_requires_grad(true);
+        let weight = numbers(2, &[192, 192, 5], device).to_kind(Kind::Float).set_requires_grad(true);
+        let bias = numbers(3, &[192], device).to_kind(Kind::Float).set_requires_grad(true);
+        type Form = fn(&Tensor, &Tensor, &Tensor, i64) -> Tensor;
+        let forms: [(&str, Form); 2] = [("conv2d", by_image), ("one product", one_product)];
+        for (name, form) in forms {
+            let mut best = f64::INFINITY;
+            for _ in 0..5 {
+                let start = std::time::Instant::now();
+                form(&x, &weight, &bias, 2).sum(Kind::Float).backward();
+                crate::synchronize(device).unwrap();
+                best = best.min(start.elapsed().as_secs_f64() * 1e3);
+            }
+            println!("{name}: {best:.1} ms");
         }
     }
 }

@@ -1,8 +1,8 @@
 //! CUDA attention kernels that tch does not wrap: FlashAttention-2 as it is, and cuDNN's, both with
 //! the log-sum-exp of their rows.
 //!
-//! Which one to use for which shape, and what logits are scaled by, is `lm`'s decision. Both compute in
-//! bf16 or f16; query heads that share a KV head are neighbours.
+//! Which one to use for which shape is the decision of `ops/attention`. Both compute in bf16 or f16; query
+//! heads that share a KV head are neighbours.
 
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
@@ -25,21 +25,6 @@ pub enum Mask {
     All,
     /// Bottom-right: the last query row sees the last key, each row above one key fewer.
     Causal,
-    /// At most this many keys left and right of the row's own, counted as in `Causal`.
-    Window {
-        left: usize,
-        right: usize,
-    },
-}
-
-impl Mask {
-    fn codes(self) -> (i32, i64, i64) {
-        match self {
-            Self::All => (0, -1, -1),
-            Self::Causal => (1, -1, -1),
-            Self::Window { left, right } => (0, left as i64, right as i64),
-        }
-    }
 }
 
 /// The softmax of an attention kernel.
@@ -150,7 +135,7 @@ fn launch_flash(
     let [q, k, v] = qkv.map(pointer);
     let [cu_q, cu_k] = starts.map_or([std::ptr::null_mut(); 2], |s| s.map(pointer));
     let used = used_k.map_or(std::ptr::null_mut(), pointer);
-    let (causal, left, right) = softmax.mask.codes();
+    let causal = i32::from(softmax.mask == Mask::Causal);
     // SAFETY: pointers to tensors that live beyond the call, or null where the shim allows it; on
     // success both results are tensors on the heap that only this code frees.
     unsafe {
@@ -165,8 +150,9 @@ fn launch_flash(
                 max_q,
                 max_k,
                 causal,
-                left,
-                right,
+                // No window, to the left or to the right.
+                -1,
+                -1,
                 softmax.scale,
                 out,
                 lse,
