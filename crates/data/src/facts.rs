@@ -54,6 +54,21 @@ const TEMPLATES: [(&str, &str, Value); 6] = [
     ("The secret word of the {a} {n} is {v}.", "What is the secret word of the {a} {n}?", Value::Word),
 ];
 
+/// Names of the kinds of facts, in the order of [`TEMPLATES`], each with words of its question alone.
+const KINDS: [(&str, &str); 6] = [
+    ("access code", "the access code for"),
+    ("magic number", "special magic number"),
+    ("city", "In which city"),
+    ("owner", "Who is the owner"),
+    ("opening time", "When does"),
+    ("secret word", "the secret word"),
+];
+
+/// Kind of the fact that `question` asks for; `None` if it is not one of this module's.
+pub fn fact_kind(question: &str) -> Option<&'static str> {
+    KINDS.iter().find(|(_, words)| question.contains(words)).map(|(name, _)| *name)
+}
+
 #[derive(Clone, Copy)]
 enum Value {
     /// Four to seven digits.
@@ -200,6 +215,15 @@ mod tests {
     use pkv_core::Seed;
 
     use super::*;
+
+    #[test]
+    fn every_question_has_its_own_kind() {
+        for ((_, question, _), (kind, _)) in TEMPLATES.iter().zip(KINDS) {
+            assert_eq!(fact_kind(question), Some(kind));
+            assert_eq!(KINDS.iter().filter(|(_, words)| question.contains(words)).count(), 1, "{question}");
+        }
+        assert_eq!(fact_kind("Who wrote this?"), None);
+    }
 
     #[test]
     fn facts_are_about_different_things_and_contain_their_answer() {

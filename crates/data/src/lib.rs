@@ -20,6 +20,7 @@ mod tokens;
 mod window;
 
 pub use contexts::{FactContext, FactQuestion, fact_contexts};
+pub use facts::fact_kind;
 pub use files::{files, inputs};
 pub use prepare::{prepare, word_lists};
 pub use summary::{PrepareSummary, SourceSummary, SplitSummary};

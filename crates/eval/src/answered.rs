@@ -24,6 +24,9 @@ pub struct Asked {
     /// Kind of question, if a task mixes several; else empty.
     #[serde(default)]
     pub part: String,
+    /// First context token of the planted fact that answers it, and how many there are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fact: Option<(u32, u32)>,
 }
 
 /// One answer to one question.
@@ -43,6 +46,9 @@ pub struct Answer {
     /// Where a short answer is wanted; absent in outcomes of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub squad: Option<Squad>,
+    /// Of the fact's KV pairs, the share that the pruned cache holds; absent where no fact was planted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<f64>,
 }
 
 /// Outcome of one context.

@@ -30,14 +30,20 @@ pub struct AnswerTable {
     flipped: Vec<u32>,
     tokens: Vec<u32>,
     context_id: Vec<String>,
+    context_tokens: Vec<u32>,
+    /// Kind of planted fact.
+    kind: Vec<Option<&'static str>>,
+    /// Place of the fact in its context, from 0 at the beginning to 1 at the end.
+    depth: Vec<Option<f64>>,
+    kept: Vec<Option<f64>>,
     /// Of the rows to come.
-    current: String,
+    current: (String, usize),
 }
 
 impl AnswerTable {
-    /// The rows that follow belong to the context with this [`crate::columns::context_id`].
-    pub fn of_context(&mut self, id: &str) {
-        id.clone_into(&mut self.current);
+    /// The rows that follow belong to the context of `tokens` tokens with this [`crate::columns::context_id`].
+    pub fn of_context(&mut self, id: &str, tokens: usize) {
+        self.current = (id.to_owned(), tokens);
     }
 
     /// Add an answer; `place` is context and question, no cell is the full cache. Several wanted answers are
@@ -70,13 +76,20 @@ impl AnswerTable {
         self.kl.push(a.kl);
         self.flipped.push(a.flipped);
         self.tokens.push(a.tokens);
-        self.context_id.push(self.current.clone());
+        let (id, length) = &self.current;
+        self.context_id.push(id.clone());
+        self.context_tokens.push(*length as u32);
+        self.kind.push(asked.fact.and_then(|_| pkv_data::fact_kind(&asked.question)));
+        let depth =
+            |(start, len): (u32, u32)| f64::from(start) / length.saturating_sub(len as usize).max(1) as f64;
+        self.depth.push(asked.fact.map(depth));
+        self.kept.push(a.kept);
     }
 
     /// Add every answer of a context: question by question, the full cache's and then those of each of
     /// `cells` that it has.
     pub fn push_all(&mut self, task: &str, context: usize, o: &AnswersOutcome, cells: &[Cell]) {
-        self.of_context(&o.context_id);
+        self.of_context(&o.context_id, o.context_tokens);
         for (q, asked) in o.asked.iter().enumerate() {
             self.push(task, (context, q), asked, None, &o.full[q]);
             for cell in cells {
@@ -115,6 +128,10 @@ impl AnswerTable {
                 ("flipped", false, Arc::new(UInt32Array::from(self.flipped))),
                 ("answer_tokens", false, Arc::new(UInt32Array::from(self.tokens))),
                 ("context_id", false, Arc::new(StringArray::from(self.context_id))),
+                ("context_tokens", false, Arc::new(UInt32Array::from(self.context_tokens))),
+                ("kind", true, Arc::new(StringArray::from(self.kind))),
+                ("depth", true, Arc::new(Float64Array::from(self.depth))),
+                ("kept", true, Arc::new(Float64Array::from(self.kept))),
             ],
         )
     }
@@ -132,8 +149,12 @@ mod tests {
     fn answers_survive_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("answers.parquet");
-        let asked =
-            Asked { question: "Who?".to_owned(), wanted: vec!["Ann".to_owned()], part: String::new() };
+        let asked = Asked {
+            question: "Who is the owner of the red bell?".to_owned(),
+            wanted: vec!["Ann".to_owned()],
+            part: String::new(),
+            fact: Some((30, 10)),
+        };
         let answer = |text: &str, right| Answer {
             text: text.to_owned(),
             score: f64::from(right),
@@ -141,6 +162,7 @@ mod tests {
             flipped: 1,
             tokens: 3,
             squad: Some(Squad::of(text, ["Ann"])),
+            kept: (!right).then_some(0.25),
         };
         let cell = Cell {
             method: MethodName::SNAPKV,
@@ -148,7 +170,7 @@ mod tests {
             ratio: RetentionRatio::new(0.05).unwrap(),
         };
         let mut table = AnswerTable::default();
-        table.of_context("c0ffee");
+        table.of_context("c0ffee", 70);
         table.push("facts", (2, 1), &asked, None, &answer("Ann", true));
         table.push("facts", (2, 1), &asked, Some(&cell), &answer("Bob", false));
         table.write(&path).unwrap();
@@ -162,6 +184,9 @@ mod tests {
         assert_eq!(read.numbers("exact_match").unwrap(), [1.0, 0.0]);
         assert_eq!(read.numbers("f1").unwrap(), [1.0, 0.0]);
         assert_eq!(read.counts("question").unwrap(), [1, 1]);
+        assert_eq!(read.text("kind").unwrap(), ["owner", "owner"]);
+        assert_eq!(read.optional_numbers("depth").unwrap(), [Some(0.5); 2]);
+        assert_eq!(read.optional_numbers("kept").unwrap(), [None, Some(0.25)]);
         assert!(read.has("gold") && !read.has("nonsense"));
         assert!(read.text("ratio").is_err() && Columns::read(&dir.path().join("absent")).is_err());
     }

@@ -92,7 +92,7 @@ impl Asking<'_> {
             let is_right = said.text.is_none();
             let text = said.text.unwrap_or_else(|| texts[i].clone());
             let (score, squad) = (questions[i].score)(&text, is_right);
-            Answer { text, score, kl: said.kl, flipped: said.flipped, tokens: said.tokens, squad }
+            Answer { text, score, kl: said.kl, flipped: said.flipped, tokens: said.tokens, squad, kept: None }
         };
         Ok(rows.into_iter().map(|row| row.into_iter().enumerate().map(answer).collect()).collect())
     }

@@ -80,6 +80,14 @@ impl Columns {
         self.each(name, &DataType::Float64, |a| a.as_primitive::<Float64Type>().values().to_vec())
     }
 
+    /// Numbers, absent where null.
+    ///
+    /// # Errors
+    /// There is no such column of numbers.
+    pub fn optional_numbers(&self, name: &str) -> Result<Vec<Option<f64>>> {
+        self.each(name, &DataType::Float64, |a| a.as_primitive::<Float64Type>().iter().collect())
+    }
+
     /// # Errors
     /// There is no such column of counts.
     pub fn counts(&self, name: &str) -> Result<Vec<u32>> {

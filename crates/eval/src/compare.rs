@@ -47,6 +47,9 @@ pub struct Comparison {
     pub budgets: Option<Budgets>,
     /// Keys of the recipes that are not the same in all runs.
     pub recipe: Vec<RecipeKey>,
+    /// Those that are, for a page that can hide them.
+    #[serde(skip)]
+    pub same: Vec<RecipeKey>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -131,7 +134,7 @@ pub fn compare(runs: &[Run]) -> Result<Comparison> {
     }
     let policy = common_policy(runs)?;
     let mut notes = Vec::new();
-    let recipe = run::differences(runs);
+    let (same, recipe): (Vec<_>, Vec<_>) = run::settings(runs).into_iter().partition(RecipeKey::is_same);
     let recall = numbers::recall(runs, policy, &mut notes);
     let tasks = numbers::tasks(runs, policy, &mut notes);
     let (answers, recovered) = numbers::answers(runs, &tasks, policy, &mut notes);
@@ -177,7 +180,14 @@ pub fn compare(runs: &[Run]) -> Result<Comparison> {
         tasks,
         budgets: numbers::budgets(runs),
         recipe,
+        same,
     })
+}
+
+impl RecipeKey {
+    fn is_same(&self) -> bool {
+        self.values.iter().all(|v| *v == self.values[0])
+    }
 }
 
 /// Numbers of different targets have nothing in common.

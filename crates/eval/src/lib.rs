@@ -33,6 +33,7 @@ pub mod methods;
 mod perplexity;
 mod prompts;
 mod results;
+mod samples;
 mod share;
 mod store;
 pub mod table;
@@ -52,3 +53,4 @@ pub use results::{
     MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults, RESULTS_VERSION, RankCell,
     Results, Timing, WorkedExample,
 };
+pub use samples::{Sample, fact_samples};

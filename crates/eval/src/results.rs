@@ -368,7 +368,17 @@ impl LabelResults {
     }
 }
 
+/// KVzip must answer this share beyond doubt before anything is relative to its answers.
+pub(crate) const KVZIP_ANSWERS: f64 = 0.2;
+
 impl AnswerResults {
+    /// Score of `cell` over KVzip's; `None` where KVzip's interval reaches below a fifth: shares of next to
+    /// nothing say nothing.
+    pub fn recovered(&self, cell: &AnswerCell) -> Option<Interval> {
+        let kvzip = self.cell(MethodName::KVZIP, cell.policy, cell.ratio)?;
+        cell.of_kvzip.filter(|_| kvzip.score.low >= KVZIP_ANSWERS)
+    }
+
     pub fn cell(&self, method: MethodName, policy: Policy, ratio: f64) -> Option<&AnswerCell> {
         self.cells.iter().find(|c| (c.method, c.policy, c.ratio) == (method, policy, ratio))
     }

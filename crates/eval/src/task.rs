@@ -15,8 +15,9 @@ use pkv_shard::Example;
 use pkv_tasks::Squad;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tch::Kind;
 
-use crate::answered::{AnswersOutcome, Asked};
+use crate::answered::{Answer, AnswersOutcome, Asked};
 use crate::asking::Asking;
 use crate::cell::Cell;
 use crate::columns::context_id;
@@ -123,7 +124,12 @@ impl TaskOutcome {
     ) -> Result<Self> {
         Ok(match &context.asks {
             Asks::Questions(questions) => {
-                let mut rows = asking.answers(questions, cells, pruned)?.into_iter();
+                let mut rows = asking.answers(questions, cells, pruned)?;
+                // The first row is the full cache's.
+                for (row, cell) in rows.iter_mut().skip(1).zip(cells) {
+                    note_kept(row, questions, cell, pruned)?;
+                }
+                let mut rows = rows.into_iter();
                 Self::Answers(AnswersOutcome {
                     context_id: context_id(&context.tokens),
                     context_tokens: context.tokens.len(),
@@ -146,6 +152,21 @@ impl TaskOutcome {
             Self::Likelihood(o) => &mut o.timings,
         }
     }
+}
+
+/// Fill in how much of each question's fact `cell` keeps.
+fn note_kept(row: &mut [Answer], questions: &[Question], cell: &Cell, pruned: &PrunedContext) -> Result<()> {
+    if questions.iter().all(|q| q.asked.fact.is_none()) {
+        return Ok(());
+    }
+    let keep_lht = pruned.keep(cell.method, cell.policy, cell.ratio)?;
+    for (answer, question) in row.iter_mut().zip(questions) {
+        if let Some((start, len)) = question.asked.fact {
+            let of_fact_lht = keep_lht.narrow(2, start.into(), len.into());
+            answer.kept = Some(of_fact_lht.mean(Kind::Double).double_value(&[]));
+        }
+    }
+    Ok(())
 }
 
 impl Outcome for TaskOutcome {

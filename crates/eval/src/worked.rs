@@ -13,7 +13,7 @@ use crate::results::{FactSpan, KeptCounts, WorkedExample};
 use crate::store::Outcome;
 
 /// Ratios to show, or the nearest ones that are measured.
-const RATIOS: [f64; 3] = [0.2, 0.05, 0.01];
+const RATIOS: [f64; 6] = [0.2, 0.1, 0.07, 0.05, 0.03, 0.01];
 /// Positions shown of a longer context: a page can hold no more of them.
 const MAX_POSITIONS: usize = 4096;
 

@@ -1,22 +1,26 @@
 //! The page that puts several runs side by side; `templates/comparison.html` lays it out.
 //!
-//! The numbers come from `pkv_eval::compare`; here they become charts and tables, of the same make as a run's
-//! own.
+//! The numbers come from `pkv_eval::compare`, curves and times from the run folders; here they become charts
+//! and tables, of the same make as a run's own.
 
 use std::path::Path;
 
 use anyhow::Result;
-use pkv_eval::Interval;
-use pkv_eval::compare::{Comparison, Metric, value_text};
+use pkv_core::Policy;
+use pkv_eval::compare::{Comparison, Difference, Metric, RecipeKey, value_text};
+use pkv_eval::{Interval, Results};
 use pkv_recipe::MethodName;
 use serde::Serialize;
 
 use crate::chart::{self, Marker, percent_text};
 use crate::figures::{self, LayerLine, RunLine};
-use crate::headline::short;
+use crate::headline::{nearest, short};
 use crate::method;
-use crate::page::{PAGE_CSS, fill};
-use crate::tables::{Cell, Row, Table, excludes_zero, interval, points, range, signed_points};
+use crate::metrics::Metrics;
+use crate::page::{PAGE_CSS, PAGE_JS, fill};
+use crate::run::RunData;
+use crate::stages::{Stages, stages};
+use crate::tables::{Cell, Row, Table, excludes_zero, interval, points, range, signed_points, thousandths};
 
 /// Classes of `chart.css` for runs; more runs share them, and markers tell them apart.
 const CLASSES: usize = 8;
@@ -27,17 +31,22 @@ const MARKERS: [Marker; 5] =
 struct Page {
     chart_css: &'static str,
     page_css: &'static str,
+    script: &'static str,
+    sections: Vec<(&'static str, &'static str)>,
     title: String,
     target: String,
+    verdict: Option<String>,
     policy: &'static str,
     policy_meaning: &'static str,
     runs: Vec<RunView>,
     notes: Vec<String>,
     answers: Option<Part>,
     recall: Option<Part>,
-    tasks: Option<Table>,
+    likelihood: Option<Part>,
+    training: Option<Part>,
+    cost: Option<Part>,
     layers: Option<Layers>,
-    recipe: Option<Recipe>,
+    recipe: Recipe,
 }
 
 #[derive(Serialize)]
@@ -50,10 +59,11 @@ struct RunView {
     first: bool,
 }
 
-/// A chart with its tables.
-#[derive(Serialize)]
+/// Charts with their tables.
+#[derive(Default, Serialize)]
 struct Part {
-    svg: Option<String>,
+    reading: Option<String>,
+    charts: Vec<String>,
     tables: Vec<Table>,
 }
 
@@ -65,8 +75,16 @@ struct Layers {
 
 #[derive(Serialize)]
 struct Recipe {
-    names: Vec<String>,
-    rows: Vec<(String, Vec<String>)>,
+    differs: bool,
+    has_same: bool,
+    rows: Vec<Setting>,
+}
+
+#[derive(Serialize)]
+struct Setting {
+    key: String,
+    values: Vec<String>,
+    same: bool,
 }
 
 /// Write the page of a comparison to `path`.
@@ -78,9 +96,24 @@ pub fn write_comparison(comparison: &Comparison, path: &Path) -> Result<()> {
 }
 
 fn render(c: &Comparison) -> Result<String> {
+    let data: Vec<Option<RunData>> =
+        c.runs.iter().map(|r| RunData::read(Path::new(&r.folder)).ok()).collect();
+    let (likelihood, training, cost) = (likelihood(c, &data), training(c, &data), cost(c, &data));
+    let all = [
+        ("answers", "Answers", true),
+        ("recall", "Recall", true),
+        ("likelihood", "Likelihood", likelihood.is_some()),
+        ("training", "Training", training.is_some()),
+        ("cost", "Times and sizes", cost.is_some()),
+        ("layers", "Layers", true),
+        ("recipes", "Recipes", true),
+    ];
     let page = Page {
         chart_css: chart::CSS,
         page_css: PAGE_CSS,
+        script: PAGE_JS,
+        sections: all.into_iter().filter(|s| s.2).map(|s| (s.0, s.1)).collect(),
+        verdict: verdict(c),
         title: format!("{} mappers for {}", c.runs.len(), short(&c.target)),
         target: c.target.clone(),
         policy: c.policy.name(),
@@ -89,7 +122,9 @@ fn render(c: &Comparison) -> Result<String> {
         notes: c.notes.clone(),
         answers: c.answers.as_ref().map(|m| answers(c, m)),
         recall: c.recall.as_ref().map(|m| recall(c, m)),
-        tasks: by_task(c),
+        likelihood,
+        training,
+        cost,
         layers: layers(c),
         recipe: recipe(c),
     };
@@ -122,13 +157,14 @@ fn answers(c: &Comparison, m: &Metric) -> Part {
     tables.extend(
         c.recovered.as_ref().map(|r| own(c, r, "Recovered accuracy: answers relative to KVzip's, percent")),
     );
-    Part { svg: curve(c, m, "questions answered"), tables }
+    tables.extend(by_task(c));
+    Part { charts: curve(c, m, "questions answered").into_iter().collect(), tables, ..Part::default() }
 }
 
 fn recall(c: &Comparison, m: &Metric) -> Part {
     let mut tables = vec![own(c, m, "Recall of the KV pairs that KVzip keeps, percent")];
     tables.extend(differences(c, m, "Recall"));
-    Part { svg: curve(c, m, "of KVzip's choice found"), tables }
+    Part { charts: curve(c, m, "of KVzip's choice found").into_iter().collect(), tables, ..Part::default() }
 }
 
 fn curve(c: &Comparison, m: &Metric, what: &str) -> Option<String> {
@@ -147,7 +183,7 @@ fn curve(c: &Comparison, m: &Metric, what: &str) -> Option<String> {
         ratios: &m.ratios,
         values: &m.runs[i],
     });
-    figures::by_run(&kvzip.chain(runs).collect::<Vec<_>>(), what).map(|chart| chart.svg())
+    figures::by_run(&kvzip.chain(runs).collect::<Vec<_>>(), what).map(|chart| chart.figure())
 }
 
 fn columns(m: &Metric) -> Vec<String> {
@@ -194,7 +230,7 @@ fn own(c: &Comparison, m: &Metric, caption: &str) -> Table {
 
 /// Later runs minus the first.
 fn differences(c: &Comparison, m: &Metric, what: &str) -> Option<Table> {
-    let row = |d: &pkv_eval::compare::Difference| Row {
+    let row = |d: &Difference| Row {
         name: format!("{} ({} shared)", c.runs[d.run].name, d.contexts),
         class: class(d.run),
         reference: false,
@@ -276,12 +312,178 @@ fn layers(c: &Comparison) -> Option<Layers> {
             percent_text(b.ratio),
             b.policy.name()
         ),
-        svg: figures::layers(&lines)?.svg(),
+        svg: figures::layers(&lines)?.figure(),
     })
 }
 
-fn recipe(c: &Comparison) -> Option<Recipe> {
-    let rows: Vec<_> =
-        c.recipe.iter().map(|k| (k.key.clone(), k.values.iter().map(value_text).collect())).collect();
-    (!rows.is_empty()).then(|| Recipe { names: c.runs.iter().map(|r| r.name.clone()).collect(), rows })
+fn recipe(c: &Comparison) -> Recipe {
+    let row = |k: &RecipeKey, same| Setting {
+        key: k.key.clone(),
+        values: k.values.iter().map(value_text).collect(),
+        same,
+    };
+    let different = c.recipe.iter().map(|k| row(k, false));
+    Recipe {
+        differs: !c.recipe.is_empty(),
+        has_same: !c.same.is_empty(),
+        rows: different.chain(c.same.iter().map(|k| row(k, true))).collect(),
+    }
+}
+
+/// Every later run against the first, where methods begin to part.
+fn verdict(c: &Comparison) -> Option<String> {
+    let (m, what) = match (&c.answers, &c.recall) {
+        (Some(m), _) if !m.differences.is_empty() => (m, "questions answered"),
+        (_, Some(m)) => (m, "recall of KVzip's choice"),
+        _ => return None,
+    };
+    let ratio = nearest(m.ratios.iter().copied())?;
+    let at = m.ratios.iter().position(|r| *r == ratio)?;
+    let one = |d: &Difference| {
+        let v = d.values.get(at)?;
+        let place = match excludes_zero(*v) {
+            true if v.mean > 0.0 => "above",
+            true => "below",
+            false => "level with",
+        };
+        Some(format!(
+            "{} is {place} {} ({} points, 95% interval {}, {} shared contexts)",
+            c.runs[d.run].name,
+            c.runs[0].name,
+            signed_points(v.mean),
+            range(*v, signed_points),
+            d.contexts
+        ))
+    };
+    let said: Vec<String> = m.differences.iter().filter_map(one).collect();
+    (!said.is_empty()).then(|| format!("By {what} with {} kept, {}.", percent_text(ratio), said.join("; ")))
+}
+
+/// The mapper's own numbers of each run, as its results have them; the ratios that every run measured.
+fn mappers(c: &Comparison, caption: &str, note: &str, cells: &[Vec<(f64, Interval)>]) -> Option<Table> {
+    let everywhere = |r: &f64| cells.iter().all(|run| run.iter().any(|x| x.0 == *r));
+    let ratios: Vec<f64> = cells.first()?.iter().map(|x| x.0).filter(everywhere).collect();
+    let of = |run: &[(f64, Interval)], r: f64| run.iter().find(|x| x.0 == r).map(|x| x.1);
+    let bests: Vec<Option<f64>> = ratios
+        .iter()
+        .map(|&r| cells.iter().filter_map(|run| Some(of(run, r)?.mean)).reduce(f64::min))
+        .collect();
+    let row = |(i, run): (usize, &Vec<(f64, Interval)>)| Row {
+        name: c.runs[i].name.clone(),
+        class: class(i),
+        reference: false,
+        cells: ratios
+            .iter()
+            .zip(&bests)
+            .map(|(&r, best)| {
+                let v = of(run, r)?;
+                let best = best.is_some_and(|b| thousandths(b) == thousandths(v.mean));
+                Some(Cell { value: thousandths(v.mean), interval: interval(v, thousandths), best })
+            })
+            .collect(),
+    };
+    (!ratios.is_empty()).then(|| Table {
+        caption: caption.to_owned(),
+        note: note.to_owned(),
+        columns: ratios.iter().map(|&r| format!("{} kept", percent_text(r))).collect(),
+        rows: cells.iter().enumerate().map(row).collect(),
+    })
+}
+
+/// Likelihood of continuations and distance of answers, where every run has them.
+fn likelihood(c: &Comparison, data: &[Option<RunData>]) -> Option<Part> {
+    let results = data.iter().map(|d| d.as_ref()?.results.as_ref()).collect::<Option<Vec<_>>>()?;
+    let mapper = |m, p| (m, p) == (MethodName::MAPPER, c.policy);
+    type Cells = Vec<(f64, Interval)>;
+    let excess = |r: &&Results| -> Cells {
+        let cells = r.perplexity.iter().flat_map(|p| &p.cells);
+        cells.filter(|x| mapper(x.method, x.policy)).map(|x| (x.ratio, x.excess)).collect()
+    };
+    let kl = |r: &&Results| -> Cells {
+        let cells = r.facts.iter().flat_map(|p| &p.cells);
+        cells.filter(|x| mapper(x.method, x.policy)).map(|x| (x.ratio, x.kl)).collect()
+    };
+    let (excess, kl): (Vec<Cells>, Vec<Cells>) = results.iter().map(|r| (excess(r), kl(r))).unzip();
+    let note = "Small type: 95% interval over the run's own contexts. Bold: the lowest.";
+    let tables: Vec<Table> = [
+        mappers(c, "Likelihood lost on the continuation, nats per token above the full cache", note, &excess),
+        mappers(c, "KL(full ‖ pruned) of the answer's tokens, nats per token", note, &kl),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    (!tables.is_empty()).then(|| Part { tables, ..Part::default() })
+}
+
+/// Curves of the runs over each other.
+fn training(c: &Comparison, data: &[Option<RunData>]) -> Option<Part> {
+    let metrics = || {
+        let of = |(i, d): (usize, &'_ Option<RunData>)| Some((i, d.as_ref()?.metrics.clone()?));
+        data.iter().enumerate().filter_map(of).collect::<Vec<_>>()
+    };
+    let chart = |title: &str, label: &str, points: &dyn Fn(&Metrics) -> Vec<(u64, f64)>| {
+        let line = |(i, m): &(usize, Metrics)| {
+            (c.runs[*i].name.clone(), class(*i), MARKERS[i % MARKERS.len()], points(m))
+        };
+        let lines: Vec<_> = metrics().iter().map(line).filter(|l| !l.3.is_empty()).collect();
+        figures::runs_by_step(title, label, &lines).map(|chart| chart.figure())
+    };
+    let loss = |m: &Metrics| -> Vec<(u64, f64)> {
+        m.validation.iter().filter_map(|p| Some((p.step, p.loss?))).collect()
+    };
+    let recall = |m: &Metrics| -> Vec<(u64, f64)> {
+        let of = |p: &crate::metrics::ValidationPoint| {
+            let found: Vec<f64> =
+                p.recall.iter().filter(|r| r.0 == Policy::Pair.name()).map(|r| 100.0 * r.2).collect();
+            (!found.is_empty()).then(|| (p.step, found.iter().sum::<f64>() / found.len() as f64))
+        };
+        m.validation.iter().filter_map(of).collect()
+    };
+    let charts: Vec<String> = [
+        chart("Validation loss of each run", "validation loss", &loss),
+        chart(
+            "Validation recall of each run, mean over the shares kept",
+            "recall of KVzip's choice, %",
+            &recall,
+        ),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    (!charts.is_empty()).then(|| Part { charts, ..Part::default() })
+}
+
+/// Time of every stage, and bytes on disk.
+fn cost(c: &Comparison, data: &[Option<RunData>]) -> Option<Part> {
+    let all: Vec<Option<Stages>> = data.iter().map(|d| d.as_ref().map(stages)).collect();
+    let mut columns: Vec<String> = Vec::new();
+    for row in all.iter().flatten().flat_map(|s| &s.rows) {
+        if !columns.contains(&row.name) {
+            columns.push(row.name.clone());
+        }
+    }
+    if columns.is_empty() {
+        return None;
+    }
+    let row = |(i, run): (usize, &Option<Stages>)| {
+        let cell = |value: String, interval: String| Some(Cell { value, interval, best: false });
+        let stage = |name: &String| {
+            let found = run.as_ref()?.rows.iter().find(|r| r.name == *name)?;
+            cell(found.time.clone(), found.size.clone())
+        };
+        let total = run.as_ref().and_then(|s| cell(s.total_time.clone(), s.total_size.clone()));
+        Row {
+            name: c.runs[i].name.clone(),
+            class: class(i),
+            reference: false,
+            cells: columns.iter().map(stage).chain([total]).collect(),
+        }
+    };
+    let table = Table {
+        caption: "Time of each stage".to_owned(),
+        note: "Small type: size on disk.".to_owned(),
+        rows: all.iter().enumerate().map(row).collect(),
+        columns: columns.iter().cloned().chain(["all".to_owned()]).collect(),
+    };
+    Some(Part { tables: vec![table], ..Part::default() })
 }

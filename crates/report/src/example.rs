@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use pkv_eval::{KeptCounts, WorkedExample};
+use pkv_eval::{KeptCounts, Sample, WorkedExample};
 use serde::Serialize;
 
 use crate::chart::percent_text;
@@ -28,6 +28,10 @@ pub struct ExampleView {
     pub pairs_per_position: u32,
     pub tokens: Vec<TokenView>,
     pub facts: Vec<FactView>,
+    /// What is kept of a text when nothing is preferred, as first shown.
+    pub budget: String,
+    /// Of the facts' KV pairs, beside it.
+    pub reading: Option<String>,
     pub methods: Vec<Button>,
     pub ratios: Vec<Button>,
     /// JSON for the script, safe inside `<script>`.
@@ -58,6 +62,8 @@ pub struct Button {
 pub struct FactView {
     pub question: String,
     pub answer: String,
+    /// Answer from the cache, as first shown, with whether it is right.
+    pub said: String,
     /// Kept share of the fact's own KV pairs, as first shown.
     pub kept: String,
 }
@@ -70,10 +76,15 @@ struct Data<'a> {
     facts: Vec<(usize, usize)>,
     /// By method, then by ratio.
     kept: BTreeMap<&'a str, BTreeMap<String, String>>,
+    /// Likewise; one answer for each fact, empty where the context was not asked.
+    said: BTreeMap<&'a str, BTreeMap<String, Vec<String>>>,
 }
 
-/// `None` if there is nothing to show.
-pub fn view(example: &WorkedExample) -> Option<ExampleView> {
+/// Name of the example that is the first context of the `facts` task.
+const FIRST_OF_FACTS: &str = "facts-0";
+
+/// `samples` are the answers to all facts. `None` if there is nothing to show.
+pub fn view(example: &WorkedExample, samples: &[Sample]) -> Option<ExampleView> {
     let n = example.tokens.len().min(MAX_TOKENS);
     let pairs = example.pairs_per_position.max(1);
     // Counts of another length would shade the wrong tokens.
@@ -102,9 +113,23 @@ pub fn view(example: &WorkedExample) -> Option<ExampleView> {
         let text = encode(&k.counts[..n], digits_per_count);
         by_method.entry(k.method.name()).or_default().insert(k.ratio.to_string(), text);
     }
+    let said = |question: &str, k: &KeptCounts| {
+        let cell = Some((k.method, example.policy, k.ratio));
+        let of_context = |s: &&Sample| example.id == FIRST_OF_FACTS && s.place.0 == 0;
+        let mut found = samples.iter().filter(of_context).filter(|s| s.question == question);
+        let answer = found.find(|s| s.cell == cell)?;
+        Some(format!("{} {}", if answer.is_right { "✓" } else { "✗" }, answer.answer.trim()))
+    };
+    let mut said_by_method: BTreeMap<&str, BTreeMap<String, Vec<String>>> = BTreeMap::new();
+    for k in &kept {
+        let answers = facts.iter().map(|f| said(&f.question, k).unwrap_or_default()).collect();
+        said_by_method.entry(k.method.name()).or_default().insert(k.ratio.to_string(), answers);
+    }
+    let mean_kept = facts.iter().map(|f| share(f.start, f.len)).sum::<f64>() / facts.len().max(1) as f64;
     let data = Data {
         pairs,
         digits_per_count,
+        said: said_by_method,
         facts: facts.iter().map(|f| (f.start, f.len)).collect(),
         kept: by_method,
     };
@@ -121,9 +146,21 @@ pub fn view(example: &WorkedExample) -> Option<ExampleView> {
             .map(|f| FactView {
                 question: f.question.clone(),
                 answer: f.answer.clone(),
+                said: said(&f.question, first).unwrap_or_default(),
                 kept: format!("{:.0}%", 100.0 * share(f.start, f.len)),
             })
             .collect(),
+        budget: percent_text(first.ratio),
+        reading: (!facts.is_empty()).then(|| {
+            format!(
+                "{} keeps {:.0}% of the KV pairs of the {} facts here, {:.1} times what an even choice of {} would.",
+                method::label(first.method),
+                100.0 * mean_kept,
+                facts.len(),
+                mean_kept / first.ratio,
+                percent_text(first.ratio)
+            )
+        }),
         methods: method::ordered(kept.iter().map(|k| k.method))
             .into_iter()
             .map(|m| Button {
@@ -192,7 +229,24 @@ mod tests {
 
     #[test]
     fn the_mapper_near_five_percent_comes_first() {
-        let view = view(&example()).unwrap();
+        let sample = Sample {
+            place: (0, 0),
+            question: "q".to_owned(),
+            wanted: "a".to_owned(),
+            cell: Some((MethodName::MAPPER, Policy::Pair, 0.03)),
+            answer: "b ".to_owned(),
+            is_right: false,
+            context_tokens: None,
+            kind: String::new(),
+            depth: None,
+            kept: None,
+        };
+        let shown = WorkedExample { id: FIRST_OF_FACTS.to_owned(), ..example() };
+        let answered = view(&shown, std::slice::from_ref(&sample)).unwrap();
+        assert_eq!(answered.facts[0].said, "✗ b");
+        assert!(answered.reading.unwrap().contains("62% of the KV pairs of the 1 facts here, 20.8 times"));
+        let view = view(&example(), &[sample]).unwrap();
+        assert_eq!(view.facts[0].said, "", "an answer about another context");
         let classes: Vec<_> = view.tokens.iter().map(|t| t.class.as_str()).collect();
         assert_eq!(classes, ["k0", "k5 f", "k10 f"]);
         assert_eq!(view.facts[0].kept, "62%");
@@ -213,8 +267,8 @@ mod tests {
     #[test]
     fn nothing_kept_and_nothing_to_show() {
         assert_eq!((shade(0, 36), shade(1, 36), shade(36, 36), shade(99, 36)), (0, 2, 10, 10));
-        assert!(view(&WorkedExample { kept: Vec::new(), ..example() }).is_none());
+        assert!(view(&WorkedExample { kept: Vec::new(), ..example() }, &[]).is_none());
         let outside = FactSpan { start: 2, len: 9, question: String::new(), answer: String::new() };
-        assert!(view(&WorkedExample { facts: vec![outside], ..example() }).unwrap().facts.is_empty());
+        assert!(view(&WorkedExample { facts: vec![outside], ..example() }, &[]).unwrap().facts.is_empty());
     }
 }

@@ -77,9 +77,6 @@ fn by_ratio(
         .collect();
     (!series.is_empty()).then(|| LineChart {
         title: String::new(),
-        width: 960.0,
-        height: LineChart::height_for(series.len(), 420.0),
-        label_width: 158.0,
         x: Axis::kept(KEPT, &ratios),
         y,
         series,
@@ -128,9 +125,6 @@ pub fn layers(lines: &[LayerLine]) -> Option<LineChart> {
     };
     Some(LineChart {
         title: "Share of each layer's KV pairs that is kept".to_owned(),
-        width: 960.0,
-        height: 300.0,
-        label_width: 158.0,
         x: Axis {
             label: "layer".to_owned(),
             scale: Scale::Linear { from: 0.0, to: last as f64 },
@@ -179,13 +173,27 @@ pub fn by_run(lines: &[RunLine], what: &str) -> Option<LineChart> {
     };
     (!ratios.is_empty()).then(|| LineChart {
         title: format!("{what}, by share of KV pairs kept"),
-        width: 960.0,
-        height: 420.0,
-        label_width: 210.0,
         x: Axis::kept(KEPT, &ratios),
         y: Axis::percent(what),
         series: lines.iter().map(series).collect(),
         reference: None,
+    })
+}
+
+/// Below this ratio of the highest to the lowest loss a linear axis shows as much, with more ticks.
+const LOG_FROM: f64 = 1.8;
+
+/// An axis for positive numbers that may lie far apart; `None` of nothing.
+fn wide_axis(label: &str, values: impl Iterator<Item = f64>) -> Option<Axis> {
+    let finite = values.filter(|v| v.is_finite());
+    let (low, high) = finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+    if !low.is_finite() {
+        return None;
+    }
+    Some(if low > 0.0 && high / low > LOG_FROM {
+        Axis::nice_log(&format!("{label} (log scale)"), low, high)
+    } else {
+        Axis::nice(label, low, high, 5)
     })
 }
 
@@ -194,23 +202,48 @@ pub fn loss(metrics: &Metrics) -> Option<LineChart> {
     let train: Vec<(u64, f64)> = metrics.train.iter().map(|p| (p.step, p.loss)).collect();
     let validation: Vec<(u64, f64)> =
         metrics.validation.iter().filter_map(|p| Some((p.step, p.loss?))).collect();
-    let all = || train.iter().chain(&validation).map(|p| p.1).filter(|l| l.is_finite());
-    let (low, high) = (all().fold(f64::INFINITY, f64::min), all().fold(f64::NEG_INFINITY, f64::max));
-    if !low.is_finite() {
-        return None;
-    }
     // The first steps are far above the rest: on a log scale both can be seen.
-    let y = if low > 0.0 {
-        Axis::nice_log("loss (log scale)", low, high)
-    } else {
-        Axis::nice("loss", low, high, 5)
-    };
+    let y = wide_axis("loss", train.iter().chain(&validation).map(|p| p.1))?;
     let series = vec![
         curve("", "c-raw", Marker::None, &train, "training loss"),
         curve("training", "c-train", Marker::None, &running_mean(&train), "training loss, running mean"),
         curve("validation", "c-validation", Marker::Circle, &validation, "validation loss"),
     ];
     Some(by_step("Loss by optimizer step", series, y))
+}
+
+/// Learning rate by step.
+pub fn learning_rate(metrics: &Metrics) -> Option<LineChart> {
+    let rates: Vec<(u64, f64)> = metrics.train.iter().filter_map(|p| Some((p.step, p.lr?))).collect();
+    let highest = rates.iter().map(|r| r.1).filter(|r| r.is_finite()).reduce(f64::max)?;
+    let y = Axis::nice("learning rate", 0.0, highest, 4);
+    let series = vec![curve("learning rate", "c-train", Marker::None, &rates, "learning rate")];
+    Some(by_step("Learning rate by optimizer step", series, y))
+}
+
+/// Norm of the gradient by step, before clipping.
+pub fn gradient_norm(metrics: &Metrics) -> Option<LineChart> {
+    let norms: Vec<(u64, f64)> =
+        metrics.train.iter().filter_map(|p| Some((p.step, p.gradient_norm?))).collect();
+    let y = wide_axis("gradient norm", norms.iter().map(|n| n.1))?;
+    let series = vec![
+        curve("", "c-raw", Marker::None, &norms, "gradient norm"),
+        curve("running mean", "c-train", Marker::None, &running_mean(&norms), "gradient norm, running mean"),
+    ];
+    Some(by_step("Gradient norm by optimizer step", series, y))
+}
+
+/// One curve per run over its own steps: a name, a class and a marker each, and points; `None` of nothing.
+pub fn runs_by_step(
+    title: &str,
+    label: &str,
+    runs: &[(String, String, Marker, Vec<(u64, f64)>)],
+) -> Option<LineChart> {
+    let y = wide_axis(label, runs.iter().flat_map(|r| &r.3).map(|p| p.1))?;
+    let series = runs.iter().map(|(name, class, marker, points)| {
+        curve(name, class, *marker, points, &format!("{name}, {label}"))
+    });
+    Some(by_step(title, series.collect(), y))
 }
 
 /// Validation recall by step, one line per retention ratio.
@@ -253,9 +286,6 @@ fn by_step(title: &str, series: Vec<Series>, y: Axis) -> LineChart {
     let last = series.iter().flat_map(|s| &s.points).map(|p| p.x).fold(0.0, f64::max);
     LineChart {
         title: title.to_owned(),
-        width: 500.0,
-        height: 320.0,
-        label_width: 86.0,
         x: Axis::nice("optimizer step", 0.0, last, 5),
         y,
         series: series.into_iter().filter(|s| !s.points.is_empty()).collect(),
@@ -269,14 +299,20 @@ fn curve(label: &str, class: &str, marker: Marker, points: &[(u64, f64)], what: 
         y,
         low: y,
         high: y,
-        tip: format!("step {step}: {what} {y:.4}"),
+        tip: format!("step {step}: {what} {}", significant(y)),
     };
     let points = points.iter().filter(|p| p.1.is_finite()).map(point).collect();
     Series { label: label.to_owned(), class: class.to_owned(), marker, points }
 }
 
+/// Four significant digits: losses and learning rates differ by powers of ten.
+fn significant(v: f64) -> String {
+    let digits = if v == 0.0 { 0.0 } else { (3.0 - v.abs().log10().floor()).clamp(0.0, 9.0) };
+    format!("{v:.*}", digits as usize)
+}
+
 /// Mean over the neighbours on both sides, fewer at the ends.
-fn running_mean(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
+pub fn running_mean(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
     let mean = |i: usize| {
         let reach = SMOOTH_REACH.min(i).min(points.len() - 1 - i);
         let window = &points[i - reach..=i + reach];
@@ -317,12 +353,28 @@ mod tests {
     fn losses_that_never_came_make_no_chart() {
         assert!(loss(&Metrics::default()).is_none());
         assert!(validation_recall(&Metrics::default()).is_none());
-        let point = |loss| TrainPoint { step: 1, loss, terms: Vec::new() };
+        let point = |loss| TrainPoint { step: 1, loss, ..TrainPoint::default() };
         let nan = Metrics { train: vec![point(f64::NAN)], validation: Vec::new() };
         assert!(loss(&nan).is_none());
         let one = Metrics { train: vec![point(0.5)], validation: Vec::new() };
         let svg = loss(&one).unwrap().svg();
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        assert!(learning_rate(&one).is_none() && gradient_norm(&one).is_none(), "of an earlier version");
+    }
+
+    #[test]
+    fn a_chart_comes_wide_and_narrow_with_a_box_for_every_line() {
+        let at = |mean: f64| Interval { mean, low: mean - 0.1, high: mean + 0.1 };
+        let cells = [(MethodName::MAPPER, 0.1, at(0.8)), (MethodName::RANDOM, 0.1, at(0.8))];
+        let figure = by_ratio(cells.into_iter(), "recall", Axis::percent("found"), shares).unwrap().figure();
+        assert_eq!(figure.matches("<svg class=\"chart ").count(), 2);
+        assert_eq!(figure.matches("class=\"end\"").count(), 2, "names in the wide one alone");
+        for i in [0, 1] {
+            assert_eq!(figure.matches(&format!("class=\"l{i}\" checked")).count(), 1);
+            assert_eq!(figure.matches(&format!("class=\"series s{i} ")).count(), 2);
+        }
+        let whiskers: Vec<&str> = figure.split("class=\"whisker\" x1=").skip(1).map(|t| &t[..8]).collect();
+        assert_ne!(whiskers[0], whiskers[1], "intervals of equal methods lie beside each other");
     }
 
     #[test]
@@ -335,6 +387,8 @@ mod tests {
             let cells = (0..methods).map(cell);
             let chart = by_ratio(cells, "recall", Axis::percent("found"), shares).unwrap();
             let svg = chart.svg();
+            let chart_height: f64 =
+                svg.split('"').nth(3).unwrap().split(' ').nth(3).unwrap().parse().unwrap();
             let height = |label: &str| -> f64 {
                 let y = label.split(" y=\"").nth(1).unwrap();
                 y.split('"').next().unwrap().parse().unwrap()
@@ -342,7 +396,7 @@ mod tests {
             let mut heights: Vec<f64> = svg.split("class=\"end\"").skip(1).map(height).collect();
             heights.sort_by(f64::total_cmp);
             assert_eq!(heights.len(), methods);
-            assert!(heights[0] > 0.0 && heights[methods - 1] < chart.height - 20.0, "{heights:?}");
+            assert!(heights[0] > 0.0 && heights[methods - 1] < chart_height - 20.0, "{heights:?}");
             for pair in heights.windows(2) {
                 assert!(pair[1] - pair[0] > 12.0, "{methods} methods: {pair:?}");
             }

@@ -180,7 +180,7 @@ fn compare(mapper: &AnswerCell, floor: &AnswerCell) -> Clear {
 }
 
 /// Policy and ratio that the headline speaks of: where the mapper answered on most contexts.
-fn choice(facts: &AnswerResults) -> Option<(Policy, f64)> {
+pub fn choice(facts: &AnswerResults) -> Option<(Policy, f64)> {
     let contexts = |c: &AnswerCell| c.contexts.unwrap_or(facts.contexts);
     let mapper = || facts.cells.iter().filter(|c| c.method == MethodName::MAPPER);
     let most = mapper().map(contexts).max()?;
@@ -189,7 +189,7 @@ fn choice(facts: &AnswerResults) -> Option<(Policy, f64)> {
     Some((policy, nearest(ratios)?))
 }
 
-fn nearest(ratios: impl Iterator<Item = f64>) -> Option<f64> {
+pub fn nearest(ratios: impl Iterator<Item = f64>) -> Option<f64> {
     let distance = |r: f64| (r.ln() - HEADLINE_RATIO.ln()).abs();
     ratios.min_by(|&a, &b| distance(a).total_cmp(&distance(b)))
 }
@@ -224,7 +224,7 @@ fn answer_tiles(facts: &AnswerResults) -> Vec<Tile> {
         label: format!("of questions answered with {} of the KV pairs", percent_text(ratio)),
         note: format!("{} with all of them; {}", percent(facts.full.mean), range(cell.score)),
     }];
-    if let Some(of_kvzip) = cell.of_kvzip {
+    if let Some(of_kvzip) = facts.recovered(cell) {
         tiles.push(Tile {
             value: percent(of_kvzip.mean),
             label: format!("of KVzip's answers recovered at {} kept", percent_text(ratio)),
@@ -277,7 +277,7 @@ fn significant(v: f64) -> String {
 }
 
 /// `a, b and c`.
-fn join(parts: &[String]) -> String {
+pub fn join(parts: &[String]) -> String {
     match parts {
         [] => String::new(),
         [one] => one.clone(),

@@ -8,6 +8,7 @@
 
 mod chart;
 mod comparison;
+mod cost;
 mod example;
 mod figures;
 mod headline;
@@ -15,7 +16,9 @@ mod method;
 mod metrics;
 mod origin;
 mod page;
+mod reading;
 mod run;
+mod samples;
 mod stages;
 mod tables;
 

@@ -24,6 +24,10 @@ pub struct TrainPoint {
     pub loss: f64,
     /// Terms of the loss by name, before their weights.
     pub terms: Vec<(String, f64)>,
+    /// Learning rate.
+    pub lr: Option<f64>,
+    /// Before clipping.
+    pub gradient_norm: Option<f64>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -53,7 +57,9 @@ impl Metrics {
             let loss = value["loss"].as_f64();
             match (value["kind"].as_str(), loss) {
                 (Some("train"), Some(loss)) => {
-                    train.insert(step, TrainPoint { step, loss, terms: numbers(&value["terms"]) });
+                    let (lr, gradient_norm) = (value["lr"].as_f64(), value["gradient_norm"].as_f64());
+                    let terms = numbers(&value["terms"]);
+                    train.insert(step, TrainPoint { step, loss, terms, lr, gradient_norm });
                 }
                 (Some("validation"), _) => {
                     let (best, recall) = (value["best"] == true, recall(&value["recall"]));
@@ -92,12 +98,13 @@ mod tests {
             r#"{"step":10,"kind":"train","loss":2.0,"terms":{"binary":1.5}}
 {"step":20,"kind":"train","loss":1.0}
 {"step":20,"kind":"validation","loss":1.1,"best":true,"recall":{"pair":{"0.05":0.8,"0.01":0.5}}}
-{"step":20,"kind":"train","loss":0.9}
+{"step":20,"kind":"train","loss":0.9,"lr":0.001,"gradient_norm":2.5}
 {"step":30,"kind":"train","lo"#,
         );
         let losses: Vec<_> = metrics.train.iter().map(|p| (p.step, p.loss)).collect();
         assert_eq!(losses, [(10, 2.0), (20, 0.9)]);
         assert_eq!(metrics.train[0].terms, [("binary".to_owned(), 1.5)]);
+        assert_eq!((metrics.train[1].lr, metrics.train[1].gradient_norm), (Some(0.001), Some(2.5)));
         assert!(metrics.validation[0].best);
         let recall = &metrics.validation[0].recall;
         assert!(recall.contains(&("pair".to_owned(), 0.05, 0.8)) && recall.len() == 2);

@@ -7,32 +7,42 @@ use std::fmt::Write;
 use anyhow::{Context, Result};
 use minijinja::{AutoEscape, Environment};
 use pkv_core::{Policy, Seed, neutral};
-use pkv_eval::Results;
+use pkv_eval::{Interval, Results};
+use pkv_recipe::MethodName;
 use serde::Serialize;
 
-use crate::chart;
+use crate::chart::{self, LineChart};
+use crate::cost;
 use crate::example::{self, ExampleView};
 use crate::figures;
 use crate::headline::{self, Headline};
 use crate::method;
 use crate::origin::{self, Origin};
+use crate::reading;
 use crate::run::RunData;
+use crate::samples::{self, Samples};
 use crate::stages::{self, Stages};
 use crate::tables::{self, Table};
 
 /// Styles of pages, beside those of charts.
 pub const PAGE_CSS: &str = include_str!("../templates/page.css");
 
+/// Tables and figures of pages.
+pub const PAGE_JS: &str = include_str!("../templates/page.js");
+const EXAMPLE_JS: &str = include_str!("../templates/example.js");
+
 /// Everything the template reads.
 #[derive(Serialize)]
 struct Page {
     chart_css: &'static str,
     page_css: &'static str,
-    script: &'static str,
+    scripts: Vec<&'static str>,
     problems: Vec<String>,
     headline: Headline,
     stages: Stages,
     training: Option<Training>,
+    /// Anchor and name of every section, in order.
+    sections: Vec<(&'static str, &'static str)>,
     /// Per policy, the recipe's first one first.
     recall: Vec<Figure>,
     ranks: Option<Table>,
@@ -45,14 +55,29 @@ struct Page {
     methods: Vec<Meaning>,
     heads: Option<Heads>,
     example: Option<ExampleView>,
+    samples: Option<Samples>,
+    cost: Option<Table>,
+    readings: Readings,
     origin: Origin,
     limits: Vec<String>,
 }
 
+/// What each section's numbers say.
+#[derive(Default, Serialize)]
+struct Readings {
+    answers: Option<String>,
+    likelihood: Option<String>,
+    recall: Option<String>,
+    heads: Option<String>,
+    cost: Option<String>,
+    training: Option<String>,
+    stages: Option<String>,
+}
+
 #[derive(Serialize)]
 struct Training {
-    loss: Option<String>,
-    recall: Option<String>,
+    /// Captions and charts.
+    charts: Vec<(&'static str, String)>,
     note: String,
 }
 
@@ -61,7 +86,8 @@ struct Training {
 struct Figure {
     policy: String,
     policy_meaning: String,
-    svg: String,
+    /// The chart with its legend.
+    chart: String,
     tables: Vec<Table>,
 }
 
@@ -85,24 +111,67 @@ struct Heads {
 /// The template does not fit the values; a fault of this crate.
 pub fn render(data: &RunData) -> Result<String> {
     let results = data.results.as_ref();
+    let lead = lead(data);
+    let example = results.and_then(|r| example::view(r.worked_example.as_ref()?, &data.samples));
+    let samples = results.and_then(|r| {
+        let (policy, ratio) = headline::choice(r.facts.as_ref()?)?;
+        samples::samples(&data.samples, policy, ratio)
+    });
+    let cost = results.and_then(cost::cost);
+    let stages = stages::stages(data);
+    let mut readings = Readings {
+        stages: stages.reading.clone(),
+        training: data.metrics.as_ref().and_then(reading::training),
+        ..Readings::default()
+    };
+    if let Some(r) = results {
+        // Of the policy whose chart is open.
+        readings.answers = r.facts.as_ref().and_then(|f| {
+            let policy = f.cells.first()?.policy;
+            reading::answers(f, policy, &lead(policy))
+        });
+        readings.likelihood =
+            r.perplexity.as_ref().and_then(|p| reading::likelihood(p, p.cells.first()?.policy));
+        readings.recall = r.labels.cells.first().and_then(|c| reading::recall(&r.labels, c.policy));
+        readings.heads = r.labels.heads.as_ref().and_then(reading::heads);
+        readings.cost = cost.as_ref().and_then(|c| c.reading.clone());
+    }
+    let all = [
+        ("answers", "Answers", true),
+        ("samples", "Samples", samples.is_some()),
+        ("likelihood", "Likelihood", results.is_some_and(|r| r.perplexity.is_some())),
+        ("benchmarks", "Benchmarks", results.is_some_and(|r| !r.benchmarks.is_empty())),
+        ("recall", "Recall", true),
+        ("heads", "Heads", true),
+        ("example", "Example", true),
+        ("cost", "Cost", cost.is_some()),
+        ("training", "Training", true),
+        ("stages", "Stages", true),
+        ("choices", "Choices", true),
+        ("limits", "Limits", true),
+    ];
     let page = Page {
         chart_css: chart::CSS,
         page_css: PAGE_CSS,
-        script: include_str!("../templates/example.js"),
+        sections: all.into_iter().filter(|s| s.2).map(|s| (s.0, s.1)).collect(),
+        scripts: [PAGE_JS].into_iter().chain(example.is_some().then_some(EXAMPLE_JS)).collect(),
         problems: data.problems.clone(),
         headline: headline::headline(data),
-        stages: stages::stages(data),
+        stages,
+        readings,
+        samples,
+        cost: cost.map(|c| c.table),
         training: training(data),
         recall: results.map(recall).unwrap_or_default(),
         ranks: results.and_then(|r| tables::ranks(&r.labels)),
-        answers: results.map(|r| answers(r, data)).unwrap_or_default(),
+        answers: results.map(|r| answers(r, &lead)).unwrap_or_default(),
         perplexity: results.map(perplexity).unwrap_or_default(),
         benchmarks: results.map(benchmarks).unwrap_or_default(),
         by_task: results.and_then(|r| tables::by_task(&r.benchmarks)),
         by_task_recovered: results.and_then(|r| tables::by_task_recovered(&r.benchmarks)),
         methods: results.map(meanings).unwrap_or_default(),
         heads: results.and_then(heads),
-        example: results.and_then(|r| r.worked_example.as_ref()).and_then(example::view),
+        example,
         origin: origin::origin(data),
         limits: origin::limits(data),
     };
@@ -135,9 +204,15 @@ pub fn fill(name: &str, values: impl Serialize) -> Result<String> {
 
 fn training(data: &RunData) -> Option<Training> {
     let metrics = data.metrics.as_ref()?;
-    let loss = figures::loss(metrics).map(|c| c.svg());
-    let recall = figures::validation_recall(metrics).map(|c| c.svg());
-    if loss.is_none() && recall.is_none() {
+    let charts = [
+        ("Loss", figures::loss(metrics)),
+        ("Recall on validation documents, by share kept", figures::validation_recall(metrics)),
+        ("Learning rate", figures::learning_rate(metrics)),
+        ("Norm of the gradient, before clipping", figures::gradient_norm(metrics)),
+    ];
+    let charts: Vec<_> =
+        charts.into_iter().filter_map(|(caption, chart)| Some((caption, chart?.figure()))).collect();
+    if charts.is_empty() {
         return None;
     }
     let mut note = String::new();
@@ -153,7 +228,7 @@ fn training(data: &RunData) -> Option<Training> {
     if let Some(best) = metrics.validation.iter().rev().find(|p| p.best) {
         let _ = write!(note, " The checkpoint of step {} did best on validation.", best.step);
     }
-    Some(Training { loss, recall, note })
+    Some(Training { charts, note })
 }
 
 /// The policies that occur among `cells`, in the order they do.
@@ -167,11 +242,11 @@ fn policies(cells: impl Iterator<Item = Policy>) -> Vec<Policy> {
     seen
 }
 
-fn figure(policy: Policy, svg: String, tables: Vec<Table>) -> Figure {
+fn figure(policy: Policy, chart: &LineChart, tables: Vec<Table>) -> Figure {
     Figure {
         policy: policy.name().to_owned(),
         policy_meaning: method::policy_meaning(policy).to_owned(),
-        svg,
+        chart: chart.figure(),
         tables,
     }
 }
@@ -179,23 +254,31 @@ fn figure(policy: Policy, svg: String, tables: Vec<Table>) -> Figure {
 fn recall(results: &Results) -> Vec<Figure> {
     let of = |policy| {
         let chart = figures::recall(&results.labels, policy)?;
-        Some(figure(policy, chart.svg(), tables::labels(&results.labels, policy)))
+        Some(figure(policy, &chart, tables::labels(&results.labels, policy)))
     };
     policies(results.labels.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
 
-fn answers(results: &Results, data: &RunData) -> Vec<Figure> {
-    let Some(facts) = &results.facts else { return Vec::new() };
+/// Paired differences of the mapper's answers from those of each method, by policy.
+type Lead<'a> = dyn Fn(Policy) -> Vec<(MethodName, f64, Interval)> + 'a;
+
+fn lead(data: &RunData) -> impl Fn(Policy) -> Vec<(MethodName, f64, Interval)> {
     let resamples = data.recipe.as_ref().map_or(1000, |r| r.eval.bootstrap);
+    move |policy| match (&data.answers, &data.results) {
+        (Some(answers), Some(results)) => {
+            pkv_eval::compare::mapper_lead(answers, "facts", policy, Seed(results.seed), resamples)
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn answers(results: &Results, lead: &Lead) -> Vec<Figure> {
+    let Some(facts) = &results.facts else { return Vec::new() };
     let of = |policy| {
         let mut shown = tables::facts(facts, policy);
-        let lead = data
-            .answers
-            .as_ref()
-            .map(|a| pkv_eval::compare::mapper_lead(a, "facts", policy, Seed(results.seed), resamples));
-        // After the two that are open.
-        shown.splice(shown.len().min(2)..shown.len().min(2), lead.and_then(tables::lead));
-        Some(figure(policy, figures::answers(facts, policy)?.svg(), shown))
+        // After the answers themselves.
+        shown.splice(shown.len().min(1)..shown.len().min(1), tables::lead(&lead(policy)));
+        Some(figure(policy, &figures::answers(facts, policy)?, shown))
     };
     policies(facts.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
@@ -204,7 +287,7 @@ fn perplexity(results: &Results) -> Vec<Figure> {
     let Some(found) = &results.perplexity else { return Vec::new() };
     let of = |policy| {
         let table = tables::perplexity(found, policy).into_iter().collect();
-        Some(figure(policy, figures::perplexity(found, policy)?.svg(), table))
+        Some(figure(policy, &figures::perplexity(found, policy)?, table))
     };
     policies(found.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
@@ -242,7 +325,7 @@ fn heads(results: &Results) -> Option<Heads> {
     let heads = results.labels.heads.as_ref()?;
     let maps: Vec<String> = figures::heads(heads).iter().map(|m| m.svg(340.0)).collect();
     Some(Heads {
-        layers: figures::layers(&budgets(heads)).map(|c| c.svg()),
+        layers: figures::layers(&budgets(heads)).map(|c| c.figure()),
         note: format!(
             "At {} kept, policy {}. Left: how KVzip spreads its budget over layers and KV heads. \
              Then, of what KVzip keeps in a head, the share that the method finds; hollow where KVzip keeps nothing.",
@@ -261,13 +344,13 @@ fn budgets(heads: &pkv_eval::HeadRecall) -> Vec<figures::LayerLine> {
         marker,
         shares: kept.iter().map(|row| row.iter().sum::<f64>() / row.len().max(1) as f64).collect(),
     };
-    let of = |m: pkv_recipe::MethodName| {
+    let of = |m: MethodName| {
         let found = heads.methods.iter().find(|h| h.method == m && !h.kept.is_empty())?;
         Some(line(method::label(m), method::class(m), method::marker(m), &found.kept))
     };
-    let kvzip = pkv_recipe::MethodName::KVZIP;
+    let kvzip = MethodName::KVZIP;
     let kvzip = line(method::label(kvzip), method::class(kvzip), method::marker(kvzip), &heads.kvzip_kept);
-    let others = [pkv_recipe::MethodName::HEAD_PRIOR, pkv_recipe::MethodName::MAPPER];
+    let others = [MethodName::HEAD_PRIOR, MethodName::MAPPER];
     let others: Vec<_> = others.into_iter().filter_map(of).collect();
     // KVzip's alone is in the map above already.
     if others.is_empty() { Vec::new() } else { [kvzip].into_iter().chain(others).collect() }

@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Result, ensure};
 use pkv_core::hinted;
 use pkv_eval::compare::Answers;
-use pkv_eval::{ANSWERS_FILE, Results};
+use pkv_eval::{ANSWERS_FILE, Results, Sample, fact_samples};
 use pkv_recipe::Recipe;
 use serde_json::Value;
 
@@ -30,6 +30,8 @@ pub struct RunData {
     pub results: Option<Results>,
     /// `eval/answers.parquet`, summed up by context.
     pub answers: Option<Answers>,
+    /// Single answers to planted facts, of the same file.
+    pub samples: Vec<Sample>,
     /// Bytes below each folder of the run that exists, by its name.
     pub sizes: Vec<(&'static str, u64)>,
     /// `YYYY-MM-DD` of the youngest of `run.json` and `eval/results.json`, UTC.
@@ -70,6 +72,9 @@ impl RunData {
         let results_path = root.join("eval/results.json");
         let results = optional(&results_path, Results::read, &mut problems);
         let answers = optional(&root.join("eval").join(ANSWERS_FILE), Answers::read, &mut problems);
+        let samples = root.join("eval").join(ANSWERS_FILE);
+        // What cannot be read was noted above.
+        let samples = if answers.is_some() { fact_samples(&samples).unwrap_or_default() } else { Vec::new() };
         let folder_name = root.file_name().map(|n| n.to_string_lossy().into_owned());
         let name =
             run["name"].as_str().map(str::to_owned).or(folder_name).unwrap_or_else(|| "run".to_owned());
@@ -80,7 +85,7 @@ impl RunData {
             .map(|(f, path)| (f, bytes_below(&path)))
             .collect();
         let date = [run_path, results_path].iter().filter_map(|p| modified(p)).max().map(date_of);
-        Ok(Self { name, run, recipe, metrics, results, answers, sizes, date, problems })
+        Ok(Self { name, run, recipe, metrics, results, answers, samples, sizes, date, problems })
     }
 
     /// Bytes of one of the run's folders, if it exists.

@@ -10,6 +10,8 @@ use crate::run::RunData;
 #[derive(Serialize)]
 pub struct Stages {
     pub rows: Vec<StageRow>,
+    /// Which stage took most of the time.
+    pub reading: Option<String>,
     pub total_time: String,
     pub total_size: String,
     /// Measured while evaluating: what one prefill, one scoring, one prediction took.
@@ -49,7 +51,7 @@ const STAGES: [(&str, &str, &[&str]); 7] = [
 pub fn stages(data: &RunData) -> Stages {
     let record = |name: &str| data.run.get("stages").and_then(|s| s.get(name));
     let secs = |name: &str| record(name).and_then(|r| r["secs"].as_f64());
-    let longest = STAGES.iter().filter_map(|s| secs(s.0)).fold(0.0, f64::max);
+    let longest = STAGES.iter().filter(|s| s.0 != "report").filter_map(|s| secs(s.0)).fold(0.0, f64::max);
     let bytes = |folders: &[&str]| folders.iter().filter_map(|f| data.size(f)).reduce(|a, b| a + b);
     let rows: Vec<StageRow> = STAGES
         .iter()
@@ -66,7 +68,11 @@ pub fn stages(data: &RunData) -> Stages {
         })
         .collect();
     let total: f64 = STAGES.iter().filter(|s| s.0 != "report").filter_map(|s| secs(s.0)).sum();
+    let longest_stage = STAGES.iter().find(|s| s.0 != "report" && secs(s.0) == Some(longest));
     Stages {
+        reading: longest_stage
+            .filter(|_| total > 0.0)
+            .map(|s| format!("`{}` took {:.0}% of the time: {}.", s.0, 100.0 * longest / total, s.1)),
         rows,
         total_time: human_secs(total),
         total_size: human_bytes(data.sizes.iter().map(|s| s.1).sum()),
@@ -85,7 +91,7 @@ fn timings(data: &RunData) -> Vec<TimingRow> {
         .collect()
 }
 
-fn short_time(secs: f64) -> String {
+pub fn short_time(secs: f64) -> String {
     match secs {
         s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
         s if s < 0.0995 => format!("{:.1} ms", s * 1e3),

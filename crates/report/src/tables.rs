@@ -68,8 +68,9 @@ pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
     );
     let relative = build(
         "Recovered: answers relative to KVzip's at the same budget, percent",
-        "Above 100 means better than the scores that the mapper was trained on.",
-        cells().filter_map(|c| Some((c.method, c.ratio, c.of_kvzip?))),
+        "Above 100 means better than the scores that the mapper was trained on. Blank where KVzip itself may answer less \
+         than 20% (its interval reaches below).",
+        cells().filter_map(|c| Some((c.method, c.ratio, facts.recovered(c)?))),
         Best::Highest,
         points,
     );
@@ -135,7 +136,7 @@ fn add_full(table: &mut Table, full: Interval) {
 }
 
 /// Paired difference of the mapper from each other method.
-pub fn lead(cells: Vec<(MethodName, f64, Interval)>) -> Option<Table> {
+pub fn lead(cells: &[(MethodName, f64, Interval)]) -> Option<Table> {
     let mut table = build(
         "The mapper's answers minus those of each method, points",
         "Small type: 95% interval of a paired bootstrap, which draws both methods' answers to the same contexts. Bold: the \
@@ -169,7 +170,7 @@ pub fn by_task_recovered(benchmarks: &[AnswerResults]) -> Option<Table> {
         benchmarks,
         "recovered: score relative to KVzip's, percent",
         "Above 100 means better than the scores that the mapper was trained on.",
-        |_, c| Some((c.of_kvzip?, None)),
+        |b, c| Some((b.recovered(c)?, None)),
     )
 }
 
@@ -420,7 +421,7 @@ pub fn range(v: Interval, show: fn(f64) -> String) -> String {
     if v.high > v.low { format!("{} to {}", show(v.low), show(v.high)) } else { String::new() }
 }
 
-fn thousandths(v: f64) -> String {
+pub fn thousandths(v: f64) -> String {
     format!("{v:.3}")
 }
 
@@ -461,7 +462,7 @@ mod tests {
     #[test]
     fn leads_are_signed_and_bold_where_they_are_clear() {
         let at = |mean, half| Interval { mean, low: mean - half, high: mean + half };
-        let table = lead(vec![
+        let table = lead(&[
             (MethodName::KVZIP, 0.1, at(-0.05, 0.01)),
             (MethodName::KVZIP, 0.05, at(0.02, 0.03)),
             (MethodName::RANDOM, 0.05, at(0.9, 0.05)),
@@ -470,7 +471,7 @@ mod tests {
         assert_eq!(cells(&table, "KVzip"), [("-5.0".to_owned(), true), ("+2.0".to_owned(), false)]);
         assert_eq!(cells(&table, "random"), [("-".to_owned(), false), ("+90.0".to_owned(), true)]);
         assert_eq!(table.rows[0].cells[1].as_ref().unwrap().interval, "-1.0 to +5.0");
-        assert!(lead(Vec::new()).is_none());
+        assert!(lead(&[]).is_none());
     }
 
     #[test]

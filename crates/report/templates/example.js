@@ -4,6 +4,7 @@
   const digits = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_";
   const tokens = document.querySelectorAll("#tokens i");
   const kept = document.querySelectorAll(".facts .kept");
+  const said = document.querySelectorAll(".facts .said");
   const choose = document.getElementById("choose");
   const chosen = {};
 
@@ -27,8 +28,11 @@
       token.className = "k" + Math.ceil(Math.sqrt(share) * 10) + (fact ? " f" : "");
       token.title = all[i] + " of " + data.pairs;
     });
+    for (const budget of document.querySelectorAll(".budget"))
+      budget.textContent = Math.round(1e6 * chosen.ratio) / 1e4 + "%";
     data.facts.forEach(([start, len], i) => {
       const sum = all.slice(start, start + len).reduce((a, b) => a + b, 0);
+      said[i].textContent = data.said[chosen.method][chosen.ratio][i];
       kept[i].textContent = Math.round((100 * sum) / (len * data.pairs)) + "%";
     });
   }

@@ -1,5 +1,7 @@
 //! The page of a comparison: whole, self-contained, and true to its numbers.
 
+mod run;
+
 use pkv_core::Policy;
 use pkv_eval::Interval;
 use pkv_eval::compare::{Budgets, Comparison, Difference, Metric, RecipeKey, Reference, RunName, TaskScores};
@@ -52,6 +54,7 @@ fn comparison() -> Comparison {
             key: "mapper.linear_skip".to_owned(),
             values: vec![json!(true), json!(null)],
         }],
+        same: vec![RecipeKey { key: "train.lr".to_owned(), values: vec![json!(0.002); 2] }],
     }
 }
 
@@ -75,13 +78,13 @@ fn section<'a>(page: &'a str, id: &str) -> &'a str {
 fn a_comparison_fills_every_section_and_needs_no_other_file() {
     let page = page(&comparison());
     assert!(page.starts_with("<!doctype html>"), "{:?}", &page[..40]);
-    for forbidden in ["http://", "https://", "src=", "<link", "@import", "url(", "<script", "NaN", ">inf"] {
+    for forbidden in ["http://", "https://", "src=", "<link", "@import", "url(", "NaN", ">inf"] {
         assert!(!page.contains(forbidden), "the page contains `{forbidden}`");
     }
     assert!(!page.contains("class=\"missing\""));
     assert!(!page.contains("<skip>") && page.contains("without &lt;skip&gt; &amp; co"));
     let answers = section(&page, "answers");
-    assert_eq!(answers.matches("<svg").count(), 1);
+    assert_eq!(answers.matches("<figure").count(), 1);
     for part in [
         "90.0<small>88.0–93.0",
         "Recovered accuracy",
@@ -100,6 +103,14 @@ fn a_comparison_fills_every_section_and_needs_no_other_file() {
     assert!(layers.contains("base, layer 1: 18.0% kept") && layers.contains("KVzip, layer 1: 20.0% kept"));
     let recipes = section(&page, "recipes");
     assert!(recipes.contains("<code>mapper.linear_skip</code></th><td>true</td><td>-</td>"), "{recipes}");
+    assert!(recipes.contains("<tr class=\"same\"><th scope=\"row\"><code>train.lr</code>"), "{recipes}");
+    let verdict = &page[page.find("id=\"verdict\"").expect("a verdict")..][..400];
+    assert!(
+        verdict.contains(
+            "By questions answered with 5% kept, without &lt;skip&gt; &amp; co is level with base (+0.1 points"
+        ),
+        "{verdict}"
+    );
 }
 
 #[test]
@@ -110,6 +121,7 @@ fn what_is_not_there_is_said() {
         tasks: Vec::new(),
         budgets: None,
         recipe: Vec::new(),
+        same: Vec::new(),
         recall: Some(Metric { differences: Vec::new(), ..metric(0.7, 0.75, Vec::new()) }),
         ..comparison()
     };
@@ -122,4 +134,23 @@ fn what_is_not_there_is_said() {
     assert!(!section(&page, "recall").contains("minus"));
     let nowhere = std::path::Path::new("/nonexistent/folder/x.html");
     assert!(pkv_report::write_comparison(&bare, nowhere).is_err());
+}
+
+#[test]
+fn curves_times_and_likelihoods_come_from_the_run_folders() {
+    let dir = tempfile::tempdir().unwrap();
+    run::write(dir.path());
+    let mut c = comparison();
+    c.runs.iter_mut().for_each(|r| r.folder = dir.path().display().to_string());
+    let page = page(&c);
+    let training = section(&page, "training");
+    assert_eq!(training.matches("<figure").count(), 2, "validation loss and recall");
+    assert!(training.contains("base, validation loss"), "both runs are named in tooltips");
+    let cost = section(&page, "cost");
+    assert!(cost.contains("20 min 10 s") && cost.contains(">label</th>"), "{cost}");
+    let likelihood = section(&page, "likelihood");
+    assert_eq!(likelihood.matches("<table").count(), 2, "{likelihood}");
+    for id in ["answers", "recall", "likelihood", "training", "cost", "layers", "recipes"] {
+        assert!(page.contains(&format!("href=\"#{id}\"")), "no link to `{id}`");
+    }
 }

@@ -61,18 +61,36 @@ fn a_whole_run_fills_every_section() {
     assert_self_contained(&page);
     assert_no_broken_numbers(&page);
     assert!(!page.contains("class=\"missing\""));
-    for id in ["answers", "recall", "heads", "example", "training", "stages", "choices", "limits"] {
+    for id in [
+        "answers",
+        "likelihood",
+        "recall",
+        "heads",
+        "example",
+        "cost",
+        "training",
+        "stages",
+        "choices",
+        "limits",
+    ] {
         assert!(section(&page, id).len() > 400, "section `{id}` is empty");
         assert!(page.contains(&format!("href=\"#{id}\"")), "no link to `{id}`");
     }
-    assert_eq!(section(&page, "heads").matches("<svg").count(), 4, "three maps, and the budget by layer");
+    assert_eq!(section(&page, "heads").matches("<figure").count(), 4, "three maps, and the budget by layer");
     assert!(
         section(&page, "heads").contains("KVzip, layer 11: ")
             && section(&page, "heads").contains("mapper, layer 11: ")
     );
-    assert_eq!(section(&page, "training").matches("<svg").count(), 2);
+    assert_eq!(section(&page, "training").matches("<figure").count(), 4);
+    for id in ["answers", "likelihood", "recall", "heads", "example", "training", "stages"] {
+        assert!(section(&page, id).contains("class=\"lead reading\""), "`{id}` says nothing");
+    }
     assert!(section(&page, "training").contains("The checkpoint of step 1400 did best"));
-    assert_eq!(section(&page, "recall").matches("<svg").count(), Policy::ALL.len(), "one chart per policy");
+    assert_eq!(
+        section(&page, "recall").matches("<figure").count(),
+        Policy::ALL.len(),
+        "one chart per policy"
+    );
     assert!(page.contains("prefers-color-scheme:dark") && page.contains("@media print"));
     assert!(section(&page, "stages").contains("20 min 10 s"));
     assert!(section(&page, "limits").contains("proxykv-train run --recipe recipes&#x2f;tiny-llama.toml"));
@@ -178,7 +196,7 @@ fn an_evaluation_without_tasks_or_mapper_is_shown_as_far_as_it_goes() {
         r.labels.cells.retain(|c| c.method == pkv_recipe::MethodName::RANDOM && c.ratio == 0.05);
     });
     assert!(section(&page, "answers").contains("No answers have been measured yet"));
-    assert_eq!(section(&page, "recall").matches("<svg").count(), Policy::ALL.len());
+    assert_eq!(section(&page, "recall").matches("<figure").count(), Policy::ALL.len());
     assert_no_broken_numbers(&page);
     let page = with_results(dir.path(), |r| {
         r.labels = pkv_eval::LabelResults::default();
@@ -210,7 +228,11 @@ fn text_of_documents_and_names_stays_text() {
     });
     assert!(!page.contains("alert(1)</script>"));
     assert_eq!(page.matches("&lt;&#x2f;script&gt;&lt;script&gt;alert(1)").count(), 5);
-    assert_eq!(page.matches("<script").count(), 2, "the example's data and its selector");
+    assert_eq!(
+        page.matches("<script").count(),
+        3,
+        "the example's data, its selector, and tables and figures"
+    );
 }
 
 #[test]

@@ -8,7 +8,7 @@ use pkv_recipe::MethodName;
 use super::answers::{Answers, ContextScores};
 use super::{Budgets, Difference, Metric, Reference, Run, TaskScores, draws};
 use crate::bootstrap::{Bootstrap, Draws, interval};
-use crate::results::Interval;
+use crate::results::{Interval, KVZIP_ANSWERS};
 use crate::table::trimmed;
 
 /// One side of a context: its score, and what it is divided by.
@@ -170,7 +170,7 @@ impl Of<'_> {
         })
     }
 
-    /// The mapper's mean over KVzip's, at the ratios where KVzip answers anything.
+    /// The mapper's mean over KVzip's, at the ratios where KVzip answers a fifth beyond doubt.
     fn recovered(&self, notes: &mut Vec<String>) -> Option<Metric> {
         let one = |run: usize, r: f64| {
             let both = |c: &ContextScores| {
@@ -179,8 +179,8 @@ impl Of<'_> {
             };
             let (mine, above) = mean_of(&self.own(run, |c| Some(both(c)?.0))?)?;
             let (oracle, below) = mean_of(&self.own(run, |c| Some(both(c)?.1))?)?;
-            let ratios = above.iter().zip(below).map(|(a, b)| a / b).filter(|v| v.is_finite());
-            (oracle > 0.0).then(|| interval(mine / oracle, ratios.collect()))
+            let ratios = above.iter().zip(&below).map(|(a, b)| a / b).filter(|v| v.is_finite()).collect();
+            (interval(oracle, below).low >= KVZIP_ANSWERS).then(|| interval(mine / oracle, ratios))
         };
         let every = |&r: &f64| (0..self.runs.len()).map(|run| one(run, r)).collect::<Option<Vec<_>>>();
         let columns: Vec<(f64, Vec<Interval>)> =
@@ -189,7 +189,7 @@ impl Of<'_> {
         let absent: Vec<String> = absent.map(|r| format!("{}%", trimmed(100.0 * r))).collect();
         if !absent.is_empty() {
             notes.push(format!(
-                "No recovered accuracy at {} kept: in one of the runs KVzip answers nothing there, or was not asked.",
+                "No recovered accuracy at {} kept: in one of the runs KVzip answers too little there, or was not asked.",
                 absent.join(", ")
             ));
         }

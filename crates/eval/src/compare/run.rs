@@ -108,8 +108,8 @@ impl Run {
     }
 }
 
-/// Keys whose values are not the same in all runs; names always differ and are left out.
-pub fn differences(runs: &[Run]) -> Vec<RecipeKey> {
+/// Every key of the recipes with its values; names always differ and are left out.
+pub fn settings(runs: &[Run]) -> Vec<RecipeKey> {
     let flat: Vec<BTreeMap<String, Value>> = runs
         .iter()
         .map(|run| {
@@ -122,8 +122,7 @@ pub fn differences(runs: &[Run]) -> Vec<RecipeKey> {
     keys.sort();
     keys.dedup();
     let values = |key: &str| flat.iter().map(|f| f.get(key).cloned().unwrap_or(Value::Null)).collect();
-    let all = keys.into_iter().map(|key| RecipeKey { key: key.clone(), values: values(key) });
-    all.filter(|k| k.values.iter().any(|v| *v != k.values[0])).collect()
+    keys.into_iter().map(|key| RecipeKey { key: key.clone(), values: values(key) }).collect()
 }
 
 /// Dotted keys of everything that is no section; lists stay whole.

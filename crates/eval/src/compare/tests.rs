@@ -105,15 +105,17 @@ fn run(dir: &Path, name: &str, tasks: &[(&str, Vec<(&str, Right)>)]) -> Run {
         flipped: 0,
         tokens: 1,
         squad: None,
+        kept: None,
     };
     for (task, contexts) in tasks {
         for (c, (id, right)) in contexts.iter().enumerate() {
-            table.of_context(id);
+            table.of_context(id, 100);
             for q in 0..QUESTIONS {
                 let asked = Asked {
                     question: format!("question {q} of {id}"),
                     wanted: vec!["yes".to_owned()],
                     part: String::new(),
+                    fact: None,
                 };
                 table.push(task, (c, q), &asked, None, &answer(true));
                 for (r, ratio) in RATIOS.iter().enumerate() {
@@ -349,7 +351,7 @@ fn recipes_are_told_apart_by_their_keys_and_choices_that_matter_are_noted() {
 }
 
 #[test]
-fn where_kvzip_answers_nothing_nothing_is_recovered() {
+fn where_kvzip_answers_little_nothing_is_recovered() {
     let (dir, all) = (tempfile::tempdir().unwrap(), ids(4));
     let mut b = run(dir.path(), "b", &[("facts", contexts(&all, 0))]);
     for context in &mut b.answers.as_mut().unwrap().tasks[0].1 {

@@ -37,6 +37,7 @@ impl Task for BenchmarkTask<'_> {
                 question: turn.question.clone(),
                 wanted: turn.wanted.clone(),
                 part: turn.part.clone(),
+                fact: None,
             },
             score: Box::new(move |text, _| (turn.score(text), turn.squad(text))),
         };

@@ -71,6 +71,7 @@ impl<'a> Facts<'a> {
                 question: q.question_text.clone(),
                 wanted: vec![wanted.to_owned()],
                 part: String::new(),
+                fact: Some(q.fact),
             },
             score: Box::new(move |text, is_right| {
                 let counts = match answer_match {

@@ -107,7 +107,7 @@ impl Axis {
         let (low, high) = (low.min(high * 0.8), high.max(low * 1.25));
         let decades = low.log10().floor() as i32..=high.log10().ceil() as i32;
         let steps: &[f64] = match (high / low).log10() {
-            d if d < 0.6 => &[1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0],
+            d if d < 0.6 => &[1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 9.0],
             d if d < 1.2 => &[1.0, 1.5, 2.0, 3.0, 5.0, 7.0],
             d if d < 2.5 => &[1.0, 2.0, 5.0],
             _ => &[1.0],

@@ -1,4 +1,7 @@
 //! Lines over one x axis, each named at its end, with 95% intervals as whiskers.
+//!
+//! A page gets every chart twice and shows the one that fits its column: a wide one, and a narrow one that
+//! leaves the names to the legend. Letters keep their size in both.
 
 use std::fmt::Write;
 
@@ -11,10 +14,6 @@ use super::{Px, escape};
 pub struct LineChart {
     /// Description for screen readers.
     pub title: String,
-    pub width: f64,
-    pub height: f64,
-    /// Pixels on the right for the labels of lines.
-    pub label_width: f64,
     pub x: Axis,
     pub y: Axis,
     /// Drawn in this order: the last one lies on top.
@@ -61,25 +60,80 @@ const TOP: f64 = 24.0;
 const BOTTOM: f64 = 48.0;
 const LEFT: f64 = 62.0;
 const LABEL_GAP: f64 = 15.0;
+/// Width of a letter of a label.
+const LETTER: f64 = 7.4;
+
+/// Units of the drawing; `chart.css` sees to it that one is about a pixel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Size {
+    width: f64,
+    height: f64,
+    /// On the right of the axes, for the names of lines.
+    label_width: f64,
+    /// Whether lines are named at their ends.
+    names: bool,
+    /// Between the whiskers of one line and the next.
+    apart: f64,
+}
+
+const WIDE: f64 = 860.0;
+const NARROW: Size = Size { width: 400.0, height: 310.0, label_width: 12.0, names: false, apart: 1.7 };
+
+/// A chart in one size.
+struct Drawing<'a> {
+    chart: &'a LineChart,
+    size: Size,
+}
 
 impl LineChart {
-    /// `height`, or what as many labels below each other need.
-    pub fn height_for(labels: usize, height: f64) -> f64 {
-        height.max(TOP + BOTTOM + LABEL_GAP * labels as f64)
+    fn wide(&self) -> Size {
+        let labels = self.series.iter().filter(|s| s.has_label()).map(|s| s.label.chars().count());
+        let height = (TOP + BOTTOM + LABEL_GAP * labels.clone().count() as f64).max(400.0);
+        let label_width = (24.0 + LETTER * labels.max().unwrap_or(0) as f64).min(280.0);
+        Size { width: WIDE, height, label_width, names: true, apart: 2.2 }
     }
 
-    /// The chart as an `<svg>` element.
+    /// The wide chart as an `<svg>` element.
     pub fn svg(&self) -> String {
+        Drawing { chart: self, size: self.wide() }.svg("wide")
+    }
+
+    /// The chart in both sizes, with a legend that switches lines on and off.
+    pub fn figure(&self) -> String {
+        let narrow = Drawing { chart: self, size: NARROW }.svg("narrow");
+        format!("{}{}{narrow}", self.legend(), self.svg())
+    }
+
+    /// One box per line, the one on top first; `page.css` hides the lines of those that are not ticked.
+    fn legend(&self) -> String {
+        let mut out = format!("<fieldset class=\"legend\"><legend>Lines: {}</legend>", escape(&self.title));
+        for (i, s) in self.series.iter().enumerate().filter(|(_, s)| s.has_label()).rev() {
+            let _ = write!(
+                out,
+                "<label class=\"series {}\"><input type=\"checkbox\" class=\"l{i}\" checked autocomplete=\"off\">\
+                 <svg viewBox=\"0 0 24 12\" aria-hidden=\"true\"><path class=\"line\" d=\"M0 6L24 6\"/>",
+                escape(&s.class)
+            );
+            s.marker.draw(&mut out, 12.0, 6.0, "");
+            let _ = write!(out, "</svg>{}</label>", escape(&s.label));
+        }
+        out.push_str("</fieldset>");
+        out
+    }
+}
+
+impl Drawing<'_> {
+    fn svg(&self, class: &str) -> String {
         let mut out = String::new();
         let _ = write!(
             out,
-            "<svg class=\"chart\" viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{}\">",
-            Px(self.width),
-            Px(self.height),
-            escape(&self.title)
+            "<svg class=\"chart {class}\" viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{}\">",
+            Px(self.size.width),
+            Px(self.size.height),
+            escape(&self.chart.title)
         );
         self.axes(&mut out);
-        if let Some((at, text)) = &self.reference {
+        if let Some((at, text)) = &self.chart.reference {
             let y = self.y_px(*at);
             let _ = write!(
                 out,
@@ -98,27 +152,35 @@ impl LineChart {
     }
 
     fn right(&self) -> f64 {
-        self.width - self.label_width
+        self.size.width - self.size.label_width
     }
 
     fn bottom(&self) -> f64 {
-        self.height - BOTTOM
+        self.size.height - BOTTOM
     }
 
     fn x_px(&self, x: f64) -> f64 {
-        // Room for half a marker beside the outermost points.
-        let (from, to) = (LEFT + 8.0, self.right() - 8.0);
-        from + (to - from) * self.x.scale.share(x)
+        // Room for half a marker, and for whiskers beside each other, at the outermost points.
+        let room = 8.0 + self.shift(self.chart.series.len() - 1);
+        let (from, to) = (LEFT + room, self.right() - room);
+        from + (to - from) * self.chart.x.scale.share(x)
+    }
+
+    /// Of a line with its whiskers to the right, so that those of several methods lie beside each other.
+    fn shift(&self, index: usize) -> f64 {
+        let has_whiskers = self.chart.series.iter().flat_map(|s| &s.points).any(|p| p.high > p.low);
+        let from_middle = index as f64 - (self.chart.series.len() as f64 - 1.0) / 2.0;
+        if has_whiskers { from_middle * self.size.apart } else { 0.0 }
     }
 
     fn y_px(&self, y: f64) -> f64 {
-        let share = self.y.scale.share(y).clamp(0.0, 1.0);
+        let share = self.chart.y.scale.share(y).clamp(0.0, 1.0);
         self.bottom() + (TOP - self.bottom()) * share
     }
 
     fn axes(&self, out: &mut String) {
         let (right, bottom) = (self.right(), self.bottom());
-        for (value, text) in &self.y.ticks {
+        for (value, text) in &self.chart.y.ticks {
             let y = self.y_px(*value);
             let _ = write!(
                 out,
@@ -133,7 +195,7 @@ impl LineChart {
             );
         }
         let mut free_from = f64::NEG_INFINITY;
-        for (value, text) in &self.x.ticks {
+        for (value, text) in &self.chart.x.ticks {
             let x = self.x_px(*value);
             let _ = write!(
                 out,
@@ -164,58 +226,47 @@ impl LineChart {
             Px(right),
             Px(bottom),
             Px((LEFT + right) / 2.0),
-            Px(self.height - 8.0),
-            escape(&self.x.label),
+            Px(self.size.height - 8.0),
+            escape(&self.chart.x.label),
             Px((TOP + bottom) / 2.0),
-            escape(&self.y.label)
+            escape(&self.chart.y.label)
         );
     }
 
     fn lines(&self, out: &mut String) {
-        let ends: Vec<(f64, f64)> = self
-            .series
-            .iter()
-            .map(|s| {
-                s.points.last().map_or((self.right(), self.bottom()), |p| (self.x_px(p.x), self.y_px(p.y)))
-            })
-            .collect();
-        let named: Vec<usize> = (0..ends.len()).filter(|&i| self.series[i].has_label()).collect();
+        let at = |i: usize, p: &Point| (self.x_px(p.x) + self.shift(i), self.y_px(p.y));
+        let end =
+            |(i, s): (usize, &Series)| s.points.last().map_or((self.right(), self.bottom()), |p| at(i, p));
+        let ends: Vec<(f64, f64)> = self.chart.series.iter().enumerate().map(end).collect();
+        let named: Vec<usize> = (0..ends.len()).filter(|&i| self.chart.series[i].has_label()).collect();
         let wanted: Vec<f64> = named.iter().map(|&i| ends[i].1).collect();
         let heights = spread(&wanted, LABEL_GAP, TOP, self.bottom());
-        for (i, s) in self.series.iter().enumerate().filter(|(_, s)| !s.points.is_empty()) {
-            let _ = write!(out, "<g class=\"series {}\">", escape(&s.class));
-            self.whiskers(out, s, i);
-            let path: String = s
-                .points
-                .iter()
-                .enumerate()
-                .map(|(k, p)| {
-                    format!("{}{} {}", if k == 0 { "M" } else { "L" }, Px(self.x_px(p.x)), Px(self.y_px(p.y)))
-                })
-                .collect();
+        for (i, s) in self.chart.series.iter().enumerate().filter(|(_, s)| !s.points.is_empty()) {
+            let _ = write!(out, "<g class=\"series s{i} {}\">", escape(&s.class));
+            let step = |(k, p): (usize, &Point)| {
+                let (x, y) = at(i, p);
+                format!("{}{} {}", if k == 0 { "M" } else { "L" }, Px(x), Px(y))
+            };
+            let path: String = s.points.iter().enumerate().map(step).collect();
             let _ =
                 write!(out, "<path class=\"line\" d=\"{path}\"><title>{}</title></path>", escape(&s.label));
             for p in &s.points {
-                s.marker.draw(out, self.x_px(p.x), self.y_px(p.y), &p.tip);
+                let (x, y) = at(i, p);
+                if p.high > p.low {
+                    let _ = write!(
+                        out,
+                        "<line class=\"whisker\" x1=\"{0}\" x2=\"{0}\" y1=\"{1}\" y2=\"{2}\"/>",
+                        Px(x),
+                        Px(self.y_px(p.low)),
+                        Px(self.y_px(p.high))
+                    );
+                }
+                s.marker.draw(out, x, y, &p.tip);
             }
-            if let Some(at) = named.iter().position(|&n| n == i) {
-                self.label(out, s, ends[i], heights[at]);
+            if let Some(place) = named.iter().position(|&n| n == i).filter(|_| self.size.names) {
+                self.label(out, s, ends[i], heights[place]);
             }
             out.push_str("</g>");
-        }
-    }
-
-    /// Intervals, beside each other rather than on top of each other where lines meet.
-    fn whiskers(&self, out: &mut String, s: &Series, index: usize) {
-        let shift = (index as f64 - (self.series.len() as f64 - 1.0) / 2.0) * 0.9;
-        for p in s.points.iter().filter(|p| p.high > p.low) {
-            let _ = write!(
-                out,
-                "<line class=\"whisker\" x1=\"{0}\" x2=\"{0}\" y1=\"{1}\" y2=\"{2}\"/>",
-                Px(self.x_px(p.x) + shift),
-                Px(self.y_px(p.low)),
-                Px(self.y_px(p.high))
-            );
         }
     }
 
