@@ -63,7 +63,8 @@ struct RunView {
 #[derive(Default, Serialize)]
 struct Part {
     reading: Option<String>,
-    charts: Vec<String>,
+    /// Each with its caption, which may be empty.
+    charts: Vec<(&'static str, String)>,
     tables: Vec<Table>,
 }
 
@@ -158,13 +159,18 @@ fn answers(c: &Comparison, m: &Metric) -> Part {
         c.recovered.as_ref().map(|r| own(c, r, "Recovered accuracy: answers relative to KVzip's, percent")),
     );
     tables.extend(by_task(c));
-    Part { charts: curve(c, m, "questions answered").into_iter().collect(), tables, ..Part::default() }
+    Part { charts: charts(curve(c, m, "questions answered")), tables, ..Part::default() }
 }
 
 fn recall(c: &Comparison, m: &Metric) -> Part {
     let mut tables = vec![own(c, m, "Recall of the KV pairs that KVzip keeps, percent")];
     tables.extend(differences(c, m, "Recall"));
-    Part { charts: curve(c, m, "of KVzip's choice found").into_iter().collect(), tables, ..Part::default() }
+    Part { charts: charts(curve(c, m, "of KVzip's choice found")), tables, ..Part::default() }
+}
+
+/// A chart whose section's heading is caption enough.
+fn charts(one: Option<String>) -> Vec<(&'static str, String)> {
+    one.into_iter().map(|chart| ("", chart)).collect()
 }
 
 fn curve(c: &Comparison, m: &Metric, what: &str) -> Option<String> {
@@ -346,12 +352,15 @@ fn verdict(c: &Comparison) -> Option<String> {
             true => "below",
             false => "level with",
         };
+        let spread = match range(*v, signed_points) {
+            none if none.is_empty() => none,
+            some => format!(", 95% interval {some}"),
+        };
         Some(format!(
-            "{} is {place} {} ({} points, 95% interval {}, {} shared contexts)",
+            "{} is {place} {} ({} points{spread}, {} shared contexts)",
             c.runs[d.run].name,
             c.runs[0].name,
             signed_points(v.mean),
-            range(*v, signed_points),
             d.contexts
         ))
     };
@@ -421,12 +430,12 @@ fn training(c: &Comparison, data: &[Option<RunData>]) -> Option<Part> {
         let of = |(i, d): (usize, &'_ Option<RunData>)| Some((i, d.as_ref()?.metrics.clone()?));
         data.iter().enumerate().filter_map(of).collect::<Vec<_>>()
     };
-    let chart = |title: &str, label: &str, points: &dyn Fn(&Metrics) -> Vec<(u64, f64)>| {
+    let chart = |title: &'static str, label: &str, points: &dyn Fn(&Metrics) -> Vec<(u64, f64)>| {
         let line = |(i, m): &(usize, Metrics)| {
             (c.runs[*i].name.clone(), class(*i), MARKERS[i % MARKERS.len()], points(m))
         };
         let lines: Vec<_> = metrics().iter().map(line).filter(|l| !l.3.is_empty()).collect();
-        figures::runs_by_step(title, label, &lines).map(|chart| chart.figure())
+        Some((title, figures::runs_by_step(title, label, &lines)?.figure()))
     };
     let loss = |m: &Metrics| -> Vec<(u64, f64)> {
         m.validation.iter().filter_map(|p| Some((p.step, p.loss?))).collect()
@@ -439,7 +448,7 @@ fn training(c: &Comparison, data: &[Option<RunData>]) -> Option<Part> {
         };
         m.validation.iter().filter_map(of).collect()
     };
-    let charts: Vec<String> = [
+    let charts: Vec<_> = [
         chart("Validation loss of each run", "validation loss", &loss),
         chart(
             "Validation recall of each run, mean over the shares kept",

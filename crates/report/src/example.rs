@@ -153,7 +153,7 @@ pub fn view(example: &WorkedExample, samples: &[Sample]) -> Option<ExampleView> 
         budget: percent_text(first.ratio),
         reading: (!facts.is_empty()).then(|| {
             format!(
-                "{} keeps {:.0}% of the KV pairs of the {} facts here, {:.1} times what an even choice of {} would.",
+                "{}: {:.0}% of the KV pairs of the {} facts here are kept, {:.1} times what an even choice of {} would keep.",
                 method::label(first.method),
                 100.0 * mean_kept,
                 facts.len(),
@@ -244,7 +244,12 @@ mod tests {
         let shown = WorkedExample { id: FIRST_OF_FACTS.to_owned(), ..example() };
         let answered = view(&shown, std::slice::from_ref(&sample)).unwrap();
         assert_eq!(answered.facts[0].said, "✗ b");
-        assert!(answered.reading.unwrap().contains("62% of the KV pairs of the 1 facts here, 20.8 times"));
+        assert!(
+            answered
+                .reading
+                .unwrap()
+                .contains("62% of the KV pairs of the 1 facts here are kept, 20.8 times")
+        );
         let view = view(&example(), &[sample]).unwrap();
         assert_eq!(view.facts[0].said, "", "an answer about another context");
         let classes: Vec<_> = view.tokens.iter().map(|t| t.class.as_str()).collect();

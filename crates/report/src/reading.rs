@@ -38,7 +38,7 @@ pub fn answers(
     let groups = [
         ("clearly better than", of(|v| v.low > 0.0)),
         ("clearly worse than", of(|v| v.high < 0.0)),
-        ("not to be told from", of(|v| !excludes_zero(*v))),
+        ("level with", of(|v| !excludes_zero(*v))),
     ];
     let said: Vec<String> = groups
         .into_iter()
@@ -74,7 +74,7 @@ pub fn likelihood(results: &PerplexityResults, policy: Policy) -> Option<String>
     }
     if NEWEST_FIRST.contains(&least.method) {
         text += " A continuation leans on the newest tokens, which that method always keeps; KVzip and the mapper rank all \
-                 tokens by what repeating the context needs, and may drop them. `eval.keep_recent` keeps them for every method.";
+                 tokens by what repeating the context needs, and may drop them. The recipe's key eval.keep_recent keeps them for every method.";
     }
     Some(text)
 }
@@ -134,7 +134,7 @@ pub fn training(metrics: &Metrics) -> Option<String> {
         "Validation was best at the last step: longer training may help.".to_owned()
     } else {
         format!(
-            "Validation was best at step {} of {}: longer training would not have helped.",
+            "Validation was best at step {} of {}: the steps after it did not help.",
             best.step, last.step
         )
     })

@@ -72,7 +72,7 @@ pub fn stages(data: &RunData) -> Stages {
     Stages {
         reading: longest_stage
             .filter(|_| total > 0.0)
-            .map(|s| format!("`{}` took {:.0}% of the time: {}.", s.0, 100.0 * longest / total, s.1)),
+            .map(|s| format!("The stage {} took {:.0}% of the time: {}.", s.0, 100.0 * longest / total, s.1)),
         rows,
         total_time: human_secs(total),
         total_size: human_bytes(data.sizes.iter().map(|s| s.1).sum()),

@@ -58,7 +58,7 @@ pub enum Marker {
 
 const TOP: f64 = 24.0;
 const BOTTOM: f64 = 48.0;
-const LEFT: f64 = 62.0;
+const LEFT: f64 = 72.0;
 const LABEL_GAP: f64 = 15.0;
 /// Width of a letter of a label.
 const LETTER: f64 = 7.4;
