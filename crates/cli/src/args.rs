@@ -284,6 +284,8 @@ pub enum PolicyName {
     Pair,
     /// As `pair`, but every KV head keeps at least a sixth of an even share.
     PairFloor,
+    /// As `pair-floor`; below a fifth kept, KeyDiff's scores count too.
+    PairKeydiff,
     /// Positions compete within each KV head; every head keeps the same number.
     PairUniform,
     /// Positions compete within each KV head; the number kept is the head's budget from the export.
@@ -297,6 +299,7 @@ impl PolicyName {
         match self {
             Self::Pair => Policy::Pair,
             Self::PairFloor => Policy::PairFloor,
+            Self::PairKeydiff => Policy::PairKeydiff,
             Self::PairUniform => Policy::PairUniform,
             Self::PairBudget => Policy::PairBudget,
             Self::Token => Policy::Token,
@@ -560,10 +563,16 @@ impl EvalChoices {
             out.push(by(&said, format!("eval.methods={}", list(&self.methods))));
         }
         if !self.policies.is_empty() {
-            let names: Vec<&str> = self.policies.iter().map(|p| p.policy().name()).collect();
-            let (said, policies) = (format!("--policies {}", names.join(",")), list(&names));
-            out.push(by(&said, format!("eval.policies={policies}")));
-            out.push(by(&said, format!("eval.answer_policies={policies}")));
+            let policies: Vec<Policy> = self.policies.iter().map(|p| p.policy()).collect();
+            let named = |all: bool| -> Vec<&str> {
+                policies.iter().filter(|p| all || !p.needs_keys()).map(|p| p.name()).collect()
+            };
+            let said = format!("--policies {}", named(true).join(","));
+            // Labels have no keys.
+            if !named(false).is_empty() {
+                out.push(by(&said, format!("eval.policies={}", list(&named(false)))));
+            }
+            out.push(by(&said, format!("eval.answer_policies={}", list(&named(true)))));
         }
         if let Some(n) = self.keep_recent {
             out.push(by(&format!("--keep-recent {n}"), format!("eval.keep_recent={n}")));
@@ -629,7 +638,7 @@ mod tests {
             "--methods",
             "mapper",
             "--policies",
-            "pair-uniform,pair-budget",
+            "pair-uniform,pair-keydiff,pair-budget",
             "--limit",
             "7",
         ];
@@ -640,7 +649,7 @@ mod tests {
                 r#"eval.tasks=["facts", "ruler/vt", "ruler/cwe"]"#,
                 r#"eval.methods=["mapper"]"#,
                 r#"eval.policies=["pair-uniform", "pair-budget"]"#,
-                r#"eval.answer_policies=["pair-uniform", "pair-budget"]"#,
+                r#"eval.answer_policies=["pair-uniform", "pair-keydiff", "pair-budget"]"#,
                 "eval.contexts=7",
                 "eval.benchmark.examples=7",
             ]

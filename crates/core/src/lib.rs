@@ -26,7 +26,7 @@ pub use guard::refuse_panics;
 pub use hint::{Hinted, hinted};
 pub use json::{json_kind, parse_json};
 pub use neutral::{markdown, markdown_code, neutral};
-pub use policy::{HEAD_PLACES, Policy};
+pub use policy::{HEAD_PLACES, Policy, key_diff_weight};
 pub use progress::{NoProgress, Progress};
 pub use ratio::{RatioError, RetentionRatio};
 pub use seed::{Rng, Seed, sha256_hex};

@@ -12,6 +12,8 @@ pub enum Policy {
     /// The same, but the best positions of every KV head are kept, however low that head scores
     /// ([`HEAD_PLACES`]).
     PairFloor,
+    /// As `pair-floor`; below a fifth kept, scores to which those of KeyDiff are added ([`key_diff_weight`]).
+    PairKeydiff,
     /// The same number of positions in every layer and KV head.
     PairUniform,
     /// A fixed number of positions in each layer and KV head, by budgets learned from the training labels:
@@ -28,19 +30,52 @@ pub enum Policy {
 /// and 2 gave KVzip's own scores the same answers.
 pub const HEAD_PLACES: i64 = 5;
 
+/// Under `pair-keydiff`, the weight of KeyDiff's scores beside the method's where a share `kept` of the KV
+/// pairs is kept, both standardized over the context: 0 from a fifth on, 0.2 at a tenth, 0.6 at a twentieth,
+/// at most 1.
+///
+/// With weights of 0, 0.15, 0.3, 0.6 and 1 a mapper of the real pair answered most with about these; the
+/// table is in the results of that pair.
+pub fn key_diff_weight(kept: f64) -> f64 {
+    (0.2 * (0.2 / kept - 1.0)).clamp(0.0, 1.0)
+}
+
 impl Policy {
-    pub const ALL: [Self; 5] =
+    pub const ALL: [Self; 6] =
+        [Self::Pair, Self::PairFloor, Self::PairKeydiff, Self::PairUniform, Self::PairBudget, Self::Token];
+    /// Those that need no keys, and so can be compared where there are only scores.
+    pub const WITHOUT_KEYS: [Self; 5] =
         [Self::Pair, Self::PairFloor, Self::PairUniform, Self::PairBudget, Self::Token];
     /// Those that need only scores: a pair that is kept at one ratio is kept at every larger one.
     pub const OF_SCORES: [Self; 4] = [Self::Pair, Self::PairFloor, Self::PairUniform, Self::Token];
+
+    /// Does it look at the target's keys?
+    pub const fn needs_keys(self) -> bool {
+        matches!(self, Self::PairKeydiff)
+    }
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Pair => "pair",
             Self::PairFloor => "pair-floor",
+            Self::PairKeydiff => "pair-keydiff",
             Self::PairUniform => "pair-uniform",
             Self::PairBudget => "pair-budget",
             Self::Token => "token",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_count_only_where_few_pairs_stay() {
+        let weights = [1.0, 0.3, 0.2, 0.1, 0.05, 0.01, 0.0].map(key_diff_weight);
+        let expected = [0.0, 0.0, 0.0, 0.2, 0.6, 1.0, 1.0];
+        for (weight, expected) in weights.into_iter().zip(expected) {
+            assert!((weight - expected).abs() < 1e-12, "{weight} {expected}");
         }
     }
 }

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Policy, RetentionRatio, Seed, hinted};
-use pkv_extract::{ContextFeatures, SourceExtractors};
+use pkv_extract::{ContextFeatures, SourceExtractors, key_diff_of};
 use pkv_lm::KvCache;
-use pkv_prune::{HeadBudgets, keep_mask_by, keep_masks, newest_first};
+use pkv_prune::{HeadBudgets, PolicyInputs, keep_mask_by, keep_masks, log_odds};
 use pkv_recipe::MethodName;
 use pkv_score::Scorer;
 use tch::{Kind, Tensor};
@@ -169,8 +169,13 @@ impl PrunedContext {
         let mut masks = Vec::with_capacity(cells.len());
         for alike in cells.chunk_by(|a, b| (a.method, a.policy) == (b.method, b.policy)) {
             let ratios: Vec<RetentionRatio> = alike.iter().map(|cell| cell.ratio).collect();
-            let scores_lht = self.scores(alike[0].method)?;
-            masks.extend(keep_masks(&scores_lht, alike[0].policy, &ratios, self.budgets.as_deref())?);
+            let Cell { method, policy, .. } = alike[0];
+            masks.extend(keep_masks(
+                &self.scores(method, policy)?,
+                policy,
+                &ratios,
+                &self.inputs(self.key_diff(policy)?.as_ref()),
+            )?);
         }
         let keep_nlht = Tensor::stack(&masks, 0);
         let size = keep_nlht.size();
@@ -183,12 +188,25 @@ impl PrunedContext {
     /// # Errors
     /// The method did not score, or the policy lacks budgets.
     pub fn keep(&self, method: MethodName, policy: Policy, ratio: RetentionRatio) -> Result<Tensor> {
-        keep_mask_by(&self.scores(method)?, policy, ratio, self.budgets.as_deref())
+        let key_diff_lht = self.key_diff(policy)?;
+        keep_mask_by(&self.scores(method, policy)?, policy, ratio, &self.inputs(key_diff_lht.as_ref()))
     }
 
-    fn scores(&self, method: MethodName) -> Result<Tensor> {
+    fn scores(&self, method: MethodName, policy: Policy) -> Result<Tensor> {
         let scored = self.scored.iter().find(|s| s.method == method);
         let scored = scored.with_context(|| format!("`{method}` has not scored this context"))?;
-        Ok(newest_first(&scored.scores_lht, self.keep_recent))
+        Ok(match policy.needs_keys() && method == MethodName::KVZIP {
+            // To be added to others they must be on the scale that the mapper predicts.
+            true => log_odds(&scored.scores_lht),
+            false => scored.scores_lht.shallow_clone(),
+        })
+    }
+
+    fn key_diff(&self, policy: Policy) -> Result<Option<Tensor>> {
+        policy.needs_keys().then(|| key_diff_of(&self.cache, self.prefix)).transpose()
+    }
+
+    fn inputs<'i>(&'i self, key_diff_lht: Option<&'i Tensor>) -> PolicyInputs<'i> {
+        PolicyInputs { budgets: self.budgets.as_deref(), key_diff_lht, newest: self.keep_recent }
     }
 }

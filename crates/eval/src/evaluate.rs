@@ -84,6 +84,15 @@ pub struct EvalInputs<'a> {
 }
 
 impl<'a> EvalInputs<'a> {
+    /// The target, which reads contexts after the chat template's prefix.
+    pub(crate) fn target_reader(&self) -> Target<'a> {
+        Target {
+            model: self.target,
+            prefix: self.tokenizer.prefix(),
+            prefill_chunk_tokens: self.label.prefill_chunk_tokens,
+        }
+    }
+
     /// Extractors of the recipe's sources.
     ///
     /// # Errors
@@ -148,11 +157,7 @@ impl<'a> Evaluation<'a> {
     fn run(self, progress: &dyn Progress) -> Result<Results> {
         let _no_grad = tch::no_grad_guard();
         let i = self.inputs;
-        let target = Target {
-            model: i.target,
-            prefix: i.tokenizer.prefix(),
-            prefill_chunk_tokens: i.label.prefill_chunk_tokens,
-        };
+        let target = i.target_reader();
         let reader = Reader {
             target,
             scorer: Scorer::new(i.target, i.tokenizer, i.label)?.maxima_only(),

@@ -7,7 +7,9 @@
 
 use anyhow::{Context, Result};
 use pkv_core::{Policy, RetentionRatio};
-use pkv_prune::{keep_mask_by, newest_first};
+use pkv_extract::key_diff_of;
+use pkv_lm::NoTap;
+use pkv_prune::{PolicyInputs, keep_mask_by};
 use tch::Tensor;
 
 use crate::evaluate::EvalInputs;
@@ -21,7 +23,7 @@ use crate::methods::predict;
 /// - `ratios`: f64 `[n]`; `prefix`: i64, tokens of the chat template before each context
 /// - `<index>.tokens`: i64 `[t]`, prefix left out
 /// - `<index>.heads_pct`, `<index>.globals_ct`: raw features of the recipe's sources, f32
-/// - `<index>.scores_lht`: the mapper's scores, f32
+/// - `<index>.scores_lht`: the mapper's scores, f32; `<index>.key_diff_lht`: KeyDiff's
 /// - `<index>.<policy>`: bool `[n, l, h, t]`, true = keep, for each policy
 ///
 /// # Errors
@@ -44,13 +46,20 @@ pub fn kept_sets(inputs: &EvalInputs, contexts: usize) -> Result<Vec<(String, Te
         let mut put = |name: &str, tensor: Tensor| named.push((format!("{index}.{name}"), tensor));
         let tokens: Vec<i64> = context.tokens.iter().map(|&id| i64::from(id)).collect();
         put("tokens", Tensor::from_slice(&tokens));
+        let cache = inputs.target_reader().prefill(&context.tokens, 0, &mut NoTap)?;
+        let key_diff_lht = key_diff_of(&cache, inputs.tokenizer.prefix().len())?;
+        let beside = PolicyInputs {
+            budgets: Some(&budgets),
+            key_diff_lht: Some(&key_diff_lht),
+            newest: inputs.section.keep_recent,
+        };
         for policy in Policy::ALL {
-            let ranked_lht = newest_first(&scores_lht, inputs.section.keep_recent);
-            let keep = ratios.iter().map(|&r| keep_mask_by(&ranked_lht, policy, r, Some(&budgets)));
+            let keep = ratios.iter().map(|&r| keep_mask_by(&scores_lht, policy, r, &beside));
             let keep = keep.collect::<Result<Vec<Tensor>>>()?;
             put(policy.name(), Tensor::stack(&keep, 0));
         }
         put("scores_lht", scores_lht);
+        put("key_diff_lht", key_diff_lht);
         put("heads_pct", features.heads_pct);
         put("globals_ct", features.globals_ct);
     }

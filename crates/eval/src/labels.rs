@@ -9,7 +9,7 @@ use pkv_core::{Policy, RetentionRatio};
 use pkv_prune::metrics::{
     HeadRanks, LOG_FLOOR, OracleKept, kendall_tau_b, log_r2, log_r2_of, log_scores, recall, spearman,
 };
-use pkv_prune::{HeadBudgets, keep_mask, keep_mask_by};
+use pkv_prune::{HeadBudgets, PolicyInputs, keep_mask, keep_mask_by};
 use pkv_recipe::{EvalSection, MethodName};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -120,6 +120,7 @@ impl Plan {
     ) -> Result<LabelOutcome> {
         let positions = label_lht.size()[2];
         let ranking = Ranking::of(label_lht)?;
+        let inputs = PolicyInputs { budgets, ..Default::default() };
         let of = |method| {
             let found = scored.iter().find(|s| s.method == method);
             found.with_context(|| format!("`{method}` has not scored this example"))
@@ -135,7 +136,7 @@ impl Plan {
             let place = match oracle.iter().position(|(p, r, ..)| (*p, *r) == at) {
                 Some(place) => place,
                 None => {
-                    let keep = keep_mask_by(label_lht, cell.policy, cell.ratio, budgets)?;
+                    let keep = keep_mask_by(label_lht, cell.policy, cell.ratio, &inputs)?;
                     if at == self.heat_map {
                         oracle_heads.push((cell.policy, cell.ratio, per_head(&keep)?));
                     }
@@ -149,7 +150,7 @@ impl Plan {
             let of_pair = best.iter().find(|(ratio, _)| *ratio == cell.ratio).map(|(_, keep)| keep);
             let oracle_kept = &oracle[place].2;
             let scores_lht = &of(cell.method)?.scores_lht;
-            let keep = keep_mask_by(scores_lht, cell.policy, cell.ratio, budgets)?;
+            let keep = keep_mask_by(scores_lht, cell.policy, cell.ratio, &inputs)?;
             let with_oracle = oracle_kept.agreement(&keep);
             let found = Agreement {
                 recall: with_oracle.recall,

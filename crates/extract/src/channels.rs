@@ -25,7 +25,7 @@ use tch::Tensor;
 use crate::hidden::HiddenProjection;
 use crate::statistics::{Fold, Reach};
 
-pub use key_diff::key_diff;
+pub use key_diff::{key_diff, key_diff_of};
 
 pub(crate) use replay_unrun::UnrunReplay;
 

@@ -19,7 +19,7 @@ mod statistics;
 mod stream;
 mod tap;
 
-pub use channels::key_diff;
+pub use channels::{key_diff, key_diff_of};
 pub use extractor::{ContextFeatures, Extractor};
 pub use hidden::{HiddenFit, HiddenProjection, of_context};
 pub use sources::{SourceExtractors, join_features};

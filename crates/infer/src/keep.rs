@@ -6,8 +6,9 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 use pkv_core::{Policy, RetentionRatio, hinted};
-use pkv_lm::RaggedCache;
-use pkv_prune::{HeadBudgets, keep_mask_budget_by, keep_mask_by, newest_first};
+use pkv_extract::key_diff_of;
+use pkv_lm::{KvCache, RaggedCache};
+use pkv_prune::{HeadBudgets, PolicyInputs, keep_mask_budget_by, keep_mask_by};
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
@@ -61,12 +62,13 @@ impl Keep<'_> {
     ///
     /// # Shapes
     /// - `scores_lht`: `[layers, KV heads, context positions]`, any float kind, higher means keep
+    /// - `full`: what is pruned, `prefix` positions and then the context; only `pair-keydiff` reads it
     /// - returns bool `[layers, KV heads, prefix + context]`, same device
     ///
     /// # Errors
     /// A score is not finite: a proxy that computes nonsense must not choose what is evicted. Or the policy
     /// lacks budgets.
-    pub fn mask(&self, scores_lht: &Tensor, prefix: usize) -> Result<Tensor> {
+    pub fn mask(&self, scores_lht: &Tensor, full: &KvCache, prefix: usize) -> Result<Tensor> {
         let broken = scores_lht.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
         ensure!(
             broken == 0,
@@ -75,10 +77,12 @@ impl Keep<'_> {
                 "the proxy or the mapper overflows: try `--dtype f32`, or check their weights"
             )
         );
-        let scores_lht = &newest_first(scores_lht, self.recent);
+        let key_diff_lht = self.policy.needs_keys().then(|| key_diff_of(full, prefix)).transpose()?;
+        let inputs =
+            PolicyInputs { budgets: self.budgets, key_diff_lht: key_diff_lht.as_ref(), newest: self.recent };
         let keep_lht = match self.budget {
-            Budget::Ratio(ratio) => keep_mask_by(scores_lht, self.policy, ratio, self.budgets)?,
-            Budget::Tokens(tokens) => keep_mask_budget_by(scores_lht, self.policy, tokens, self.budgets)?,
+            Budget::Ratio(ratio) => keep_mask_by(scores_lht, self.policy, ratio, &inputs)?,
+            Budget::Tokens(tokens) => keep_mask_budget_by(scores_lht, self.policy, tokens, &inputs)?,
         };
         let (layers, heads, _) = keep_lht.size3()?;
         let prefix = Tensor::ones([layers, heads, prefix as i64], (Kind::Bool, keep_lht.device()));

@@ -217,7 +217,7 @@ impl Context<'_> {
                 true => scores_lht,
                 false => timeline.time(lane, "copy scores", || Ok(scores_lht.to_device(lane.device())))?,
             };
-            timeline.time(lane, "prune", || self.keep.mask(&here, self.prefix.len()))
+            timeline.time(lane, "prune", || self.keep.mask(&here, &full, self.prefix.len()))
         });
         let (cache, fallback) = match mask {
             Ok(keep_lht) => {

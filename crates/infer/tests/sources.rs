@@ -30,7 +30,8 @@ fn expected(extract: &ExtractSection, mapper: &Mapper, tokens: &[u32], context: 
     let features = extractors.features(tokens).unwrap();
     let scores =
         mapper.forward_long(&features.heads_pct.unsqueeze(0), &features.globals_ct.unsqueeze(0), 100);
-    context.keep.mask(&scores.view([6, 2, -1]), context.prefix.len()).unwrap()
+    let full = target.new_cache(1);
+    context.keep.mask(&scores.view([6, 2, -1]), &full, context.prefix.len()).unwrap()
 }
 
 fn regimes(from: &[Source], extract: &ExtractSection) -> Vec<Box<dyn Regime>> {

@@ -209,8 +209,12 @@ fn apportion(weights: &[f64], total: usize, cap: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{keep_mask_budget_by, keep_mask_by};
+    use crate::{PolicyInputs, keep_mask_budget_by, keep_mask_by};
     use rand::Rng;
+
+    fn by(budgets: &HeadBudgets) -> PolicyInputs<'_> {
+        PolicyInputs { budgets: Some(budgets), ..Default::default() }
+    }
 
     /// Scores of heads of very different strength.
     fn scores(seed: u64, heads: usize, positions: usize) -> Vec<f32> {
@@ -306,7 +310,7 @@ mod tests {
             for (o, head) in data.chunks(t).enumerate() {
                 ranked(head).into_iter().take(counts[o]).for_each(|i| expected[o * t + i] = true);
             }
-            let mask = keep_mask_by(&tensor(&data, heads), Policy::PairBudget, ratio(wanted), Some(&budgets))
+            let mask = keep_mask_by(&tensor(&data, heads), Policy::PairBudget, ratio(wanted), &by(&budgets))
                 .unwrap();
             assert_eq!(Vec::<bool>::try_from(mask.reshape([-1])).unwrap(), expected, "{wanted}");
         }
@@ -338,7 +342,7 @@ mod tests {
         let (a, b) = (tensor(&scores(3, heads, 50), heads), tensor(&scores(4, heads, 50), heads));
         for wanted in [1.0, 0.6, 0.1, 0.004] {
             let mask = |scores: &Tensor| {
-                let mask = keep_mask_by(scores, Policy::PairBudget, ratio(wanted), Some(&budgets)).unwrap();
+                let mask = keep_mask_by(scores, Policy::PairBudget, ratio(wanted), &by(&budgets)).unwrap();
                 Vec::<i64>::try_from(mask.sum_dim_intlist(-1, false, Kind::Int64)).unwrap()
             };
             assert_eq!(mask(&a), mask(&b));
@@ -347,7 +351,7 @@ mod tests {
         assert_eq!(budgets.counts(300, 50), [50; 6]);
         assert_eq!(budgets.counts(1, 50).iter().filter(|&&n| n == 0).count(), 5);
         // Of tokens: as many pairs as they are in all heads together, and of a short context all.
-        let tokens = |n| keep_mask_budget_by(&a, Policy::PairBudget, n, Some(&budgets)).unwrap();
+        let tokens = |n| keep_mask_budget_by(&a, Policy::PairBudget, n, &by(&budgets)).unwrap();
         assert_eq!(tokens(7).sum(Kind::Int64).int64_value(&[]), 42);
         assert_eq!(tokens(1000).sum(Kind::Int64).int64_value(&[]), 300);
         assert_eq!(tokens(0).sum(Kind::Int64).int64_value(&[]), 0);
@@ -359,14 +363,14 @@ mod tests {
             HeadBudgets::new(1, vec![500_000, UNIT], vec![vec![250_000, 750_000], vec![UNIT; 2]]).unwrap();
         let scores_ot =
             Tensor::from_slice(&[1.0, 1.0, 1.0, f32::NAN, f32::NAN, 0.5, 2.0, 0.5]).reshape([2, 4]);
-        let mask = keep_mask_by(&scores_ot, Policy::PairBudget, ratio(0.5), Some(&budgets)).unwrap();
+        let mask = keep_mask_by(&scores_ot, Policy::PairBudget, ratio(0.5), &by(&budgets)).unwrap();
         assert_eq!(
             Vec::<bool>::try_from(mask.reshape([-1])).unwrap(),
             [true, false, false, false, false, true, true, true]
         );
         let empty = Tensor::zeros([2, 0], (Kind::Float, Device::Cpu));
         assert_eq!(
-            keep_mask_by(&empty, Policy::PairBudget, ratio(0.5), Some(&budgets)).unwrap().size(),
+            keep_mask_by(&empty, Policy::PairBudget, ratio(0.5), &by(&budgets)).unwrap().size(),
             [2, 0]
         );
     }
@@ -374,7 +378,14 @@ mod tests {
     #[test]
     fn without_budgets_or_with_those_of_another_model_it_is_refused() {
         let scores_ot = tensor(&scores(1, 3, 10), 3);
-        let keep = |b: Option<&HeadBudgets>| keep_mask_by(&scores_ot, Policy::PairBudget, ratio(0.5), b);
+        let keep = |budgets: Option<&HeadBudgets>| {
+            keep_mask_by(
+                &scores_ot,
+                Policy::PairBudget,
+                ratio(0.5),
+                &PolicyInputs { budgets, ..Default::default() },
+            )
+        };
         let error = format!("{:?}", keep(None).unwrap_err());
         assert!(error.contains("`pair-budget` needs head budgets"), "{error}");
         let other = HeadBudgets::new(1, vec![UNIT], vec![vec![UNIT; 2]]).unwrap();

@@ -5,28 +5,69 @@
 //! the mask is the same on every device.
 
 use anyhow::{Result, ensure};
-use pkv_core::{HEAD_PLACES, Policy, RetentionRatio, hinted};
+use pkv_core::{HEAD_PLACES, Policy, RetentionRatio, hinted, key_diff_weight};
 use tch::{Device, Kind, Tensor};
 
 use crate::HeadBudgets;
+use crate::key_diff::with_key_diff;
 
-/// The KV pairs that `policy` keeps at `ratio`; `budgets` are needed by `pair-budget` alone.
+/// What policies read beside a method's scores.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PolicyInputs<'a> {
+    /// Of the scores' heads; `pair-budget` needs them.
+    pub budgets: Option<&'a HeadBudgets>,
+    /// KeyDiff's scores of the same pairs, of the scores' shape; `pair-keydiff` needs them.
+    pub key_diff_lht: Option<&'a Tensor>,
+    /// Last positions of every head to keep before all others ([`newest_first`]).
+    pub newest: usize,
+}
+
+impl PolicyInputs<'_> {
+    /// The scores that `policy` ranks by where a share `kept` of the pairs stays, and the policy that then
+    /// needs nothing but them and the budgets.
+    fn ranked(&self, scores_lht: &Tensor, policy: Policy, kept: f64) -> Result<(Tensor, Policy)> {
+        let (scores_lht, policy) = match (policy, self.key_diff_lht) {
+            (Policy::PairKeydiff, Some(key_diff_lht)) => {
+                ensure!(
+                    key_diff_lht.size() == scores_lht.size(),
+                    "KeyDiff has scores of shape {:?}, the method of {:?}",
+                    key_diff_lht.size(),
+                    scores_lht.size()
+                );
+                (with_key_diff(scores_lht, key_diff_lht, key_diff_weight(kept)), Policy::PairFloor)
+            }
+            (Policy::PairKeydiff, None) => {
+                return Err(hinted(
+                    "policy `pair-keydiff` needs the target's keys, and there are only scores",
+                    "use policy `pair-floor`",
+                )
+                .into());
+            }
+            (policy, _) => (scores_lht.shallow_clone(), policy),
+        };
+        Ok((newest_first(&scores_lht, self.newest), policy))
+    }
+}
+
+/// The KV pairs that `policy` keeps at `ratio`.
 ///
 /// As [`keep_mask`]. Under `pair-budget` the same total of pairs is kept as under `pair`, and each head keeps
-/// its own best positions, as many as its budget says.
+/// its own best positions, as many as its budget says. `pair-keydiff` is `pair-floor` of scores to which
+/// KeyDiff's are added, the more the less is kept ([`key_diff_weight`]).
 ///
 /// # Errors
-/// `pair-budget` without budgets, or with budgets of other heads than the scores are of.
+/// The policy lacks an input, or it is of other heads or positions than the scores are of.
 pub fn keep_mask_by(
     scores_lht: &Tensor,
     policy: Policy,
     ratio: RetentionRatio,
-    budgets: Option<&HeadBudgets>,
+    inputs: &PolicyInputs,
 ) -> Result<Tensor> {
+    let (scores_lht, policy) = inputs.ranked(scores_lht, policy, ratio.get())?;
     if policy != Policy::PairBudget {
-        return Ok(keep_mask(scores_lht, policy, ratio));
+        return Ok(keep_mask(&scores_lht, policy, ratio));
     }
-    keep_within(scores_lht, budgets, ratio.count(scores_lht.numel()))
+    keep_within(&scores_lht, inputs.budgets, ratio.count(scores_lht.numel()))
 }
 
 /// As [`keep_mask_by`], of a budget of `tokens` positions, as [`keep_mask_budget`] counts them.
@@ -37,14 +78,16 @@ pub fn keep_mask_budget_by(
     scores_lht: &Tensor,
     policy: Policy,
     tokens: usize,
-    budgets: Option<&HeadBudgets>,
+    inputs: &PolicyInputs,
 ) -> Result<Tensor> {
-    if policy != Policy::PairBudget {
-        return Ok(keep_mask_budget(scores_lht, policy, tokens));
-    }
     let positions = scores_lht.size().last().copied().unwrap_or(1) as usize;
+    let kept = tokens as f64 / positions.max(1) as f64;
+    let (scores_lht, policy) = inputs.ranked(scores_lht, policy, kept)?;
+    if policy != Policy::PairBudget {
+        return Ok(keep_mask_budget(&scores_lht, policy, tokens));
+    }
     let heads = scores_lht.numel().checked_div(positions).unwrap_or(0);
-    keep_within(scores_lht, budgets, tokens.min(positions) * heads)
+    keep_within(&scores_lht, inputs.budgets, tokens.min(positions) * heads)
 }
 
 /// The best positions of every head: `kept` pairs in all, spread as `budgets` say.
@@ -123,12 +166,13 @@ pub fn keep_masks(
     scores_lht: &Tensor,
     policy: Policy,
     ratios: &[RetentionRatio],
-    budgets: Option<&HeadBudgets>,
+    inputs: &PolicyInputs,
 ) -> Result<Vec<Tensor>> {
-    if policy == Policy::PairBudget {
-        return ratios.iter().map(|&ratio| keep_mask_by(scores_lht, policy, ratio, budgets)).collect();
+    if !Policy::OF_SCORES.contains(&policy) {
+        return ratios.iter().map(|&ratio| keep_mask_by(scores_lht, policy, ratio, inputs)).collect();
     }
-    Ok(keep(scores_lht, policy, |_, competitors| ratios.iter().map(|r| r.count(competitors)).collect()))
+    let scores_lht = newest_first(scores_lht, inputs.newest);
+    Ok(keep(&scores_lht, policy, |_, competitors| ratios.iter().map(|r| r.count(competitors)).collect()))
 }
 
 /// The KV pairs that `policy` keeps of a budget of `tokens` positions.
@@ -164,7 +208,9 @@ fn keep(scores_lht: &Tensor, policy: Policy, counts: impl Fn(usize, usize) -> Ve
             let keep_1t = masks(&token_scores(scores_lht).unsqueeze(0), positions);
             keep_1t.into_iter().map(|keep| keep.squeeze_dim(0).expand(&shape, false).contiguous()).collect()
         }
-        Policy::PairBudget => panic!("scores alone have no head budgets"),
+        Policy::PairBudget | Policy::PairKeydiff => {
+            panic!("policy `{}` needs more than scores", policy.name())
+        }
     }
 }
 
@@ -321,6 +367,42 @@ mod tests {
     }
 
     #[test]
+    fn keys_decide_more_the_less_is_kept() {
+        let (heads, positions) = (6_i64, 100_i64);
+        let of =
+            |seed| Tensor::from_slice(&scores(seed, 600, 1000)).view([2, 3, positions]).to_device(device());
+        let (scores_lht, key_diff_lht) = (of(3), of(4));
+        let inputs = PolicyInputs { key_diff_lht: Some(&key_diff_lht), ..Default::default() };
+        let keep = |policy, ratio, inputs: &PolicyInputs| {
+            keep_mask_by(&scores_lht, policy, RetentionRatio::new(ratio).unwrap(), inputs)
+        };
+        for ratio in [0.5, 0.2] {
+            let floor = keep(Policy::PairFloor, ratio, &PolicyInputs::default()).unwrap();
+            assert_eq!(keep(Policy::PairKeydiff, ratio, &inputs).unwrap(), floor, "{ratio}");
+        }
+        let z = |x: &Tensor| {
+            let x = x.to_kind(Kind::Double);
+            (&x - x.mean(Kind::Double)) / x.std(false)
+        };
+        let ratio = RetentionRatio::new(0.05).unwrap();
+        let sum = z(&scores_lht) + z(&key_diff_lht) * 0.6;
+        let expected = keep_mask(&sum, Policy::PairFloor, ratio);
+        assert_eq!(keep(Policy::PairKeydiff, 0.05, &inputs).unwrap(), expected);
+        assert_ne!(keep(Policy::PairFloor, 0.05, &inputs).unwrap(), expected);
+        assert_eq!(keep_mask_budget_by(&scores_lht, Policy::PairKeydiff, 5, &inputs).unwrap(), expected);
+        assert_eq!(keep_masks(&scores_lht, Policy::PairKeydiff, &[ratio], &inputs).unwrap(), [expected]);
+        // The newest come before what the sum says, within the same count.
+        let newest = keep(Policy::PairKeydiff, 0.05, &PolicyInputs { newest: 2, ..inputs }).unwrap();
+        assert_eq!(newest.sum(Kind::Int64).int64_value(&[]), 30);
+        assert_eq!(newest.narrow(-1, positions - 2, 2).sum(Kind::Int64).int64_value(&[]), 2 * heads);
+
+        let none = keep(Policy::PairKeydiff, 0.05, &PolicyInputs::default()).unwrap_err();
+        assert!(format!("{none:#}").contains("needs the target's keys"), "{none:#}");
+        let other = PolicyInputs { key_diff_lht: Some(&key_diff_lht.narrow(-1, 0, 9)), ..inputs };
+        assert!(keep(Policy::PairKeydiff, 0.05, &other).is_err());
+    }
+
+    #[test]
     fn the_newest_positions_stay_under_every_policy_as_far_as_the_budget_reaches() {
         let (heads, positions) = (6_i64, 40_i64);
         let mut numbers = scores(5, 240, 7);
@@ -392,7 +474,7 @@ mod tests {
             }
             Policy::PairUniform => wide.chunks(t).flat_map(|head| naive_top(head, count(t))).collect(),
             Policy::Token => naive_top(&naive_rank_means(scores, t), count(t)).repeat(scores.len() / t),
-            Policy::PairBudget => unreachable!("its naive version has budgets"),
+            Policy::PairBudget | Policy::PairKeydiff => unreachable!("not among those of scores"),
         }
     }
 
@@ -418,7 +500,7 @@ mod tests {
                         assert_eq!(bools(&mask), want, "{policy:?} {ratio} {l}x{h}x{t} {levels}");
                     }
                     let ratios = [1.0, 0.3, 0.05].map(|r| RetentionRatio::new(r).unwrap());
-                    let masks = keep_masks(&scores_lht, policy, &ratios, None).unwrap();
+                    let masks = keep_masks(&scores_lht, policy, &ratios, &PolicyInputs::default()).unwrap();
                     for (mask, ratio) in masks.iter().zip(ratios) {
                         assert!(mask.equal(&keep_mask(&scores_lht, policy, ratio)), "{policy:?} {ratio}");
                     }

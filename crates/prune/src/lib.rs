@@ -10,12 +10,13 @@
 
 mod budget;
 mod keep;
+mod key_diff;
 pub mod metrics;
 mod target;
 
 pub use budget::{BudgetFit, HeadBudgets};
 pub use keep::{
-    keep_mask, keep_mask_budget, keep_mask_budget_by, keep_mask_by, keep_masks, newest_first, token_scores,
-    top_mask,
+    PolicyInputs, keep_mask, keep_mask_budget, keep_mask_budget_by, keep_mask_by, keep_masks, newest_first,
+    token_scores, top_mask,
 };
 pub use target::{LOG_ODDS_LIMIT, log_odds, pool_targets};

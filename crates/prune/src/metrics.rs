@@ -262,7 +262,7 @@ mod tests {
                 let kept = top(&(0..positions).map(of_position).collect::<Vec<_>>());
                 (0..heads).flat_map(|_| kept.clone()).collect()
             }
-            Policy::PairBudget => unreachable!("its masks come from budgets"),
+            Policy::PairBudget | Policy::PairKeydiff => unreachable!("not among those of scores"),
         }
     }
 

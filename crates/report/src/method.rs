@@ -83,6 +83,9 @@ pub const fn policy_meaning(policy: Policy) -> &'static str {
         Policy::PairFloor => {
             "all KV pairs compete, but every head keeps its best positions, at least a sixth of an even share"
         }
+        Policy::PairKeydiff => {
+            "as `pair-floor`, of scores to which KeyDiff's are added below a fifth kept, the more the less is kept"
+        }
         Policy::PairUniform => "every layer and KV head keeps the same number of positions",
         Policy::PairBudget => {
             "every KV head keeps as many positions as its budget from the training labels says"

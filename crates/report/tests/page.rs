@@ -88,7 +88,7 @@ fn a_whole_run_fills_every_section() {
     assert!(section(&page, "training").contains("The checkpoint of step 1400 did best"));
     assert_eq!(
         section(&page, "recall").matches("<figure").count(),
-        Policy::ALL.len(),
+        Policy::WITHOUT_KEYS.len(),
         "one chart per policy"
     );
     assert!(page.contains("prefers-color-scheme:dark") && page.contains("@media print"));
@@ -196,7 +196,7 @@ fn an_evaluation_without_tasks_or_mapper_is_shown_as_far_as_it_goes() {
         r.labels.cells.retain(|c| c.method == pkv_recipe::MethodName::RANDOM && c.ratio == 0.05);
     });
     assert!(section(&page, "answers").contains("No answers have been measured yet"));
-    assert_eq!(section(&page, "recall").matches("<figure").count(), Policy::ALL.len());
+    assert_eq!(section(&page, "recall").matches("<figure").count(), Policy::WITHOUT_KEYS.len());
     assert_no_broken_numbers(&page);
     let page = with_results(dir.path(), |r| {
         r.labels = pkv_eval::LabelResults::default();

@@ -19,7 +19,7 @@ from importlib import import_module
 
 # Modules are imported when one of their names is, so that each package is needed only by what uses it.
 _NAMES = {
-    "attention": ("key_diff", "log_odds", "unrun_scores"),
+    "attention": ("key_diff", "key_diff_of", "log_odds", "unrun_scores"),
     "budgets": ("HeadBudgets", "kept_count"),
     "cache": ("CacheBytes", "RaggedHeads", "cache_bytes", "evict"),
     "export": ("export_folder", "read_config"),

@@ -214,6 +214,11 @@ def key_diff(k_hkd: torch.Tensor, prefix: int) -> torch.Tensor:
     return -unit_hkd.matmul(mean_h1d.transpose(1, 2)).squeeze(-1)[:, prefix:]
 
 
+def key_diff_of(cache, prefix: int) -> torch.Tensor:
+    """`key_diff` of all layers of a transformers cache that holds the prefix and the context, `[layers, KV heads, t]`."""
+    return torch.stack([key_diff(layer.keys[0], prefix) for layer in cache.layers])
+
+
 def unrun_scores(q_qsd: torch.Tensor, k_htd: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax weights of every query over all keys, products times `scale`: maximum and mean per key, f32 `[h, t]` each."""
     (heads, keys, d), device = k_htd.shape, k_htd.device

@@ -8,25 +8,39 @@ import torch
 
 from .budgets import NO_BUDGETS, HeadBudgets, kept_count
 
-POLICIES = ("pair", "pair-floor", "pair-uniform", "pair-budget", "token")
+POLICIES = ("pair", "pair-floor", "pair-keydiff", "pair-uniform", "pair-budget", "token")
 
 # Under `pair-floor`, what a place within the KV head counts beside a place among all pairs (crates/core/src/policy.rs).
 HEAD_PLACES = 5
+# Smallest standard deviation to divide by: equal scores become zeros.
+SMALLEST = 1e-30
+NO_KEYS = "policy `pair-keydiff` needs the target's keys: give `key_diff_lht` or the target's cache, or use policy `pair-floor`"
 
 
 def keep_mask(
-    scores_lht: torch.Tensor, policy: str, retention: float, budgets: HeadBudgets | None = None
+    scores_lht: torch.Tensor,
+    policy: str,
+    retention: float,
+    budgets: HeadBudgets | None = None,
+    key_diff_lht: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The KV pairs that stay, bool of the scores' shape `[.., positions]`; of equal scores the lower index.
 
     `pair`: all pairs compete; `pair-floor`: the same, but the best positions of every head stay, at least a sixth of an
-    even share; `pair-uniform`: the positions of each head; `pair-budget`: the same, with as many of each
+    even share; `pair-keydiff`: the same, of scores to which `key_diff_lht` is added (`key_diff_of` a cache), the more the less
+    is kept; `pair-uniform`: the positions of each head; `pair-budget`: the same, with as many of each
     head as `budgets` say, and in all as many as `pair`; `token`: the positions, by the mean over heads of their rank.
     The count is exact: `kept_count` of what competes.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy `{policy}` is not known; expected one of {', '.join(POLICIES)}")
     shape, t = scores_lht.shape, scores_lht.shape[-1]
+    if policy == "pair-keydiff":
+        if key_diff_lht is None:
+            raise ValueError(NO_KEYS)
+        if key_diff_lht.shape != shape:
+            raise ValueError(f"KeyDiff's scores are of shape {tuple(key_diff_lht.shape)}, the mapper's of {tuple(shape)}")
+        scores_lht, policy = with_key_diff(scores_lht, key_diff_lht, key_diff_weight(retention)), "pair-floor"
     if policy in ("pair", "pair-floor"):
         scores_1n = scores_lht.reshape(1, -1) if policy == "pair" else by_place(scores_lht.reshape(-1, t))
         return top_mask(scores_1n, kept_count(scores_lht.numel(), retention)).reshape(shape)
@@ -43,6 +57,24 @@ def keep_mask(
     if policy == "pair-uniform":
         return top_mask(scores_lht.reshape(-1, t), k).reshape(shape)
     return top_mask(token_scores(scores_lht).unsqueeze(0), k).squeeze(0).expand(shape).contiguous()
+
+
+def key_diff_weight(retention: float) -> float:
+    """What KeyDiff's scores weigh beside the mapper's (crates/core/src/policy.rs)."""
+    return min(max(0.2 * (0.2 / retention - 1.0), 0.0), 1.0)
+
+
+def with_key_diff(scores_lht: torch.Tensor, key_diff_lht: torch.Tensor, weight: float) -> torch.Tensor:
+    """The sum of both, each standardized over the context, f64; the scores themselves if `weight` is 0."""
+    if weight == 0.0 or scores_lht.numel() == 0:
+        return scores_lht
+    return _standardized(scores_lht) + _standardized(key_diff_lht.to(scores_lht.device)) * weight
+
+
+def _standardized(scores):
+    scores = scores.double()
+    finite = scores[scores.isfinite()]
+    return scores if finite.numel() == 0 else (scores - finite.mean()) / finite.std(correction=0).clamp_min(SMALLEST)
 
 
 def by_place(scores_ot: torch.Tensor) -> torch.Tensor:

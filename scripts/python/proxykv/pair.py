@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .attention import LOG_LIMIT, MEAN_FLOOR, _chunk_scores, _Layer, log_odds
+from .attention import LOG_LIMIT, MEAN_FLOOR, _chunk_scores, _Layer, key_diff_of, log_odds
 from .budgets import HeadBudgets
 from .export import export_folder, read_config
 from .keep import keep_mask
 from .mapper import HybridAxialMapper, read_tensors
 from .reading import CHANNELS, PREFILL_CHANNELS, REPEAT_CHANNELS, UNRUN_CHANNELS, Reading, _check_type, _tap
 from .tokens import Requests, vocab_hash
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 def source_sections(extract: dict) -> dict[str, dict]:
@@ -258,9 +262,14 @@ class ProxyKV:
         retention: float,
         policy: str = "pair-floor",
         target: nn.Module | Reading | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
-        """Which of the target's KV pairs stay, bool `[layers, KV heads, prefix + t]`; the prefix always does."""
-        keep_lht = keep_mask(self.scores(ids, prefix, target), policy, retention, self.budgets)
+        """Which of the target's KV pairs stay, bool `[layers, KV heads, prefix + t]`; the prefix always does.
+
+        `cache` is the target's, with nothing but `ids` in it; only `pair-keydiff` reads it.
+        """
+        keys = key_diff_of(cache, prefix) if policy == "pair-keydiff" and cache is not None else None
+        keep_lht = keep_mask(self.scores(ids, prefix, target), policy, retention, self.budgets, keys)
         return torch.cat([torch.ones(*keep_lht.shape[:2], prefix, dtype=torch.bool, device=keep_lht.device), keep_lht], -1)
 
     def check_target(self, model: nn.Module) -> None:

@@ -33,7 +33,8 @@ class ProxyKVPress(BasePress):
     compression_ratio : float
         Share of the context's KV pairs to *remove*, as everywhere in kvpress.
     policy : str
-        `pair-floor` (all pairs compete, but every head keeps its best positions), `pair` (all pairs compete),
+        `pair-floor` (all pairs compete, but every head keeps its best positions), `pair-keydiff` (the same; below a fifth
+        kept, KeyDiff's scores count too), `pair` (all pairs compete),
         `pair-uniform` (the positions of each head), `pair-budget` (the same, with as many of each head as the export's
         budgets say), `token` (whole positions).
     proxy : str, optional
@@ -119,5 +120,5 @@ class ProxyKVPress(BasePress):
         prefix = self.prefix_of(model, ids)
         if prefix == len(ids):
             return
-        self.kept = self._proxykv.keep(ids, prefix, retention, self.policy, reading)
+        self.kept = self._proxykv.keep(ids, prefix, retention, self.policy, reading, cache)
         self.bytes = evict(model, cache, self.kept)

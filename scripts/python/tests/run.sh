@@ -22,7 +22,7 @@ train() { # COMMAND, then what differs from the demo
 }
 all() { for stage in prepare label extract train export; do train "$stage" "$@"; done; }
 
-policies='eval.answer_policies=["pair","pair-floor","pair-uniform","pair-budget","token"]'
+policies='eval.answer_policies=["pair","pair-floor","pair-keydiff","pair-uniform","pair-budget","token"]'
 # The demo, shorter; all policies are asked for answers.
 demo=(--set train.steps=30 --set eval.contexts=4 --set "$policies")
 all "${demo[@]}"
@@ -67,8 +67,8 @@ done
 printf '%s The access code for the silver lantern is 48213.%s' "$(head -c 700 docs/guide.md)" "$(head -c 1400 docs/guide.md | tail -c 700)" >"$runs/context.txt"
 printf '"What is the access code for the silver lantern?"\n"What does the run write?"\n"What is the access code for the silver lantern?"\n' >"$runs/questions.jsonl"
 for run in demo-nano own both-all; do
-  for policy in pair pair-floor pair-uniform pair-budget token; do
-    "$runs/proxykv-train" infer --mapper "$runs/$run" --context "$runs/context.txt" --questions "$runs/questions.jsonl" --retain 0.2 \
+  for policy in pair pair-floor pair-keydiff pair-uniform pair-budget token; do
+    "$runs/proxykv-train" infer --mapper "$runs/$run" --context "$runs/context.txt" --questions "$runs/questions.jsonl" --retain 0.1 \
       --policy $policy --max-new-tokens 24 --device cpu --threads 1 --json >"$runs/$run/infer-$policy.jsonl" 2>"$runs/log" || { cat "$runs/log" >&2; exit 1; }
   done
 done

@@ -48,7 +48,7 @@ class Generate(unittest.TestCase):
                 events = [json.loads(line) for line in (RUNS / run / f"infer-{policy}.jsonl").read_text().splitlines()]
                 pruned = next(e for e in events if e.get("event") == "pruned")
                 cache = prefill(self.model, self.ids)
-                keep = opened(run).keep(self.ids, self.prefix, 0.2, policy, target(run))
+                keep = opened(run).keep(self.ids, self.prefix, 0.1, policy, target(run), cache)
                 self.assertEqual(keep.sum().item(), pruned["kept"]["pairs"] + pruned["kept"]["prefix_pairs"])
                 held = proxykv.evict(self.model, cache, keep)
                 self.assertEqual(held, (pruned["kept"]["full_cache_bytes"], pruned["kept"]["kept_bytes"]))

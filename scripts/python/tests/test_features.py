@@ -89,7 +89,7 @@ class Features(unittest.TestCase):
                 scores = px.scores(prefix + rust[f"{i}.tokens"].tolist(), len(prefix), target(run))
                 for policy in policies:
                     for n, ratio in enumerate(rust["ratios"].tolist()):
-                        keep = proxykv.keep_mask(scores, policy, ratio, px.budgets)
+                        keep = proxykv.keep_mask(scores, policy, ratio, px.budgets, rust[f"{i}.key_diff_lht"])
                         different = (keep != rust[f"{i}.{policy}"][n]).sum().item()
                         self.assertEqual(different, 0, f"{run}, context {i}, {policy} at {ratio}: {different} KV pairs differ")
 
@@ -283,7 +283,8 @@ class Masks(unittest.TestCase):
             for i in contexts(run):
                 for policy in proxykv.POLICIES:
                     for n, ratio in enumerate(rust["ratios"].tolist()):
-                        mask = proxykv.keep_mask(rust[f"{i}.scores_lht"], policy, ratio, opened(run).budgets)
+                        beside = opened(run).budgets, rust[f"{i}.key_diff_lht"]
+                        mask = proxykv.keep_mask(rust[f"{i}.scores_lht"], policy, ratio, *beside)
                         self.assertTrue(torch.equal(mask, rust[f"{i}.{policy}"][n]), (run, i, policy, ratio))
 
     def test_ties_go_to_the_lower_index_and_counts_are_exact(self):

@@ -185,7 +185,9 @@ impl Bench<'_> {
             let size = [shape.layers as i64, shape.kv_heads as i64];
             let heads = Tensor::randn([size[0], size[1], 1], options) * 0.5;
             let scores_lht = Tensor::randn([size[0], size[1], t as i64], options) + heads;
-            RaggedCache::prune(self.model.noise_cache(t, 0), &keep.mask(&scores_lht, 0)?, STEPS)
+            let cache = self.model.noise_cache(t, 0);
+            let keep_lht = keep.mask(&scores_lht, &cache, 0)?;
+            RaggedCache::prune(cache, &keep_lht, STEPS)
         };
         RaggedCache::join((0..batch).map(one).collect::<Result<_>>()?)
     }

@@ -207,7 +207,8 @@ impl Bench<'_> {
         let whole = self.clock.time(Row::new("KVzip", t, flops), || {
             let cache = read()?;
             let scores_lht = scorer.score_cached(&context, &cache)?.max_lht;
-            RaggedCache::prune(cache, &keep.mask(&scores_lht, prefix.len())?, 1)
+            let keep_lht = keep.mask(&scores_lht, &cache, prefix.len())?;
+            RaggedCache::prune(cache, &keep_lht, 1)
         })?;
         let whole = whole.compared_with(&bare);
         Ok(vec![PrefillRow::new(bare, None), PrefillRow::new(whole, None)])

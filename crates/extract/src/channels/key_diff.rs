@@ -1,10 +1,11 @@
 //! KeyDiff's score: how dissimilar a key is to the mean key of its head. Also the baseline `keydiff` of
-//! `eval`.
+//! `eval` and a part of the policy `pair-keydiff`.
 //!
 //! Dimension key: h KV head, k cached position (prefix and context), d head_dim, t context position.
 
 use anyhow::{Result, ensure};
 use pkv_core::Channel;
+use pkv_lm::KvCache;
 use tch::{Kind, Tensor};
 
 use super::{Compute, Entry};
@@ -40,4 +41,17 @@ pub fn key_diff(k_hkd: &Tensor, prefix: usize) -> Result<Tensor> {
     let mean_h1d = &mean_h1d / lengths(&mean_h1d);
     let cosine_hk = unit_hkd.matmul(&mean_h1d.transpose(1, 2)).squeeze_dim(-1);
     Ok(-cosine_hk.narrow(1, prefix as i64, context))
+}
+
+/// [`key_diff`] of all layers of a cache.
+///
+/// # Shapes
+/// - `cache`: the chat template's prefix (`prefix` positions) and then the context, nothing else
+/// - returns `[layers, KV heads, context positions]`, f32 in [-1, 1], on the cache's device
+///
+/// # Errors
+/// The cache holds no context.
+pub fn key_diff_of(cache: &KvCache, prefix: usize) -> Result<Tensor> {
+    let layers = (0..cache.layers()).map(|layer| key_diff(&cache.keys(layer), prefix));
+    Ok(Tensor::stack(&layers.collect::<Result<Vec<_>>>()?, 0))
 }

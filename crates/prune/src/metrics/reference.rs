@@ -177,7 +177,7 @@ impl Budgets {
             Policy::Pair | Policy::PairFloor => (1, self.heads * self.positions),
             Policy::PairUniform => (self.heads, self.positions),
             Policy::Token => (1, self.positions),
-            Policy::PairBudget => panic!("{NO_BUDGETS}"),
+            Policy::PairBudget | Policy::PairKeydiff => panic!("{ONLY_SCORES}"),
         }
     }
 
@@ -188,7 +188,7 @@ impl Budgets {
     }
 }
 
-const NO_BUDGETS: &str = "policies of scores alone have no head budgets";
+const ONLY_SCORES: &str = "this policy needs more than scores";
 
 /// Every competitor's place, from 0, in the order of [`Policy::OF_SCORES`]: `[o, t]` three times, then `[t]`;
 /// i32.
@@ -198,7 +198,7 @@ fn places(scores_ot: &Tensor) -> Vec<Tensor> {
         Policy::PairFloor => place(&by_place(scores_ot)).reshape(scores_ot.size()),
         Policy::PairUniform => place(scores_ot),
         Policy::Token => place(&token_scores(scores_ot)),
-        Policy::PairBudget => panic!("{NO_BUDGETS}"),
+        Policy::PairBudget | Policy::PairKeydiff => panic!("{ONLY_SCORES}"),
     };
     Policy::OF_SCORES.map(of).into()
 }

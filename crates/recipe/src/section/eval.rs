@@ -85,7 +85,7 @@ impl Default for EvalSection {
         Self {
             ratios: vec![0.5, 0.3, 0.2, 0.125, 0.1, 0.0625, 0.05, 0.03125, 0.03, 0.02, 0.01],
             answer_ratios: vec![0.2, 0.125, 0.1, 0.0625, 0.05, 0.03125, 0.03, 0.02, 0.01],
-            policies: Policy::ALL.to_vec(),
+            policies: Policy::WITHOUT_KEYS.to_vec(),
             answer_policies: vec![Policy::PairFloor, Policy::Pair, Policy::PairUniform],
             methods: DEFAULT_METHODS.to_vec(),
             tasks: vec![TaskName::FACTS, TaskName::PERPLEXITY],
@@ -158,6 +158,13 @@ impl EvalSection {
                     hinted(format!("`eval.{name}` names `{}` twice", policy.name()), "name each policy once")
                 );
             }
+        }
+        if let Some(policy) = self.policies.iter().find(|policy| policy.needs_keys()) {
+            return Err(hinted(
+                format!("`eval.policies` names `{}`, which needs keys; labels have none", policy.name()),
+                "`eval.answer_policies` takes it",
+            )
+            .into());
         }
         for (name, n) in [
             ("max_answer_tokens", self.max_answer_tokens),
