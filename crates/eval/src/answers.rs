@@ -155,7 +155,7 @@ mod tests {
             part: String::new(),
             fact: Some((30, 10)),
         };
-        let answer = |text: &str, right| Answer {
+        let answer = |text: &str, right: bool| Answer {
             text: text.to_owned(),
             score: f64::from(right),
             kl: 0.5,

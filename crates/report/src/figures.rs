@@ -233,12 +233,11 @@ pub fn gradient_norm(metrics: &Metrics) -> Option<LineChart> {
     Some(by_step("Gradient norm by optimizer step", series, y))
 }
 
-/// One curve per run over its own steps: a name, a class and a marker each, and points; `None` of nothing.
-pub fn runs_by_step(
-    title: &str,
-    label: &str,
-    runs: &[(String, String, Marker, Vec<(u64, f64)>)],
-) -> Option<LineChart> {
+/// A run's name, class and marker, and its points by step.
+pub type RunCurve = (String, String, Marker, Vec<(u64, f64)>);
+
+/// One curve per run over its own steps; `None` of nothing.
+pub fn runs_by_step(title: &str, label: &str, runs: &[RunCurve]) -> Option<LineChart> {
     let y = wide_axis(label, runs.iter().flat_map(|r| &r.3).map(|p| p.1))?;
     let series = runs.iter().map(|(name, class, marker, points)| {
         curve(name, class, *marker, points, &format!("{name}, {label}"))
