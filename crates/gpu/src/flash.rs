@@ -235,6 +235,7 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, heads_axis: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::naive;
     use std::io::Write as _;
     use tch::Device;
 
@@ -257,23 +258,12 @@ mod tests {
 
     const CAUSAL: Softmax = Softmax { mask: Mask::Causal, scale: SCALE };
 
-    /// Output and log-sum-exp in f64: q `[s, H, d]`, k and v `[t, H', d]`; row i sees the keys before
-    /// `visible(i)`.
-    fn naive(q: &Tensor, k: &Tensor, v: &Tensor, visible: impl Fn(i64) -> i64) -> (Tensor, Tensor) {
-        let double = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double).transpose(0, 1);
-        let (q, k, v) = (double(q), double(k), double(v));
-        let (heads, s, _) = q.size3().unwrap();
-        let group = heads / k.size()[0];
-        let spread = |t: &Tensor| t.repeat_interleave_self_int(group, 0, None);
-        let (k, v) = (spread(&k), spread(&v));
-        let logits = q.matmul(&k.transpose(1, 2)) * SCALE;
-        for row in 0..s {
-            let n = visible(row);
-            let hidden = logits.size()[2] - n;
-            let _ = logits.narrow(1, row, 1).narrow(2, n, hidden).fill_(f64::NEG_INFINITY);
-        }
-        let out = logits.softmax(-1, Kind::Double).matmul(&v).transpose(0, 1);
-        (out, logits.logsumexp([-1i64], false))
+    /// Output and log-sum-exp: q `[s, H, d]`, k and v `[t, H', d]`; a row sees all keys, or those up to its
+    /// number and `first`.
+    fn naive(q: &Tensor, k: &Tensor, v: &Tensor, first: Option<i64>) -> [Tensor; 2] {
+        let (rows, keys) = (q.size()[0], k.size()[0]);
+        let seen = naive::up_to(first.unwrap_or(keys), rows, keys, Device::Cpu);
+        naive::attention(q, &k.transpose(0, 1), &v.transpose(0, 1), SCALE, &seen)
     }
 
     #[track_caller]
@@ -311,8 +301,8 @@ mod tests {
             let (k, v) = (cached(&t[1]), cached(&t[2]));
             for mask in [Mask::All, Mask::Causal] {
                 let got = flash(&t[0], &k, &v, Softmax { mask, scale: SCALE }).unwrap();
-                let visible = |row| if mask == Mask::All { keys } else { keys - s + row + 1 };
-                let (out, lse) = naive(&t[0].get(0), &k.get(0), &v.get(0), visible);
+                let first = (mask == Mask::Causal).then_some(keys - s);
+                let [out, lse] = naive(&t[0].get(0), &k.get(0), &v.get(0), first);
                 close(&format!("flash {s} x {keys} {mask:?}"), &got.out.get(0), &out, 3e-2);
                 close("its log-sum-exp", &got.lse.get(0), &lse, 1e-3);
             }
@@ -328,7 +318,7 @@ mod tests {
         let mut first = 0;
         for n in lengths {
             let part = |x: &Tensor| x.narrow(0, first, n);
-            let (out, lse) = naive(&part(&t[0]), &part(&t[1]), &part(&t[2]), |row| row + 1);
+            let [out, lse] = naive(&part(&t[0]), &part(&t[1]), &part(&t[2]), Some(0));
             close(&format!("segment of {n}"), &part(&got.out), &out, 3e-2);
             close("its log-sum-exp", &got.lse.narrow(1, first, n), &lse, 1e-3);
             first += n;
@@ -361,7 +351,7 @@ mod tests {
                 let keys = i64::from(used[x as usize]);
                 let part = |of: &Tensor| of.narrow(0, i64::from(first[x as usize]), keys);
                 let q = t[0].narrow(0, x * rows, rows);
-                let (out, _) = naive(&q, &part(&t[1]), &part(&t[2]), |row| keys - rows + row + 1);
+                let [out, _] = naive(&q, &part(&t[1]), &part(&t[2]), Some(keys - rows));
                 close(&format!("{rows} rows, segment {x}"), &got.out.narrow(0, x * rows, rows), &out, 3e-2);
             }
         }
@@ -378,8 +368,7 @@ mod tests {
             let (k, v) = (t[1].narrow(1, 0, keys), t[2].narrow(1, 0, keys));
             let got = cudnn(&q.transpose(0, 1).unsqueeze(0), &k.unsqueeze(0), &v.unsqueeze(0), causal, SCALE)
                 .unwrap();
-            let visible = |row| if causal { row + 1 } else { keys };
-            let (out, lse) = naive(&q, &k.transpose(0, 1), &v.transpose(0, 1), visible);
+            let [out, lse] = naive(&q, &k.transpose(0, 1), &v.transpose(0, 1), causal.then_some(0));
             close(&format!("cuDNN {s} x {keys}"), &got.out.get(0).transpose(0, 1), &out, 3e-2);
             close("its log-sum-exp", &got.lse.get(0), &lse, 1e-3);
         }

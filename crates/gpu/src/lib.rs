@@ -16,6 +16,8 @@ mod flash;
 mod host;
 mod kernels;
 mod memory;
+#[cfg(test)]
+mod naive;
 mod ops;
 mod optim;
 mod shim;

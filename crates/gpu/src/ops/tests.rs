@@ -9,6 +9,7 @@ use std::io::Write as _;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::naive::exact;
 use crate::{cuda_count, set_tf32};
 
 /// One computation three times.
@@ -83,7 +84,7 @@ fn check(place: &str, Compared { what, operator, portable, naive, within }: &Com
         assert!(operator.equal(portable), "{place}: {what}: a CPU has the portable form");
     }
     for (form, got) in [("the operator", operator), ("its portable form", portable)] {
-        let off = (exact(got) - naive).abs() - naive.abs() * within[1];
+        let off = (exact(&got.to_device(naive.device())) - naive).abs() - naive.abs() * within[1];
         let worst = if off.numel() == 0 { 0.0 } else { off.max().double_value(&[]) };
         // NaN is not below anything.
         assert!(worst <= within[0], "{place}: {what}: {form} is off by {worst:e} beyond {within:?}");
@@ -108,20 +109,10 @@ fn the_table_is_complete() {
     assert_eq!(functions + 1, TABLE.len() + BESIDE.len(), "the table names what is not exported");
 }
 
-/// Reproducible, normal, the same on each device.
-fn random(seed: i64, size: &[i64], kind: Kind, device: Device) -> Tensor {
-    tch::manual_seed(seed);
-    Tensor::randn(size, (Kind::Float, Device::Cpu)).to_device(device).to_kind(kind)
-}
-
 /// Reproducible, from 0.5 to 1.5, f32.
 fn positive(seed: i64, size: &[i64], device: Device) -> Tensor {
     tch::manual_seed(seed);
     (Tensor::rand(size, (Kind::Float, Device::Cpu)) + 0.5).to_device(device)
-}
-
-fn exact(x: &Tensor) -> Tensor {
-    x.to_kind(Kind::Double)
 }
 
 fn is_half(kind: Kind) -> bool {
@@ -135,24 +126,4 @@ fn rounding(kind: Kind) -> f64 {
         Kind::Half => 1.01 / 2048.0,
         _ => 4e-6,
     }
-}
-
-/// Softmax over the keys that a row sees, and its log-sum-exp, in f64.
-///
-/// `q_qsd`: `[query_heads, s, d]`, `k_hkd`: `[kv_heads, keys, d]`, `seen_sk`: bool `[s, keys]`; returns
-/// `[query_heads, s, keys]` and `[query_heads, s]`.
-fn softmax(q_qsd: &Tensor, k_hkd: &Tensor, scale: f64, seen_sk: &Tensor) -> (Tensor, Tensor) {
-    let logits = exact(q_qsd).matmul(&spread(k_hkd, q_qsd.size()[0]).transpose(1, 2)) * scale;
-    let logits = logits.masked_fill(&seen_sk.logical_not(), f64::NEG_INFINITY);
-    (logits.softmax(-1, None), logits.logsumexp([-1i64], false))
-}
-
-/// A KV head for each query head, in f64.
-fn spread(x_hkd: &Tensor, query_heads: i64) -> Tensor {
-    exact(x_hkd).repeat_interleave_self_int(query_heads / x_hkd.size()[0], 0, None)
-}
-
-/// Bool `[rows, keys]`, true where the key is at most `row + first`.
-fn up_to(first: i64, rows: i64, keys: i64, device: Device) -> Tensor {
-    Tensor::ones([rows, keys], (Kind::Bool, device)).tril(first)
 }

@@ -3,29 +3,13 @@
 use std::io::Write as _;
 
 use super::*;
-
-fn random(seed: i64, size: &[i64], kind: Kind, device: Device) -> Tensor {
-    tch::manual_seed(seed);
-    Tensor::randn(size, (Kind::Float, Device::Cpu)).to_device(device).to_kind(kind)
-}
+use crate::naive::{self, random};
 
 /// Not 1/sqrt(16), which kernels would take by themselves.
 const SCALE: f64 = 0.3;
 
 fn with(policy: AttentionPolicy) -> Attention {
     Attention { scale: SCALE, policy }
-}
-
-/// Output and log-sum-exp in f64 of rows that see `seen[row]`, `[keys]` bool.
-fn naive(q_rqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, seen_rk: &Tensor) -> (Tensor, Tensor) {
-    let exact = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
-    let q = exact(q_rqd).transpose(0, 1);
-    let group = q.size()[0] / k_hkd.size()[0];
-    let [k, v] = [k_hkd, v_hkd].map(|t| exact(t).repeat_interleave_self_int(group, 0, None));
-    let logits = q.matmul(&k.transpose(1, 2)) * SCALE;
-    let logits = logits.masked_fill(&seen_rk.logical_not(), f64::NEG_INFINITY);
-    let out = logits.softmax(-1, Kind::Double).matmul(&v).transpose(0, 1);
-    (out, logits.logsumexp([-1i64], false))
 }
 
 #[track_caller]
@@ -69,7 +53,7 @@ fn causal_attention_over_a_cache_equals_f64() {
                 let [k, v] = [2, 3]
                     .map(|seed| random(seed, &[2, start + s + 5, 16], kind, device).narrow(1, 0, start + s));
                 let all = Tensor::ones([s, start + s], (Kind::Bool, Device::Cpu));
-                let (out, lse) = naive(&q, &k, &v, &all.tril(start));
+                let [out, lse] = naive::attention(&q, &k, &v, SCALE, &all.tril(start));
                 let what = format!("{device:?} {kind:?} {policy:?} {start} + {s}");
                 for wants in [true, false] {
                     let (got, got_lse) =
@@ -108,7 +92,8 @@ fn squares_and_rectangle_equal_f64() {
                 let what = format!("{device:?} {kind:?} {policy:?} {keys} keys, {lengths:?}");
                 let mut part = attend_segments(&q, &own[0], &own[1], &segments, &with(policy)).unwrap();
                 let heads_first = |x: &Tensor| x.transpose(0, 1);
-                let (out, lse) = naive(&q, &heads_first(&own[0]), &heads_first(&own[1]), &own_seen);
+                let [out, lse] =
+                    naive::attention(&q, &heads_first(&own[0]), &heads_first(&own[1]), SCALE, &own_seen);
                 close(&format!("{what}: squares"), &part.out_rqd, &out, tolerance);
                 close(&format!("{what}: their log-sum-exp"), &part.lse_qr, &lse, lse_tolerance);
 
@@ -116,7 +101,7 @@ fn squares_and_rectangle_equal_f64() {
                 let cache_seen = Tensor::ones([rows, keys], (Kind::Bool, Device::Cpu));
                 let both = |cache: &Tensor, own: &Tensor| Tensor::cat(&[cache, &heads_first(own)], 1);
                 let seen = Tensor::cat(&[cache_seen, own_seen], 1);
-                let (out, lse) = naive(&q, &both(&k, &own[0]), &both(&v, &own[1]), &seen);
+                let [out, lse] = naive::attention(&q, &both(&k, &own[0]), &both(&v, &own[1]), SCALE, &seen);
                 close(&what, &part.out_rqd, &out, tolerance);
                 close(&format!("{what}: log-sum-exp"), &part.lse_qr, &lse, lse_tolerance);
             }

@@ -6,8 +6,9 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Compared, is_half, random, softmax, spread, up_to};
+use super::{Compared, is_half};
 use crate::PackedKv;
+use crate::naive::{self, random, up_to};
 use crate::ops::attention::portable;
 use crate::ops::{self, Attention, Part, RaggedAttention, RaggedShape, Segments, ragged};
 
@@ -27,12 +28,6 @@ fn within(device: Device, kind: Kind) -> [[f64; 2]; 2] {
         (_, false) => [[1e-4, 0.0]; 2],
         (_, true) => [[3e-2, 0.0], [2e-3, 0.0]],
     }
-}
-
-/// Output and log-sum-exp in f64; queries `[s, query_heads, d]`, keys and values `[kv_heads, keys, d]`.
-fn naive(q_sqd: &Tensor, k_hkd: &Tensor, v_hkd: &Tensor, seen_sk: &Tensor) -> [Tensor; 2] {
-    let (weights, lse) = softmax(&q_sqd.transpose(0, 1), k_hkd, SCALE, seen_sk);
-    [weights.matmul(&spread(v_hkd, q_sqd.size()[1])).transpose(0, 1), lse]
 }
 
 /// Outputs, then log-sum-exps, of one case.
@@ -72,7 +67,7 @@ pub fn attend(device: Device, kind: Kind) -> Vec<Compared> {
             [2, 3].map(|seed| random(seed, &[2, start + s + 5, 16], kind, device).narrow(1, 0, start + s));
         let (out, lse) = ops::attend(&q, &k, &v, start as usize, true, &attention).unwrap();
         let (alone, _) = ops::attend(&q, &k, &v, start as usize, false, &attention).unwrap();
-        let exact = naive(&q, &k, &v, &up_to(start, s, start + s, device));
+        let exact = naive::attention(&q, &k, &v, SCALE, &up_to(start, s, start + s, device));
         let plain = parts(&portable::causal(&q, &k, &v, start, SCALE).unwrap());
         cases.push(Compared {
             what: format!("{start} + {s}, no log-sum-exps"),
@@ -111,7 +106,7 @@ pub fn attend_segments(device: Device, kind: Kind) -> Vec<Compared> {
         let ([q, k, v], segments, seen) = own(lengths, device, kind);
         let got = ops::attend_segments(&q, &k, &v, &segments, &Attention::new(SCALE)).unwrap();
         let plain = portable::squares(&q, &k, &v, &segments.ranges, SCALE);
-        let exact = naive(&q, &k.transpose(0, 1), &v.transpose(0, 1), &seen);
+        let exact = naive::attention(&q, &k.transpose(0, 1), &v.transpose(0, 1), SCALE, &seen);
         cases.extend(both(&format!("{lengths:?}"), (device, kind), parts(&got), parts(&plain), exact));
     }
     cases
@@ -139,7 +134,7 @@ pub fn add_attention(device: Device, kind: Kind) -> Vec<Compared> {
             }
             let all = |cache: &Tensor, own: &Tensor| Tensor::cat(&[cache, &own.transpose(0, 1)], 1);
             let seen = Tensor::cat(&[up_to(keys, rows, keys, device), seen], 1);
-            let exact = naive(&q, &all(&k, &own_k), &all(&v, &own_v), &seen);
+            let exact = naive::attention(&q, &all(&k, &own_k), &all(&v, &own_v), SCALE, &seen);
             let what = format!("{lengths:?} over {keys} keys");
             cases.extend(both(&what, (device, kind), parts(&got), parts(&plain), exact));
         }
@@ -203,7 +198,8 @@ pub fn ragged(device: Device, kind: Kind) -> Vec<Compared> {
                 let n = rows.len() as i64;
                 let of = |all: &Tensor| all.narrow(0, rows.start as i64, n).unsqueeze(0);
                 let seen = up_to(n - tokens, tokens, n, device);
-                naive(&q_xsgd.get(x as i64), &of(keys_nd), &of(values_nd), &seen)[0].shallow_clone()
+                naive::attention(&q_xsgd.get(x as i64), &of(keys_nd), &of(values_nd), SCALE, &seen)[0]
+                    .shallow_clone()
             })
             .collect();
         cases.push(Compared {

@@ -2,8 +2,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Compared, exact, is_half, positive, random, rounding};
+use super::{Compared, is_half, positive, rounding};
 use crate::PackedSlots;
+use crate::naive::{exact, random};
 use crate::ops::{self, Projected, Rotation, gate, mapper, norms, rotary};
 
 pub fn gated_silu(device: Device, kind: Kind) -> Vec<Compared> {
