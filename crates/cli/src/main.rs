@@ -33,6 +33,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use clap::Parser;
+use pkv_core::hinted;
 
 use crate::args::{Cli, Command, Stage, StageArgs};
 use crate::session::Session;
@@ -47,7 +48,21 @@ fn main() -> ExitCode {
         Err(e) => e.exit(),
     };
     terminal::init_logs(cli.verbose);
-    end(run(&cli))
+    end(within_memory(&cli))
+}
+
+/// [`run`]; where a GPU's or the machine's memory runs out, an error.
+fn within_memory(cli: &Cli) -> Result<ExitCode> {
+    // Errors of `run` are its own business: only a panic of libtorch is looked at.
+    pkv_gpu::unless_exhausted(|| Ok(run(cli)))?.unwrap_or_else(|| {
+        Err(hinted(
+            "memory ran out, of the GPU or of this machine; what was written before is whole",
+            "see what else uses it (`nvidia-smi`, `free -h`) and what each stage needs (`proxykv-train plan`); \
+             then run the same command again, with smaller `train.batch`, `train.window_tokens`, \
+             `label.prefill_chunk_tokens` or `extract.prefill_chunk_tokens`",
+        )
+        .into())
+    })
 }
 
 fn end(result: Result<ExitCode>) -> ExitCode {
