@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValue, PossibleValuesParser};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use pkv_core::Policy;
 use pkv_gpu::DeviceChoice;
 use pkv_recipe::Override;
+use pkv_shard::Stage;
 
 use crate::completion::values;
 
@@ -511,7 +512,7 @@ pub struct StageArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
     /// Delete this stage's output and compute it again; may be repeated.
-    #[arg(long, value_name = "STAGE")]
+    #[arg(long, value_name = "STAGE", value_parser = stage())]
     pub redo: Vec<Stage>,
 }
 
@@ -586,30 +587,9 @@ impl EvalChoices {
     }
 }
 
-/// The stages of `run`, in order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub enum Stage {
-    Prepare,
-    Label,
-    Extract,
-    Train,
-    Eval,
-    Export,
-    Report,
-}
-
-impl Stage {
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Prepare => "prepare",
-            Self::Label => "label",
-            Self::Extract => "extract",
-            Self::Train => "train",
-            Self::Eval => "eval",
-            Self::Export => "export",
-            Self::Report => "report",
-        }
-    }
+/// Stages by their names, with which clap answers a misspelled one.
+fn stage() -> impl TypedValueParser<Value = Stage> {
+    PossibleValuesParser::new(Stage::ALL.map(Stage::name)).try_map(|name| name.parse::<Stage>())
 }
 
 #[cfg(test)]

@@ -84,7 +84,7 @@ pub fn run(cli: &Cli, args: &BenchArgs, stop: Arc<AtomicBool>) -> Result<()> {
     let contexts = if args.context.is_empty() { &recipe.data.window_tokens } else { &args.context };
     ensure!(!args.batch.contains(&0), hinted("`--batch` is 0", "decode 1 sequence or more"));
     ensure!(!contexts.contains(&0), hinted("`--context` names a context of 0 tokens", "use 1 or more"));
-    let device = choose_device(cli)?;
+    let device = choose_device(cli.device, cli.threads)?;
     let job = Job { json: cli.json, args, recipe: &recipe, contexts, device, stop: &stop };
     match args.what {
         BenchWhat::Label | BenchWhat::Extract => models(&job)?,

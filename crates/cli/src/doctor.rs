@@ -19,8 +19,6 @@ use pkv_recipe::plan::{Machine, Plan, human_secs};
 use serde::Serialize;
 use tch::Device;
 
-pub use machine::gpu_model;
-
 use hub::hub_access;
 use machine::{cpu, disk, gpus, libtorch, memory};
 use needs::needs;

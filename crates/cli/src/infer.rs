@@ -29,8 +29,10 @@ use self::input::Asked;
 use self::output::{FullSummary, Output, Summary};
 use crate::args::{Cli, DtypeArg, InferArgs, RegimeArg};
 use crate::mapper_source::export_folder;
-use crate::render::{FELL_BACK, INTERRUPTED, Interrupted, REPAIRABLE};
+use crate::render::{FELL_BACK, INTERRUPTED, REPAIRABLE};
 use crate::session::{choose_device, device_name, kind_on, next_gpu};
+use crate::terminal::Bar;
+use pkv_core::Interrupted;
 
 /// A model of the pair on disk, weights unread.
 struct Found {
@@ -48,11 +50,11 @@ struct Found {
 pub fn run(cli: &Cli, args: &InferArgs, stop: Arc<AtomicBool>) -> Result<ExitCode> {
     let budget = budget(args)?;
     let regime_name = regime_name(args.regime);
-    let device = choose_device(cli)?;
+    let device = choose_device(cli.device, cli.threads)?;
     let proxy_device = proxy_device(args, regime_name, device)?;
     check_devices(regime_name, device, proxy_device)?;
 
-    let export = Export::read(&export_folder(&args.mapper, &stop)?)?;
+    let export = Export::read(&export_folder(&args.mapper, &Bar::new(), &stop)?)?;
     let config = export.config();
     let keep =
         Keep { budget, policy: args.policy.policy(), budgets: export.budgets(), recent: args.keep_recent };

@@ -16,7 +16,7 @@ use anyhow::{Result, bail};
 use pkv_checkpoint::CheckpointStore;
 use pkv_core::{Fingerprint, hinted};
 use pkv_eval::RESULTS_FILE;
-use pkv_shard::INDEX_FILE;
+use pkv_shard::{INDEX_FILE, RunLayout};
 
 pub use against::against;
 use run::{results, run};
@@ -46,7 +46,7 @@ pub fn inspect(path: &Path) -> Result<String> {
     }
     if has(INDEX_FILE) {
         stage(path)
-    } else if has("run.json") {
+    } else if RunLayout::new(path).run_json().is_file() {
         run(path)
     } else if has("state.json") {
         checkpoint(path)

@@ -11,20 +11,19 @@ mod bench;
 mod compare;
 mod completion;
 mod doctor;
+mod fetch;
 mod infer;
 mod inspect;
 mod man;
-mod mapper_source;
 mod output;
-mod pair;
+mod plan;
 mod push;
 mod recipes;
 mod render;
-mod run_folder;
+mod results;
 mod schema;
-mod session;
 mod show;
-mod stages;
+mod stop;
 mod terminal;
 
 use std::process::ExitCode;
@@ -34,10 +33,13 @@ use std::sync::atomic::AtomicBool;
 use anyhow::Result;
 use clap::Parser;
 use pkv_core::hinted;
+use pkv_run::session::{Choices, Session, choose_device};
+use pkv_run::stages::eval::EvalOptions;
+use pkv_run::{mapper_source, pair, session, stages};
+use pkv_shard::Stage;
 
-use crate::args::{Cli, Command, Stage, StageArgs};
-use crate::session::Session;
-use crate::stages::eval::EvalOptions;
+use crate::args::{Cli, Command, RecipeArgs, StageArgs};
+use crate::terminal::Bar;
 
 fn main() -> ExitCode {
     completion::answer();
@@ -74,16 +76,16 @@ fn end(result: Result<ExitCode>) -> ExitCode {
 
 fn run(cli: &Cli) -> Result<ExitCode> {
     // Until now the signal has no handler: reading the arguments needs no clean stop.
-    let stop = session::stop_on_signal()?;
+    let stop = stop::stop_on_signal()?;
     match &cli.command {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
-        Command::Plan { recipe, resolved, machine } => stages::plan::run(cli, recipe, *resolved, *machine)?,
-        Command::Fetch { recipe, models_only } => stages::fetch::run(cli, recipe, *models_only, stop)?,
+        Command::Plan { recipe, resolved, machine } => plan::run(cli, recipe, *resolved, *machine)?,
+        Command::Fetch { recipe, models_only } => fetch::run(cli, recipe, *models_only, stop)?,
         Command::Recipes { what } => recipes::run(cli, what, &stop)?,
         Command::Schema { reference } => schema::run(*reference)?,
         Command::Prepare { stage, show } => {
             let session = one(cli, stage, Stage::Prepare, stop, &EvalOptions::default())?;
-            show.map_or(Ok(()), |n| show::examples(&session, n))?;
+            show.map_or(Ok(()), |n| show::examples(cli, &session, n))?;
         }
         Command::Label(a) => drop(one(cli, a, Stage::Label, stop, &EvalOptions::default())?),
         Command::Extract(a) => drop(one(cli, a, Stage::Extract, stop, &EvalOptions::default())?),
@@ -92,11 +94,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let mut stage = stage.clone();
             stage.recipe.sets.extend(choices.overrides());
             if let Some(n) = show {
-                show::prompts(&Session::open(cli, &stage.recipe, stop)?, *n)?;
+                show::prompts(cli, &open(cli, &stage.recipe, stop)?, *n)?;
                 return Ok(ExitCode::SUCCESS);
             }
-            let mapper =
-                mapper.as_deref().map(|named| mapper_source::export_folder(named, &stop)).transpose()?;
+            let mapper = mapper
+                .as_deref()
+                .map(|named| mapper_source::export_folder(named, &Bar::new(), &stop))
+                .transpose()?;
             let options = EvalOptions { mapper, kept: *kept };
             one(cli, &stage, Stage::Eval, stop, &options)?;
         }
@@ -115,6 +119,16 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// A run folder to work in, with its log.
+fn open(cli: &Cli, args: &RecipeArgs, stop: Arc<AtomicBool>) -> Result<Session> {
+    let recipe = session::load_recipe(&args.recipe, &args.overrides())?;
+    let device = choose_device(cli.device, cli.threads)?;
+    let session =
+        Session::open(recipe, Choices { runs: &cli.runs, device, bar: Box::new(Bar::new()), stop })?;
+    terminal::log_to(&session.run.log())?;
+    Ok(session)
+}
+
 /// One stage on its own, and the session that it ran in.
 fn one(
     cli: &Cli,
@@ -124,30 +138,22 @@ fn one(
     options: &EvalOptions,
 ) -> Result<Session> {
     if stage == Stage::Report {
-        stages::report::check_run(cli, &args.recipe)?;
+        results::check_run(cli, &args.recipe)?;
     }
-    let session = Session::open(cli, &args.recipe, stop)?;
+    let session = open(cli, &args.recipe, stop)?;
     stages::run(&session, stage, &args.redo, options)?;
     if stage == Stage::Eval {
-        stages::eval::print(&session, options)?;
+        results::print(cli, &session, options)?;
     }
     Ok(session)
 }
 
 /// All stages in order, then the table.
 fn all(cli: &Cli, args: &StageArgs, stop: Arc<AtomicBool>) -> Result<()> {
-    let session = Session::open(cli, &args.recipe, stop)?;
+    let session = open(cli, &args.recipe, stop)?;
     let options = EvalOptions::default();
     let mut redo = args.redo.clone();
-    for stage in [
-        Stage::Prepare,
-        Stage::Label,
-        Stage::Extract,
-        Stage::Train,
-        Stage::Eval,
-        Stage::Export,
-        Stage::Report,
-    ] {
+    for stage in Stage::ALL {
         // Labels may bring features along: those that are made again go before that.
         if stage == Stage::Label && redo.contains(&Stage::Extract) {
             stages::throw_away(&session, Stage::Extract, &options)?;
@@ -155,7 +161,7 @@ fn all(cli: &Cli, args: &StageArgs, stop: Arc<AtomicBool>) -> Result<()> {
         }
         stages::run(&session, stage, &redo, &options)?;
     }
-    stages::eval::print(&session, &options)?;
+    results::print(cli, &session, &options)?;
     tracing::info!("report: {}", session.run.report().display());
     Ok(())
 }

@@ -10,12 +10,13 @@ use pkv_checkpoint::{BUDGETS_FILE, EXPORT_FILES, Export};
 use pkv_core::hinted;
 use pkv_hub::{Hub, Push, PushFile, Pushed};
 use pkv_recipe::plan::human_bytes;
+use pkv_shard::RunLayout;
 use serde_json::{Value, json};
 
 use crate::args::{Cli, PushArgs};
 use crate::output;
-use crate::render::Interrupted;
 use crate::terminal::Bar;
+use pkv_core::Interrupted;
 
 pub fn run(cli: &Cli, args: &PushArgs, stop: Arc<AtomicBool>) -> Result<()> {
     let folder = export_folder(&args.source)?;
@@ -62,8 +63,9 @@ fn show(cli: &Cli, text: impl FnOnce() -> String, json: impl FnOnce() -> Value) 
 
 /// The export that `source` is, or that the run folder `source` holds.
 fn export_folder(source: &Path) -> Result<PathBuf> {
-    if source.join("run.json").is_file() {
-        let export = source.join("export");
+    let run = RunLayout::new(source);
+    if run.run_json().is_file() {
+        let export = run.export();
         if !export.join("config.json").is_file() {
             bail!(hinted(
                 format!("run `{}` holds no export", source.display()),

@@ -17,9 +17,9 @@ use serde_json::{Value, json};
 use crate::args::{Cli, InitArgs, RecipesCommand};
 use crate::completion::values::{DEEPEST, toml_files};
 use crate::output;
-use crate::render::Interrupted;
 use crate::session::load_recipe;
 use crate::terminal::Bar;
+use pkv_core::Interrupted;
 
 /// # Errors
 /// There are no recipes, a model cannot be read, or the file to write is there already.

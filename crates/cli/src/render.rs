@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::io::{self, ErrorKind};
 
 use anyhow::Error;
-use pkv_core::{Hinted, neutral};
+use pkv_core::{Hinted, Interrupted, neutral};
 
 use crate::output::Lost;
 
@@ -18,20 +18,6 @@ pub const INTERRUPTED: u8 = 130;
 /// What a shell reports of a program that SIGPIPE ends: not all of the output was read, which a script may
 /// want to know.
 pub const CLOSED: u8 = 141;
-
-/// The work was stopped by the user; what was done is on disk.
-#[derive(Debug)]
-pub struct Interrupted;
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(
-            "interrupted; whole shards and checkpoints are on disk, and the same command goes on from them",
-        )
-    }
-}
-
-impl std::error::Error for Interrupted {}
 
 /// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`; empty if stdout's reader closed the
 /// pipe.

@@ -11,6 +11,7 @@ use pkv_lm::TextTokenizer;
 use pkv_shard::{Example, StageReader};
 use serde_json::{Value, json};
 
+use crate::args::Cli;
 use crate::output;
 use crate::pair;
 use crate::session::Session;
@@ -20,7 +21,7 @@ use crate::stages::{self, eval, prepare};
 ///
 /// # Errors
 /// The examples are absent or damaged.
-pub fn examples(s: &Session, n: usize) -> Result<()> {
+pub fn examples(cli: &Cli, s: &Session, n: usize) -> Result<()> {
     some(n)?;
     let target = pair::find_target(s)?;
     let mut shown = Vec::new();
@@ -37,14 +38,14 @@ pub fn examples(s: &Session, n: usize) -> Result<()> {
             "facts": facts,
         }));
     }
-    print(s, &shown)
+    print(cli, &shown)
 }
 
 /// The first `n` contexts of every task that the recipe asks, with their prompts.
 ///
 /// # Errors
 /// The examples are absent, or a task lacks its files.
-pub fn prompts(s: &Session, n: usize) -> Result<()> {
+pub fn prompts(cli: &Cli, s: &Session, n: usize) -> Result<()> {
     some(n)?;
     let target = pair::find_target(s)?;
     let tokenizer = &target.tokenizer;
@@ -69,7 +70,7 @@ pub fn prompts(s: &Session, n: usize) -> Result<()> {
         let turns: Vec<Value> = turns.collect::<Result<_>>()?;
         shown.push(context_of(tokenizer, &context.title, &context.tokens, &turns)?);
     }
-    print(s, &shown)
+    print(cli, &shown)
 }
 
 fn some(n: usize) -> Result<()> {
@@ -84,8 +85,8 @@ fn context_of(tokenizer: &TextTokenizer, title: &str, tokens: &[u32], turns: &[V
     Ok(json!({"title": title, "text": tokenizer.decode(&read)?, "asked": turns}))
 }
 
-fn print(s: &Session, shown: &[Value]) -> Result<()> {
-    output::print_either(s.json, &shown, || shown.iter().map(as_text).collect())
+fn print(cli: &Cli, shown: &[Value]) -> Result<()> {
+    output::print_either(cli.json, &shown, || shown.iter().map(as_text).collect())
 }
 
 /// One entry: its title, the text between two lines, then facts or questions.

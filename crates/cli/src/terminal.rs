@@ -44,7 +44,7 @@ pub fn init_logs(verbose: u8) {
     tracing_subscriber::registry().with(filter).with(terminal).with(file).init();
 }
 
-const OUR_CRATES: [&str; 15] = [
+const OUR_CRATES: [&str; 16] = [
     "shard",
     "gpu",
     "hub",
@@ -57,6 +57,7 @@ const OUR_CRATES: [&str; 15] = [
     "checkpoint",
     "train",
     "eval",
+    "run",
     "infer",
     "report",
     "cli",

@@ -147,6 +147,17 @@ impl Drop for MathMode {
     }
 }
 
+/// The name that the driver gives GPU `i`, where all of them are visible.
+pub fn model_name(i: usize) -> Option<String> {
+    let mut folders: Vec<_> =
+        std::fs::read_dir("/proc/driver/nvidia/gpus").ok()?.filter_map(|e| Some(e.ok()?.path())).collect();
+    folders.sort();
+    // Hidden GPUs shift the indices, so that a name could belong to another one.
+    (folders.len() == cuda_count()).then_some(())?;
+    let text = std::fs::read_to_string(folders.get(i)?.join("information")).ok()?;
+    text.lines().find_map(|l| l.strip_prefix("Model:")).map(|m| m.trim().to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

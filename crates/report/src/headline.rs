@@ -48,15 +48,14 @@ pub fn headline(data: &RunData) -> Headline {
     let proxy = proxy(data);
     let mut byline: Vec<String> = data.date.iter().cloned().collect();
     byline.push(format!("run {}", data.name));
-    if let Some(device) = data.text("device") {
-        let threads = data.run["threads"].as_u64();
-        byline.push(match (device, threads) {
+    if let Some(device) = data.run.device.as_deref() {
+        byline.push(match (device, data.run.threads) {
             ("cpu", Some(n)) => format!("{n} CPU threads"),
             _ => device.to_owned(),
         });
     }
-    if let Some(version) = data.text("tool.version") {
-        byline.push(format!("proxykv-train {version}"));
+    if let Some(tool) = &data.run.tool {
+        byline.push(format!("proxykv-train {}", tool.version));
     }
     let mut lead = vec![purpose(data, &target, proxy.as_deref())];
     lead.extend(verdict(data));

@@ -24,8 +24,10 @@ pub fn origin(data: &RunData) -> Origin {
         choices: data.recipe.as_ref().map(choices).unwrap_or_default(),
         recipe: data.recipe.as_ref().map(Recipe::to_toml),
         command: data
-            .text("recipe_path")
-            .map(|path| format!("proxykv-train run --recipe {}", shell_word(path))),
+            .run
+            .recipe_path
+            .as_ref()
+            .map(|path| format!("proxykv-train run --recipe {}", shell_word(&path.display().to_string()))),
         versions: versions(data),
     }
 }
@@ -118,19 +120,26 @@ fn name(value: impl Serialize) -> String {
 fn versions(data: &RunData) -> Vec<(String, String)> {
     let mut out = Vec::new();
     let mut say = |what: &str, value: Option<String>| out.extend(value.map(|v| (what.to_owned(), v)));
-    let reads_proxy = proxy(data).is_some();
-    for role in std::iter::once("target").chain(reads_proxy.then_some("proxy")) {
-        let model = data.text(&format!("{role}.model"));
-        let revision = data.text(&format!("{role}.revision"));
-        say(role, model.map(|m| revision.map_or_else(|| m.to_owned(), |r| format!("{m} @ {r}"))));
+    let proxy = data.run.proxy.as_ref().filter(|_| proxy(data).is_some());
+    for (role, found) in [("target", data.run.target.as_ref()), ("proxy", proxy)] {
+        say(
+            role,
+            found.map(|m| {
+                m.revision.as_ref().map_or_else(|| m.model.clone(), |r| format!("{} @ {r}", m.model))
+            }),
+        );
     }
     say("mapper", data.results.as_ref().map(|r| r.mapper.clone()));
-    say("seed", data.run["seed"].as_u64().map(|s| s.to_string()));
-    let version = data.text("tool.version").map(str::to_owned);
-    let commit = data.text("tool.commit").filter(|c| !c.is_empty());
-    say("proxykv-train", version.map(|v| commit.map_or_else(|| v.clone(), |c| format!("{v} ({c})"))));
-    say("libtorch", data.text("libtorch").map(str::to_owned));
-    say("device", data.text("device").map(str::to_owned));
+    say("seed", data.run.seed.map(|s| s.to_string()));
+    say(
+        "proxykv-train",
+        data.run.tool.as_ref().map(|tool| match tool.commit.as_str() {
+            "" => tool.version.clone(),
+            commit => format!("{} ({commit})", tool.version),
+        }),
+    );
+    say("libtorch", data.run.libtorch.clone());
+    say("device", data.run.device.clone());
     say("fingerprint of the evaluation", data.results.as_ref().map(|r| r.fingerprint.clone()));
     out
 }

@@ -11,17 +11,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Result, ensure};
 use pkv_core::hinted;
 use pkv_eval::compare::Answers;
-use pkv_eval::{ANSWERS_FILE, Results, Sample, fact_samples};
+use pkv_eval::{ANSWERS_FILE, RESULTS_FILE, Results, Sample, fact_samples};
 use pkv_recipe::Recipe;
-use serde_json::Value;
+use pkv_shard::{RunJson, RunLayout, Stage};
 
 use crate::metrics::Metrics;
 
 /// Data read from a run folder.
 pub struct RunData {
     pub name: String,
-    /// `run.json`; null if absent.
-    pub run: Value,
+    /// `run.json`; empty if absent.
+    pub run: RunJson,
     /// The resolved recipe of `run.json`.
     pub recipe: Option<Recipe>,
     /// `train/metrics.jsonl`.
@@ -32,15 +32,13 @@ pub struct RunData {
     pub answers: Option<Answers>,
     /// Single answers to planted facts, of the same file.
     pub samples: Vec<Sample>,
-    /// Bytes below each folder of the run that exists, by its name.
-    pub sizes: Vec<(&'static str, u64)>,
+    /// Bytes in the folders of each stage that has one.
+    pub sizes: Vec<(Stage, u64)>,
     /// `YYYY-MM-DD` of the youngest of `run.json` and `eval/results.json`, UTC.
     pub date: Option<String>,
     /// Files that exist and cannot be read.
     pub problems: Vec<String>,
 }
-
-const FOLDERS: [&str; 7] = ["examples", "labels", "features", "checkpoints", "train", "eval", "export"];
 
 impl RunData {
     /// # Errors
@@ -54,48 +52,40 @@ impl RunData {
             )
         );
         let mut problems = Vec::new();
-        let run_path = root.join("run.json");
-        let run = if run_path.exists() {
-            read_json(&run_path).unwrap_or_else(|why| {
-                problems.push(format!("`run.json` could not be read: {why}"));
-                Value::Null
-            })
-        } else {
-            Value::Null
-        };
-        let recipe = run.get("recipe").and_then(|r| {
+        let layout = RunLayout::new(root);
+        let run = RunJson::read(&layout).unwrap_or_else(|why| {
+            problems.push(format!("`run.json` could not be read: {why:#}"));
+            None
+        });
+        let run = run.unwrap_or_default();
+        let recipe = Some(&run.recipe).filter(|r| !r.is_null()).and_then(|r| {
             serde_json::from_value::<Recipe>(r.clone())
                 .map_err(|e| problems.push(format!("The recipe in `run.json` could not be read: {e}.")))
                 .ok()
         });
-        let metrics = optional(&root.join("train/metrics.jsonl"), Metrics::read, &mut problems);
-        let results_path = root.join("eval/results.json");
+        let metrics = optional(&layout.train().join("metrics.jsonl"), Metrics::read, &mut problems);
+        let results_path = layout.eval().join(RESULTS_FILE);
         let results = optional(&results_path, Results::read, &mut problems);
-        let answers = optional(&root.join("eval").join(ANSWERS_FILE), Answers::read, &mut problems);
-        let samples = root.join("eval").join(ANSWERS_FILE);
+        let answers_path = layout.eval().join(ANSWERS_FILE);
+        let answers = optional(&answers_path, Answers::read, &mut problems);
         // What cannot be read was noted above.
-        let samples = if answers.is_some() { fact_samples(&samples).unwrap_or_default() } else { Vec::new() };
+        let samples =
+            if answers.is_some() { fact_samples(&answers_path).unwrap_or_default() } else { Vec::new() };
         let folder_name = root.file_name().map(|n| n.to_string_lossy().into_owned());
-        let name =
-            run["name"].as_str().map(str::to_owned).or(folder_name).unwrap_or_else(|| "run".to_owned());
-        let sizes = FOLDERS
-            .into_iter()
-            .map(|f| (f, root.join(f)))
-            .filter(|(_, path)| path.is_dir())
-            .map(|(f, path)| (f, bytes_below(&path)))
-            .collect();
-        let date = [run_path, results_path].iter().filter_map(|p| modified(p)).max().map(date_of);
+        let name = run.name.clone().or(folder_name).unwrap_or_else(|| "run".to_owned());
+        let size = |stage: Stage| {
+            let folders = stage.writes(&layout).into_iter().filter(|path| path.is_dir());
+            let bytes = folders.map(|path| bytes_below(&path)).reduce(|a, b| a + b)?;
+            Some((stage, bytes))
+        };
+        let sizes = Stage::ALL.into_iter().filter_map(size).collect();
+        let date = [layout.run_json(), results_path].iter().filter_map(|p| modified(p)).max().map(date_of);
         Ok(Self { name, run, recipe, metrics, results, answers, samples, sizes, date, problems })
     }
 
-    /// Bytes of one of the run's folders, if it exists.
-    pub fn size(&self, folder: &str) -> Option<u64> {
-        self.sizes.iter().find(|(f, _)| *f == folder).map(|(_, bytes)| *bytes)
-    }
-
-    /// A string of `run.json` by its dotted path.
-    pub fn text(&self, path: &str) -> Option<&str> {
-        path.split('.').try_fold(&self.run, |v, key| v.get(key)).and_then(Value::as_str)
+    /// Bytes of a stage's folders, if it has any.
+    pub fn size(&self, stage: Stage) -> Option<u64> {
+        self.sizes.iter().find(|(s, _)| *s == stage).map(|(_, bytes)| *bytes)
     }
 }
 
@@ -104,10 +94,6 @@ fn optional<T>(path: &Path, read: impl Fn(&Path) -> Result<T>, problems: &mut Ve
         return None;
     }
     read(path).map_err(|e| problems.push(format!("A part of the run could not be read: {e:#}."))).ok()
-}
-
-fn read_json(path: &Path) -> Result<Value> {
-    Ok(serde_json::from_str(&pkv_core::read_small_text(path)?)?)
 }
 
 /// Sum of the files' sizes; what cannot be looked at counts as nothing.
@@ -181,6 +167,6 @@ mod tests {
         let data = RunData::read(dir.path()).unwrap();
         assert_eq!(data.problems.len(), 2, "{:?}", data.problems);
         assert!(data.problems[1].contains("schema version 99"));
-        assert_eq!(data.size("eval"), Some(22));
+        assert_eq!(data.size(Stage::Eval), Some(22));
     }
 }

@@ -1,6 +1,7 @@
 //! Time and output of each stage.
 
 use pkv_recipe::plan::{human_bytes, human_secs};
+use pkv_shard::Stage;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -36,43 +37,35 @@ pub struct TimingRow {
     pub each: String,
 }
 
-/// Stage, what it does, and the folders it fills.
-const STAGES: [(&str, &str, &[&str]); 7] = [
-    ("prepare", "documents to token ids", &["examples"]),
-    ("label", "the target repeats each context: KVzip scores", &["labels"]),
-    ("extract", "the sources read each context: attention features", &["features", "features-target"]),
-    ("train", "features to scores: the mapper", &["checkpoints", "train"]),
-    ("eval", "against the labels, and answers with a pruned cache", &["eval"]),
-    ("export", "the frozen mapper", &["export"]),
-    ("report", "this page", &[]),
-];
-
 /// Stages that ran or left something; empty for a run that did nothing yet.
 pub fn stages(data: &RunData) -> Stages {
-    let record = |name: &str| data.run.get("stages").and_then(|s| s.get(name));
-    let secs = |name: &str| record(name).and_then(|r| r["secs"].as_f64());
-    let longest = STAGES.iter().filter(|s| s.0 != "report").filter_map(|s| secs(s.0)).fold(0.0, f64::max);
-    let bytes = |folders: &[&str]| folders.iter().filter_map(|f| data.size(f)).reduce(|a, b| a + b);
-    let rows: Vec<StageRow> = STAGES
-        .iter()
-        .filter(|(name, _, folders)| record(name).is_some() || bytes(folders).is_some())
-        // The page that is being written has no time yet; one of an earlier page would mislead.
-        .filter(|(name, ..)| *name != "report")
-        .map(|(name, what, folders)| StageRow {
-            name: (*name).to_owned(),
-            what: (*what).to_owned(),
-            time: secs(name).map_or_else(|| "–".to_owned(), human_secs),
-            bar: secs(name).map_or(0.0, |s| if longest > 0.0 { 100.0 * s / longest } else { 0.0 }),
-            size: bytes(folders).map_or_else(|| "–".to_owned(), human_bytes),
-            summary: record(name).map(|r| brief(&r["summary"])).unwrap_or_default(),
+    let record = |name: &str| data.run.stages.get(name);
+    let secs = |name: &str| record(name).map(|r| r.secs);
+    // The page that is being written has no time yet; one of an earlier page would mislead.
+    let stages = Stage::ALL.into_iter().filter(|stage| *stage != Stage::Report);
+    let longest = stages.clone().filter_map(|stage| secs(stage.name())).fold(0.0, f64::max);
+    let rows: Vec<StageRow> = stages
+        .clone()
+        .filter(|stage| record(stage.name()).is_some() || data.size(*stage).is_some())
+        .map(|stage| {
+            let secs = secs(stage.name());
+            StageRow {
+                name: stage.name().to_owned(),
+                what: stage.meaning().to_owned(),
+                time: secs.map_or_else(|| "–".to_owned(), human_secs),
+                bar: secs.map_or(0.0, |s| if longest > 0.0 { 100.0 * s / longest } else { 0.0 }),
+                size: data.size(stage).map_or_else(|| "–".to_owned(), human_bytes),
+                summary: record(stage.name()).map(|r| brief(&r.summary)).unwrap_or_default(),
+            }
         })
         .collect();
-    let total: f64 = STAGES.iter().filter(|s| s.0 != "report").filter_map(|s| secs(s.0)).sum();
-    let longest_stage = STAGES.iter().find(|s| s.0 != "report" && secs(s.0) == Some(longest));
+    let longest_stage = stages.clone().find(|stage| secs(stage.name()) == Some(longest));
+    let total: f64 = stages.filter_map(|stage| secs(stage.name())).sum();
     Stages {
-        reading: longest_stage
-            .filter(|_| total > 0.0)
-            .map(|s| format!("The stage {} took {:.0}% of the time: {}.", s.0, 100.0 * longest / total, s.1)),
+        reading: longest_stage.filter(|_| total > 0.0).map(|stage| {
+            let share = 100.0 * longest / total;
+            format!("The stage {} took {share:.0}% of the time: {}.", stage.name(), stage.meaning())
+        }),
         rows,
         total_time: human_secs(total),
         total_size: human_bytes(data.sizes.iter().map(|s| s.1).sum()),

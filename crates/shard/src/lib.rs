@@ -1,4 +1,5 @@
-//! Stage outputs on disk: examples, labels and features as Parquet shards, and an index of them.
+//! Run folders on disk: their paths, their record `run.json`, and the stages' examples, labels and features
+//! as Parquet shards with an index of them.
 //!
 //! A stage's folder holds `index.json` and the shards that it names, each with its row count and
 //! SHA-256: what the index names is whole. A shard is written as a temporary file, fsynced and
@@ -16,9 +17,12 @@ mod feature;
 mod feature_set;
 mod index;
 mod label;
+mod layout;
 mod page;
 mod reader;
 mod row;
+mod run_json;
+mod stage;
 mod writer;
 
 pub use dir::{StageDir, StageState, StaleError};
@@ -28,6 +32,9 @@ pub use feature::FeatureRow;
 pub use feature_set::{FeatureFolders, FeatureSet, FeatureSource, FeaturesFrom};
 pub use index::{INDEX_FILE, Index, SCHEMA_VERSION, ShardEntry};
 pub use label::LabelRow;
+pub use layout::RunLayout;
 pub use reader::StageReader;
 pub use row::Row;
+pub use run_json::{ModelRecord, RunJson, StageRecord, Tool};
+pub use stage::Stage;
 pub use writer::StageWriter;

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use pkv_checkpoint::{CheckpointStore, TrainingState};
 use pkv_core::{Fingerprint, Progress, Seed, Split, hinted};
 use pkv_recipe::{LossSection, MapperSection, TrainSection};
-use pkv_shard::FeatureFolders;
+use pkv_shard::{FeatureFolders, RunLayout};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
@@ -81,7 +81,7 @@ pub struct TrainSummary {
 
 impl TrainInputs<'_> {
     fn checkpoints(&self) -> PathBuf {
-        self.run.join("checkpoints")
+        RunLayout::new(self.run).checkpoints()
     }
 
     fn store(&self) -> Result<CheckpointStore> {
@@ -100,7 +100,7 @@ pub fn is_complete(inputs: &TrainInputs) -> Result<Option<u64>> {
     // Read whole: a damaged last checkpoint is to be made again.
     let Some(latest) = inputs.store()?.latest(Device::Cpu)? else { return Ok(None) };
     let done = Schedule::restore(inputs.train, &latest.extra)?.is_done(latest.step);
-    let metrics = inputs.run.join("train").join(METRICS_FILE);
+    let metrics = RunLayout::new(inputs.run).train().join(METRICS_FILE);
     if done && !metrics.is_file() {
         tracing::warn!(
             "`{}` is gone: the mapper is whole, and its curves are lost; `--redo train` makes both anew",
@@ -284,8 +284,8 @@ impl<'a> Run<'a> {
             score: saved.as_ref().and_then(|s| s.validation),
             saved: saved.map(|s| s.step),
             window,
-            journal: Journal::open(&inputs.run.join("train"), step)?,
-            events: EventFile::create(&inputs.run.join("tb"), step)?,
+            journal: Journal::open(&RunLayout::new(inputs.run).train(), step)?,
+            events: EventFile::create(&RunLayout::new(inputs.run).events(), step)?,
             clock: Clock::new(),
         })
     }

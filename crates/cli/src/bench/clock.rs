@@ -11,7 +11,7 @@ use tch::Device;
 use super::peer::PeerCell;
 use super::roofline::Roofline;
 use crate::args::BenchArgs;
-use crate::render::Interrupted;
+use pkv_core::Interrupted;
 
 /// A measurement at one length: its time, or that it did not fit.
 #[derive(Clone, Debug, Serialize)]

@@ -17,8 +17,8 @@ use super::Job;
 use super::clock::Row;
 use super::roofline::{self, Roofline};
 use super::table::{aligned, ceilings};
-use crate::render::Interrupted;
 use crate::session::device_name;
+use pkv_core::Interrupted;
 
 /// The measurements, for the table and `--json`.
 #[derive(Debug, Serialize)]

@@ -112,7 +112,7 @@ fn run_folders() -> Vec<PathBuf> {
         .flatten()
         .flatten()
         .map(|entry| entry.path())
-        .filter(|path| path.join("run.json").is_file())
+        .filter(|path| pkv_shard::RunLayout::new(path).run_json().is_file())
         .collect();
     all.sort();
     all

@@ -71,7 +71,7 @@ pub fn gpus() -> Vec<Check> {
         let name = format!("gpu {i}");
         match pkv_gpu::cuda_memory(i) {
             Ok(m) => {
-                let model = gpu_model(i).map_or_else(String::new, |model| format!("{model}, "));
+                let model = pkv_gpu::model_name(i).map_or_else(String::new, |model| format!("{model}, "));
                 let bytes = |n: i64| human_bytes(n.max(0) as u64);
                 Check::ok(&name, format!("{model}{} free of {}", bytes(m.free), bytes(m.total)))
             }
@@ -79,17 +79,6 @@ pub fn gpus() -> Vec<Check> {
         }
     };
     (0..pkv_gpu::cuda_count()).map(gpu).collect()
-}
-
-/// The name that the driver gives GPU `i`, where all of them are visible.
-pub fn gpu_model(i: usize) -> Option<String> {
-    let mut folders: Vec<_> =
-        fs::read_dir("/proc/driver/nvidia/gpus").ok()?.filter_map(|e| Some(e.ok()?.path())).collect();
-    folders.sort();
-    // Hidden GPUs shift the indices, so that a name could belong to another one.
-    (folders.len() == pkv_gpu::cuda_count()).then_some(())?;
-    let text = fs::read_to_string(folders.get(i)?.join("information")).ok()?;
-    text.lines().find_map(|l| l.strip_prefix("Model:")).map(|m| m.trim().to_owned())
 }
 
 pub fn cpu() -> Check {

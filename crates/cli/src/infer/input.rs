@@ -16,7 +16,7 @@ use pkv_lm::TextTokenizer;
 use serde_json::Value;
 
 use crate::args::InferArgs;
-use crate::render::Interrupted;
+use pkv_core::Interrupted;
 
 /// Some editors put it first; it is no text.
 const BYTE_ORDER_MARK: &str = "\u{feff}";

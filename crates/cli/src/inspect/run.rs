@@ -5,65 +5,58 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use pkv_checkpoint::CheckpointStore;
-use pkv_core::{Policy, hinted};
+use pkv_core::{Policy, Source, hinted};
 use pkv_eval::{Interval, RESULTS_FILE, Results};
 use pkv_recipe::MethodName;
 use pkv_recipe::plan::{human_bytes, human_secs};
-use pkv_shard::StageDir;
-use serde_json::Value;
+use pkv_shard::{RunJson, RunLayout, Stage, StageDir};
 
 use super::shards::rows;
 use super::{Lines, short};
 
-/// Stages whose folders lie in a run folder, in order.
-const STAGE_FOLDERS: [&str; 3] = ["examples", "labels", "features"];
-
 pub fn run(dir: &Path) -> Result<String> {
-    let path = dir.join("run.json");
-    let text =
-        pkv_core::read_small_text(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
-    let run: Value = serde_json::from_str(&text).with_context(|| {
-        hinted(format!("`{}` is no JSON", path.display()), "remove the file; the next stage writes it again")
+    let layout = RunLayout::new(dir);
+    let run = RunJson::read(&layout)?.with_context(|| {
+        hinted(format!("there is no `{}`", layout.run_json().display()), "name a run folder")
     })?;
-    let mut out = Lines::new(format!("run `{}` in `{}`", run["name"].as_str().unwrap_or("?"), dir.display()));
-    let text = |key: &str| run.pointer(key).and_then(Value::as_str).map(str::to_owned);
-    for (name, key) in [
-        ("recipe", "/recipe_path"),
-        ("target", "/target/model"),
-        ("proxy", "/proxy/model"),
-        ("device", "/device"),
-        ("version", "/tool/version"),
+    let name = run.name.as_deref().unwrap_or("?");
+    let mut out = Lines::new(format!("run `{name}` in `{}`", dir.display()));
+    for (name, value) in [
+        ("recipe", run.recipe_path.map(|path| path.display().to_string())),
+        ("target", run.target.map(|found| found.model)),
+        ("proxy", run.proxy.map(|found| found.model)),
+        ("device", run.device),
+        ("version", run.tool.map(|tool| tool.version)),
     ] {
-        if let Some(value) = text(key) {
+        if let Some(value) = value {
             out.add(name, value);
         }
     }
-    out.add("seed", &run["seed"]);
+    out.add("seed", run.seed.map_or_else(|| "null".to_owned(), |seed| seed.to_string()));
     out.block("stages");
-    for folder in STAGE_FOLDERS {
-        let summary = match StageDir::read(&dir.join(folder)) {
+    let target = Some(layout.features(Source::Target)).filter(|folder| folder.is_dir());
+    let folders = [layout.examples(), layout.labels(), layout.features(Source::Proxy)];
+    for path in folders.into_iter().chain(target) {
+        let folder = path.file_name().unwrap_or_default().to_string_lossy();
+        let summary = match StageDir::read(&path) {
             Ok(stage) => format!("{}, {}", rows(&stage), human_bytes(stage.index().bytes())),
             Err(_) => "not there yet".to_owned(),
         };
-        out.add(folder, summary);
+        out.add(&folder, summary);
     }
-    out.add("checkpoints", best_checkpoint(&dir.join("checkpoints")));
-    let results = Results::read(&dir.join("eval").join(RESULTS_FILE)).ok();
+    out.add("checkpoints", best_checkpoint(&layout.checkpoints()));
+    let results = Results::read(&layout.eval().join(RESULTS_FILE)).ok();
     out.add("eval", results.as_ref().map_or_else(|| "not there yet".to_owned(), headline));
-    for (name, file) in [("export", "export/config.json"), ("report", "report.html")] {
-        out.add(
-            name,
-            if dir.join(file).exists() {
-                dir.join(file).display().to_string()
-            } else {
-                "not there yet".to_owned()
-            },
-        );
+    for (name, file) in [("export", layout.export().join("config.json")), ("report", layout.report())] {
+        let there = file.exists().then(|| file.display().to_string());
+        out.add(name, there.unwrap_or_else(|| "not there yet".to_owned()));
     }
-    if let Some(stages) = run["stages"].as_object() {
+    if !run.stages.is_empty() {
         out.block("times");
-        for (name, record) in stages {
-            out.add(name, record["secs"].as_f64().map_or_else(|| "?".to_owned(), human_secs));
+        for stage in Stage::ALL {
+            if let Some(record) = run.stages.get(stage.name()) {
+                out.add(stage.name(), human_secs(record.secs));
+            }
         }
     }
     Ok(out.text)

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use pkv_core::hinted;
 use pkv_recipe::MethodName;
+use pkv_shard::{RunJson, RunLayout};
 use serde_json::Value;
 
 use super::answers::{Answers, per_context_recall};
@@ -43,7 +44,8 @@ impl Run {
                 "run folders are in `runs/`; `proxykv-train run --recipe <recipe>` makes one"
             )
         );
-        let eval = folder.join("eval");
+        let layout = RunLayout::new(folder);
+        let eval = layout.eval();
         ensure!(
             eval.join(RESULTS_FILE).is_file(),
             hinted(
@@ -60,26 +62,16 @@ impl Run {
         let agreement = eval.join(AGREEMENT_FILE);
         let recall =
             agreement.exists().then(|| per_context_recall(&agreement, MethodName::MAPPER)).transpose()?;
-        let path = folder.join("run.json");
-        let run: Value = match pkv_core::read_small_text(&path) {
-            Ok(text) => serde_json::from_str(&text).with_context(|| {
-                hinted(
-                    format!("`{}` is no JSON", path.display()),
-                    "remove the file; the next stage writes it again",
-                )
-            })?,
-            Err(_) => Value::Null,
-        };
-        let own_name = run["name"].as_str().map(str::to_owned);
+        let run = RunJson::read(&layout)?.unwrap_or_default();
         let folder_name = folder.file_name().map(|n| n.to_string_lossy().into_owned());
         Ok(Self {
-            name: own_name.or(folder_name).unwrap_or_else(|| folder.display().to_string()),
+            name: run.name.or(folder_name).unwrap_or_else(|| folder.display().to_string()),
             folder: folder.to_path_buf(),
             results,
             answers,
             recall,
-            recipe: run["recipe"].clone(),
-            revision: run.pointer("/target/revision").and_then(Value::as_str).map(str::to_owned),
+            recipe: run.recipe,
+            revision: run.target.and_then(|target| target.revision),
         })
     }
 

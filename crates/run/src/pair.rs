@@ -1,12 +1,13 @@
 //! Finds the models that a recipe reads, compares them with the recipe's shapes, and loads them.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, hinted};
 use pkv_lm::{LanguageModel, LmConfig, TextTokenizer};
 use pkv_recipe::{ModelSection, SpecialTokens};
-use serde_json::json;
+use pkv_shard::ModelRecord;
 
 use crate::session::{Session, recipe_root};
 
@@ -35,15 +36,23 @@ pub struct Found {
     section: ModelSection,
 }
 
-/// Find the target in the cache or a local folder and check its shape and tokenizer.
+/// Find the target, once in a session, in the cache or a local folder and check its shape and tokenizer.
 ///
 /// # Errors
 /// It is not there (the hint names `fetch`), its config.json has another shape, or its tokenizer is broken.
-pub fn find_target(s: &Session) -> Result<Found> {
+pub fn find_target(s: &Session) -> Result<Arc<Found>> {
     find(s, Role::Target, &s.recipe.target)
 }
 
-fn find(s: &Session, role: Role, section: &ModelSection) -> Result<Found> {
+fn find(s: &Session, role: Role, section: &ModelSection) -> Result<Arc<Found>> {
+    if let Some(known) = s.found(role).get() {
+        return Ok(Arc::clone(known));
+    }
+    let found = Arc::new(open(s, role, section)?);
+    Ok(Arc::clone(s.found(role).get_or_init(|| found)))
+}
+
+fn open(s: &Session, role: Role, section: &ModelSection) -> Result<Found> {
     let root = recipe_root(&s.recipe);
     let context = || format!("cannot open the {} `{}`", role.name(), section.model);
     let resolved =
@@ -55,10 +64,16 @@ fn find(s: &Session, role: Role, section: &ModelSection) -> Result<Found> {
     if s.recipe.data.special_tokens == SpecialTokens::Text {
         tokenizer.read_special_tokens_as_text();
     }
-    s.run.record(
-        role.name(),
-        json!({"model": section.model, "revision": resolved.revision, "vocab_hash": tokenizer.vocab_hash(), "template_hash": tokenizer.template_hash()}),
-    )?;
+    let record = ModelRecord {
+        model: section.model.clone(),
+        revision: Some(resolved.revision.clone()),
+        vocab_hash: tokenizer.vocab_hash(),
+        template_hash: tokenizer.template_hash(),
+    };
+    s.record(|run| match role {
+        Role::Target => run.target = Some(record),
+        Role::Proxy => run.proxy = Some(record),
+    })?;
     Ok(Found {
         role,
         folder: resolved.folder,
@@ -73,7 +88,7 @@ fn find(s: &Session, role: Role, section: &ModelSection) -> Result<Found> {
 ///
 /// # Errors
 /// As [`find_target`], or the vocabularies differ.
-pub fn find_both(s: &Session) -> Result<(Found, Option<Found>)> {
+pub fn find_both(s: &Session) -> Result<(Arc<Found>, Option<Arc<Found>>)> {
     let target = find_target(s)?;
     let Some(section) = s.recipe.read_proxy() else { return Ok((target, None)) };
     let proxy = find(s, Role::Proxy, section)?;

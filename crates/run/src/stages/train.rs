@@ -1,5 +1,7 @@
 //! `train`: the mapper, from labels and features.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use pkv_checkpoint::Export;
 use pkv_core::Fingerprint;
@@ -12,9 +14,9 @@ use crate::session::Session;
 
 /// The stages that training reads, with the choices they were made with.
 pub struct Upstream {
-    pub target: Found,
+    pub target: Arc<Found>,
     /// Absent if no feature comes from it.
-    pub proxy: Option<Found>,
+    pub proxy: Option<Arc<Found>>,
     /// Of the examples alone.
     pub examples: Fingerprint,
     /// The mapper that training starts from, if it is another's.
@@ -42,7 +44,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
         return Ok(Outcome::Skipped(format!("the mapper was trained for {step} steps as the recipe says")));
     }
     inputs.features = generated::features(s, &upstream, Loaded::default())?;
-    let summary = pkv_train::train(&inputs, s.device, &s.bar, s.stop_flag());
+    let summary = pkv_train::train(&inputs, s.device, &*s.bar, s.stop_flag());
     if let (Err(e), true) = (&summary, s.check_stop().is_err()) {
         tracing::warn!("{e:#}");
     }
@@ -65,7 +67,7 @@ pub fn upstream(s: &Session) -> Result<Upstream> {
     let labels = label::fingerprint(s, &target, &examples);
     require(&s.run.labels(), "label", &labels)?;
     let r = &s.recipe;
-    let features = extract::require_all(s, &target, proxy.as_ref(), &examples)?;
+    let features = extract::require_all(s, &target, proxy.as_deref(), &examples)?;
     let fingerprint = Fingerprint::new()
         .with("labels", &labels)
         .with("features", &features)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use pkv_checkpoint::{read_tensors, write_tensors};
-use pkv_core::{Fingerprint, Progress, Source, Split, hinted};
+use pkv_core::{Fingerprint, Source, Split, hinted};
 use pkv_extract::{HiddenFit, HiddenProjection};
 use pkv_lm::LanguageModel;
 use pkv_prune::log_odds;
@@ -33,7 +33,7 @@ pub fn choices(s: &Session, target: &Found, examples: &Fingerprint) -> Fingerpri
 
 /// Of these choices; another hash is another file.
 fn path(s: &Session, choices: &Fingerprint) -> PathBuf {
-    s.run.root().join("hidden").join(format!("projection-{}.safetensors", &choices.hash()[..16]))
+    s.run.hidden().join(format!("projection-{}.safetensors", &choices.hash()[..16]))
 }
 
 /// The map that was fitted, if the recipe needs one.

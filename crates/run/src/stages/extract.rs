@@ -1,7 +1,7 @@
 //! `extract`: features of each source. Those of the target may already exist, from the prefill of `label`.
 
 use anyhow::{Context, Result};
-use pkv_core::{Fingerprint, ModelShape, Progress, Source};
+use pkv_core::{Fingerprint, ModelShape, Source};
 use pkv_extract::{ContextFeatures, Extractor};
 use pkv_recipe::MissingFeatures;
 use pkv_score::Requests;
@@ -24,7 +24,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let (examples, upstream) = prepare::examples(s, &target)?;
     let mut done = serde_json::Map::new();
     for &source in &s.recipe.extract.from {
-        let model = of_pair(source, &target, proxy.as_ref())?;
+        let model = of_pair(source, &target, proxy.as_deref())?;
         if let Some(summary) = one(s, source, model, &examples, &upstream)? {
             done.insert(source.name().to_owned(), summary);
         }

@@ -22,7 +22,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
         StageWriter::<Example>::new(stage, s.recipe.data.shard_examples, StoreDtype::F32, Some(total))?;
     let mut seen = 0;
     let summary =
-        pkv_data::prepare(&s.recipe, &s.manifest, &s.hub, &target.tokenizer, &s.bar, &mut |example| {
+        pkv_data::prepare(&s.recipe, &s.manifest, &s.hub, &target.tokenizer, &*s.bar, &mut |example| {
             s.check_stop()?;
             seen += 1;
             // Examples come in the same order every time; those written before an interruption are not
@@ -39,7 +39,7 @@ pub fn fingerprint(s: &Session, target: &pair::Found) -> Result<Fingerprint> {
     let fingerprint = Fingerprint::new()
         .with("data", &s.recipe.data)
         .with("manifest", &s.manifest)
-        .with("documents", pkv_data::inputs(&s.manifest, &s.hub)?)
+        .with("documents", s.documents()?)
         .with("vocab", target.tokenizer.vocab_hash())
         .with("seed", s.recipe.seed);
     // Windows of every split overlapped once; examples of that time are not these.

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use pkv_checkpoint::{Export, ExportDims};
 use pkv_core::{Fingerprint, ModelShape, hinted};
 use pkv_recipe::{ExtractSection, Recipe};
+use pkv_shard::RunLayout;
 
 use crate::mapper_source::dims;
 use crate::session::Session;
@@ -41,7 +42,7 @@ fn folder(named: &Path, run: &Path) -> PathBuf {
     let beside = run.parent().map(|runs| runs.join(named)).unwrap_or_default();
     let by_name = !named.exists() && named.components().count() == 1 && beside.is_dir();
     let named = if by_name { beside } else { named.to_path_buf() };
-    let below = named.join("export");
+    let below = RunLayout::new(&named).export();
     if !named.join("config.json").is_file() && below.is_dir() { below } else { named }
 }
 

@@ -9,13 +9,12 @@ use pkv_checkpoint::{
 };
 use pkv_core::{Policy, Split};
 use pkv_eval::{RESULTS_FILE, Results};
-use pkv_shard::{Example, ExampleRows, StageReader};
+use pkv_shard::{Example, ExampleRows, Stage, StageReader};
 use serde_json::json;
 use tch::Tensor;
 
 use super::generated::{self, Loaded};
 use super::{Outcome, hidden, train};
-use crate::args::Stage;
 use crate::mapper_source::{Trained, dims, from_checkpoint};
 use crate::pair::Found;
 use crate::session::Session;

@@ -9,9 +9,9 @@ use pkv_hub::Hub;
 
 use crate::args::{Cli, RecipeArgs};
 use crate::output;
-use crate::render::Interrupted;
 use crate::session::{benchmark_manifest_path, load_recipe, manifest, recipe_root};
 use crate::terminal::Bar;
+use pkv_core::Interrupted;
 
 pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool, stop: Arc<AtomicBool>) -> Result<()> {
     let recipe = load_recipe(&args.recipe, &args.overrides())?;

@@ -45,7 +45,7 @@ pub fn features(s: &Session, upstream: &Upstream, loaded: Loaded) -> Result<Feat
 
 /// Complete shards of the recipe's choices, or a thread with the model.
 fn part(s: &Session, upstream: &Upstream, source: Source, loaded: Loaded) -> Result<FeaturesFrom> {
-    let found = extract::of_pair(source, &upstream.target, upstream.proxy.as_ref())?;
+    let found = extract::of_pair(source, &upstream.target, upstream.proxy.as_deref())?;
     let folder = s.run.features(source);
     let fingerprint = extract::fingerprint(s, source, found, &upstream.examples);
     match StageDir::state(&folder, &fingerprint)? {
@@ -88,7 +88,7 @@ pub fn delete_used(s: &Session, upstream: &Upstream) -> Result<()> {
         return Ok(());
     }
     for &source in &s.recipe.extract.from {
-        let found = extract::of_pair(source, &upstream.target, upstream.proxy.as_ref())?;
+        let found = extract::of_pair(source, &upstream.target, upstream.proxy.as_deref())?;
         let folder = s.run.features(source);
         let fingerprint = extract::fingerprint(s, source, found, &upstream.examples);
         // Features of other choices belong to another recipe.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use pkv_checkpoint::write_tensors;
 use pkv_core::{Fingerprint, Split, sha256_hex};
 use pkv_data::{FactContext, fact_contexts};
-use pkv_eval::{Asked, Budgets, EvalInputs, RESULTS_FILE, Results};
+use pkv_eval::{Asked, Budgets, EvalInputs};
 use pkv_lm::TextTokenizer;
 use pkv_recipe::{PruneSection, Recipe, TaskName};
 use pkv_shard::durable::WriteBudget;
@@ -18,7 +18,6 @@ use tch::{Device, Kind};
 use super::generated::{self, Loaded};
 use super::{Outcome, prepare, train};
 use crate::mapper_source::{Trained, from_checkpoint, from_export};
-use crate::output;
 use crate::session::{Session, benchmark_manifest_path};
 
 /// File of the kept sets, in the results' folder.
@@ -35,7 +34,7 @@ pub struct EvalOptions {
 
 /// Folder of the results; an export has its own beside that of the checkpoint.
 pub fn folder(s: &Session, options: &EvalOptions) -> PathBuf {
-    if options.mapper.is_some() { s.run.root().join("eval-export") } else { s.run.eval() }
+    if options.mapper.is_some() { s.run.eval_of_export() } else { s.run.eval() }
 }
 
 pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
@@ -99,7 +98,7 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         check_stop: &|| s.check_stop(),
         warn: &|text| tracing::warn!("{text}"),
     };
-    let results = if complete { None } else { Some(pkv_eval::evaluate(&inputs, &s.bar)?) };
+    let results = if complete { None } else { Some(pkv_eval::evaluate(&inputs, &*s.bar)?) };
     if let Some(n) = options.kept {
         write_tensors(&out.join(KEPT_FILE), &pkv_eval::kept_sets(&inputs, n)?, &WriteBudget::from_env())?;
     }
@@ -208,14 +207,4 @@ pub fn contexts(s: &Session, tokenizer: &TextTokenizer, test: &[Example]) -> Res
         s.recipe.seed,
     )
     .context("cannot plant facts in the test documents")
-}
-
-/// The results on stdout: tables, or the whole file with `--json`.
-///
-/// # Errors
-/// There are no results.
-pub fn print(s: &Session, options: &EvalOptions) -> Result<()> {
-    let path = folder(s, options).join(RESULTS_FILE);
-    let results = Results::read(&path)?;
-    output::print_either(s.json, &results, || pkv_eval::table::all_tables(&results))
 }

@@ -20,7 +20,7 @@ pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -
     let machine = match machine {
         PlanMachine::H200 => Machine::h200(),
         PlanMachine::Cpu => cpu(),
-        PlanMachine::Here if choose_device(cli)? == Device::Cpu => cpu(),
+        PlanMachine::Here if choose_device(cli.device, cli.threads)? == Device::Cpu => cpu(),
         PlanMachine::Here => Machine::h200(),
     };
     let plan = Plan::new(&recipe, machine, &pkv_eval::tasks::work(&recipe));

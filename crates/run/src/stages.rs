@@ -4,12 +4,10 @@ mod beside;
 pub mod eval;
 pub mod export;
 pub mod extract;
-pub mod fetch;
 mod generated;
 pub mod hidden;
 pub mod label;
 mod lanes;
-pub mod plan;
 pub mod prepare;
 mod pump;
 pub mod report;
@@ -22,12 +20,11 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use pkv_core::{Fingerprint, Source, hinted};
+use pkv_core::{Fingerprint, hinted};
 use pkv_shard::durable::lock_work;
-use pkv_shard::{Row, StageDir, StageState, StageWriter};
+use pkv_shard::{Row, Stage, StageDir, StageState, StageWriter};
 use serde_json::Value;
 
-use crate::args::Stage;
 use crate::session::Session;
 
 /// Outcome of a stage.
@@ -87,16 +84,13 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOption
 /// theirs together.
 fn hold(s: &Session, stage: Stage, again: bool, options: &eval::EvalOptions) -> Result<Option<File>> {
     let (output, shared) = match stage {
-        Stage::Train => ("train".to_owned(), false),
-        Stage::Export => ("export".to_owned(), false),
-        Stage::Eval => {
-            let folder = eval::folder(s, options);
-            (folder.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()), !again)
-        }
+        Stage::Train => (s.run.train(), false),
+        Stage::Export => (s.run.export(), false),
+        Stage::Eval => (eval::folder(s, options), !again),
         _ => return Ok(None),
     };
     let doing = format!("runs `{}` in `{}`", stage.name(), s.run.root().display());
-    lock_work(&s.run.root().join(format!("{output}.lock")), shared, &doing).map(Some)
+    lock_work(&s.run.lock(&output), shared, &doing).map(Some)
 }
 
 /// Keep what a stage that ends early has computed of the shard at work. Why it ends is the error that the
@@ -159,21 +153,19 @@ fn clear(s: &Session, stage: Stage, options: &eval::EvalOptions) -> Result<()> {
             _ => Ok(()),
         }
     };
-    let root = s.run.root();
-    match stage {
-        Stage::Prepare => StageDir::clear(&s.run.examples()),
-        Stage::Label => StageDir::clear(&s.run.labels()),
-        Stage::Extract => [Source::Proxy, Source::Target]
-            .into_iter()
-            .try_for_each(|source| StageDir::clear(&s.run.features(source)))
-            .and_then(|()| remove(root.join("hidden"))),
-        Stage::Train => {
-            remove(root.join("checkpoints"))?;
-            remove(root.join("train"))?;
-            remove(root.join("tb"))
+    for path in stage.writes(&s.run) {
+        // A link to what several runs share: the others keep it.
+        if path.is_symlink() {
+            std::fs::remove_file(&path)
+                .with_context(|| format!("cannot remove the link `{}`", path.display()))?;
+            continue;
         }
-        Stage::Eval => remove(eval::folder(s, options)),
-        Stage::Export => remove(s.run.export()),
-        Stage::Report => remove(s.run.report()),
+        match stage {
+            Stage::Prepare | Stage::Label => StageDir::clear(&path)?,
+            Stage::Extract if path != s.run.hidden() => StageDir::clear(&path)?,
+            Stage::Eval => remove(eval::folder(s, options))?,
+            _ => remove(path)?,
+        }
     }
+    Ok(())
 }

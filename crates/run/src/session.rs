@@ -1,21 +1,28 @@
-//! One invocation: the recipe, the run folder, the device, and the cancellation flag.
+//! One run at work: the recipe, the run folder, the models, the device, and the cancellation flag.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
-use pkv_core::hinted;
+use pkv_core::{Fingerprint, Interrupted, Progress};
 use pkv_gpu::DeviceChoice;
 use pkv_hub::{Hub, Lock};
 use pkv_recipe::{DtypeName, Manifest, Origins, Override, Recipe};
+use pkv_shard::RunJson;
 use tch::{Device, Kind};
 
-use crate::args::{Cli, RecipeArgs};
-use crate::render::Interrupted;
-use crate::run_folder::RunFolder;
-use crate::terminal::{self, Bar};
+use crate::RunFolder;
+use crate::pair::{Found, Role};
+
+/// Choices of a session that no recipe makes.
+pub struct Choices<'a> {
+    /// The run folder's parent.
+    pub runs: &'a Path,
+    pub device: Device,
+    pub bar: Box<dyn Progress>,
+    pub stop: Arc<AtomicBool>,
+}
 
 /// Inputs of every stage, opened once.
 pub struct Session {
@@ -24,29 +31,71 @@ pub struct Session {
     pub run: RunFolder,
     pub hub: Hub,
     pub device: Device,
-    pub json: bool,
-    pub bar: Bar,
+    pub bar: Box<dyn Progress>,
     stop: Arc<AtomicBool>,
+    /// Whether what is found out is written to `run.json`; a session that only plans writes nothing.
+    records: bool,
+    target: OnceLock<Arc<Found>>,
+    proxy: OnceLock<Arc<Found>>,
+    documents: OnceLock<Fingerprint>,
 }
 
 impl Session {
-    /// Read the recipe and its manifest, make the run folder, choose the device.
+    /// Read the manifest of `recipe`, make the run folder.
     ///
     /// # Errors
-    /// The recipe or manifest is invalid, CUDA was asked for and is absent, or the run folder cannot be made.
-    pub fn open(cli: &Cli, args: &RecipeArgs, stop: Arc<AtomicBool>) -> Result<Self> {
-        let recipe = load_recipe(&args.recipe, &args.overrides())?;
+    /// The manifest is invalid, or the run folder cannot be made.
+    pub fn open(recipe: Recipe, choices: Choices) -> Result<Self> {
+        let mut session = Self::planned(recipe, choices)?;
+        session.run.make()?;
+        session.run.record_start(&session.recipe, session.device)?;
+        session.records = true;
+        Ok(session)
+    }
+
+    /// As [`Session::open`], to find out what a run would do: nothing is written.
+    ///
+    /// # Errors
+    /// The manifest is invalid.
+    pub fn planned(recipe: Recipe, choices: Choices) -> Result<Self> {
         let (manifest, manifest_path) = manifest(&recipe)?;
-        let device = choose_device(cli)?;
         let mut lock = Lock::beside(&recipe.path)?;
         for path in manifest_path.into_iter().chain(benchmark_manifest_path(&recipe)) {
             lock = lock.merge(Lock::beside(&path)?)?;
         }
         let hub = Hub::from_env().with_lock(lock);
-        let run = RunFolder::open(&cli.runs.join(&recipe.name))?;
-        terminal::log_to(&run.log())?;
-        run.record_start(&recipe, device)?;
-        Ok(Self { recipe, manifest, run, hub, device, json: cli.json, bar: Bar::new(), stop })
+        let run = RunFolder::new(&choices.runs.join(&recipe.name));
+        let Choices { device, bar, stop, .. } = choices;
+        let (target, proxy, documents) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
+        Ok(Self { recipe, manifest, run, hub, device, bar, stop, records: false, target, proxy, documents })
+    }
+
+    /// Change `run.json`, unless this session only plans.
+    ///
+    /// # Errors
+    /// `run.json` cannot be written.
+    pub(crate) fn record(&self, change: impl FnOnce(&mut RunJson)) -> Result<()> {
+        if self.records { self.run.record(change) } else { Ok(()) }
+    }
+
+    /// The place of a model that is found once in a session.
+    pub(crate) fn found(&self, role: Role) -> &OnceLock<Arc<Found>> {
+        match role {
+            Role::Target => &self.target,
+            Role::Proxy => &self.proxy,
+        }
+    }
+
+    /// Identity of the manifest's documents; their files are hashed once in a session.
+    ///
+    /// # Errors
+    /// A file is absent or cannot be read.
+    pub fn documents(&self) -> Result<&Fingerprint> {
+        if let Some(known) = self.documents.get() {
+            return Ok(known);
+        }
+        let found = pkv_data::inputs(&self.manifest, &self.hub)?;
+        Ok(self.documents.get_or_init(|| found))
     }
 
     /// # Errors
@@ -129,12 +178,15 @@ pub fn recipe_root(recipe: &Recipe) -> PathBuf {
 }
 
 /// The device the user chose, said in the log: never a silent fallback.
-pub fn choose_device(cli: &Cli) -> Result<Device> {
-    if let Some(threads) = cli.threads {
+///
+/// # Errors
+/// CUDA was asked for and is absent, or there are too many threads.
+pub fn choose_device(choice: DeviceChoice, threads: Option<u32>) -> Result<Device> {
+    if let Some(threads) = threads {
         tch::set_num_threads(i32::try_from(threads).context("`--threads` is too large")?.max(1));
     }
-    let device = pkv_gpu::device(cli.device)?;
-    if cli.device == DeviceChoice::Auto && device == Device::Cpu {
+    let device = pkv_gpu::device(choice)?;
+    if choice == DeviceChoice::Auto && device == Device::Cpu {
         let why = pkv_gpu::cuda_absence().unwrap_or_default();
         tracing::info!("computing on the CPU with {} threads ({why})", tch::get_num_threads());
     } else {
@@ -163,34 +215,7 @@ pub fn device_name(device: Device) -> String {
 /// The device as a reader elsewhere knows it: the GPU's model, or how many threads of a CPU.
 pub fn device_in_words(device: Device) -> String {
     match device {
-        Device::Cuda(i) => crate::doctor::gpu_model(i).unwrap_or_else(|| "a CUDA GPU".to_owned()),
+        Device::Cuda(i) => pkv_gpu::model_name(i).unwrap_or_else(|| "a CUDA GPU".to_owned()),
         _ => format!("{} CPU threads", tch::get_num_threads()),
     }
-}
-
-/// A flag that Ctrl-C and SIGTERM raise; a second signal, given time to read the first one's answer,
-/// ends the process at once.
-pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
-    /// `timeout` and some shells send one signal twice: to the process and to its group.
-    const SAME: Duration = Duration::from_millis(500);
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    let mut first = None;
-    ctrlc::set_handler(move || {
-        let begun = *first.get_or_insert_with(Instant::now);
-        if flag.swap(true, Ordering::Relaxed) {
-            if begun.elapsed() > SAME {
-                // Not `exit`: libtorch's threads are at work, and its destructors would pull the ground from
-                // under them.
-                // SAFETY: `_exit` ends the process without running anything of it.
-                unsafe { libc::_exit(crate::render::INTERRUPTED.into()) }
-            }
-            return;
-        }
-        tracing::warn!("stopping after the current example or step; once more to stop at once");
-    })
-    .with_context(|| {
-        hinted("cannot catch Ctrl-C", "run outside of a sandbox that forbids signal handlers")
-    })?;
-    Ok(stop)
 }

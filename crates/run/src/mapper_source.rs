@@ -8,18 +8,17 @@ use pkv_checkpoint::{
     BUDGETS_FILE, CheckpointStore, EXPORT_FILES, Export, ExportDims, LOSS_PREFIX, NamedTensors,
     restore_mapper,
 };
-use pkv_core::{Fingerprint, hinted};
+use pkv_core::{Fingerprint, Interrupted, Progress, hinted};
 use pkv_extract::HiddenProjection;
 use pkv_hub::Hub;
 use pkv_mapper::{Mapper, MapperDims};
 use pkv_prune::HeadBudgets;
 use pkv_recipe::{Recipe, TargetPool};
+use pkv_shard::RunLayout;
 
-use crate::render::Interrupted;
 use crate::session::Session;
 use crate::stages::hidden;
 use crate::stages::train::Upstream;
-use crate::terminal::Bar;
 
 /// A mapper and where it came from.
 pub struct Trained {
@@ -45,8 +44,8 @@ pub struct Trained {
 ///
 /// # Errors
 /// The hub has no such repository or does not answer.
-pub fn export_folder(named: &Path, stop: &AtomicBool) -> Result<PathBuf> {
-    let below = named.join("export");
+pub fn export_folder(named: &Path, progress: &dyn Progress, stop: &AtomicBool) -> Result<PathBuf> {
+    let below = RunLayout::new(named).export();
     if named.exists() {
         return Ok(if !named.join("config.json").exists() && below.is_dir() {
             below
@@ -67,7 +66,7 @@ pub fn export_folder(named: &Path, stop: &AtomicBool) -> Result<PathBuf> {
     let [card, config, model, parity] = EXPORT_FILES;
     let optional = [card, BUDGETS_FILE];
     Hub::from_env()
-        .fetch_files(&name, "main", &[config, model, parity], &optional, &Bar::new(), &check_stop)
+        .fetch_files(&name, "main", &[config, model, parity], &optional, progress, &check_stop)
         .with_context(|| {
             format!("cannot find the mapper `{name}`: it is no folder, and no repository that can be had")
         })
@@ -89,7 +88,7 @@ pub fn dims(recipe: &Recipe) -> ExportDims {
 /// # Errors
 /// There is none, or it was trained with other choices.
 pub fn from_checkpoint(s: &Session, upstream: &Upstream) -> Result<Trained> {
-    let store = CheckpointStore::read_only(&s.run.root().join("checkpoints"))?;
+    let store = CheckpointStore::read_only(&s.run.checkpoints())?;
     let train = "run `proxykv-train train` first; `--redo train` makes the mapper anew";
     let state = store.best(s.device)?.with_context(|| hinted("there is no checkpoint to read", train))?;
     let last = store.list()?.pop().with_context(|| hinted("there is no checkpoint to read", train))?;
@@ -140,8 +139,9 @@ pub fn from_export(s: &Session, upstream: &Upstream, folder: &Path) -> Result<Tr
             "use the recipe that it was made with, or export a mapper of this one",
         )
     };
-    let proxys = c.read_proxy().zip(upstream.proxy.as_ref()).map(|(theirs, found)| ("proxy", theirs, found));
-    for (role, theirs, found) in std::iter::once(("target", &c.target, &upstream.target)).chain(proxys) {
+    let proxys =
+        c.read_proxy().zip(upstream.proxy.as_deref()).map(|(theirs, found)| ("proxy", theirs, found));
+    for (role, theirs, found) in std::iter::once(("target", &c.target, &*upstream.target)).chain(proxys) {
         let (shape, tokenizer) = (&found.section().shape, &found.tokenizer);
         ensure!(
             theirs.shape == *shape,

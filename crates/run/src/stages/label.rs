@@ -2,7 +2,7 @@
 //! prefill as well.
 
 use anyhow::Result;
-use pkv_core::{Fingerprint, Progress};
+use pkv_core::Fingerprint;
 use pkv_score::{Requests, Scorer};
 use pkv_shard::{Example, LabelRow, StageDir, StageWriter};
 use serde_json::json;

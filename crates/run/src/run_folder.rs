@@ -1,0 +1,112 @@
+//! A run folder that is written: its paths, and the record of what stages did in it.
+
+use std::fs;
+use std::ops::Deref;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use pkv_core::hinted;
+use pkv_recipe::{ExtractSection, Recipe};
+use pkv_shard::{FeatureFolders, FeaturesFrom, RunJson, RunLayout, StageRecord, Tool};
+use serde_json::{Value, json};
+use tch::Device;
+
+use crate::session::{device_in_words, device_name};
+
+/// A run folder, made by [`RunFolder::make`].
+#[derive(Clone, Debug)]
+pub struct RunFolder(RunLayout);
+
+impl Deref for RunFolder {
+    type Target = RunLayout;
+
+    fn deref(&self) -> &RunLayout {
+        &self.0
+    }
+}
+
+impl RunFolder {
+    /// The folder `root`, which may be absent.
+    pub fn new(root: &Path) -> Self {
+        Self(RunLayout::new(root))
+    }
+
+    /// Make the folder if it is absent.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn make(&self) -> Result<()> {
+        fs::create_dir_all(self.root()).with_context(|| {
+            hinted(
+                format!("cannot make run folder `{}`", self.root().display()),
+                "choose another place with `--runs`",
+            )
+        })
+    }
+
+    /// Features of all sources of a recipe.
+    pub fn feature_folders(&self, extract: &ExtractSection) -> FeatureFolders {
+        FeatureFolders::of(
+            extract.from.iter().map(|&source| FeaturesFrom::Folder(self.features(source))).collect(),
+            extract.layout(),
+        )
+    }
+
+    /// Write the resolved recipe, versions and device to `run.json`; what stages said before is kept.
+    ///
+    /// # Errors
+    /// `run.json` cannot be written.
+    pub fn record_start(&self, recipe: &Recipe, device: Device) -> Result<()> {
+        self.record(|run| {
+            run.name = Some(recipe.name.clone());
+            run.recipe = json!(recipe);
+            if recipe.read_proxy().is_none() {
+                // What an earlier recipe of this run read.
+                run.proxy = None;
+            }
+            run.recipe_path = Some(recipe.path.clone());
+            run.seed = Some(recipe.seed.0);
+            run.tool = Some(Tool {
+                name: "proxykv-train".to_owned(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                commit: env!("PKV_COMMIT").to_owned(),
+            });
+            run.libtorch = Some("2.11.0".to_owned());
+            run.device = Some(device_name(device));
+            run.threads = u32::try_from(tch::get_num_threads()).ok();
+        })
+    }
+
+    /// Change `run.json`, such as to add a model's revision.
+    ///
+    /// # Errors
+    /// `run.json` cannot be written.
+    pub fn record(&self, change: impl FnOnce(&mut RunJson)) -> Result<()> {
+        RunJson::update(self, change)
+    }
+
+    /// Add `secs` to the stage's time and replace its summary.
+    ///
+    /// # Errors
+    /// `run.json` cannot be written.
+    pub fn record_stage(&self, stage: &str, secs: f64, summary: Value, device: Device) -> Result<()> {
+        self.record(|run| {
+            let record = run.stages.entry(stage.to_owned()).or_default();
+            let (secs, gpus) = (record.secs + secs, u32::from(device.is_cuda()));
+            *record = StageRecord { secs, summary, device: device_in_words(device), gpus };
+        })
+    }
+
+    /// Record of a stage, if it ran.
+    pub fn stage(&self, stage: &str) -> Option<StageRecord> {
+        RunJson::read(self).ok()??.stages.remove(stage)
+    }
+
+    /// Forget a stage's record, because its output is made anew.
+    ///
+    /// # Errors
+    /// `run.json` cannot be written.
+    pub fn forget_stage(&self, stage: &str) -> Result<()> {
+        self.record(|run| drop(run.stages.remove(stage)))
+    }
+}

@@ -1,0 +1,179 @@
+//! `run.json`: the record of how a run was made. One type for all that read it, and one writer.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use pkv_core::hinted;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::RunLayout;
+use crate::durable::{TEMPORARY, WriteBudget, write_file};
+
+/// What `run.json` holds. Each part is absent until a stage has written it; earlier versions wrote fewer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RunJson {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The resolved recipe, as the crate `recipe` reads it; null if absent.
+    #[serde(skip_serializing_if = "Value::is_null")]
+    pub recipe: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recipe_path: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool: Option<Tool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub libtorch: Option<String>,
+    /// `cpu` or `cuda:0`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// CPU threads of libtorch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<ModelRecord>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<ModelRecord>,
+    /// Stages that ran, by name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub stages: BTreeMap<String, StageRecord>,
+    /// What other versions wrote.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// The program that wrote the record last.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Tool {
+    pub name: String,
+    pub version: String,
+    pub commit: String,
+}
+
+/// One of the two models, as it was found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ModelRecord {
+    pub model: String,
+    /// Commit of the hub, or hash of a local folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    pub vocab_hash: String,
+    pub template_hash: String,
+}
+
+/// Record of a stage that ran.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StageRecord {
+    /// Wall-clock time, all attempts together.
+    pub secs: f64,
+    /// Key numbers, such as examples and tokens.
+    pub summary: Value,
+    /// Device of its last run, in words; empty in runs of earlier versions.
+    pub device: String,
+    /// GPUs that it held.
+    pub gpus: u32,
+}
+
+impl RunJson {
+    /// The record of a run folder; `None` if it has none.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is no such record.
+    pub fn read(layout: &RunLayout) -> Result<Option<Self>> {
+        let path = layout.run_json();
+        match pkv_core::read_small_text(&path) {
+            Ok(text) => serde_json::from_str(&text).map(Some).with_context(|| {
+                hinted(
+                    format!("`{}` is no record of a run", path.display()),
+                    "remove the file; the next stage writes it again",
+                )
+            }),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).with_context(|| format!("cannot read `{}`", path.display())),
+        }
+    }
+
+    /// Change the record of a run folder, which must exist.
+    ///
+    /// # Errors
+    /// The record cannot be read or written.
+    pub fn update(layout: &RunLayout, change: impl FnOnce(&mut Self)) -> Result<()> {
+        let path = layout.run_json();
+        let hint = || hinted(format!("cannot write `{}`", path.display()), "check the disk's free space");
+        // Several processes may work in one folder: each adds to what the others wrote. Without locks (some
+        // network folders have none) the last one counts.
+        let folder = File::open(layout.root()).with_context(hint)?;
+        let _ = folder.lock();
+        let before = Self::read(layout)?;
+        let mut run = before.clone().unwrap_or_default();
+        change(&mut run);
+        sweep(layout.root());
+        if before.as_ref() == Some(&run) {
+            return Ok(());
+        }
+        let text = serde_json::to_string_pretty(&run)? + "\n";
+        write_file(&path, text.as_bytes(), &WriteBudget::from_env()).with_context(hint)?;
+        Ok(())
+    }
+}
+
+/// Remove what processes of earlier versions left when they were killed; nothing depends on it.
+fn sweep(root: &Path) {
+    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let is_ours = |name: &str| name.starts_with("run.json.") && name.ends_with(TEMPORARY);
+        if name.to_str().is_some_and(is_ours) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn records_of_earlier_versions_are_read_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = RunLayout::new(dir.path());
+        assert_eq!(RunJson::read(&layout).unwrap(), None);
+        let old = json!({
+            "name": "r", "seed": 3, "hostname": "h", "target": {"model": "m", "revision": "r1"},
+            "stages": {"prepare": {"secs": 61.0, "summary": null}},
+        });
+        fs::write(layout.run_json(), old.to_string()).unwrap();
+        RunJson::update(&layout, |run| run.stages.entry("label".to_owned()).or_default().secs += 2.0)
+            .unwrap();
+        let run = RunJson::read(&layout).unwrap().unwrap();
+        assert_eq!((run.stages["prepare"].secs, run.stages["label"].secs, run.seed), (61.0, 2.0, Some(3)));
+        assert_eq!(run.target.unwrap().revision.as_deref(), Some("r1"));
+        let text = fs::read_to_string(layout.run_json()).unwrap();
+        assert!(text.contains("\"hostname\": \"h\"") && !text.contains("proxy"), "{text}");
+        // What is the same is not written again.
+        let written = || fs::metadata(layout.run_json()).unwrap().modified().unwrap();
+        let before = written();
+        RunJson::update(&layout, |run| run.seed = Some(3)).unwrap();
+        assert_eq!(written(), before);
+    }
+
+    #[test]
+    fn what_is_no_record_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = RunLayout::new(dir.path());
+        for text in ["{", "[]", "{\"seed\": \"three\"}"] {
+            fs::write(layout.run_json(), text).unwrap();
+            let e = RunJson::read(&layout).unwrap_err();
+            assert!(e.downcast_ref::<pkv_core::Hinted>().unwrap().hint().contains("remove the file"));
+        }
+    }
+}
