@@ -19,6 +19,7 @@
 //!   with it
 //! - `results`: evaluations of other tasks, methods, ratios and limits add up
 //! - `sources`: features of the target, alone and beside the proxy's
+//! - `sweep`: variants share what is the same, and each ends as it would alone
 //! - `faults`: files that never end, two processes in one folder, outputs that vanish, markup of others
 //! - `sandbox`: the folder, the small recipe and the command that the others share
 
@@ -43,3 +44,4 @@ mod server;
 mod sources;
 mod start_from;
 mod stdout;
+mod sweep;

@@ -134,6 +134,11 @@ pub enum Command {
     Report(StageArgs),
     /// Run all stages in order; stages that are complete and match the recipe are skipped.
     Run(StageArgs),
+    /// Run a recipe and variants of it, share what they have in common, and compare them.
+    ///
+    /// Examples, labels and features are made once for all runs whose choices for them are the same, in
+    /// `shared/` beside the run folders. After a stop, the same command goes on.
+    Sweep(SweepArgs),
     /// Read a context with both models, prune the target's cache once, and answer questions from it.
     #[command(after_help = INFER_EXIT_CODES)]
     Infer(InferArgs),
@@ -514,6 +519,33 @@ pub struct StageArgs {
     /// Delete this stage's output and compute it again; may be repeated.
     #[arg(long, value_name = "STAGE", value_parser = stage())]
     pub redo: Vec<Stage>,
+}
+
+/// Arguments of `sweep`.
+#[derive(Clone, Debug, Args)]
+pub struct SweepArgs {
+    /// The recipe that the variants are compared with; its overrides are those of all runs.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// Recipes of variants, or folders of them, such as recipes/ablations.
+    #[arg(long, value_name = "FILE_OR_FOLDER", num_args = 1.., value_hint = ValueHint::AnyPath)]
+    pub variants: Vec<PathBuf>,
+    /// Make a variant for each value of a key, such as `train.steps=500,1000`; several keys give every
+    /// combination.
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub vary: Vec<String>,
+    /// Only these variants, by the names of their files or runs.
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Number of runs at a time; those on one device share it.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub jobs: usize,
+    /// Show what would run and what is shared, and exit.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Also write the comparison as a self-contained HTML page.
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
 }
 
 /// What to evaluate: shorthands for keys of `[eval]`.

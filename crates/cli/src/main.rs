@@ -24,6 +24,7 @@ mod results;
 mod schema;
 mod show;
 mod stop;
+mod sweep;
 mod terminal;
 
 use std::process::ExitCode;
@@ -108,6 +109,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Report(a) => drop(one(cli, a, Stage::Report, stop, &EvalOptions::default())?),
         Command::Run(a) => all(cli, a, stop)?,
         Command::Infer(a) => return infer::run(cli, a, stop),
+        Command::Sweep(a) => sweep::run(cli, a, stop)?,
         Command::Compare(a) => compare::run(cli, a)?,
         Command::Push(a) => push::run(cli, a, stop)?,
         Command::Bench(a) => bench::run(cli, a, stop)?,

@@ -9,5 +9,6 @@ pub mod pair;
 mod run_folder;
 pub mod session;
 pub mod stages;
+pub mod sweep;
 
 pub use run_folder::RunFolder;

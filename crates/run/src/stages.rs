@@ -25,7 +25,9 @@ use pkv_shard::durable::lock_work;
 use pkv_shard::{Row, Stage, StageDir, StageState, StageWriter};
 use serde_json::Value;
 
+use crate::pair;
 use crate::session::Session;
+use crate::sweep::Output;
 
 /// Outcome of a stage.
 pub enum Outcome {
@@ -99,6 +101,28 @@ fn keep<R: Row>(writer: StageWriter<R>) {
     if let Err(e) = writer.keep() {
         tracing::warn!("the {} of the shard at work are lost: {e:#}", R::FILES);
     }
+}
+
+/// Outputs that depend on the models, the documents and the recipe alone, with all the choices that they
+/// depend on; features that are not kept are none of them. Nothing is written.
+///
+/// # Errors
+/// A model or a document is absent or cannot be read.
+pub fn fingerprints(s: &Session) -> Result<Vec<Output>> {
+    let (target, proxy) = pair::find_both(s)?;
+    let examples = prepare::fingerprint(s, &target)?;
+    let labels = label::fingerprint(s, &target, &examples);
+    let one = |stage, folder, fingerprint| Output { stage, folder, fingerprint };
+    let mut all = vec![
+        one(Stage::Prepare, s.run.examples(), examples.clone()),
+        one(Stage::Label, s.run.labels(), labels),
+    ];
+    for &source in s.recipe.extract.from.iter().filter(|_| !s.recipe.extract.is_transient()) {
+        let found = extract::of_pair(source, &target, proxy.as_deref())?;
+        let fingerprint = extract::fingerprint(s, source, found, &examples);
+        all.push(one(Stage::Extract, s.run.features(source), fingerprint));
+    }
+    Ok(all)
 }
 
 /// Throw a stage's output away, so that it is made again.
