@@ -41,7 +41,8 @@ pub struct AnswerTable {
 }
 
 impl AnswerTable {
-    /// The rows that follow belong to the context of `tokens` tokens with this [`crate::columns::context_id`].
+    /// The rows that follow belong to the context of `tokens` tokens with this
+    /// [`crate::columns::context_id`].
     pub fn of_context(&mut self, id: &str, tokens: usize) {
         self.current = (id.to_owned(), tokens);
     }

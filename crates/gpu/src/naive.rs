@@ -15,8 +15,8 @@ pub fn exact(x: &Tensor) -> Tensor {
 }
 
 /// Output `[s, query_heads, d]` and log-sum-exp `[query_heads, s]` of rows that see `seen_sk`, bool
-/// `[s, keys]`; queries are `[s, query_heads, d]`, keys and values `[kv_heads, keys, d]`. On the CPU, wherever
-/// they come from.
+/// `[s, keys]`; queries are `[s, query_heads, d]`, keys and values `[kv_heads, keys, d]`. On the CPU,
+/// wherever they come from.
 pub fn attention(
     q_sqd: &Tensor,
     k_hkd: &Tensor,

@@ -12,7 +12,7 @@
   const units = { "µs": 1e-6, ms: 1e-3, min: 60, h: 3600, days: 86400, kB: 1e3, MB: 1e6, GB: 1e9 };
   const number = (text) => {
     const parts = text.replace(/\u202f/g, "").match(/^([+-]?\d+\.?\d*)\s*([a-zµ]*)/i);
-    return parts ? parts[1] * (units[parts[2]] || 1) : NaN;
+    return parts ? parts[1] * (units[parts[2]] || 1) : null;
   };
 
   function sort(table, column, head) {
@@ -22,9 +22,9 @@
     const key = (row) => value(row.cells[column]);
     const order = (a, b) => {
       const [x, y] = [number(key(a)), number(key(b))];
-      if (isNaN(x) !== isNaN(y)) return isNaN(x) ? 1 : -1;
-      const up = isNaN(x) ? key(a).localeCompare(key(b)) : x - y;
-      return isNaN(x) === down ? up : -up;
+      if ((x === null) !== (y === null)) return x === null ? 1 : -1;
+      const up = x === null ? key(a).localeCompare(key(b)) : x - y;
+      return (x === null) === down ? up : -up;
     };
     const body = table.tBodies[0];
     body.append(...[...body.rows].sort(order));
