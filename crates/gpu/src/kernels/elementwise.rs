@@ -60,7 +60,7 @@ pub fn gated_silu(gate_up: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// Where keys and values of [`rotate`] go: packed rows `[n, head_dim]`, at `slot_n`, i64
+/// Where keys and values of `rotate` go: packed rows `[n, head_dim]`, at `slot_n`, i64
 /// `[sequences * kv_heads * tokens]`, sequences outside and tokens inside; slots are not checked. New rows
 /// are `tokens` of one sequence after the other.
 pub struct PackedSlots<'a> {
