@@ -203,7 +203,7 @@ fn an_answer_is_words_and_nothing_else() {
     };
     assert_eq!(
         ask("bash", &["proxykv-train", "infer", "--policy", "pair-"]),
-        "pair-floor\npair-uniform\npair-budget\n"
+        "pair-floor\npair-keydiff\npair-uniform\npair-budget\n"
     );
     assert_eq!(ask("bash", &["proxykv-train", "infer", "--policy", "=", "tok"]), "token\n");
     assert_eq!(ask("bash", &["proxykv-train", "--device", "cuda", ":", "1"]), "1\n");
