@@ -193,9 +193,9 @@ fn what_cannot_be_swept_is_said() {
         "variants/bad.toml",
         "base = \"../recipe.toml\"\nname = \"bad\"\n[train]\nstart_from = \"nowhere\"\n",
     );
-    let ran = s.run(&["sweep", "--variants", "variants", "--set", "train.steps=6"]);
-    let ran = ran.fails_with(&["1 of 4 runs failed", "`bad`", "nowhere", "logs/bad.txt"]);
-    assert!(ran.stdout.contains("3 runs for"), "{}", ran.stdout);
+    let ran = s.run(&["sweep", "--variants", "variants", "--only", "linear,bad", "--set", "train.steps=6"]);
+    let ran = ran.fails_with(&["1 of 3 runs failed", "`bad`", "nowhere", "logs/bad.txt"]);
+    assert!(ran.stdout.contains("2 runs for"), "{}", ran.stdout);
     // Outputs of other choices that are no links are not touched.
     let other = Sandbox::new();
     other.run(&["prepare"]).ok();

@@ -189,9 +189,14 @@ fn end(running: &mut [Running]) {
     }
 }
 
-/// The error with which a log ends.
+/// The error with which a log ends, and its causes.
 fn last_error(log: &Path) -> String {
     let text = fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
-    let last = text.lines().rfind(|line| line.starts_with("error: ")).map(str::to_owned);
-    last.map_or_else(String::new, |line| format!(": {}", line.trim_start_matches("error: ")))
+    let lines: Vec<&str> = text.lines().collect();
+    let Some(at) = lines.iter().rposition(|line| line.starts_with("error: ")) else {
+        return String::new();
+    };
+    let causes = lines[at + 1..].iter().map_while(|line| line.trim_start().strip_prefix("Caused by: "));
+    let error = lines[at].trim_start_matches("error: ");
+    [error].into_iter().chain(causes).map(|part| format!(": {part}")).collect()
 }
