@@ -19,8 +19,7 @@ pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
         let begun = *first.get_or_insert_with(Instant::now);
         if flag.swap(true, Ordering::Relaxed) {
             if begun.elapsed() > SAME {
-                // Not `exit`: libtorch's threads are at work, and its destructors would pull the ground from
-                // under them.
+                // Not `exit`: libtorch's threads are at work, and its destructors would free what they use.
                 // SAFETY: `_exit` ends the process without running anything of it.
                 unsafe { libc::_exit(crate::render::INTERRUPTED.into()) }
             }

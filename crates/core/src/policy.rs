@@ -49,6 +49,11 @@ impl Policy {
     /// Those that need only scores: a pair that is kept at one ratio is kept at every larger one.
     pub const OF_SCORES: [Self; 4] = [Self::Pair, Self::PairFloor, Self::PairUniform, Self::Token];
 
+    /// The policy of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|policy| policy.name() == name)
+    }
+
     /// Does it look at the target's keys?
     pub const fn needs_keys(self) -> bool {
         matches!(self, Self::PairKeydiff)

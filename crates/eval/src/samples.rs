@@ -44,7 +44,7 @@ pub fn fact_samples(path: &Path) -> Result<Vec<Sample>> {
     let lengths = if file.has("context_tokens") { file.counts("context_tokens")? } else { Vec::new() };
     let (kinds, depths, kept) = (texts("kind")?, numbers("depth")?, numbers("kept")?);
     let one = |row: usize| {
-        let policy = Policy::ALL.into_iter().find(|p| p.name() == policies[row]);
+        let policy = Policy::named(&policies[row]);
         Some(Sample {
             place: (contexts[row], questions[row]),
             question: asked[row].clone(),

@@ -32,21 +32,22 @@ pub struct SampleRow {
     pub question: String,
     pub kind: String,
     pub wanted: String,
-    pub answers: Vec<Said>,
+    /// Of the full cache, of KVzip's, of the mapper's.
+    pub answers: Vec<Answer>,
     /// Of the fact's KV pairs, the share that the mapper keeps.
     pub kept: String,
     pub depth: String,
 }
 
-/// An answer; the names of who gives them are in [`Samples::note`]'s order: full cache, KVzip, mapper.
+/// One answer to a question.
 #[derive(Clone, Debug, Serialize, PartialEq)]
-pub struct Said {
+pub struct Answer {
     pub text: String,
     pub is_right: bool,
 }
 
-/// Every answer of one method at one ratio, by question.
-struct Asked<'a> {
+/// The answers to one question at one ratio.
+struct Answers<'a> {
     full: &'a Sample,
     kvzip: Option<&'a Sample>,
     mapper: &'a Sample,
@@ -61,10 +62,10 @@ pub fn samples(all: &[Sample], policy: Policy, ratio: f64) -> Option<Samples> {
     }
     let of =
         |given: &[&'_ Sample], m: Option<MethodName>| given.iter().position(|s| s.cell.map(|c| c.0) == m);
-    let asked: Vec<Asked> = by_question
+    let asked: Vec<Answers> = by_question
         .values()
         .filter_map(|given| {
-            Some(Asked {
+            Some(Answers {
                 full: given[of(given, None)?],
                 kvzip: of(given, Some(MethodName::KVZIP)).map(|i| given[i]),
                 mapper: given[of(given, Some(MethodName::MAPPER))?],
@@ -74,9 +75,9 @@ pub fn samples(all: &[Sample], policy: Policy, ratio: f64) -> Option<Samples> {
     if asked.is_empty() {
         return None;
     }
-    let (right, wrong): (Vec<&Asked>, Vec<&Asked>) = asked.iter().partition(|a| a.mapper.is_right);
+    let (right, wrong): (Vec<&Answers>, Vec<&Answers>) = asked.iter().partition(|a| a.mapper.is_right);
     let lost = wrong.iter().filter(|a| a.full.is_right).count();
-    let mean = |of: &[&Asked]| {
+    let mean = |of: &[&Answers]| {
         let kept: Vec<f64> = of.iter().filter_map(|a| a.mapper.kept).collect();
         (!kept.is_empty()).then(|| kept.iter().sum::<f64>() / kept.len() as f64)
     };
@@ -94,7 +95,7 @@ pub fn samples(all: &[Sample], policy: Policy, ratio: f64) -> Option<Samples> {
             percent(of_wrong)
         );
     }
-    let spread = |of: Vec<&'_ Asked>| -> Vec<SampleRow> {
+    let spread = |of: Vec<&'_ Answers>| -> Vec<SampleRow> {
         // From all over the contexts, not the first ones.
         let step = of.len().div_ceil(SHOWN).max(1);
         of.into_iter().step_by(step).map(row).collect()
@@ -107,15 +108,15 @@ pub fn samples(all: &[Sample], policy: Policy, ratio: f64) -> Option<Samples> {
     })
 }
 
-fn row(asked: &Asked) -> SampleRow {
-    let said = |s: &Sample| Said { text: s.answer.clone(), is_right: s.is_right };
-    let Asked { full, kvzip, mapper } = asked;
-    let absent = || Said { text: "–".to_owned(), is_right: false };
+fn row(asked: &Answers) -> SampleRow {
+    let answer = |s: &Sample| Answer { text: s.answer.clone(), is_right: s.is_right };
+    let Answers { full, kvzip, mapper } = asked;
+    let absent = || Answer { text: "–".to_owned(), is_right: false };
     SampleRow {
         question: full.question.clone(),
         kind: full.kind.clone(),
         wanted: full.wanted.clone(),
-        answers: vec![said(full), kvzip.map_or_else(absent, said), said(mapper)],
+        answers: vec![answer(full), kvzip.map_or_else(absent, answer), answer(mapper)],
         kept: mapper.kept.map_or_else(|| "–".to_owned(), percent),
         depth: full.depth.map_or_else(|| "–".to_owned(), percent),
     }

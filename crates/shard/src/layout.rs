@@ -68,7 +68,7 @@ impl RunLayout {
         self.root.join("report.html")
     }
 
-    /// The lock of the work on `output`, which lies beside it: outputs are removed while it is held.
+    /// The lock of the work on `output`, which is beside it: outputs are removed while it is held.
     pub fn lock(&self, output: &Path) -> PathBuf {
         let name = output.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
         self.root.join(format!("{name}.lock"))

@@ -86,7 +86,7 @@ impl Answers {
                 if let Some(id) = ids.get(row).filter(|id| !id.is_empty()) {
                     context.id = Some(sha256_hex(format!("{id}{asked}").as_bytes()));
                 }
-            } else if let Some(policy) = policy(&policies[row]) {
+            } else if let Some(policy) = Policy::named(&policies[row]) {
                 context.add(MethodName::new(&methods[row]), policy, ratios[row], scores[row]);
             }
         }
@@ -109,7 +109,7 @@ pub fn per_context_recall(path: &Path, of: MethodName) -> Result<Vec<ContextScor
     let recall = file.numbers("recall")?;
     let mut out: Vec<ContextScores> = Vec::new();
     for row in (0..ids.len()).filter(|&row| methods[row] == of.name()) {
-        let Some(policy) = policy(&policies[row]) else { continue };
+        let Some(policy) = Policy::named(&policies[row]) else { continue };
         let cell = (of, policy, ratios[row]);
         // A context that occurs twice begins anew where a cell comes again.
         let same = out
@@ -123,8 +123,4 @@ pub fn per_context_recall(path: &Path, of: MethodName) -> Result<Vec<ContextScor
         }
     }
     Ok(out)
-}
-
-fn policy(name: &str) -> Option<Policy> {
-    Policy::ALL.into_iter().find(|p| p.name() == name)
 }
