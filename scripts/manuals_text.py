@@ -2,27 +2,29 @@
 """Long documents for a pair of real models out of Debian's packages: `data/manuals.jsonl` and `data/modules.jsonl`.
 
     python3 scripts/manuals_text.py [FOLDER]      # data/ if absent; needs apt-get and dpkg, downloads about 90 MB
+    python3 scripts/manuals_text.py --chapters 90000 [FOLDER]      # instead `chapters.jsonl`, for contexts of 16,384 tokens
 
 English pages of 14,000 to 60,000 characters from handbooks and manuals, and modules of Python's standard library of
-14,000 to 200,000, cut after 40,000. The licences are those of the packages (/usr/share/doc/*/copyright in each):
-read the documents, do not pass them on. What is made depends on the packages' versions alone.
+14,000 to 200,000, cut after 40,000. A chapter is pages of one manual in their order, joined until they have the characters
+asked for. The licences are those of the packages (/usr/share/doc/*/copyright in each): read the documents, do not pass
+them on. What is made depends on the packages' versions alone.
 """
+import argparse
 import glob
 import json
 import os
 import random
 import re
 import subprocess
-import sys
 import tempfile
 from html.parser import HTMLParser
 
 MANUALS = ["debian-handbook", "postgresql-doc-15", "python3.11-doc", "developers-reference", "debian-reference-en",
            "git-doc", "octave-doc", "maxima-doc", "erlang-doc"]
 CODE = ["libpython3.11-stdlib"]
-FILES = {"prose": "manuals.jsonl", "code": "modules.jsonl"}
+FILES = {"prose": "manuals.jsonl", "code": "modules.jsonl", "chapters": "chapters.jsonl"}
 # Characters of each kind: three quarters prose.
-MOST = {"prose": 11_000_000, "code": 4_000_000}
+MOST = {"prose": 11_000_000, "code": 4_000_000, "chapters": 40_000_000}
 # Folders of translations, which are beside those of the English pages.
 TRANSLATED = re.compile(r"/(?!en)[a-z]{2}(-[A-Z]{2})?/")
 
@@ -77,31 +79,55 @@ def unpacked(packages, root):
     return f"{root}/x"
 
 
-def documents(root):
-    prose, code = [], []
+def pages(root):
+    """Path and text of each English page, in the order of their paths."""
     manuals = unpacked(MANUALS, f"{root}/manuals")
     for path in files(manuals, (".html", ".xhtml")):
-        if "index" in os.path.basename(path).lower() or TRANSLATED.search(path[len(manuals):]):
-            continue
-        text = page_text(open(path, encoding="utf-8", errors="ignore").read())
-        if len(text) > 14_000:
-            prose.append(text[:60_000])
+        name = path[len(manuals):]
+        if "index" not in os.path.basename(path).lower() and not TRANSLATED.search(name):
+            yield name, page_text(open(path, encoding="utf-8", errors="ignore").read())
+
+
+def modules(root):
     for path in files(unpacked(CODE, f"{root}/code"), (".py",)):
-        if "test" in path:
-            continue
         text = open(path, encoding="utf-8", errors="ignore").read()
-        if 14_000 < len(text) < 200_000:
-            code.append(text[:40_000])
-    return {"prose": prose, "code": code}
+        if "test" not in path and 14_000 < len(text) < 200_000:
+            yield text[:40_000]
+
+
+def chapters(root, characters):
+    """Pages of one folder, joined until they have so many characters; what is left of a folder is dropped."""
+    folder, joined, seen = None, [], set()
+    for name, text in pages(root):
+        if os.path.dirname(name) != folder:
+            folder, joined = os.path.dirname(name), []
+        # Packages have some pages twice.
+        if text[:500] in seen:
+            continue
+        seen.add(text[:500])
+        joined.append(text)
+        if sum(map(len, joined)) >= characters:
+            yield "\n\n".join(joined)[:characters]
+            joined = []
+
+
+def documents(root, characters):
+    if characters:
+        return {"chapters": list(chapters(root, characters))}
+    return {"prose": [text[:60_000] for _, text in pages(root) if len(text) > 14_000], "code": list(modules(root))}
 
 
 def main():
-    out = sys.argv[1] if len(sys.argv) > 1 else "data"
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("folder", nargs="?", default="data")
+    arguments.add_argument("--chapters", type=int, metavar="CHARACTERS", help="join pages to documents of so many characters")
+    asked = arguments.parse_args()
+    out = asked.folder
     os.makedirs(out, exist_ok=True)
     random.seed(7)
     seen = set()
     with tempfile.TemporaryDirectory() as root:
-        for kind, texts in documents(root).items():
+        for kind, texts in documents(root, asked.chapters).items():
             random.shuffle(texts)
             path, size, count = os.path.join(out, FILES[kind]), 0, 0
             with open(path + ".tmp", "w", encoding="utf-8") as file:
