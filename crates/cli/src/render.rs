@@ -19,8 +19,8 @@ pub const INTERRUPTED: u8 = 130;
 /// want to know.
 pub const CLOSED: u8 = 141;
 
-/// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`; after an interruption one line that says how to
-/// go on; empty if stdout's reader closed the pipe.
+/// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`; after an interruption one line that
+/// says how to go on; empty if stdout's reader closed the pipe.
 pub fn error(e: &Error) -> String {
     let mut out = String::new();
     if is_closed(e) {

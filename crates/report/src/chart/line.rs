@@ -1,7 +1,8 @@
 //! Lines over one x axis, each named at its end, with 95% intervals as whiskers.
 //!
 //! A page gets every chart twice and shows the one that fits its column: a wide one, and a narrow one that
-//! leaves the names to the legend. Charts that stand side by side come in a third size. Letters keep their size in all.
+//! leaves the names to the legend. Charts that stand side by side come in a third size. Letters keep their
+//! size in all.
 
 use std::fmt::Write;
 
