@@ -101,6 +101,8 @@ fn the_card_of_a_run_tells_what_a_stranger_must_know() {
     let card = fs::read_to_string(s.path("runs/small/export/README.md")).unwrap();
     for part in [
         "---\nlicense: unknown\nlibrary_name: proxykv-train\ntags:\n- kv-cache\n",
+        "proxykv-train infer --mapper ",
+        "ProxyKVPress(",
         "## Pair",
         "## Labels",
         "| sentences | 12 | Apache-2.0 |",

@@ -90,6 +90,12 @@ impl ModelCard {
             markdown_code(&c.target.model),
             variant(c.mapper.variant)
         )?;
+        writeln!(
+            out,
+            "```sh\nproxykv-train infer --mapper THIS_FOLDER_OR_REPOSITORY --context FILE --retain 0.2 --question \"...\"\n```\n\n\
+             ```python\nfrom proxykv import ProxyKVPress  # scripts/python of proxykv-train\n\n\
+             press = ProxyKVPress(\"THIS_FOLDER\", retention=0.2)  # for kvpress' \"kv-press-text-generation\" pipeline\n```\n"
+        )?;
         writeln!(out, "## {}\n", if c.proxy.is_some() { "Pair" } else { "Model" })?;
         let head = ["", "model", "revision", "shape", "tokenizer"].map(str::to_owned).to_vec();
         let row = |role: &str, m: &crate::ModelIdentity| {

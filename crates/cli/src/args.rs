@@ -439,6 +439,24 @@ pub enum PlanMachine {
     Here,
     Cpu,
     H200,
+    /// By its data sheet, as are those below.
+    H100,
+    A100,
+    L40s,
+    Rtx4090,
+}
+
+impl PlanMachine {
+    /// Name of a card that was not measured.
+    pub const fn card(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Here | Self::Cpu | Self::H200 => return None,
+            Self::H100 => "h100",
+            Self::A100 => "a100",
+            Self::L40s => "l40s",
+            Self::Rtx4090 => "rtx4090",
+        })
+    }
 }
 
 /// The recipe and its overrides.

@@ -35,7 +35,13 @@ pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool, stop: Arc<AtomicBool
         if let Some(proxy) = &proxy {
             models["proxy"] = folder(proxy);
         }
-        output::print(&format!("{models}\n"))?;
+        return output::print(&format!("{models}\n"));
+    }
+    for (role, found) in [("target", Some(&target)), ("proxy", proxy.as_ref())] {
+        if let Some(found) = found {
+            let revision: String = found.revision.chars().take(18).collect();
+            output::print(&format!("{role:<7} {} ({revision})\n", found.folder.display()))?;
+        }
     }
     Ok(())
 }

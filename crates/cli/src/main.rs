@@ -150,12 +150,13 @@ fn one(
     Ok(session)
 }
 
-/// All stages in order, then the table.
+/// All stages in order, then what came of them.
 fn all(cli: &Cli, args: &StageArgs, stop: Arc<AtomicBool>) -> Result<()> {
     let session = open(cli, &args.recipe, stop)?;
     let options = EvalOptions::default();
     let mut redo = args.redo.clone();
-    for stage in Stage::ALL {
+    for (at, stage) in Stage::ALL.into_iter().enumerate() {
+        terminal::stage(at + 1, Stage::ALL.len(), stage.name());
         // Labels may bring features along: those that are made again go before that.
         if stage == Stage::Label && redo.contains(&Stage::Extract) {
             stages::throw_away(&session, Stage::Extract, &options)?;
@@ -163,9 +164,7 @@ fn all(cli: &Cli, args: &StageArgs, stop: Arc<AtomicBool>) -> Result<()> {
         }
         stages::run(&session, stage, &redo, &options)?;
     }
-    results::print(cli, &session, &options)?;
-    tracing::info!("report: {}", session.run.report().display());
-    Ok(())
+    results::print_run(cli, &session, &options)
 }
 
 fn doctor_command(

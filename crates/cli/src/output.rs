@@ -10,6 +10,8 @@ use anyhow::{Error, Result};
 use pkv_core::{hinted, neutral};
 use serde::Serialize;
 
+use crate::terminal;
+
 /// stdout takes no more.
 #[derive(Debug)]
 pub enum Lost {
@@ -37,6 +39,16 @@ impl std::error::Error for Lost {}
 /// [`Lost`].
 pub fn print(text: &str) -> Result<()> {
     let text = neutral(text);
+    let mut out = io::stdout().lock();
+    check(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
+}
+
+/// [`print`]; changes of color and weight in it stay if stdout is a terminal that has them.
+///
+/// # Errors
+/// [`Lost`].
+pub fn print_styled(text: &str) -> Result<()> {
+    let text = terminal::shown(text, terminal::has_color(&io::stdout()));
     let mut out = io::stdout().lock();
     check(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
 }

@@ -18,10 +18,9 @@ pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -
     manifest(&recipe)?;
     let cpu = || Machine::cpu(tch::get_num_threads().max(1) as usize);
     let machine = match machine {
-        PlanMachine::H200 => Machine::h200(),
         PlanMachine::Cpu => cpu(),
         PlanMachine::Here if choose_device(cli.device, cli.threads)? == Device::Cpu => cpu(),
-        PlanMachine::Here => Machine::h200(),
+        other => other.card().and_then(Machine::card).unwrap_or_else(Machine::h200),
     };
     let plan = Plan::new(&recipe, machine, &pkv_eval::tasks::work(&recipe));
     output::print_either(cli.json, &plan, || plan.table())

@@ -19,12 +19,16 @@ pub const INTERRUPTED: u8 = 130;
 /// want to know.
 pub const CLOSED: u8 = 141;
 
-/// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`; empty if stdout's reader closed the
-/// pipe.
+/// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`; after an interruption one line that
+/// says how to go on; empty if stdout's reader closed the pipe.
 pub fn error(e: &Error) -> String {
     let mut out = String::new();
     if is_closed(e) {
         return out;
+    }
+    // What the user asked for is no error.
+    if let Some(interrupted) = e.downcast_ref::<Interrupted>() {
+        return format!("{interrupted}\n");
     }
     let mut last = String::new();
     for (i, cause) in e.chain().enumerate() {
@@ -155,6 +159,8 @@ mod tests {
         assert_eq!(exit_code(&e), REPAIRABLE);
         assert_eq!(exit_code(&anyhow!("x")), UNEXPECTED);
         assert_eq!(exit_code(&Error::from(hinted("a", "b"))), REPAIRABLE);
-        assert_eq!(exit_code(&Error::from(Interrupted).context("label")), INTERRUPTED);
+        let stopped = Error::from(Interrupted).context("cannot label");
+        assert_eq!(exit_code(&stopped), INTERRUPTED);
+        assert!(error(&stopped).starts_with("interrupted; ") && !error(&stopped).contains("error"));
     }
 }

@@ -2,16 +2,19 @@
 //!
 //! Bars are hidden when stderr is no terminal; log lines then carry the progress.
 
+use std::ffi::OsStr;
+use std::fmt as text;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 use pkv_core::{Progress, neutral};
+use pkv_recipe::plan::human_bytes;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, fmt};
@@ -78,12 +81,22 @@ pub fn log_to(path: &Path) -> Result<()> {
 }
 
 fn color() -> bool {
-    use std::io::IsTerminal;
-    io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+    has_color(&io::stderr())
 }
 
-/// A log line as a terminal may have it: values in it are of others. With `color`, changes of color stay.
-fn shown(line: &str, color: bool) -> String {
+/// Whether text there may have colors and bold letters.
+pub fn has_color(stream: &impl IsTerminal) -> bool {
+    let of = |name| std::env::var_os(name).unwrap_or_default();
+    stream.is_terminal() && wants_color(&of("NO_COLOR"), &of("TERM"))
+}
+
+/// `NO_COLOR` as no-color.org has it: any text forbids colors.
+fn wants_color(no_color: &OsStr, term: &OsStr) -> bool {
+    no_color.is_empty() && term != "dumb"
+}
+
+/// Text as a terminal may have it: values in it are of others. With `color`, changes of color stay.
+pub fn shown(line: &str, color: bool) -> String {
     let is_color = |rest: &str| {
         let end = rest.find(|c: char| !c.is_ascii_digit() && c != ';')?;
         rest[end..].starts_with('m').then_some(end + 1)
@@ -161,7 +174,17 @@ impl<'a> MakeWriter<'a> for LogFile {
     }
 }
 
-/// One bar at a time, named by its stage.
+/// The stage at work: its place, how many there are, its name. Outside of `run` there is none.
+static STAGE: Mutex<Option<(usize, usize, &'static str)>> = Mutex::new(None);
+
+/// Name the stage that the bars from now on belong to, the first one being 1.
+pub fn stage(at: usize, of: usize, name: &'static str) {
+    if let Ok(mut stage) = STAGE.lock() {
+        *stage = Some((at, of, name));
+    }
+}
+
+/// One bar at a time, on two lines that fit 80 columns.
 pub struct Bar {
     current: Mutex<Option<(ProgressBar, Quiet)>>,
 }
@@ -176,6 +199,86 @@ struct Quiet {
 
 /// Without a terminal, progress is logged this often.
 const TELL_EVERY: Duration = Duration::from_secs(30);
+/// The elapsed time is drawn this often where nothing else changes.
+const TICK: Duration = Duration::from_secs(1);
+/// Of a bar's title, so that its counts fit beside it.
+const TITLE: usize = 48;
+
+/// What a bar counts, in the singular; `B` for bytes.
+fn unit(what: &str) -> &'static str {
+    match what.split(' ').next() {
+        Some("downloading" | "verifying" | "sending") => "B",
+        Some("train") => "step",
+        Some("sweep") => "run",
+        _ => "context",
+    }
+}
+
+/// `[2 of 7] label`; the stage's name is not said twice.
+fn title(stage: Option<(usize, usize, &str)>, what: &str) -> String {
+    let title = match stage {
+        Some((at, of, name)) if what.starts_with(name) => format!("[{at} of {of}] {what}"),
+        Some((at, of, name)) => format!("[{at} of {of}] {name}: {what}"),
+        None => what.to_owned(),
+    };
+    let title = neutral(&title).into_owned();
+    if title.chars().count() <= TITLE {
+        return title;
+    }
+    title.chars().take(TITLE - 1).chain(['…']).collect()
+}
+
+/// `82 of 208 contexts`; the total is not always known.
+fn count(done: u64, total: Option<u64>, unit: &str) -> String {
+    let total = total.filter(|&n| n > 0);
+    match unit {
+        "B" => total
+            .map_or_else(|| human_bytes(done), |n| format!("{} of {}", human_bytes(done), human_bytes(n))),
+        _ => {
+            total.map_or_else(|| format!("{done} {unit}s"), |n| format!("{done} of {n} {unit}{}", plural(n)))
+        }
+    }
+}
+
+fn plural(n: u64) -> &'static str {
+    if n == 1 { "" } else { "s" }
+}
+
+/// `6.2 contexts/s`, or `3.4 s per context` where that is the longer of the two.
+fn rate(per_sec: f64, unit: &str) -> String {
+    let three = |v: f64| format!("{v:.*}", (2.0 - v.log10().floor()).clamp(0.0, 2.0) as usize);
+    match unit {
+        _ if !(per_sec > 0.0 && per_sec.is_finite()) => String::new(),
+        "B" => format!("{}/s", human_bytes(per_sec as u64)),
+        _ if per_sec < 1.0 => format!("{} s per {unit}", three(1.0 / per_sec)),
+        _ => format!("{} {unit}s/s", three(per_sec)),
+    }
+}
+
+/// `0:42`, `1:02:03`.
+fn clock(time: Duration) -> String {
+    let secs = time.as_secs();
+    let (hours, minutes, secs) = (secs / 3600, secs / 60 % 60, secs % 60);
+    if hours > 0 { format!("{hours}:{minutes:02}:{secs:02}") } else { format!("{minutes}:{secs:02}") }
+}
+
+fn style(unit: &'static str) -> ProgressStyle {
+    let counts = move |s: &ProgressState, w: &mut dyn text::Write| {
+        let _ = w.write_str(&count(s.pos(), s.len(), unit));
+    };
+    let pace = move |s: &ProgressState, w: &mut dyn text::Write| {
+        let (rate, elapsed) = (rate(s.per_sec(), unit), clock(s.elapsed()));
+        let _ = match (rate.as_str(), s.len()) {
+            ("", _) => write!(w, "{elapsed} elapsed"),
+            (_, Some(n)) if n > s.pos() => write!(w, "{rate}, {elapsed} elapsed, {} left", clock(s.eta())),
+            _ => write!(w, "{rate}, {elapsed} elapsed"),
+        };
+    };
+    ProgressStyle::with_template("{prefix}: {counts}  {wide_msg}\n{bar:22} {percent:>3}%  {pace}")
+        .expect("the template is constant")
+        .with_key("counts", counts)
+        .with_key("pace", pace)
+}
 
 impl Bar {
     pub const fn new() -> Self {
@@ -193,12 +296,12 @@ impl Bar {
 
 impl Progress for Bar {
     fn start(&self, what: &str, total: u64, done: u64) {
-        let style =
-            ProgressStyle::with_template("{prefix:>16} {bar:28} {pos}/{len} {per_sec} ETA {eta} {msg}")
-                .expect("the template is constant");
-        let bar = bars().add(ProgressBar::new(total).with_style(style).with_position(done));
-        bar.set_prefix(neutral(what).into_owned());
+        let bar = bars().add(ProgressBar::new(total).with_style(style(unit(what))).with_position(done));
+        bar.set_prefix(title(STAGE.lock().ok().and_then(|stage| *stage), what));
         bar.reset_eta();
+        if !bar.is_hidden() {
+            bar.enable_steady_tick(TICK);
+        }
         let quiet = Quiet { what: what.to_owned(), total, done, logged: Instant::now() };
         if let Ok(mut guard) = self.current.lock() {
             *guard = Some((bar, quiet));
@@ -231,7 +334,95 @@ impl Progress for Bar {
 
 #[cfg(test)]
 mod tests {
+    use indicatif::{ProgressDrawTarget, TermLike};
+    use std::sync::Arc;
+
     use super::*;
+
+    /// What is drawn on a terminal of 80 columns, without the moves of its cursor.
+    #[derive(Clone, Debug, Default)]
+    struct Screen(Arc<Mutex<String>>);
+
+    impl TermLike for Screen {
+        fn width(&self) -> u16 {
+            80
+        }
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn write_line(&self, text: &str) -> io::Result<()> {
+            self.write_str(&format!("{text}\n"))
+        }
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            self.0.lock().unwrap().push_str(text);
+            Ok(())
+        }
+        fn clear_line(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_bar_takes_two_lines_of_80_columns() {
+        let long = "downloading model-00001-of-00004-with-a-long-name.safetensors";
+        for (stage, what, total, done, expected) in [
+            (Some((2, 7, "label")), "label", 208, 82, "[2 of 7] label: 82 of 208 contexts  loss 0.553"),
+            (Some((4, 7, "train")), "train", 1, 0, "[4 of 7] train: 0 of 1 step  loss 0.553"),
+            (Some((5, 7, "eval")), "worked example", 2, 1, "[5 of 7] eval: worked example: 1 of 2 contexts"),
+            (None, long, 4_980_000_000, 1_230_000_000, "-long-na…: 1.23 GB of 4.98 GB"),
+            (None, "verifying x", 0, 1_230_000, "verifying x: 1.23 MB  loss"),
+        ] {
+            let term = Screen::default();
+            let target = ProgressDrawTarget::term_like(Box::new(term.clone()));
+            let bar = ProgressBar::with_draw_target(Some(total), target).with_style(style(unit(what)));
+            bar.set_prefix(title(stage, what));
+            bar.set_message("loss 0.553, 3643 tokens/s, best 55.1%, auto, and more than fits on the line");
+            bar.set_position(done);
+            term.0.lock().unwrap().clear();
+            bar.tick();
+            let shown = term.0.lock().unwrap().clone();
+            // Each line is filled to the terminal's width.
+            let letters: Vec<char> = shown.chars().collect();
+            let lines: Vec<String> = letters.chunks(80).map(|line| line.iter().collect()).collect();
+            assert_eq!(letters.len(), 160, "{shown}");
+            assert!(lines[0].contains(expected), "{shown}");
+            assert!(lines[1].contains("% ") && lines[1].contains(" elapsed"), "{shown}");
+        }
+    }
+
+    #[test]
+    fn paces_have_three_digits_and_their_unit() {
+        assert_eq!(rate(6.2028, "context"), "6.20 contexts/s");
+        assert_eq!(rate(362.8, "step"), "363 steps/s");
+        assert_eq!(rate(0.05, "context"), "20.0 s per context");
+        assert_eq!(rate(12_345_678.0, "B"), "12.3 MB/s");
+        assert_eq!((rate(0.0, "step"), rate(f64::INFINITY, "step")), (String::new(), String::new()));
+        assert_eq!(clock(Duration::from_secs(42)), "0:42");
+        assert_eq!(clock(Duration::from_secs(3723)), "1:02:03");
+        // The longest second line.
+        let (rate, time) = (rate(0.0101, "context"), clock(Duration::from_secs(35_999)));
+        let line = format!("{:22} 100%  {rate}, {time} elapsed, {time} left", "");
+        assert!(line.len() <= 80, "{line}");
+    }
+
+    #[test]
+    fn colors_follow_the_environment() {
+        let wants = |no_color: &str, term: &str| wants_color(OsStr::new(no_color), OsStr::new(term));
+        assert!(wants("", "xterm-256color") && wants("", ""));
+        assert!(!wants("1", "xterm") && !wants("", "dumb"));
+    }
 
     #[test]
     fn values_in_log_lines_cannot_steer_the_terminal() {

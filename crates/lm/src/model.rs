@@ -62,7 +62,7 @@ impl LanguageModel {
         checkpoint.load(places, ignored)?;
         model.layers.iter_mut().for_each(Layer::finish);
         let secs = begun.elapsed().as_secs_f64();
-        tracing::info!(folder = %folder.display(), shape = %model.shape(), ?kind, ?device, secs, "model loaded");
+        tracing::debug!(folder = %folder.display(), shape = %model.shape(), ?kind, ?device, secs, "model loaded");
         Ok(model)
     }
 

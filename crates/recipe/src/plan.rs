@@ -266,6 +266,20 @@ window_tokens = [2048, 8192]
         assert!((peak / 18.7e9 - 1.0).abs() < 0.15, "{peak}");
     }
 
+    #[test]
+    fn a_card_is_slower_than_an_h200_and_may_be_too_small() {
+        let plan = |machine| Plan::new(&recipe(&["data.window_tokens=[8192]"]), machine, &[]);
+        let h200 = plan(Machine::h200());
+        for name in ["h100", "a100", "l40s", "rtx4090"] {
+            let card = plan(Machine::card(name).unwrap());
+            assert!(card.secs() > h200.secs(), "{name}");
+            assert_eq!(card.run_bytes(), h200.run_bytes(), "{name}");
+        }
+        let small = Machine { memory_bytes: Some(16_000_000_000), ..Machine::card("l40s").unwrap() };
+        assert!(plan(small).table().contains("Stage `label` needs "));
+        assert!(Machine::card("abacus").is_none());
+    }
+
     /// `bench prefill` on an H100, bf16: peak memory in GB in sequence and on streams, seconds in sequence.
     #[test]
     fn inference_is_near_what_was_measured() {

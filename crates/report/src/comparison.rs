@@ -7,13 +7,13 @@ use std::path::Path;
 
 use anyhow::Result;
 use pkv_core::Policy;
-use pkv_eval::compare::{Comparison, Difference, Metric, RecipeKey, value_text};
+use pkv_eval::compare::{Comparison, Difference, Metric, RecipeKey, TaskScores, value_text};
 use pkv_eval::{Interval, Results};
 use pkv_recipe::MethodName;
 use serde::Serialize;
 
-use crate::chart::{self, Marker, percent_text};
-use crate::figures::{self, LayerLine, RunLine};
+use crate::chart::{self, LineChart, Marker, percent_text};
+use crate::figures::{self, LayerLine, Multiples, RunLine};
 use crate::headline::{nearest, short};
 use crate::method;
 use crate::metrics::Metrics;
@@ -42,6 +42,7 @@ struct Page {
     notes: Vec<String>,
     answers: Option<Part>,
     recall: Option<Part>,
+    relation: Option<Part>,
     likelihood: Option<Part>,
     training: Option<Part>,
     cost: Option<Part>,
@@ -65,6 +66,7 @@ struct Part {
     reading: Option<String>,
     /// Each with its caption, which may be empty.
     charts: Vec<(&'static str, String)>,
+    multiples: Option<Multiples>,
     tables: Vec<Table>,
 }
 
@@ -100,9 +102,11 @@ fn render(c: &Comparison) -> Result<String> {
     let data: Vec<Option<RunData>> =
         c.runs.iter().map(|r| RunData::read(Path::new(&r.folder)).ok()).collect();
     let (likelihood, training, cost) = (likelihood(c, &data), training(c, &data), cost(c, &data));
+    let relation = relation(c);
     let all = [
         ("answers", "Answers", true),
         ("recall", "Recall", true),
+        ("relation", "Recall and answers", relation.is_some()),
         ("likelihood", "Likelihood", likelihood.is_some()),
         ("training", "Training", training.is_some()),
         ("cost", "Times and sizes", cost.is_some()),
@@ -123,6 +127,7 @@ fn render(c: &Comparison) -> Result<String> {
         notes: c.notes.clone(),
         answers: c.answers.as_ref().map(|m| answers(c, m)),
         recall: c.recall.as_ref().map(|m| recall(c, m)),
+        relation,
         likelihood,
         training,
         cost,
@@ -159,7 +164,14 @@ fn answers(c: &Comparison, m: &Metric) -> Part {
         c.recovered.as_ref().map(|r| own(c, r, "Recovered accuracy: answers relative to KVzip's, percent")),
     );
     tables.extend(by_task(c));
-    Part { charts: charts(curve(c, m, "questions answered")), tables, ..Part::default() }
+    let multiples = match c.tasks.as_slice() {
+        [_, _, ..] => {
+            let small = |t: &TaskScores| Some((t.task.clone(), lines(c, &t.metric, "score")?));
+            figures::multiples(c.tasks.iter().filter_map(small).collect())
+        }
+        _ => None,
+    };
+    Part { charts: charts(curve(c, m, "questions answered")), multiples, tables, ..Part::default() }
 }
 
 fn recall(c: &Comparison, m: &Metric) -> Part {
@@ -174,6 +186,11 @@ fn charts(one: Option<String>) -> Vec<(&'static str, String)> {
 }
 
 fn curve(c: &Comparison, m: &Metric, what: &str) -> Option<String> {
+    lines(c, m, what).map(|chart| chart.figure())
+}
+
+/// A line for each run, and KVzip's where it is known.
+fn lines(c: &Comparison, m: &Metric, what: &str) -> Option<LineChart> {
     let kvzip = m.references.iter().filter(|r| r.name == method::label(MethodName::KVZIP)).map(|r| RunLine {
         label: r.name.clone(),
         class: method::class(MethodName::KVZIP),
@@ -189,7 +206,46 @@ fn curve(c: &Comparison, m: &Metric, what: &str) -> Option<String> {
         ratios: &m.ratios,
         values: &m.runs[i],
     });
-    figures::by_run(&kvzip.chain(runs).collect::<Vec<_>>(), what).map(|chart| chart.figure())
+    figures::by_run(&kvzip.chain(runs).collect::<Vec<_>>(), what)
+}
+
+/// Recall against answers, a point for each run and share kept; `None` without two runs that have both.
+fn relation(c: &Comparison) -> Option<Part> {
+    let (recall, answers) = (c.recall.as_ref()?, c.answers.as_ref()?);
+    let at = |m: &Metric, ratio: f64| m.ratios.iter().position(|r| *r == ratio);
+    let shared: Vec<(f64, usize, usize)> =
+        recall.ratios.iter().filter_map(|&r| Some((r, at(recall, r)?, at(answers, r)?))).collect();
+    let place =
+        |run: usize, &(_, i, k): &(f64, usize, usize)| (recall.runs[run][i].mean, answers.runs[run][k].mean);
+    let dots = (0..c.runs.len()).rev().map(|run| figures::Dots {
+        label: c.runs[run].name.clone(),
+        class: class(run),
+        marker: MARKERS[run % MARKERS.len()],
+        points: shared.iter().map(|s| (s.0, place(run, s).0, place(run, s).1)).collect(),
+    });
+    let chart = figures::scatter(&dots.collect::<Vec<_>>())?;
+    let reading = || {
+        let ratio = nearest(shared.iter().map(|s| s.0))?;
+        let one = shared.iter().find(|s| s.0 == ratio)?;
+        let runs: Vec<(f64, f64)> = (0..c.runs.len()).map(|run| place(run, one)).collect();
+        let (mut alike, mut pairs) = (0, 0);
+        for (i, a) in runs.iter().enumerate() {
+            for b in &runs[..i] {
+                pairs += 1;
+                alike += usize::from((a.0 - b.0) * (a.1 - b.1) > 0.0);
+            }
+        }
+        Some(format!(
+            "With {} kept, the run of higher recall also answers more in {alike} of {pairs} pair{} of runs.",
+            percent_text(ratio),
+            if pairs == 1 { "" } else { "s" }
+        ))
+    };
+    (c.runs.len() > 1).then(|| Part {
+        reading: reading(),
+        charts: charts(Some(chart.figure())),
+        ..Part::default()
+    })
 }
 
 fn columns(m: &Metric) -> Vec<String> {
@@ -231,6 +287,7 @@ fn own(c: &Comparison, m: &Metric, caption: &str) -> Table {
         ),
         columns: columns(m),
         rows: references.chain(runs).collect(),
+        ..Table::default()
     }
 }
 
@@ -259,6 +316,7 @@ fn differences(c: &Comparison, m: &Metric, what: &str) -> Option<Table> {
             .to_owned(),
         columns: columns(m),
         rows,
+        ..Table::default()
     })
 }
 
@@ -291,6 +349,7 @@ fn by_task(c: &Comparison) -> Option<Table> {
         note: "Small type: 95% interval over contexts. Bold: the highest.".to_owned(),
         columns: c.tasks.iter().map(|t| t.task.clone()).collect(),
         rows: (0..c.runs.len()).map(row).collect(),
+        ..Table::default()
     })
 }
 
@@ -396,6 +455,7 @@ fn mappers(c: &Comparison, caption: &str, note: &str, cells: &[Vec<(f64, Interva
         note: note.to_owned(),
         columns: ratios.iter().map(|&r| format!("{} kept", percent_text(r))).collect(),
         rows: cells.iter().enumerate().map(row).collect(),
+        ..Table::default()
     })
 }
 
@@ -493,6 +553,7 @@ fn cost(c: &Comparison, data: &[Option<RunData>]) -> Option<Part> {
         note: "Small type: size on disk.".to_owned(),
         rows: all.iter().enumerate().map(row).collect(),
         columns: columns.iter().cloned().chain(["all".to_owned()]).collect(),
+        ..Table::default()
     };
     Some(Part { tables: vec![table], ..Part::default() })
 }

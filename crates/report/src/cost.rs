@@ -87,6 +87,7 @@ pub fn cost(results: &Results) -> Option<Cost> {
                 .map(str::to_owned)
                 .to_vec(),
             rows,
+            ..Table::default()
         },
     })
 }

@@ -3,6 +3,7 @@
 use pkv_core::Policy;
 use pkv_eval::{AnswerResults, HeadRecall, Interval, LabelResults, PerplexityResults};
 use pkv_recipe::MethodName;
+use serde::Serialize;
 
 use crate::chart::{Axis, HeatMap, LineChart, Marker, Point, Scale, Series, Tone, percent_text};
 use crate::method;
@@ -50,14 +51,28 @@ fn by_ratio(
     y: Axis,
     show: fn(Interval) -> String,
 ) -> Option<LineChart> {
-    let mut cells: Vec<_> = cells.filter(|(_, _, v)| v.mean.is_finite()).collect();
+    let cells: Vec<_> = cells.collect();
+    let mut chart = by_method(&method::ordered(cells.iter().map(|c| c.0)), cells, what, y, show);
+    chart.series.retain(|s| !s.points.is_empty());
+    (!chart.series.is_empty()).then_some(chart)
+}
+
+/// A line for each of `methods`, measured or not.
+fn by_method(
+    methods: &[MethodName],
+    mut cells: Vec<(MethodName, f64, Interval)>,
+    what: &str,
+    y: Axis,
+    show: fn(Interval) -> String,
+) -> LineChart {
+    cells.retain(|(_, _, v)| v.mean.is_finite());
     cells.sort_by(|a, b| b.1.total_cmp(&a.1));
     let ratios: Vec<f64> = cells.iter().map(|c| c.1).collect();
     // The mapper comes first in the registry and is drawn last, on top.
-    let series: Vec<Series> = method::ordered(cells.iter().map(|c| c.0))
-        .into_iter()
+    let series = methods
+        .iter()
         .rev()
-        .map(|m| Series {
+        .map(|&m| Series {
             label: method::label(m).to_owned(),
             class: method::class(m),
             marker: method::marker(m),
@@ -73,13 +88,91 @@ fn by_ratio(
                 })
                 .collect(),
         })
-        .filter(|s| !s.points.is_empty())
         .collect();
-    (!series.is_empty()).then(|| LineChart {
-        title: String::new(),
-        x: Axis::kept(KEPT, &ratios),
-        y,
-        series,
+    LineChart { title: String::new(), x: Axis::kept(KEPT, &ratios), y, series, reference: None }
+}
+
+/// Small charts side by side, with one legend for all of them.
+#[derive(Serialize)]
+pub struct Multiples {
+    legend: String,
+    /// Captions and charts.
+    charts: Vec<(String, String)>,
+}
+
+/// `charts` with their captions: a line has the same place in each. `None` unless there are several.
+pub fn multiples(charts: Vec<(String, LineChart)>) -> Option<Multiples> {
+    // Of the chart that has most lines.
+    let most = charts.iter().max_by_key(|(_, c)| c.series.iter().filter(|s| !s.points.is_empty()).count())?;
+    (charts.len() > 1).then(|| Multiples {
+        legend: most.1.legend(),
+        charts: charts.iter().map(|(caption, chart)| (caption.clone(), chart.small())).collect(),
+    })
+}
+
+/// Scores by share kept, a small chart for each task.
+pub fn by_task(tasks: &[(String, &AnswerResults)], policy: Policy) -> Option<Multiples> {
+    let cells = |task: &AnswerResults| -> Vec<(MethodName, f64, Interval)> {
+        let of = task.cells.iter().filter(|c| c.policy == policy);
+        of.map(|c| (c.method, c.ratio, c.score)).collect()
+    };
+    let methods = method::ordered(tasks.iter().flat_map(|(_, task)| cells(task)).map(|c| c.0));
+    let chart = |(name, task): &(String, &AnswerResults)| {
+        let cells = cells(task);
+        if cells.is_empty() {
+            return None;
+        }
+        let mut chart = by_method(&methods, cells, "score", Axis::percent("score"), shares);
+        chart.title = format!("{name}: score by share of KV pairs kept");
+        chart.reference = Some((task.full.mean, format!("full cache {}", percent(task.full.mean))));
+        Some((name.clone(), chart))
+    };
+    multiples(tasks.iter().filter_map(chart).collect())
+}
+
+/// The points of one run in [`scatter`]: share kept, x, y.
+pub struct Dots {
+    pub label: String,
+    pub class: String,
+    pub marker: Marker,
+    pub points: Vec<(f64, f64, f64)>,
+}
+
+/// Recall against answers, both as shares; `None` of nothing.
+pub fn scatter(runs: &[Dots]) -> Option<LineChart> {
+    let axis = |label: &str, values: &mut dyn Iterator<Item = f64>| {
+        let ends = (f64::INFINITY, f64::NEG_INFINITY);
+        let (low, high) = values.filter(|v| v.is_finite()).fold(ends, |(l, h), v| (l.min(v), h.max(v)));
+        low.is_finite().then(|| Axis::nice(label, 100.0 * low, 100.0 * high, 5).of_shares())
+    };
+    let all = || runs.iter().flat_map(|run| &run.points);
+    let series = |run: &Dots| Series {
+        label: run.label.clone(),
+        class: format!("{} dots", run.class),
+        marker: run.marker,
+        points: run
+            .points
+            .iter()
+            .map(|&(kept, x, y)| Point {
+                x,
+                y,
+                low: y,
+                high: y,
+                tip: format!(
+                    "{}, {} kept: recall {}, answers {}",
+                    run.label,
+                    percent_text(kept),
+                    percent(x),
+                    percent(y)
+                ),
+            })
+            .collect(),
+    };
+    Some(LineChart {
+        title: "Questions answered against recall of KVzip's choice, a point for each share kept".to_owned(),
+        x: axis("recall of KVzip's choice, %", &mut all().map(|p| p.1))?,
+        y: axis("questions answered, %", &mut all().map(|p| p.2))?,
+        series: runs.iter().map(series).collect(),
         reference: None,
     })
 }

@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::chart::{self, LineChart};
 use crate::cost;
 use crate::example::{self, ExampleView};
-use crate::figures;
+use crate::figures::{self, Multiples};
 use crate::headline::{self, Headline};
 use crate::method;
 use crate::origin::{self, Origin};
@@ -22,7 +22,7 @@ use crate::reading;
 use crate::run::RunData;
 use crate::samples::{self, Samples};
 use crate::stages::{self, Stages};
-use crate::tables::{self, Table};
+use crate::tables::{self, Cache, Table};
 
 /// Styles of pages, beside those of charts.
 pub const PAGE_CSS: &str = include_str!("../templates/page.css");
@@ -52,6 +52,8 @@ struct Page {
     /// All tasks at one share kept, and the same relative to KVzip.
     by_task: Option<Table>,
     by_task_recovered: Option<Table>,
+    /// Scores by share kept, a small chart for each task.
+    multiples: Option<Multiples>,
     methods: Vec<Meaning>,
     heads: Option<Heads>,
     example: Option<ExampleView>,
@@ -118,6 +120,7 @@ pub fn render(data: &RunData) -> Result<String> {
         samples::samples(&data.samples, policy, ratio)
     });
     let cost = results.and_then(cost::cost);
+    let cache = Cache::of(data);
     let stages = stages::stages(data);
     let mut readings = Readings {
         stages: stages.reading.clone(),
@@ -162,13 +165,14 @@ pub fn render(data: &RunData) -> Result<String> {
         samples,
         cost: cost.map(|c| c.table),
         training: training(data),
-        recall: results.map(recall).unwrap_or_default(),
+        recall: results.map(|r| recall(r, cache.as_ref())).unwrap_or_default(),
         ranks: results.and_then(|r| tables::ranks(&r.labels)),
-        answers: results.map(|r| answers(r, &lead)).unwrap_or_default(),
+        answers: results.map(|r| answers(r, &lead, cache.as_ref())).unwrap_or_default(),
         perplexity: results.map(perplexity).unwrap_or_default(),
         benchmarks: results.map(benchmarks).unwrap_or_default(),
         by_task: results.and_then(|r| tables::by_task(&r.benchmarks)),
         by_task_recovered: results.and_then(|r| tables::by_task_recovered(&r.benchmarks)),
+        multiples: results.and_then(multiples),
         methods: results.map(meanings).unwrap_or_default(),
         heads: results.and_then(heads),
         example,
@@ -251,10 +255,10 @@ fn figure(policy: Policy, chart: &LineChart, tables: Vec<Table>) -> Figure {
     }
 }
 
-fn recall(results: &Results) -> Vec<Figure> {
+fn recall(results: &Results, cache: Option<&Cache>) -> Vec<Figure> {
     let of = |policy| {
         let chart = figures::recall(&results.labels, policy)?;
-        Some(figure(policy, &chart, tables::labels(&results.labels, policy)))
+        Some(figure(policy, &chart, with_bytes(tables::labels(&results.labels, policy), cache)))
     };
     policies(results.labels.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
@@ -272,13 +276,19 @@ fn lead(data: &RunData) -> impl Fn(Policy) -> Vec<(MethodName, f64, Interval)> {
     }
 }
 
-fn answers(results: &Results, lead: &Lead) -> Vec<Figure> {
+/// The first table, which is open, with the bytes of each share kept.
+fn with_bytes(tables: Vec<Table>, cache: Option<&Cache>) -> Vec<Table> {
+    let first = |(i, table): (usize, Table)| if i == 0 { table.with_bytes(cache) } else { table };
+    tables.into_iter().enumerate().map(first).collect()
+}
+
+fn answers(results: &Results, lead: &Lead, cache: Option<&Cache>) -> Vec<Figure> {
     let Some(facts) = &results.facts else { return Vec::new() };
     let of = |policy| {
         let mut shown = tables::facts(facts, policy);
         // After the answers themselves.
         shown.splice(shown.len().min(1)..shown.len().min(1), tables::lead(&lead(policy)));
-        Some(figure(policy, &figures::answers(facts, policy)?, shown))
+        Some(figure(policy, &figures::answers(facts, policy)?, with_bytes(shown, cache)))
     };
     policies(facts.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
@@ -296,6 +306,14 @@ fn perplexity(results: &Results) -> Vec<Figure> {
 fn benchmarks(results: &Results) -> Vec<Table> {
     let of = |b| policies_of(b).into_iter().flat_map(move |policy| tables::benchmark(b, policy));
     results.benchmarks.iter().flat_map(of).collect()
+}
+
+/// Facts and benchmarks, under the policy that the first benchmark was asked with.
+fn multiples(results: &Results) -> Option<Multiples> {
+    let policy = results.benchmarks.first()?.cells.first()?.policy;
+    let facts = results.facts.iter().map(|facts| ("facts".to_owned(), facts));
+    let others = results.benchmarks.iter().map(|b| (format!("{} {}", b.suite, b.task), b));
+    figures::by_task(&facts.chain(others).collect::<Vec<_>>(), policy)
 }
 
 fn policies_of(b: &pkv_eval::AnswerResults) -> Vec<Policy> {

@@ -184,6 +184,7 @@ fn table(
         note: "In brackets: questions.".to_owned(),
         rows: [full].into_iter().chain(rows).filter(|r| r.cells.iter().any(Option::is_some)).collect(),
         columns: groups.iter().map(|g| format!("{g} ({})", share(None, g).map_or(0, |s| s.1))).collect(),
+        ..Table::default()
     }
 }
 

@@ -53,8 +53,9 @@
   for (const box of document.querySelectorAll(".scroll")) {
     const table = box.querySelector("table");
     [...table.tHead.rows[0].cells].forEach((head, i) => {
-      const act = button(head.textContent, () => sort(table, i, head));
-      head.replaceChildren(act);
+      const below = head.querySelector("small");
+      below?.remove();
+      head.replaceChildren(button(head.textContent, () => sort(table, i, head)), ...(below ? [below] : []));
     });
     const copy = button("Copy as CSV", async () => {
       try {

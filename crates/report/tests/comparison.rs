@@ -84,7 +84,9 @@ fn a_comparison_fills_every_section_and_needs_no_other_file() {
     assert!(!page.contains("class=\"missing\""));
     assert!(!page.contains("<skip>") && page.contains("without &lt;skip&gt; &amp; co"));
     let answers = section(&page, "answers");
-    assert_eq!(answers.matches("<figure").count(), 1);
+    assert_eq!(answers.matches("<figure").count(), 3, "all tasks together, and a small chart for each");
+    assert_eq!(answers.matches("class=\"chart small\"").count(), 2);
+    assert_eq!(answers.matches("<fieldset class=\"legend\"").count(), 2, "one for all small charts");
     for part in [
         "90.0<small>88.0–93.0",
         "Recovered accuracy",
@@ -99,6 +101,14 @@ fn a_comparison_fills_every_section_and_needs_no_other_file() {
         assert!(answers.contains(part), "`{part}` is missing\n{answers}");
     }
     assert!(section(&page, "recall").contains("<svg"));
+    let relation = section(&page, "relation");
+    for part in [
+        "base, 5% kept: recall 60.0%, answers 80.0%",
+        "With 5% kept, the run of higher recall also answers more in 0 of 1 pair of runs.",
+        "series s0 c-run1 dots",
+    ] {
+        assert!(relation.contains(part), "`{part}` is missing\n{relation}");
+    }
     let layers = section(&page, "layers");
     assert!(layers.contains("base, layer 1: 18.0% kept") && layers.contains("KVzip, layer 1: 20.0% kept"));
     let recipes = section(&page, "recipes");
@@ -132,6 +142,7 @@ fn what_is_not_there_is_said() {
         assert!(section(&page, id).contains(said), "{id}");
     }
     assert!(!section(&page, "recall").contains("minus"));
+    assert!(!page.contains("id=\"relation\""), "without answers there is none");
     let nowhere = std::path::Path::new("/nonexistent/folder/x.html");
     assert!(pkv_report::write_comparison(&bare, nowhere).is_err());
 }

@@ -146,6 +146,54 @@ fn the_best_rival_is_bold_and_kvzip_is_a_reference() {
 }
 
 #[test]
+fn bytes_stand_below_the_shares_kept() {
+    let dir = folder();
+    let page = pkv_report::render(dir.path()).unwrap();
+    // 1,400 tokens x 12 layers x 3 KV heads x 2 x 64 numbers of 4 bytes.
+    for id in ["answers", "recall"] {
+        let section = section(&page, id);
+        assert!(section.contains(">5% kept<small>1.29 MB</small></th>"), "{id}");
+        assert!(section.contains("of 25.8 MB for a context of 1400 tokens"), "{id}");
+    }
+    fs::write(dir.path().join("run.json"), "{}").unwrap();
+    let page = pkv_report::render(dir.path()).unwrap();
+    assert!(section(&page, "answers").contains(">5% kept</th>"), "without the shape there are none");
+}
+
+#[test]
+fn every_task_has_a_small_chart_and_all_share_a_legend() {
+    let dir = folder();
+    let page = with_results(dir.path(), |r| {
+        let facts = r.facts.clone().unwrap();
+        let task = |task: &str, less: f64| {
+            let mut b = facts.clone();
+            (b.suite, b.task, b.mean_context_tokens) = ("ruler".to_owned(), task.to_owned(), Some(4096.0));
+            b.cells.iter_mut().for_each(|c| c.score.mean *= less);
+            b
+        };
+        r.benchmarks = vec![task("vt", 0.9), task("cwe", 0.6), task("niah_multivalue", 0.8)];
+        // What one task lacks leaves the others' lines where they are.
+        r.benchmarks[1].cells.retain(|c| c.method != pkv_recipe::MethodName::KVZIP);
+    });
+    fs::write(Path::new(env!("CARGO_TARGET_TMPDIR")).join("tasks.html"), &page).unwrap();
+    let benchmarks = section(&page, "benchmarks");
+    let charts: Vec<&str> = benchmarks.split("<svg class=\"chart small\"").skip(1).collect();
+    assert_eq!(charts.len(), 4, "facts and three tasks");
+    assert_eq!(benchmarks.matches("<fieldset class=\"legend\"").count(), 1);
+    let mapper = |chart: &str| {
+        let at = chart.find(" p0\"").expect("the mapper's line");
+        chart[..at].rsplit("series ").next().unwrap().to_owned()
+    };
+    for chart in &charts {
+        assert_eq!(mapper(chart), mapper(charts[0]), "the legend's box is of this line in every chart");
+        assert!(!chart.contains("class=\"name\""), "axes of small charts have no names");
+    }
+    assert!(charts[0].contains("mapper, 5% kept: score 97.9%"));
+    assert!(!charts[2].split("</svg>").next().unwrap().contains(">KVzip, 5% kept"));
+    assert_no_broken_numbers(&page);
+}
+
+#[test]
 fn a_mapper_of_the_target_alone_has_no_proxy_on_its_page() {
     let dir = folder();
     let path = dir.path().join("run.json");

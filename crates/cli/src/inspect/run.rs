@@ -1,12 +1,11 @@
 //! A run folder as a whole, and the results of its evaluation.
 
-use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use pkv_checkpoint::CheckpointStore;
-use pkv_core::{Policy, Source, hinted};
-use pkv_eval::{Interval, RESULTS_FILE, Results};
+use pkv_core::{Source, hinted};
+use pkv_eval::{RESULTS_FILE, Results};
 use pkv_recipe::MethodName;
 use pkv_recipe::plan::{human_bytes, human_secs};
 use pkv_shard::{RunJson, RunLayout, Stage, StageDir};
@@ -128,30 +127,7 @@ pub fn results(path: &Path) -> Result<String> {
     for (task, made) in r.made().iter().filter(|(_, made)| !made.fingerprint.is_empty()) {
         out.add("measured", format!("{task} on {}, choices {}", made.measured, short(&made.fingerprint)));
     }
-    if let Some(f) = &r.facts {
-        out.block("answers");
-        for c in &f.cells {
-            out.cell(c.method, c.policy, c.ratio, c.score, c.contexts);
-        }
-    }
-    for b in &r.benchmarks {
-        out.block(&format!("{} {}", b.suite, b.task));
-        for c in &b.cells {
-            out.cell(c.method, c.policy, c.ratio, c.score, c.contexts);
-        }
-    }
-    out.block("recall");
-    for c in &r.labels.cells {
-        out.cell(c.method, c.policy, c.ratio, c.recall, c.contexts);
-    }
+    out.text.push('\n');
+    out.text.push_str(&pkv_eval::table::all_tables(&r));
     Ok(out.text)
-}
-
-impl Lines {
-    /// One number of a table; `contexts` where it is of fewer than the others.
-    fn cell(&mut self, method: MethodName, policy: Policy, ratio: f64, v: Interval, contexts: Option<usize>) {
-        let on = contexts.map_or_else(String::new, |n| format!(", {n} contexts only"));
-        let at = format!("{:.1}% [{:.1}, {:.1}]{on}", 100.0 * v.mean, 100.0 * v.low, 100.0 * v.high);
-        let _ = writeln!(self.text, "  {:<14} {:<13} {ratio:<6} {at}", method.name(), policy.name());
-    }
 }

@@ -18,6 +18,15 @@ pub struct Machine {
     pub efficiency: Efficiency,
 }
 
+/// Name, name for readers, and of NVIDIA's data sheets: dense bf16 products (10^12 per second), memory's 10^9
+/// bytes per second, its 10^9 bytes. None was measured here.
+const CARDS: [(&str, &str, f64, f64, u64); 4] = [
+    ("h100", "H100 SXM", 989.0, 3350.0, 80),
+    ("a100", "A100 SXM 80 GB", 312.0, 2039.0, 80),
+    ("l40s", "L40S", 362.0, 864.0, 48),
+    ("rtx4090", "RTX 4090", 165.2, 1008.0, 24),
+];
+
 /// Share of `tflops` that a stage reaches, in (0, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Efficiency {
@@ -42,6 +51,21 @@ impl Machine {
             cpu: false,
             efficiency: Efficiency { label: 0.76, extract: 0.6, train: 0.05, answer: 0.2 },
         }
+    }
+
+    /// A card by its name: `h100`, `a100`, `l40s`, `rtx4090`.
+    ///
+    /// Rates are those of its data sheet times what an H200 reached of its own: 0.8 of the products, 0.9 of
+    /// the copies. Shares are the H200's.
+    pub fn card(name: &str) -> Option<Self> {
+        let &(_, title, tflops, copy_gb_per_sec, memory_gb) = CARDS.iter().find(|card| card.0 == name)?;
+        Some(Self {
+            name: format!("one {title}, bf16"),
+            tflops: 0.8 * tflops,
+            copy_gb_per_sec: 0.9 * copy_gb_per_sec,
+            memory_bytes: Some(memory_gb * 1_000_000_000),
+            ..Self::h200()
+        })
     }
 
     /// `threads` cores with AVX2 or wider: 40 GFLOP/s and 5 GB/s each.

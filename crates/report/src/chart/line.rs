@@ -1,7 +1,8 @@
 //! Lines over one x axis, each named at its end, with 95% intervals as whiskers.
 //!
 //! A page gets every chart twice and shows the one that fits its column: a wide one, and a narrow one that
-//! leaves the names to the legend. Letters keep their size in both.
+//! leaves the names to the legend. Charts that stand side by side come in a third size. Letters keep their
+//! size in all.
 
 use std::fmt::Write;
 
@@ -57,8 +58,6 @@ pub enum Marker {
 }
 
 const TOP: f64 = 24.0;
-const BOTTOM: f64 = 48.0;
-const LEFT: f64 = 72.0;
 const LABEL_GAP: f64 = 15.0;
 /// Width of a letter of a label.
 const LETTER: f64 = 7.4;
@@ -68,16 +67,40 @@ const LETTER: f64 = 7.4;
 struct Size {
     width: f64,
     height: f64,
+    /// On the left of the axes and below them, for ticks and the axes' names.
+    left: f64,
+    below: f64,
     /// On the right of the axes, for the names of lines.
     label_width: f64,
     /// Whether lines are named at their ends.
     names: bool,
+    /// Whether axes are named, and intervals drawn.
+    full: bool,
     /// Between the whiskers of one line and the next.
     apart: f64,
 }
 
 const WIDE: f64 = 860.0;
-const NARROW: Size = Size { width: 400.0, height: 310.0, label_width: 12.0, names: false, apart: 1.7 };
+const NARROW: Size = Size {
+    width: 400.0,
+    height: 310.0,
+    left: 72.0,
+    below: 48.0,
+    label_width: 12.0,
+    names: false,
+    full: true,
+    apart: 1.7,
+};
+const SMALL: Size = Size {
+    width: 264.0,
+    height: 190.0,
+    left: 46.0,
+    below: 30.0,
+    label_width: 10.0,
+    names: false,
+    full: false,
+    apart: 0.0,
+};
 
 /// A chart in one size.
 struct Drawing<'a> {
@@ -88,14 +111,19 @@ struct Drawing<'a> {
 impl LineChart {
     fn wide(&self) -> Size {
         let labels = self.series.iter().filter(|s| s.has_label()).map(|s| s.label.chars().count());
-        let height = (TOP + BOTTOM + LABEL_GAP * labels.clone().count() as f64).max(400.0);
-        let label_width = (24.0 + LETTER * labels.max().unwrap_or(0) as f64).min(280.0);
-        Size { width: WIDE, height, label_width, names: true, apart: 2.2 }
+        let height = (TOP + NARROW.below + LABEL_GAP * labels.clone().count() as f64).max(400.0);
+        let label_width = (34.0 + LETTER * labels.max().unwrap_or(0) as f64).min(280.0);
+        Size { width: WIDE, height, label_width, names: true, apart: 2.2, ..NARROW }
     }
 
     /// The wide chart as an `<svg>` element.
     pub fn svg(&self) -> String {
         Drawing { chart: self, size: self.wide() }.svg("wide")
+    }
+
+    /// One of several side by side, as an `<svg>` element.
+    pub fn small(&self) -> String {
+        Drawing { chart: self, size: SMALL }.svg("small")
     }
 
     /// The chart in both sizes, with a legend that switches lines on and off.
@@ -105,7 +133,7 @@ impl LineChart {
     }
 
     /// One box per line, the one on top first; `page.css` hides the lines of those that are not ticked.
-    fn legend(&self) -> String {
+    pub fn legend(&self) -> String {
         let mut out = format!("<fieldset class=\"legend\"><legend>Lines: {}</legend>", escape(&self.title));
         for (i, s) in self.series.iter().enumerate().filter(|(_, s)| s.has_label()).rev() {
             let _ = write!(
@@ -140,7 +168,7 @@ impl Drawing<'_> {
                 "<g class=\"reference\"><title>{0}</title><line x1=\"{1}\" x2=\"{2}\" y1=\"{3}\" y2=\"{3}\"/>\
                  <text x=\"{2}\" y=\"{4}\" text-anchor=\"end\">{0}</text></g>",
                 escape(text),
-                Px(LEFT),
+                Px(self.size.left),
                 Px(self.right()),
                 Px(y),
                 Px(y - 7.0)
@@ -156,13 +184,13 @@ impl Drawing<'_> {
     }
 
     fn bottom(&self) -> f64 {
-        self.size.height - BOTTOM
+        self.size.height - self.size.below
     }
 
     fn x_px(&self, x: f64) -> f64 {
         // Room for half a marker, and for whiskers beside each other, at the outermost points.
         let room = 8.0 + self.shift(self.chart.series.len() - 1);
-        let (from, to) = (LEFT + room, self.right() - room);
+        let (from, to) = (self.size.left + room, self.right() - room);
         from + (to - from) * self.chart.x.scale.share(x)
     }
 
@@ -186,10 +214,10 @@ impl Drawing<'_> {
                 out,
                 "<line class=\"grid\" x1=\"{}\" x2=\"{}\" y1=\"{2}\" y2=\"{2}\"/>\
                  <text class=\"tick\" x=\"{3}\" y=\"{4}\" text-anchor=\"end\">{5}</text>",
-                Px(LEFT),
+                Px(self.size.left),
                 Px(right),
                 Px(y),
-                Px(LEFT - 8.0),
+                Px(self.size.left - 8.0),
                 Px(y + 4.0),
                 escape(text)
             );
@@ -219,13 +247,19 @@ impl Drawing<'_> {
         }
         let _ = write!(
             out,
-            "<line class=\"axis\" x1=\"{0}\" x2=\"{1}\" y1=\"{2}\" y2=\"{2}\"/>\
-             <text class=\"name\" x=\"{3}\" y=\"{4}\" text-anchor=\"middle\">{5}</text>\
-             <text class=\"name\" transform=\"translate(14 {6}) rotate(-90)\" text-anchor=\"middle\">{7}</text>",
-            Px(LEFT),
+            "<line class=\"axis\" x1=\"{0}\" x2=\"{1}\" y1=\"{2}\" y2=\"{2}\"/>",
+            Px(self.size.left),
             Px(right),
-            Px(bottom),
-            Px((LEFT + right) / 2.0),
+            Px(bottom)
+        );
+        if !self.size.full {
+            return;
+        }
+        let _ = write!(
+            out,
+            "<text class=\"name\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>\
+             <text class=\"name\" transform=\"translate(14 {}) rotate(-90)\" text-anchor=\"middle\">{}</text>",
+            Px((self.size.left + right) / 2.0),
             Px(self.size.height - 8.0),
             escape(&self.chart.x.label),
             Px((TOP + bottom) / 2.0),
@@ -252,7 +286,7 @@ impl Drawing<'_> {
                 write!(out, "<path class=\"line\" d=\"{path}\"><title>{}</title></path>", escape(&s.label));
             for p in &s.points {
                 let (x, y) = at(i, p);
-                if p.high > p.low {
+                if p.high > p.low && self.size.full {
                     let _ = write!(
                         out,
                         "<line class=\"whisker\" x1=\"{0}\" x2=\"{0}\" y1=\"{1}\" y2=\"{2}\"/>",

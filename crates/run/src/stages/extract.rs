@@ -113,7 +113,7 @@ fn one(
         }
     };
     s.bar.finish();
-    tracing::info!("extract from the {}: {times}", source.name());
+    tracing::debug!("extract from the {}: {times}", source.name());
     writer.finish()?;
     Ok(Some(times.add_to(json!({"examples": total, "tokens": tokens}))))
 }

@@ -81,7 +81,7 @@ pub fn fitted(
     let labels = StageReader::<LabelRow>::open(&s.run.labels())?;
     let rows = training_rows(examples)?;
     let mut fit = HiddenFit::new(model);
-    s.bar.start("fitting the projection of hidden states", rows.len() as u64, 0);
+    s.bar.start("projection of hidden states", rows.len() as u64, 0);
     for row in rows {
         s.check_stop()?;
         let (example, label) = (examples.get(row)?, labels.get(row)?);

@@ -91,7 +91,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
         }
     };
     s.bar.finish();
-    tracing::info!("label: {times}");
+    tracing::debug!("label: {times}");
     let features = features_writer.map(BesideWriter::finish).transpose()?;
     writer.finish()?;
     let mut summary = json!({"examples": total, "tokens": tokens});
