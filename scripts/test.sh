@@ -17,6 +17,7 @@ cargo fmt --all --check
 cargo clippy --quiet --workspace --all-targets -- -D warnings
 RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
 cargo test --workspace
+RUST_TEST_THREADS=$(nproc) cargo test --workspace --test end_to_end --test fuzz
 # libtorch and its oneDNN compute by what the CPU can do. Users' CPUs are not this one, so what compares numbers must hold on
 # older ones, too.
 older=("default SSE41")

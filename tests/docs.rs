@@ -69,7 +69,7 @@ fn clone() -> Sandbox {
     fs::copy(s.path("manifest.toml"), s.path("demo-manifest.toml")).unwrap();
     s.write("book.txt", &"The harbour opens what the garden of part 3 needs. ".repeat(12));
     let program = format!(
-        "#!/bin/sh\nexec '{}' --device cpu --threads 2 \"$@\"\n",
+        "#!/bin/sh\nexec '{}' --device cpu --threads 1 \"$@\"\n",
         env!("CARGO_BIN_EXE_proxykv-train")
     );
     s.write("target/release/proxykv-train", &program);

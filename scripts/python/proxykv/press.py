@@ -49,7 +49,7 @@ class ProxyKVPress(BasePress):
 
     export: str
     compression_ratio: float = 0.0
-    policy: str = "pair-floor"
+    policy: str = "pair-keydiff"
     proxy: str | None = None
     revision: str | None = None
     device: str | None = None
