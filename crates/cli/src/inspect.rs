@@ -19,7 +19,7 @@ use pkv_eval::RESULTS_FILE;
 use pkv_shard::{INDEX_FILE, RunLayout};
 
 pub use against::against;
-use run::{results, run};
+use run::{results, run, runs};
 use shards::stage;
 use weights::{checkpoint, checkpoints, export, model};
 
@@ -58,6 +58,8 @@ pub fn inspect(path: &Path) -> Result<String> {
         results(&path.join(RESULTS_FILE))
     } else if let Some(text) = files::folder(path)? {
         Ok(text)
+    } else if let Some(text) = runs(path)? {
+        Ok(text)
     } else if !CheckpointStore::read_only(path)?.folders_and_infos()?.is_empty() {
         checkpoints(path)
     } else {
@@ -68,7 +70,7 @@ pub fn inspect(path: &Path) -> Result<String> {
 fn unknown(path: &Path) -> Result<String> {
     bail!(hinted(
         format!("`{}` is nothing that this program writes", path.display()),
-        "pass a run folder, or a file or folder in it: a shard (`.parquet`), a stage's folder, a checkpoint, an export, \
+        "pass a run folder, a folder of them, or a file or folder in one: a shard (`.parquet`), a stage's folder, a checkpoint, an export, \
          `eval/results.json`; or a model"
     ))
 }
@@ -271,6 +273,20 @@ mod tests {
         {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn a_folder_of_runs_is_a_list() {
+        let dir = tempfile::tempdir().unwrap();
+        for (folder, stages) in [("b", json!({"prepare": {}, "label": {}})), ("a", json!({}))] {
+            fs::create_dir(dir.path().join(folder)).unwrap();
+            let run = json!({"recipe_path": "recipes/x.toml", "stages": stages});
+            fs::write(dir.path().join(folder).join("run.json"), run.to_string()).unwrap();
+        }
+        fs::create_dir(dir.path().join("logs")).unwrap();
+        let text = inspect(dir.path()).unwrap();
+        assert!(text.contains("a            no stage has run") && !text.contains("logs"), "{text}");
+        assert!(text.contains("\n  b            stages label, prepare\n"), "{text}");
     }
 
     #[test]

@@ -78,6 +78,11 @@ fn end(result: Result<ExitCode>) -> ExitCode {
 fn run(cli: &Cli) -> Result<ExitCode> {
     // Until now the signal has no handler: reading the arguments needs no clean stop.
     let stop = stop::stop_on_signal()?;
+    if cli.json
+        && matches!(cli.command, Command::Inspect { .. } | Command::Man { .. } | Command::Completions { .. })
+    {
+        return Err(hinted("this command prints text alone", "leave `--json` out").into());
+    }
     match &cli.command {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
         Command::Plan { recipe, resolved, machine } => plan::run(cli, recipe, *resolved, *machine)?,

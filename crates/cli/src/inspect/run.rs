@@ -72,12 +72,36 @@ fn best_checkpoint(dir: &Path) -> String {
     look().ok().flatten().unwrap_or_else(|| "not there yet".to_owned())
 }
 
+/// A folder of run folders: what each holds, in a line. `None` if there is none in it.
+pub fn runs(dir: &Path) -> Result<Option<String>> {
+    let mut out = Lines::new(format!("runs in `{}`", dir.display()));
+    let entries = dir.read_dir().with_context(|| format!("cannot read folder `{}`", dir.display()))?;
+    let mut folders: Vec<_> = entries.collect::<Result<_, _>>()?;
+    folders.sort_by_key(|entry| entry.file_name());
+    let mut any = false;
+    for folder in folders {
+        let layout = RunLayout::new(folder.path());
+        let Some(run) = RunJson::read(&layout)? else { continue };
+        any = true;
+        let stages: Vec<&str> = run.stages.keys().map(String::as_str).collect();
+        let state = match Results::read(&layout.eval().join(RESULTS_FILE)) {
+            Ok(results) => headline(&results),
+            Err(_) if stages.is_empty() => "no stage has run".to_owned(),
+            Err(_) => format!("stages {}", stages.join(", ")),
+        };
+        out.add(&folder.file_name().to_string_lossy(), state);
+    }
+    Ok(any.then_some(out.text))
+}
+
 /// The mapper's answers at every ratio that was measured.
 fn headline(r: &Results) -> String {
     let mut parts = Vec::new();
     if let Some(facts) = &r.facts {
         let cells = facts.cells.iter().filter(|c| c.method == MethodName::MAPPER);
-        parts.extend(cells.map(|c| format!("{:.1}% at {}", 100.0 * c.score.mean, c.ratio)));
+        parts.extend(
+            cells.map(|c| format!("{:.1}% at {}%", 100.0 * c.score.mean, (c.ratio * 1e6).round() / 1e4)),
+        );
     }
     if parts.is_empty() {
         format!("labels of {} contexts", r.labels.contexts)
