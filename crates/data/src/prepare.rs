@@ -212,12 +212,13 @@ impl<'a> Preparation<'a> {
             skipped(|s| s.summary.duplicates),
             skipped(|s| s.summary.empty)
         );
+        let data = self.reading.data;
         bail!(hinted(
             format!("too few documents: {}; {notes}", short.join("; ")),
             format!(
                 "add documents to `{}`, lower {}, {}or cut more windows (lower `data.window_tokens`{stride} or \
                  `data.min_tokens`)",
-                self.reading.data.manifest,
+                if data.files.is_empty() { data.manifest.as_str() } else { "data.files" },
                 lower.join(" and "),
                 shares.concat()
             )
