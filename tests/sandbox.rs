@@ -43,7 +43,8 @@ impl Sandbox {
         fs::write(self.path(name), text.replace(from, to)).expect("files can be written");
     }
 
-    /// The binary with `args`, on the CPU, in this folder. One thread: as many tests run beside each other as there are cores.
+    /// The binary with `args`, on the CPU, in this folder. One thread: as many tests run beside each other as
+    /// there are cores.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_proxykv-train"));
         command.current_dir(self.folder.path()).args(["--device", "cpu", "--threads", "1"]).args(args);
