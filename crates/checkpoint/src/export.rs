@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Fingerprint, ModelShape, Seed, Source, hinted};
+use pkv_core::{Fingerprint, ModelShape, Seed, Source, hinted, seal, unseal};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::HeadBudgets;
 use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection, Variant};
@@ -335,8 +335,8 @@ fn fill(
     add(MODEL, weights);
     add(PARITY, write_tensors(&temporary.join(PARITY), &parity, budget)?);
     write_file(&temporary.join(CARD), text.as_bytes(), budget)?;
-    let mut text = serde_json::to_string_pretty(&config).context("cannot write the configuration as JSON")?;
-    text.push('\n');
+    let text = serde_json::to_string_pretty(&config).context("cannot write the configuration as JSON")?;
+    let text = seal(&text) + "\n";
     write_file(&temporary.join(CONFIG), text.as_bytes(), budget)?;
     sync_dir(temporary).map_err(|e| write_error(temporary, e))
 }
@@ -367,7 +367,7 @@ fn with_ending(folder: &Path, ending: &str) -> PathBuf {
 fn read_config(path: &Path) -> Result<ExportConfig> {
     let context = || format!("cannot read `{}`", path.display());
     let text = pkv_core::read_small_text(path).with_context(context)?;
-    let value: Value = serde_json::from_str(&text).with_context(context)?;
+    let mut value: Value = serde_json::from_str(&text).with_context(context)?;
     ensure!(
         value["schema_version"]
             .as_u64()
@@ -376,6 +376,7 @@ fn read_config(path: &Path) -> Result<ExportConfig> {
         value["schema_version"],
         path.display()
     );
+    unseal(&mut value).with_context(context)?;
     let config: ExportConfig = serde_json::from_value(value).with_context(context)?;
     config.mapper.check().with_context(context)?;
     ensure!(

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use pkv_core::Fingerprint;
+use pkv_core::{Fingerprint, seal, unseal};
 use pkv_shard::durable::{Published, WriteBudget, sync_dir, write_file};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -149,6 +149,7 @@ impl CheckpointInfo {
                 path.display()
             ),
         }
+        unseal(&mut value).with_context(context)?;
         serde_json::from_value(value).with_context(context)
     }
 
@@ -229,8 +230,8 @@ pub(crate) fn write(
         files,
         extra: state.extra.clone(),
     };
-    let mut text = serde_json::to_string_pretty(&info).context("cannot write the state as JSON")?;
-    text.push('\n');
+    let text = serde_json::to_string_pretty(&info).context("cannot write the state as JSON")?;
+    let text = seal(&text) + "\n";
     write_file(&folder.join(STATE), text.as_bytes(), budget)?;
     sync_dir(folder).with_context(|| format!("cannot sync `{}`", folder.display()))
 }

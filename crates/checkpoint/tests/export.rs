@@ -243,6 +243,7 @@ fn damage_is_named() {
     // What asks for more memory than the file of weights could fill, for a panic, or for a file elsewhere.
     let edited = |change: &dyn Fn(&mut Value)| {
         let mut config: Value = serde_json::from_str(&text).unwrap();
+        pkv_core::unseal(&mut config).unwrap();
         change(&mut config);
         Some(config.to_string().into_bytes())
     };

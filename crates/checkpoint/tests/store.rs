@@ -82,7 +82,7 @@ fn steps_beyond_six_digits_stay_in_order() {
 #[test]
 fn a_damaged_checkpoint_is_passed_over_with_a_warning() {
     type Damage = fn(&Path);
-    let damages: [(&str, Damage); 8] = [
+    let damages: [(&str, Damage); 9] = [
         ("is damaged: expected SHA-256", |f| {
             let path = f.join("model.safetensors");
             let mut bytes = fs::read(&path).unwrap();
@@ -115,9 +115,15 @@ fn a_damaged_checkpoint_is_passed_over_with_a_warning() {
             bias.1 = Tensor::full([5], f64::NAN, (Kind::Float, cpu()));
             let text = fs::read_to_string(f.join("state.json")).unwrap();
             let mut state: serde_json::Value = serde_json::from_str(&text).unwrap();
+            pkv_core::unseal(&mut state).unwrap();
             let new = write_tensors(&f.join("model.safetensors"), &bad, &WriteBudget::unlimited()).unwrap();
             state["files"]["model.safetensors"]["sha256"] = json!(new.sha256);
             fs::write(f.join("state.json"), state.to_string()).unwrap();
+        }),
+        ("it is damaged, or was edited", |f| {
+            let text = fs::read_to_string(f.join("state.json")).unwrap();
+            fs::write(f.join("state.json"), text.replace("\"validation\": 0.9", "\"validation\": 0.1"))
+                .unwrap();
         }),
         ("expected checkpoint version 1 or 2, found 7", |f| {
             let text = fs::read_to_string(f.join("state.json")).unwrap();

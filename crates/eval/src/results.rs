@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Policy, hinted};
+use pkv_core::{Policy, hinted, seal, unseal};
 use pkv_recipe::{AnswerMatch, MethodName};
 use pkv_shard::durable::{WriteBudget, write_file};
 use serde::ser::Error as _;
@@ -315,7 +315,7 @@ impl Results {
         let text = pkv_core::read_small_text(path)
             .with_context(|| hinted(format!("cannot read results `{}`", path.display()), redo))?;
         let invalid = || hinted(format!("`{}` holds no results of an evaluation", path.display()), redo);
-        let value: Value = serde_json::from_str(&text).with_context(invalid)?;
+        let mut value: Value = serde_json::from_str(&text).with_context(invalid)?;
         let version = value.get("schema_version").and_then(Value::as_u64);
         ensure!(
             version == Some(RESULTS_VERSION.into()),
@@ -328,6 +328,8 @@ impl Results {
                 redo
             )
         );
+        // What is measured is kept in `contexts/`; the results are its sum.
+        unseal(&mut value).with_context(|| hinted(format!("cannot use `{}`", path.display()), redo))?;
         serde_json::from_value(value).with_context(invalid)
     }
 
@@ -338,7 +340,7 @@ impl Results {
     pub fn write(&self, path: &Path) -> Result<()> {
         // On one line: indented, the worked example alone would fill 100,000 of them.
         let text = serde_json::to_string(self).context("results have a number that JSON cannot hold")?;
-        write_file(path, text.as_bytes(), &WriteBudget::from_env()).map(drop)
+        write_file(path, seal(&text).as_bytes(), &WriteBudget::from_env()).map(drop)
     }
 
     /// Settings of each task, by its name in `answers.parquet`; the labels' is `labels`.

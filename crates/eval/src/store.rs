@@ -13,11 +13,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
-use pkv_core::Fingerprint;
+use pkv_core::{Fingerprint, seal, unseal};
 use pkv_recipe::AnswerMatch;
 use pkv_shard::durable::{WriteBudget, write_file};
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::cell::{Cell, Cells};
 
@@ -267,7 +268,7 @@ impl TaskStore {
         let measured = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let stored = Stored { identity: self.identity.clone(), measured, outcome };
         let text = serde_json::to_string(&stored).context("an outcome has a number that JSON cannot hold")?;
-        write_file(&self.path(index), text.as_bytes(), &WriteBudget::from_env()).map(drop)
+        write_file(&self.path(index), seal(&text).as_bytes(), &WriteBudget::from_env()).map(drop)
     }
 
     /// Everything that was measured, in the order of contexts.
@@ -309,7 +310,9 @@ impl TaskStore {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Option<Stored<T>> {
-    serde_json::from_str(&pkv_core::read_small_text(path).ok()?).ok()
+    let mut value: Value = serde_json::from_str(&pkv_core::read_small_text(path).ok()?).ok()?;
+    unseal(&mut value).ok()?;
+    serde_json::from_value(value).ok()
 }
 
 /// Files and folders in a folder; none if it cannot be read.

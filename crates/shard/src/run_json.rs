@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use pkv_core::hinted;
+use pkv_core::{hinted, seal, unseal};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -91,12 +91,22 @@ impl RunJson {
     pub fn read(layout: &RunLayout) -> Result<Option<Self>> {
         let path = layout.run_json();
         match pkv_core::read_small_text(&path) {
-            Ok(text) => serde_json::from_str(&text).map(Some).with_context(|| {
-                hinted(
-                    format!("`{}` is no record of a run", path.display()),
-                    "remove the file; the next stage writes it again",
-                )
-            }),
+            Ok(text) => {
+                let unusable = || {
+                    hinted(
+                        format!("`{}` is no record of a run", path.display()),
+                        "remove the file; the next stage writes it again",
+                    )
+                };
+                let mut value: Value = serde_json::from_str(&text).with_context(unusable)?;
+                unseal(&mut value).with_context(|| {
+                    hinted(
+                        format!("cannot use `{}`", path.display()),
+                        "remove the file, and the next stage writes it again; if you edited it, remove its member `sha256`",
+                    )
+                })?;
+                serde_json::from_value(value).map(Some).with_context(unusable)
+            }
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e).with_context(|| format!("cannot read `{}`", path.display())),
         }
@@ -120,7 +130,7 @@ impl RunJson {
         if before.as_ref() == Some(&run) {
             return Ok(());
         }
-        let text = serde_json::to_string_pretty(&run)? + "\n";
+        let text = seal(&serde_json::to_string_pretty(&run)?) + "\n";
         write_file(&path, text.as_bytes(), &WriteBudget::from_env()).with_context(hint)?;
         Ok(())
     }
