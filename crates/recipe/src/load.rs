@@ -200,7 +200,11 @@ impl Recipe {
             && (chunks[0] == chunks[1] || chunks.iter().all(|&tokens| tokens >= longest))
     }
 
-    fn check(&self) -> Result<()> {
+    /// What [`load`] checks. A recipe that was stored, as in `run.json`, may have been damaged since.
+    ///
+    /// # Errors
+    /// A value is out of bounds, or does not go with another.
+    pub fn check(&self) -> Result<()> {
         ensure!(
             !self.name.is_empty()
                 && self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)),

@@ -60,7 +60,9 @@ impl RunData {
         let run = run.unwrap_or_default();
         let recipe = Some(&run.recipe).filter(|r| !r.is_null()).and_then(|r| {
             serde_json::from_value::<Recipe>(r.clone())
-                .map_err(|e| problems.push(format!("The recipe in `run.json` could not be read: {e}.")))
+                .map_err(anyhow::Error::from)
+                .and_then(|recipe| recipe.check().map(|()| recipe))
+                .map_err(|e| problems.push(format!("The recipe in `run.json` could not be read: {e:#}.")))
                 .ok()
         });
         let metrics = optional(&layout.train().join("metrics.jsonl"), Metrics::read, &mut problems);
