@@ -2,16 +2,18 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::ensure;
 use pkv_core::NoProgress;
-use pkv_hub::{Hub, HubOptions};
-use serde_json::{Value, json};
+use pkv_hub::{Hub, HubOptions, Push, PushFile};
+use serde_json::{Map, Value, json};
 
 use crate::folder;
 use crate::harness::Target;
 use crate::server::pull::{COMMIT, Fault, Server};
+use crate::server::push::{PushServer, WRITER};
 
 #[test]
 fn hub_answers() {
@@ -71,4 +73,61 @@ fn hub_answers() {
         Ok(())
     };
     Target { name: "hub", folder: &dir, files: &["answers.json"], repair: None, read: &read }.fuzz();
+}
+
+/// The place of a hub in the answers of another.
+const ENDPOINT: &str = "http://endpoint";
+
+#[test]
+fn push_answers() {
+    let dir = folder("push");
+    fs::write(dir.join("README.md"), "---\nlicense: mit\n---\n").unwrap();
+    fs::write(dir.join("model.safetensors"), [7; 9000]).unwrap();
+    let push = Push {
+        repo: "owner/mapper".to_owned(),
+        revision: "side".to_owned(),
+        private: false,
+        message: "Upload".to_owned(),
+        files: ["README.md", "model.safetensors"].map(|n| PushFile::read(&dir, n).unwrap()).to_vec(),
+    };
+    let send = |server: &PushServer| {
+        let second = Duration::from_secs(1);
+        let hub = Hub::new(HubOptions {
+            cache: "unused".into(),
+            endpoint: server.endpoint.clone(),
+            token: Some(WRITER.to_owned()),
+            attempts: 2,
+            retry_after: Duration::from_millis(1),
+            etag_timeout: second,
+            download_timeout: second,
+            ..HubOptions::default()
+        });
+        hub.push(&push, &NoProgress, &|| Ok(())).map(drop)
+    };
+    // The answers of a hub that is right, by request.
+    let server = PushServer::start();
+    let said: Arc<Mutex<Map<String, Value>>> = Arc::default();
+    let (record, endpoint) = (said.clone(), server.endpoint.clone());
+    server.state().change = Some(Box::new(move |line, body| {
+        let text = body.replace(&endpoint, ENDPOINT);
+        record.lock().unwrap().insert(line.to_owned(), serde_json::from_str(&text).unwrap());
+        body
+    }));
+    send(&server).unwrap();
+    let said = Value::Object(std::mem::take(&mut *said.lock().unwrap()));
+    fs::write(dir.join("answers.json"), said.to_string()).unwrap();
+
+    let read = |dir: &Path| {
+        let text = fs::read(dir.join("answers.json"))?;
+        let server = PushServer::start();
+        let endpoint = server.endpoint.clone();
+        let said = serde_json::from_slice::<Value>(&text);
+        let text = String::from_utf8_lossy(&text).into_owned();
+        server.state().change = Some(Box::new(move |line, body| match &said {
+            Ok(said) => said.get(line).map_or(body, |b| b.to_string().replace(ENDPOINT, &endpoint)),
+            Err(_) => text.clone(),
+        }));
+        send(&server)
+    };
+    Target { name: "push", folder: &dir, files: &["answers.json"], repair: None, read: &read }.fuzz();
 }

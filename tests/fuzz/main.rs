@@ -10,12 +10,15 @@
 //! `FUZZ_SEED` (default 1) draws others. What was found is in `findings/`, and tried first.
 //!
 //! - `settings`: recipe, manifest, lock file
+//! - `documents`: text, JSON lines, Parquet, compressed or not
 //! - `models`: config.json, tokenizer, chat template, weights of a language model
-//! - `runs`: index, shards, checkpoint, export, results and tables of an evaluation
+//! - `runs`: index, shards, checkpoint, export, results, tables and stored outcomes of an evaluation,
+//!   record and metrics for the report
 //! - `rows`: files of RULER, LongBench and SCBench
-//! - `hub`: what a hub answers
+//! - `hub`: what a hub answers to `fetch` and `push`
 //! - `mutate`: how files are damaged; `harness`: how targets are tried
 
+mod documents;
 mod harness;
 mod hub;
 mod models;

@@ -54,8 +54,12 @@ pub struct State {
     pub part_bytes: Option<usize>,
     parts: BTreeMap<(String, usize), Vec<u8>>,
     faults: Vec<(String, Fault)>,
+    /// What becomes of the body of an answer, after its request's `METHOD /address`.
+    pub change: Option<Change>,
     endpoint: String,
 }
+
+pub type Change = Box<dyn FnMut(&str, String) -> String + Send>;
 
 pub struct PushServer {
     pub endpoint: String,
@@ -114,7 +118,10 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) {
     if fault == Some(Fault::LoseAnswer) {
         return;
     }
-    let body = body.to_string();
+    let mut body = body.to_string();
+    if let Some(change) = &mut state.change {
+        body = change(&line, body);
+    }
     let head = format!(
         "HTTP/1.1 {status} X\r\n{headers}Content-Length: {}\r\nConnection: close\r\n\r\n",
         body.len()
