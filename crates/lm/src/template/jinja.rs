@@ -94,6 +94,8 @@ fn render_here(template: &str, special: Vec<(String, String)>, roles: &[String])
     let mut out = make_string_output(&mut text);
     Vm::new(&env).eval(&program, variables, &blocks, &mut out, AutoEscape::None)?;
     ensure!(text.matches(MARK).count() <= roles.len(), "it repeats the user's message");
+    // `tojson` escapes the mark.
+    ensure!(!text.contains("\\u0001"), "it writes the user's message as JSON");
     Ok(text)
 }
 
@@ -204,6 +206,23 @@ mod tests {
     fn json_is_spaced_as_python_does() {
         let template = "{{ {'a': [1, 'ü<'], 'b': none} | tojson }}{{ [1] | tojson(indent=2) }}";
         assert_eq!(rendered(template), "{\"a\": [1, \"ü<\"], \"b\": null}[\n  1\n]");
+    }
+
+    #[test]
+    fn json_has_the_options_that_are_known_and_never_the_message() {
+        assert_eq!(rendered("{{ 'ü🦀' | tojson(ensure_ascii=true) }}"), "\"\\u00fc\\ud83e\\udd80\"");
+        assert_eq!(rendered("{{ [1.0, 1e-7, 1e20] | tojson }}"), "[1.0, 1e-07, 1e+20]");
+        assert!(refused("{{ {'a': 1} | tojson(sort_keys=true) }}").contains("sort_keys"));
+        let both = "{{ messages | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}";
+        assert!(refused(both).contains("writes the user's message as JSON"));
+    }
+
+    #[test]
+    fn numbers_and_tests_are_pythons() {
+        let numbers = "{{ 1e20 }} {{ 1.5e16 }} {{ 1e15 }} {{ 0.0001 }} {{ 1e-5 }} {{ [0.1, 1e16] }} {% set x = 1e-300 %}{{ 'a' ~ x }}";
+        assert_eq!(rendered(numbers), "1e+20 1.5e+16 1000000000000000.0 0.0001 1e-05 [0.1, 1e+16] a1e-300");
+        let tests = "{{ 'a' is sequence }}{{ {} is sequence }}{{ 1 is sequence }}{{ true is number }}{{ 'a' is number }}";
+        assert_eq!(rendered(tests), "TrueTrueFalseTrueFalse");
     }
 
     #[test]

@@ -65,6 +65,8 @@ pub(super) fn install(env: &mut Environment<'static>, literal: usize) {
         check_call("tojson", std::slice::from_ref(&value))?;
         python::tojson(value, kwargs)
     });
+    env.add_test("sequence", |value: Jinja| python::is_sequence(&value));
+    env.add_test("number", |value: Jinja| python::is_number(&value));
     env.set_unknown_method_callback(|state: &State, value: &Jinja, name: &str, args: &[Jinja]| {
         let all: Vec<Jinja> = [std::slice::from_ref(value), args].concat();
         check_call(name, &all)?;

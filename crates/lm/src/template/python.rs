@@ -15,8 +15,36 @@ use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 pub(super) fn display(value: &Jinja, out: &mut dyn Write) -> fmt::Result {
     match value.kind() {
         ValueKind::Seq | ValueKind::Iterable | ValueKind::Map => repr(value, out, 0),
-        _ => write!(out, "{value}"),
+        _ => plain(value, out),
     }
+}
+
+/// What has no parts. Python writes floats with an exponent from 1e16 on and below 1e-4.
+fn plain(value: &Jinja, out: &mut dyn Write) -> fmt::Result {
+    let float = f64::try_from(value.clone()).ok();
+    match float.filter(|f| value.is_number() && !value.is_integer() && f.is_finite()) {
+        Some(float) => out.write_str(&python_float(float)),
+        None => write!(out, "{value}"),
+    }
+}
+
+fn python_float(float: f64) -> String {
+    let scientific = format!("{float:e}");
+    match scientific.split_once('e').and_then(|(digits, e)| Some((digits, e.parse::<i32>().ok()?))) {
+        Some((digits, e)) if e >= 16 => format!("{digits}e+{e:02}"),
+        Some((digits, e)) if e < -4 => format!("{digits}e-{:02}", -e),
+        _ => format!("{float:?}"),
+    }
+}
+
+/// `is sequence`: what has a length and items by key, texts and dicts among it.
+pub(super) fn is_sequence(value: &Jinja) -> bool {
+    matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Bytes)
+}
+
+/// `is number`: truth values are numbers in Python.
+pub(super) fn is_number(value: &Jinja) -> bool {
+    matches!(value.kind(), ValueKind::Number | ValueKind::Bool)
 }
 
 /// As Python's `repr`, which `str` uses within lists and dicts.
@@ -65,7 +93,7 @@ fn repr(value: &Jinja, out: &mut dyn Write, depth: usize) -> fmt::Result {
             }
             out.write_char('}')
         }
-        _ => write!(out, "{value}"),
+        _ => plain(value, out),
     }
 }
 
@@ -217,9 +245,11 @@ pub(super) fn strftime_now(format: &str) -> Result<String, Error> {
     Ok(out)
 }
 
-/// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it.
+/// JSON as Python's `json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)` writes it, the former false
+/// by default. Its other options are refused.
 pub(super) fn tojson(value: Jinja, kwargs: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = kwargs.get("indent")?;
+    let (indent, ascii): (Option<usize>, Option<bool>) = (kwargs.get("indent")?, kwargs.get("ensure_ascii")?);
+    kwargs.assert_all_used()?;
     if indent.is_some_and(|n| n > 100) {
         return Err(invalid("tojson: an indent of more than 100 blanks"));
     }
@@ -233,13 +263,30 @@ pub(super) fn tojson(value: Jinja, kwargs: Kwargs) -> Result<String, Error> {
         }
     };
     written.map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))?;
-    String::from_utf8(out).map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
+    let text = String::from_utf8(out).map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))?;
+    if ascii != Some(true) {
+        return Ok(text);
+    }
+    let mut escaped = String::new();
+    for c in text.chars() {
+        match c.is_ascii() {
+            true => escaped.push(c),
+            false => {
+                c.encode_utf16(&mut [0; 2]).iter().for_each(|u| escaped.push_str(&format!("\\u{u:04x}")))
+            }
+        }
+    }
+    Ok(escaped)
 }
 
 /// One line, a space after commas and colons.
 struct Spaced;
 
 impl Formatter for Spaced {
+    fn write_f64<W: ?Sized + std::io::Write>(&mut self, w: &mut W, value: f64) -> std::io::Result<()> {
+        w.write_all(python_float(value).as_bytes())
+    }
+
     fn begin_array_value<W: ?Sized + std::io::Write>(
         &mut self,
         w: &mut W,
