@@ -130,6 +130,11 @@ fn missing_model_file_and_folder() {
     s.run(&["label"]).fails_with(&["target", "safetensors"]);
     fs::remove_file(s.path("target/config.json")).unwrap();
     s.run(&["label"]).fails_with(&["config.json"]);
+    // What parsers say of it comes with a hint.
+    for text in ["{\"a\": NaN}", "\u{feff}{}", "[]", "{\"model_type\": \"llama\", \"hidden_size\": -1}"] {
+        s.write("target/config.json", text);
+        s.run(&["label"]).fails_with(&["config.json`"]);
+    }
     fs::remove_dir_all(s.path("target")).unwrap();
     s.run(&["label"]).fails_with(&["cannot open the target"]);
 }

@@ -10,8 +10,8 @@ pub(crate) mod keys;
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
-use pkv_core::{ModelShape, hinted};
+use anyhow::{Context, Error, Result, ensure};
+use pkv_core::{Hinted, ModelShape, hinted};
 use serde_json::Value;
 use tch::Kind;
 
@@ -64,9 +64,17 @@ impl LmConfig {
                  `proxykv-train fetch` downloads them",
             )
         })?;
-        let json: Value =
-            serde_json::from_slice(&text).with_context(|| format!("parsing `{}`", path.display()))?;
-        Self::from_json(&json).with_context(|| format!("cannot use the model of `{}`", path.display()))
+        // What is not supported says what to do; what is wrong comes from the file.
+        let again = "copy the model's own file again; it must be plain JSON: no comments, no byte order mark, no `NaN`";
+        let hint = |e: Error, what: &str| {
+            let what = format!("{what} `{}`", path.display());
+            match e.downcast_ref::<Hinted>().is_some() || e.chain().any(|c| c.is::<Hinted>()) {
+                true => e.context(what),
+                false => e.context(hinted(what, again)),
+            }
+        };
+        let json: Value = serde_json::from_slice(&text).map_err(|e| hint(e.into(), "parsing"))?;
+        Self::from_json(&json).map_err(|e| hint(e, "cannot use the model of"))
     }
 
     /// Interpret a parsed `config.json`.
@@ -128,7 +136,7 @@ impl LmConfig {
             tied_head: keys.flag("tie_word_embeddings")?,
             max_positions,
             stored_kind: stored_kind(&keys),
-            eos_tokens: keys.present("eos_token_id").map(token_ids).unwrap_or_default(),
+            eos_tokens: keys.present("eos_token_id").map(token_ids).transpose()?.unwrap_or_default(),
         })
     }
 
@@ -171,13 +179,22 @@ impl LmConfig {
     }
 }
 
-/// `eos_token_id` is one number or a list of them.
-pub(crate) fn token_ids(value: &Value) -> Vec<u32> {
-    let one = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
-    match value {
-        Value::Array(items) => items.iter().filter_map(one).collect(),
-        single => one(single).into_iter().collect(),
-    }
+/// `eos_token_id` is one number or a list of them; -1 is no token.
+///
+/// # Errors
+/// It is something else.
+pub(crate) fn token_ids(value: &Value) -> Result<Vec<u32>> {
+    let items = match value {
+        Value::Null => &[],
+        Value::Array(items) => items.as_slice(),
+        single => std::slice::from_ref(single),
+    };
+    let ids = items.iter().map(|id| {
+        id.as_i64()
+            .with_context(|| format!("`eos_token_id` is {value}; expected a token id, or a list of them"))
+    });
+    let ids: Vec<i64> = ids.collect::<Result<_>>()?;
+    Ok(ids.into_iter().filter_map(|id| u32::try_from(id).ok()).collect())
 }
 
 /// Wrappers that write their own class for that of the model within.
@@ -226,7 +243,7 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
         }
     }
     if let Some(act) = keys.present("hidden_act").and_then(Value::as_str)
-        && act != "silu"
+        && !["silu", "swish"].contains(&act)
     {
         return Err(unsupported(format!("activation `{act}` (`hidden_act`)")).into());
     }

@@ -14,6 +14,9 @@ use pkv_gpu::{Movement, Rotation};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
+use crate::config::keys::Keys;
+use crate::family::unsupported;
+
 /// Base frequency and scaling of rotary embedding.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
@@ -45,18 +48,34 @@ impl RopeConfig {
     /// # Errors
     /// The type of scaling is unknown, or one of its numbers is missing.
     pub(crate) fn from_config(config: &Map<String, Value>, max_positions: usize) -> Result<Self> {
-        let object = |key: &str| config.get(key).and_then(Value::as_object);
-        let key = if object("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
+        let all = Keys(config);
+        let key = if all.present("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
         let empty = Map::new();
-        let section = object(key).unwrap_or(&empty);
-        let number = |name: &str| section.get(name).and_then(Value::as_f64);
-        let required = |name: &str| number(name).with_context(|| format!("`{key}.{name}` is missing"));
+        let section = match all.present(key) {
+            Some(Value::Object(section)) => section,
+            Some(other) => bail!("`{key}` is {other}; expected an object"),
+            None => &empty,
+        };
+        let within = Keys(section);
+        let number = |name: &str| within.number(name).with_context(|| format!("reading `{key}`"));
+        let required = |name: &str| number(name)?.with_context(|| format!("`{key}.{name}` is missing"));
 
-        let theta = number("rope_theta")
-            .or_else(|| config.get("rope_theta").and_then(Value::as_f64))
-            .unwrap_or(10_000.0);
+        let theta = match number("rope_theta")? {
+            Some(theta) => theta,
+            None => all.number("rope_theta")?.unwrap_or(10_000.0),
+        };
         ensure!(theta > 1.0, "`rope_theta` is {theta}; expected a number above 1");
-        let named = section.get("rope_type").or_else(|| section.get("type")).and_then(Value::as_str);
+        // Where transformers 5 writes it.
+        if let Some(share) = number("partial_rotary_factor")?.filter(|share| *share != 1.0) {
+            bail!(unsupported(format!(
+                "partial rotary embedding (`{key}.partial_rotary_factor` is {share})"
+            )));
+        }
+        let named = match within.present("rope_type").or_else(|| within.present("type")) {
+            Some(Value::String(name)) => Some(name.as_str()),
+            Some(other) => bail!("`{key}.rope_type` is {other}; expected text"),
+            None => None,
+        };
         let scaling = match named {
             // A configuration per kind of layer, as models with sliding windows have it.
             None if section.values().any(Value::is_object) => {
@@ -71,19 +90,20 @@ impl RopeConfig {
             },
             Some("yarn") => {
                 let original_positions =
-                    number("original_max_position_embeddings").unwrap_or(max_positions as f64);
-                let factor = match number("factor") {
+                    number("original_max_position_embeddings")?.unwrap_or(max_positions as f64);
+                let factor = match number("factor")? {
                     Some(factor) => factor,
                     None => max_positions as f64 / original_positions,
                 };
                 RopeScaling::Yarn {
                     factor,
                     original_positions,
-                    beta_fast: number("beta_fast").unwrap_or(32.0),
-                    beta_slow: number("beta_slow").unwrap_or(1.0),
-                    attention_factor: number("attention_factor").unwrap_or_else(|| {
-                        yarn_attention(factor, number("mscale"), number("mscale_all_dim"))
-                    }),
+                    beta_fast: number("beta_fast")?.unwrap_or(32.0),
+                    beta_slow: number("beta_slow")?.unwrap_or(1.0),
+                    attention_factor: match number("attention_factor")? {
+                        Some(factor) => factor,
+                        None => yarn_attention(factor, number("mscale")?, number("mscale_all_dim")?),
+                    },
                     truncate: section.get("truncate").and_then(Value::as_bool).unwrap_or(true),
                 }
             }

@@ -394,6 +394,18 @@ fn what_is_not_supported_is_refused_by_name() {
     }
     let by_layer = json!({"full_attention": {"rope_type": "default", "rope_theta": 1e6}});
     refused(qwen2, &set("rope_parameters", by_layer), &["rotary embeddings that differ by layer"]);
+    let partial = json!({"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5});
+    refused(qwen2, &set("rope_parameters", partial), &["`rope_parameters.partial_rotary_factor` is 0.5"]);
+    // A number or name of another type is no default.
+    for (key, value, said) in [
+        ("rope_parameters", json!("linear"), "`rope_parameters` is \"linear\"; expected an object"),
+        ("rope_parameters", json!({"rope_theta": "1e6"}), "`rope_theta` is \"1e6\"; expected a number"),
+        ("rope_parameters", json!({"rope_type": 4}), "`rope_parameters.rope_type` is 4; expected text"),
+        ("eos_token_id", json!("4"), "`eos_token_id` is \"4\"; expected a token id"),
+        ("eos_token_id", json!([4, 1.5]), "`eos_token_id` is [4,1.5]"),
+    ] {
+        refused(qwen2, &set(key, value), &[said]);
+    }
 
     // A window that no layer uses has no effect.
     let folder = copy_of(&arch(qwen2));
