@@ -92,8 +92,7 @@ impl TextTokenizer {
     fn encode_whole(&self, text: &str) -> Result<Vec<u32>> {
         let (lead, skipped) = self.lead.as_ref().map_or(("", &[][..]), |(lead, ids)| (lead, ids));
         let text = if lead.is_empty() { Cow::Borrowed(text) } else { Cow::Owned(format!("{lead}{text}")) };
-        let encoding =
-            self.tokenizer.encode_fast(&*text, false).map_err(|e| anyhow!("encoding text: {e}"))?;
+        let encoding = checks::encode(&self.tokenizer, &text)?;
         let ids = encoding.get_ids().strip_prefix(skipped);
         Ok(ids.context("encoding text: its first token depends on what precedes it")?.to_vec())
     }
@@ -185,7 +184,9 @@ impl TextTokenizer {
         let mut stop = BTreeSet::new();
         for name in ["config.json", "generation_config.json"] {
             let json = optional_json(&folder.join(name))?;
-            stop.extend(json.get("eos_token_id").map(token_ids).unwrap_or_default());
+            let ids = json.get("eos_token_id").map(token_ids).transpose();
+            let read = || format!("reading `{}`", folder.join(name).display());
+            stop.extend(ids.with_context(read)?.unwrap_or_default());
         }
         for key in ["eos_token", "eot_token"] {
             stop.extend(named.text(key).and_then(|text| self.tokenizer.token_to_id(text)));

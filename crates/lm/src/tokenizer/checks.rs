@@ -14,7 +14,8 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use tokenizers::utils::SysRegex;
 use tokenizers::{
-    NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Tokenizer,
+    Encoding, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+    Tokenizer,
 };
 
 /// The largest known files have some 35 MB.
@@ -25,6 +26,22 @@ const MAX_TOKENS: usize = 1 << 20;
 const LONGEST_TOKEN: usize = 4096;
 /// Largest growth of a text by a tokenizer's replacements; known ones stay below 10.
 const MAX_GROWTH: usize = 64;
+
+/// Tokens of a text. The engine of regular expressions gives up with a panic where a pattern of the tokenizer
+/// tries too many ways to read it.
+///
+/// # Errors
+/// It gives up, or the tokenizer fails.
+pub(super) fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Encoding> {
+    pkv_core::refuse_panics(|| tokenizer.encode_fast(text, false))
+        .with_context(|| {
+            hinted(
+                format!("encoding a text of {} bytes", text.len()),
+                "a pattern in `tokenizer.json` is too slow for it: use the model's original `tokenizer.json`",
+            )
+        })?
+        .map_err(|e| anyhow!("encoding text: {e}"))
+}
 
 /// Read a tokenizer.
 ///
@@ -132,9 +149,7 @@ pub(super) fn lead(tokenizer: &Tokenizer) -> Result<Option<&'static str>> {
 
 /// Whether this character's tokens stay the same whatever follows it.
 fn stays_apart(tokenizer: &Tokenizer, lead: &str) -> Result<bool> {
-    let ids = |text: &str| {
-        tokenizer.encode_fast(text, false).map(|e| e.get_ids().to_vec()).map_err(|e| anyhow!("{e}"))
-    };
+    let ids = |text: &str| encode(tokenizer, text).map(|e| e.get_ids().to_vec());
     let alone = ids(lead)?;
     for text in ["a", " b", "1", "[", "\u{e9}", "\u{4eac}"] {
         let both = ids(&format!("{lead}{text}"))?;

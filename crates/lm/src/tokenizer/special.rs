@@ -193,5 +193,10 @@ pub(super) fn optional_json(path: &Path) -> Result<Value> {
         return Ok(Value::Null);
     }
     let text = pkv_core::read_small_text(path).with_context(|| format!("reading `{}`", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("parsing `{}`", path.display()))
+    serde_json::from_str(&text).with_context(|| {
+        hinted(
+            format!("parsing `{}`", path.display()),
+            "it must be plain JSON: no comments, no byte order mark, no `NaN`; or copy the file again",
+        )
+    })
 }

@@ -151,6 +151,20 @@ fn refused(folder: &Path) -> String {
 }
 
 #[test]
+fn a_pattern_that_gives_up_is_an_error() {
+    let folder = edited(|_| ());
+    let path = folder.path().join("tokenizer.json");
+    let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let pattern = json!({"Regex": "(a|a)*$|(([a-z ])+.)+[A-Z]([a-z ])+$"});
+    json["pre_tokenizer"] =
+        json!({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": false});
+    fs::write(&path, json.to_string()).unwrap();
+    let text = "the lantern is in the harbour and the kettle is on the shelf ".repeat(20);
+    let result = TextTokenizer::open(folder.path()).and_then(|t| t.encode(&text));
+    assert_error(result, &["encoding a text of", "retry-limit-in-match over"]);
+}
+
+#[test]
 fn vocabularies_are_compared_token_by_token() {
     let (target, proxy) = (open(&nano("target")), open(&nano("proxy")));
     target.same_vocab(&proxy).unwrap();
