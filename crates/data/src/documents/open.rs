@@ -18,7 +18,7 @@ const BUFFER: usize = 1 << 16;
 const GZIP: &[u8] = &[0x1f, 0x8b];
 const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 /// First bytes of kinds that are not read, their names, and what to do.
-const REFUSED: [(&[u8], &str, &str); 8] = [
+const REFUSED: [(&[u8], &str, &str); 9] = [
     (b"BZh", "is compressed with bzip2", "decompress it with `bunzip2`, or compress it with gzip or zstd"),
     (
         &[0xfd, b'7', b'z', b'X', b'Z', 0],
@@ -38,6 +38,11 @@ const REFUSED: [(&[u8], &str, &str); 8] = [
     (b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "unpack it with `7z x` and name the files in it"),
     (b"PK\x03\x04", "is a zip archive", "unpack it with `unzip` and name the files in it"),
     (b"PAR1", "is a Parquet file", "write `format = \"parquet\"` in the manifest's source"),
+    (
+        b"version https://git-lfs",
+        "is a pointer of Git LFS, not the file itself",
+        "fetch the file: `git lfs pull`",
+    ),
     (b"%PDF", "is a PDF", "extract its text first, for instance with `pdftotext`"),
 ];
 
