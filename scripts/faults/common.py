@@ -1,13 +1,14 @@
 """What the fault scripts share: a small project folder, the binary run in it, results that can be compared.
 
 Every script: `python3 scripts/faults/NAME.py BINARY [COUNT]`; it works in a temporary folder (FAULTS_WORK sets another), on the
-nano pair and the demo's documents. It prints a line for each group of cases, then `NAME: TRIED tried, FAILED failed`, and its
+nano pair and the demo's documents; FAULTS_TREE is a checkout if the scripts lie elsewhere, JOBS (2) how many cases run at a time. It prints a line for each group of cases, then `NAME: TRIED tried, FAILED failed`, and its
 exit code says whether any failed. Python 3 alone is needed; `storage.py` also compiles shim.c.
 """
-import hashlib, json, os, shutil, signal, subprocess, sys, tempfile, time
+import hashlib, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-TREE = Path(__file__).resolve().parents[2]
+TREE = Path(os.environ.get("FAULTS_TREE") or Path(__file__).resolve().parents[2])
 BINARY = Path(sys.argv[1] if len(sys.argv) > 1 else TREE / "target/release/proxykv-train").resolve()
 COUNT = int(sys.argv[2]) if len(sys.argv) > 2 else 4
 WORK = Path(os.environ.get("FAULTS_WORK") or tempfile.mkdtemp(prefix="faults-"))
@@ -65,16 +66,36 @@ MADE_BY = {"prepare": ["examples"], "label": ["labels"], "extract": ["features"]
            "eval": ["eval"], "export": ["export"], "report": []}
 
 
+VARIANT = 'base = "../recipe.toml"\nname = "linear"\n[mapper]\nvariant = "linear"\n'
+SWEEP = ["sweep", "--variants", "variants", "--recipe", "recipe.toml"]
+# Features are made when they are read, and never kept.
+TRANSIENT = [x for key in ("extract.missing=generate", "extract.after_use=delete", "train.cache_gb=0") for x in ("--set", key)]
+INFER = ["infer", "--mapper", "runs/small/export", "--context", "context.txt", "--question", "What?", "--question", "Where?",
+         "--max-new-tokens", "8", "--json", "--trace", "trace.json"]
+
+
+def shorten():
+    """Let projects have the least that has more than one shard and checkpoint: a fault is tried at each of its calls."""
+    global RECIPE
+    for was, now in [("train = 40", "train = 5"), ("validation = 4", "validation = 1"), ("test = 4", "test = 1"), ("shard_examples = 6", "shard_examples = 3"),
+                     ("steps = 30", "steps = 6"), ("validate_every = 6", "validate_every = 3"), ("contexts = 3", "contexts = 1")]:
+        assert was in RECIPE
+        RECIPE = RECIPE.replace(f"\n{was}\n", f"\n{now}\n")
+
+
 def project(name, runs=None):
-    """A fresh folder with the recipe; `runs` is copied into it if given."""
+    """A fresh folder with the recipe and a variant of it; `runs` is copied into it if given."""
     p = WORK / name
     shutil.rmtree(p, ignore_errors=True)
     p.mkdir(parents=True)
     for d in ["recipes", "data-manifests"]:
         (p / d).symlink_to(TREE / d)
     (p / "recipe.toml").write_text(RECIPE)
+    (p / "variants").mkdir()
+    (p / "variants/linear.toml").write_text(VARIANT)
+    (p / "context.txt").write_text((TREE / "recipes/nano-llama/README.md").read_text()[:1500])
     if runs:
-        shutil.copytree(runs, p / "runs")
+        shutil.copytree(runs, p / "runs", symlinks=True)
     return p
 
 
@@ -94,6 +115,7 @@ def reference():
 
 def argv(args, recipe=True):
     args = args.split() if isinstance(args, str) else args
+    recipe = recipe and args[0] not in ("infer", "push", "inspect", "compare", "sweep", "schema")
     return [str(BINARY), "--device", "cpu", "--threads", "1", *args, *(["--recipe", "recipe.toml"] if recipe else [])]
 
 
@@ -135,9 +157,9 @@ def run(p, args, recipe=True, extra=None, timeout=150):
 
 
 def timeless(x):
-    """JSON without what differs between two runs by right: times."""
+    """JSON without what differs between two runs by right: times, and a record's hash of itself, which covers them."""
     if isinstance(x, dict):
-        return {k: timeless(v) for k, v in x.items() if k not in ("timings", "secs", "ms_per_step", "tokens_per_s", "measured")}
+        return {k: timeless(v) for k, v in x.items() if k not in ("timings", "secs", "ms_per_step", "tokens_per_s", "measured", "sha256")}
     return [timeless(v) for v in x] if isinstance(x, list) else x
 
 
@@ -161,7 +183,19 @@ def results(root, folders=None):
 
 def difference(want, found):
     """Files that differ. Beyond those that are wanted, only a checkpoint may lie there: its removal was the call that failed."""
-    return sorted(k for k in {*want, *found} if want.get(k) != found.get(k) and (k in want or not k.startswith("checkpoints/")))
+    return sorted(k for k in {*want, *found} if want.get(k) != found.get(k) and (k in want or "checkpoints/" not in k))
+
+
+def answers(out):
+    """The tokens that `infer --json` printed, by question."""
+    events = [json.loads(line) for line in out.splitlines()]
+    return [(e["question"], e["text"]) for e in events if e["event"] == "token"]
+
+
+def all_results(p, folders=None):
+    """`results` of every run of a project."""
+    runs = [r for r in sorted((p / "runs").iterdir()) if r.is_dir() and r.name != "shared"]
+    return {f"{r.name}/{k}": v for r in runs for k, v in results(r, folders).items()}
 
 
 def temporary(root):
@@ -169,20 +203,46 @@ def temporary(root):
     return sorted(str(f.relative_to(root)) for f in Path(root).rglob("*") if ".tmp" in f.name)
 
 
-class Tally:
-    """Counts cases of groups, prints what failed, and ends the script."""
+class Jobs:
+    """Cases at work beside each other, each in the folder of its thread. Leaving it waits for all, and raises what one raised."""
     def __init__(self):
-        self.groups, self.failed = {}, 0
+        self.pool, self.local, self.all = ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))), threading.local(), []
+        self.numbers = iter(range(1 << 30))
+
+    def folder(self):
+        if not hasattr(self.local, "name"): self.local.name = f"broken-{next(self.numbers)}"
+        return self.local.name
+
+    def add(self, case, *args):
+        self.all.append(self.pool.submit(case, *args))
+
+    def __enter__(self): return self
+
+    def __exit__(self, *_):
+        # A signal is handled between short waits.
+        for job in self.all:
+            while not job.done(): time.sleep(0.2)
+            job.result()
+        self.pool.shutdown()
+
+
+class Tally:
+    """Counts cases of groups, prints what failed, and ends the script. SIGTERM ends it with what was counted so far."""
+    def __init__(self):
+        self.groups, self.failed, self.guard = {}, 0, threading.Lock()
+        signal.signal(signal.SIGTERM, lambda *_: self.end())
 
     def add(self, group, faults, detail=""):
-        tried, failed = self.groups.get(group, (0, 0))
-        self.groups[group] = (tried + 1, failed + bool(faults))
-        if faults:
-            self.failed += 1
-            print(f"FAILED {group}: {faults} {detail}", flush=True)
+        with self.guard:
+            tried, failed = self.groups.get(group, (0, 0))
+            self.groups[group] = (tried + 1, failed + bool(faults))
+            self.failed += bool(faults)
+            if faults: print(f"FAILED {group}: {faults} {detail}", flush=True)
 
     def end(self):
         for group, (tried, failed) in self.groups.items():
             print(f"  {group}: {tried} tried, {failed} failed")
         print(f"{NAME}: {sum(t for t, _ in self.groups.values())} tried, {self.failed} failed")
-        sys.exit(1 if self.failed else 0)
+        sys.stdout.flush()
+        # Cases that still run are not waited for.
+        os._exit(1 if self.failed else 0)

@@ -1,28 +1,57 @@
-"""SIGKILL, SIGTERM and SIGINT at random moments of each stage and of `run`, COUNT times each; every second time what goes on is
-killed as well. Run again, the results must be those of an unbroken run."""
+"""SIGKILL, SIGTERM and SIGINT at random moments of each stage, of `run` (with stored features, and with features made when they are
+read), of a `sweep` of two runs, of an evaluation by three processes, and of `infer`, COUNT times each; every second time what goes on
+is killed as well. Run again, the results must be those of an unbroken run."""
 from common import *
 import random
 
-before, want, secs = reference()
-secs["run"] = sum(secs.values())
+shorten()
 rng, tally = random.Random(1), Tally()
-for stage in STAGES + ["run"]:
-    for sig in [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]:
-        for i in range(COUNT):
-            p, faults, hit = project("broken", before[stage]), [], 0
-            for share in [0.95, 0.6][:1 + i % 2]:
-                proc = start(p, stage)
-                time.sleep(rng.uniform(0.02, 1.0) * secs[stage] * share)
-                hit += proc.poll() is None
-                proc.send_signal(sig)
-                r = Ran(proc, 60)
-                if r.hung: faults.append("does not stop")
-                elif sig != signal.SIGKILL and r.unsound() not in (None, f"signal {-r.code}"): faults.append(r.unsound())
-            r = run(p, stage)
-            if r.code != 0: faults.append("does not go on: " + r.brief())
-            root = p / "runs/small"
-            folders = MADE_BY.get(stage)
-            expected = {k: v for k, v in want.items() if folders is None or k.split("/")[0] in folders}
-            faults += difference(expected, results(root, folders)) + temporary(root)
-            tally.add(f"{stage}, {sig.name}", faults, f"{hit} hit a live process")
+before, _, secs = reference()
+done = all_results(WORK / "reference")
+# Name, state of the runs, commands that run together, the wanted results, seconds.
+cases = [(s, before[s], [s], {k: v for k, v in done.items() if k.split("/")[1] in MADE_BY[s]}, secs[s]) for s in STAGES]
+cases += [("run", before["run"], ["run"], done, sum(secs.values()))]
+cases += [("eval by three", before["eval"], ["eval"] * 3, {k: v for k, v in done.items() if "/export/" not in k}, secs["eval"])]
+for name, runs, command in [("run without stored features", before["run"], ["run", *TRANSIENT]), ("sweep", before["run"], [*SWEEP, "--jobs", "2"]),
+                            ("infer", before["done"], INFER)]:
+    p = project("unbroken", runs)
+    r = run(p, command)
+    assert r.code == 0, r.err
+    cases.append((name, runs, [command], all_results(p), r.secs))
+    if name == "infer": answered = answers(r.out)
+
+
+
+def case(name, runs, commands, want, whole, sig, i, moments):
+    p, faults = project(jobs.folder(), runs), []
+    for moment in moments:
+        procs = [start(p, c) for c in commands]
+        time.sleep(moment * whole)
+        # One of several, or all of them.
+        victims = procs if i % 3 else procs[:1]
+        for proc in victims:
+            hits.append(proc.poll() is None)
+            proc.send_signal(sig)
+        for proc in procs:
+            r = Ran(proc, 100)
+            if r.hung: faults.append("does not stop")
+            elif sig != signal.SIGKILL and r.unsound() not in (None, f"signal {-r.code}"): faults.append(r.unsound())
+            elif proc not in victims and r.code != 0: faults.append("takes others with it: " + r.brief())
+    r = run(p, commands[0])
+    if r.code != 0: faults.append("does not go on: " + r.brief())
+    found = all_results(p, None if name not in STAGES else MADE_BY[name])
+    faults += difference(want, found) + temporary(p / "runs")
+    if name == "infer" and answers(r.out) != answered: faults.append("other answers")
+    if name == "infer": json.loads((p / "trace.json").read_text())
+    tally.add(f"{name}, {sig.name}", faults)
+
+
+hits = []
+with Jobs() as jobs:
+    for name, runs, commands, want, whole in cases:
+        for sig in [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]:
+            for i in range(COUNT):
+                moments = [rng.uniform(0.02, 1.0) * share for share in [0.95, 0.6][:1 + i % 2]]
+                jobs.add(case, name, runs, commands, want, whole, sig, i, moments)
+print(f"{len(hits)} signals, {sum(hits)} to a live process")
 tally.end()

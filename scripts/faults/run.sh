@@ -6,7 +6,7 @@
 # COUNT is how often each case is tried, 4 if absent: about an hour on two CPU cores. docs/robustness.md has what it gave.
 set -uo pipefail
 here=$(dirname "$0") failed=0
-for script in kill storage two flips; do
+for script in kill storage two flips memory; do
   python3 "$here/$script.py" "${1:-$here/../../target/release/proxykv-train}" "${2:-4}" || failed=1
 done
 exit $failed

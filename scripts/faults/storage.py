@@ -1,40 +1,73 @@
-"""The n-th write, fsync, rename, open, mkdir or unlink in the run folder fails, is cut short, or is the process's last; for each
-stage, COUNT of the calls spread over all of them. The failure must be named with a hint, what other stages made must stay, and
-run again the results must be those of an unbroken run."""
+"""Every call of each stage that writes, syncs, renames, opens, makes, removes, links, lists, locks, measures or reads a file of the runs
+fails, is cut short, or is the process's last; and every one that opens or reads a file of a model. Writes also fail from each one on, as
+on a disk that is full. Then the failure must be named with a hint, what other stages made must stay, and run again the results must be
+those of an unbroken run. COUNT limits the calls of a kind, spread over all of them; 0, every call. ONLY names the commands."""
 from common import *
 
 SHIM = WORK / "shim.so"
 subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", SHIM, Path(__file__).parent / "shim.c", "-ldl"], check=True)
-CALLS = {"once": ["write", "fsync", "rename", "open", "mkdir", "unlink"], "short": ["write"],
-         "kill": ["write", "rename", "unlink", "mkdir"], "after": ["rename", "unlink", "mkdir"]}
-ERRORS = {"write": [28, 5], "fsync": [5, 28], "rename": [5, 28], "open": [5, 24], "mkdir": [28, 5], "unlink": [5, 5]}
+ENOENT, EIO, ENOMEM, EMFILE, ENOSPC, ENOLCK = 2, 5, 12, 24, 28, 37
+# What fails: mode, call, errors.
+KINDS = [("once", "write", [ENOSPC, EIO]), ("stick", "write", [ENOSPC]), ("short", "write", [ENOSPC]), ("kill", "write", [0]),
+         ("once", "fsync", [EIO]), ("kill", "fsync", [0]), ("once", "open", [EMFILE, EIO]), ("stick", "open", [EMFILE]),
+         ("once", "mkdir", [ENOSPC]), ("once", "link", [EIO]), ("once", "list", [EIO]), ("once", "lock", [ENOLCK]),
+         ("once", "read", [EIO]), ("short", "read", [EIO]), ("once", "mmap", [ENOMEM]), ("once", "ftruncate", [EIO]), ("once", "stat", [EIO])]
+KINDS += [(mode, call, [EIO]) for call in ("rename", "unlink", "mkdir", "link") for mode in ("once", "kill", "after") if (mode, call) != ("once", "mkdir")]
+KINDS = list(dict.fromkeys((m, c, tuple(e)) for m, c, e in KINDS))
+# Without effect: what is not removed is removed by the next run; without locks the last writer counts; files that are not there are no error.
+QUIET = {"unlink", "lock", "stat", "list"}
+shorten()
 
 before, want, _ = reference()
 tally = Tally()
-for stage in STAGES:
-    earlier = [f for s in STAGES[:STAGES.index(stage)] for f in MADE_BY[s]]
-    of = lambda folders: {k: v for k, v in want.items() if k.split("/")[0] in folders}
-    for mode, calls in CALLS.items():
-        for call in calls:
-            def shim(n, error, log):
-                # run.json is written in small pieces and would hide the other files.
-                return {"LD_PRELOAD": str(SHIM), "FAIL_OP": call, "FAIL_N": str(n), "FAIL_ERRNO": str(error), "FAIL_MODE": mode,
-                        "FAIL_PATH": "runs/", "FAIL_NOT": "run.json", "FAIL_LOG": str(log)}
-            log = WORK / "calls.log"
-            log.unlink(missing_ok=True)
-            r = run(project("broken", before[stage]), stage, extra=shim(0, 5, log))
-            assert r.code == 0, r.err
-            total = len(log.read_text().splitlines()) if log.exists() else 0
-            for i in range(min(COUNT, total)):
-                n = 1 + i * max(total - 1, 0) // max(min(COUNT, total) - 1, 1)
-                p, root = project("broken", before[stage]), WORK / "broken/runs/small"
-                r, faults = run(p, stage, extra=shim(n, ERRORS[call][i % 2], log)), []
-                killed = mode in ("kill", "after")
-                if r.unsound() and not (killed and r.code == -9): faults.append(r.unsound())
-                if r.code == 0 and mode in ("once", "short") and call != "unlink" and "WARN" not in r.err: faults.append("not said")
-                faults += [f"lost {x}" for x in difference(of(earlier), results(root, earlier))]
-                again = run(p, stage)
-                if again.code != 0: faults.append("does not go on: " + again.brief())
-                faults += difference(of(MADE_BY[stage]), results(root, MADE_BY[stage])) + temporary(root)
-                tally.add(f"{stage}, {call} {mode}", faults, f"call {n} of {total}: {r.brief()}")
+done = all_results(WORK / "reference")
+p = project("swept", before["run"])
+assert run(p, SWEEP).code == 0
+swept = all_results(p)
+COMMANDS = [(s, before[s], s) for s in STAGES] + [("sweep", before["run"], SWEEP), ("infer", before["done"], INFER), ("run without stored features", before["run"], ["run", *TRANSIENT])]
+r = run(project("unbroken", before["run"]), ["run", *TRANSIENT])
+unstored = all_results(WORK / "unbroken")
+only = os.environ.get("ONLY", "").split(",")
+
+
+def shim(call, n, error, mode, path, log=""):
+    return {"LD_PRELOAD": str(SHIM), "FAIL_OP": call, "FAIL_N": str(n), "FAIL_ERRNO": str(error), "FAIL_MODE": mode, "FAIL_PATH": path, "FAIL_LOG": str(log)}
+
+
+def case(name, runs, command, mode, call, error, n, total, path):
+    p = project(jobs.folder(), runs)
+    r, faults = run(p, command, extra=shim(call, n, error, mode, path)), []
+    killed = mode in ("kill", "after")
+    if r.unsound() and not (killed and r.code == -9): faults.append(r.unsound())
+    # A read that is short, and none after it, is no fault.
+    quiet = call in QUIET or (mode, call, n) == ("short", "read", total)
+    if r.code == 0 and not killed and not quiet and "WARN" not in r.err: faults.append("not said")
+    stage = name in STAGES
+    earlier = [f for s in STAGES[:STAGES.index(name)] for f in MADE_BY[s]] if stage else []
+    made = MADE_BY[name] if stage else None
+    goal = done if stage or name == "infer" else swept if name == "sweep" else unstored
+    of = lambda folders: {k: v for k, v in goal.items() if folders is None or k.split("/")[1] in folders}
+    if stage and (p / "runs").exists(): faults += [f"lost {x}" for x in difference(of(earlier), all_results(p, earlier))]
+    again = run(p, command)
+    if again.code != 0: faults.append("does not go on: " + again.brief())
+    faults += difference(of(made), all_results(p, made)) + temporary(p / "runs")
+    tally.add(f"{name}, {call} {mode}{'' if path == 'runs/' else ', models'}", faults, f"call {n} of {total}, error {error}: {r.brief()}")
+
+
+with Jobs() as jobs:
+    for name, runs, command in COMMANDS:
+        if only != [""] and name not in only: continue
+        totals = {}
+        for path, kinds in [("runs/", KINDS), ("nano-llama", [k for k in KINDS if k[1] in ("open", "read", "mmap", "stat") and k[0] == "once"])]:
+            for mode, call, errors in kinds:
+                if (path, call) not in totals:
+                    log = WORK / "calls.log"
+                    log.unlink(missing_ok=True)
+                    assert run(project("counted", runs), command, extra=shim(call, 0, 0, "once", path, log)).code == 0
+                    totals[path, call] = len(log.read_text().splitlines()) if log.exists() else 0
+                total = totals[path, call]
+                calls = sorted({1 + i * max(total - 1, 0) // max(min(COUNT, total) - 1, 1) for i in range(min(COUNT, total))}) if COUNT else range(1, total + 1)
+                for error in errors:
+                    for n in calls: jobs.add(case, name, runs, command, mode, call, error, n, total, path)
+        print(f"{name}: calls {', '.join(f'{call} {n}' + ('' if path == 'runs/' else ' of models') for (path, call), n in totals.items() if n)}", flush=True)
 tally.end()
