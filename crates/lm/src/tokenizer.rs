@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use pkv_core::{hinted, sha256_hex};
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -46,6 +46,17 @@ impl TextTokenizer {
     pub fn open(folder: &Path) -> Result<Self> {
         let mut tokenizer = checks::open(&folder.join("tokenizer.json"))?;
         let special = SpecialTokens::read(folder)?;
+        ensure!(
+            special.config().get("split_special_tokens") != Some(&Value::Bool(true)),
+            hinted(
+                format!(
+                    "`split_special_tokens` in the tokenizer_config.json of `{}` is not supported",
+                    folder.display()
+                ),
+                "remove it; `data.special_tokens = \"text\"` and `infer --special-tokens-as-text` read special tokens of \
+                 documents as text, and those of the chat template as tokens"
+            )
+        );
         special.add_to(&mut tokenizer);
         let model = optional_json(&folder.join("config.json"))?;
         if let Some(rows) = model.get("vocab_size").and_then(Value::as_u64) {

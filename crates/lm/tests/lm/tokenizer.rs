@@ -151,6 +151,14 @@ fn refused(folder: &Path) -> String {
 }
 
 #[test]
+fn special_tokens_that_are_split_are_refused() {
+    let folder = edited(|config| config["split_special_tokens"] = json!(true));
+    assert!(refused(folder.path()).contains("`split_special_tokens`"));
+    let folder = edited(|config| config["split_special_tokens"] = json!(false));
+    TextTokenizer::open(folder.path()).unwrap();
+}
+
+#[test]
 fn a_pattern_that_gives_up_is_an_error() {
     let folder = edited(|_| ());
     let path = folder.path().join("tokenizer.json");
