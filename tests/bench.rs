@@ -1,5 +1,6 @@
 //! Benchmarks of tiny models: that they run and add up; what they measure here means nothing.
 
+use pkv_core::FailureKind;
 use serde_json::Value;
 
 use crate::sandbox::Sandbox;
@@ -161,5 +162,23 @@ fn decoding_is_measured_by_what_is_kept_and_by_batch() {
         assert!((number("tokens_per_s") / tokens - 1.0).abs() < 1e-9);
         assert_eq!(number("retain") == 1.0, number("cache_share") == 1.0);
     }
-    s.run(&["bench", "decode", "--random-weights", "--batch", "0"]).fails_with(&["`--batch` is 0"]);
+}
+
+#[test]
+fn each_benchmark_takes_the_flags_that_it_uses_and_no_others() {
+    let s = without_models();
+    for (args, flag) in [
+        (["decode", "--batch", "0"], "--batch"),
+        (["label", "--context", "0"], "--context"),
+        (["extract", "--repeats", "0"], "--repeats"),
+        (["train", "--batch", "8"], "--batch"),
+        (["train", "--max-seconds", "1"], "--max-seconds"),
+        (["label", "--features", "window"], "--features"),
+        (["decode", "--peer", "peer.json"], "--peer"),
+        (["prefill", "--data", "x.txt"], "--data"),
+    ] {
+        let ran = s.run(&[&["bench"][..], &args].concat());
+        assert_eq!(ran.code, i32::from(FailureKind::Usage.exit_code()), "{args:?}: {}", ran.stderr);
+        assert!(ran.stderr.contains(flag), "{args:?}: {}", ran.stderr);
+    }
 }

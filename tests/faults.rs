@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use pkv_core::FailureKind;
 use pkv_shard::durable::lock_work;
 use serde_json::Value;
 
@@ -256,7 +257,7 @@ fn storage_that_fails_is_named_and_the_stage_goes_on_to_the_same_bytes() {
             let ran = Ran::new(ran);
             match mode {
                 "kill" | "after" => assert_eq!(ran.code, -1, "{case}: {}", ran.stderr),
-                _ => _ = ran.fails_with(&["runs/small"]),
+                _ => _ = ran.fails_as(FailureKind::Environment, &["runs/small"]),
             }
             s.run(&[stage]).ok();
             assert!(files_below(&folder) == whole, "{case}");
@@ -273,8 +274,10 @@ fn a_stage_at_work_is_met_with_a_sentence() {
     for (stage, lock) in [("train", "train.lock"), ("eval", "eval.lock"), ("export", "export.lock")] {
         let before = recorded(&s);
         let one = held(lock, stage == "eval");
-        s.run(&[stage, "--redo", stage])
-            .fails_with(&[&format!("another process runs `{stage}`"), "wait for it to end"]);
+        s.run(&[stage, "--redo", stage]).fails_as(
+            FailureKind::Environment,
+            &[&format!("another process runs `{stage}`"), "wait for it to end"],
+        );
         assert_eq!(recorded(&s), before, "{stage}");
         drop(one);
     }
@@ -292,7 +295,7 @@ fn two_exports_leave_one_export_and_its_record() {
         let both = [start(&s, &args), start(&s, &args)].map(within_a_minute);
         assert!(both.iter().any(|ran| ran.code == 0), "{}\n{}", both[0].stderr, both[1].stderr);
         for ran in both.into_iter().filter(|ran| ran.code != 0) {
-            ran.fails_with(&["another process runs `export`"]);
+            ran.fails_as(FailureKind::Environment, &["another process runs `export`"]);
         }
         assert!(recorded(&s).contains(&"export".to_owned()));
         assert!(s.run(&["export"]).ok().stderr.contains("export: skipped"));

@@ -5,6 +5,8 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use pkv_core::FailureKind;
+
 use crate::sandbox::{Ran, Sandbox, root};
 use crate::server::pull::{Fault, Server};
 use crate::server::sha256;
@@ -100,7 +102,9 @@ fn no_secret_is_shown_by_any_command() {
                 assert!(!said.contains(secret), "{args:?} at {endpoint}:\n{said}");
             }
             if args.contains(&"fetch") {
-                assert_eq!(ran.code, 1, "{said}");
+                let refused = status != 0;
+                let kind = if refused { FailureKind::Input } else { FailureKind::Environment };
+                assert_eq!(ran.code, i32::from(kind.exit_code()), "{said}");
                 assert!(status == 0 || said.contains("you said") && said.contains("***"), "{said}");
             }
         }

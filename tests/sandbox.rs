@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use pkv_core::FailureKind;
 use tempfile::TempDir;
 
 /// A folder with `recipe.toml`, `manifest.toml` and `documents.txt`; runs go to `runs/`.
@@ -90,10 +91,15 @@ impl Ran {
         self
     }
 
-    /// It must have failed with exit code 1, a hint, every one of `parts` on stderr, and no panic.
+    /// It must have refused its input with a hint and every one of `parts` on stderr.
     pub fn fails_with(self, parts: &[&str]) -> Self {
+        self.fails_as(FailureKind::Input, parts)
+    }
+
+    /// It must have failed with the exit code of `kind`, a hint, all of `parts` on stderr, and no panic.
+    pub fn fails_as(self, kind: FailureKind, parts: &[&str]) -> Self {
         let all = || format!("stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
-        assert_eq!(self.code, 1, "{}", all());
+        assert_eq!(self.code, i32::from(kind.exit_code()), "{}", all());
         assert!(self.stderr.contains("error: "), "{}", all());
         assert!(self.stderr.contains("\nhint: "), "no hint\n{}", all());
         assert!(!self.stderr.contains("panicked"), "{}", all());

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::pipe;
 use std::process::{Command, Stdio};
 
+use pkv_core::FailureKind;
+
 use crate::infer::trained;
 use crate::sandbox::{Ran, Sandbox};
 
@@ -68,7 +70,7 @@ fn a_full_stdout_is_an_error_with_a_hint() {
     let s = project();
     for command in COMMANDS {
         let full = File::options().write(true).open("/dev/full").unwrap();
-        run(s, command, full).fails_with(&["cannot write to stdout"]);
+        run(s, command, full).fails_as(FailureKind::Environment, &["cannot write to stdout"]);
     }
 }
 

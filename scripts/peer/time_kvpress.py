@@ -39,7 +39,7 @@ SHAPES = {
 FIELDS = ("layers", "kv_heads", "query_heads", "head_dim", "hidden", "intermediate", "vocab")
 
 # Tokens of Llama 3's chat template before and after the user's text, and of KVzip's two requests. The same
-# numbers are in crates/cli/src/bench/models.rs.
+# numbers are in crates/bench/src/subject.rs.
 FRAME = {"prefix": 30, "switch": 5, "first": 8, "later": 13}
 
 

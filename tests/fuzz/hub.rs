@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::ensure;
-use pkv_core::NoProgress;
+use pkv_core::{NoProgress, Stop};
 use pkv_hub::{Hub, HubOptions, Push, PushFile};
 use serde_json::{Map, Value, json};
 
@@ -61,7 +61,7 @@ fn hub_answers() {
             download_timeout: second,
             ..HubOptions::default()
         });
-        let fetched = hub.fetch_dataset("a/b", "main", &["**".into()], &NoProgress, &|| Ok(()));
+        let fetched = hub.fetch_dataset("a/b", "main", &["**".into()], &NoProgress, &Stop::default());
         for (parent, only) in [(around.clone(), "deep"), (around.join("deep"), "hub")] {
             for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
                 assert_eq!(entry.file_name(), only, "written outside of the cache");
@@ -102,7 +102,7 @@ fn push_answers() {
             download_timeout: second,
             ..HubOptions::default()
         });
-        hub.push(&push, &NoProgress, &|| Ok(())).map(drop)
+        hub.push(&push, &NoProgress, &Stop::default()).map(drop)
     };
     // The answers of a hub that is right, by request.
     let server = PushServer::start();

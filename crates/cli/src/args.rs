@@ -1,13 +1,22 @@
 //! The command line: commands, arguments and their help. What they do is left to the commands.
 
+mod bench;
+mod stage;
+
 use std::path::PathBuf;
 
+use anyhow::Result;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
-use pkv_core::Policy;
+use pkv_core::{DtypeName, FailureKind, Policy};
 use pkv_gpu::DeviceChoice;
-use pkv_recipe::Override;
+use pkv_infer::RegimeName;
+use pkv_recipe::{Override, Recipe};
+use pkv_run::session::load_recipe;
 use pkv_shard::Stage;
+
+pub use self::bench::{BenchCommand, Models as BenchModels};
+pub use self::stage::StageCommand;
 
 use crate::completion::values;
 
@@ -17,7 +26,8 @@ use crate::completion::values;
 /// The labels are KVzip scores of the target, the features are attention statistics of the proxy or the
 /// target, and the network is a HybridAxialMapper. One recipe describes a model pair; `run` runs all stages.
 #[derive(Debug, Parser)]
-#[command(name = "proxykv-train", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(name = "proxykv-train", version, max_term_width = 100, arg_required_else_help = true,
+    after_help = exit_codes())]
 pub struct Cli {
     /// Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1.
     #[arg(long, global = true, default_value = "auto", value_name = "DEVICE", add = values::devices())]
@@ -43,9 +53,20 @@ pub struct Cli {
     pub command: Command,
 }
 
-const INFER_EXIT_CODES: &str = "Exit codes: 0 all questions were answered; 1 an argument, a file or a question was \
-    refused, with a hint; 2 an unexpected error, or an option that does not exist; 3 answered from the full cache, because the \
-    proxy failed; 130 interrupted.";
+/// Exit code of `infer` where answers came from the full cache, because the proxy failed.
+pub const FELL_BACK: u8 = 3;
+
+/// The table of exit codes in `--help`, which docs/guide.md has, too.
+pub fn exit_codes() -> String {
+    let mut codes = vec![
+        (0, "done"),
+        (FELL_BACK, "`infer` answered from the full cache, because the proxy or the mapper failed"),
+    ];
+    codes.extend(FailureKind::ALL.map(|kind| (kind.exit_code(), kind.meaning())));
+    codes.sort_unstable();
+    let lines: String = codes.iter().map(|(code, meaning)| format!("\n  {code:>3}  {meaning}")).collect();
+    format!("Exit codes:{lines}")
+}
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -93,45 +114,9 @@ pub enum Command {
         #[arg(long)]
         models_only: bool,
     },
-    /// Turn documents into tokenized examples.
-    Prepare {
-        #[command(flatten)]
-        stage: StageArgs,
-        /// Afterwards, show the first N examples as text, each with the facts planted in it.
-        #[arg(long, value_name = "N")]
-        show: Option<usize>,
-    },
-    /// Compute labels: KVzip scores of the target.
-    Label(StageArgs),
-    /// Extract features of the proxy or the target.
-    Extract(StageArgs),
-    /// Train the mapper on labels and features.
-    Train(StageArgs),
-    /// Evaluate the mapper and the baselines: agreement with the labels, and answers from pruned caches.
-    ///
-    /// Results of other tasks, methods, policies, ratios and limits are added to those already measured with
-    /// the same mapper; `--redo eval` discards them.
-    Eval {
-        #[command(flatten)]
-        stage: StageArgs,
-        /// Evaluate this export, run folder or hub repository instead of the run's best checkpoint.
-        #[arg(long, value_name = "FOLDER_OR_REPO", value_hint = ValueHint::DirPath)]
-        mapper: Option<PathBuf>,
-        /// Write `kept.safetensors` beside the results, to test ports to other programs: tokens, features,
-        /// scores and kept KV pairs of the first N contexts with facts.
-        #[arg(long, value_name = "N")]
-        kept: Option<usize>,
-        /// Show the first N contexts of each task with the exact prompts, special tokens spelt out, and exit
-        /// without measuring anything.
-        #[arg(long, value_name = "N", conflicts_with_all = ["kept", "mapper"])]
-        show: Option<usize>,
-        #[command(flatten)]
-        choices: EvalChoices,
-    },
-    /// Export the trained mapper: safetensors, config.json, model card, parity vectors.
-    Export(StageArgs),
-    /// Write one self-contained HTML report of the run.
-    Report(StageArgs),
+    /// One stage of `run`.
+    #[command(flatten)]
+    Stage(StageCommand),
     /// Run all stages in order; stages that are complete and match the recipe are skipped.
     Run(StageArgs),
     /// Run a recipe and variants of it, share what they have in common, and compare them.
@@ -140,7 +125,7 @@ pub enum Command {
     /// `shared/` beside the run folders. After a stop, the same command goes on.
     Sweep(SweepArgs),
     /// Read a context with both models, prune the target's cache once, and answer questions from it.
-    #[command(after_help = INFER_EXIT_CODES)]
+    #[command(after_help = exit_codes())]
     Infer(InferArgs),
     /// Compare evaluated runs of one target, with paired differences from the first.
     Compare(CompareArgs),
@@ -148,7 +133,8 @@ pub enum Command {
     /// would be sent.
     Push(PushArgs),
     /// Measure a stage's time per context, with a matrix product and a copy for comparison.
-    Bench(BenchArgs),
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Show what a shard, stage folder, run folder, checkpoint or export contains.
     Inspect {
         path: PathBuf,
@@ -188,8 +174,8 @@ pub struct InferArgs {
     #[arg(long, value_name = "TOKENS")]
     pub budget: Option<usize>,
     /// Pruning policy: which KV pairs compete for the budget.
-    #[arg(long, value_enum, default_value = "pair-floor")]
-    pub policy: PolicyName,
+    #[arg(long, default_value = "pair-floor", value_parser = policy())]
+    pub policy: Policy,
     /// Keep the newest N tokens of the context in every KV head, regardless of their scores, within the
     /// budget.
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -199,8 +185,9 @@ pub struct InferArgs {
     #[arg(long)]
     pub compare_full: bool,
     /// Order of proxy and target, and the devices they run on.
-    #[arg(long, value_enum, default_value = "sequential")]
-    pub regime: RegimeArg,
+    #[arg(long, default_value = "sequential",
+        value_parser = choice(&RegimeName::ALL, RegimeName::name, RegimeName::meaning))]
+    pub regime: RegimeName,
     /// Device of proxy and mapper with `--regime dual` [default: the GPU after the target's].
     #[arg(long, value_name = "DEVICE", add = values::devices())]
     pub proxy_device: Option<DeviceChoice>,
@@ -228,8 +215,9 @@ pub struct InferArgs {
     #[arg(long)]
     pub special_tokens_as_text: bool,
     /// Dtype of the models.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub dtype: DtypeArg,
+    #[arg(long, default_value = "auto",
+        value_parser = choice(&DtypeName::ALL, DtypeName::name, DtypeName::meaning))]
+    pub dtype: DtypeName,
     /// Tokens per forward of the target's prefill [default: as when the mapper was trained].
     #[arg(long, value_name = "TOKENS")]
     pub chunk_tokens: Option<usize>,
@@ -283,155 +271,6 @@ pub struct PushArgs {
     pub yes: bool,
 }
 
-/// A policy, as `--policy` spells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum PolicyName {
-    /// All KV pairs of the context compete.
-    Pair,
-    /// As `pair`, but every KV head keeps at least a sixth of an even share.
-    PairFloor,
-    /// As `pair-floor`; below a fifth kept, KeyDiff's scores count too.
-    PairKeydiff,
-    /// Positions compete within each KV head; every head keeps the same number.
-    PairUniform,
-    /// Positions compete within each KV head; the number kept is the head's budget from the export.
-    PairBudget,
-    /// Positions compete; all KV heads keep the same ones.
-    Token,
-}
-
-impl PolicyName {
-    pub const fn policy(self) -> Policy {
-        match self {
-            Self::Pair => Policy::Pair,
-            Self::PairFloor => Policy::PairFloor,
-            Self::PairKeydiff => Policy::PairKeydiff,
-            Self::PairUniform => Policy::PairUniform,
-            Self::PairBudget => Policy::PairBudget,
-            Self::Token => Policy::Token,
-        }
-    }
-}
-
-/// A regime, as `--regime` spells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum RegimeArg {
-    /// Proxy and mapper first, then the target; needs the least memory.
-    Sequential,
-    /// Both at once on one GPU.
-    Streams,
-    /// Both at once, proxy and mapper on a GPU of their own.
-    Dual,
-}
-
-/// A dtype, as `--dtype` spells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DtypeArg {
-    /// bf16 on a GPU, f32 on a CPU.
-    Auto,
-    F32,
-    Bf16,
-}
-
-/// Arguments of `bench`.
-#[derive(Clone, Debug, Args)]
-pub struct BenchArgs {
-    /// Stage to measure.
-    #[arg(value_enum)]
-    pub what: BenchWhat,
-    #[command(flatten)]
-    pub recipe: RecipeArgs,
-    /// Use models of the recipe's shapes with random weights, created on the device; no file is needed.
-    #[arg(long)]
-    pub random_weights: bool,
-    /// Context lengths in tokens [default: the recipe's windows].
-    #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
-    pub context: Vec<usize>,
-    /// Number of timed runs after one warm-up run; `train` runs this many steps, five times.
-    #[arg(long, default_value_t = 5, value_name = "N")]
-    pub repeats: usize,
-    /// Time limit per measurement; at least two runs are made.
-    #[arg(long, default_value_t = 20.0, value_name = "SECONDS")]
-    pub max_seconds: f64,
-    /// Figures of `scripts/peer/time_kvpress.py` (`train`: `mapper_compile.py`, a line per run) for the same
-    /// shape, to print beside our own.
-    #[arg(long, value_name = "FILE")]
-    pub peer: Option<PathBuf>,
-    /// `decode`: batch size, in sequences; a list is allowed.
-    #[arg(long, default_value = "1", value_name = "N", value_delimiter = ',')]
-    pub batch: Vec<usize>,
-    /// `prefill`: feature set to measure; a list is allowed [default: `recipe`; if it reads a proxy, `window`
-    /// and `reconstruction` as well].
-    #[arg(long, value_enum, value_name = "SET", value_delimiter = ',')]
-    pub features: Vec<FeatureSet>,
-    /// `prefill`: write the phases of each regime as a trace for ui.perfetto.dev.
-    #[arg(long, value_name = "FILE")]
-    pub trace: Option<PathBuf>,
-}
-
-/// Feature sets, by source and cost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum FeatureSet {
-    /// The recipe's features.
-    Recipe,
-    /// Proxy features from a window of queries.
-    Window,
-    /// The proxy's own KVzip scores.
-    Reconstruction,
-    /// Target features: the default channels without surprisal.
-    Target,
-    /// Target features from a window of queries.
-    TargetWindow,
-    /// Target features: all channels except those of the whole range.
-    TargetUnrun,
-    /// Target features: all channels.
-    TargetAll,
-    /// Target features, and proxy features with the proxy's KVzip scores.
-    Both,
-}
-
-impl FeatureSet {
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Recipe => "recipe",
-            Self::Window => "window",
-            Self::Reconstruction => "reconstruction",
-            Self::Target => "target",
-            Self::TargetWindow => "target window",
-            Self::TargetUnrun => "target unrun",
-            Self::TargetAll => "target all",
-            Self::Both => "both",
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum BenchWhat {
-    /// Target: prefill, and prefill with KVzip scoring.
-    Label,
-    /// Proxy, or the target if no feature comes from a proxy: prefill, and feature extraction by cost.
-    Extract,
-    /// Mapper: steps through the loader, and on a batch that is on the device already.
-    Train,
-    /// Both models: from a context to a pruned cache, with the target alone, with KVzip, and with ProxyKV in
-    /// every regime.
-    Prefill,
-    /// Target: tokens per second from full and from pruned caches.
-    Decode,
-}
-
-impl BenchWhat {
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Label => "label",
-            Self::Extract => "extract",
-            Self::Train => "train",
-            Self::Prefill => "prefill",
-            Self::Decode => "decode",
-        }
-    }
-}
-
 /// Machines that `plan` knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PlanMachine {
@@ -459,15 +298,22 @@ impl PlanMachine {
     }
 }
 
-/// The recipe and its overrides.
+/// A recipe and its overrides.
 #[derive(Clone, Debug, Args)]
-pub struct RecipeArgs {
+pub struct RecipeFile {
     /// Recipe (TOML) of the pair.
     #[arg(long, value_name = "FILE", add = values::recipe())]
     pub recipe: PathBuf,
     /// Override a key of the recipe, such as `train.steps=500`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE", add = values::assignment())]
     pub sets: Vec<Override>,
+}
+
+/// A recipe whose documents are read.
+#[derive(Clone, Debug, Args)]
+pub struct RecipeArgs {
+    #[command(flatten)]
+    pub file: RecipeFile,
     /// Documents to use instead of the recipe's: text, jsonl or parquet files, as paths or quoted patterns
     /// such as 'my/*.txt'.
     #[arg(long, value_name = "FILES", num_args = 1.., value_hint = ValueHint::FilePath)]
@@ -477,13 +323,29 @@ pub struct RecipeArgs {
 impl RecipeArgs {
     /// All overrides of the recipe from the command line; shorthands win over `--set`.
     pub fn overrides(&self) -> Vec<Override> {
-        let mut all = self.sets.clone();
+        let mut all = self.file.sets.clone();
         if !self.data.is_empty() {
             let said = format!("--data {}", self.data.join(" "));
             all.push(Override::by_flag(said, format!("data.files={}", list(&self.data))));
         }
         all
     }
+
+    /// # Errors
+    /// The recipe is invalid, or names an unknown method or task.
+    pub fn load(&self) -> Result<Recipe> {
+        load_recipe(&self.file.recipe, &self.overrides())
+    }
+}
+
+/// A choice by name from a list, whose meanings are shown in help and completion.
+fn choice<T: Copy + Send + Sync + 'static>(
+    all: &'static [T],
+    name: fn(T) -> &'static str,
+    meaning: fn(T) -> &'static str,
+) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(all.iter().map(|&v| PossibleValue::new(name(v)).help(meaning(v))))
+        .map(move |chosen| *all.iter().find(|&&v| name(v) == chosen).expect("the parser accepted its name"))
 }
 
 /// Texts as a TOML list.
@@ -535,7 +397,7 @@ pub struct StageArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
     /// Delete this stage's output and compute it again; may be repeated.
-    #[arg(long, value_name = "STAGE", value_parser = stage())]
+    #[arg(long, value_name = "STAGE", value_parser = choice(&Stage::ALL, Stage::name, Stage::meaning))]
     pub redo: Vec<Stage>,
 }
 
@@ -566,80 +428,8 @@ pub struct SweepArgs {
     pub out: Option<PathBuf>,
 }
 
-/// What to evaluate: shorthands for keys of `[eval]`.
-#[derive(Clone, Debug, Default, Args)]
-pub struct EvalChoices {
-    #[arg(long, value_delimiter = ',', value_name = "TASK,...", help = tasks_help(), add = values::tasks())]
-    pub tasks: Vec<String>,
-    /// Methods to use instead of the recipe's, such as mapper,kvzip,snapkv.
-    #[arg(long, value_delimiter = ',', value_name = "METHOD,...", value_parser = method_names(), add = values::methods())]
-    pub methods: Vec<String>,
-    /// Policies to use instead of the recipe's, for the metrics against labels and for the tasks.
-    #[arg(long, value_delimiter = ',', value_name = "POLICY,...", value_enum)]
-    pub policies: Vec<PolicyName>,
-    /// Maximum number of contexts per task.
-    #[arg(long, value_name = "N")]
-    pub limit: Option<usize>,
-    /// Keep the newest N tokens of a context in every KV head, regardless of their scores, within the
-    /// budget.
-    #[arg(long, value_name = "N")]
-    pub keep_recent: Option<usize>,
-}
-
-fn tasks_help() -> String {
-    let names: Vec<&str> = pkv_eval::tasks::names().collect();
-    format!(
-        "Tasks to use instead of the recipe's: {}; or single tasks of a benchmark, such as ruler/vt",
-        names.join(", ")
-    )
-}
-
-/// The names that `--methods` takes, for help, completion and the hint after a misspelled one.
-fn method_names() -> PossibleValuesParser {
-    let name = |m: &pkv_eval::methods::Method| PossibleValue::new(m.name.name()).help(m.meaning);
-    PossibleValuesParser::new(pkv_eval::methods::REGISTRY.iter().map(name))
-}
-
-impl EvalChoices {
-    /// The same as `--set` would say it.
-    pub fn overrides(&self) -> Vec<Override> {
-        let mut out = Vec::new();
-        let by = |said: &str, assignment: String| Override::by_flag(said, assignment);
-        if !self.tasks.is_empty() {
-            let said = format!("--tasks {}", self.tasks.join(","));
-            out.push(by(&said, format!("eval.tasks={}", list(&self.tasks))));
-        }
-        if !self.methods.is_empty() {
-            let said = format!("--methods {}", self.methods.join(","));
-            out.push(by(&said, format!("eval.methods={}", list(&self.methods))));
-        }
-        if !self.policies.is_empty() {
-            let policies: Vec<Policy> = self.policies.iter().map(|p| p.policy()).collect();
-            let named = |all: bool| -> Vec<&str> {
-                policies.iter().filter(|p| all || !p.needs_keys()).map(|p| p.name()).collect()
-            };
-            let said = format!("--policies {}", named(true).join(","));
-            // Labels have no keys.
-            if !named(false).is_empty() {
-                out.push(by(&said, format!("eval.policies={}", list(&named(false)))));
-            }
-            out.push(by(&said, format!("eval.answer_policies={}", list(&named(true)))));
-        }
-        if let Some(n) = self.keep_recent {
-            out.push(by(&format!("--keep-recent {n}"), format!("eval.keep_recent={n}")));
-        }
-        if let Some(n) = self.limit {
-            let said = format!("--limit {n}");
-            out.push(by(&said, format!("eval.contexts={n}")));
-            out.push(by(&said, format!("eval.benchmark.examples={n}")));
-        }
-        out
-    }
-}
-
-/// Stages by their names, with which clap answers a misspelled one.
-fn stage() -> impl TypedValueParser<Value = Stage> {
-    PossibleValuesParser::new(Stage::ALL.map(Stage::name)).try_map(|name| name.parse::<Stage>())
+fn policy() -> impl TypedValueParser<Value = Policy> {
+    choice(&Policy::ALL, Policy::name, Policy::meaning)
 }
 
 #[cfg(test)]
@@ -657,36 +447,18 @@ mod tests {
     }
 
     #[test]
-    fn choices_are_overrides() {
-        let args = [
-            "proxykv-train",
-            "eval",
-            "--recipe",
-            "r.toml",
-            "--tasks",
-            "facts,ruler/vt,ruler/cwe",
-            "--methods",
-            "mapper",
-            "--policies",
-            "pair-uniform,pair-keydiff,pair-budget",
-            "--limit",
-            "7",
-        ];
-        let Command::Eval { choices, .. } = Cli::try_parse_from(args).unwrap().command else { panic!() };
-        assert_eq!(
-            choices.overrides().into_iter().map(|o| o.assignment).collect::<Vec<_>>(),
-            [
-                r#"eval.tasks=["facts", "ruler/vt", "ruler/cwe"]"#,
-                r#"eval.methods=["mapper"]"#,
-                r#"eval.policies=["pair-uniform", "pair-budget"]"#,
-                r#"eval.answer_policies=["pair-uniform", "pair-keydiff", "pair-budget"]"#,
-                "eval.contexts=7",
-                "eval.benchmark.examples=7",
-            ]
-        );
-        assert!(EvalChoices::default().overrides().is_empty());
-        let misspelled = ["proxykv-train", "eval", "--recipe", "r.toml", "--methods", "mapper,snapvk"];
-        let error = Cli::try_parse_from(misspelled).unwrap_err().to_string();
-        assert!(error.contains("'snapvk'") && error.contains("'snapkv'"), "{error}");
+    fn help_and_guide_have_the_same_exit_codes() {
+        let guide = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/guide.md");
+        let guide = std::fs::read_to_string(guide).unwrap();
+        let help = exit_codes();
+        let codes: Vec<&str> = help.lines().skip(1).collect();
+        assert_eq!(codes.len(), 2 + FailureKind::ALL.len());
+        for line in codes {
+            let (code, meaning) = line.trim().split_once("  ").unwrap();
+            assert!(
+                guide.contains(&format!("| {code} | {meaning} |")),
+                "docs/guide.md lacks {code}: {meaning}"
+            );
+        }
     }
 }

@@ -104,9 +104,7 @@ impl Check {
 
     /// A failure with the hint that the error carries.
     fn error(name: &str, e: &Error) -> Self {
-        let hinted =
-            e.downcast_ref::<Hinted>().or_else(|| e.chain().find_map(|c| c.downcast_ref::<Hinted>()));
-        Self::fail(name, format!("{e:#}"), hinted.map_or("", Hinted::hint))
+        Self::fail(name, format!("{e:#}"), Hinted::find(e).map_or("", Hinted::hint))
     }
 }
 

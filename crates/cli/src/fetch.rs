@@ -1,32 +1,29 @@
 //! `fetch`: models and data into the Hugging Face cache, pinned by lock files.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
+use pkv_core::Stop;
 use pkv_hub::Hub;
+use pkv_run::session::{benchmark_manifest_path, manifest};
 
 use crate::args::{Cli, RecipeArgs};
 use crate::output;
-use crate::session::{benchmark_manifest_path, load_recipe, manifest, recipe_root};
 use crate::terminal::Bar;
-use pkv_core::Interrupted;
 
-pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool, stop: Arc<AtomicBool>) -> Result<()> {
-    let recipe = load_recipe(&args.recipe, &args.overrides())?;
+pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool, stop: &Stop) -> Result<()> {
+    let recipe = args.load()?;
     let hub = Hub::from_env();
     let bar = Bar::new();
-    let check_stop = || if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) };
-    let root = recipe_root(&recipe);
-    let (target, proxy) = pkv_hub::fetch_recipe(&hub, &recipe, &[Path::new(""), &root], &bar, &check_stop)?;
+    let root = recipe.root();
+    let (target, proxy) = pkv_hub::fetch_recipe(&hub, &recipe, &[Path::new(""), &root], &bar, stop)?;
     if !models_only {
         let (manifest, path) = manifest(&recipe)?;
         if let Some(path) = path {
-            pkv_hub::fetch_manifest(&hub, &manifest, &path, &bar, &check_stop)?;
+            pkv_hub::fetch_manifest(&hub, &manifest, &path, &bar, stop)?;
         }
         if let Some(path) = benchmark_manifest_path(&recipe) {
-            pkv_hub::fetch_manifest(&hub, &pkv_recipe::load_manifest(&path)?, &path, &bar, &check_stop)?;
+            pkv_hub::fetch_manifest(&hub, &pkv_recipe::load_manifest(&path)?, &path, &bar, stop)?;
         }
     }
     if cli.json {

@@ -13,7 +13,6 @@ mod completion;
 mod doctor;
 mod fetch;
 mod infer;
-mod inspect;
 mod man;
 mod output;
 mod plan;
@@ -28,18 +27,16 @@ mod sweep;
 mod terminal;
 
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use clap::Parser;
-use pkv_core::hinted;
+use pkv_core::{FailureKind, Stop, hinted};
 use pkv_run::session::{Choices, Session, choose_device};
 use pkv_run::stages::eval::EvalOptions;
-use pkv_run::{mapper_source, pair, session, stages};
+use pkv_run::{mapper_source, session, stages};
 use pkv_shard::Stage;
 
-use crate::args::{Cli, Command, RecipeArgs, StageArgs};
+use crate::args::{Cli, Command, RecipeArgs, StageArgs, StageCommand};
 use crate::terminal::Bar;
 
 fn main() -> ExitCode {
@@ -58,20 +55,20 @@ fn main() -> ExitCode {
 fn within_memory(cli: &Cli) -> Result<ExitCode> {
     // Errors of `run` are its own business: only a panic of libtorch is looked at.
     pkv_gpu::unless_exhausted(|| Ok(run(cli)))?.unwrap_or_else(|| {
-        Err(hinted(
+        let memory = hinted(
             "memory ran out, of the GPU or of this machine; what was written before is whole",
             "see what else uses it (`nvidia-smi`, `free -h`) and what each stage needs (`proxykv-train plan`); \
              then run the same command again, with smaller `train.batch`, `train.window_tokens`, \
              `label.prefill_chunk_tokens` or `extract.prefill_chunk_tokens`",
-        )
-        .into())
+        );
+        Err(memory.environment().into())
     })
 }
 
 fn end(result: Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|e| {
         terminal::print(&render::error(&e));
-        ExitCode::from(render::exit_code(&e))
+        ExitCode::from(FailureKind::of(&e).exit_code())
     })
 }
 
@@ -86,40 +83,20 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
         Command::Plan { recipe, resolved, machine } => plan::run(cli, recipe, *resolved, *machine)?,
-        Command::Fetch { recipe, models_only } => fetch::run(cli, recipe, *models_only, stop)?,
+        Command::Fetch { recipe, models_only } => fetch::run(cli, recipe, *models_only, &stop)?,
         Command::Recipes { what } => recipes::run(cli, what, &stop)?,
         Command::Schema { reference } => schema::run(*reference)?,
-        Command::Prepare { stage, show } => {
-            let session = one(cli, stage, Stage::Prepare, stop, &EvalOptions::default())?;
-            show.map_or(Ok(()), |n| show::examples(cli, &session, n))?;
-        }
-        Command::Label(a) => drop(one(cli, a, Stage::Label, stop, &EvalOptions::default())?),
-        Command::Extract(a) => drop(one(cli, a, Stage::Extract, stop, &EvalOptions::default())?),
-        Command::Train(a) => drop(one(cli, a, Stage::Train, stop, &EvalOptions::default())?),
-        Command::Eval { stage, mapper, kept, show, choices } => {
-            let mut stage = stage.clone();
-            stage.recipe.sets.extend(choices.overrides());
-            if let Some(n) = show {
-                show::prompts(cli, &open(cli, &stage.recipe, stop)?, *n)?;
-                return Ok(ExitCode::SUCCESS);
-            }
-            let mapper = mapper
-                .as_deref()
-                .map(|named| mapper_source::export_folder(named, &Bar::new(), &stop))
-                .transpose()?;
-            let options = EvalOptions { mapper, kept: *kept };
-            one(cli, &stage, Stage::Eval, stop, &options)?;
-        }
-        Command::Export(a) => drop(one(cli, a, Stage::Export, stop, &EvalOptions::default())?),
-        Command::Report(a) => drop(one(cli, a, Stage::Report, stop, &EvalOptions::default())?),
+        Command::Stage(command) => one(cli, command, stop)?,
         Command::Run(a) => all(cli, a, stop)?,
-        Command::Infer(a) => return infer::run(cli, a, stop),
-        Command::Sweep(a) => sweep::run(cli, a, stop)?,
+        Command::Infer(a) => return infer::run(cli, a, &stop),
+        Command::Sweep(a) => sweep::run(cli, a, &stop)?,
         Command::Compare(a) => compare::run(cli, a)?,
-        Command::Push(a) => push::run(cli, a, stop)?,
-        Command::Bench(a) => bench::run(cli, a, stop)?,
-        Command::Inspect { path, against: None } => output::print(&inspect::inspect(path)?)?,
-        Command::Inspect { path, against: Some(other) } => output::print(&inspect::against(path, other)?)?,
+        Command::Push(a) => push::run(cli, a, &stop)?,
+        Command::Bench(a) => bench::run(cli, a, &stop)?,
+        Command::Inspect { path, against: None } => output::print(&pkv_inspect::inspect(path)?)?,
+        Command::Inspect { path, against: Some(other) } => {
+            output::print(&pkv_inspect::against(path, other)?)?
+        }
         Command::Man { folder } => man::run(folder)?,
         Command::Completions { shell } => output::print(&completion::script(*shell)?)?,
     }
@@ -127,8 +104,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 }
 
 /// A run folder to work in, with its log.
-fn open(cli: &Cli, args: &RecipeArgs, stop: Arc<AtomicBool>) -> Result<Session> {
-    let recipe = session::load_recipe(&args.recipe, &args.overrides())?;
+fn open(cli: &Cli, args: &RecipeArgs, stop: Stop) -> Result<Session> {
+    let recipe = args.load()?;
     let device = choose_device(cli.device, cli.threads)?;
     let session =
         Session::open(recipe, Choices { runs: &cli.runs, device, bar: Box::new(Bar::new()), stop })?;
@@ -136,39 +113,36 @@ fn open(cli: &Cli, args: &RecipeArgs, stop: Arc<AtomicBool>) -> Result<Session> 
     Ok(session)
 }
 
-/// One stage on its own, and the session that it ran in.
-fn one(
-    cli: &Cli,
-    args: &StageArgs,
-    stage: Stage,
-    stop: Arc<AtomicBool>,
-    options: &EvalOptions,
-) -> Result<Session> {
-    if stage == Stage::Report {
+/// One stage on its own, and what its command shows.
+fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
+    let StageCommand { stage, args, prepare, eval } = command;
+    if *stage == Stage::Report {
         results::check_run(cli, &args.recipe)?;
     }
-    let session = open(cli, &args.recipe, stop)?;
-    stages::run(&session, stage, &args.redo, options)?;
-    if stage == Stage::Eval {
-        results::print(cli, &session, options)?;
+    let mut recipe = args.recipe.clone();
+    let mut options = EvalOptions::default();
+    if let Some(eval) = eval {
+        recipe.file.sets.extend(eval.choices.overrides());
+        if let Some(n) = eval.show {
+            return show::prompts(cli, &open(cli, &recipe, stop)?, n);
+        }
+        let export = |named| mapper_source::export_folder(named, &Bar::new(), &stop);
+        options = EvalOptions { mapper: eval.mapper.as_deref().map(export).transpose()?, kept: eval.kept };
     }
-    Ok(session)
+    let session = open(cli, &recipe, stop)?;
+    stages::run(&session, *stage, &args.redo, &options)?;
+    if let Some(n) = prepare.as_ref().and_then(|prepare| prepare.show) {
+        show::examples(cli, &session, n)?;
+    }
+    if eval.is_some() { results::print(cli, &session, &options) } else { Ok(()) }
 }
 
 /// All stages in order, then what came of them.
-fn all(cli: &Cli, args: &StageArgs, stop: Arc<AtomicBool>) -> Result<()> {
+fn all(cli: &Cli, args: &StageArgs, stop: Stop) -> Result<()> {
     let session = open(cli, &args.recipe, stop)?;
     let options = EvalOptions::default();
-    let mut redo = args.redo.clone();
-    for (at, stage) in Stage::ALL.into_iter().enumerate() {
-        terminal::stage(at + 1, Stage::ALL.len(), stage.name());
-        // Labels may bring features along: those that are made again go before that.
-        if stage == Stage::Label && redo.contains(&Stage::Extract) {
-            stages::throw_away(&session, Stage::Extract, &options)?;
-            redo.retain(|&stage| stage != Stage::Extract);
-        }
-        stages::run(&session, stage, &redo, &options)?;
-    }
+    let begin = |stage: Stage| terminal::stage(stage as usize + 1, Stage::ALL.len(), stage.name());
+    stages::run_all(&session, &args.redo, &options, &begin)?;
     results::print_run(cli, &session, &options)
 }
 
@@ -181,5 +155,9 @@ fn doctor_command(
     let device = pkv_gpu::device(cli.device)?;
     let checks = doctor::checks(recipe.as_ref(), device, &cli.runs);
     output::print_either(cli.json, &checks, || doctor::table(&checks))?;
-    Ok(if doctor::all_well(&checks) { ExitCode::SUCCESS } else { ExitCode::from(render::REPAIRABLE) })
+    Ok(if doctor::all_well(&checks) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(FailureKind::Input.exit_code())
+    })
 }

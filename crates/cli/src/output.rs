@@ -3,40 +3,19 @@
 //! The only place that writes to stdout; `print!` would panic where this returns an error. stderr is
 //! `terminal`'s.
 
-use std::fmt;
 use std::io::{self, ErrorKind, Write};
 
-use anyhow::{Error, Result};
-use pkv_core::{hinted, neutral};
+use anyhow::{Context, Result};
+use pkv_core::{ClosedPipe, hinted, neutral};
 use serde::Serialize;
 
 use crate::terminal;
-
-/// stdout takes no more.
-#[derive(Debug)]
-pub enum Lost {
-    /// The reader closed it, as `head` does: no reader is left for a message.
-    Closed,
-    /// It could not be written.
-    Failed(io::Error),
-}
-
-impl fmt::Display for Lost {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Closed => f.write_str("stdout was closed"),
-            Self::Failed(e) => e.fmt(f),
-        }
-    }
-}
-
-impl std::error::Error for Lost {}
 
 /// Write `text` and send it off; what a terminal would obey in it is spelt out, in a form that JSON reads
 /// back.
 ///
 /// # Errors
-/// [`Lost`].
+/// The reader closed stdout ([`ClosedPipe`]), or it cannot be written.
 pub fn print(text: &str) -> Result<()> {
     let text = neutral(text);
     let mut out = io::stdout().lock();
@@ -46,7 +25,7 @@ pub fn print(text: &str) -> Result<()> {
 /// [`print`]; changes of color and weight in it stay if stdout is a terminal that has them.
 ///
 /// # Errors
-/// [`Lost`].
+/// The reader closed stdout ([`ClosedPipe`]), or it cannot be written.
 pub fn print_styled(text: &str) -> Result<()> {
     let text = terminal::shown(text, terminal::has_color(&io::stdout()));
     let mut out = io::stdout().lock();
@@ -56,7 +35,7 @@ pub fn print_styled(text: &str) -> Result<()> {
 /// Write `value` as JSON over several lines.
 ///
 /// # Errors
-/// [`Lost`].
+/// The reader closed stdout ([`ClosedPipe`]), or it cannot be written.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     print(&format!("{}\n", serde_json::to_string_pretty(value)?))
 }
@@ -64,7 +43,7 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
 /// JSON with `--json`, else text.
 ///
 /// # Errors
-/// [`Lost`].
+/// The reader closed stdout ([`ClosedPipe`]), or it cannot be written.
 pub fn print_either(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) -> Result<()> {
     if json { print_json(value) } else { print(&text()) }
 }
@@ -72,31 +51,35 @@ pub fn print_either(json: bool, value: &impl Serialize, text: impl FnOnce() -> S
 /// The result of another writer to stdout, after a flush.
 ///
 /// # Errors
-/// [`Lost`].
+/// The reader closed stdout ([`ClosedPipe`]), or it cannot be written.
 pub fn check(written: io::Result<()>) -> Result<()> {
-    let lost = match written.and_then(|()| io::stdout().flush()) {
-        Ok(()) => return Ok(()),
-        Err(e) if e.kind() == ErrorKind::BrokenPipe => return Err(Lost::Closed.into()),
-        Err(e) => Error::from(Lost::Failed(e)),
-    };
-    Err(lost.context(hinted(
-        "cannot write to stdout",
-        "free space where stdout goes, or send it elsewhere; what the command made on disk is whole",
-    )))
+    match written.and_then(|()| io::stdout().flush()) {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Err(ClosedPipe.into()),
+        written => written.with_context(|| {
+            hinted(
+                "cannot write to stdout",
+                "free space where stdout goes, or send it elsewhere; what the command made on disk is whole",
+            )
+        }),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use pkv_core::FailureKind;
+
     use super::*;
     use crate::render;
 
     #[test]
     fn a_closed_stdout_is_quiet_and_a_full_one_is_not() {
-        let lost = |kind: ErrorKind| check(Err(kind.into())).unwrap_err();
-        let closed = lost(ErrorKind::BrokenPipe).context("cannot print");
-        assert_eq!((render::exit_code(&closed), render::error(&closed).as_str()), (render::CLOSED, ""));
-        let full = lost(ErrorKind::StorageFull);
-        assert_eq!(render::exit_code(&full), render::REPAIRABLE);
+        let closed = check(Err(ErrorKind::BrokenPipe.into())).unwrap_err().context("cannot print");
+        assert_eq!(
+            (FailureKind::of(&closed), render::error(&closed).as_str()),
+            (FailureKind::ClosedPipe, "")
+        );
+        let full = check(Err(io::Error::from_raw_os_error(libc::ENOSPC))).unwrap_err();
+        assert_eq!(FailureKind::of(&full), FailureKind::Environment);
         let text = render::error(&full);
         assert!(
             text.starts_with("error: cannot write to stdout\n  Caused by: ")

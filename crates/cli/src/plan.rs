@@ -2,14 +2,14 @@
 
 use anyhow::Result;
 use pkv_recipe::plan::{Machine, Plan};
+use pkv_run::session::{choose_device, load_with_origins, manifest};
 use tch::Device;
 
 use crate::args::{Cli, PlanMachine, RecipeArgs};
 use crate::output;
-use crate::session::{choose_device, load_with_origins, manifest};
 
 pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -> Result<()> {
-    let (recipe, origins) = load_with_origins(&args.recipe, &args.overrides())?;
+    let (recipe, origins) = load_with_origins(&args.file.recipe, &args.overrides())?;
     if resolved {
         let json = recipe.explained_json(&origins);
         return output::print_either(cli.json, &json, || recipe.explained(&origins));

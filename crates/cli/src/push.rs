@@ -2,12 +2,10 @@
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, bail};
 use pkv_checkpoint::{BUDGETS_FILE, EXPORT_FILES, Export};
-use pkv_core::hinted;
+use pkv_core::{Stop, hinted};
 use pkv_hub::{Hub, Push, PushFile, Pushed};
 use pkv_recipe::plan::human_bytes;
 use pkv_shard::RunLayout;
@@ -16,9 +14,8 @@ use serde_json::{Value, json};
 use crate::args::{Cli, PushArgs};
 use crate::output;
 use crate::terminal::Bar;
-use pkv_core::Interrupted;
 
-pub fn run(cli: &Cli, args: &PushArgs, stop: Arc<AtomicBool>) -> Result<()> {
+pub fn run(cli: &Cli, args: &PushArgs, stop: &Stop) -> Result<()> {
     let folder = export_folder(&args.source)?;
     let export = Export::read(&folder)?;
     export.check()?;
@@ -39,8 +36,7 @@ pub fn run(cli: &Cli, args: &PushArgs, stop: Arc<AtomicBool>) -> Result<()> {
     if !args.yes {
         return show(cli, || dry_run(&hub, &push, &folder), || as_json(&hub, &push, &folder));
     }
-    let check_stop = || if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) };
-    let done = hub.push(&push, &Bar::new(), &check_stop)?;
+    let done = hub.push(&push, &Bar::new(), stop)?;
     show(
         cli,
         || in_words(&push, &done),

@@ -6,24 +6,23 @@
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use pkv_core::hinted;
+use pkv_core::{Stop, hinted};
 use pkv_hub::Hub;
 use pkv_lm::LmConfig;
+use pkv_recipe::toml_files;
+use pkv_run::session::load_recipe;
 use serde_json::{Value, json};
 
 use crate::args::{Cli, InitArgs, RecipesCommand};
-use crate::completion::values::{DEEPEST, toml_files};
+use crate::completion::values::DEEPEST;
 use crate::output;
-use crate::session::load_recipe;
 use crate::terminal::Bar;
-use pkv_core::Interrupted;
 
 /// # Errors
 /// There are no recipes, a model cannot be read, or the file to write is there already.
-pub fn run(cli: &Cli, what: &RecipesCommand, stop: &AtomicBool) -> Result<()> {
+pub fn run(cli: &Cli, what: &RecipesCommand, stop: &Stop) -> Result<()> {
     match what {
         RecipesCommand::Ls => ls(cli),
         RecipesCommand::Show { name } => show(name),
@@ -100,15 +99,14 @@ fn show(name: &str) -> Result<()> {
 }
 
 /// A model's config.json and what its recipe calls it.
-fn model(role: &str, name: &str, stop: &AtomicBool) -> Result<LmConfig> {
-    let check_stop = || if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) };
+fn model(role: &str, name: &str, stop: &Stop) -> Result<LmConfig> {
     let folder = Hub::from_env()
-        .fetch_config(name, "main", &[Path::new("")], &Bar::new(), &check_stop)
+        .fetch_config(name, "main", &[Path::new("")], &Bar::new(), stop)
         .and_then(|folder| LmConfig::from_folder(&folder));
     folder.with_context(|| format!("cannot read the shape of the {role} `{name}`"))
 }
 
-fn init(args: &InitArgs, stop: &AtomicBool) -> Result<()> {
+fn init(args: &InitArgs, stop: &Stop) -> Result<()> {
     let target = model("target", &args.target, stop)?;
     let proxy = args.proxy.as_deref().map(|name| Ok((name, model("proxy", name, stop)?)));
     let proxy: Option<(&str, LmConfig)> = proxy.transpose().map_err(|e: anyhow::Error| e)?;

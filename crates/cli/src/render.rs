@@ -1,29 +1,16 @@
-//! Formatting of errors on the terminal, and their exit codes.
+//! Formatting of errors on the terminal.
 
 use std::fmt::Write;
 use std::io::{self, ErrorKind};
 
 use anyhow::Error;
-use pkv_core::{Hinted, Interrupted, neutral};
-
-use crate::output::Lost;
-
-/// Exit codes: 0 done, 1 the user can repair it, 2 anything else (and, as is usual, arguments that are no
-/// command line), 3 answered without pruning because the proxy failed, 130 interrupted, 141 stdout was
-/// closed.
-pub const REPAIRABLE: u8 = 1;
-pub const UNEXPECTED: u8 = 2;
-pub const FELL_BACK: u8 = 3;
-pub const INTERRUPTED: u8 = 130;
-/// What a shell reports of a program that SIGPIPE ends: not all of the output was read, which a script may
-/// want to know.
-pub const CLOSED: u8 = 141;
+use pkv_core::{FailureKind, Hinted, Interrupted, neutral};
 
 /// `error: …`, one `Caused by: …` per cause, an empty line, `hint: …`; after an interruption one line that
 /// says how to go on; empty if stdout's reader closed the pipe.
 pub fn error(e: &Error) -> String {
     let mut out = String::new();
-    if is_closed(e) {
+    if FailureKind::of(e) == FailureKind::ClosedPipe {
         return out;
     }
     // What the user asked for is no error.
@@ -53,29 +40,9 @@ pub fn error(e: &Error) -> String {
     neutral(&out).into_owned()
 }
 
-/// The exit code that tells what kind of error it is.
-pub fn exit_code(e: &Error) -> u8 {
-    if e.downcast_ref::<Interrupted>().is_some() {
-        INTERRUPTED
-    } else if is_closed(e) {
-        CLOSED
-    } else if hint(e).is_some() {
-        REPAIRABLE
-    } else {
-        UNEXPECTED
-    }
-}
-
-fn is_closed(e: &Error) -> bool {
-    matches!(e.downcast_ref::<Lost>(), Some(Lost::Closed))
-}
-
 /// The outermost hint of the chain.
 pub fn hint(e: &Error) -> Option<&str> {
-    e.downcast_ref::<Hinted>()
-        .or_else(|| e.chain().find_map(|c| c.downcast_ref::<Hinted>()))
-        .map(Hinted::hint)
-        .or_else(|| system_hint(e))
+    Hinted::find(e).map(Hinted::hint).or_else(|| system_hint(e))
 }
 
 /// What repairs a failed call of the system, or a file that holds no text, that nothing closer to it has a
@@ -138,7 +105,7 @@ mod tests {
         ] {
             let e = Error::from(io::Error::from_raw_os_error(number)).context("cannot create folder `x`");
             assert!(error(&e).contains(part) && error(&e).contains("\nhint: "), "{}", error(&e));
-            assert_eq!(exit_code(&e), REPAIRABLE);
+            assert_eq!(FailureKind::of(&e), FailureKind::Environment);
             assert_eq!(hint(&e.context(hinted("a", "closer"))), Some("closer"));
         }
         assert_eq!(hint(&Error::from(io::Error::other("a bug"))), None);
@@ -156,11 +123,7 @@ mod tests {
             error(&e),
             "error: cannot label\n  Caused by: cannot read `x`\n  Caused by: expected 4 bytes, found 3\n\nhint: run `fetch` again\n"
         );
-        assert_eq!(exit_code(&e), REPAIRABLE);
-        assert_eq!(exit_code(&anyhow!("x")), UNEXPECTED);
-        assert_eq!(exit_code(&Error::from(hinted("a", "b"))), REPAIRABLE);
         let stopped = Error::from(Interrupted).context("cannot label");
-        assert_eq!(exit_code(&stopped), INTERRUPTED);
         assert!(error(&stopped).starts_with("interrupted; ") && !error(&stopped).contains("error"));
     }
 }

@@ -8,7 +8,7 @@ use pkv_core::{Policy, hinted};
 use pkv_eval::{AnswerResults, Interval, RESULTS_FILE, Results, methods};
 use pkv_recipe::MethodName;
 use pkv_recipe::plan::human_secs;
-use pkv_run::session::{Session, load_recipe};
+use pkv_run::session::Session;
 use pkv_run::stages::eval::{EvalOptions, folder};
 use pkv_shard::{RunJson, RunLayout};
 
@@ -169,7 +169,7 @@ fn percent_kept(ratio: f64) -> String {
 /// # Errors
 /// The recipe is invalid, or its run folder absent.
 pub fn check_run(cli: &Cli, args: &RecipeArgs) -> Result<()> {
-    let recipe = load_recipe(&args.recipe, &args.overrides())?;
+    let recipe = args.load()?;
     let run = RunLayout::new(cli.runs.join(&recipe.name));
     ensure!(
         run.run_json().is_file(),

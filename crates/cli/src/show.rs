@@ -8,14 +8,14 @@ use anyhow::{Result, ensure};
 use pkv_core::{Fingerprint, hinted};
 use pkv_eval::Asked;
 use pkv_lm::TextTokenizer;
-use pkv_shard::{Example, StageReader};
+use pkv_run::pair;
+use pkv_run::session::Session;
+use pkv_run::stages::{self, eval, prepare};
+use pkv_shard::{Example, Stage, StageReader};
 use serde_json::{Value, json};
 
 use crate::args::Cli;
 use crate::output;
-use crate::pair;
-use crate::session::Session;
-use crate::stages::{self, eval, prepare};
 
 /// The first `n` examples.
 ///
@@ -49,7 +49,7 @@ pub fn prompts(cli: &Cli, s: &Session, n: usize) -> Result<()> {
     some(n)?;
     let target = pair::find_target(s)?;
     let tokenizer = &target.tokenizer;
-    stages::require(&s.run.examples(), "prepare", &prepare::fingerprint(s, &target)?)?;
+    stages::require(&s.run.examples(), Stage::Prepare, &prepare::fingerprint(s, &target)?)?;
     let test = eval::test_examples(s)?;
     let contexts = eval::contexts(s, tokenizer, &test)?;
     let files = eval::benchmark_files(s)?;

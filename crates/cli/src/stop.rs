@@ -1,34 +1,34 @@
 //! Ctrl-C and SIGTERM.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use pkv_core::hinted;
+use pkv_core::{FailureKind, Stop, hinted};
 
 /// A flag that Ctrl-C and SIGTERM raise; a second signal, given time to read the first one's answer,
 /// ends the process at once.
-pub fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+pub fn stop_on_signal() -> Result<Stop> {
     /// `timeout` and some shells send one signal twice: to the process and to its group.
     const SAME: Duration = Duration::from_millis(500);
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
+    let stop = Stop::default();
+    let flag = stop.clone();
     let mut first = None;
     ctrlc::set_handler(move || {
         let begun = *first.get_or_insert_with(Instant::now);
-        if flag.swap(true, Ordering::Relaxed) {
+        let again = flag.is_requested();
+        flag.request();
+        if again {
             if begun.elapsed() > SAME {
                 // Not `exit`: libtorch's threads are at work, and its destructors would free what they use.
                 // SAFETY: `_exit` ends the process without running anything of it.
-                unsafe { libc::_exit(crate::render::INTERRUPTED.into()) }
+                unsafe { libc::_exit(FailureKind::Interrupted.exit_code().into()) }
             }
             return;
         }
         tracing::warn!("stopping after the current example or step; once more to stop at once");
     })
     .with_context(|| {
-        hinted("cannot catch Ctrl-C", "run outside of a sandbox that forbids signal handlers")
+        hinted("cannot catch Ctrl-C", "run outside of a sandbox that forbids signal handlers").environment()
     })?;
     Ok(stop)
 }

@@ -1,24 +1,21 @@
 //! `sweep`: a recipe and its variants, each run by a process of its own, and the table that compares them.
 
-mod variants;
-
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{available_parallelism, sleep};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Interrupted, NoProgress, Progress as _, hinted};
-use pkv_run::session::{Choices, Session, choose_device, device_name};
-use pkv_run::sweep::{Member, Plan};
+use pkv_core::{NoProgress, Progress as _, Stop, hinted};
+use pkv_gpu::device_name;
+use pkv_run::session::{Choices, Session, choose_device};
+use pkv_run::sweep::{Member, SweepPlan};
+use pkv_run::{Variant, Variants};
 use pkv_shard::durable::lock_work;
 use tch::Device;
 
-use self::variants::Variant;
 use crate::args::{Cli, CompareArgs, SweepArgs};
 use crate::output;
 use crate::terminal::Bar;
@@ -28,17 +25,24 @@ const EVERY: Duration = Duration::from_millis(100);
 
 /// # Errors
 /// There is no variant, a recipe is invalid, or a run failed.
-pub fn run(cli: &Cli, args: &SweepArgs, stop: Arc<AtomicBool>) -> Result<()> {
-    let variants = variants::all(args)?;
+pub fn run(cli: &Cli, args: &SweepArgs, stop: &Stop) -> Result<()> {
+    let named = Variants {
+        recipe: &args.recipe.file.recipe,
+        overrides: &args.recipe.overrides(),
+        files: &args.variants,
+        vary: &args.vary,
+        only: &args.only,
+    };
+    let variants = named.all()?;
     let device = choose_device(cli.device, cli.threads)?;
     let member = |variant: &Variant| -> Result<Member> {
-        let (bar, stop) = (Box::new(NoProgress), Arc::clone(&stop));
+        let (bar, stop) = (Box::new(NoProgress), stop.clone());
         let choices = Choices { runs: &cli.runs, device, bar, stop };
         Member::of(&Session::planned(variant.recipe.clone(), choices)?)
     };
     let members = variants.iter().map(member).collect::<Result<Vec<_>>>()?;
     if args.dry_run {
-        let plan = Plan::of(&members)?;
+        let plan = SweepPlan::of(&members)?;
         return output::print_either(cli.json, &plan, || plan.text());
     }
     fs::create_dir_all(cli.runs.join("logs"))
@@ -47,7 +51,7 @@ pub fn run(cli: &Cli, args: &SweepArgs, stop: Arc<AtomicBool>) -> Result<()> {
     let _lock = lock_work(&cli.runs.join("sweep.lock"), false, &doing)?;
     members.iter().try_for_each(Member::link)?;
     let work = Work { cli, device, jobs: args.jobs.max(1), variants: &variants, members: &members };
-    let failed = work.run(&stop)?;
+    let failed = work.run(stop)?;
     let folders: Vec<PathBuf> =
         members.iter().filter(|m| m.is_evaluated()).map(|m| m.run.root().to_path_buf()).collect();
     if folders.len() > 1 {
@@ -81,16 +85,16 @@ struct Running {
 
 impl Work<'_> {
     /// Start each run once no other makes what it shares; which failed, in words.
-    fn run(&self, stop: &AtomicBool) -> Result<Vec<String>> {
+    fn run(&self, stop: &Stop) -> Result<Vec<String>> {
         let bar = Bar::new();
         bar.start("sweep", self.members.len() as u64, 0);
         let (mut waiting, mut running): (Vec<usize>, Vec<Running>) =
             ((0..self.members.len()).collect(), vec![]);
         let mut failed = Vec::new();
         while !waiting.is_empty() || !running.is_empty() {
-            if stop.load(Ordering::Relaxed) {
+            if let Err(interrupted) = stop.check() {
                 end(&mut running);
-                return Err(Interrupted.into());
+                return Err(interrupted.into());
             }
             let mut still = Vec::new();
             for mut one in running {

@@ -34,8 +34,8 @@ fn bars() -> &'static MultiProgress {
 /// own log: the headers and addresses in it may repeat a token.
 pub fn init_logs(verbose: u8) {
     let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
-    let ours =
-        format!("warn,proxykv_train={level},{}", OUR_CRATES.map(|c| format!("pkv_{c}={level}")).join(","));
+    // All of this project's crates begin with `pkv_`.
+    let ours = format!("warn,proxykv_train={level},pkv_={level}");
     let filter = ["ureq=warn", "ureq_proto=warn", "rustls=warn"]
         .iter()
         .fold(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(ours)), |filter, quiet| {
@@ -46,25 +46,6 @@ pub fn init_logs(verbose: u8) {
     let file = fmt::layer().json().with_writer(LogFile);
     tracing_subscriber::registry().with(filter).with(terminal).with(file).init();
 }
-
-const OUR_CRATES: [&str; 16] = [
-    "shard",
-    "gpu",
-    "hub",
-    "lm",
-    "mapper",
-    "data",
-    "score",
-    "extract",
-    "prune",
-    "checkpoint",
-    "train",
-    "eval",
-    "run",
-    "infer",
-    "report",
-    "cli",
-];
 
 /// Append log lines, one JSON object each, to `path` from now on.
 ///

@@ -6,6 +6,8 @@
 use std::error::Error;
 use std::fmt;
 
+use crate::FailureKind;
+
 /// An error message, and the command or edit that repairs the cause.
 ///
 /// The text of the cause is not repeated in `message`: it travels as `source` or further down
@@ -14,19 +16,42 @@ use std::fmt;
 pub struct Hinted {
     message: String,
     hint: String,
+    kind: FailureKind,
 }
 
 /// Make an error (or an `anyhow` context) with a hint.
 ///
 /// `message` says what was being done to which file, or what was expected and found; lower case,
-/// no final period. `hint` is a command or an edit.
+/// no final period. `hint` is a command or an edit. Its kind is [`FailureKind::Input`]; where the machine is
+/// at fault, see [`Hinted::environment`].
 pub fn hinted(message: impl Into<String>, hint: impl Into<String>) -> Hinted {
-    Hinted { message: message.into(), hint: hint.into() }
+    Hinted { message: message.into(), hint: hint.into(), kind: FailureKind::Input }
 }
 
 impl Hinted {
     pub fn hint(&self) -> &str {
         &self.hint
+    }
+
+    pub const fn kind(&self) -> FailureKind {
+        self.kind
+    }
+
+    /// The same error, of the kind [`FailureKind::Environment`].
+    #[must_use]
+    pub fn environment(self) -> Self {
+        Self { kind: FailureKind::Environment, ..self }
+    }
+
+    /// The same error of another kind.
+    #[must_use]
+    pub fn of(self, kind: FailureKind) -> Self {
+        Self { kind, ..self }
+    }
+
+    /// The outermost one of an error's chain.
+    pub fn find(error: &anyhow::Error) -> Option<&Self> {
+        error.downcast_ref().or_else(|| error.chain().find_map(|cause| cause.downcast_ref()))
     }
 }
 

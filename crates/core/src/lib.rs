@@ -4,10 +4,11 @@
 //! belong to `lm` and the crates that depend on it.
 
 mod channel;
+mod dtype;
+mod failure;
 mod fingerprint;
 mod guard;
 mod hint;
-mod interrupted;
 mod json;
 mod neutral;
 mod policy;
@@ -20,13 +21,15 @@ mod shape;
 mod small_file;
 mod source;
 mod split;
+mod stop;
 mod store;
 
 pub use channel::{Channel, Final, GlobalChannel, Pass, PassLengths};
+pub use dtype::DtypeName;
+pub use failure::{ClosedPipe, FailureKind};
 pub use fingerprint::Fingerprint;
 pub use guard::refuse_panics;
 pub use hint::{Hinted, hinted};
-pub use interrupted::Interrupted;
 pub use json::{json_kind, parse_json};
 pub use neutral::{markdown, markdown_code, neutral};
 pub use policy::{HEAD_PLACES, Policy, key_diff_weight};
@@ -39,4 +42,5 @@ pub use shape::ModelShape;
 pub use small_file::{MOST_BYTES, check_regular, read_at_most, read_small, read_small_text};
 pub use source::{FeatureLayout, Source, SourceLayout};
 pub use split::Split;
+pub use stop::{Interrupted, Stop};
 pub use store::StoreDtype;

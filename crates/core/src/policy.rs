@@ -69,6 +69,20 @@ impl Policy {
             Self::Token => "token",
         }
     }
+
+    /// In a sentence, for help.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::Pair => "All KV pairs of the context compete",
+            Self::PairFloor => "As `pair`, but every KV head keeps at least a sixth of an even share",
+            Self::PairKeydiff => "As `pair-floor`; below a fifth kept, KeyDiff's scores count too",
+            Self::PairUniform => "Positions compete within each KV head; every head keeps the same number",
+            Self::PairBudget => {
+                "Positions compete within each KV head; the number kept is the head's budget from the export"
+            }
+            Self::Token => "Positions compete; all KV heads keep the same ones",
+        }
+    }
 }
 
 #[cfg(test)]

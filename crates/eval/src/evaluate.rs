@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{FeatureLayout, Fingerprint, Policy, Progress, Seed, Split, hinted};
+use pkv_core::{FeatureLayout, Fingerprint, Policy, Progress, Seed, Split, Stop, hinted};
 use pkv_data::{FactContext, FactQuestion};
 use pkv_extract::{HiddenProjection, SourceExtractors};
 use pkv_lm::{LanguageModel, TextTokenizer};
@@ -77,8 +77,8 @@ pub struct EvalInputs<'a> {
     pub base: Fingerprint,
     /// Folder of the results; made if absent.
     pub out: &'a Path,
-    /// Asked after every context; its error ends the evaluation, which the next one continues.
-    pub check_stop: &'a dyn Fn() -> Result<()>,
+    /// Checked after every context; the next evaluation continues a stopped one.
+    pub stop: Stop,
     /// Gets a sentence about results of other choices that were there.
     pub warn: &'a dyn Fn(&str),
 }
@@ -233,7 +233,7 @@ impl<'a> Evaluation<'a> {
         progress: &dyn Progress,
     ) -> Result<()> {
         let i = self.inputs;
-        let (n, cells, stop) = (asked.contexts, &asked.cells, i.check_stop);
+        let (n, cells, stop) = (asked.contexts, &asked.cells, &i.stop);
         match &asked.work {
             Work::Labels => {
                 let plan = Plan::new(i.section)?;

@@ -45,6 +45,7 @@ impl Groups<'_> {
                 ),
                 "ask fewer questions of a context, take shorter contexts, or free memory of the device",
             )
+            .environment()
         })
     }
 

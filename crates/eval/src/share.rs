@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use pkv_core::Progress;
+use pkv_core::{Progress, Stop};
 
 use crate::cell::Cell;
 use crate::store::{Outcome, TaskStore};
@@ -16,13 +16,13 @@ const PAUSE: Duration = Duration::from_millis(300);
 /// counts each context once.
 ///
 /// # Errors
-/// `make` or `check_stop` fail, or the store.
+/// `make` fails, or the store, or the user stopped.
 pub fn share<T: Outcome>(
     task: &TaskStore,
     n: usize,
     asked: &[Cell],
     progress: &dyn Progress,
-    check_stop: &dyn Fn() -> Result<()>,
+    stop: &Stop,
     mut make: impl FnMut(usize, &[Cell]) -> Result<T>,
 ) -> Result<()> {
     let mut pending: Vec<usize> = (0..n).collect();
@@ -42,10 +42,10 @@ pub fn share<T: Outcome>(
                 worked = true;
             }
             progress.advance(1);
-            check_stop()?;
+            stop.check()?;
         }
         if !worked && !elsewhere.is_empty() {
-            check_stop()?;
+            stop.check()?;
             std::thread::sleep(PAUSE);
         }
         pending = elsewhere;
@@ -70,7 +70,7 @@ mod tests {
         let made = Mutex::new(Vec::new());
         let work = |method: MethodName| {
             let (_store, task) = task(dir.path(), "f");
-            share(&task, 20, &[cell(method)], &NoProgress, &|| Ok(()), |i, missing| {
+            share(&task, 20, &[cell(method)], &NoProgress, &Stop::default(), |i, missing| {
                 assert_eq!(missing, [cell(method)]);
                 made.lock().unwrap().push((i, method.name()));
                 std::thread::sleep(Duration::from_millis(5));
@@ -106,7 +106,9 @@ mod tests {
         let all = |dir: &Path, make: &dyn Fn(usize) -> Result<f64>| {
             let (_store, task) = task(dir, "f");
             let asked = [cell(MethodName::MAPPER)];
-            share(&task, 3, &asked, &NoProgress, &|| Ok(()), |i, _| Ok(plain(MethodName::MAPPER, make(i)?)))
+            share(&task, 3, &asked, &NoProgress, &Stop::default(), |i, _| {
+                Ok(plain(MethodName::MAPPER, make(i)?))
+            })
         };
         assert!(all(dir.path(), &|i| if i == 1 { anyhow::bail!("no") } else { Ok(i as f64) }).is_err());
         all(dir.path(), &|i| Ok(10.0 + i as f64)).unwrap();

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, bail, ensure};
-use pkv_core::hinted;
-use tch::Device;
+use pkv_core::{DtypeName, hinted};
+use tch::{Device, Kind};
 
 use crate::shim;
 
@@ -44,10 +44,13 @@ pub fn device(choice: DeviceChoice) -> Result<Device> {
         DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Auto if count > 0 => Ok(Device::Cuda(0)),
         DeviceChoice::Auto => Ok(Device::Cpu),
-        DeviceChoice::Cuda(_) if count == 0 => bail!(hinted(
-            format!("CUDA was asked for and is not available: {}", cuda_absence().unwrap_or_default()),
-            "run `proxykv-train doctor`; `scripts/setup.sh --cuda` installs libtorch's CUDA libraries"
-        )),
+        DeviceChoice::Cuda(_) if count == 0 => bail!(
+            hinted(
+                format!("CUDA was asked for and is not available: {}", cuda_absence().unwrap_or_default()),
+                "run `proxykv-train doctor`; `scripts/setup.sh --cuda` installs libtorch's CUDA libraries"
+            )
+            .environment()
+        ),
         DeviceChoice::Cuda(i) => {
             ensure!(
                 i < count,
@@ -55,9 +58,42 @@ pub fn device(choice: DeviceChoice) -> Result<Device> {
                     format!("there is no GPU {i}; {count} found"),
                     "count GPUs from 0, or pass `--device cuda`"
                 )
+                .environment()
             );
             Ok(Device::Cuda(i))
         }
+    }
+}
+
+/// The dtype a model computes in on `device`.
+pub fn kind_on(device: Device, dtype: DtypeName) -> Kind {
+    match (dtype, device) {
+        (DtypeName::F32, _) | (DtypeName::Auto, Device::Cpu) => Kind::Float,
+        _ => Kind::BFloat16,
+    }
+}
+
+/// Another GPU than this one, if there is one.
+pub fn next_gpu(device: Device) -> Option<Device> {
+    match device {
+        Device::Cuda(gpu) if cuda_count() > 1 => Some(Device::Cuda((gpu + 1) % cuda_count())),
+        _ => None,
+    }
+}
+
+/// As [`DeviceChoice`] spells it.
+pub fn device_name(device: Device) -> String {
+    match device {
+        Device::Cuda(i) => format!("cuda:{i}"),
+        _ => "cpu".to_owned(),
+    }
+}
+
+/// The device as a reader elsewhere knows it: the GPU's model, or how many threads of a CPU.
+pub fn device_in_words(device: Device) -> String {
+    match device {
+        Device::Cuda(i) => crate::model_name(i).unwrap_or_else(|| "a CUDA GPU".to_owned()),
+        _ => format!("{} CPU threads", tch::get_num_threads()),
     }
 }
 

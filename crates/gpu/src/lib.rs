@@ -25,8 +25,8 @@ mod stream;
 mod transfer;
 
 pub use device::{
-    DeviceChoice, MathMode, cuda_absence, cuda_count, device, model_name, set_deterministic, set_tf32,
-    synchronize,
+    DeviceChoice, MathMode, cuda_absence, cuda_count, device, device_in_words, device_name, kind_on,
+    model_name, next_gpu, set_deterministic, set_tf32, synchronize,
 };
 pub use exhausted::unless_exhausted;
 pub use host::{HostMemory, host_memory};

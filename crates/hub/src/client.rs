@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use pkv_core::hinted;
+use pkv_core::{Interrupted, Stop, hinted};
 use serde_json::Value;
 use ureq::http::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING};
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response};
@@ -38,14 +38,11 @@ const WORK: u32 = 6;
 /// Least bytes of a body in that time; slower transfers count as stalled.
 const LEAST_BYTES: u64 = 1 << 10;
 
-/// Asked while something is waited for; its error ends what is being done.
-pub(crate) type CheckStop<'a> = &'a dyn Fn() -> Result<()>;
-
 /// A hub, and who speaks to it.
 pub(crate) struct Client<'a> {
     pub options: &'a HubOptions,
     pub secrets: Secrets,
-    check_stop: CheckStop<'a>,
+    stop: &'a Stop,
     agent: Agent,
     home: Url,
     authorization: Option<HeaderValue>,
@@ -60,7 +57,7 @@ pub(crate) struct Attempts {
 impl<'a> Client<'a> {
     /// # Errors
     /// The hub's address is none, or the token cannot be sent.
-    pub fn new(options: &'a HubOptions, with_token: bool, check_stop: CheckStop<'a>) -> Result<Self> {
+    pub fn new(options: &'a HubOptions, with_token: bool, stop: &'a Stop) -> Result<Self> {
         let home =
             Url::parse(&options.endpoint).ok().filter(|u| u.has_host() && is_http(u)).with_context(|| {
                 hinted(
@@ -100,7 +97,7 @@ impl<'a> Client<'a> {
             .timeout_per_write(Some(options.download_timeout * WORK))
             .build()
             .new_agent();
-        Ok(Self { options, secrets: Secrets::of(options), check_stop, agent, home, authorization })
+        Ok(Self { options, secrets: Secrets::of(options), stop, agent, home, authorization })
     }
 
     /// The address of `path` on the hub.
@@ -122,7 +119,7 @@ impl<'a> Client<'a> {
     }
 
     pub fn check_stop(&self) -> Result<(), Failure> {
-        (self.check_stop)().map_err(Failure::Stopped)
+        self.stop.check().map_err(Failure::Stopped)
     }
 
     /// One request, to one address. `patience`: for the answer to begin, and between its bytes.
@@ -232,7 +229,7 @@ impl<'a> Client<'a> {
     }
 
     /// Wait after a failed attempt, and say so; false if there is none left, or the server asks for too much.
-    pub fn pause(&self, what: &str, attempts: &mut Attempts, failure: &Failure) -> Result<bool> {
+    pub fn pause(&self, what: &str, attempts: &mut Attempts, failure: &Failure) -> Result<bool, Interrupted> {
         let asked = failure.retry_after().unwrap_or_default();
         if attempts.made >= self.options.attempts || asked > LONGEST_WAIT {
             return Ok(false);
@@ -247,7 +244,7 @@ impl<'a> Client<'a> {
         );
         let begun = Instant::now();
         while let Some(left) = wait.checked_sub(begun.elapsed()).filter(|l| !l.is_zero()) {
-            (self.check_stop)()?;
+            self.stop.check()?;
             sleep(left.min(Duration::from_millis(200)));
         }
         Ok(true)
@@ -363,7 +360,7 @@ mod tests {
 
     fn is_home(endpoint: &str, address: &str) -> bool {
         let options = HubOptions { endpoint: endpoint.to_owned(), ..HubOptions::default() };
-        Client::new(&options, true, &|| Ok(())).unwrap().is_home(&url(address))
+        Client::new(&options, true, &Stop::default()).unwrap().is_home(&url(address))
     }
 
     #[test]
@@ -389,14 +386,14 @@ mod tests {
     fn a_token_that_is_none_is_refused_and_not_shown() {
         for bad in ["hf_bad\r\nX-Injected: 1", "hf bad", "hf_bäd"] {
             let options = HubOptions { token: Some(bad.to_owned()), ..HubOptions::default() };
-            let error = Client::new(&options, true, &|| Ok(())).err().unwrap();
+            let error = Client::new(&options, true, &Stop::default()).err().unwrap();
             assert!(error.to_string().contains("cannot be sent"), "{error}");
             assert!(!format!("{error:?}").contains("bad"), "{error:?}");
-            Client::new(&options, false, &|| Ok(())).unwrap();
+            Client::new(&options, false, &Stop::default()).unwrap();
         }
         for bad in ["hub.example", "ftp://hub", "http://", "http://hub:port"] {
             let options = HubOptions { endpoint: bad.to_owned(), ..HubOptions::default() };
-            assert!(Client::new(&options, true, &|| Ok(())).is_err(), "{bad}");
+            assert!(Client::new(&options, true, &Stop::default()).is_err(), "{bad}");
         }
     }
 }

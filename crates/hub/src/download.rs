@@ -9,10 +9,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use hf_hub::api::{RepoInfo, Siblings};
-use pkv_core::{Progress, hinted};
+use pkv_core::{Progress, Stop, hinted};
 
 use crate::cache::{Hub, Kind, Snapshot, differs, files_below};
-use crate::client::{CheckStop, Client};
+use crate::client::Client;
 use crate::failure::Asked;
 use crate::hash::sha256_file;
 use crate::listing::listing;
@@ -29,7 +29,7 @@ pub(crate) struct Wanted<'a> {
     pub name: &'a str,
     pub revision: &'a str,
     pub progress: &'a dyn Progress,
-    pub check_stop: CheckStop<'a>,
+    pub stop: &'a Stop,
 }
 
 impl Hub {
@@ -52,7 +52,7 @@ impl Hub {
     ) -> Result<(Snapshot, Pin)> {
         let Wanted { kind, name, revision, .. } = wanted;
         let pin = self.sound_pin(kind, name, revision)?;
-        let client = Client::new(&self.options, self.options.implicit_token, wanted.check_stop)?;
+        let client = Client::new(&self.options, self.options.implicit_token, wanted.stop)?;
         let info = match (&pin, self.options.offline) {
             // Nothing to ask the hub for if all locked files are here.
             (Some(pin), _) if self.has_all(kind, name, pin) => {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Error, anyhow};
-use pkv_core::{Hinted, hinted};
+use pkv_core::{Hinted, Interrupted, hinted};
 use ureq::http::HeaderMap;
 
 use crate::cache::Kind;
@@ -24,7 +24,7 @@ pub(crate) enum Failure {
     /// The cache cannot be read or written.
     Disk { path: PathBuf, error: io::Error },
     /// The user wants to stop.
-    Stopped(Error),
+    Stopped(Interrupted),
 }
 
 /// An answer of a status that is no success.
@@ -125,14 +125,12 @@ impl Failure {
         let what = asked.to_string();
         let endpoint = &options.endpoint;
         let context: Hinted = match &self {
-            Self::Stopped(_) => {
-                let Self::Stopped(error) = self else { unreachable!("matched above") };
-                return error;
-            }
+            Self::Stopped(error) => return Error::from(*error),
             Self::Disk { error, .. } => hinted(
                 format!("cannot write into the Hugging Face cache `{}`", options.cache.display()),
                 disk_hint(error.kind()),
-            ),
+            )
+            .environment(),
             Self::Status(r) => match r.status {
                 401 | 403 => hinted(
                     format!("the hub refuses {what} (status {})", r.status),
@@ -153,11 +151,13 @@ impl Failure {
                     format!("the hub `{endpoint}` limits how often {what} may be asked for (status 429)"),
                     "wait some minutes and run `proxykv-train fetch` again, it goes on where it stopped; \
                      with a token (HF_TOKEN) the limits are higher",
-                ),
+                )
+                .environment(),
                 status => hinted(
                     format!("the hub `{endpoint}` cannot send {what} (status {status})"),
                     "run `proxykv-train fetch` again later, it goes on where it stopped; HF_ENDPOINT names a mirror",
-                ),
+                )
+                .environment(),
             },
             Self::Answer { .. } => hinted(
                 format!("the hub `{endpoint}` sends {what} in a way that cannot be used"),
@@ -167,7 +167,8 @@ impl Failure {
             Self::Network(error) => hinted(
                 format!("cannot reach {what} on the hub `{endpoint}`"),
                 network_hint(error, &self, options),
-            ),
+            )
+            .environment(),
         };
         anyhow!(self.why()).context(context)
     }

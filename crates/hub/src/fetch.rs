@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Progress, hinted};
+use pkv_core::{Progress, Stop, hinted};
 use pkv_recipe::{Manifest, ModelSection, Recipe};
 
 use crate::cache::{DatasetFiles, Hub, Kind, Resolved, select};
@@ -15,7 +15,7 @@ use crate::lock::{Lock, Pin};
 
 impl Hub {
     /// A model as [`Hub::model`] finds it, downloaded before if it is a hub model that the cache
-    /// lacks. The pin is for the lock file; a local folder has none. `check_stop` is asked often; its error
+    /// lacks. The pin is for the lock file; a local folder has none. A request to `stop`
     /// ends the download, and what has arrived is kept.
     pub fn fetch_model(
         &self,
@@ -23,7 +23,7 @@ impl Hub {
         revision: &str,
         bases: &[&Path],
         progress: &dyn Progress,
-        check_stop: &dyn Fn() -> Result<()>,
+        stop: &Stop,
     ) -> Result<(Resolved, Option<Pin>)> {
         if local::find(name, bases).is_some() || local::must_be_local(name) {
             return Ok((self.model(name, revision, bases)?, None));
@@ -49,7 +49,7 @@ impl Hub {
             );
             Ok(wanted)
         };
-        let wanted = Wanted { kind: Kind::Model, name, revision, progress, check_stop };
+        let wanted = Wanted { kind: Kind::Model, name, revision, progress, stop };
         let (snapshot, pin) = self.download(wanted, choose)?;
         local::check_whole(
             &snapshot.folder,
@@ -68,7 +68,7 @@ impl Hub {
         revision: &str,
         bases: &[&Path],
         progress: &dyn Progress,
-        check_stop: &dyn Fn() -> Result<()>,
+        stop: &Stop,
     ) -> Result<PathBuf> {
         const CONFIG: &str = "config.json";
         if let Some(folder) = local::find(name, bases) {
@@ -82,7 +82,7 @@ impl Hub {
         {
             return Ok(cached.folder);
         }
-        self.fetch_files(name, revision, &[CONFIG], &[], progress, check_stop)
+        self.fetch_files(name, revision, &[CONFIG], &[], progress, stop)
     }
 
     /// The folder with some files of a hub model's repository, downloaded where the cache lacks them: all of
@@ -97,7 +97,7 @@ impl Hub {
         needed: &[&str],
         optional: &[&str],
         progress: &dyn Progress,
-        check_stop: &dyn Fn() -> Result<()>,
+        stop: &Stop,
     ) -> Result<PathBuf> {
         let choose = |present: &[String]| {
             let has = |file: &str| present.iter().any(|p| p == file);
@@ -111,7 +111,7 @@ impl Hub {
             let all = needed.iter().chain(optional.iter().filter(|file| has(file)));
             Ok(all.map(|file| (*file).to_owned()).collect())
         };
-        let wanted = Wanted { kind: Kind::Model, name, revision, progress, check_stop };
+        let wanted = Wanted { kind: Kind::Model, name, revision, progress, stop };
         Ok(self.download(wanted, choose)?.0.folder)
     }
 
@@ -123,7 +123,7 @@ impl Hub {
         revision: &str,
         patterns: &[String],
         progress: &dyn Progress,
-        check_stop: &dyn Fn() -> Result<()>,
+        stop: &Stop,
     ) -> Result<(DatasetFiles, Pin)> {
         let choose = |present: &[String]| {
             select(name, present, patterns, || match self.lock.datasets.contains_key(name) {
@@ -133,7 +133,7 @@ impl Hub {
                 }
             })
         };
-        let wanted = Wanted { kind: Kind::Dataset, name, revision, progress, check_stop };
+        let wanted = Wanted { kind: Kind::Dataset, name, revision, progress, stop };
         let (snapshot, pin) = self.download(wanted, choose)?;
         let files = choose(&pin.files.keys().cloned().collect::<Vec<_>>())?;
         let files = files.iter().map(|f| snapshot.folder.join(f)).collect();
@@ -151,14 +151,14 @@ pub fn fetch_recipe(
     recipe: &Recipe,
     bases: &[&Path],
     progress: &dyn Progress,
-    check_stop: &dyn Fn() -> Result<()>,
+    stop: &Stop,
 ) -> Result<(Resolved, Option<Resolved>)> {
     let mut lock = Lock::beside(&recipe.path)?;
     let hub = hub.clone().with_lock(lock.clone());
     let mut one = |section: &str, model: &ModelSection| {
         let (name, revision) = (&model.model, &model.revision);
         let (resolved, pin) = hub
-            .fetch_model(name, revision, bases, progress, check_stop)
+            .fetch_model(name, revision, bases, progress, stop)
             .with_context(|| format!("cannot fetch `{section}.model`"))?;
         if let Some(pin) = pin {
             lock.models.insert(name.clone(), pin);
@@ -177,7 +177,7 @@ pub fn fetch_manifest(
     manifest: &Manifest,
     path: &Path,
     progress: &dyn Progress,
-    check_stop: &dyn Fn() -> Result<()>,
+    stop: &Stop,
 ) -> Result<()> {
     let mut lock = Lock::beside(path)?;
     let hub = hub.clone().with_lock(lock.clone());
@@ -201,7 +201,7 @@ pub fn fetch_manifest(
     }
     for (name, (revision, patterns)) in wanted {
         let (_, pin) = hub
-            .fetch_dataset(name, revision, &patterns, progress, check_stop)
+            .fetch_dataset(name, revision, &patterns, progress, stop)
             .with_context(|| format!("cannot fetch what `{}` names", path.display()))?;
         lock.datasets.insert(name.to_owned(), pin);
         lock.write_beside(path)?;

@@ -19,12 +19,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use pkv_core::{Progress, hinted};
+use pkv_core::{Progress, Stop, hinted};
 use serde_json::{Value, json};
 
 use crate::address::quoted;
 use crate::cache::Hub;
-use crate::client::CheckStop;
 use crate::failure::Failure;
 use crate::hash::{git_blob, sha256_bytes, sha256_file};
 use crate::redact::Secrets;
@@ -164,23 +163,18 @@ impl Hub {
 
     /// Bring `push.files` into the repository by one commit; files that are there already are not sent.
     ///
-    /// `check_stop` is asked before every request that changes something; its error ends the push.
+    /// `stop` is checked before every request that changes something.
     ///
     /// # Errors
     /// There is no token, it may not write there, or the hub cannot be reached: the branch is as it was.
-    pub fn push(
-        &self,
-        push: &Push,
-        progress: &dyn Progress,
-        check_stop: &dyn Fn() -> Result<()>,
-    ) -> Result<Pushed> {
-        self.pushed(push, progress, check_stop).map_err(|e| Secrets::of(&self.options).clean(e))
+    pub fn push(&self, push: &Push, progress: &dyn Progress, stop: &Stop) -> Result<Pushed> {
+        self.pushed(push, progress, stop).map_err(|e| Secrets::of(&self.options).clean(e))
     }
 
-    fn pushed(&self, push: &Push, progress: &dyn Progress, check_stop: CheckStop) -> Result<Pushed> {
+    fn pushed(&self, push: &Push, progress: &dyn Progress, stop: &Stop) -> Result<Pushed> {
         push.check()?;
-        let api = Api::new(&self.options, check_stop)?;
-        check_stop()?;
+        let api = Api::new(&self.options, stop)?;
+        stop.check()?;
         let created = open_repository(&api, push)?;
         let mut attempts = api.client.attempts();
         loop {
@@ -200,9 +194,9 @@ impl Hub {
                 return Ok(pushed);
             }
             let large: Vec<&PushFile> = changed.iter().filter(|r| r.lfs).map(|r| r.file).collect();
-            lfs::upload(&api, push, &large, progress, check_stop)?;
+            lfs::upload(&api, push, &large, progress, stop)?;
             let body = commit_body(push, &parent, &changed)?;
-            check_stop()?;
+            stop.check()?;
             let path = format!("/api/models/{}/commit/{}", push.repo, quoted(&push.revision));
             // A commit whose answer was lost may have happened, and another one may have come first (412):
             // both are seen by comparing again.

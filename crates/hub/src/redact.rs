@@ -6,7 +6,7 @@
 use anyhow::{Error, anyhow};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use pkv_core::{Hinted, hinted};
+use pkv_core::{FailureKind, Hinted, hinted};
 
 use crate::options::HubOptions;
 
@@ -52,10 +52,8 @@ impl Secrets {
 
     /// The same error, its texts and its hint redacted.
     pub fn clean(&self, error: Error) -> Error {
-        let hint = error
-            .downcast_ref::<Hinted>()
-            .or_else(|| error.chain().find_map(|c| c.downcast_ref::<Hinted>()))
-            .map(|h| h.hint().to_owned());
+        let hint = Hinted::find(&error).map(|h| h.hint().to_owned());
+        let kind = FailureKind::of(&error);
         let texts: Vec<String> = error.chain().map(ToString::to_string).collect();
         if texts.iter().chain(&hint).all(|t| self.redact(t) == *t) {
             return error; // With its types, which callers look for.
@@ -66,9 +64,9 @@ impl Secrets {
             Some(error.map_or_else(|| anyhow!(text.clone()), |e| e.context(text.clone())))
         });
         match (causes, hint.map(|h| self.redact(&h))) {
-            (Some(error), Some(hint)) => error.context(hinted(outermost, hint)),
+            (Some(error), Some(hint)) => error.context(hinted(outermost, hint).of(kind)),
             (Some(error), None) => error.context(outermost),
-            (None, Some(hint)) => hinted(outermost, hint).into(),
+            (None, Some(hint)) => hinted(outermost, hint).of(kind).into(),
             (None, None) => anyhow!(outermost),
         }
     }

@@ -201,6 +201,8 @@ pub(crate) fn confined(repository: &Path, path: &Path) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use pkv_core::Stop;
+
     use super::*;
     use crate::options::HubOptions;
 
@@ -264,12 +266,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = store(dir.path());
         let options = HubOptions::default();
-        let client = Client::new(&options, false, &|| Ok(())).unwrap();
+        let never = Stop::default();
+        let client = Client::new(&options, false, &never).unwrap();
         let held = store.hold("e1", &client).unwrap();
         assert!(held.part.ends_with("blobs/e1.incomplete"));
         let other = store.hold("e2", &client).unwrap();
         assert!(other.part.ends_with("blobs/e2.incomplete"));
-        let stopped = || anyhow::bail!("stopped");
+        let stopped = Stop::default();
+        stopped.request();
         let stopping = Client::new(&options, false, &stopped).unwrap();
         assert!(matches!(store.hold("e1", &stopping), Err(Failure::Stopped(_))));
         drop(held);

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{NAME, fetch, link, model, options, python_cache, texts, tree};
-use pkv_core::NoProgress;
+use pkv_core::{NoProgress, Stop};
 use pkv_hub::{Hub, HubOptions, Lock, Push};
 use server::pull::{COMMIT, Server};
 use tempfile::TempDir;
@@ -23,7 +23,7 @@ fn dataset() -> (TempDir, Server, Hub) {
 }
 
 fn fetch_all(hub: &Hub) -> anyhow::Result<pkv_hub::DatasetFiles> {
-    Ok(hub.fetch_dataset("a/b", "main", &["**".into()], &NoProgress, &|| Ok(()))?.0)
+    Ok(hub.fetch_dataset("a/b", "main", &["**".into()], &NoProgress, &Stop::default())?.0)
 }
 
 /// Nothing lies outside of the repository's folder and its locks.
@@ -97,7 +97,8 @@ fn a_listing_of_a_million_files_is_read_and_an_endless_one_is_not() {
     listing.push_str("{\"rfilename\":\"x.jsonl\"}]}");
     server.quirk(|q| q.listing = Some(listing.into_bytes()));
     let begun = Instant::now();
-    let found = hub.fetch_dataset("a/b", "main", &["**/*.jsonl".into()], &NoProgress, &|| Ok(())).unwrap().0;
+    let found =
+        hub.fetch_dataset("a/b", "main", &["**/*.jsonl".into()], &NoProgress, &Stop::default()).unwrap().0;
     assert_eq!(found.files.len(), 1);
     assert!(begun.elapsed() < Duration::from_secs(120), "{:?}", begun.elapsed());
 
@@ -132,7 +133,8 @@ fn secrets_are_not_printed_even_if_a_server_repeats_them() {
                 message: "m".to_owned(),
                 files: Vec::new(),
             };
-            let errors = [fetch(&hub).unwrap_err(), hub.push(&push, &NoProgress, &|| Ok(())).unwrap_err()];
+            let errors =
+                [fetch(&hub).unwrap_err(), hub.push(&push, &NoProgress, &Stop::default()).unwrap_err()];
             for error in errors {
                 let debug = format!("{error:?} {hub:?}");
                 let (text, hint) = texts(error);
@@ -160,7 +162,7 @@ fn a_token_is_not_sent_on_to_another_host() {
         message: "m".to_owned(),
         files: Vec::new(),
     };
-    hub.push(&push, &NoProgress, &|| Ok(())).unwrap_err();
+    hub.push(&push, &NoProgress, &Stop::default()).unwrap_err();
     let stolen = other.seen();
     assert!(!stolen.is_empty(), "nothing was redirected");
     assert!(stolen.iter().all(|s| !format!("{s:?}").contains("SECRET")), "{stolen:?}");

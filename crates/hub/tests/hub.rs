@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::{NAME, assert_whole, fetch, model, options, python_cache, texts, weights};
-use pkv_core::NoProgress;
+use pkv_core::{NoProgress, Stop};
 use pkv_hub::{Hub, HubOptions, Lock, fetch_manifest, fetch_recipe, lock_path};
 use server::pull::{COMMIT, Fault, Server};
 use server::sha256;
@@ -76,7 +76,7 @@ fn a_local_folder_wins_over_a_hub_name() {
     let absolute = hub.model(folder.to_str().unwrap(), "main", &bases).unwrap();
     assert_eq!(absolute, found);
     // Fetching what is local downloads nothing and pins nothing.
-    assert_eq!(hub.fetch_model(NAME, "main", &bases, &NoProgress, &|| Ok(())).unwrap(), (found, None));
+    assert_eq!(hub.fetch_model(NAME, "main", &bases, &NoProgress, &Stop::default()).unwrap(), (found, None));
 
     let index = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors"}}"#;
     fs::write(folder.join("model.safetensors.index.json"), index).unwrap();
@@ -125,10 +125,10 @@ fn offline_mode_downloads_nothing() {
 fn absent_and_gated_models_are_told_apart() {
     let (_dir, server, hub) = model();
     let (text, hint) =
-        texts(hub.fetch_model("owner/none", "main", &[], &NoProgress, &|| Ok(())).unwrap_err());
+        texts(hub.fetch_model("owner/none", "main", &[], &NoProgress, &Stop::default()).unwrap_err());
     assert!(text.contains("has no model `owner/none` at revision `main`"), "{text}");
     assert!(hint.contains("check name and revision"), "{hint}");
-    let (text, _) = texts(hub.fetch_model(NAME, "v9", &[], &NoProgress, &|| Ok(())).unwrap_err());
+    let (text, _) = texts(hub.fetch_model(NAME, "v9", &[], &NoProgress, &Stop::default()).unwrap_err());
     assert!(text.contains("at revision `v9`"), "{text}");
     server.fail_always(401);
     let (text, hint) = texts(fetch(&hub).unwrap_err());
@@ -266,21 +266,21 @@ fn a_locked_commit_outlives_a_branch_that_moved() {
     let recipe_path = dir.path().join("pair.toml");
     fs::write(&recipe_path, recipe_text()).unwrap();
     let recipe = pkv_recipe::load(&recipe_path, &[]).unwrap();
-    let (target, proxy) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
+    let (target, proxy) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &Stop::default()).unwrap();
     assert_eq!((Some(&target), target.revision.as_str()), (proxy.as_ref(), COMMIT));
     let written = fs::read_to_string(lock_path(&recipe_path)).unwrap();
     assert!(written.contains(COMMIT) && written.contains(&sha256(&weights(1))), "{written}");
 
     server.move_branch_to("ffffffffffffffffffffffffffffffffffffffff");
     fs::remove_dir_all(&hub.options().cache).unwrap();
-    let (target, _) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
+    let (target, _) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &Stop::default()).unwrap();
     assert_eq!(target.revision, COMMIT);
     assert_eq!(fs::read_to_string(lock_path(&recipe_path)).unwrap(), written);
     let locked = hub.clone().with_lock(Lock::beside(&recipe_path).unwrap());
     assert_eq!(locked.model(NAME, "main", &[]).unwrap().revision, COMMIT);
 
     fs::remove_file(lock_path(&recipe_path)).unwrap();
-    let (target, _) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
+    let (target, _) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &Stop::default()).unwrap();
     assert_eq!(target.revision, "ffffffffffffffffffffffffffffffffffffffff");
 }
 
@@ -292,12 +292,12 @@ fn a_proxy_that_is_not_read_is_neither_fetched_nor_pinned() {
     fs::write(&recipe_path, format!("{text}[extract]\nfrom = [\"target\"]\n")).unwrap();
     let recipe = pkv_recipe::load(&recipe_path, &[]).unwrap();
     assert!(recipe.proxy.is_some());
-    let (target, proxy) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &|| Ok(())).unwrap();
+    let (target, proxy) = fetch_recipe(&hub, &recipe, &[], &NoProgress, &Stop::default()).unwrap();
     assert_eq!((target.revision.as_str(), proxy), (COMMIT, None));
     let written = fs::read_to_string(lock_path(&recipe_path)).unwrap();
     assert!(written.contains(NAME) && !written.contains("absent-"), "{written}");
     let both = pkv_recipe::load(&recipe_path, &["extract.from=[\"proxy\"]".into()]).unwrap();
-    let refused = fetch_recipe(&hub, &both, &[], &NoProgress, &|| Ok(())).unwrap_err();
+    let refused = fetch_recipe(&hub, &both, &[], &NoProgress, &Stop::default()).unwrap_err();
     assert!(format!("{refused:#}").contains("`proxy.model`"), "{refused:#}");
 }
 
@@ -334,7 +334,7 @@ fn data_sets_are_chosen_by_pattern_and_locked() {
     );
     fs::write(&path, text).unwrap();
     let manifest = pkv_recipe::load_manifest(&path).unwrap();
-    fetch_manifest(&hub, &manifest, &path, &NoProgress, &|| Ok(())).unwrap();
+    fetch_manifest(&hub, &manifest, &path, &NoProgress, &Stop::default()).unwrap();
     let lock = Lock::beside(&path).unwrap();
     let files: Vec<_> = lock.datasets["owner/texts"].files.keys().map(String::as_str).collect();
     assert_eq!(files, ["data/test-0.parquet", "data/train-0.parquet", "data/train-1.parquet"]);

@@ -2,13 +2,12 @@
 
 mod server;
 
-use std::cell::Cell;
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use pkv_core::{Hinted, NoProgress, Progress};
+use pkv_core::{Hinted, Interrupted, NoProgress, Progress, Stop};
 use pkv_hub::{Hub, HubOptions, Push, PushFile, Pushed};
 use server::push::{Fault, PushServer, READER, WRITER};
 use tempfile::TempDir;
@@ -54,7 +53,7 @@ fn measured(dir: &Path) -> Push {
 }
 
 fn send(server: &PushServer, push: &Push) -> anyhow::Result<Pushed> {
-    hub(&server.endpoint, Some(WRITER)).push(push, &NoProgress, &|| Ok(()))
+    hub(&server.endpoint, Some(WRITER)).push(push, &NoProgress, &Stop::default())
 }
 
 /// The error's whole chain, and its hint.
@@ -151,7 +150,7 @@ fn a_public_repository_does_not_get_what_should_be_private() {
 #[test]
 fn tokens_that_are_absent_or_too_weak_are_told_apart() {
     let (_dir, server, push) = folder();
-    let with = |token| text_and_hint(hub(&server.endpoint, token).push(&push, &NoProgress, &|| Ok(())));
+    let with = |token| text_and_hint(hub(&server.endpoint, token).push(&push, &NoProgress, &Stop::default()));
     let (text, hint) = with(None);
     assert!(text.contains("there is no token") && hint.contains("HF_TOKEN"), "{text} {hint}");
     assert!(server.requests("").is_empty(), "something was sent without a token");
@@ -165,7 +164,7 @@ fn tokens_that_are_absent_or_too_weak_are_told_apart() {
     fs::write(&push.files[0].path, "changed").unwrap();
     let changed = measured(push.files[0].path.parent().unwrap());
     let (text, _) =
-        text_and_hint(hub(&server.endpoint, Some(READER)).push(&changed, &NoProgress, &|| Ok(())));
+        text_and_hint(hub(&server.endpoint, Some(READER)).push(&changed, &NoProgress, &Stop::default()));
     assert!(text.contains("status 403"), "{text}");
     assert_eq!(server.branch(REPO, "main").commits.len(), 2);
 }
@@ -200,7 +199,7 @@ fn a_hub_that_says_nothing_is_not_waited_for_for_ever() {
         server.fail_next(part, Fault::Silence);
     }
     let begun = Instant::now();
-    hasty.push(&push, &NoProgress, &|| Ok(())).unwrap();
+    hasty.push(&push, &NoProgress, &Stop::default()).unwrap();
     // An answer that takes work has more time than another.
     assert!(begun.elapsed() >= 13 * second);
     assert_arrived(dir.path(), &server, "main");
@@ -269,20 +268,14 @@ impl Progress for Count {
 fn an_interruption_between_requests_leaves_no_half_commit() {
     let (dir, server, push) = folder();
     for allowed in 0.. {
-        let asked = Cell::new(0);
-        let stop = || {
-            asked.set(asked.get() + 1);
-            anyhow::ensure!(asked.get() <= allowed, "interrupted");
-            Ok(())
-        };
         let count = Count::default();
-        match hub(&server.endpoint, Some(WRITER)).push(&push, &count, &stop) {
+        match hub(&server.endpoint, Some(WRITER)).push(&push, &count, &Stop::after(allowed)) {
             Ok(_) => {
                 assert!(allowed >= 3, "the push never asks whether to stop");
                 break;
             }
             Err(e) => {
-                assert_eq!(e.to_string(), "interrupted");
+                assert!(e.downcast_ref::<Interrupted>().is_some(), "{e:#}");
                 if allowed > 0 {
                     assert_untouched(&server);
                 }
@@ -312,11 +305,11 @@ fn nothing_is_sent_offline_or_to_a_server_that_is_no_hub() {
     let (_dir, server, push) = folder();
     let mut options = hub(&server.endpoint, Some(WRITER)).options().clone();
     options.offline = true;
-    let (text, hint) = text_and_hint(Hub::new(options).push(&push, &NoProgress, &|| Ok(())));
+    let (text, hint) = text_and_hint(Hub::new(options).push(&push, &NoProgress, &Stop::default()));
     assert!(text.contains("HF_HUB_OFFLINE") && hint.contains("unset"), "{text}");
     assert!(server.requests("").is_empty());
     let (text, _) =
-        text_and_hint(hub("http://127.0.0.1:9", Some(WRITER)).push(&push, &NoProgress, &|| Ok(())));
+        text_and_hint(hub("http://127.0.0.1:9", Some(WRITER)).push(&push, &NoProgress, &Stop::default()));
     assert!(text.contains("cannot be reached"), "{text}");
     let (text, _) = text_and_hint(send(&server, &Push { repo: "nothing".to_owned(), ..push }));
     assert!(text.contains("no name of a hub repository"), "{text}");

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use pkv_core::{Hinted, hinted};
+use pkv_core::{FailureKind, Hinted, Stop, hinted};
 use pkv_lm::{LanguageModel, RaggedCache, TextTokenizer};
 use serde::Serialize;
 
@@ -92,8 +92,8 @@ impl Question {
 /// Answer `question` after the contexts of `cache`, which must hold one sequence; what was read since
 /// the context is forgotten first, so every question meets the same cache.
 ///
-/// `emit` is called with each piece of text as tokens complete it. `stopped` is called before each token; if
-/// it returns true, the answer ends there and is still valid.
+/// `emit` is called with each piece of text as tokens complete it. `stop` is checked before each token; if
+/// it was requested, the answer ends there and is still valid.
 ///
 /// # Errors
 /// [`QuestionRefused`] where the question is longer than what is left of the position range, or there is no
@@ -103,7 +103,7 @@ pub fn answer(
     tokenizer: &TextTokenizer,
     cache: &mut RaggedCache,
     question: &Question,
-    stopped: &dyn Fn() -> bool,
+    stop: &Stop,
     emit: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<Answer> {
     let _no_grad = tch::no_grad_guard();
@@ -125,7 +125,8 @@ pub fn answer(
     );
     let begun = Instant::now();
     cache.reserve(question.tokens.len()).map_err(|e| match e.downcast::<Hinted>() {
-        Ok(no_room) => QuestionRefused::new(no_room).into(),
+        Ok(no_room) if no_room.kind() == FailureKind::Environment => QuestionRefused::new(no_room).into(),
+        Ok(other) => other.into(),
         Err(other) => other,
     })?;
     let mut text = TextStream::new(tokenizer);
@@ -151,13 +152,13 @@ pub fn answer(
             emit(&piece)?;
         }
         whole.push_str(&piece);
-        if stopped() {
+        if stop.is_requested() {
             finish = Finish::Interrupted;
             return Ok(ControlFlow::Break(()));
         }
         Ok(ControlFlow::Continue(()))
     };
-    if stopped() {
+    if stop.is_requested() {
         finish = Finish::Interrupted;
     } else {
         target.generate_ragged(&question.tokens, cache, most, tokenizer.stop_tokens(), &mut each)?;

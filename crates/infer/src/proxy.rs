@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use anyhow::{Context, Result, bail};
-use pkv_core::ModelShape;
+use pkv_core::{ModelShape, Stop};
 use pkv_extract::{ContextFeatures, Extractor};
 use pkv_gpu::Event;
 use pkv_lm::LanguageModel;
@@ -34,8 +34,7 @@ pub struct Situation {
     pub timeline: Arc<Timeline>,
     /// The proxy's lane; its stream is the thread's current one while a source works.
     pub lane: Lane,
-    /// Fails if cancellation was requested.
-    pub check_stop: Arc<dyn Fn() -> Result<()> + Send + Sync>,
+    pub stop: Stop,
 }
 
 /// Contribution of a source to the scores of a context's KV pairs.
@@ -172,7 +171,7 @@ fn read(extractor: &Extractor, context: &[u32], at: &Situation) -> Result<Contex
     at.timeline.time(&at.lane, "features", || {
         let mut stream = extractor.stream(context)?;
         while stream.step()? {
-            (at.check_stop)()?;
+            at.stop.check()?;
         }
         Ok(stream.into_features())
     })
@@ -224,7 +223,7 @@ fn beside(
             }
             more
         } {
-            (at.check_stop)()?;
+            at.stop.check()?;
         }
         Ok(())
     });

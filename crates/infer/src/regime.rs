@@ -8,11 +8,10 @@ mod parallel;
 mod sequential;
 
 use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, bail, ensure};
-use pkv_core::{Hinted, hinted};
+use pkv_core::{Stop, hinted};
 use pkv_extract::ContextFeatures;
 use pkv_lm::{Chunks, KvCache, LanguageModel, NoTap, RaggedCache};
 use tch::{Device, Tensor};
@@ -35,6 +34,27 @@ pub enum RegimeName {
     Dual,
 }
 
+impl RegimeName {
+    pub const ALL: [Self; 3] = [Self::Sequential, Self::Streams, Self::Dual];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sequential => "sequential",
+            Self::Streams => "streams",
+            Self::Dual => "dual",
+        }
+    }
+
+    /// In a sentence, for help.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::Sequential => "Proxy and mapper first, then the target; needs the least memory",
+            Self::Streams => "Both at once on one GPU",
+            Self::Dual => "Both at once, proxy and mapper on a GPU of their own",
+        }
+    }
+}
+
 /// A context to read, and how.
 pub struct Context<'a> {
     pub target: &'a LanguageModel,
@@ -49,8 +69,7 @@ pub struct Context<'a> {
     pub room_tokens: usize,
     /// The mapper, where it reads the target's prefill.
     pub target_side: Option<&'a TargetSide>,
-    /// Fails if cancellation was requested.
-    pub check_stop: Arc<dyn Fn() -> Result<()> + Send + Sync>,
+    pub stop: Stop,
 }
 
 /// A context in a cache that answers questions.
@@ -92,6 +111,7 @@ pub fn check_devices(regime: RegimeName, target: Device, proxy: Device) -> Resul
                 ),
                 "use `--regime streams` for one GPU, or name a second one with `--proxy-device cuda:1`"
             )
+            .environment()
         ),
         _ => ensure!(
             target == proxy,
@@ -126,11 +146,10 @@ impl Context<'_> {
     fn prefill_target(&self) -> Result<(KvCache, Option<Result<ContextFeatures>>)> {
         let _no_grad = tch::no_grad_guard();
         let Some(side) = self.target_side else { return Ok((self.prefill_bare()?, None)) };
-        let check_stop: &dyn Fn() -> Result<()> = &*self.check_stop;
-        match caught(|| side.prefill(self.target, self.prefix, self.tokens, self.chunk_tokens, check_stop)) {
+        match caught(|| side.prefill(self.target, self.prefix, self.tokens, self.chunk_tokens, &self.stop)) {
             Ok((cache, features)) => Ok((cache, Some(Ok(features)))),
             Err(why) => {
-                (self.check_stop)()?;
+                self.stop.check()?;
                 Ok((self.prefill_bare()?, Some(Err(why))))
             }
         }
@@ -152,7 +171,7 @@ impl Context<'_> {
         let mut cache = self.target.new_cache(ids.len());
         let mut chunks = Chunks::new(ids.len(), self.chunk_tokens);
         while !chunks.is_done() {
-            (self.check_stop)()?;
+            self.stop.check()?;
             // Questions come later: the context's hidden states are not read.
             chunks.read(&mut NoTap, |chunk, tap| {
                 self.target.forward_for_tap(&self.target.ids(&ids[chunk]), &mut cache, tap)
@@ -206,7 +225,7 @@ impl Context<'_> {
         timeline: Arc<Timeline>,
         waited_secs: f64,
     ) -> Result<Prefilled> {
-        (self.check_stop)()?;
+        self.stop.check()?;
         let scores = self.scores(given, own, lane, &timeline);
         let full_bytes = full_bytes(&full);
         let mask = scores.and_then(|scores_lht| {
@@ -243,20 +262,6 @@ fn full_bytes(cache: &KvCache) -> usize {
 
 impl fmt::Display for RegimeName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Sequential => "sequential",
-            Self::Streams => "streams",
-            Self::Dual => "dual",
-        })
-    }
-}
-
-impl FromStr for RegimeName {
-    type Err = Hinted;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        [Self::Sequential, Self::Streams, Self::Dual].into_iter().find(|r| r.to_string() == text).ok_or_else(
-            || hinted(format!("`{text}` is no regime"), "write `sequential`, `streams` or `dual`"),
-        )
+        f.write_str(self.name())
     }
 }

@@ -4,7 +4,7 @@
 //! Dimension key: l layer, h KV head, t context position, p KV head of a source, c channel.
 
 use anyhow::{Context as _, Result, bail};
-use pkv_core::{FeatureLayout, ModelShape, Source};
+use pkv_core::{FeatureLayout, ModelShape, Source, Stop};
 use pkv_extract::{ContextFeatures, Extractor, HiddenProjection, join_features};
 use pkv_lm::{KvCache, LanguageModel};
 use pkv_mapper::Mapper;
@@ -65,14 +65,14 @@ impl TargetSide {
         prefix: &[u32],
         tokens: &[u32],
         chunk_tokens: usize,
-        check_stop: &dyn Fn() -> Result<()>,
+        stop: &Stop,
     ) -> Result<(KvCache, ContextFeatures)> {
         let extract = ExtractSection { prefill_chunk_tokens: chunk_tokens.max(1), ..self.extract.clone() };
         let extractor = Extractor::with_requests(target, &self.requests, prefix, &extract, &self.label)
             .with_hidden(self.hidden.as_ref())?;
         let mut stream = extractor.stream(tokens)?;
         while {
-            check_stop()?;
+            stop.check()?;
             stream.step()?
         } {}
         Ok(stream.into_cache_and_features())

@@ -8,7 +8,7 @@ use std::path::Path;
 use arrow::array::AsArray;
 use arrow::datatypes::{Float64Type, UInt32Type};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use pkv_core::Policy;
+use pkv_core::{Policy, Stop};
 use pkv_eval::{ANSWERS_FILE, evaluate};
 use pkv_infer::{Keep, Parallel, Question, Regime, Sequential, answer};
 use pkv_recipe::{MethodName, TaskName};
@@ -95,7 +95,7 @@ fn answers_are_those_of_the_evaluation() {
                         .unwrap();
                         assert!(question.tokens.starts_with(&asked.question));
                         let cache = &mut prefilled.cache;
-                        let never = &|| false;
+                        let never = &Stop::default();
                         let a =
                             answer(&nano.target, &nano.tokenizer, cache, &question, never, &mut |_| Ok(()))
                                 .unwrap();

@@ -1,11 +1,10 @@
 //! What goes wrong, and what is answered nevertheless.
 
 use std::cell::Cell;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::bail;
-use pkv_core::{Hinted, Policy};
+use pkv_core::{Hinted, Interrupted, Policy, Stop};
 use pkv_infer::{Context, Finish, Parallel, Question, QuestionRefused, Regime, Sequential, answer};
 use pkv_lm::NoTap;
 use pkv_recipe::ExtractSection;
@@ -93,12 +92,12 @@ fn stopping_is_no_fallback() {
     let (target, tokenizer) = (load("target"), tokenizer());
     let tokens = text(40);
     for mut regime in regimes(|| Misbehaving(Misbehaviour::Error)) {
-        let stopped = Context {
-            check_stop: Arc::new(|| bail!("the user stopped")),
-            ..context(&target, tokenizer.prefix(), &tokens, keep(0.5, Policy::Pair))
-        };
-        let error = regime.prefill(&stopped).err().expect("an error").to_string();
-        assert_eq!(error, "the user stopped");
+        let stop = Stop::default();
+        stop.request();
+        let stopped =
+            Context { stop, ..context(&target, tokenizer.prefix(), &tokens, keep(0.5, Policy::Pair)) };
+        let error = regime.prefill(&stopped).err().expect("an error");
+        assert!(error.downcast_ref::<Interrupted>().is_some(), "{error:#}");
         let plain = context(&target, tokenizer.prefix(), &tokens, keep(0.5, Policy::Pair));
         assert!(regime.prefill(&plain).unwrap().fallback.is_some(), "and it can be used again");
     }
@@ -128,7 +127,7 @@ fn questions_end_where_the_positions_end() {
     let left = 4096 - prefilled.cache.next_position(0);
     let mut ask = |tokens: usize, max_new_tokens| {
         let question = Question { tokens: text(tokens), max_new_tokens };
-        answer(&target, &tokenizer, &mut prefilled.cache, &question, &|| false, &mut |_| Ok(()))
+        answer(&target, &tokenizer, &mut prefilled.cache, &question, &Stop::default(), &mut |_| Ok(()))
     };
     for tokens in [left, left + 100] {
         let error = ask(tokens, 5).unwrap_err();
@@ -157,14 +156,16 @@ fn an_answer_can_be_interrupted_and_asked_again() {
     let pieces = Cell::new(0);
     let mut run = |most: usize| {
         pieces.set(0);
-        let mut text = String::new();
+        let (mut text, stop) = (String::new(), Stop::default());
         let emit = &mut |piece: &str| {
             pieces.set(pieces.get() + 1);
+            if pieces.get() >= most {
+                stop.request();
+            }
             text.push_str(piece);
             Ok(())
         };
-        let stopped = || pieces.get() >= most;
-        let a = answer(&target, &tokenizer, &mut prefilled.cache, &question, &stopped, emit).unwrap();
+        let a = answer(&target, &tokenizer, &mut prefilled.cache, &question, &stop, emit).unwrap();
         assert_eq!(a.text, text);
         a
     };
@@ -177,6 +178,7 @@ fn an_answer_can_be_interrupted_and_asked_again() {
     assert_eq!(run(1000).tokens, whole.tokens);
     // Who cannot take the text any more ends the answer with its own error.
     let emit = &mut |_: &str| bail!("closed");
-    let error = answer(&target, &tokenizer, &mut prefilled.cache, &question, &|| false, emit).unwrap_err();
+    let error =
+        answer(&target, &tokenizer, &mut prefilled.cache, &question, &Stop::default(), emit).unwrap_err();
     assert_eq!(error.to_string(), "closed");
 }

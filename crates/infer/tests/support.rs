@@ -1,10 +1,9 @@
 //! The pair, its mapper, and the questions; sources that misbehave.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use pkv_core::{Policy, RetentionRatio, Seed, Source};
+use pkv_core::{Policy, RetentionRatio, Seed, Source, Stop};
 use pkv_infer::{
     Answer, Budget, Context, Given, Keep, Prefilled, ProxyMapper, ProxyParts, Question, ScoreSource,
     Situation, TargetSide, answer,
@@ -135,7 +134,7 @@ pub fn context<'a>(
         chunk_tokens: 128,
         room_tokens: 16,
         target_side: None,
-        check_stop: Arc::new(|| Ok(())),
+        stop: Stop::default(),
     }
 }
 
@@ -151,7 +150,7 @@ pub fn text(n: usize) -> Vec<u32> {
 pub fn ask(target: &LanguageModel, prefilled: &mut Prefilled, question: &str) -> Result<Answer> {
     let tokenizer = tokenizer();
     let question = Question::new(question, &tokenizer, 12)?;
-    answer(target, &tokenizer, &mut prefilled.cache, &question, &|| false, &mut |_| Ok(()))
+    answer(target, &tokenizer, &mut prefilled.cache, &question, &Stop::default(), &mut |_| Ok(()))
 }
 
 /// What a source does instead of scoring.

@@ -69,11 +69,14 @@ impl Chunks {
             let part = if once.at_work { "the work beside a prefill chunk" } else { "a prefill chunk" };
             // What a tap left half done cannot be done over.
             if once.at_work || tried <= LEAST_TOKENS {
-                bail!(hinted(
-                    format!("memory ran out in {part} of {tried} tokens"),
-                    "free the device of other work, or use shorter contexts or a smaller model; `plan` tells what is \
-                     needed",
-                ));
+                bail!(
+                    hinted(
+                        format!("memory ran out in {part} of {tried} tokens"),
+                        "free the device of other work, or use shorter contexts or a smaller model; `plan` tells \
+                         what is needed",
+                    )
+                    .environment()
+                );
             }
             (self.size, self.short) = ((tried / 2).max(LEAST_TOKENS), true);
             tracing::warn!(

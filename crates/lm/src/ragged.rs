@@ -325,6 +325,7 @@ impl RaggedCache {
                 ),
                 "keep less of the cache (`--retain`), ask shorter questions, or allow shorter answers",
             )
+            .environment()
         })
     }
 

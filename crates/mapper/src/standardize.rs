@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
+use pkv_recipe::Recipe;
 use tch::{Device, Kind, Tensor};
 
 /// Standardized features are clamped to this on either side: floors of empty windows lie far out.
@@ -25,6 +26,19 @@ pub struct MapperDims {
     pub globals: usize,
     /// KV heads of all layers of the target.
     pub outputs: usize,
+}
+
+impl MapperDims {
+    /// The sizes that a recipe gives the mapper.
+    pub fn of(recipe: &Recipe) -> Self {
+        let (layout, (target, proxy)) = (recipe.extract.layout(), recipe.shapes());
+        Self {
+            proxy_heads: layout.heads(target, proxy),
+            channels: layout.channels().len(),
+            globals: layout.globals(),
+            outputs: target.total_kv_heads(),
+        }
+    }
 }
 
 /// Proxy heads times target heads from which a mapper is bound by memory: the tiny pair has 432, an 8B target

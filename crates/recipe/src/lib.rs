@@ -5,6 +5,7 @@
 //! left to the crates that own them; no tensors here.
 
 mod bounds;
+mod files;
 mod load;
 mod manifest;
 mod method;
@@ -17,11 +18,12 @@ pub mod schema;
 mod section;
 mod task;
 
+pub use files::toml_files;
 pub use load::{Recipe, load, load_with_origins};
 pub use manifest::{Facts, Manifest, Source, SourceFormat, load_manifest};
 pub use method::MethodName;
 pub use origin::{Origin, Origins, Override};
-pub use pkv_core::StoreDtype;
+pub use pkv_core::{DtypeName, StoreDtype};
 pub use section::benchmark::{BenchmarkSection, SharedContext};
 pub use section::data::{DataSection, SpecialTokens};
 pub use section::eval::{AnswerMatch, EvalSection};
@@ -31,7 +33,7 @@ pub use section::facts::{FactPlace, FactsSection};
 pub use section::label::{LabelPreset, LabelSection, LabelWeighting, Preset, Sink};
 pub use section::loss::{FineLoss, LossSection};
 pub use section::mapper::{MapperSection, Variant};
-pub use section::model::{DtypeName, ModelSection};
+pub use section::model::ModelSection;
 pub use section::prune::PruneSection;
 pub use section::steps::{AutoSteps, Steps};
 pub use section::train::{TargetPool, TrainDtype, TrainSection};

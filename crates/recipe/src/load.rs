@@ -166,6 +166,11 @@ fn merge(under: &mut Table, over: Table) {
 }
 
 impl Recipe {
+    /// The project that the recipe belongs to: the folder above the recipe's own.
+    pub fn root(&self) -> PathBuf {
+        self.path.parent().unwrap_or(Path::new("")).join("..")
+    }
+
     /// The proxy, if features come from it. With those of the target alone none is found, fetched, opened,
     /// planned or named, whether the recipe has a `[proxy]` or not: all that ask for a proxy ask here.
     pub fn read_proxy(&self) -> Option<&ModelSection> {

@@ -10,5 +10,7 @@ mod run_folder;
 pub mod session;
 pub mod stages;
 pub mod sweep;
+mod variants;
 
 pub use run_folder::RunFolder;
+pub use variants::{Variant, Variants};

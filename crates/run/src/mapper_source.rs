@@ -1,19 +1,17 @@
 //! The mapper that is evaluated or exported: the run's best checkpoint, or an export.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use pkv_checkpoint::{
-    BUDGETS_FILE, CheckpointStore, EXPORT_FILES, Export, ExportDims, LOSS_PREFIX, NamedTensors,
-    restore_mapper,
+    BUDGETS_FILE, CheckpointStore, EXPORT_FILES, Export, LOSS_PREFIX, NamedTensors, restore_mapper,
 };
-use pkv_core::{Fingerprint, Interrupted, Progress, hinted};
+use pkv_core::{Fingerprint, Progress, Stop, hinted};
 use pkv_extract::HiddenProjection;
 use pkv_hub::Hub;
 use pkv_mapper::{Mapper, MapperDims};
 use pkv_prune::HeadBudgets;
-use pkv_recipe::{Recipe, TargetPool};
+use pkv_recipe::TargetPool;
 use pkv_shard::RunLayout;
 
 use crate::session::Session;
@@ -44,7 +42,7 @@ pub struct Trained {
 ///
 /// # Errors
 /// The hub has no such repository or does not answer.
-pub fn export_folder(named: &Path, progress: &dyn Progress, stop: &AtomicBool) -> Result<PathBuf> {
+pub fn export_folder(named: &Path, progress: &dyn Progress, stop: &Stop) -> Result<PathBuf> {
     let below = RunLayout::new(named).export();
     if named.exists() {
         return Ok(if !named.join("config.json").exists() && below.is_dir() {
@@ -62,25 +60,13 @@ pub fn export_folder(named: &Path, progress: &dyn Progress, stop: &AtomicBool) -
     if !is_repository {
         return Ok(named.to_path_buf());
     }
-    let check_stop = || if stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) };
     let [card, config, model, parity] = EXPORT_FILES;
     let optional = [card, BUDGETS_FILE];
     Hub::from_env()
-        .fetch_files(&name, "main", &[config, model, parity], &optional, progress, &check_stop)
+        .fetch_files(&name, "main", &[config, model, parity], &optional, progress, stop)
         .with_context(|| {
             format!("cannot find the mapper `{name}`: it is no folder, and no repository that can be had")
         })
-}
-
-/// The sizes that the recipe gives the mapper.
-pub fn dims(recipe: &Recipe) -> ExportDims {
-    let (layout, (target, proxy)) = (recipe.extract.layout(), recipe.shapes());
-    ExportDims {
-        proxy_heads: layout.heads(target, proxy),
-        channels: layout.channels().len(),
-        globals: layout.globals(),
-        outputs: target.total_kv_heads(),
-    }
 }
 
 /// The best checkpoint of this run, which must have been trained to its end with this recipe.
@@ -108,8 +94,7 @@ pub fn from_checkpoint(s: &Session, upstream: &Upstream) -> Result<Trained> {
     );
     let mut tensors: NamedTensors = state.weights();
     tensors.extend(state.buffers.iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
-    let dims: MapperDims = dims(&s.recipe).into();
-    let mapper = restore_mapper(&s.recipe.mapper, dims, &tensors, s.device)?;
+    let mapper = restore_mapper(&s.recipe.mapper, MapperDims::of(&s.recipe), &tensors, s.device)?;
     Ok(Trained {
         mapper,
         loss: of_loss(&tensors),

@@ -4,32 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use pkv_core::{Fingerprint, hinted};
+use pkv_core::{Fingerprint, Source, hinted};
 use pkv_lm::{LanguageModel, LmConfig, TextTokenizer};
 use pkv_recipe::{ModelSection, SpecialTokens};
 use pkv_shard::ModelRecord;
 
-use crate::session::{Session, recipe_root};
-
-/// Which of the two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    Target,
-    Proxy,
-}
-
-impl Role {
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Target => "target",
-            Self::Proxy => "proxy",
-        }
-    }
-}
+use crate::session::Session;
 
 /// A model that was found on disk and has the recipe's shape; its weights are not read yet.
 pub struct Found {
-    pub role: Role,
+    pub role: Source,
     pub folder: PathBuf,
     pub revision: String,
     pub tokenizer: TextTokenizer,
@@ -41,10 +25,10 @@ pub struct Found {
 /// # Errors
 /// It is not there (the hint names `fetch`), its config.json has another shape, or its tokenizer is broken.
 pub fn find_target(s: &Session) -> Result<Arc<Found>> {
-    find(s, Role::Target, &s.recipe.target)
+    find(s, Source::Target, &s.recipe.target)
 }
 
-fn find(s: &Session, role: Role, section: &ModelSection) -> Result<Arc<Found>> {
+fn find(s: &Session, role: Source, section: &ModelSection) -> Result<Arc<Found>> {
     if let Some(known) = s.found(role).get() {
         return Ok(Arc::clone(known));
     }
@@ -52,8 +36,8 @@ fn find(s: &Session, role: Role, section: &ModelSection) -> Result<Arc<Found>> {
     Ok(Arc::clone(s.found(role).get_or_init(|| found)))
 }
 
-fn open(s: &Session, role: Role, section: &ModelSection) -> Result<Found> {
-    let root = recipe_root(&s.recipe);
+fn open(s: &Session, role: Source, section: &ModelSection) -> Result<Found> {
+    let root = s.recipe.root();
     let context = || format!("cannot open the {} `{}`", role.name(), section.model);
     let resolved =
         s.hub.model(&section.model, &section.revision, &[Path::new(""), &root]).with_context(context)?;
@@ -71,8 +55,8 @@ fn open(s: &Session, role: Role, section: &ModelSection) -> Result<Found> {
         template_hash: tokenizer.template_hash(),
     };
     s.record(|run| match role {
-        Role::Target => run.target = Some(record),
-        Role::Proxy => run.proxy = Some(record),
+        Source::Target => run.target = Some(record),
+        Source::Proxy => run.proxy = Some(record),
     })?;
     Ok(Found {
         role,
@@ -91,7 +75,7 @@ fn open(s: &Session, role: Role, section: &ModelSection) -> Result<Found> {
 pub fn find_both(s: &Session) -> Result<(Arc<Found>, Option<Arc<Found>>)> {
     let target = find_target(s)?;
     let Some(section) = s.recipe.read_proxy() else { return Ok((target, None)) };
-    let proxy = find(s, Role::Proxy, section)?;
+    let proxy = find(s, Source::Proxy, section)?;
     target.tokenizer.same_vocab(&proxy.tokenizer).with_context(|| {
         hinted(
             format!(

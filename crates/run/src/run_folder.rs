@@ -6,12 +6,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use pkv_core::hinted;
+use pkv_gpu::{device_in_words, device_name};
 use pkv_recipe::{ExtractSection, Recipe};
 use pkv_shard::{FeatureFolders, FeaturesFrom, RunJson, RunLayout, StageRecord, Tool};
 use serde_json::{Value, json};
 use tch::Device;
-
-use crate::session::{device_in_words, device_name};
 
 /// A run folder, made by [`RunFolder::make`].
 #[derive(Clone, Debug)]

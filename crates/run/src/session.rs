@@ -1,19 +1,18 @@
 //! One run at work: the recipe, the run folder, the models, the device, and the cancellation flag.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
-use pkv_core::{Fingerprint, Interrupted, Progress};
-use pkv_gpu::DeviceChoice;
+use pkv_core::{Fingerprint, Progress, Source, Stop};
+use pkv_gpu::{DeviceChoice, device_name};
 use pkv_hub::{Hub, Lock};
 use pkv_recipe::{DtypeName, Manifest, Origins, Override, Recipe};
 use pkv_shard::RunJson;
 use tch::{Device, Kind};
 
 use crate::RunFolder;
-use crate::pair::{Found, Role};
+use crate::pair::Found;
 
 /// Choices of a session that no recipe makes.
 pub struct Choices<'a> {
@@ -21,7 +20,7 @@ pub struct Choices<'a> {
     pub runs: &'a Path,
     pub device: Device,
     pub bar: Box<dyn Progress>,
-    pub stop: Arc<AtomicBool>,
+    pub stop: Stop,
 }
 
 /// Inputs of every stage, opened once.
@@ -32,7 +31,7 @@ pub struct Session {
     pub hub: Hub,
     pub device: Device,
     pub bar: Box<dyn Progress>,
-    stop: Arc<AtomicBool>,
+    pub stop: Stop,
     /// Whether what is found out is written to `run.json`; a session that only plans writes nothing.
     records: bool,
     target: OnceLock<Arc<Found>>,
@@ -79,10 +78,10 @@ impl Session {
     }
 
     /// The place of a model that is found once in a session.
-    pub(crate) fn found(&self, role: Role) -> &OnceLock<Arc<Found>> {
+    pub(crate) fn found(&self, role: Source) -> &OnceLock<Arc<Found>> {
         match role {
-            Role::Target => &self.target,
-            Role::Proxy => &self.proxy,
+            Source::Target => &self.target,
+            Source::Proxy => &self.proxy,
         }
     }
 
@@ -98,19 +97,9 @@ impl Session {
         Ok(self.documents.get_or_init(|| found))
     }
 
-    /// # Errors
-    /// [`Interrupted`] if the user asked to stop.
-    pub fn check_stop(&self) -> Result<()> {
-        if self.stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) }
-    }
-
-    pub fn stop_flag(&self) -> &AtomicBool {
-        &self.stop
-    }
-
     /// The dtype a model computes in on this device.
     pub fn kind(&self, dtype: DtypeName) -> Kind {
-        kind_on(self.device, dtype)
+        pkv_gpu::kind_on(self.device, dtype)
     }
 }
 
@@ -132,14 +121,6 @@ pub fn load_with_origins(path: &Path, overrides: &[Override]) -> Result<(Recipe,
         .and_then(|()| pkv_eval::tasks::check(&recipe.eval))
         .map_err(|e| origins.place(e, format!("invalid recipe `{}`", path.display())))?;
     Ok((recipe, origins))
-}
-
-/// The dtype a model computes in on `device`.
-pub fn kind_on(device: Device, dtype: DtypeName) -> Kind {
-    match (dtype, device) {
-        (DtypeName::F32, _) | (DtypeName::Auto, Device::Cpu) => Kind::Float,
-        _ => Kind::BFloat16,
-    }
 }
 
 /// The manifest as the recipe names it, from the working directory or from the folder above the recipe's,
@@ -167,14 +148,8 @@ fn project_path(recipe: &Recipe, path: &str) -> PathBuf {
     if direct.exists() {
         return direct;
     }
-    let beside = recipe_root(recipe).join(path);
+    let beside = recipe.root().join(path);
     if beside.exists() { beside } else { direct }
-}
-
-/// The project that a recipe belongs to: the folder above the recipe's own.
-pub fn recipe_root(recipe: &Recipe) -> PathBuf {
-    let folder = recipe.path.parent().unwrap_or(std::path::Path::new(""));
-    folder.join("..")
 }
 
 /// The device the user chose, said in the log: never a silent fallback.
@@ -193,29 +168,4 @@ pub fn choose_device(choice: DeviceChoice, threads: Option<u32>) -> Result<Devic
         tracing::info!("computing on {}", device_name(device));
     }
     Ok(device)
-}
-
-/// Another GPU than this one, if there is one.
-pub fn next_gpu(device: Device) -> Option<Device> {
-    match device {
-        Device::Cuda(gpu) if pkv_gpu::cuda_count() > 1 => {
-            Some(Device::Cuda((gpu + 1) % pkv_gpu::cuda_count()))
-        }
-        _ => None,
-    }
-}
-
-pub fn device_name(device: Device) -> String {
-    match device {
-        Device::Cuda(i) => format!("cuda:{i}"),
-        _ => "cpu".to_owned(),
-    }
-}
-
-/// The device as a reader elsewhere knows it: the GPU's model, or how many threads of a CPU.
-pub fn device_in_words(device: Device) -> String {
-    match device {
-        Device::Cuda(i) => pkv_gpu::model_name(i).unwrap_or_else(|| "a CUDA GPU".to_owned()),
-        _ => format!("{} CPU threads", tch::get_num_threads()),
-    }
 }

@@ -16,7 +16,8 @@ mod to_host;
 pub mod train;
 
 use std::fs::File;
-use std::path::Path;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -25,9 +26,59 @@ use pkv_shard::durable::lock_work;
 use pkv_shard::{Row, Stage, StageDir, StageState, StageWriter};
 use serde_json::Value;
 
-use crate::pair;
+use self::eval::EvalOptions;
 use crate::session::Session;
-use crate::sweep::Output;
+use crate::sweep::SharedOutput;
+
+/// A stage. Its file holds its only entry, which everything that goes through the stages reads.
+pub struct Entry {
+    pub stage: Stage,
+    /// Help of its command: a sentence, and further paragraphs after empty lines.
+    pub about: &'static str,
+    /// Stages whose outputs it reads.
+    pub reads: &'static [Stage],
+    /// Its outputs that depend on the models, the documents and the recipe alone, each with all the settings
+    /// that change it: runs may share them. Nothing is written.
+    pub outputs: fn(&Session) -> Result<Vec<SharedOutput>>,
+    /// Its output, where that is no folder of shards, to be held against other processes; shards have a lock
+    /// of their own.
+    pub held: Option<fn(&Session, &EvalOptions) -> PathBuf>,
+    /// Several processes may write that output together.
+    pub adds_up: bool,
+    /// What else may be done where its output is absent, for the hint of who needs it.
+    pub instead: &'static str,
+    pub run: fn(&Session, &EvalOptions) -> Result<Outcome>,
+}
+
+/// All stages, in order.
+pub static REGISTRY: [Entry; Stage::ALL.len()] =
+    [prepare::ENTRY, label::ENTRY, extract::ENTRY, train::ENTRY, eval::ENTRY, export::ENTRY, report::ENTRY];
+
+impl Entry {
+    /// A stage that reads `reads` and writes shards, or a file that is replaced at once.
+    const fn new(
+        stage: Stage,
+        about: &'static str,
+        reads: &'static [Stage],
+        run: fn(&Session, &EvalOptions) -> Result<Outcome>,
+    ) -> Self {
+        Self {
+            stage,
+            about,
+            reads,
+            outputs: |_| Ok(Vec::new()),
+            held: None,
+            adds_up: false,
+            instead: "",
+            run,
+        }
+    }
+}
+
+/// The entry of a stage.
+pub fn entry(stage: Stage) -> &'static Entry {
+    REGISTRY.iter().find(|entry| entry.stage == stage).expect("the registry has every stage")
+}
 
 /// Outcome of a stage.
 pub enum Outcome {
@@ -37,38 +88,48 @@ pub enum Outcome {
     Skipped(String),
 }
 
+/// Run all stages in order, each after `begin`; those of `redo` make their outputs again.
+///
+/// # Errors
+/// Those of a stage.
+pub fn run_all(s: &Session, redo: &[Stage], options: &EvalOptions, begin: &dyn Fn(Stage)) -> Result<()> {
+    let mut redo = redo.to_vec();
+    for stage in Stage::ALL {
+        begin(stage);
+        // Labels may bring features along: those that are made again go before that.
+        if stage == Stage::Label && redo.contains(&Stage::Extract) {
+            throw_away(s, Stage::Extract, options)?;
+            redo.retain(|&stage| stage != Stage::Extract);
+        }
+        run(s, stage, &redo, options)?;
+    }
+    Ok(())
+}
+
 /// Run one stage: throw its output away if asked to, do it, say what was done, record time and numbers.
 ///
 /// # Errors
 /// The stage's own errors.
-pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOptions) -> Result<()> {
-    s.check_stop()?;
-    if matches!(stage, Stage::Train | Stage::Eval | Stage::Export) && extract::is_due(s) {
+pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &EvalOptions) -> Result<()> {
+    s.stop.check()?;
+    let entry = entry(stage);
+    if entry.reads.contains(&Stage::Extract) && extract::is_due(s) {
         // A stage of its own, so that its time is not counted as this one's.
         run(s, Stage::Extract, &[], options)?;
     }
-    let start = Instant::now();
-    let again = redo.contains(&stage);
-    let held = hold(s, stage, again, options)
-        .with_context(|| format!("cannot {} `{}`", stage.name(), s.recipe.name))?;
+    let (start, again) = (Instant::now(), redo.contains(&stage));
+    let doing = || format!("cannot {} `{}`", stage.name(), s.recipe.name);
+    // From before the output is thrown away until its record is written.
+    let held = entry.held.map(|output| hold(s, stage, entry.adds_up && !again, &output(s, options)));
+    let held = held.transpose().with_context(doing)?;
     if again {
         throw_away(s, stage, options)?;
     }
-    if let (Stage::Eval, Some(held)) = (stage, &held) {
-        // From here on, others may evaluate beside this process.
+    if let Some(held) = held.as_ref().filter(|_| entry.adds_up) {
+        // From here on, others may work beside this process.
         let _ = held.lock_shared();
     }
-    let result = match stage {
-        Stage::Prepare => prepare::run(s),
-        Stage::Label => label::run(s),
-        Stage::Extract => extract::run(s),
-        Stage::Train => train::run(s),
-        Stage::Eval => eval::run(s, options),
-        Stage::Export => export::run(s),
-        Stage::Report => report::run(s),
-    };
-    let outcome = result.with_context(|| format!("cannot {} `{}`", stage.name(), s.recipe.name))?;
-    match outcome {
+    match (entry.run)(s, options).with_context(doing)? {
         Outcome::Done(summary) => {
             let secs = start.elapsed().as_secs_f64();
             tracing::info!("{}: done in {secs:.1} s: {}", stage.name(), brief(&summary));
@@ -81,18 +142,10 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &eval::EvalOption
     }
 }
 
-/// A stage whose output is no folder of shards (those have a lock of their own), held against other
-/// processes: from before its output is thrown away until its record is written. Evaluations add up, and hold
-/// theirs together.
-fn hold(s: &Session, stage: Stage, again: bool, options: &eval::EvalOptions) -> Result<Option<File>> {
-    let (output, shared) = match stage {
-        Stage::Train => (s.run.train(), false),
-        Stage::Export => (s.run.export(), false),
-        Stage::Eval => (eval::folder(s, options), !again),
-        _ => return Ok(None),
-    };
+/// Hold `output` of a stage against other processes.
+fn hold(s: &Session, stage: Stage, shared: bool, output: &Path) -> Result<File> {
     let doing = format!("runs `{}` in `{}`", stage.name(), s.run.root().display());
-    lock_work(&s.run.lock(&output), shared, &doing).map(Some)
+    lock_work(&s.run.lock(output), shared, &doing)
 }
 
 /// Keep what a stage that ends early has computed of the shard at work. Why it ends is the error that the
@@ -103,33 +156,20 @@ fn keep<R: Row>(writer: StageWriter<R>) {
     }
 }
 
-/// Outputs that depend on the models, the documents and the recipe alone, with all the choices that they
-/// depend on; features that are not kept are none of them. Nothing is written.
+/// All outputs that runs may share ([`Entry::outputs`]), in order.
 ///
 /// # Errors
 /// A model or a document is absent or cannot be read.
-pub fn fingerprints(s: &Session) -> Result<Vec<Output>> {
-    let (target, proxy) = pair::find_both(s)?;
-    let examples = prepare::fingerprint(s, &target)?;
-    let labels = label::fingerprint(s, &target, &examples);
-    let one = |stage, folder, fingerprint| Output { stage, folder, fingerprint };
-    let mut all = vec![
-        one(Stage::Prepare, s.run.examples(), examples.clone()),
-        one(Stage::Label, s.run.labels(), labels),
-    ];
-    for &source in s.recipe.extract.from.iter().filter(|_| !s.recipe.extract.is_transient()) {
-        let found = extract::of_pair(source, &target, proxy.as_deref())?;
-        let fingerprint = extract::fingerprint(s, source, found, &examples);
-        all.push(one(Stage::Extract, s.run.features(source), fingerprint));
-    }
-    Ok(all)
+pub fn outputs(s: &Session) -> Result<Vec<SharedOutput>> {
+    let of_each = REGISTRY.iter().map(|entry| (entry.outputs)(s)).collect::<Result<Vec<_>>>()?;
+    Ok(of_each.into_iter().flatten().collect())
 }
 
 /// Throw a stage's output away, so that it is made again.
 ///
 /// # Errors
 /// A file cannot be removed, or another process writes the folder.
-pub fn throw_away(s: &Session, stage: Stage, options: &eval::EvalOptions) -> Result<()> {
+pub fn throw_away(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()> {
     clear(s, stage, options)?;
     s.run.forget_stage(stage.name())
 }
@@ -159,14 +199,9 @@ fn three_digits(v: f64) -> String {
 ///
 /// # Errors
 /// It is absent, unfinished or stale; the hint names the command that makes it.
-pub fn require(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<()> {
-    let or = match stage {
-        "extract" => {
-            "; with `extract.missing = \"generate\"` in the recipe, features are made where they are missing"
-        }
-        _ => "",
-    };
-    let run = format!("run `proxykv-train {stage}` first, or `proxykv-train run` for all stages{or}");
+pub fn require(dir: &Path, stage: Stage, fingerprint: &Fingerprint) -> Result<()> {
+    let (stage, instead) = (stage.name(), entry(stage).instead);
+    let run = format!("run `proxykv-train {stage}` first, or `proxykv-train run` for all stages{instead}");
     match StageDir::state(dir, fingerprint)? {
         StageState::Complete(_) => Ok(()),
         StageState::Absent => {
@@ -181,28 +216,24 @@ pub fn require(dir: &Path, stage: &str, fingerprint: &Fingerprint) -> Result<()>
 }
 
 /// Remove a stage's output.
-fn clear(s: &Session, stage: Stage, options: &eval::EvalOptions) -> Result<()> {
-    let remove = |path: std::path::PathBuf| -> Result<()> {
-        let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-        match gone {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(e).with_context(|| format!("cannot remove `{}`", path.display()))
-            }
-            _ => Ok(()),
-        }
-    };
-    for path in stage.writes(&s.run) {
-        // A link to what several runs share: the others keep it.
-        if path.is_symlink() {
+fn clear(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()> {
+    // An evaluation of an export has a folder of its own.
+    let own = entry(stage).held.filter(|_| entry(stage).adds_up).map(|output| vec![output(s, options)]);
+    for path in own.unwrap_or_else(|| stage.writes(&s.run)) {
+        let gone = if path.is_symlink() {
+            // To what several runs share: the others keep it.
             std::fs::remove_file(&path)
-                .with_context(|| format!("cannot remove the link `{}`", path.display()))?;
+        } else if s.run.shard_folders().contains(&path) {
+            StageDir::clear(&path)?;
             continue;
-        }
-        match stage {
-            Stage::Prepare | Stage::Label => StageDir::clear(&path)?,
-            Stage::Extract if path != s.run.hidden() => StageDir::clear(&path)?,
-            Stage::Eval => remove(eval::folder(s, options))?,
-            _ => remove(path)?,
+        } else if path.is_dir() {
+            std::fs::remove_dir_all(&path)
+        } else {
+            std::fs::remove_file(&path)
+        };
+        match gone {
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            gone => gone.with_context(|| format!("cannot remove `{}`", path.display()))?,
         }
     }
     Ok(())
@@ -214,11 +245,20 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_stage_is_told_in_single_values_of_three_digits() {
+    fn a_stage_is_summed_up_in_single_values_of_three_digits() {
         let summary = json!({"examples": 104_307, "best_score": 0.553_116_936_359_730_5, "secs": 1370.4, "of": "target",
             "idle_share": 0.0027, "sources": [{"name": "a"}], "none": null});
-        let told = "examples 104307, best score 0.553, secs 1370, of target, idle share 0.0027";
-        assert_eq!(brief(&summary), told);
+        let expected = "examples 104307, best score 0.553, secs 1370, of target, idle share 0.0027";
+        assert_eq!(brief(&summary), expected);
         assert_eq!(three_digits(0.0), "0");
+    }
+
+    #[test]
+    fn every_stage_has_an_entry_in_order_and_reads_only_earlier_ones() {
+        assert!(REGISTRY.iter().map(|entry| entry.stage).eq(Stage::ALL));
+        for entry in &REGISTRY {
+            assert!(entry.reads.iter().all(|read| *read < entry.stage), "{:?}", entry.stage);
+            assert!(!entry.about.is_empty() && (!entry.adds_up || entry.held.is_some()));
+        }
     }
 }

@@ -27,19 +27,19 @@ pub struct Member {
     pub name: String,
     pub run: RunLayout,
     /// Outputs that another run may share, in order.
-    pub outputs: Vec<Output>,
+    pub outputs: Vec<SharedOutput>,
 }
 
 /// An output that a run shares with all whose choices for it are the same.
 #[derive(Clone, Debug)]
-pub struct Output {
+pub struct SharedOutput {
     pub stage: Stage,
     /// Its place in the run folder.
     pub folder: PathBuf,
     pub fingerprint: Fingerprint,
 }
 
-impl Output {
+impl SharedOutput {
     /// Its name in [`SHARED`].
     pub fn address(&self) -> String {
         let name = self.folder.file_name().unwrap_or_default().to_string_lossy();
@@ -63,7 +63,7 @@ impl Member {
     /// # Errors
     /// A model or a document is absent or cannot be read.
     pub fn of(s: &Session) -> Result<Self> {
-        let outputs = stages::fingerprints(s)
+        let outputs = stages::outputs(s)
             .with_context(|| format!("cannot find out what `{}` depends on", s.recipe.name))?;
         Ok(Self { name: s.recipe.name.clone(), run: (*s.run).clone(), outputs })
     }
@@ -126,7 +126,7 @@ impl Member {
     /// # Errors
     /// An index is damaged.
     pub fn may_start_beside<'a>(&self, others: impl Iterator<Item = &'a Self>) -> Result<bool> {
-        let taken: Vec<String> = others.flat_map(|m| &m.outputs).map(Output::address).collect();
+        let taken: Vec<String> = others.flat_map(|m| &m.outputs).map(SharedOutput::address).collect();
         for output in &self.outputs {
             if taken.contains(&output.address()) && !output.is_complete()? {
                 return Ok(false);
@@ -154,11 +154,11 @@ fn link(name: &str, at: &Path, shared: &Path) -> Result<()> {
 
 /// What a sweep would do.
 #[derive(Clone, Debug, Serialize)]
-pub struct Plan {
+pub struct SweepPlan {
     pub runs: Vec<PlannedRun>,
 }
 
-/// One run of a [`Plan`].
+/// One run of a [`SweepPlan`].
 #[derive(Clone, Debug, Serialize)]
 pub struct PlannedRun {
     pub name: String,
@@ -182,7 +182,7 @@ pub struct PlannedOutput {
     pub shared_with: Option<String>,
 }
 
-impl Plan {
+impl SweepPlan {
     /// Of runs in their order; nothing is written.
     ///
     /// # Errors
@@ -242,7 +242,7 @@ mod tests {
 
     fn member(runs: &Path, name: &str, labels: u64) -> Member {
         let run = RunLayout::new(runs.join(name));
-        let output = |stage, folder, choice: u64| Output {
+        let output = |stage, folder, choice: u64| SharedOutput {
             stage,
             folder,
             fingerprint: Fingerprint::new().with("choice", choice),
@@ -252,7 +252,7 @@ mod tests {
         Member { name: name.to_owned(), run, outputs }
     }
 
-    fn fill(output: &Output) {
+    fn fill(output: &SharedOutput) {
         let dir = StageDir::open(&output.folder, output.stage.name(), &output.fingerprint).unwrap();
         let mut writer = StageWriter::<Example>::new(dir, 4, StoreDtype::F32, Some(1)).unwrap();
         writer
@@ -275,7 +275,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let [a, b, c] = [("a", 1), ("b", 1), ("c", 2)].map(|(name, l)| member(dir.path(), name, l));
         let all = [a, b, c];
-        let plan = Plan::of(&all).unwrap();
+        let plan = SweepPlan::of(&all).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "a plan writes nothing");
         assert_eq!(plan.runs[1].outputs[1].shared_with.as_deref(), Some("a"));
         assert_eq!(plan.runs[2].outputs[1].shared_with, None);
@@ -289,7 +289,7 @@ mod tests {
         assert_eq!(all[0].run.labels().canonicalize().unwrap(), all[1].run.labels().canonicalize().unwrap());
         assert!(all[2].outputs[0].is_complete().unwrap() && !all[2].outputs[1].is_complete().unwrap());
         assert_eq!(StageReader::<Example>::open(&all[1].run.examples()).unwrap().len(), 1);
-        assert!(Plan::of(&all).unwrap().text().contains("labels to make"));
+        assert!(SweepPlan::of(&all).unwrap().text().contains("labels to make"));
         // `a` and `b` are complete; `c` and a run like it would write one folder.
         assert!(all[1].may_start_beside([&all[0]].into_iter()).unwrap());
         let d = member(dir.path(), "d", 2);

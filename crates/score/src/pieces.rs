@@ -32,10 +32,14 @@ pub(crate) fn packs<T>(
         }
         let tried = total(pack);
         if pack.len() == 1 {
-            bail!(hinted(
-                format!("memory ran out while one scoring chunk was repeated ({tried} tokens)"),
-                "free the device of other work, or use shorter contexts or a smaller model; `plan` tells what is needed",
-            ));
+            bail!(
+                hinted(
+                    format!("memory ran out while one scoring chunk was repeated ({tried} tokens)"),
+                    "free the device of other work, or use shorter contexts or a smaller model; `plan` tells what is \
+                     needed",
+                )
+                .environment()
+            );
         }
         limit = total(&pack[..pack.len() / 2]);
         tracing::warn!("memory ran out in a pack of {tried} tokens; going on with {limit}");

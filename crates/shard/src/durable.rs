@@ -208,10 +208,13 @@ pub fn lock_dir(dir: &Path) -> Result<File> {
     let file = File::open(dir).with_context(|| format!("cannot open folder `{}`", dir.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!(hinted(
-            format!("another process writes `{}`", dir.display()),
-            "wait for it to end, or use another run name"
-        )),
+        Err(TryLockError::WouldBlock) => bail!(
+            hinted(
+                format!("another process writes `{}`", dir.display()),
+                "wait for it to end, or use another run name"
+            )
+            .environment()
+        ),
         Err(TryLockError::Error(e)) => {
             Err(e).with_context(|| format!("cannot lock folder `{}`", dir.display()))
         }
@@ -227,10 +230,13 @@ pub fn lock_dir(dir: &Path) -> Result<File> {
 pub fn lock_work(path: &Path, shared: bool, doing: &str) -> Result<File> {
     let file = File::options().create(true).append(true).open(path).map_err(|e| write_error(path, e))?;
     match if shared { file.try_lock_shared() } else { file.try_lock() } {
-        Err(TryLockError::WouldBlock) => bail!(hinted(
-            format!("another process {doing}"),
-            "wait for it to end, or set another `name` in the recipe"
-        )),
+        Err(TryLockError::WouldBlock) => bail!(
+            hinted(
+                format!("another process {doing}"),
+                "wait for it to end, or set another `name` in the recipe"
+            )
+            .environment()
+        ),
         Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
     }
 }

@@ -39,6 +39,10 @@ impl RunLayout {
             Source::Target => "features-target",
         })
     }
+    /// Folders of shards, in the order in which they are made.
+    pub fn shard_folders(&self) -> [PathBuf; 4] {
+        [self.examples(), self.labels(), self.features(Source::Proxy), self.features(Source::Target)]
+    }
     /// Maps of the target's hidden states, each named by its fingerprint.
     pub fn hidden(&self) -> PathBuf {
         self.root.join("hidden")

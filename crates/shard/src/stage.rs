@@ -1,4 +1,4 @@
-//! The stages of a run: their names, their order, and what each reads and writes.
+//! The stages of a run: their names, their order, and what each writes.
 
 use std::path::PathBuf;
 
@@ -6,61 +6,54 @@ use pkv_core::Source;
 
 use crate::RunLayout;
 
-/// A stage of `run`, in order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stage {
-    Prepare,
-    Label,
-    Extract,
-    Train,
-    Eval,
-    Export,
-    Report,
+/// One entry per stage, in order: its name, its meaning in a few words, and the files and folders of a run
+/// that it alone writes.
+macro_rules! stages {
+    ($($stage:ident $name:literal $meaning:literal |$run:ident| [$($writes:expr),*];)*) => {
+        /// A stage of `run`, in order.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum Stage {
+            $(#[doc = $meaning] $stage,)*
+        }
+
+        impl Stage {
+            pub const ALL: [Self; [$($name),*].len()] = [$(Self::$stage),*];
+
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$stage => $name,)*
+                }
+            }
+
+            /// In a few words.
+            pub const fn meaning(self) -> &'static str {
+                match self {
+                    $(Self::$stage => $meaning,)*
+                }
+            }
+
+            /// Files and folders that the stage alone writes.
+            pub fn writes(self, run: &RunLayout) -> Vec<PathBuf> {
+                match self {
+                    $(Self::$stage => {
+                        let $run = run;
+                        vec![$($writes),*]
+                    })*
+                }
+            }
+        }
+    };
 }
 
-impl Stage {
-    pub const ALL: [Self; 7] =
-        [Self::Prepare, Self::Label, Self::Extract, Self::Train, Self::Eval, Self::Export, Self::Report];
-
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Prepare => "prepare",
-            Self::Label => "label",
-            Self::Extract => "extract",
-            Self::Train => "train",
-            Self::Eval => "eval",
-            Self::Export => "export",
-            Self::Report => "report",
-        }
-    }
-
-    /// In a few words.
-    pub const fn meaning(self) -> &'static str {
-        match self {
-            Self::Prepare => "documents to token ids",
-            Self::Label => "the target repeats each context: KVzip scores",
-            Self::Extract => "the sources read each context: attention features",
-            Self::Train => "features to scores: the mapper",
-            Self::Eval => "against the labels, and answers with a pruned cache",
-            Self::Export => "the frozen mapper",
-            Self::Report => "the page about the run",
-        }
-    }
-
-    /// Files and folders that the stage alone writes.
-    pub fn writes(self, run: &RunLayout) -> Vec<PathBuf> {
-        match self {
-            Self::Prepare => vec![run.examples()],
-            Self::Label => vec![run.labels()],
-            Self::Extract => {
-                vec![run.features(Source::Proxy), run.features(Source::Target), run.hidden()]
-            }
-            Self::Train => vec![run.checkpoints(), run.train(), run.events()],
-            Self::Eval => vec![run.eval()],
-            Self::Export => vec![run.export()],
-            Self::Report => vec![run.report()],
-        }
-    }
+stages! {
+    Prepare "prepare" "documents to token ids" |run| [run.examples()];
+    Label "label" "the target repeats each context: KVzip scores" |run| [run.labels()];
+    Extract "extract" "the sources read each context: attention features"
+        |run| [run.features(Source::Proxy), run.features(Source::Target), run.hidden()];
+    Train "train" "features to scores: the mapper" |run| [run.checkpoints(), run.train(), run.events()];
+    Eval "eval" "against the labels, and answers with a pruned cache" |run| [run.eval()];
+    Export "export" "the frozen mapper" |run| [run.export()];
+    Report "report" "the page about the run" |run| [run.report()];
 }
 
 impl std::str::FromStr for Stage {

@@ -1,12 +1,11 @@
 //! The training loop: steps, logs, validations, checkpoints, and resume.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use pkv_checkpoint::{CheckpointStore, TrainingState};
-use pkv_core::{Fingerprint, Progress, Seed, Split, hinted};
+use pkv_core::{Fingerprint, Progress, Seed, Split, Stop, hinted};
 use pkv_recipe::{LossSection, MapperSection, TrainSection};
 use pkv_shard::{FeatureFolders, RunLayout};
 use serde::Serialize;
@@ -110,7 +109,7 @@ pub fn is_complete(inputs: &TrainInputs) -> Result<Option<u64>> {
     Ok(done.then_some(latest.step))
 }
 
-/// Train until the recipe's steps are done or `stop` is raised, from the last checkpoint if there is one.
+/// Train until the recipe's steps are done or `stop` is requested, from the last checkpoint if there is one.
 ///
 /// Asked to stop, it saves a checkpoint after the step at hand.
 ///
@@ -121,7 +120,7 @@ pub fn train(
     inputs: &TrainInputs,
     device: Device,
     progress: &dyn Progress,
-    stop: &AtomicBool,
+    stop: &Stop,
 ) -> Result<TrainSummary> {
     let begin = Instant::now();
     let store = inputs.store()?;
@@ -165,7 +164,7 @@ pub fn train(
         );
         let mut batch = if run.schedule.is_done(first) { None } else { Some(feed.take()?) };
         while let Some(now) = batch.take() {
-            if stop.load(Ordering::Relaxed) {
+            if stop.is_requested() {
                 tracing::info!("stopping at step {} of {}", run.step, inputs.train.steps_in_words());
                 return run.save_once().map_err(|e| diverged::explain(e, inputs, &batches, &dataset));
             }
@@ -232,7 +231,7 @@ impl<'a> Run<'a> {
         dataset: &'a Dataset,
         device: Device,
         progress: &'a dyn Progress,
-        stop: &AtomicBool,
+        stop: &Stop,
     ) -> Result<Self> {
         let saved = store.latest(device)?;
         let learner = match &saved {

@@ -1,9 +1,7 @@
 //! Initialization: standardization, the ridge solution, the thresholds, or another mapper's parameters.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use anyhow::{Context as _, Result, ensure};
-use pkv_core::{Progress, hinted};
+use anyhow::{Context as _, Result};
+use pkv_core::{Progress, Stop, hinted};
 use pkv_mapper::{RidgeAccumulator, StandardizationAccumulator};
 use pkv_recipe::Variant;
 use tch::{Device, Tensor};
@@ -25,14 +23,14 @@ const THRESHOLD_CONTEXTS: usize = 64;
 /// another mapper: those replace the ridge solution and random numbers; standardization stays its own.
 ///
 /// # Errors
-/// A shard is damaged, a feature or label is not finite, `inputs.start_from` is of another network, or `stop`
-/// is raised.
+/// A shard is damaged, a feature or label is not finite, `inputs.start_from` is of another network, or the
+/// user stopped: there is nothing to save then.
 pub fn start(
     dataset: &Dataset,
     inputs: &TrainInputs,
     device: Device,
     progress: &dyn Progress,
-    stop: &AtomicBool,
+    stop: &Stop,
 ) -> Result<Learner> {
     let _no_grad = tch::no_grad_guard();
     let TrainInputs { mapper: section, loss, train, start_from: from, .. } = *inputs;
@@ -45,7 +43,7 @@ pub fn start(
     let one = |x: &Tensor| x.unsqueeze(0);
     let read = |row: u64| {
         // Features that are made when they are read take as long as a model reads a context.
-        ensure!(!stop.load(Ordering::Relaxed), "stopped before the first step: there is nothing to save");
+        stop.check()?;
         dataset.context(row)
     };
 

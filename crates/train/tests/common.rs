@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Result;
-use pkv_core::{Fingerprint, Hinted, Progress, Seed, Split, StoreDtype};
+use pkv_core::{Fingerprint, Hinted, Progress, Seed, Split, Stop, StoreDtype};
 use pkv_recipe::{LossSection, MapperSection, TrainSection, Variant};
 use pkv_shard::{Example, FeatureFolders, FeatureRow, LabelRow, StageDir, StageWriter};
 use pkv_train::{TrainInputs, TrainSummary};
@@ -74,7 +74,7 @@ impl Setup {
     }
 
     /// Train in the folder `run` until done, stopped or failed.
-    pub fn run(&self, run: &str, progress: &dyn Progress, stop: &AtomicBool) -> Result<TrainSummary> {
+    pub fn run(&self, run: &str, progress: &dyn Progress, stop: &Stop) -> Result<TrainSummary> {
         let (run, examples, labels, features) =
             (self.stage(run), self.stage("examples"), self.stage("labels"), self.stage("features"));
         let inputs = self.inputs(&run, &examples, &labels, &features);
@@ -82,7 +82,7 @@ impl Setup {
     }
 
     pub fn finish(&self, run: &str) -> Result<TrainSummary> {
-        self.run(run, &pkv_core::NoProgress, &AtomicBool::new(false))
+        self.run(run, &pkv_core::NoProgress, &Stop::default())
     }
 
     pub fn is_complete(&self, run: &str) -> Result<Option<u64>> {

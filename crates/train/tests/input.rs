@@ -1,9 +1,8 @@
 //! Wrong input is refused with an error and a hint.
 
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use pkv_core::{Fingerprint, Split};
+use pkv_core::{Fingerprint, Split, Stop};
 use pkv_shard::{LabelRow, StageDir, StaleError};
 
 use crate::common::*;
@@ -97,8 +96,8 @@ fn nothing_that_is_not_finite_is_saved() {
         let train = &mut setup.train;
         (train.log_every, train.validate_every, train.checkpoint_every) = (100, 100, 100);
         train.steps = 100.into();
-        let stop = AtomicBool::new(false);
-        let good = At::new(3, || stop.store(true, Ordering::Relaxed));
+        let stop = Stop::default();
+        let good = At::new(3, || stop.request());
         assert_eq!(setup.run("run", &good, &stop).unwrap().step, 3);
         let train = &mut setup.train;
         train.lr = lr;
@@ -108,8 +107,12 @@ fn nothing_that_is_not_finite_is_saved() {
             "checkpoint" => train.checkpoint_every = 10,
             _ => {}
         }
-        let stop = AtomicBool::new(false);
-        let bad = At::new(10, || stop.store(due == "stop", Ordering::Relaxed));
+        let stop = Stop::default();
+        let bad = At::new(10, || {
+            if due == "stop" {
+                stop.request()
+            }
+        });
         let error = setup.run("run", &bad, &stop).expect_err(due);
         let (said, hint) = text_and_hint(&error);
         assert!(said.contains("training diverged at step") && said.contains("`doc-"), "{due}: {said}");

@@ -3,9 +3,9 @@
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use pkv_core::Stop;
 use pkv_recipe::Steps;
 
 use crate::common::*;
@@ -36,8 +36,8 @@ fn a_stopped_run_ends_with_the_same_bits() {
     for stops in [vec![1], vec![7, 14], vec![3, 23]] {
         let run = format!("stopped-{stops:?}");
         for &step in &stops {
-            let stop = AtomicBool::new(false);
-            let at = At::new(step, || stop.store(true, Ordering::Relaxed));
+            let stop = Stop::default();
+            let at = At::new(step, || stop.request());
             let summary = setup.run(&run, &at, &stop).unwrap();
             assert_eq!((summary.step, summary.finished), (step, false));
             assert_eq!(setup.is_complete(&run).unwrap(), None);
@@ -64,8 +64,8 @@ fn disturbed_features_and_crops_end_with_the_same_bits() {
     assert_ne!(setup.metrics("whole")[0], setup.metrics("exact")[0]);
     (setup.train.loader_threads, setup.train.cache_gb) = (Some(3), Some(0.0));
     for &step in &[5, 16] {
-        let stop = AtomicBool::new(false);
-        setup.run("broken", &At::new(step, || stop.store(true, Ordering::Relaxed)), &stop).unwrap();
+        let stop = Stop::default();
+        setup.run("broken", &At::new(step, || stop.request()), &stop).unwrap();
     }
     setup.finish("broken").unwrap();
     same(&setup, "broken", "whole");
@@ -98,8 +98,8 @@ fn automatic_steps_end_by_themselves_and_with_the_same_bits_wherever_broken() {
     for stops in [vec![3], vec![14], vec![13, 15], vec![17, 22]] {
         let run = format!("stopped-{stops:?}");
         for &step in &stops {
-            let stop = AtomicBool::new(false);
-            let at = At::new(step, || stop.store(true, Ordering::Relaxed));
+            let stop = Stop::default();
+            let at = At::new(step, || stop.request());
             assert_eq!(setup.run(&run, &at, &stop).unwrap().step, step);
             assert_eq!(setup.is_complete(&run).unwrap(), None);
         }
@@ -113,7 +113,7 @@ fn automatic_steps_end_by_themselves_and_with_the_same_bits_wherever_broken() {
         let run = format!("killed-{kills:?}");
         for &step in &kills {
             let at = At::new(step, || panic!("killed"));
-            let result = catch_unwind(AssertUnwindSafe(|| setup.run(&run, &at, &AtomicBool::new(false))));
+            let result = catch_unwind(AssertUnwindSafe(|| setup.run(&run, &at, &Stop::default())));
             assert!(result.is_err(), "not killed at step {step}");
         }
         setup.finish(&run).unwrap();
@@ -152,7 +152,7 @@ fn a_run_killed_at_any_step_ends_with_the_same_bits() {
         let run = format!("killed-{kills:?}");
         for &step in &kills {
             let at = At::new(step, || panic!("killed"));
-            let result = catch_unwind(AssertUnwindSafe(|| setup.run(&run, &at, &AtomicBool::new(false))));
+            let result = catch_unwind(AssertUnwindSafe(|| setup.run(&run, &at, &Stop::default())));
             assert!(result.is_err(), "nobody was killed at step {step}");
         }
         setup.finish(&run).unwrap();
@@ -166,8 +166,8 @@ fn a_run_killed_at_any_step_ends_with_the_same_bits() {
 fn a_run_that_an_older_version_began_ends_with_the_same_bits() {
     let setup = Setup::new(26, 5);
     setup.finish("whole").unwrap();
-    let stop = AtomicBool::new(false);
-    setup.run("old", &At::new(3, || stop.store(true, Ordering::Relaxed)), &stop).unwrap();
+    let stop = Stop::default();
+    setup.run("old", &At::new(3, || stop.request()), &stop).unwrap();
     let path = setup.stage("old").join("checkpoints/step-000003/state.json");
     let mut state: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     let fields = state.as_object_mut().unwrap();
@@ -185,8 +185,8 @@ fn a_run_that_an_older_version_began_ends_with_the_same_bits() {
 fn a_damaged_checkpoint_costs_steps_and_no_bits() {
     let setup = Setup::new(26, 5);
     setup.finish("whole").unwrap();
-    let stop = AtomicBool::new(false);
-    setup.run("broken", &At::new(17, || stop.store(true, Ordering::Relaxed)), &stop).unwrap();
+    let stop = Stop::default();
+    setup.run("broken", &At::new(17, || stop.request()), &stop).unwrap();
     let path = setup.stage("broken").join("checkpoints/step-000017/optimizer.safetensors");
     let mut bytes = fs::read(&path).unwrap();
     let at = bytes.len() / 2;
@@ -274,5 +274,5 @@ fn child() {
         start_from: None,
         fingerprint: &own.fingerprint,
     };
-    pkv_train::train(&inputs, tch::Device::Cpu, &setup, &AtomicBool::new(false)).unwrap();
+    pkv_train::train(&inputs, tch::Device::Cpu, &setup, &Stop::default()).unwrap();
 }

@@ -8,6 +8,7 @@ use clap_complete::engine::{
     ArgValueCandidates, ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter,
 };
 use pkv_core::{Channel, Source};
+use pkv_recipe::toml_files;
 
 /// Folders below `recipes/` are looked through this deep.
 pub(crate) const DEEPEST: usize = 3;
@@ -48,19 +49,6 @@ pub fn recipe() -> ArgValueCompleter {
         }
         all
     })
-}
-
-pub(crate) fn toml_files(folder: &Path, deeper: usize, found: &mut Vec<PathBuf>) {
-    let mut entries: Vec<PathBuf> =
-        fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
-    entries.sort();
-    for path in entries {
-        if path.extension().is_some_and(|e| e == "toml") {
-            found.push(path);
-        } else if deeper > 0 && path.is_dir() {
-            toml_files(&path, deeper - 1, found);
-        }
-    }
 }
 
 fn starting_with(current: &OsStr, all: impl Iterator<Item = OsString>) -> Vec<CompletionCandidate> {
@@ -197,17 +185,5 @@ mod tests {
             let key = value.split_once('=').unwrap().0.to_owned();
             assert!(keys().contains(&key), "{key}");
         }
-    }
-
-    #[test]
-    fn recipes_below_the_folder_are_found() {
-        let folder = tempfile::tempdir().unwrap();
-        fs::create_dir_all(folder.path().join("more/deep")).unwrap();
-        for name in ["a.toml", "more/b.toml", "more/deep/c.toml", "d.md"] {
-            fs::write(folder.path().join(name), "").unwrap();
-        }
-        let mut found = Vec::new();
-        toml_files(folder.path(), DEEPEST, &mut found);
-        assert_eq!(found.len(), 3, "{found:?}");
     }
 }

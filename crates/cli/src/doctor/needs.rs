@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use pkv_hub::{Hub, Lock};
 use pkv_lm::{LmConfig, TextTokenizer};
 use pkv_recipe::{ModelSection, Recipe};
+use pkv_run::session::manifest;
 
 use super::Check;
-use crate::session::{manifest, recipe_root};
 
 /// Models and data of the recipe: there, of the stated shape, of one vocabulary.
 pub fn needs(recipe: &Recipe, hub: Hub) -> Vec<Check> {
@@ -43,7 +43,7 @@ pub fn needs(recipe: &Recipe, hub: Hub) -> Vec<Check> {
 /// One of the recipe's models, and its folder.
 fn model(role: &str, section: &ModelSection, recipe: &Recipe, hub: &Hub) -> Result<(Check, PathBuf), Check> {
     let look = || -> anyhow::Result<PathBuf> {
-        let found = hub.model(&section.model, &section.revision, &[Path::new(""), &recipe_root(recipe)])?;
+        let found = hub.model(&section.model, &section.revision, &[Path::new(""), &recipe.root()])?;
         LmConfig::from_folder(&found.folder)?.check_shape(&section.shape, role)?;
         Ok(found.folder)
     };

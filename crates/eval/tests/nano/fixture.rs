@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use pkv_core::{Fingerprint, Policy, Seed, Split, StoreDtype};
+use pkv_core::{Fingerprint, Policy, Seed, Split, Stop, StoreDtype};
 use pkv_data::facts::WordLists;
 use pkv_data::{FactContext, fact_contexts};
 use pkv_eval::EvalInputs;
@@ -108,7 +108,7 @@ impl Nano {
             fingerprint: Fingerprint::new().with("eval", &self.section),
             base: Fingerprint::new().with("pair", "nano"),
             out,
-            check_stop: &|| Ok(()),
+            stop: Stop::default(),
             warn: &|_| {},
         }
     }

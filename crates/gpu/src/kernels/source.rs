@@ -126,10 +126,13 @@ impl Variant {
 /// NVRTC is not installed, or refuses the source; its log is in the error.
 pub fn compile(source: &str, options: &[String]) -> Result<Vec<u8>> {
     // cudarc panics where the library is missing.
-    shim::check(unsafe { shim::pkv_load_nvrtc() }).context(hinted(
-        "cannot compile CUDA kernels: NVRTC is not there",
-        "run `scripts/setup.sh`, or put the `nvidia-cuda-nvrtc` wheel beside torch",
-    ))?;
+    shim::check(unsafe { shim::pkv_load_nvrtc() }).context(
+        hinted(
+            "cannot compile CUDA kernels: NVRTC is not there",
+            "run `scripts/setup.sh`, or put the `nvidia-cuda-nvrtc` wheel beside torch",
+        )
+        .environment(),
+    )?;
     let text = CString::new(source)?;
     let program = result::create_program(&text, None).map_err(|e| anyhow::anyhow!("NVRTC: {e:?}"))?;
     // SAFETY: `program` is live until the end of this function; buffers have the sizes that NVRTC names.

@@ -1,13 +1,13 @@
 //! The hub's HTTP interface as uploads need it: the token, answers as JSON, and what a refusal means.
 
 use anyhow::{Result, anyhow, ensure};
-use pkv_core::{Hinted, hinted};
+use pkv_core::{Hinted, Stop, hinted};
 use serde_json::Value;
 use ureq::http::{HeaderMap, Method, Response};
 use ureq::{AsSendBody, Body};
 use url::Url;
 
-use crate::client::{CheckStop, Client, headers};
+use crate::client::{Client, headers};
 use crate::failure::{Failure, Refusal, network_hint};
 use crate::options::HubOptions;
 
@@ -31,7 +31,7 @@ pub struct Reply {
 impl<'a> Api<'a> {
     /// # Errors
     /// There is no token, or the network is not to be used.
-    pub fn new(options: &'a HubOptions, check_stop: CheckStop<'a>) -> Result<Self> {
+    pub fn new(options: &'a HubOptions, stop: &'a Stop) -> Result<Self> {
         ensure!(
             !options.offline,
             hinted("HF_HUB_OFFLINE is set: nothing can be sent", "unset HF_HUB_OFFLINE")
@@ -46,7 +46,7 @@ impl<'a> Api<'a> {
                 ),
             )
         );
-        Ok(Self { client: Client::new(options, true, check_stop)? })
+        Ok(Self { client: Client::new(options, true, stop)? })
     }
 
     pub fn endpoint(&self) -> &str {
@@ -128,15 +128,14 @@ impl<'a> Api<'a> {
         match reply {
             Ok(r) if matches!(r.status, 401 | 403) => Err(self.refusal(&r.refusal(), repo, doing)),
             Ok(r) => Ok(r),
-            Err(Failure::Stopped(e)) => Err(e),
+            Err(Failure::Stopped(e)) => Err(e.into()),
             Err(Failure::Status(refusal)) => Err(self.refusal(&refusal, repo, doing)),
             Err(failure @ Failure::Network(_)) => {
                 let Failure::Network(error) = &failure else { unreachable!("matched above") };
                 let hint = network_hint(error, &failure, self.client.options);
-                Err(anyhow!(failure.why()).context(hinted(
-                    format!("{doing}: the hub `{}` cannot be reached", self.endpoint()),
-                    format!("{hint}; push again: what has arrived is not sent a second time"),
-                )))
+                let hint = format!("{hint}; push again: what has arrived is not sent a second time");
+                let what = format!("{doing}: the hub `{}` cannot be reached", self.endpoint());
+                Err(anyhow!(failure.why()).context(hinted(what, hint).environment()))
             }
             Err(failure) => Err(anyhow!(failure.why()).context(hinted(
                 format!("{doing}: the hub `{}` answers in a way that cannot be used", self.endpoint()),

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 
 use anyhow::{Context, Result, bail, ensure};
-use pkv_core::{Progress, hinted};
+use pkv_core::{Progress, Stop, hinted};
 use serde_json::{Value, json};
 use ureq::SendBody;
 use ureq::http::Method;
@@ -29,7 +29,7 @@ pub fn upload(
     push: &Push,
     files: &[&PushFile],
     progress: &dyn Progress,
-    check_stop: &dyn Fn() -> Result<()>,
+    stop: &Stop,
 ) -> Result<()> {
     if files.is_empty() {
         return Ok(());
@@ -45,7 +45,7 @@ pub fn upload(
     let reply = api.expect(post(api, &path, &Value::Null, &request), &push.repo, &doing)?;
     let listed = reply.json["objects"].as_array().map_or(&[][..], Vec::as_slice);
     for file in files {
-        check_stop()?;
+        stop.check()?;
         let doing = format!("cannot send `{}` to `{}`", file.name, push.repo);
         let object = listed.iter().find(|o| o["oid"] == file.sha256.as_str()).with_context(|| {
             hinted(

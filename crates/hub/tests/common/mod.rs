@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pkv_core::{Hinted, NoProgress};
+use pkv_core::{Hinted, NoProgress, Stop};
 use pkv_hub::{Hub, HubOptions};
 use tempfile::TempDir;
 
@@ -53,7 +53,7 @@ pub fn weights(seed: usize) -> Vec<u8> {
 }
 
 pub fn fetch(hub: &Hub) -> anyhow::Result<(pkv_hub::Resolved, Option<pkv_hub::Pin>)> {
-    hub.fetch_model(NAME, "main", &[], &NoProgress, &|| Ok(()))
+    hub.fetch_model(NAME, "main", &[], &NoProgress, &Stop::default())
 }
 
 pub fn assert_whole(folder: &Path) {

@@ -59,10 +59,10 @@ impl Regime for Parallel {
             pkv_gpu::reset_peak(gpu)?;
         }
         let (proxy_lane, tokens) = (self.lane, context.tokens.to_vec());
-        let (shared, check_stop) = (Arc::clone(&timeline), Arc::clone(&context.check_stop));
+        let (shared, stop) = (Arc::clone(&timeline), context.stop.clone());
         let pending = self.source.start(move |source| {
             let _current = proxy_lane.enter()?;
-            source.score(&tokens, &Situation { timeline: shared, lane: proxy_lane, check_stop })
+            source.score(&tokens, &Situation { timeline: shared, lane: proxy_lane, stop })
         });
         let full = timeline.time(&lane, "prefill", || context.prefill_target());
         let done = timeline.secs();

@@ -35,7 +35,7 @@ impl Regime for Sequential {
         let at = Situation {
             timeline: Arc::clone(&timeline),
             lane: Lane::here("proxy", self.source.device())?,
-            check_stop: Arc::clone(&context.check_stop),
+            stop: context.stop.clone(),
         };
         let given = caught(|| self.source.score(context.tokens, &at));
         let lane = Lane::here("target", context.target.device())?;

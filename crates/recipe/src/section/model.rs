@@ -1,6 +1,6 @@
 //! `[target]` and `[proxy]`: which model, and the shape it must have.
 
-use pkv_core::ModelShape;
+use pkv_core::{DtypeName, ModelShape};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -18,19 +18,6 @@ pub struct ModelSection {
     pub dtype: DtypeName,
     /// Expected dimensions; compared with config.json when the model is opened.
     pub shape: ModelShape,
-}
-
-/// Dtype of a model's weights and activations. Scores and features are f32 whatever it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum DtypeName {
-    /// bf16 on CUDA, f32 on a CPU, where bf16 is slow.
-    #[default]
-    Auto,
-    /// On any device.
-    F32,
-    /// On any device.
-    Bf16,
 }
 
 fn main() -> String {

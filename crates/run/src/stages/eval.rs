@@ -10,18 +10,31 @@ use pkv_eval::{Asked, Budgets, EvalInputs};
 use pkv_lm::TextTokenizer;
 use pkv_recipe::{PruneSection, Recipe, TaskName};
 use pkv_shard::durable::WriteBudget;
-use pkv_shard::{Example, StageReader};
+use pkv_shard::{Example, Stage, StageReader};
 use pkv_tasks::{Benchmark, Files, Opening, suite};
 use serde_json::json;
 use tch::{Device, Kind};
 
 use super::generated::{self, Loaded};
-use super::{Outcome, prepare, train};
+use super::{Entry, Outcome, prepare, train};
 use crate::mapper_source::{Trained, from_checkpoint, from_export};
 use crate::session::{Session, benchmark_manifest_path};
 
 /// File of the kept sets, in the results' folder.
 const KEPT_FILE: &str = "kept.safetensors";
+
+pub(super) const ENTRY: Entry = Entry {
+    held: Some(folder),
+    adds_up: true,
+    ..Entry::new(
+        Stage::Eval,
+        "Evaluate the mapper and the baselines: agreement with the labels, and answers from pruned caches\n\n\
+         Results of other tasks, methods, policies, ratios and limits are added to those already measured with the \
+         same mapper; `--redo eval` discards them.",
+        &[Stage::Prepare, Stage::Label, Stage::Extract, Stage::Train],
+        run,
+    )
+};
 
 /// Options of `eval` in addition to the recipe.
 #[derive(Clone, Debug, Default)]
@@ -37,7 +50,7 @@ pub fn folder(s: &Session, options: &EvalOptions) -> PathBuf {
     if options.mapper.is_some() { s.run.eval_of_export() } else { s.run.eval() }
 }
 
-pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
+fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     let upstream = train::upstream(s)?;
     let trained = match &options.mapper {
         Some(folder) => from_export(s, &upstream, folder)?,
@@ -67,7 +80,7 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     }
     let target = upstream.target.load(s)?;
     let proxy = upstream.proxy.as_ref().map(|proxy| proxy.load(s)).transpose()?;
-    s.check_stop()?;
+    s.stop.check()?;
     let loaded = Loaded { target: Some(&target), proxy: proxy.as_ref() };
     let inputs = EvalInputs {
         target: &target,
@@ -95,7 +108,7 @@ pub fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         fingerprint,
         base: base.clone(),
         out: &out,
-        check_stop: &|| s.check_stop(),
+        stop: s.stop.clone(),
         warn: &|text| tracing::warn!("{text}"),
     };
     let results = if complete { None } else { Some(pkv_eval::evaluate(&inputs, &*s.bar)?) };

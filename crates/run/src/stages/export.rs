@@ -9,20 +9,31 @@ use pkv_checkpoint::{
 };
 use pkv_core::{Policy, Split};
 use pkv_eval::{RESULTS_FILE, Results};
+use pkv_mapper::MapperDims;
 use pkv_shard::{Example, ExampleRows, Stage, StageReader};
 use serde_json::json;
 use tch::Tensor;
 
 use super::generated::{self, Loaded};
-use super::{Outcome, hidden, train};
-use crate::mapper_source::{Trained, dims, from_checkpoint};
+use super::{Entry, Outcome, hidden, train};
+use crate::mapper_source::{Trained, from_checkpoint};
 use crate::pair::Found;
 use crate::session::Session;
+
+pub(super) const ENTRY: Entry = Entry {
+    held: Some(|s, _| s.run.export()),
+    ..Entry::new(
+        Stage::Export,
+        "Export the trained mapper: safetensors, config.json, model card, parity vectors",
+        &[Stage::Prepare, Stage::Label, Stage::Extract, Stage::Train, Stage::Eval],
+        |s, _| run(s),
+    )
+};
 
 /// Positions of the parity vectors: enough for every part of the mapper, small enough to ship.
 const PARITY_POSITIONS: i64 = 512;
 
-pub fn run(s: &Session) -> Result<Outcome> {
+fn run(s: &Session) -> Result<Outcome> {
     let upstream = train::upstream(s)?;
     let trained = from_checkpoint(s, &upstream)?;
     let folder = s.run.export();
@@ -60,7 +71,7 @@ fn config(s: &Session, upstream: &train::Upstream, trained: &Trained) -> ExportC
         name: r.name.clone(),
         target: identity(s, &upstream.target),
         proxy: upstream.proxy.as_ref().map(|proxy| identity(s, proxy)),
-        dims: dims(r),
+        dims: MapperDims::of(r).into(),
         label: r.label.clone(),
         extract: r.extract.content(),
         mapper: r.mapper.clone(),

@@ -5,17 +5,41 @@ use pkv_core::{Fingerprint, ModelShape, Source};
 use pkv_extract::{ContextFeatures, Extractor};
 use pkv_recipe::MissingFeatures;
 use pkv_score::Requests;
-use pkv_shard::{Example, FeatureRow, StageDir, StageReader, StageWriter};
+use pkv_shard::{Example, FeatureRow, Stage, StageDir, StageReader, StageWriter};
 use serde_json::{Value, json};
 
 use super::lanes::{Lane, lanes};
 use super::pump::pump;
 use super::to_host::ToHost;
-use super::{Outcome, hidden, keep, prepare, require};
+use super::{Entry, Outcome, hidden, keep, prepare, require};
 use crate::pair::{self, Found};
 use crate::session::Session;
+use crate::sweep::SharedOutput;
 
-pub fn run(s: &Session) -> Result<Outcome> {
+pub(super) const ENTRY: Entry = Entry {
+    outputs,
+    instead: "; with `extract.missing = \"generate\"` in the recipe, features are made where they are missing",
+    ..Entry::new(
+        Stage::Extract,
+        "Extract features of the proxy or the target",
+        // Labels where a channel is fitted to them.
+        &[Stage::Prepare, Stage::Label],
+        |s, _| run(s),
+    )
+};
+
+/// Features that are not kept are none.
+fn outputs(s: &Session) -> Result<Vec<SharedOutput>> {
+    let (target, proxy) = pair::find_both(s)?;
+    let examples = prepare::fingerprint(s, &target)?;
+    let one = |&source: &Source| {
+        let fingerprint = fingerprint(s, source, of_pair(source, &target, proxy.as_deref())?, &examples);
+        Ok(SharedOutput { stage: Stage::Extract, folder: s.run.features(source), fingerprint })
+    };
+    s.recipe.extract.from.iter().filter(|_| !s.recipe.extract.is_transient()).map(one).collect()
+}
+
+fn run(s: &Session) -> Result<Outcome> {
     if s.recipe.extract.is_transient() {
         let why = "`extract.missing` is `generate` and `extract.after_use` is `delete`: features are made when they are read";
         return Ok(Outcome::Skipped(why.to_owned()));
@@ -83,7 +107,7 @@ fn one(
         // A lane is a thread, and tensors are not shared between threads.
         let hidden = hidden.as_ref().map(|hidden| hidden.to_device(s.device));
         move |example: Example| {
-            s.check_stop()?;
+            s.stop.check()?;
             lane.on(|model| {
                 let extractor = Extractor::with_requests(model, requests, prefix, section, label)
                     .with_hidden(hidden.as_ref())?;
@@ -195,7 +219,7 @@ pub fn require_all(
     let of = |&source: &Source| {
         let fingerprint = fingerprint(s, source, of_pair(source, target, proxy)?, examples);
         if !s.recipe.extract.is_transient() {
-            require(&s.run.features(source), "extract", &fingerprint)?;
+            require(&s.run.features(source), Stage::Extract, &fingerprint)?;
         }
         Ok(fingerprint)
     };

@@ -10,7 +10,7 @@ use pkv_extract::{HiddenFit, HiddenProjection};
 use pkv_lm::LanguageModel;
 use pkv_prune::log_odds;
 use pkv_shard::durable::WriteBudget;
-use pkv_shard::{Example, LabelRow, StageReader};
+use pkv_shard::{Example, LabelRow, Stage, StageReader};
 use tch::{Device, Tensor};
 
 use super::{label, require};
@@ -77,13 +77,13 @@ pub fn fitted(
     if let Ok(Some(found)) = read(s, target, upstream, model.device()) {
         return Ok(found);
     }
-    require(&s.run.labels(), "label", &label::fingerprint(s, target, upstream))?;
+    require(&s.run.labels(), Stage::Label, &label::fingerprint(s, target, upstream))?;
     let labels = StageReader::<LabelRow>::open(&s.run.labels())?;
     let rows = training_rows(examples)?;
     let mut fit = HiddenFit::new(model);
     s.bar.start("projection of hidden states", rows.len() as u64, 0);
     for row in rows {
-        s.check_stop()?;
+        s.stop.check()?;
         let (example, label) = (examples.get(row)?, labels.get(row)?);
         label.check_example(row, &example)?;
         let size = [label.layers, label.kv_heads, label.positions].map(i64::from);

@@ -4,18 +4,28 @@
 use anyhow::Result;
 use pkv_core::Fingerprint;
 use pkv_score::{Requests, Scorer};
-use pkv_shard::{Example, LabelRow, StageDir, StageWriter};
+use pkv_shard::{Example, LabelRow, Stage, StageDir, StageWriter};
 use serde_json::json;
 
 use super::beside::{Beside, BesideWriter};
 use super::lanes::{Lane, lanes};
 use super::pump::pump;
 use super::to_host::ToHost;
-use super::{Outcome, keep, prepare};
+use super::{Entry, Outcome, keep, prepare};
 use crate::pair::{self, Found};
 use crate::session::Session;
+use crate::sweep::SharedOutput;
 
-pub fn run(s: &Session) -> Result<Outcome> {
+pub(super) const ENTRY: Entry = Entry {
+    outputs: |s| {
+        let target = pair::find_target(s)?;
+        let fingerprint = fingerprint(s, &target, &prepare::fingerprint(s, &target)?);
+        Ok(vec![SharedOutput { stage: Stage::Label, folder: s.run.labels(), fingerprint }])
+    },
+    ..Entry::new(Stage::Label, "Compute labels: KVzip scores of the target", &[Stage::Prepare], |s, _| run(s))
+};
+
+fn run(s: &Session) -> Result<Outcome> {
     let (target, _) = pair::find_both(s)?;
     let (examples, upstream) = prepare::examples(s, &target)?;
     let stage = StageDir::open(&s.run.labels(), "label", &fingerprint(s, &target, &upstream))?;
@@ -36,7 +46,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let compute = |lane: Lane| {
         let (requests, beside) = (&requests, beside.as_ref());
         move |(row, example): (u64, Example)| {
-            s.check_stop()?;
+            s.stop.check()?;
             lane.on(|model| {
                 let read = |beside: &Beside| beside.prefill(s, model, requests, prefix, (row, &example));
                 let (cache, features) = beside.map(read).transpose()?.flatten().unzip();

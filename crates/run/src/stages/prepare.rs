@@ -3,13 +3,23 @@
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, Split, StoreDtype};
 use pkv_recipe::{FactPlace, Recipe};
-use pkv_shard::{Example, StageDir, StageReader, StageWriter};
+use pkv_shard::{Example, Stage, StageDir, StageReader, StageWriter};
 
-use super::Outcome;
+use super::{Entry, Outcome};
 use crate::pair;
 use crate::session::Session;
+use crate::sweep::SharedOutput;
 
-pub fn run(s: &Session) -> Result<Outcome> {
+pub(super) const ENTRY: Entry = Entry {
+    outputs: |s| {
+        let target = pair::find_target(s)?;
+        let fingerprint = fingerprint(s, &target)?;
+        Ok(vec![SharedOutput { stage: Stage::Prepare, folder: s.run.examples(), fingerprint }])
+    },
+    ..Entry::new(Stage::Prepare, "Turn documents into tokenized examples", &[], |s, _| run(s))
+};
+
+fn run(s: &Session) -> Result<Outcome> {
     // A proxy that does not fit is refused before any work.
     let (target, _) = pair::find_both(s)?;
     let stage = StageDir::open(&s.run.examples(), "prepare", &fingerprint(s, &target)?)?;
@@ -23,7 +33,7 @@ pub fn run(s: &Session) -> Result<Outcome> {
     let mut seen = 0;
     let summary =
         pkv_data::prepare(&s.recipe, &s.manifest, &s.hub, &target.tokenizer, &*s.bar, &mut |example| {
-            s.check_stop()?;
+            s.stop.check()?;
             seen += 1;
             // Examples come in the same order every time; those written before an interruption are not
             // written twice.
@@ -62,7 +72,7 @@ pub fn with_places(fingerprint: Fingerprint, recipe: &Recipe) -> Fingerprint {
 /// `prepare` has not run, was not finished, or ran with another recipe.
 pub fn examples(s: &Session, target: &pair::Found) -> Result<(StageReader<Example>, Fingerprint)> {
     let fingerprint = fingerprint(s, target)?;
-    super::require(&s.run.examples(), "prepare", &fingerprint)?;
+    super::require(&s.run.examples(), Stage::Prepare, &fingerprint)?;
     let reader = StageReader::open(&s.run.examples()).context("cannot read the examples")?;
     Ok((reader, fingerprint))
 }

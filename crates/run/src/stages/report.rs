@@ -1,12 +1,20 @@
 //! `report`: one self-contained HTML file about the run.
 
 use anyhow::Result;
+use pkv_shard::Stage;
 use serde_json::json;
 
-use super::Outcome;
+use super::{Entry, Outcome};
 use crate::session::Session;
 
-pub fn run(s: &Session) -> Result<Outcome> {
+pub(super) const ENTRY: Entry = Entry::new(
+    Stage::Report,
+    "Write one self-contained HTML report of the run",
+    &[Stage::Train, Stage::Eval, Stage::Export],
+    |s, _| run(s),
+);
+
+fn run(s: &Session) -> Result<Outcome> {
     let written = pkv_report::write(s.run.root())?;
     Ok(Outcome::Done(json!({"file": written.html})))
 }

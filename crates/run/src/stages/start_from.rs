@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use pkv_checkpoint::{Export, ExportDims};
 use pkv_core::{Fingerprint, ModelShape, hinted};
+use pkv_mapper::MapperDims;
 use pkv_recipe::{ExtractSection, Recipe};
 use pkv_shard::RunLayout;
 
-use crate::mapper_source::dims;
 use crate::session::Session;
 
 /// The export that the recipe names, if it names one and it fits.
@@ -85,7 +85,7 @@ fn check(export: &Export, recipe: &Recipe) -> Result<()> {
     if let Some((key, found, expected)) = differences.into_iter().find(|d| d.0 != "mapper.ridge") {
         return Err(refuse(&format!("`{key}`"), found.to_string(), expected.to_string()).into());
     }
-    let (theirs, ours): (ExportDims, ExportDims) = (c.dims, dims(recipe));
+    let (theirs, ours): (ExportDims, ExportDims) = (c.dims, MapperDims::of(recipe).into());
     same("its sizes", format!("{theirs:?}"), format!("{ours:?}"))
 }
 

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use anyhow::Result;
 use pkv_checkpoint::Export;
 use pkv_core::Fingerprint;
+use pkv_shard::Stage;
 use serde_json::json;
 
 use super::generated::Loaded;
-use super::{Outcome, extract, generated, label, prepare, require, start_from};
+use super::{Entry, Outcome, extract, generated, label, prepare, require, start_from};
 use crate::pair::{self, Found};
 use crate::session::Session;
 
@@ -24,7 +25,17 @@ pub struct Upstream {
     pub fingerprint: Fingerprint,
 }
 
-pub fn run(s: &Session) -> Result<Outcome> {
+pub(super) const ENTRY: Entry = Entry {
+    held: Some(|s, _| s.run.train()),
+    ..Entry::new(
+        Stage::Train,
+        "Train the mapper on labels and features",
+        &[Stage::Prepare, Stage::Label, Stage::Extract],
+        |s, _| run(s),
+    )
+};
+
+fn run(s: &Session) -> Result<Outcome> {
     let upstream = upstream(s)?;
     let r = &s.recipe;
     let mut inputs = pkv_train::TrainInputs {
@@ -44,12 +55,8 @@ pub fn run(s: &Session) -> Result<Outcome> {
         return Ok(Outcome::Skipped(format!("the mapper was trained for {step} steps as the recipe says")));
     }
     inputs.features = generated::features(s, &upstream, Loaded::default())?;
-    let summary = pkv_train::train(&inputs, s.device, &*s.bar, s.stop_flag());
-    if let (Err(e), true) = (&summary, s.check_stop().is_err()) {
-        tracing::warn!("{e:#}");
-    }
-    s.check_stop()?;
-    let summary = summary?;
+    let summary = pkv_train::train(&inputs, s.device, &*s.bar, &s.stop)?;
+    s.stop.check()?;
     // Read back: nothing is removed before the weights are on the disk.
     if pkv_train::is_complete(&inputs)?.is_some() {
         generated::delete_used(s, &upstream)?;
@@ -65,7 +72,7 @@ pub fn upstream(s: &Session) -> Result<Upstream> {
     let (target, proxy) = pair::find_both(s)?;
     let (_, examples) = prepare::examples(s, &target)?;
     let labels = label::fingerprint(s, &target, &examples);
-    require(&s.run.labels(), "label", &labels)?;
+    require(&s.run.labels(), Stage::Label, &labels)?;
     let r = &s.recipe;
     let features = extract::require_all(s, &target, proxy.as_deref(), &examples)?;
     let fingerprint = Fingerprint::new()

@@ -4,11 +4,24 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::hinted;
-use pkv_recipe::{Override, Recipe};
-use pkv_run::session::load_recipe;
+use pkv_recipe::{Override, Recipe, toml_files};
 
-use crate::args::SweepArgs;
-use crate::completion::values::toml_files;
+use crate::session::load_recipe;
+
+/// The runs that a user names.
+#[derive(Clone, Copy, Debug)]
+pub struct Variants<'a> {
+    /// What the others are compared with.
+    pub recipe: &'a Path,
+    /// Overrides of all runs.
+    pub overrides: &'a [Override],
+    /// Recipes of variants, or folders of them.
+    pub files: &'a [PathBuf],
+    /// `key=value,...`: a variant for each combination.
+    pub vary: &'a [String],
+    /// Only these, by the names of files or runs.
+    pub only: &'a [String],
+}
 
 /// One run.
 pub struct Variant {
@@ -17,70 +30,72 @@ pub struct Variant {
     pub assignments: Vec<String>,
 }
 
-/// The recipe first.
-///
-/// # Errors
-/// A recipe is invalid, two runs have one name, `--only` names none, or there is no variant.
-pub fn all(args: &SweepArgs) -> Result<Vec<Variant>> {
-    let common = args.recipe.overrides();
-    let variant = |path: &Path, more: &[Override]| -> Result<Variant> {
-        let overrides = [common.as_slice(), more].concat();
-        let recipe = load_recipe(path, &overrides)?;
-        Ok(Variant { recipe, assignments: overrides.into_iter().map(|o| o.assignment).collect() })
-    };
-    let base = variant(&args.recipe.recipe, &[])?;
-    let mut found: Vec<(String, Variant)> = Vec::new();
-    for path in files(&args.variants)? {
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        found.push((stem, variant(&path, &[])?));
-    }
-    for choices in combinations(&args.vary)? {
-        let name = choices.iter().fold(base.recipe.name.clone(), |name, (key, value)| {
-            let last = key.rsplit('.').next().unwrap_or(key);
-            format!("{name}-{last}-{}", plain(value))
-        });
-        let mut overrides = Vec::new();
-        for (key, value) in &choices {
-            let assignment = format!("{key}={value}");
-            overrides.push(Override::by_flag(format!("--vary {assignment}"), assignment));
+impl Variants<'_> {
+    /// The recipe first.
+    ///
+    /// # Errors
+    /// A recipe is invalid, two runs have one name, `--only` names none, or there is no variant.
+    pub fn all(self) -> Result<Vec<Variant>> {
+        let variant = |path: &Path, more: &[Override]| -> Result<Variant> {
+            let overrides = [self.overrides, more].concat();
+            let recipe = load_recipe(path, &overrides)?;
+            Ok(Variant { recipe, assignments: overrides.into_iter().map(|o| o.assignment).collect() })
+        };
+        let base = variant(self.recipe, &[])?;
+        let mut found: Vec<(String, Variant)> = Vec::new();
+        for path in files(self.files)? {
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            found.push((stem, variant(&path, &[])?));
         }
-        overrides.push(Override::by_flag("--vary".to_owned(), format!("name=\"{name}\"")));
-        found.push((name, variant(&args.recipe.recipe, &overrides)?));
-    }
-    ensure!(
-        !found.is_empty(),
-        hinted(
-            "a sweep of one recipe has nothing to compare",
-            "name variants, `--variants recipes/ablations`, or vary a key, `--vary train.steps=500,1000`"
-        )
-    );
-    if !args.only.is_empty() {
-        let is_called =
-            |name: &String, (stem, variant): &(String, Variant)| name == stem || *name == variant.recipe.name;
-        if let Some(name) = args.only.iter().find(|name| !found.iter().any(|v| is_called(name, v))) {
-            let known: Vec<&str> = found.iter().map(|(stem, _)| stem.as_str()).collect();
-            bail!(hinted(
-                format!("`--only {name}` names no variant"),
-                format!("there are {}", known.join(", "))
-            ));
+        for choices in combinations(self.vary)? {
+            let name = choices.iter().fold(base.recipe.name.clone(), |name, (key, value)| {
+                let last = key.rsplit('.').next().unwrap_or(key);
+                format!("{name}-{last}-{}", plain(value))
+            });
+            let mut overrides = Vec::new();
+            for (key, value) in &choices {
+                let assignment = format!("{key}={value}");
+                overrides.push(Override::by_flag(format!("--vary {assignment}"), assignment));
+            }
+            overrides.push(Override::by_flag("--vary".to_owned(), format!("name=\"{name}\"")));
+            found.push((name, variant(self.recipe, &overrides)?));
         }
-        found.retain(|v| args.only.iter().any(|name| is_called(name, v)));
-    }
-    let all: Vec<Variant> = std::iter::once(base).chain(found.into_iter().map(|(_, v)| v)).collect();
-    for (i, one) in all.iter().enumerate() {
-        if let Some(other) = all[..i].iter().find(|other| other.recipe.name == one.recipe.name) {
-            bail!(hinted(
-                format!(
-                    "two runs are called `{}`: those of `{}` and `{}`",
-                    one.recipe.name,
-                    other.recipe.path.display(),
-                    one.recipe.path.display()
-                ),
-                "give each recipe a `name` of its own, and leave `--set name` out"
-            ));
+        ensure!(
+            !found.is_empty(),
+            hinted(
+                "a sweep of one recipe has nothing to compare",
+                "name variants, `--variants recipes/ablations`, or vary a key, `--vary train.steps=500,1000`"
+            )
+        );
+        if !self.only.is_empty() {
+            let is_called = |name: &String, (stem, variant): &(String, Variant)| {
+                name == stem || *name == variant.recipe.name
+            };
+            if let Some(name) = self.only.iter().find(|name| !found.iter().any(|v| is_called(name, v))) {
+                let known: Vec<&str> = found.iter().map(|(stem, _)| stem.as_str()).collect();
+                bail!(hinted(
+                    format!("`--only {name}` names no variant"),
+                    format!("there are {}", known.join(", "))
+                ));
+            }
+            found.retain(|v| self.only.iter().any(|name| is_called(name, v)));
         }
+        let all: Vec<Variant> = std::iter::once(base).chain(found.into_iter().map(|(_, v)| v)).collect();
+        for (i, one) in all.iter().enumerate() {
+            if let Some(other) = all[..i].iter().find(|other| other.recipe.name == one.recipe.name) {
+                bail!(hinted(
+                    format!(
+                        "two runs are called `{}`: those of `{}` and `{}`",
+                        one.recipe.name,
+                        other.recipe.path.display(),
+                        one.recipe.path.display()
+                    ),
+                    "give each recipe a `name` of its own, and leave `--set name` out"
+                ));
+            }
+        }
+        Ok(all)
     }
-    Ok(all)
 }
 
 /// Files as they are named, and those of folders, in the order of their names.

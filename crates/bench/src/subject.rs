@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use pkv_core::hinted;
-use pkv_gpu::unless_exhausted;
+use pkv_core::{Source, hinted};
+use pkv_gpu::{kind_on, unless_exhausted};
 use pkv_hub::{Hub, Lock};
 use pkv_lm::{LanguageModel, LmConfig};
 use pkv_recipe::{LabelSection, ModelSection, Recipe};
@@ -12,8 +12,7 @@ use pkv_score::Requests;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use crate::pair::Role;
-use crate::session::{kind_on, recipe_root};
+use crate::{Models, Setting};
 
 /// Tokens of Llama 3's chat template before and after the user's text, and of KVzip's two requests.
 /// The same numbers are in `scripts/peer/time_kvpress.py`.
@@ -29,7 +28,7 @@ const TIED_BELOW: usize = 4_000_000_000;
 /// One of the recipe's two models, not yet made.
 pub struct Subject<'a> {
     pub section: &'a ModelSection,
-    pub role: Role,
+    pub role: Source,
     pub kind: Kind,
     recipe: &'a Recipe,
     device: Device,
@@ -39,17 +38,19 @@ pub struct Subject<'a> {
 impl<'a> Subject<'a> {
     /// # Errors
     /// It is the proxy, and the recipe has none.
-    pub fn new(recipe: &'a Recipe, role: Role, device: Device, random: bool) -> Result<Self> {
+    pub fn new(setting: &Setting<'a>, role: Source, models: Models) -> Result<Self> {
+        let Setting { recipe, device, .. } = *setting;
         let section = match role {
-            Role::Target => &recipe.target,
-            Role::Proxy => recipe.proxy.as_ref().with_context(|| {
+            Source::Target => &recipe.target,
+            Source::Proxy => recipe.proxy.as_ref().with_context(|| {
                 hinted(
                     "the benchmark measures a proxy, and the recipe has no section `[proxy]`",
                     "add `[proxy]` with its `model` and `[proxy.shape]`, or name feature sets of the target: `--features target`",
                 )
             })?,
         };
-        Ok(Self { section, role, kind: kind_on(device, section.dtype), recipe, device, random })
+        let (kind, random) = (kind_on(device, section.dtype), models.random_weights);
+        Ok(Self { section, role, kind, recipe, device, random })
     }
 
     /// The model, random or from its files; `None` if it does not fit.
@@ -62,7 +63,7 @@ impl<'a> Subject<'a> {
                 let config = random_config(self.section)?;
                 return Ok(LanguageModel::random(config, self.device, self.kind, 0));
             }
-            let (model, root) = (&self.section.model, recipe_root(self.recipe));
+            let (model, root) = (&self.section.model, self.recipe.root());
             let context = || format!("cannot open the {} `{model}`", self.role.name());
             let hub = Hub::from_env().with_lock(Lock::beside(&self.recipe.path)?);
             let bases = [Path::new(""), &root];
@@ -71,6 +72,20 @@ impl<'a> Subject<'a> {
                 .check_shape(&self.section.shape, self.role.name())
                 .with_context(context)?;
             LanguageModel::load(&folder, self.device, self.kind).with_context(context)
+        })
+    }
+
+    /// The model where nothing can be measured without it.
+    ///
+    /// # Errors
+    /// As of [`Subject::model`]; or it does not fit.
+    pub fn needed_model(&self) -> Result<LanguageModel> {
+        self.model()?.with_context(|| {
+            hinted(
+                format!("the {} alone does not fit into the device's memory", self.role.name()),
+                "free the device of other work, or name a recipe with a smaller model",
+            )
+            .environment()
         })
     }
 
@@ -134,6 +149,10 @@ fn random_config(section: &ModelSection) -> Result<LmConfig> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use pkv_core::Stop;
+
     use super::*;
 
     #[test]
@@ -160,7 +179,16 @@ mod tests {
     fn tokens_are_of_the_vocabulary_and_always_the_same() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/demo-nano.toml");
         let recipe = pkv_recipe::load(&root, &[]).unwrap();
-        let subject = Subject::new(&recipe, Role::Target, Device::Cpu, true).unwrap();
+        let setting = Setting {
+            recipe: &recipe,
+            contexts: &[],
+            device: Device::Cpu,
+            repeats: 1,
+            most: Duration::MAX,
+            stop: &Stop::default(),
+        };
+        let models = Models { random_weights: true, peer: None };
+        let subject = Subject::new(&setting, Source::Target, models).unwrap();
         let context = subject.context(500).unwrap();
         assert!(context.len() == 500 && context.iter().all(|&id| id < 4096));
         assert_eq!(context, subject.context(500).unwrap());

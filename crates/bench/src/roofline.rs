@@ -7,7 +7,7 @@ use pkv_recipe::plan::{human_bytes, human_flops};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use super::clock::median;
+use crate::clock::median;
 
 /// Ceilings of one device in one dtype.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -18,6 +18,18 @@ pub struct Roofline {
     pub copy_bytes_per_s: f64,
     /// Rows of the matrices.
     pub matrix: i64,
+}
+
+impl Roofline {
+    /// On one line.
+    pub fn text(&self) -> String {
+        format!(
+            "ceilings measured in this run: matrix product {}/s ({n} x {n} x {n}), copy {}/s",
+            human_flops(self.flops_per_s),
+            human_bytes(self.copy_bytes_per_s as u64),
+            n = self.matrix
+        )
+    }
 }
 
 /// Measure a matrix product in `kind` (8192 cubed on a GPU) and a copy (2 GiB each way there).

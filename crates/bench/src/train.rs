@@ -2,32 +2,32 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use pkv_core::hinted;
-use pkv_gpu::unless_exhausted;
-use pkv_recipe::Recipe;
+use pkv_gpu::{device_name, unless_exhausted};
+use pkv_mapper::MapperDims;
 use pkv_recipe::plan::{MapperCost, human_bytes, human_flops};
 use pkv_train::{BenchOptions, BenchReport, bench};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind};
+use tch::Kind;
 
-use super::Job;
-use super::clock::Row;
-use super::roofline::{self, Roofline};
-use super::table::{aligned, ceilings};
-use crate::session::device_name;
-use pkv_core::Interrupted;
+use crate::roofline::{self, Roofline};
+use crate::row::Row;
+use crate::table::{aligned, cell, ratio};
+use crate::{Report, Setting};
 
-/// The measurements, for the table and `--json`.
+/// Times of training steps.
 #[derive(Debug, Serialize)]
-struct Report {
+pub struct TrainReport {
     stage: &'static str,
     recipe: String,
     device: String,
     roofline: Roofline,
     rows: Vec<TrainRow>,
+    /// Whether there are a peer's figures to show.
+    #[serde(skip)]
+    with_peer: bool,
 }
 
 /// Steps on contexts of one length.
@@ -57,18 +57,31 @@ struct PeerStep {
     step_ms: f64,
 }
 
+/// Steps through the loader, and on a batch that is on the device already: `repeats` of them, five times.
+/// `peer` holds figures of `scripts/peer/mapper_compile.py`.
+///
 /// # Errors
 /// The peer's file is not the script's, or a step fails for another reason than memory.
-pub(super) fn run(job: &Job) -> Result<()> {
-    let Job { args, recipe, contexts, device, stop, .. } = *job;
-    let peer = args.peer.as_deref().map_or(Ok(Vec::new()), read_peer)?;
+pub fn train(setting: Setting, peer: Option<&Path>) -> Result<TrainReport> {
+    let Setting { recipe, device, .. } = setting;
+    let peer = peer.map_or(Ok(Vec::new()), read_peer)?;
     let cost = MapperCost::new(recipe);
     let mut rows = Vec::new();
-    for &context in contexts {
-        if stop.load(Ordering::Relaxed) {
-            bail!(Interrupted);
-        }
-        let measured = unless_exhausted(|| measure(recipe, context, args.repeats, device))?;
+    for &context in setting.contexts {
+        setting.stop.check()?;
+        let options = BenchOptions {
+            mapper: &recipe.mapper,
+            loss: &recipe.loss,
+            train: &recipe.train,
+            dims: MapperDims::of(recipe),
+            positions: context,
+            shortest: 1.0,
+            steps: setting.repeats,
+            scratch: &std::env::temp_dir(),
+            seed: recipe.seed,
+            device,
+        };
+        let measured = unless_exhausted(|| bench(&options))?;
         rows.push(TrainRow {
             context,
             flops: 3.0 * recipe.train.batch as f64 * cost.forward_flops(context),
@@ -79,24 +92,8 @@ pub(super) fn run(job: &Job) -> Result<()> {
     }
     let bf16 = rows.iter().filter_map(|r| r.measured.as_ref()).any(|m| m.dtype == "bf16");
     let roofline = roofline::measure(device, if bf16 { Kind::BFloat16 } else { Kind::Float })?;
-    let report =
-        Report { stage: "train", recipe: recipe.name.clone(), device: device_name(device), roofline, rows };
-    job.print(&report, |report| text(report, !peer.is_empty()))
-}
-
-fn measure(recipe: &Recipe, positions: usize, steps: usize, device: Device) -> Result<BenchReport> {
-    bench(&BenchOptions {
-        mapper: &recipe.mapper,
-        loss: &recipe.loss,
-        train: &recipe.train,
-        dims: crate::mapper_source::dims(recipe).into(),
-        positions,
-        shortest: 1.0,
-        steps,
-        scratch: &std::env::temp_dir(),
-        seed: recipe.seed,
-        device,
-    })
+    let (recipe, device) = (recipe.name.clone(), device_name(device));
+    Ok(TrainReport { stage: "train", recipe, device, roofline, rows, with_peer: !peer.is_empty() })
 }
 
 /// One JSON object per line.
@@ -120,38 +117,38 @@ fn fastest(peer: &[PeerStep], ours: &BenchReport) -> Option<PeerStep> {
     same.min_by(|a, b| a.step_ms.total_cmp(&b.step_ms)).cloned()
 }
 
-fn text(report: &Report, with_peer: bool) -> String {
-    let mut names = vec![
-        "positions",
-        "batch",
-        "dtype",
-        "step",
-        "batch there",
-        "speed kept",
-        "positions/s",
-        "work",
-        "of ceiling",
-        "peak memory",
-    ];
-    if with_peer {
-        names.extend(["peer", "of", "peer / ours"]);
+impl Report for TrainReport {
+    fn text(&self) -> String {
+        let mut names = vec![
+            "positions",
+            "batch",
+            "dtype",
+            "step",
+            "batch there",
+            "speed kept",
+            "positions/s",
+            "work",
+            "of ceiling",
+            "peak memory",
+        ];
+        names.extend(if self.with_peer { &["peer", "of", "peer / ours"][..] } else { &[] });
+        let mut lines = vec![names.into_iter().map(str::to_owned).collect()];
+        lines.extend(self.rows.iter().map(|row| cells(row, &self.roofline, self.with_peer)));
+        format!(
+            "train of `{}` on {}, made-up shards\n{}\nstep: from shards to weights; batch there: the same step on a \
+             batch that is on the device already\n\n{}",
+            self.recipe,
+            self.device,
+            self.roofline.text(),
+            aligned(&lines)
+        )
     }
-    let mut lines = vec![names.into_iter().map(str::to_owned).collect()];
-    lines.extend(report.rows.iter().map(|row| cells(row, &report.roofline, with_peer)));
-    format!(
-        "train of `{}` on {}, made-up shards\n{}\nstep: from shards to weights; batch there: the same step on a \
-         batch that is on the device already\n\n{}",
-        report.recipe,
-        report.device,
-        ceilings(&report.roofline),
-        aligned(&lines)
-    )
 }
 
 fn cells(row: &TrainRow, roofline: &Roofline, with_peer: bool) -> Vec<String> {
-    let dash = || "-".to_owned();
     let Some(m) = &row.measured else {
-        return vec![row.context.to_string(), dash(), dash(), row.error.unwrap_or("not measured").to_owned()];
+        let failed = row.error.unwrap_or("not measured").to_owned();
+        return vec![row.context.to_string(), "-".to_owned(), "-".to_owned(), failed];
     };
     let share = row.flops / (m.resident_step_ms / 1e3) / roofline.flops_per_s;
     let mut cells = vec![
@@ -164,18 +161,14 @@ fn cells(row: &TrainRow, roofline: &Roofline, with_peer: bool) -> Vec<String> {
         format!("{:.0}", m.tokens_per_s),
         human_flops(row.flops),
         format!("{:.1}%", 100.0 * share),
-        m.peak_bytes.map_or_else(dash, |n| human_bytes(n.max(0) as u64)),
+        cell(m.peak_bytes, |n| human_bytes(n.max(0) as u64)),
     ];
     if with_peer {
-        cells.extend(match &row.peer {
-            Some(p) => [
-                format!("{:.2} ms", p.step_ms),
-                format!("{}{}", p.dtype, if p.compiled { ", compiled" } else { "" }),
-                // The peer's batch is on the device already, too.
-                format!("{:.2}", p.step_ms / m.resident_step_ms),
-            ],
-            None => [dash(), dash(), dash()],
-        });
+        let peer = row.peer.as_ref();
+        cells.push(cell(peer, |p| format!("{:.2} ms", p.step_ms)));
+        cells.push(cell(peer, |p| format!("{}{}", p.dtype, if p.compiled { ", compiled" } else { "" })));
+        // The peer's batch is on the device already, too.
+        cells.push(ratio(peer.map(|p| p.step_ms / m.resident_step_ms)));
     }
     cells
 }

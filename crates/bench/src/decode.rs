@@ -4,10 +4,8 @@
 //! kept are random too, with differences between heads, so that KV heads keep different numbers of pairs, as
 //! in real use.
 
-use std::fmt::Write;
-
-use anyhow::{Context, Result};
-use pkv_core::{ModelShape, Policy, RetentionRatio};
+use anyhow::Result;
+use pkv_core::{ModelShape, Policy, RetentionRatio, Source};
 use pkv_gpu::unless_exhausted;
 use pkv_infer::{Budget, Keep};
 use pkv_lm::{LanguageModel, NoTap, RaggedCache};
@@ -15,12 +13,11 @@ use pkv_recipe::plan::human_bytes;
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
-use super::Job;
-use super::clock::{Clock, Row};
-use super::models::Subject;
-use super::roofline::{self, Roofline};
-use crate::pair::Role;
-use crate::session::device_name;
+use crate::clock::Clock;
+use crate::row::Row;
+use crate::subject::Subject;
+use crate::table::{aligned, cell, ratio};
+use crate::{Bench, Head, Models, Report, Setting};
 
 /// Steps of one run.
 const STEPS: usize = 32;
@@ -30,16 +27,13 @@ const RATIOS: [f64; 5] = [1.0, 0.5, 0.2, 0.1, 0.05];
 /// the same.
 const POLICIES: [Policy; 2] = [Policy::Pair, Policy::PairUniform];
 
+/// Tokens per second of one model.
 #[derive(Debug, Serialize)]
-struct Report {
-    stage: &'static str,
-    recipe: String,
-    device: String,
-    dtype: &'static str,
-    random_weights: bool,
+pub struct DecodeReport {
+    #[serde(flatten)]
+    head: Head,
     shape: ModelShape,
     steps: usize,
-    roofline: Roofline,
     rows: Vec<DecodeRow>,
 }
 
@@ -71,49 +65,38 @@ struct DecodeRow {
     cache_share: Option<f64>,
 }
 
+/// The target: tokens per second from full and from pruned caches of each of `batches` sequences.
+///
 /// # Errors
 /// The target is not available, or fails for a reason other than memory.
-pub(super) fn run(job: &Job) -> Result<()> {
-    let Job { args, recipe, contexts, device, stop, .. } = *job;
-    let target = Subject::new(recipe, Role::Target, device, args.random_weights)?;
-    let roofline = roofline::measure(device, target.kind)?;
-    let clock = Clock::new(device, args, &roofline, stop);
-    let model = target.model()?.context("the target alone does not fit into the device's memory")?;
-    let bench = Bench { model: &model, clock: &clock };
+pub fn decode(setting: Setting, random_weights: bool, batches: &[usize]) -> Result<DecodeReport> {
+    let models = Models { random_weights, peer: None };
+    let target = Subject::new(&setting, Source::Target, models)?;
+    let bench = Bench::new("decode", setting, models, &target)?;
+    let decoding = Decoding { model: &target.needed_model()?, clock: &bench.clock };
     let mut rows = Vec::new();
-    for &t in contexts {
-        for &batch in &args.batch {
+    for &t in setting.contexts {
+        for &batch in batches {
             if batch == 1 {
-                rows.push(bench.full(t)?);
+                rows.push(decoding.full(t)?);
             }
             for policy in POLICIES {
                 for ratio in RATIOS.into_iter().filter(|r| *r < 1.0 || policy == Policy::Pair) {
-                    rows.push(bench.kept(t, batch, policy, ratio)?);
+                    rows.push(decoding.kept(t, batch, policy, ratio)?);
                 }
             }
         }
     }
     compare(&mut rows);
-    let report = Report {
-        stage: args.what.name(),
-        recipe: recipe.name.clone(),
-        device: device_name(device),
-        dtype: super::dtype_name(target.kind),
-        random_weights: args.random_weights,
-        shape: target.section.shape,
-        steps: STEPS,
-        roofline,
-        rows,
-    };
-    job.print(&report, text)
+    Ok(DecodeReport { head: bench.head, shape: target.section.shape, steps: STEPS, rows })
 }
 
-struct Bench<'a> {
+struct Decoding<'a> {
     model: &'a LanguageModel,
     clock: &'a Clock<'a>,
 }
 
-impl Bench<'_> {
+impl Decoding<'_> {
     /// The prefill's own cache, batch 1.
     fn full(&self, t: usize) -> Result<DecodeRow> {
         let row = DecodeRow::new("full cache", t, 1, Policy::Pair, 1.0);
@@ -238,6 +221,26 @@ impl DecodeRow {
         self.cache_bytes = Some(kept + room);
         self
     }
+
+    fn cells(&self) -> Vec<String> {
+        let ms = |x: Option<f64>| cell(x, |x| format!("{:.3} ms", 1e3 * x));
+        let bytes = |n: Option<usize>| cell(n, |n| human_bytes(n as u64));
+        vec![
+            self.what.to_owned(),
+            if self.retain < 1.0 { self.policy.name() } else { "" }.to_owned(),
+            self.context.to_string(),
+            self.batch.to_string(),
+            self.retain.to_string(),
+            self.tokens_per_s.map_or_else(|| Row::OUT_OF_MEMORY.to_owned(), |x| format!("{x:.1}")),
+            ms(self.step_s),
+            ratio(self.speed_up),
+            ms(self.attention_s),
+            ratio(self.attention_speed_up),
+            bytes(self.kept_bytes),
+            ratio(self.cache_share),
+            bytes(self.room_bytes),
+        ]
+    }
 }
 
 /// Set every row beside the ragged cache that keeps all; where that does not fit, beside nothing.
@@ -253,53 +256,34 @@ fn compare(rows: &mut [DecodeRow]) {
     }
 }
 
-fn text(report: &Report) -> String {
-    let mut out = String::new();
-    let weights = if report.random_weights { "random weights" } else { "its own weights" };
-    let _ = writeln!(
-        out,
-        "decoding, `{}` on {}, {}, {weights}: {}\n",
-        report.recipe, report.device, report.dtype, report.shape
-    );
-    let _ = writeln!(
-        out,
-        "  {:<11} {:<12} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6} {:>11}",
-        "",
-        "policy",
-        "context",
-        "batch",
-        "kept",
-        "tokens/s",
-        "step",
-        "faster",
-        "attention",
-        "faster",
-        "cache",
-        "share",
-        "room"
-    );
-    for r in &report.rows {
-        let dash = || "-".to_owned();
-        let ms = |x: Option<f64>| x.map_or_else(dash, |x| format!("{:.3} ms", 1e3 * x));
-        let bytes = |n: Option<usize>| n.map_or_else(dash, |n| human_bytes(n as u64));
-        let times = |x: Option<f64>| x.map_or_else(dash, |x| format!("{x:.2}"));
-        let _ = writeln!(
-            out,
-            "  {:<11} {:<12} {:>8} {:>6} {:>6} {:>11} {:>11} {:>8} {:>11} {:>8} {:>11} {:>6} {:>11}",
-            r.what,
-            if r.retain < 1.0 { r.policy.name() } else { "" },
-            r.context,
-            r.batch,
-            r.retain,
-            r.tokens_per_s.map_or_else(|| Row::OUT_OF_MEMORY.to_owned(), |x| format!("{x:.1}")),
-            ms(r.step_s),
-            times(r.speed_up),
-            ms(r.attention_s),
-            times(r.attention_speed_up),
-            bytes(r.kept_bytes),
-            times(r.cache_share),
-            bytes(r.room_bytes),
-        );
+impl Report for DecodeReport {
+    fn text(&self) -> String {
+        let head = &self.head;
+        let names = [
+            "",
+            "policy",
+            "context",
+            "batch",
+            "kept",
+            "tokens/s",
+            "step",
+            "faster",
+            "attention",
+            "faster",
+            "cache",
+            "share",
+            "room",
+        ];
+        let mut lines = vec![names.map(str::to_owned).to_vec()];
+        lines.extend(self.rows.iter().map(DecodeRow::cells));
+        format!(
+            "decoding, `{}` on {}, {}, {}: {}\n\n{}",
+            head.recipe,
+            head.device,
+            head.dtype,
+            head.weights(),
+            self.shape,
+            aligned(&lines)
+        )
     }
-    out
 }

@@ -6,12 +6,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{ModelShape, hinted};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tch::Kind;
 
-use super::clock::Row;
-use super::dtype_name;
-use super::models::Subject;
+use crate::dtype_name;
+use crate::row::{PeerTime, Row};
+use crate::subject::Subject;
 
 /// One run of the peer's script.
 #[derive(Debug, Deserialize)]
@@ -31,15 +31,6 @@ struct PeerRow {
     context: usize,
     /// Absent if it ran out of memory.
     median_s: Option<f64>,
-}
-
-/// The peer's best time for one of our rows.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct PeerCell {
-    pub median_s: f64,
-    pub attention: String,
-    /// The peer's time over ours.
-    pub ratio: f64,
 }
 
 impl Peer {
@@ -80,7 +71,7 @@ impl Peer {
     }
 
     /// The fastest of the peer's rows for the same work.
-    pub fn find(&self, row: &Row) -> Option<PeerCell> {
+    pub fn find(&self, row: &Row) -> Option<PeerTime> {
         let what = match row.what {
             // What a proxy's reconstruction features cost beside its scores is next to nothing.
             "reconstruction" => "label",
@@ -90,7 +81,7 @@ impl Peer {
         let same = self.rows.iter().filter(|r| r.what == what && r.context == row.context);
         let timed = same.filter_map(|r| r.median_s.map(|secs| (secs, &r.attention)));
         let (median_s, attention) = timed.min_by(|a, b| a.0.total_cmp(&b.0))?;
-        Some(PeerCell { median_s, attention: attention.clone(), ratio: median_s / ours })
+        Some(PeerTime { median_s, attention: attention.clone(), ratio: median_s / ours })
     }
 }
 
@@ -104,7 +95,7 @@ fn long(s: &ModelShape) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::clock::Measured;
+    use crate::row::Measured;
 
     fn peer() -> Peer {
         serde_json::from_str(
@@ -137,7 +128,7 @@ mod tests {
             };
             Row { measured: Some(measured), ..Row::new(what, context, 1.0) }
         };
-        let flash = PeerCell { median_s: 2.0, attention: "flash".to_owned(), ratio: 2.5 };
+        let flash = PeerTime { median_s: 2.0, attention: "flash".to_owned(), ratio: 2.5 };
         assert_eq!(peer().find(&row("label", 64)), Some(flash.clone()));
         assert_eq!(peer().find(&row("reconstruction", 64)), Some(flash));
         assert_eq!(peer().find(&row("prefill", 64)).unwrap().ratio, 0.625);

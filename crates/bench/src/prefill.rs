@@ -10,56 +10,47 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use pkv_core::{Channel, Final, GlobalChannel, ModelShape, Policy, RetentionRatio, Seed, Source};
+use pkv_core::{ModelShape, Policy, RetentionRatio, Seed, Source, Stop};
 use pkv_extract::HiddenProjection;
+use pkv_gpu::next_gpu;
 use pkv_infer::{
     Budget, Context, Keep, NoProxy, Parallel, Phase, PhaseTotal, ProxyMapper, ProxyParts, Regime, RegimeName,
-    Sequential, TargetSide,
+    Sequential, TargetSide, Trace,
 };
 use pkv_lm::{LanguageModel, NoTap, RaggedCache};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
-use pkv_recipe::plan::{MapperCost, Repeat, features, human_bytes, prefill, repeat};
+use pkv_recipe::plan::{MapperCost, Repeat, features, human_bytes, prefill as prefill_flops, repeat};
 use pkv_recipe::{ExtractSection, Recipe};
 use pkv_score::Scorer;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use super::Job;
-use super::clock::{Clock, Measured, Row};
-use super::models::{PREFIX_TOKENS, Subject, TEMPLATE};
-use super::peer::Peer;
-use super::roofline::{self, Roofline};
-use crate::args::FeatureSet;
-use crate::infer::{Trace, write_traces};
-use crate::pair::Role;
-use crate::session::{device_name, next_gpu};
+use crate::clock::Clock;
+use crate::features::FeatureSet;
+use crate::peer::Peer;
+use crate::row::{Measured, Row};
+use crate::subject::{PREFIX_TOKENS, Subject, TEMPLATE};
+use crate::table::{aligned, cell, ratio};
+use crate::{Bench, Head, Models, Report, Setting};
 
 /// Retention ratio; the time hardly depends on it.
 const RETAIN: f64 = 0.2;
 /// Positions that the mapper scores in one forward.
 const WINDOW: usize = 16_384;
 
-/// Channels of the prefill that are final before the context's end.
-fn windowed() -> Vec<Channel> {
-    Channel::PREFILL.into_iter().filter(|c| c.pass().is_final() != Final::AtEnd).collect()
-}
-
-/// The measurements.
+/// Times to a pruned cache.
 #[derive(Debug, Serialize)]
-struct Report {
-    stage: &'static str,
-    recipe: String,
-    device: String,
-    dtype: &'static str,
-    random_weights: bool,
+pub struct PrefillReport {
+    #[serde(flatten)]
+    head: Head,
     target: ModelShape,
     #[serde(skip_serializing_if = "Option::is_none")]
     proxy: Option<ModelShape>,
     retain: f64,
-    roofline: Roofline,
     rows: Vec<PrefillRow>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    peer: Option<String>,
+    /// Phases of the last run of each row.
+    #[serde(skip)]
+    pub traces: Vec<Trace>,
 }
 
 /// One way to a cache, at one length.
@@ -81,96 +72,54 @@ struct PrefillRow {
     phases: Vec<PhaseTotal>,
 }
 
-/// The channels and globals of a feature set.
-fn section(recipe: &Recipe, set: FeatureSet) -> ExtractSection {
-    let with = |channels: Vec<Channel>| {
-        // Surprisal needs the LM head at every position; the recipe's own set tells what it costs.
-        let globals = recipe.extract.globals.iter().filter(|g| **g != GlobalChannel::Surprisal);
-        let from = vec![Source::Proxy];
-        ExtractSection { from, channels, globals: globals.copied().collect(), ..recipe.extract.clone() }
-    };
-    let of_target =
-        |section, target_channels| ExtractSection { from: vec![Source::Target], target_channels, ..section };
-    match set {
-        FeatureSet::Recipe => recipe.extract.clone(),
-        FeatureSet::Window => with(windowed()),
-        FeatureSet::Reconstruction => with(vec![Channel::ReconLog, Channel::ReconLogOdds]),
-        FeatureSet::Target => of_target(with(Vec::new()), Channel::PREFILL.to_vec()),
-        FeatureSet::TargetWindow => of_target(with(Vec::new()), windowed()),
-        FeatureSet::TargetAll | FeatureSet::TargetUnrun => {
-            let given = |c: &&Channel| {
-                c.sources().contains(&Source::Target) && (set == FeatureSet::TargetAll || !c.is_whole_range())
-            };
-            of_target(with(Vec::new()), Channel::ALL.iter().filter(given).copied().collect())
-        }
-        FeatureSet::Both => ExtractSection {
-            from: vec![Source::Target, Source::Proxy],
-            target_channels: Channel::PREFILL.to_vec(),
-            ..with([&Channel::PREFILL[..], &[Channel::ReconLog, Channel::ReconLogOdds]].concat())
-        },
-    }
-}
-
-/// The feature sets that were named; else, of a recipe that reads a proxy, its features and those of a proxy
-/// by cost.
-fn sets(job: &Job) -> Vec<FeatureSet> {
-    match (&job.args.features[..], job.recipe.read_proxy()) {
-        ([], Some(_)) => vec![FeatureSet::Recipe, FeatureSet::Window, FeatureSet::Reconstruction],
-        ([], None) => vec![FeatureSet::Recipe],
-        (named, _) => named.to_vec(),
-    }
-}
-
+/// Both models: from a context to a pruned cache, with the target alone, with KVzip, and with ProxyKV reading
+/// each of `sets` in every regime.
+///
 /// # Errors
 /// The models or the peer's file are not available, or the work fails for a reason other than memory.
-pub(super) fn run(job: &Job) -> Result<()> {
-    let Job { args, recipe, contexts, device, stop, .. } = *job;
-    let target = Subject::new(recipe, Role::Target, device, args.random_weights)?;
-    let sets: Vec<_> = sets(job).into_iter().map(|set| (set.name(), section(recipe, set))).collect();
+pub fn prefill(setting: Setting, models: Models, sets: &[FeatureSet]) -> Result<PrefillReport> {
+    let Setting { recipe, device, .. } = setting;
+    let target = Subject::new(&setting, Source::Target, models)?;
+    let sets: Vec<_> = sets.iter().map(|set| (set.name(), set.section(recipe))).collect();
     let reads_proxy = sets.iter().any(|(_, section)| section.from.contains(&Source::Proxy));
-    let proxy = |device| Subject::new(recipe, Role::Proxy, device, args.random_weights);
+    let proxy = |device| Subject::new(&Setting { device, ..setting }, Source::Proxy, models);
     let here = reads_proxy.then(|| proxy(device)).transpose()?;
     let beside = next_gpu(device).filter(|_| reads_proxy).map(proxy).transpose()?;
-    let peer = args.peer.as_deref().map(|path| Peer::read(path, &target, &args.recipe.recipe)).transpose()?;
-    let roofline = roofline::measure(device, target.kind)?;
-    let clock = Clock::new(device, args, &roofline, stop);
-    let model = target.model()?.context("the target alone does not fit into the device's memory")?;
-    let (target, proxy, beside) = (&target, here.as_ref(), beside.as_ref());
-    let bench = Bench { recipe, target, proxy, beside, model: &model, clock: &clock, device };
+    let bench = Bench::new("prefill", setting, models, &target)?;
+    let ways = Ways {
+        recipe,
+        target: &target,
+        proxy: here.as_ref(),
+        beside: beside.as_ref(),
+        model: &target.needed_model()?,
+        clock: &bench.clock,
+        device,
+    };
     let mut rows = Vec::new();
-    for &t in contexts {
-        rows.extend(bench.alone(t)?);
+    for &t in setting.contexts {
+        rows.extend(ways.alone(t)?);
     }
     let mut traces = Vec::new();
-    for &t in contexts {
+    for &t in setting.contexts {
         for (set, section) in &sets {
-            rows.extend(bench.with_proxy(t, set, section, &mut traces)?);
+            rows.extend(ways.with_proxy(t, set, section, &mut traces)?);
         }
     }
     // Beside each other by context, as they are compared.
     rows.sort_by_key(|r| r.row.context);
-    compare(&mut rows, peer.as_ref());
-    if let Some(path) = &args.trace {
-        write_traces(path, &traces)?;
-    }
-    let report = Report {
-        stage: args.what.name(),
-        recipe: recipe.name.clone(),
-        device: device_name(device),
-        dtype: super::dtype_name(target.kind),
-        random_weights: args.random_weights,
+    compare(&mut rows, bench.peer.as_ref());
+    Ok(PrefillReport {
+        head: bench.head,
         target: target.section.shape,
-        proxy: proxy.map(|proxy| proxy.section.shape),
+        proxy: here.as_ref().map(|proxy| proxy.section.shape),
         retain: RETAIN,
-        roofline,
         rows,
-        peer: peer.map(|p| p.title()),
-    };
-    job.print(&report, text)
+        traces,
+    })
 }
 
-/// Data that all rows share.
-struct Bench<'a> {
+/// The ways to a pruned cache, and what they share.
+struct Ways<'a> {
     recipe: &'a Recipe,
     target: &'a Subject<'a>,
     /// Absent if no feature set reads it.
@@ -182,7 +131,7 @@ struct Bench<'a> {
     device: Device,
 }
 
-impl Bench<'_> {
+impl Ways<'_> {
     fn keep(&self) -> Result<Keep<'static>> {
         let budget = Budget::Ratio(RetentionRatio::new(RETAIN)?);
         Ok(Keep { budget, policy: Policy::Pair, budgets: None, recent: 0 })
@@ -191,7 +140,7 @@ impl Bench<'_> {
     /// The target without a proxy: `prefill`, and `KVzip` to the same kind of pruned cache.
     fn alone(&self, t: usize) -> Result<Vec<PrefillRow>> {
         let (section, shape) = (&self.recipe.label, &self.target.section.shape);
-        let bare_flops = prefill(shape, PREFIX_TOKENS + t);
+        let bare_flops = prefill_flops(shape, PREFIX_TOKENS + t);
         let flops = bare_flops + repeat(shape, t, &Repeat::new(section, TEMPLATE));
         let (prefix, context) = (self.target.prefix()?, self.target.context(t)?);
         let ids = [prefix.as_slice(), &context].concat();
@@ -225,20 +174,22 @@ impl Bench<'_> {
         let shapes = (&self.target.section.shape, self.proxy.map(|proxy| &proxy.section.shape));
         let by = Repeat::new(&self.recipe.label, TEMPLATE);
         let recipe = Recipe { extract: section.clone(), ..self.recipe.clone() };
-        let mut flops = prefill(shapes.0, PREFIX_TOKENS + t) + MapperCost::new(&recipe).forward_flops(t);
+        let mut flops =
+            prefill_flops(shapes.0, PREFIX_TOKENS + t) + MapperCost::new(&recipe).forward_flops(t);
         for &source in &section.from {
             let shape = source.shape(shapes.0, shapes.1).context("the recipe has no proxy")?;
             flops += features(shape, &section.of(source), t, &by);
             flops += if section.repeats(source) { repeat(shape, t, &by) } else { 0.0 };
-            flops += if source == Source::Proxy { prefill(shape, PREFIX_TOKENS + t) } else { 0.0 };
+            flops += if source == Source::Proxy { prefill_flops(shape, PREFIX_TOKENS + t) } else { 0.0 };
         }
         let mut rows = Vec::new();
         let Some(here) = self.proxy.filter(|_| section.from.contains(&Source::Proxy)) else {
             let side = self.target_side(section)?;
             let mut regime = Sequential::new(NoProxy(self.device));
-            let timed = self.time(&mut regime, Row::new("own prefill", t, flops), set, t, side.as_ref())?;
-            traces.push(Trace { name: format!("{set} features, {t} tokens"), phases: timed.all });
-            return Ok(vec![timed.row]);
+            let row = Row::new("own prefill", t, flops);
+            let (row, phases) = self.time(&mut regime, row, set, t, side.as_ref())?;
+            traces.push(Trace { name: format!("{set} features, {t} tokens"), phases });
+            return Ok(vec![row]);
         };
         let here = [("sequential", here), ("streams", here), ("streams, overlap", here)];
         let there = self.beside.into_iter().flat_map(|p| [("dual", p), ("dual, overlap", p)]);
@@ -256,13 +207,14 @@ impl Bench<'_> {
                 _ => Box::new(Parallel::dual(source.overlapped()?)?),
             };
             let side = self.target_side(section)?;
-            let timed = self.time(regime.as_mut(), Row::new(what, t, flops), set, t, side.as_ref())?;
-            traces.push(Trace { name: format!("{what}, {set} features, {t} tokens"), phases: timed.all });
+            let row = Row::new(what, t, flops);
+            let (row, phases) = self.time(regime.as_mut(), row, set, t, side.as_ref())?;
+            traces.push(Trace { name: format!("{what}, {set} features, {t} tokens"), phases });
             // Phases of one GPU add up to two only where the mapper waits for the proxy alone.
             if what == "sequential" && side.is_none() {
-                rows.extend(self.dual(&timed.row, t, flops, set)?);
+                rows.extend(self.dual(&row, t, flops, set)?);
             }
-            rows.push(timed.row);
+            rows.push(row);
         }
         // Computed last, as it is reported.
         rows.sort_by_key(|r| r.row.what == DUAL);
@@ -276,7 +228,7 @@ impl Bench<'_> {
         set: &'static str,
         t: usize,
         target_side: Option<&TargetSide>,
-    ) -> Result<Timed> {
+    ) -> Result<(PrefillRow, Vec<Phase>)> {
         let (prefix, tokens) = (self.target.prefix()?, self.target.context(t)?);
         let last = RefCell::new(None);
         let context = Context {
@@ -287,7 +239,7 @@ impl Bench<'_> {
             chunk_tokens: self.recipe.label.prefill_chunk_tokens,
             room_tokens: 1,
             target_side,
-            check_stop: Arc::new(|| Ok(())),
+            stop: Stop::default(),
         };
         let row = self.clock.time(row, || {
             let prefilled = regime.prefill(&context)?;
@@ -311,7 +263,7 @@ impl Bench<'_> {
                 m.peak_bytes = here.filter_map(|p| p.peak_bytes).max();
             }
         }
-        Ok(Timed { row: timed, all })
+        Ok((timed, all))
     }
 
     /// Estimated time on two GPUs, from the phases on one.
@@ -390,8 +342,7 @@ impl Bench<'_> {
     /// A random mapper.
     fn mapper(&self, section: &ExtractSection, device: Device) -> Result<Mapper> {
         let r = self.recipe;
-        let dims: MapperDims =
-            crate::mapper_source::dims(&Recipe { extract: section.clone(), ..r.clone() }).into();
+        let dims = MapperDims::of(&Recipe { extract: section.clone(), ..r.clone() });
         let stats = Standardization::identity(&dims);
         let mapper = Mapper::new(&r.mapper, dims, stats, Seed(0), device)?;
         // Outputs start at zero; scores that are all alike would prune whole heads.
@@ -405,11 +356,6 @@ impl Bench<'_> {
 
 const DUAL: &str = "dual, computed";
 
-struct Timed {
-    row: PrefillRow,
-    all: Vec<Phase>,
-}
-
 impl PrefillRow {
     fn new(row: Row, features: Option<&'static str>) -> Self {
         Self {
@@ -421,6 +367,23 @@ impl PrefillRow {
             memory_over_prefill: None,
             phases: Vec::new(),
         }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let m = self.row.measured.as_ref();
+        let failed = || self.row.error.unwrap_or("-").to_owned();
+        vec![
+            self.row.what.to_owned(),
+            self.features.unwrap_or("-").to_owned(),
+            self.row.context.to_string(),
+            m.map_or_else(failed, |m| format!("{:.4} s", m.median_s)),
+            ratio(self.row.over_prefill),
+            ratio(self.kvzip_over_this),
+            ratio(self.peer_over_this),
+            cell(self.mapper_share, |x| format!("{:.1}%", 100.0 * x)),
+            cell(m.and_then(|m| m.peak_bytes), human_bytes),
+            ratio(self.memory_over_prefill),
+        ]
     }
 }
 
@@ -451,53 +414,45 @@ fn compare(rows: &mut [PrefillRow], peer: Option<&Peer>) {
     }
 }
 
-fn text(report: &Report) -> String {
-    let mut out = String::new();
-    let weights = if report.random_weights { "random weights" } else { "their own weights" };
-    let proxy = report.proxy.map_or_else(String::new, |proxy| format!(", proxy {proxy}"));
-    let _ = writeln!(
-        out,
-        "prefill to a pruned cache, `{}` on {}, {}, {weights}\ntarget {}{proxy}, {} kept",
-        report.recipe, report.device, report.dtype, report.target, report.retain
-    );
-    if let Some(peer) = &report.peer {
-        let _ = writeln!(out, "peer: {peer}, its fastest attention");
-    }
-    let _ = writeln!(
-        out,
-        "\n  {:<17} {:<15} {:>8} {:>11} {:>10} {:>11} {:>11} {:>8} {:>12} {:>9}",
-        "",
-        "features",
-        "context",
-        "median",
-        "x prefill",
-        "KVzip/this",
-        "peer/this",
-        "mapper",
-        "peak memory",
-        "x memory"
-    );
-    for r in &report.rows {
-        let dash = || "-".to_owned();
-        let ratio = |x: Option<f64>| x.map_or_else(dash, |x| format!("{x:.2}"));
-        let m = r.row.measured.as_ref();
-        let _ = writeln!(
-            out,
-            "  {:<17} {:<15} {:>8} {:>11} {:>10} {:>11} {:>11} {:>8} {:>12} {:>9}",
-            r.row.what,
-            r.features.unwrap_or("-"),
-            r.row.context,
-            m.map_or_else(|| r.row.error.unwrap_or("-").to_owned(), |m| format!("{:.4} s", m.median_s)),
-            ratio(r.row.over_prefill),
-            ratio(r.kvzip_over_this),
-            ratio(r.peer_over_this),
-            r.mapper_share.map_or_else(dash, |x| format!("{:.1}%", 100.0 * x)),
-            m.and_then(|m| m.peak_bytes).map_or_else(dash, human_bytes),
-            ratio(r.memory_over_prefill),
+impl Report for PrefillReport {
+    fn text(&self) -> String {
+        let head = &self.head;
+        let proxy = self.proxy.map_or_else(String::new, |proxy| format!(", proxy {proxy}"));
+        let mut out = format!(
+            "prefill to a pruned cache, `{}` on {}, {}, {}\ntarget {}{proxy}, {} kept\n",
+            head.recipe,
+            head.device,
+            head.dtype,
+            head.weights(),
+            self.target,
+            self.retain
         );
-        for p in &r.phases {
-            let _ = writeln!(out, "      {:<7} {:<12} {:>9.4} s", p.lane, p.name, p.secs);
+        if let Some(peer) = &head.peer {
+            let _ = writeln!(out, "peer: {peer}, its fastest attention");
         }
+        let names = [
+            "",
+            "features",
+            "context",
+            "median",
+            "x prefill",
+            "KVzip/this",
+            "peer/this",
+            "mapper",
+            "peak memory",
+            "x memory",
+        ];
+        let mut lines = vec![names.map(str::to_owned).to_vec()];
+        lines.extend(self.rows.iter().map(PrefillRow::cells));
+        let table = aligned(&lines);
+        let mut lines = table.lines();
+        let _ = writeln!(out, "\n{}", lines.next().unwrap_or_default());
+        for (row, line) in self.rows.iter().zip(lines) {
+            let _ = writeln!(out, "{line}");
+            for p in &row.phases {
+                let _ = writeln!(out, "      {:<7} {:<12} {:>9.4} s", p.lane, p.name, p.secs);
+            }
+        }
+        out
     }
-    out
 }

@@ -1,28 +1,23 @@
-//! Input of `infer`: a context, and questions from arguments, a file or stdin.
+//! What a user gives: a context, and questions from the command line, a file or stdin.
 //!
 //! Question lines are untrusted: an invalid line is refused, and reading continues.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use anyhow::{Context, Error, Result, bail, ensure};
-use pkv_core::hinted;
+use pkv_core::{Interrupted, Stop, hinted, json_kind};
 use pkv_lm::TextTokenizer;
 use serde_json::Value;
-
-use crate::args::InferArgs;
-use pkv_core::Interrupted;
 
 /// Some editors put it first; it is no text.
 const BYTE_ORDER_MARK: &str = "\u{feff}";
 
 /// The next question.
-pub enum Asked {
+pub enum InputLine {
     Question(String),
     /// A line that is no question, counted from 1.
     Malformed {
@@ -31,8 +26,16 @@ pub enum Asked {
     },
 }
 
+/// Where a context comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum ContextFile<'a> {
+    Text(&'a Path),
+    /// A JSON list of token ids.
+    Ids(&'a Path),
+}
+
 /// `-` is stdin.
-fn is_stdin(path: &Path) -> bool {
+pub fn is_stdin(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
@@ -40,14 +43,9 @@ fn is_stdin(path: &Path) -> bool {
 ///
 /// # Errors
 /// The file cannot be read, is no UTF-8 or no list of ids, or holds nothing; the user stopped.
-pub fn context(args: &InferArgs, tokenizer: &TextTokenizer, stop: &Arc<AtomicBool>) -> Result<Vec<u32>> {
-    let stdin_twice = |path: &Path| is_stdin(path) && args.question_file.as_deref().is_some_and(is_stdin);
-    let tokens = match (&args.context, &args.context_ids) {
-        (Some(path), _) | (None, Some(path)) if stdin_twice(path) => bail!(hinted(
-            "both context and questions are to come from stdin",
-            "give one of them as a file, or the questions as `--question`"
-        )),
-        (Some(path), _) => {
+pub fn read_context(file: ContextFile, tokenizer: &TextTokenizer, stop: &Stop) -> Result<Vec<u32>> {
+    let tokens = match file {
+        ContextFile::Text(path) => {
             let tokens = tokenizer.encode(&text(path, stop)?)?;
             let special: Vec<String> = tokenizer.special_tokens_in(&tokens).into_iter().collect();
             if !special.is_empty() {
@@ -58,13 +56,12 @@ pub fn context(args: &InferArgs, tokenizer: &TextTokenizer, stop: &Arc<AtomicBoo
             }
             tokens
         }
-        (None, Some(path)) => serde_json::from_str::<Vec<u32>>(&text(path, stop)?).with_context(|| {
+        ContextFile::Ids(path) => serde_json::from_str(&text(path, stop)?).with_context(|| {
             hinted(
                 format!("reading token ids from `{}`", path.display()),
                 "expected a JSON list of numbers, such as [12, 7, 4011]",
             )
         })?,
-        (None, None) => bail!(hinted("there is no context", "name a text file with `--context`")),
     };
     ensure!(
         !tokens.is_empty(),
@@ -73,7 +70,7 @@ pub fn context(args: &InferArgs, tokenizer: &TextTokenizer, stop: &Arc<AtomicBoo
     Ok(tokens)
 }
 
-fn text(path: &Path, stop: &Arc<AtomicBool>) -> Result<String> {
+fn text(path: &Path, stop: &Stop) -> Result<String> {
     let reading = || {
         hinted(
             format!("reading the context `{}`", path.display()),
@@ -96,21 +93,22 @@ fn text(path: &Path, stop: &Arc<AtomicBool>) -> Result<String> {
     Ok(text.strip_prefix(BYTE_ORDER_MARK).map(str::to_owned).unwrap_or(text))
 }
 
-/// The questions, those of the arguments first; a file's are read one by one. Those of stdin may be
+/// The questions, the `given` ones first; a file's are read one by one. Those of stdin may be
 /// long in coming: waiting for one ends when the user wants to stop. Blank lines of a file are passed over;
 /// on stdin every line asks for something, and has its answer or its error.
 ///
 /// # Errors
-/// There is nothing to ask, a question of the arguments is empty, or the file cannot be opened.
-pub fn questions(
-    args: &InferArgs,
-    stop: &Arc<AtomicBool>,
-) -> Result<Box<dyn Iterator<Item = Result<Asked>>>> {
+/// There is nothing to ask, a given question is empty, or the file cannot be opened.
+pub fn read_questions(
+    given: &[String],
+    file: Option<&Path>,
+    stop: &Stop,
+) -> Result<Box<dyn Iterator<Item = Result<InputLine>>>> {
     let repair = "ask with `--question \"...\"`, or name JSON lines with `--questions FILE` (`-` for stdin)";
-    ensure!(args.questions.iter().all(|q| !q.trim().is_empty()), hinted("`--question` is empty", repair));
-    let given = args.questions.clone().into_iter().map(|q| Ok(Asked::Question(q)));
-    let Some(path) = &args.question_file else {
-        ensure!(!args.questions.is_empty(), hinted("there is no question", repair));
+    ensure!(given.iter().all(|q| !q.trim().is_empty()), hinted("`--question` is empty", repair));
+    let given = given.to_vec().into_iter().map(|q| Ok(InputLine::Question(q)));
+    let Some(path) = file else {
+        ensure!(given.len() > 0, hinted("there is no question", repair));
         return Ok(Box::new(given));
     };
     let from_stdin = is_stdin(path);
@@ -145,8 +143,8 @@ pub fn questions(
             return None;
         }
         Some(Ok(match question(line) {
-            Ok(text) => Asked::Question(text),
-            Err(e) => Asked::Malformed {
+            Ok(text) => InputLine::Question(text),
+            Err(e) => InputLine::Malformed {
                 line: index + 1,
                 error: e.context(hinted(
                     format!("reading line {} of the questions `{name}`", index + 1),
@@ -162,18 +160,18 @@ pub fn questions(
 /// when the user stops.
 struct OnStdin {
     parts: Receiver<io::Result<Vec<u8>>>,
-    stop: Arc<AtomicBool>,
+    stop: Stop,
 }
 
 impl OnStdin {
     /// `read` hands over parts until that returns false: they are not wanted any more.
     fn new(
-        stop: &Arc<AtomicBool>,
+        stop: &Stop,
         read: impl FnOnce(&mut io::StdinLock, &dyn Fn(io::Result<Vec<u8>>) -> bool) + Send + 'static,
     ) -> Self {
         let (to, parts) = channel();
         std::thread::spawn(move || read(&mut io::stdin().lock(), &|part| to.send(part).is_ok()));
-        Self { parts, stop: Arc::clone(stop) }
+        Self { parts, stop: stop.clone() }
     }
 }
 
@@ -181,7 +179,7 @@ impl Iterator for OnStdin {
     type Item = io::Result<Vec<u8>>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        while !self.stop.load(Ordering::Relaxed) {
+        while !self.stop.is_requested() {
             match self.parts.recv_timeout(Duration::from_millis(50)) {
                 Ok(part) => return Some(part),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -199,23 +197,12 @@ fn question(line: &[u8]) -> Result<String> {
         Value::String(text) => return Ok(text),
         Value::Object(mut fields) => match fields.remove("question") {
             Some(Value::String(text)) => return Ok(text),
-            Some(other) => format!("{} as `question`", kind(&other)),
+            Some(other) => format!("{} as `question`", json_kind(&other)),
             None => "an object without it".to_owned(),
         },
-        other => kind(&other).to_owned(),
+        other => json_kind(&other).to_owned(),
     };
     bail!("{expected}, found {found}")
-}
-
-const fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a truth value",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
 }
 
 #[cfg(test)]

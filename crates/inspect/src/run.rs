@@ -33,9 +33,8 @@ pub fn run(dir: &Path) -> Result<String> {
     }
     out.add("seed", run.seed.map_or_else(|| "null".to_owned(), |seed| seed.to_string()));
     out.block("stages");
-    let target = Some(layout.features(Source::Target)).filter(|folder| folder.is_dir());
-    let folders = [layout.examples(), layout.labels(), layout.features(Source::Proxy)];
-    for path in folders.into_iter().chain(target) {
+    let of_target = layout.features(Source::Target);
+    for path in layout.shard_folders().into_iter().filter(|path| *path != of_target || path.is_dir()) {
         let folder = path.file_name().unwrap_or_default().to_string_lossy();
         let summary = match StageDir::read(&path) {
             Ok(stage) => format!("{}, {}", rows(&stage), human_bytes(stage.index().bytes())),
