@@ -7,10 +7,11 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{Args, Parser, Subcommand, ValueHint};
 use pkv_core::{DtypeName, FailureKind, Policy};
 use pkv_gpu::DeviceChoice;
 use pkv_infer::RegimeName;
+use pkv_recipe::plan::Machine;
 use pkv_recipe::{Override, Recipe};
 use pkv_run::session::load_recipe;
 use pkv_shard::Stage;
@@ -99,8 +100,8 @@ pub enum Command {
         #[arg(long)]
         resolved: bool,
         /// Machine to plan for: this one, or the one that the run will use.
-        #[arg(long, value_enum, default_value = "here")]
-        machine: PlanMachine,
+        #[arg(long, default_value = "here", value_parser = machines())]
+        machine: String,
     },
     /// Download models and data into the Hugging Face cache and pin revisions and hashes.
     ///
@@ -272,30 +273,15 @@ pub struct PushArgs {
 }
 
 /// Machines that `plan` knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum PlanMachine {
-    /// An H200 if there is a GPU, else this CPU.
-    Here,
-    Cpu,
-    H200,
-    /// By its data sheet, as are those below.
-    H100,
-    A100,
-    L40s,
-    Rtx4090,
-}
-
-impl PlanMachine {
-    /// Name of a card that was not measured.
-    pub const fn card(self) -> Option<&'static str> {
-        Some(match self {
-            Self::Here | Self::Cpu | Self::H200 => return None,
-            Self::H100 => "h100",
-            Self::A100 => "a100",
-            Self::L40s => "l40s",
-            Self::Rtx4090 => "rtx4090",
-        })
-    }
+fn machines() -> PossibleValuesParser {
+    let measured = [
+        ("here", "An H200 if there is a GPU, else this CPU".to_owned()),
+        ("cpu", "This CPU".to_owned()),
+        ("h200", "As measured".to_owned()),
+    ];
+    let by_data_sheet = Machine::cards().map(|(name, title)| (name, format!("{title}, by its data sheet")));
+    let all = measured.into_iter().chain(by_data_sheet);
+    PossibleValuesParser::new(all.map(|(name, meaning)| PossibleValue::new(name).help(meaning)))
 }
 
 /// A recipe and its overrides.

@@ -82,7 +82,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     match &cli.command {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
-        Command::Plan { recipe, resolved, machine } => plan::run(cli, recipe, *resolved, *machine)?,
+        Command::Plan { recipe, resolved, machine } => plan::run(cli, recipe, *resolved, machine)?,
         Command::Fetch { recipe, models_only } => fetch::run(cli, recipe, *models_only, &stop)?,
         Command::Recipes { what } => recipes::run(cli, what, &stop)?,
         Command::Schema { reference } => schema::run(*reference)?,

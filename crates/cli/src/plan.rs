@@ -5,10 +5,10 @@ use pkv_recipe::plan::{Machine, Plan};
 use pkv_run::session::{choose_device, load_with_origins, manifest};
 use tch::Device;
 
-use crate::args::{Cli, PlanMachine, RecipeArgs};
+use crate::args::{Cli, RecipeArgs};
 use crate::output;
 
-pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -> Result<()> {
+pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: &str) -> Result<()> {
     let (recipe, origins) = load_with_origins(&args.file.recipe, &args.overrides())?;
     if resolved {
         let json = recipe.explained_json(&origins);
@@ -18,9 +18,9 @@ pub fn run(cli: &Cli, args: &RecipeArgs, resolved: bool, machine: PlanMachine) -
     manifest(&recipe)?;
     let cpu = || Machine::cpu(tch::get_num_threads().max(1) as usize);
     let machine = match machine {
-        PlanMachine::Cpu => cpu(),
-        PlanMachine::Here if choose_device(cli.device, cli.threads)? == Device::Cpu => cpu(),
-        other => other.card().and_then(Machine::card).unwrap_or_else(Machine::h200),
+        "cpu" => cpu(),
+        "here" if choose_device(cli.device, cli.threads)? == Device::Cpu => cpu(),
+        other => Machine::card(other).unwrap_or_else(Machine::h200),
     };
     let plan = Plan::new(&recipe, machine, &pkv_eval::tasks::work(&recipe));
     output::print_either(cli.json, &plan, || plan.table())

@@ -53,7 +53,12 @@ impl Machine {
         }
     }
 
-    /// A card by its name: `h100`, `a100`, `l40s`, `rtx4090`.
+    /// Cards that were not measured: their names, and those for readers.
+    pub fn cards() -> impl Iterator<Item = (&'static str, &'static str)> {
+        CARDS.iter().map(|card| (card.0, card.1))
+    }
+
+    /// A card by its name, one of [`Machine::cards`].
     ///
     /// Rates are those of its data sheet times what an H200 reached of its own: 0.8 of the products, 0.9 of
     /// the copies. Shares are the H200's.
