@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use pkv_core::FailureKind;
+
 use crate::sandbox::{Sandbox, root};
 
 /// A copy of a model's folder inside the sandbox, for damaging it.
@@ -402,5 +404,5 @@ fn cuda_is_never_replaced_in_silence() {
     command.args(["--device", "cuda"]).env("PKV_CUDA", "0");
     // `--device cpu` comes first in the sandbox's command; clap takes the last.
     let ran = crate::sandbox::Ran::new(command.output().unwrap());
-    ran.fails_with(&["CUDA was asked for"]);
+    ran.fails_as(FailureKind::Environment, &["CUDA was asked for"]);
 }
