@@ -15,7 +15,20 @@ esac
 
 cargo fmt --all --check
 cargo clippy --quiet --workspace --all-targets -- -D warnings
+cargo clippy --quiet --workspace --test end_to_end --test fuzz -- -D warnings
 RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
+# Licences, origins and known faults of dependencies: deny.toml.
+if cargo deny --version >/dev/null 2>&1; then
+  cargo deny --log-level error check licenses sources bans
+  # The list of known faults comes from the network.
+  if cargo deny --log-level error fetch db >/dev/null 2>&1; then
+    cargo deny --log-level error check advisories
+  else
+    echo 'SKIPPED: the list of advisories cannot be fetched' >&2
+  fi
+else
+  echo 'SKIPPED: cargo-deny is not installed (cargo install cargo-deny --locked); licences and origins are not checked' >&2
+fi
 cargo test --workspace
 RUST_TEST_THREADS=$(nproc) cargo test --workspace --test end_to_end --test fuzz
 # libtorch and its oneDNN compute by what the CPU can do. Users' CPUs are not this one, so what compares numbers must hold on

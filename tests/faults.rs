@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use pkv_core::FailureKind;
-use pkv_shard::durable::lock_work;
+use pkv_files::lock_work;
 use serde_json::Value;
 
 use crate::infer::trained;

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use pkv_core::FailureKind;
 
 use crate::sandbox::{Ran, Sandbox, root};
-use crate::server::pull::{Fault, Server};
-use crate::server::sha256;
+use pkv_test_support::hub::pull::{Fault, Server};
+use pkv_test_support::hub::sha256;
 
 const TOKEN: &str = "hf_SECRETsecretSECRET";
 const PASSWORD: &str = "passw0rdXYZ";

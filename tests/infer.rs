@@ -205,7 +205,7 @@ fn compare_with_eval(recipe: &Path, run: &Path, most_contexts: usize, command: i
     let words = pkv_data::word_lists(&pkv_recipe::load_manifest(&manifest).unwrap()).unwrap();
     let folder = recipe.path.parent().unwrap().join("..").join(&recipe.target.model);
     let folder = if folder.exists() { folder } else { PathBuf::from(&recipe.target.model) };
-    let tokenizer = pkv_lm::TextTokenizer::open(&folder).unwrap();
+    let tokenizer = pkv_text::TextTokenizer::open(&folder).unwrap();
     let examples = StageReader::<Example>::open(&run.join("examples")).unwrap();
     let test: Vec<Example> = examples.iter().map(Result::unwrap).filter(|e| e.split == Split::Test).collect();
     let contexts =
@@ -531,7 +531,7 @@ fn the_newest_tokens_stay_where_that_is_asked() {
 
 #[test]
 fn a_mapper_may_be_a_repository_of_the_hub() {
-    let (s, server) = (trained(), crate::server::pull::Server::start());
+    let (s, server) = (trained(), pkv_test_support::hub::pull::Server::start());
     for file in fs::read_dir(s.path("runs/small/export")).unwrap().flatten() {
         let name = file.file_name().into_string().unwrap();
         server.put("models/somebody/small-mapper", &name, &fs::read(file.path()).unwrap());

@@ -39,8 +39,6 @@ mod push;
 mod recipes;
 mod results;
 mod sandbox;
-#[path = "../crates/hub/tests/server/mod.rs"]
-mod server;
 mod sources;
 mod start_from;
 mod stdout;

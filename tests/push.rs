@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 
 use crate::sandbox::{Ran, Sandbox};
-use crate::server::push::{Fault, PushServer, READER, WRITER};
+use pkv_test_support::hub::push::{Fault, PushServer, READER, WRITER};
 
 const FILES: [&str; 5] =
     ["README.md", "budgets.json", "config.json", "model.safetensors", "parity.safetensors"];

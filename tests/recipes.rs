@@ -143,7 +143,9 @@ fn documents_need_no_manifest() {
     s.run(&["prepare"]).fails_with(&["there are no documents", "--data 'my/*.txt'"]);
     let data = ["prepare", "--data", "my/*.txt", "more/rest.jsonl"];
     let ran = s.run(&data).ok();
-    assert!(ran.stderr.contains("\"txt\"") && ran.stderr.contains("\"jsonl\""), "{}", ran.stderr);
+    assert!(ran.stderr.contains("examples 16"), "{}", ran.stderr);
+    let run = fs::read_to_string(s.path("runs/small/run.json")).unwrap();
+    assert!(run.contains("\"name\": \"txt\"") && run.contains("\"name\": \"jsonl\""), "{run}");
     // The same files match, others do not, and say so.
     assert!(s.run(&data).ok().stderr.contains("skipped"));
     s.run(&["prepare", "--data", "my/*.txt"]).fails_with(&["data.files", "--redo prepare"]);

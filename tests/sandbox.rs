@@ -1,7 +1,7 @@
 //! A temporary project folder around the binary: the small pair, a few documents, a recipe of seconds.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use pkv_core::FailureKind;
@@ -12,10 +12,7 @@ pub struct Sandbox {
     folder: TempDir,
 }
 
-/// The repository's root, where the small pair lies.
-pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().expect("the repository has a root")
-}
+pub use pkv_test_support::files::root;
 
 impl Sandbox {
     pub fn new() -> Self {
@@ -37,7 +34,8 @@ impl Sandbox {
         fs::write(path, text).expect("files can be written");
     }
 
-    /// Replace `from` by `to` in a file; `from` must be there. A record loses its own hash, as one that is edited on purpose.
+    /// Replace `from` by `to` in a file; `from` must be there. A record loses its own hash, as one that is
+    /// edited on purpose.
     pub fn edit(&self, name: &str, from: &str, to: &str) {
         let text = fs::read_to_string(self.path(name)).expect("the file is there");
         assert!(text.contains(from), "`{from}` is not in {name}");

@@ -164,19 +164,27 @@ fn dependencies(manifest: &toml::Table) -> Vec<String> {
     names.filter_map(|name| name.strip_prefix("pkv-")).map(str::to_owned).collect()
 }
 
-#[test]
-fn a_crate_depends_only_on_layers_above_its_own_in_the_code_map() {
-    let crates = root().join("crates");
-    let layers = layers(&fs::read_to_string(crates.join("README.md")).unwrap());
-    let mut seen = Vec::new();
-    let mut broken = Vec::new();
-    let mut arrows = 0;
-    for entry in fs::read_dir(&crates).unwrap() {
+/// The manifest of every crate of this workspace, by the name of its folder.
+fn manifests() -> BTreeMap<String, toml::Table> {
+    let mut manifests = BTreeMap::new();
+    for entry in fs::read_dir(root().join("crates")).unwrap() {
         let folder = entry.unwrap().path();
         let Ok(manifest) = fs::read_to_string(folder.join("Cargo.toml")) else { continue };
         let name = folder.file_name().unwrap().to_str().unwrap().to_owned();
         let manifest: toml::Table = manifest.parse().unwrap();
         assert_eq!(manifest["package"]["name"].as_str(), Some(&*format!("pkv-{name}")));
+        manifests.insert(name, manifest);
+    }
+    manifests
+}
+
+#[test]
+fn a_crate_depends_only_on_layers_above_its_own_in_the_code_map() {
+    let layers = layers(&fs::read_to_string(root().join("crates/README.md")).unwrap());
+    let mut seen = Vec::new();
+    let mut broken = Vec::new();
+    let mut arrows = 0;
+    for (name, manifest) in manifests() {
         let Some(layer) = layers.get(&name) else {
             broken.push(format!("{name} is not in the table of crates/README.md"));
             continue;
@@ -190,9 +198,92 @@ fn a_crate_depends_only_on_layers_above_its_own_in_the_code_map() {
         seen.push(name);
     }
     none(&broken);
-    seen.sort();
     assert_eq!(seen, layers.keys().cloned().collect::<Vec<_>>(), "the table names a crate that is not there");
     assert!(arrows > seen.len(), "only {arrows} dependencies were read");
+}
+
+/// Crates outside of this workspace that link libtorch.
+const LIBTORCH: [&str; 2] = ["tch", "torch-sys"];
+
+/// Begins the line of the code map that lists the crates without libtorch.
+const WITHOUT_LIBTORCH: &str = "- Built and tested without libtorch:";
+
+/// The dependencies by which a crate links libtorch when it is built with `features`, and with `tests` when
+/// its tests are: the last one is tch's. Empty if it does not link it.
+fn way_to_libtorch(
+    manifests: &BTreeMap<String, toml::Table>,
+    name: &str,
+    features: &[String],
+    tests: bool,
+) -> Vec<String> {
+    let strings = |value: Option<&toml::Value>| -> Vec<String> {
+        let list = value.and_then(toml::Value::as_array).into_iter().flatten();
+        list.map(|v| v.as_str().unwrap().to_owned()).collect()
+    };
+    let manifest = &manifests[name];
+    let enabled: Vec<String> = features.iter().flat_map(|f| strings(manifest["features"].get(f))).collect();
+    let mut tables = vec!["dependencies", "build-dependencies"];
+    if tests {
+        tables.push("dev-dependencies");
+    }
+    for (dependency, how) in tables.iter().filter_map(|t| manifest.get(*t)?.as_table()).flatten() {
+        let optional = how.get("optional").and_then(toml::Value::as_bool) == Some(true);
+        if optional && !enabled.contains(&format!("dep:{dependency}")) {
+            continue;
+        }
+        if LIBTORCH.contains(&dependency.as_str()) {
+            return vec![dependency.clone()];
+        }
+        if let Some(own) = dependency.strip_prefix("pkv-") {
+            let way = way_to_libtorch(manifests, own, &strings(how.get("features")), false);
+            if !way.is_empty() {
+                return [vec![dependency.clone()], way].concat();
+            }
+        }
+    }
+    Vec::new()
+}
+
+#[test]
+fn crates_without_tensors_link_no_libtorch() {
+    let code_map = fs::read_to_string(root().join("crates/README.md")).unwrap();
+    let line = code_map.lines().find(|line| line.starts_with(WITHOUT_LIBTORCH));
+    let line = line.unwrap_or_else(|| panic!("the code map has no line `{WITHOUT_LIBTORCH}`"));
+    let mut stated: Vec<&str> = line.split('`').skip(1).step_by(2).collect();
+    stated.sort_unstable();
+    let manifests = manifests();
+    let ways = manifests.keys().map(|name| (name, way_to_libtorch(&manifests, name, &[], true)));
+    let ways: BTreeMap<_, _> = ways.collect();
+    for name in &stated {
+        let way = ways.get(&name.to_string()).unwrap_or_else(|| panic!("there is no crate `{name}`"));
+        assert!(way.is_empty(), "{name} links libtorch: {name} -> {}", way.join(" -> "));
+    }
+    let free: Vec<&str> =
+        ways.iter().filter(|(_, way)| way.is_empty()).map(|(name, _)| name.as_str()).collect();
+    assert_eq!(stated, free, "the code map leaves out a crate that links no libtorch");
+    assert_eq!(ways[&"gpu".to_owned()], ["tch"]);
+    assert_eq!(ways[&"eval".to_owned()].last().map(String::as_str), Some("tch"));
+    let tensors = ["tensors".to_owned()];
+    assert_eq!(
+        way_to_libtorch(&manifests, "test-support", &tensors, false),
+        ["tch"],
+        "a feature is followed"
+    );
+}
+
+#[test]
+fn one_version_of_libtorch_is_named() {
+    let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
+    let setup = read("scripts/setup.sh");
+    let version = setup.lines().find_map(|line| line.strip_prefix("readonly TORCH=")).unwrap();
+    for name in ["Cargo.toml", "README.md", "scripts/release.sh", "scripts/setup.sh"] {
+        let text = read(name);
+        let named: Vec<&str> = text.split("libtorch ").filter(|t| t.starts_with(char::is_numeric)).collect();
+        assert!(!named.is_empty(), "{name} names no version");
+        for after in named {
+            assert!(after.starts_with(version), "{name}: `libtorch {:.8}`, setup.sh has {version}", after);
+        }
+    }
 }
 
 #[test]

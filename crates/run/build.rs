@@ -1,11 +1,8 @@
-//! Sets the library path of this crate's tests to libtorch, and records the commit that it was built from.
+//! Records the commit that this crate was built from.
 
 use std::process::Command;
 
 fn main() {
-    let lib = std::env::var("DEP_PKV_GPU_LIBTORCH_LIB").expect("pkv-gpu must be a direct dependency");
-    println!("cargo::rustc-link-arg=-Wl,-rpath,{lib}");
-
     let commit = Command::new("git")
         .args(["rev-parse", "--short=12", "HEAD"])
         .output()

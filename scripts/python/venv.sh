@@ -11,7 +11,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${1:-${CARGO_TARGET_DIR:-target}/python/venv}
 requirements=scripts/python/requirements.txt
-readonly TORCH=2.11.0
+TORCH=$(sed -n 's/^readonly TORCH=//p' scripts/setup.sh)
+readonly TORCH
 
 python=""
 for p in python3.11 python3 python3.13 python3.12 python3.10; do

@@ -10,8 +10,8 @@ use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use parquet::arrow::ArrowWriter;
 use pkv_core::NoProgress;
 use pkv_hub::{Hub, HubOptions};
-use pkv_lm::TextTokenizer;
 use pkv_recipe::Override;
+use pkv_text::TextTokenizer;
 use serde_json::json;
 
 use crate::folder;

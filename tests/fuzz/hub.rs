@@ -12,8 +12,8 @@ use serde_json::{Map, Value, json};
 
 use crate::folder;
 use crate::harness::Target;
-use crate::server::pull::{COMMIT, Fault, Server};
-use crate::server::push::{PushServer, WRITER};
+use pkv_test_support::hub::pull::{COMMIT, Fault, Server};
+use pkv_test_support::hub::push::{PushServer, WRITER};
 
 #[test]
 fn hub_answers() {

@@ -28,8 +28,6 @@ mod runs;
 #[allow(dead_code, reason = "the end-to-end tests use all of it")]
 #[path = "../sandbox.rs"]
 mod sandbox;
-#[path = "../../crates/hub/tests/server/mod.rs"]
-mod server;
 mod settings;
 
 use std::fs;
@@ -41,17 +39,4 @@ fn folder(name: &str) -> PathBuf {
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).expect("folders can be made");
     dir
-}
-
-/// All of `from`, its folders included.
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).expect("folders can be made");
-    for entry in fs::read_dir(from).expect("the folder is there").flatten() {
-        let (path, to) = (entry.path(), to.join(entry.file_name()));
-        if path.is_dir() {
-            copy(&path, &to);
-        } else {
-            fs::copy(path, to).expect("files can be copied");
-        }
-    }
 }

@@ -3,12 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use pkv_lm::{LanguageModel, LmConfig, TextTokenizer};
+use pkv_lm::{LanguageModel, LmConfig};
+use pkv_test_support::files::copy_folder;
+use pkv_text::TextTokenizer;
 use tch::{Device, Kind};
 
+use crate::folder;
 use crate::harness::Target;
 use crate::sandbox::root;
-use crate::{copy, folder};
 
 const TEMPLATE: &str = "{%- if messages[0]['role'] == 'system' %}{% set system = messages[0].content %}{% endif %}\
     {{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '\\n' + m['content'] | trim + '<|end|>' }}\
@@ -16,7 +18,7 @@ const TEMPLATE: &str = "{%- if messages[0]['role'] == 'system' %}{% set system =
 
 fn proxy(name: &str) -> PathBuf {
     let dir = folder(name);
-    copy(&root().join("recipes/nano-llama/proxy"), &dir);
+    copy_folder(&root().join("recipes/nano-llama/proxy"), &dir);
     dir
 }
 

@@ -8,20 +8,22 @@ use std::sync::OnceLock;
 use anyhow::ensure;
 use pkv_checkpoint::{CheckpointStore, Export};
 use pkv_core::{seal, unseal};
-use pkv_eval::compare;
+use pkv_results::compare;
 use pkv_shard::{Example, FeatureRow, LabelRow, Row, RunJson, RunLayout, StageReader};
+use pkv_test_support::files::copy_folder;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tch::Device;
 
+use crate::folder;
 use crate::harness::Target;
-use crate::sandbox::{Ran, Sandbox};
-use crate::{copy, folder};
+use crate::sandbox::Ran;
+use crate::sandbox::Sandbox;
 
 /// A folder `name` with `part` of the finished run.
 fn part(name: &str, part: &str) -> PathBuf {
     let dir = folder(name);
-    copy(&finished().path("runs/small").join(part), &dir.join(part));
+    copy_folder(&finished().path("runs/small").join(part), &dir.join(part));
     dir
 }
 
@@ -34,7 +36,8 @@ fn finished() -> &'static Sandbox {
     })
 }
 
-/// Write size and hash of the damaged file wherever its folder's records name it, and the records' own hashes.
+/// Write size and hash of the damaged file wherever its folder's records name it, and the records' own
+/// hashes.
 fn rehash(dir: &Path, name: &str) {
     let path = dir.join(name);
     let Ok(data) = fs::read(&path) else { return };
@@ -84,7 +87,7 @@ fn indexes() {
 fn shards() {
     let dir = part("shard", "labels");
     for stage in ["examples", "features"] {
-        copy(&part("shard-more", stage).join(stage), &dir.join(stage));
+        copy_folder(&part("shard-more", stage).join(stage), &dir.join(stage));
     }
     let files =
         ["examples/examples-00000.parquet", "labels/labels-00000.parquet", "features/features-00000.parquet"];
@@ -135,7 +138,7 @@ fn results() {
     let dir = part("results", "eval");
     let other = dir.with_file_name("results-other");
     let _ = fs::remove_dir_all(&other);
-    copy(&dir, &other);
+    copy_folder(&dir, &other);
     let files = ["eval/results.json", "eval/agreement.parquet", "eval/answers.parquet"];
     let read = move |dir: &Path| {
         let runs = compare::Run::read_all(&[dir.to_path_buf(), other.clone()])?;
@@ -152,7 +155,7 @@ fn reports() {
     let files = ["run.json", "train/metrics.jsonl", "eval/results.json"];
     let read = |dir: &Path| {
         RunJson::read(&RunLayout::new(dir))?;
-        pkv_report::render(dir).map(drop)
+        pkv_report::render(dir, &pkv_eval::methods::infos()).map(drop)
     };
     Target { name: "report", folder: &dir, files: &files, repair: Some(reseal), read: &read }.fuzz();
 }
@@ -170,7 +173,7 @@ fn reseal(dir: &Path, name: &str) {
 #[test]
 fn contexts() {
     let s = Sandbox::new();
-    copy(&finished().path("runs"), &s.path("runs"));
+    copy_folder(&finished().path("runs"), &s.path("runs"));
     let mut files = Vec::new();
     for task in
         fs::read_dir(s.path("runs/small/eval/contexts")).unwrap().flatten().filter(|e| e.path().is_dir())

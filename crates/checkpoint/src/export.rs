@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Fingerprint, ModelShape, Seed, Source, hinted, seal, unseal};
+use pkv_files::{Published, TEMPORARY, WriteBudget, parent, sync_dir, write_error, write_file};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::HeadBudgets;
 use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection, Variant};
-use pkv_shard::durable::{Published, TEMPORARY, WriteBudget, parent, sync_dir, write_error, write_file};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Tensor};

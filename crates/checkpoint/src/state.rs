@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::{Fingerprint, seal, unseal};
-use pkv_shard::durable::{Published, WriteBudget, sync_dir, write_file};
+use pkv_files::{Published, WriteBudget, sync_dir, write_file};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Tensor};

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Fingerprint, hinted};
+use pkv_files::{TEMPORARY, WriteBudget, lock_dir, sync_dir, write_error};
 use pkv_shard::StaleError;
-use pkv_shard::durable::{TEMPORARY, WriteBudget, lock_dir, sync_dir, write_error};
 use tch::Device;
 
 use crate::state::{self, CheckpointInfo, LR_CUTS, TrainingState};

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use pkv_shard::durable::{Published, WriteBudget, sha256_file, write_file};
+use pkv_files::{Published, WriteBudget, sha256_file, write_file};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use tch::{Device, Kind, Tensor};
 

@@ -1,13 +1,15 @@
 //! States and folders that the other files use.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use pkv_checkpoint::{NamedTensors, TrainingState};
-use pkv_core::{Fingerprint, Hinted};
+use pkv_core::Fingerprint;
 use serde_json::json;
 use tch::{Kind, Tensor};
+
+pub use pkv_test_support::errors::text_and_hint;
+pub use pkv_test_support::files::files;
 
 /// libtorch is linked only into a binary that calls `pkv-gpu`.
 pub fn cpu() -> tch::Device {
@@ -91,15 +93,4 @@ pub fn names(dir: &Path) -> Vec<String> {
         fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     out.sort();
     out
-}
-
-/// Every file of a folder, by name.
-pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    names(dir).into_iter().map(|n| (n.clone(), fs::read(dir.join(n)).unwrap())).collect()
-}
-
-/// The error's chain in one line, and its first hint.
-pub fn text_and_hint(error: &anyhow::Error) -> (String, String) {
-    let hint = error.downcast_ref::<Hinted>().map(|h| h.hint().to_owned());
-    (format!("{error:#}"), hint.unwrap_or_default())
 }

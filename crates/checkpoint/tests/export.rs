@@ -9,10 +9,10 @@ use pkv_checkpoint::{
     ModelIdentity, Parity, StageCost, restore_mapper,
 };
 use pkv_core::{ModelShape, Seed, Source};
+use pkv_files::WriteBudget;
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::BudgetFit;
 use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection, Variant};
-use pkv_shard::durable::WriteBudget;
 use serde_json::{Value, json};
 use tch::Tensor;
 use tempfile::tempdir;

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use pkv_checkpoint::{CheckpointInfo, CheckpointStore, read_tensors, write_tensors};
 use pkv_core::Fingerprint;
+use pkv_files::WriteBudget;
 use pkv_shard::StaleError;
-use pkv_shard::durable::WriteBudget;
 use serde_json::json;
 use tch::{Kind, Tensor};
 use tempfile::tempdir;

@@ -170,12 +170,12 @@ pub struct InferArgs {
     /// `0.2`.
     #[arg(long, value_name = "RATIO", conflicts_with = "budget", default_value_t = 0.2, value_parser = share)]
     pub retain: f64,
-    /// Number of tokens to keep in every KV head; for `pair`, `pair-floor` and `pair-budget`, the same total
-    /// of KV pairs.
+    /// Number of tokens to keep in every KV head; for every policy but `pair-uniform` and `token`, the same
+    /// total of KV pairs.
     #[arg(long, value_name = "TOKENS")]
     pub budget: Option<usize>,
     /// Pruning policy: which KV pairs compete for the budget.
-    #[arg(long, default_value = "pair-floor", value_parser = policy())]
+    #[arg(long, default_value = "pair-keydiff", value_parser = policy())]
     pub policy: Policy,
     /// Keep the newest N tokens of the context in every KV head, regardless of their scores, within the
     /// budget.

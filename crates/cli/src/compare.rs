@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
-use pkv_eval::compare::{Run, compare, text};
+use pkv_results::compare::{Run, compare, text};
 
 use crate::args::{Cli, CompareArgs};
 use crate::output;
@@ -19,7 +19,7 @@ pub fn run(cli: &Cli, args: &CompareArgs) -> Result<()> {
     }
     let comparison = compare(&Run::read_all(&folders)?)?;
     if let Some(path) = &args.out {
-        pkv_report::write_comparison(&comparison, path).with_context(|| {
+        pkv_report::write_comparison(&comparison, &pkv_eval::methods::infos(), path).with_context(|| {
             hinted(
                 format!("cannot write the comparison to `{}`", path.display()),
                 "name a file in a folder that exists, such as `--out comparison.html`",

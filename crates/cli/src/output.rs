@@ -22,7 +22,7 @@ pub fn print(text: &str) -> Result<()> {
     check(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
 }
 
-/// [`print`]; changes of color and weight in it stay if stdout is a terminal that has them.
+/// [`print()`]; changes of color and weight in it stay if stdout is a terminal that has them.
 ///
 /// # Errors
 /// The reader closed stdout ([`ClosedPipe`]), or it cannot be written.

@@ -5,9 +5,10 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use pkv_core::{Policy, hinted};
-use pkv_eval::{AnswerResults, Interval, RESULTS_FILE, Results, methods};
+use pkv_eval::methods;
 use pkv_recipe::MethodName;
 use pkv_recipe::plan::human_secs;
+use pkv_results::{AnswerResults, Interval, RESULTS_FILE, Results};
 use pkv_run::session::Session;
 use pkv_run::stages::eval::{EvalOptions, folder};
 use pkv_shard::{RunJson, RunLayout};
@@ -22,7 +23,7 @@ use crate::{output, terminal};
 pub fn print(cli: &Cli, s: &Session, options: &EvalOptions) -> Result<()> {
     let path = folder(s, options).join(RESULTS_FILE);
     let results = Results::read(&path)?;
-    output::print_either(cli.json, &results, || pkv_eval::table::all_tables(&results))
+    output::print_either(cli.json, &results, || pkv_results::table::all_tables(&results))
 }
 
 /// What a run ends with: one table, what it says, and what to do next; the whole file with `--json`.
@@ -38,7 +39,7 @@ pub fn print_run(cli: &Cli, s: &Session, options: &EvalOptions) -> Result<()> {
     let Some(end) = task.and_then(|task| end_of_run(&results, task, terminal::has_color(&std::io::stdout())))
     else {
         // Nothing was asked.
-        output::print(&pkv_eval::table::all_tables(&results))?;
+        output::print(&pkv_results::table::all_tables(&results))?;
         return output::print(&next(s.run.root()));
     };
     let took: f64 = RunJson::read(&s.run)?.unwrap_or_default().stages.values().map(|stage| stage.secs).sum();

@@ -7,11 +7,11 @@ use std::fmt::Write;
 use anyhow::{Result, ensure};
 use pkv_core::{Fingerprint, hinted};
 use pkv_eval::Asked;
-use pkv_lm::TextTokenizer;
 use pkv_run::pair;
 use pkv_run::session::Session;
 use pkv_run::stages::{self, eval, prepare};
 use pkv_shard::{Example, Stage, StageReader};
+use pkv_text::TextTokenizer;
 use serde_json::{Value, json};
 
 use crate::args::Cli;

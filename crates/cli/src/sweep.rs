@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{NoProgress, Progress as _, Stop, hinted};
+use pkv_files::lock_work;
 use pkv_gpu::device_name;
 use pkv_run::session::{Choices, Session, choose_device};
 use pkv_run::sweep::{Member, SweepPlan};
 use pkv_run::{Variant, Variants};
-use pkv_shard::durable::lock_work;
 use tch::Device;
 
 use crate::args::{Cli, CompareArgs, SweepArgs};

@@ -9,6 +9,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// Named choices, in the order they were added.
+///
+/// ```
+/// use pkv_core::Fingerprint;
+///
+/// let made = Fingerprint::new().with("preset", "original").with("chunk_tokens", 2000);
+/// let wanted = Fingerprint::new().with("preset", "original").with("chunk_tokens", 1000);
+/// assert_ne!(made.hash(), wanted.hash());
+/// assert_eq!(made.difference(&wanted), [("chunk_tokens".to_owned(), 2000.into(), 1000.into())]);
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Fingerprint(Map<String, Value>);

@@ -24,6 +24,14 @@ pub struct Hinted {
 /// `message` says what was being done to which file, or what was expected and found; lower case,
 /// no final period. `hint` is a command or an edit. Its kind is [`FailureKind::Input`]; where the machine is
 /// at fault, see [`Hinted::environment`].
+///
+/// ```
+/// use pkv_core::hinted;
+///
+/// let error = hinted("there is no run folder `runs/x`", "`proxykv-train inspect runs` lists them");
+/// assert_eq!(error.to_string(), "there is no run folder `runs/x`");
+/// assert!(error.hint().contains("inspect runs"));
+/// ```
 pub fn hinted(message: impl Into<String>, hint: impl Into<String>) -> Hinted {
     Hinted { message: message.into(), hint: hint.into(), kind: FailureKind::Input }
 }

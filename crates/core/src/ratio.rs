@@ -7,6 +7,16 @@ use serde::{Deserialize, Serialize};
 /// Retention ratio: kept / all evictable KV pairs, in (0, 1].
 ///
 /// Never the share removed; "compression ratio" means one thing in KVzip and the other in kvpress.
+///
+/// ```
+/// use pkv_core::RetentionRatio;
+///
+/// let kept = RetentionRatio::new(0.05)?;
+/// assert_eq!(kept.count(1000), 50);
+/// let percent = RetentionRatio::new(5.0).unwrap_err();
+/// assert_eq!(percent.hint(), "to keep 5% of the KV pairs, write `0.05`");
+/// # Ok::<(), pkv_core::RatioError>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Serialize, Deserialize)]
 #[serde(try_from = "f64", into = "f64")]
 pub struct RetentionRatio(f64);

@@ -12,6 +12,15 @@ use sha2::{Digest, Sha256};
 pub type Rng = rand_chacha::ChaCha8Rng;
 
 /// The seed of a run.
+///
+/// ```
+/// use pkv_core::Seed;
+/// use rand::Rng;
+///
+/// let draw = |step| Seed(7).stream("batches", step).random_range(0..1_000_000);
+/// assert_eq!(draw(700), draw(700), "a step needs no earlier one");
+/// assert_ne!(draw(700), draw(701));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct Seed(pub u64);

@@ -27,6 +27,11 @@ const ABBREVIATIONS: [&str; 40] = [
 /// marks of Chinese and Japanese.
 ///
 /// Ends of lines and of `text` are no ends of sentences by themselves.
+///
+/// ```
+/// let text = "Mr. Ames left at 3.15 p.m. again. He came back.";
+/// assert_eq!(pkv_core::sentence_gaps(text), [33..34]);
+/// ```
 pub fn sentence_gaps(text: &str) -> Vec<Range<usize>> {
     let mut gaps: Vec<Range<usize>> = Vec::new();
     for (at, mark) in text.char_indices() {

@@ -2,9 +2,9 @@
 
 use anyhow::{Result, ensure};
 use pkv_core::{Seed, Split, hinted};
-use pkv_lm::TextTokenizer;
 use pkv_recipe::{EvalSection, FactPlace};
 use pkv_shard::Example;
+use pkv_text::TextTokenizer;
 use rand::Rng as _;
 
 use crate::facts::{self, WordLists};

@@ -65,6 +65,11 @@ const KINDS: [(&str, &str); 6] = [
 ];
 
 /// Kind of the fact that `question` asks for; `None` if it is not one of this module's.
+///
+/// ```
+/// assert_eq!(pkv_data::fact_kind("Who is the owner of the red bell?"), Some("owner"));
+/// assert_eq!(pkv_data::fact_kind("Why?"), None);
+/// ```
 pub fn fact_kind(question: &str) -> Option<&'static str> {
     KINDS.iter().find(|(_, words)| question.contains(words)).map(|(name, _)| *name)
 }

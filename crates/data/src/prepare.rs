@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::{Progress, Split, hinted};
 use pkv_hub::Hub;
-use pkv_lm::TextTokenizer;
 use pkv_recipe::{Manifest, Recipe, Source};
 use pkv_shard::Example;
+use pkv_text::TextTokenizer;
 use rand::Rng as _;
 
 use crate::documents::Documents;

@@ -1,20 +1,15 @@
 //! The demo's own recipe, text and tokenizer, from manifest to shards and questions.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
 
 use pkv_core::{Fingerprint, NoProgress, Split, sentence_gaps};
 use pkv_data::facts::WordLists;
 use pkv_data::{FactContext, PrepareSummary, fact_contexts, inputs, prepare};
-use pkv_gpu::DeviceChoice;
 use pkv_hub::Hub;
-use pkv_lm::TextTokenizer;
 use pkv_recipe::{FactPlace, Manifest, Recipe};
 use pkv_shard::Example;
-
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
+use pkv_test_support::files::root;
+use pkv_text::TextTokenizer;
 
 struct Demo {
     recipe: Recipe,
@@ -25,8 +20,6 @@ struct Demo {
 
 impl Demo {
     fn open() -> Self {
-        // Nothing is computed on it; the call keeps libtorch linked.
-        pkv_gpu::device(DeviceChoice::Cpu).unwrap();
         let recipe = pkv_recipe::load(&root().join("recipes/demo-nano.toml"), &[]).unwrap();
         let manifest = pkv_recipe::load_manifest(&root().join(&recipe.data.manifest)).unwrap();
         let hub = Hub::from_env();

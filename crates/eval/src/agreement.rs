@@ -7,13 +7,10 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use arrow::array::{Float64Array, StringArray};
+use pkv_results::cell::Cell;
+use pkv_results::columns::write_columns;
 
-use crate::cell::Cell;
-use crate::columns::write_columns;
 use crate::labels::LabelOutcome;
-
-/// File of the agreement in the evaluation's folder.
-pub const AGREEMENT_FILE: &str = "agreement.parquet";
 
 /// Write one row per context and cell.
 ///

@@ -6,19 +6,15 @@ use anyhow::Result;
 use pkv_core::{Fingerprint, RetentionRatio};
 use pkv_data::FactContext;
 use pkv_recipe::EvalSection;
+use pkv_results::cell::Cell;
+use pkv_results::store::{About, Identity, TaskStore};
+use pkv_results::{CONTEXTS_FOLDER, RESULTS_FILE, Results};
 use pkv_tasks::Benchmark;
 use serde_json::json;
 
-use crate::cell::Cell;
-use crate::evaluate::RESULTS_FILE;
 use crate::labels::Plan;
-use crate::results::Results;
-use crate::store::{About, Identity, TaskStore};
 use crate::task::{Facts, Task};
 use crate::{tasks, worked};
-
-/// Folder of all outcomes, in the evaluation's folder.
-pub const CONTEXTS_FOLDER: &str = "contexts";
 
 /// Settings that determine the work of one evaluation.
 pub struct Asked<'a> {

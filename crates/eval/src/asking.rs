@@ -10,10 +10,11 @@
 //! Dimension key: n keep mask, l layer, h KV head, k cached position, w wanted token, m hidden, v vocabulary.
 
 use anyhow::{Context, Result};
-use pkv_lm::{Branches, KvCache, LanguageModel, TextTokenizer};
+use pkv_lm::{Branches, KvCache, LanguageModel};
+use pkv_results::answered::Answer;
+use pkv_results::cell::Cell;
+use pkv_text::TextTokenizer;
 
-use crate::answered::Answer;
-use crate::cell::Cell;
 use crate::context::PrunedContext;
 use crate::forced::{Batch, Continuation, Drift};
 use crate::groups::{Groups, forward_bytes};

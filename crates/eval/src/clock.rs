@@ -1,11 +1,10 @@
-//! Wall-clock times of kinds of work, summed.
+//! Wall-clock times of kinds of work on a device.
 
 use std::time::Instant;
 
 use anyhow::Result;
+use pkv_results::{Timing, timings};
 use tch::Device;
-
-use crate::results::Timing;
 
 /// Times work on one device; what is queued there counts until it is done.
 pub struct Clock {
@@ -29,26 +28,10 @@ impl Clock {
     }
 
     pub fn add(&mut self, timing: &Timing) {
-        add(&mut self.timings, timing);
+        timings::add(&mut self.timings, timing);
     }
 
     pub fn into_timings(self) -> Vec<Timing> {
         self.timings
     }
-}
-
-/// Count `timing` among others of its kind.
-pub fn add(timings: &mut Vec<Timing>, timing: &Timing) {
-    match timings.iter_mut().find(|t| t.what == timing.what) {
-        Some(t) => {
-            t.secs += timing.secs;
-            t.times += timing.times;
-        }
-        None => timings.push(timing.clone()),
-    }
-}
-
-/// Count all of `others`.
-pub fn add_all(timings: &mut Vec<Timing>, others: &[Timing]) {
-    others.iter().for_each(|t| add(timings, t));
 }

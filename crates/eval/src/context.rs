@@ -10,10 +10,10 @@ use pkv_extract::{ContextFeatures, SourceExtractors, key_diff_of};
 use pkv_lm::KvCache;
 use pkv_prune::{HeadBudgets, PolicyInputs, keep_mask_by, keep_masks, log_odds};
 use pkv_recipe::MethodName;
+use pkv_results::cell::Cell;
 use pkv_score::Scorer;
 use tch::{Kind, Tensor};
 
-use crate::cell::Cell;
 use crate::clock::Clock;
 use crate::methods::{ContextView, Draw, Methods, Scored, Target, Watches};
 

@@ -9,34 +9,30 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::{FeatureLayout, Fingerprint, Policy, Progress, Seed, Split, Stop, hinted};
 use pkv_data::{FactContext, FactQuestion};
 use pkv_extract::{HiddenProjection, SourceExtractors};
-use pkv_lm::{LanguageModel, TextTokenizer};
+use pkv_lm::LanguageModel;
 use pkv_mapper::Mapper;
 use pkv_prune::HeadBudgets;
 use pkv_recipe::{EvalSection, ExtractSection, LabelSection, TargetPool};
+use pkv_results::cell::Cell;
+use pkv_results::columns::context_id;
+use pkv_results::share::share;
+use pkv_results::store::{About, ContextStore, Identity, TaskStore};
+use pkv_results::{CONTEXTS_FOLDER, FactSpan, Results};
 use pkv_score::Scorer;
 use pkv_shard::{ExampleRows, FeatureFolders, PlantedFact, Sizes};
 use pkv_tasks::Benchmark;
+use pkv_text::TextTokenizer;
 
-use crate::asked::{Asked, AskedTask, CONTEXTS_FOLDER, Work};
+use crate::asked::{Asked, AskedTask, Work};
 use crate::asking::Asking;
 use crate::budgets::Budgets;
-use crate::cell::Cell;
 use crate::clock::Clock;
-use crate::columns::context_id;
 use crate::context::Reader;
 use crate::gather::{MethodsOutcome, publish};
 use crate::labels::{LabelOutcome, Plan};
 use crate::methods::{self, Draw, Methods, Setup, Target, TrainingSet, feature_tensors, label_tensor};
-use crate::results::{FactSpan, Results};
-use crate::share::share;
-use crate::store::{About, ContextStore, Identity, TaskStore};
 use crate::task::{Task, TaskOutcome, Texts};
 use crate::worked::{ExampleOutcome, work_example};
-
-/// File of the results in the evaluation's folder.
-pub const RESULTS_FILE: &str = "results.json";
-/// File of every answer in the evaluation's folder.
-pub const ANSWERS_FILE: &str = "answers.parquet";
 
 /// Inputs of an evaluation.
 pub struct EvalInputs<'a> {

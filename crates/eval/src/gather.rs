@@ -10,23 +10,23 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use pkv_core::{ModelShape, sha256_hex};
-use pkv_shard::durable::{WriteBudget, write_file};
+use pkv_files::{WriteBudget, write_file};
+use pkv_results::answered::{Answerers, AnswersOutcome};
+use pkv_results::answers::AnswerTable;
+use pkv_results::bootstrap::Draws;
+use pkv_results::cell::Cell;
+use pkv_results::store::{About, ContextStore, Identity, Outcome, Outcomes};
+use pkv_results::{AGREEMENT_FILE, ANSWERS_FILE, CONTEXTS_FOLDER, RESULTS_FILE, answered, timings};
+use pkv_results::{Made, MethodNote, ModelName, RESULTS_VERSION, Results, Timing};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::agreement::{self, AGREEMENT_FILE};
-use crate::answered::{Answerers, AnswersOutcome};
-use crate::answers::AnswerTable;
 use crate::asked::AskedTask;
-use crate::bootstrap::Draws;
-use crate::cell::Cell;
-use crate::evaluate::{ANSWERS_FILE, EvalInputs, RESULTS_FILE};
+use crate::evaluate::EvalInputs;
 use crate::labels::LabelOutcome;
 use crate::perplexity::PerplexityOutcome;
-use crate::results::{Made, MethodNote, ModelName, RESULTS_VERSION, Results, Timing};
-use crate::store::{About, ContextStore, Identity, Outcome, Outcomes};
 use crate::worked::ExampleOutcome;
-use crate::{answered, clock, labels, perplexity, worked};
+use crate::{agreement, labels, perplexity, worked};
 
 /// Outcome of starting and fitting the methods.
 #[derive(Debug, Serialize, Deserialize)]
@@ -42,7 +42,7 @@ impl Outcome for MethodsOutcome {
                 self.notes.push(note);
             }
         }
-        clock::add_all(&mut self.timings, &new.timings);
+        timings::add_all(&mut self.timings, &new.timings);
     }
 }
 
@@ -152,7 +152,7 @@ impl Gathered {
         };
         Self {
             results,
-            answers: AnswerTable::default(),
+            answers: AnswerTable::new(pkv_data::fact_kind),
             labels: Vec::new(),
             shape: i.target.shape(),
             draws: Draws::new(i.section.bootstrap, i.seed),
@@ -168,7 +168,7 @@ impl Gathered {
             measured,
             outcomes: task.count(),
         };
-        fn read<T: DeserializeOwned>(task: &crate::store::TaskStore) -> (Vec<(usize, T)>, String) {
+        fn read<T: DeserializeOwned>(task: &pkv_results::store::TaskStore) -> (Vec<(usize, T)>, String) {
             let Outcomes { all, measured } = task.outcomes();
             (all, measured)
         }
@@ -176,7 +176,7 @@ impl Gathered {
             About::Methods => {
                 for (_, o) in read::<MethodsOutcome>(&task).0 {
                     self.results.notes.extend(o.notes);
-                    clock::add_all(&mut self.results.timings, &o.timings);
+                    timings::add_all(&mut self.results.timings, &o.timings);
                 }
             }
             About::Labels => {
@@ -222,7 +222,7 @@ impl Gathered {
     }
 
     fn time<'t>(&mut self, of: impl Iterator<Item = &'t Vec<Timing>>) {
-        of.for_each(|timings| clock::add_all(&mut self.results.timings, timings));
+        of.for_each(|timings| timings::add_all(&mut self.results.timings, timings));
     }
 }
 
@@ -270,7 +270,7 @@ fn set_aside(out: &Path, before: &Result<Results>, now: &Results) -> Result<Opti
          back with the same choices",
         out.join(RESULTS_FILE).display(),
         kept.join(", "),
-        crate::asked::CONTEXTS_FOLDER,
+        CONTEXTS_FOLDER,
     )))
 }
 

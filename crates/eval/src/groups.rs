@@ -4,9 +4,9 @@ use anyhow::{Context, Result};
 use pkv_core::hinted;
 use pkv_gpu::unless_exhausted;
 use pkv_lm::{LanguageModel, spare_bytes};
+use pkv_results::cell::Cell;
 use tch::Device;
 
-use crate::cell::Cell;
 use crate::forced::Batch;
 
 /// Memory limit of the largest intermediates of a forward over many masks.

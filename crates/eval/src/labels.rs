@@ -11,15 +11,15 @@ use pkv_prune::metrics::{
 };
 use pkv_prune::{HeadBudgets, PolicyInputs, keep_mask, keep_mask_by};
 use pkv_recipe::{EvalSection, MethodName};
+use pkv_results::bootstrap::Draws;
+use pkv_results::cell::{Cell, Cells, nearest};
+use pkv_results::store::Outcome;
+use pkv_results::timings;
+use pkv_results::{HeadRecall, LabelCell, LabelResults, Made, MethodHeads, RankCell, Timing};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::bootstrap::Draws;
-use crate::cell::{Cell, Cells, nearest};
-use crate::clock;
 use crate::methods::{self, Method, Scored};
-use crate::results::{HeadRecall, LabelCell, LabelResults, Made, MethodHeads, RankCell, Timing};
-use crate::store::Outcome;
 
 /// Ratio of the heat maps, or the nearest one that is measured.
 const HEAT_MAP_RATIO: f64 = 0.05;
@@ -27,7 +27,7 @@ const HEAT_MAP_RATIO: f64 = 0.05;
 /// Outcome of one test example.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LabelOutcome {
-    /// [`crate::columns::context_id`].
+    /// [`pkv_results::columns::context_id`].
     pub context_id: String,
     positions: u64,
     pub cells: Cells<Agreement>,
@@ -80,7 +80,7 @@ impl Outcome for LabelOutcome {
                 self.oracle_heads.push(heads);
             }
         }
-        clock::add_all(&mut self.timings, &new.timings);
+        timings::add_all(&mut self.timings, &new.timings);
     }
 }
 

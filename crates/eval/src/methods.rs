@@ -28,6 +28,7 @@ mod view;
 
 use anyhow::Result;
 use pkv_recipe::MethodName;
+use pkv_results::MethodInfo;
 
 use crate::known::check_known;
 
@@ -59,6 +60,11 @@ pub static REGISTRY: &[Method] = &[
 /// The names of all methods, in the registry's order.
 pub fn names() -> impl Iterator<Item = MethodName> {
     REGISTRY.iter().map(|method| method.name)
+}
+
+/// What readers of results must know of all methods, in the registry's order.
+pub fn infos() -> Vec<MethodInfo> {
+    REGISTRY.iter().map(Method::info).collect()
 }
 
 /// The method of that name; `None` if this version has none.

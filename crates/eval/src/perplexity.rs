@@ -8,17 +8,17 @@ use anyhow::Result;
 use pkv_lm::{Branches, LanguageModel};
 use pkv_recipe::plan::{Answers, TaskWork};
 use pkv_recipe::{EvalSection, Recipe};
+use pkv_results::bootstrap::Draws;
+use pkv_results::cell::{Cell, Cells};
+use pkv_results::store::{About, Outcome};
+use pkv_results::timings;
+use pkv_results::{Made, PerplexityCell, PerplexityResults, Timing};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::bootstrap::Draws;
-use crate::cell::{Cell, Cells};
-use crate::clock;
 use crate::context::PrunedContext;
 use crate::forced::{Batch, Continuation};
 use crate::groups::Groups;
-use crate::results::{Made, PerplexityCell, PerplexityResults, Timing};
-use crate::store::{About, Outcome};
 use crate::task::{Asks, Task, TaskContext, TaskInfo, Texts};
 
 /// The `perplexity` task.
@@ -81,7 +81,7 @@ pub struct PerplexityOutcome {
 impl Outcome for PerplexityOutcome {
     fn add(&mut self, new: Self) {
         self.cells.add(new.cells);
-        clock::add_all(&mut self.timings, &new.timings);
+        timings::add_all(&mut self.timings, &new.timings);
     }
 }
 

@@ -1,8 +1,8 @@
 //! The exact prompts of an evaluation, to check them before any work.
 
 use anyhow::Result;
-use pkv_lm::TextTokenizer;
 use pkv_shard::Example;
+use pkv_text::TextTokenizer;
 
 use crate::asked::Asked;
 use crate::task::{Asks, Texts};

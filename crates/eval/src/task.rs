@@ -10,21 +10,21 @@ mod benchmark;
 mod facts;
 
 use anyhow::Result;
-use pkv_lm::TextTokenizer;
+use pkv_results::Timing;
+use pkv_results::answered::{Answer, AnswersOutcome, Asked};
+use pkv_results::cell::Cell;
+use pkv_results::columns::context_id;
+use pkv_results::store::{About, Outcome};
 use pkv_shard::Example;
 use pkv_tasks::Squad;
+use pkv_text::TextTokenizer;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::Kind;
 
-use crate::answered::{Answer, AnswersOutcome, Asked};
 use crate::asking::Asking;
-use crate::cell::Cell;
-use crate::columns::context_id;
 use crate::context::PrunedContext;
 use crate::perplexity::{self, PerplexityOutcome};
-use crate::results::Timing;
-use crate::store::{About, Outcome};
 
 pub use benchmark::BenchmarkTask;
 pub use facts::Facts;

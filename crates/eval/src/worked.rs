@@ -2,15 +2,15 @@
 
 use anyhow::Result;
 use pkv_core::{Policy, RetentionRatio};
-use pkv_lm::TextTokenizer;
 use pkv_recipe::EvalSection;
+use pkv_results::cell::{Cell, Cells, nearest};
+use pkv_results::store::Outcome;
+use pkv_results::{FactSpan, KeptCounts, WorkedExample};
+use pkv_text::TextTokenizer;
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 
-use crate::cell::{Cell, Cells, nearest};
 use crate::context::PrunedContext;
-use crate::results::{FactSpan, KeptCounts, WorkedExample};
-use crate::store::Outcome;
 
 /// Ratios to show, or the nearest ones that are measured.
 const RATIOS: [f64; 6] = [0.2, 0.1, 0.07, 0.05, 0.03, 0.01];

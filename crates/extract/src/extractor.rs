@@ -4,9 +4,10 @@
 //! t context position.
 
 use anyhow::{Context, Result};
-use pkv_lm::{KvCache, LanguageModel, TextTokenizer};
+use pkv_lm::{KvCache, LanguageModel};
 use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::{Requests, Scorer};
+use pkv_text::TextTokenizer;
 use tch::Tensor;
 
 use crate::HiddenProjection;

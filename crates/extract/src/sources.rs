@@ -4,8 +4,9 @@
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{FeatureLayout, Source, SourceLayout};
-use pkv_lm::{KvCache, LanguageModel, Tap, TextTokenizer};
+use pkv_lm::{KvCache, LanguageModel, Tap};
 use pkv_recipe::{ExtractSection, LabelSection};
+use pkv_text::TextTokenizer;
 use tch::Tensor;
 
 use crate::{ContextFeatures, Extractor, HiddenProjection};

@@ -2,6 +2,8 @@
 //
 // No CUDA header and no link-time CUDA symbol: the same binary starts on machines with and
 // without a driver. Every function returns 0, or -1 with the reason in pkv_last_error().
+#include "common.h"
+
 #include <ATen/Context.h>
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/core/Tensor.h>
@@ -25,19 +27,6 @@ namespace {
 thread_local std::string last_error;
 std::string boot_error;
 
-template <class F>
-int guard(F&& f) {
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& e) {
-    last_error = e.what();
-    return -1;
-  }
-}
-
-constexpr auto CUDA = c10::DeviceType::CUDA;
-
 c10::impl::VirtualGuardImpl cuda() { return c10::impl::VirtualGuardImpl(CUDA); }
 
 c10::Device gpu(int index) { return c10::Device(CUDA, (c10::DeviceIndex)index); }
@@ -46,13 +35,6 @@ c10::Device gpu(int index) { return c10::Device(CUDA, (c10::DeviceIndex)index); 
 c10::Stream stream(int device, int64_t id) { return c10::Stream(c10::Stream::UNSAFE, gpu(device), id); }
 
 std::optional<int64_t> window(int64_t n) { return n < 0 ? std::nullopt : std::optional<int64_t>(n); }
-
-std::vector<at::Tensor> tensors(at::Tensor** p, size_t n) {
-  std::vector<at::Tensor> v;
-  v.reserve(n);
-  for (size_t i = 0; i < n; i++) v.push_back(*p[i]);
-  return v;
-}
 
 // The folder of libtorch's libraries, with a slash; empty if it cannot be told.
 std::string torch_libraries() {

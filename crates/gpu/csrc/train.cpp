@@ -1,5 +1,7 @@
 // What a training step needs beyond tch: layers with a backward of their own, list-wise optimizer
 // operations, pinned memory and copies on a second stream. Same rules as shim.cpp.
+#include "common.h"
+
 #include <ATen/ATen.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_lerp.h>
@@ -13,7 +15,6 @@
 #include <stdexcept>
 #include <vector>
 
-extern "C" void pkv_set_last_error(const char* text);
 extern "C" const char* pkv_last_error();
 
 namespace {
@@ -21,26 +22,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-constexpr auto CUDA = c10::DeviceType::CUDA;
-
-template <class F>
-int guard(F&& f) {
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& e) {
-    pkv_set_last_error(e.what());
-    return -1;
-  }
-}
-
-std::vector<at::Tensor> tensors(at::Tensor** p, size_t n) {
-  std::vector<at::Tensor> v;
-  v.reserve(n);
-  for (size_t i = 0; i < n; i++) v.push_back(*p[i]);
-  return v;
-}
 
 // [rows, t, c] to [rows, t, taps x c]: the positions that a centred kernel sees, side by side, zeros beyond both ends.
 at::Tensor side_by_side(const at::Tensor& x, int64_t taps, int64_t dilation) {

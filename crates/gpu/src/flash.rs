@@ -235,7 +235,7 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, heads_axis: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::naive;
+    use pkv_test_support::attention as naive;
     use std::io::Write as _;
     use tch::Device;
 

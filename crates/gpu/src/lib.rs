@@ -16,13 +16,14 @@ mod flash;
 mod host;
 mod kernels;
 mod memory;
-#[cfg(test)]
-mod naive;
 mod ops;
 mod optim;
 mod shim;
 mod stream;
 mod transfer;
+
+/// The libtorch that this crate is built against; another one may crash.
+pub const LIBTORCH: &str = env!("PKV_LIBTORCH");
 
 pub use device::{
     DeviceChoice, MathMode, cuda_absence, cuda_count, device, device_in_words, device_name, kind_on,

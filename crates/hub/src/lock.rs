@@ -5,12 +5,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::hinted;
+use pkv_files::{WriteBudget, write_file};
 use serde::Deserialize;
 
 const VERSION: u32 = 1;
@@ -46,6 +46,12 @@ pub struct PinnedFile {
 }
 
 /// Path of the lock of a recipe or manifest: `x.toml` has `x.lock.toml` beside it.
+///
+/// ```
+/// use std::path::Path;
+///
+/// assert_eq!(pkv_hub::lock_path(Path::new("recipes/x.toml")), Path::new("recipes/x.lock.toml"));
+/// ```
 pub fn lock_path(of: &Path) -> PathBuf {
     of.with_extension("lock.toml")
 }
@@ -75,7 +81,7 @@ impl Lock {
         Ok(lock)
     }
 
-    /// Write the lock beside `of`: a new file renamed over the old one. A file that says the same stays, so
+    /// Write the lock beside `of`, whole or not at all. A file that says the same stays, so
     /// that a folder which may only be read is no obstacle.
     ///
     /// # Errors
@@ -85,9 +91,8 @@ impl Lock {
         if pkv_core::read_small_text(&path).is_ok_and(|text| text == self.to_toml()) {
             return Ok(());
         }
-        let temporary = path.with_extension("toml.tmp");
-        fs::write(&temporary, self.to_toml())
-            .and_then(|()| fs::rename(&temporary, &path))
+        write_file(&path, self.to_toml().as_bytes(), &WriteBudget::from_env())
+            .map(drop)
             .with_context(|| format!("cannot write lock file `{}`", path.display()))
     }
 
@@ -155,6 +160,8 @@ impl Pin {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn lock(commit: &str) -> Lock {

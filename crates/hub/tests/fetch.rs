@@ -1,7 +1,6 @@
 //! Downloads from hubs, CDNs and mirrors as they are, over networks as they are.
 
 mod common;
-mod server;
 
 use std::fs;
 use std::path::Path;
@@ -12,8 +11,8 @@ use std::time::{Duration, Instant};
 use common::{NAME, assert_whole, fetch, hasty, model, options, texts, tree, weights};
 use pkv_core::{Interrupted, NoProgress, Progress, Stop};
 use pkv_hub::{DatasetFiles, Hub, HubOptions, Pin};
-use server::pull::{COMMIT, Fault, Hop, Server};
-use server::sha256;
+use pkv_test_support::hub::pull::{COMMIT, Fault, Hop, Server};
+use pkv_test_support::hub::sha256;
 
 const TOKEN: &str = "hf_0123456789";
 

@@ -2,7 +2,6 @@
 //! or to have them printed; and a cache that was prepared with malicious intent.
 
 mod common;
-mod server;
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::{NAME, fetch, link, model, options, python_cache, texts, tree};
 use pkv_core::{NoProgress, Stop};
 use pkv_hub::{Hub, HubOptions, Lock, Push};
-use server::pull::{COMMIT, Server};
+use pkv_test_support::hub::pull::{COMMIT, Server};
 use tempfile::TempDir;
 
 /// A data set of one file, and a cache in a folder of its own.
@@ -235,7 +234,7 @@ fn a_planted_part_is_not_written_through() {
     let (dir, server, hub) = dataset();
     let victim = dir.path().join("victim");
     fs::write(&victim, "").unwrap();
-    let etag = &server::sha256(b"{}\n")[..40];
+    let etag = &pkv_test_support::hub::sha256(b"{}\n")[..40];
     let blobs = dir.path().join("deep/er/hub/datasets--a--b/blobs");
     link(&victim, &blobs.join(format!("{etag}.incomplete")));
     fetch_all(&hub).unwrap();

@@ -2,7 +2,6 @@
 //! on the loopback interface, with the faults of networks and disks.
 
 mod common;
-mod server;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,8 +9,8 @@ use std::path::{Path, PathBuf};
 use common::{NAME, assert_whole, fetch, model, options, python_cache, texts, weights};
 use pkv_core::{NoProgress, Stop};
 use pkv_hub::{Hub, HubOptions, Lock, fetch_manifest, fetch_recipe, lock_path};
-use server::pull::{COMMIT, Fault, Server};
-use server::sha256;
+use pkv_test_support::hub::pull::{COMMIT, Fault, Server};
+use pkv_test_support::hub::sha256;
 
 #[test]
 fn a_model_is_downloaded_once_and_then_found_without_network() {

@@ -1,15 +1,14 @@
 //! Uploads to a hub on the loopback interface, with the faults of networks, tokens and storages.
 
-mod server;
-
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use pkv_core::{Hinted, Interrupted, NoProgress, Progress, Stop};
+use pkv_core::{Interrupted, NoProgress, Progress, Stop};
 use pkv_hub::{Hub, HubOptions, Push, PushFile, Pushed};
-use server::push::{Fault, PushServer, READER, WRITER};
+use pkv_test_support::errors;
+use pkv_test_support::hub::push::{Fault, PushServer, READER, WRITER};
 use tempfile::TempDir;
 
 const REPO: &str = "owner/mapper";
@@ -58,12 +57,9 @@ fn send(server: &PushServer, push: &Push) -> anyhow::Result<Pushed> {
 
 /// The error's whole chain, and its hint.
 fn text_and_hint<T: std::fmt::Debug>(result: anyhow::Result<T>) -> (String, String) {
-    let error = result.unwrap_err();
-    let hint = error
-        .downcast_ref::<Hinted>()
-        .or_else(|| error.chain().find_map(|e| e.downcast_ref::<Hinted>()))
-        .map(|h| h.hint().to_owned());
-    (format!("{error:#}"), hint.expect("the error has a hint"))
+    let (text, hint) = errors::text_and_hint(&result.unwrap_err());
+    assert!(!hint.is_empty(), "no hint with: {text}");
+    (text, hint)
 }
 
 fn assert_arrived(dir: &Path, server: &PushServer, branch: &str) {

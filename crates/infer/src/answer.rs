@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use pkv_core::{FailureKind, Hinted, Stop, hinted};
-use pkv_lm::{LanguageModel, RaggedCache, TextTokenizer};
+use pkv_lm::{LanguageModel, RaggedCache};
+use pkv_text::TextTokenizer;
 use serde::Serialize;
 
 use crate::text::TextStream;

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use pkv_checkpoint::{ExportConfig, ModelIdentity};
 use pkv_core::{Hinted, ModelShape, hinted};
-use pkv_lm::TextTokenizer;
+use pkv_text::TextTokenizer;
 
 /// A model as it was found, weights unread.
 pub struct Side<'a> {

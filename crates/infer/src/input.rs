@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Error, Result, bail, ensure};
 use pkv_core::{Interrupted, Stop, hinted, json_kind};
-use pkv_lm::TextTokenizer;
+use pkv_text::TextTokenizer;
 use serde_json::Value;
 
 /// Some editors put it first; it is no text.
@@ -106,7 +106,8 @@ pub fn read_questions(
 ) -> Result<Box<dyn Iterator<Item = Result<InputLine>>>> {
     let repair = "ask with `--question \"...\"`, or name JSON lines with `--questions FILE` (`-` for stdin)";
     ensure!(given.iter().all(|q| !q.trim().is_empty()), hinted("`--question` is empty", repair));
-    let given = given.to_vec().into_iter().map(|q| Ok(InputLine::Question(q)));
+    let given: Vec<_> = given.iter().map(|q| Ok(InputLine::Question(q.clone()))).collect();
+    let given = given.into_iter();
     let Some(path) = file else {
         ensure!(given.len() > 0, hinted("there is no question", repair));
         return Ok(Box::new(given));

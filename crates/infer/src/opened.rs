@@ -8,8 +8,9 @@ use pkv_core::{DtypeName, Policy, Source, Stop, hinted};
 use pkv_extract::HiddenProjection;
 use pkv_gpu::{device_name, kind_on};
 use pkv_hub::Hub;
-use pkv_lm::{LanguageModel, LmConfig, RaggedCache, TextTokenizer};
+use pkv_lm::{LanguageModel, LmConfig, RaggedCache};
 use pkv_score::Requests;
+use pkv_text::TextTokenizer;
 use tch::{Device, Kind};
 
 use crate::fit::{Side, check_fit};

@@ -1,7 +1,7 @@
 //! Incremental decoding of tokens to text.
 
 use anyhow::Result;
-use pkv_lm::TextTokenizer;
+use pkv_text::TextTokenizer;
 
 /// Turns tokens into pieces of text that can be printed one after the other.
 ///

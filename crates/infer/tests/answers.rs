@@ -9,9 +9,10 @@ use arrow::array::AsArray;
 use arrow::datatypes::{Float64Type, UInt32Type};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use pkv_core::{Policy, Stop};
-use pkv_eval::{ANSWERS_FILE, evaluate};
+use pkv_eval::evaluate;
 use pkv_infer::{Keep, Parallel, Question, Regime, Sequential, answer};
 use pkv_recipe::{MethodName, TaskName};
+use pkv_results::ANSWERS_FILE;
 
 use crate::fixture::Nano;
 use crate::support::{copy, keep, source};

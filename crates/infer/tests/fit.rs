@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use pkv_checkpoint::{EXPORT_VERSION, ExportConfig, ModelIdentity};
 use pkv_core::{Fingerprint, Hinted, ModelShape, Seed};
 use pkv_infer::{Side, check_fit};
-use pkv_lm::{LmConfig, TextTokenizer};
+use pkv_lm::LmConfig;
 use pkv_mapper::MapperDims;
 use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection};
-
-use crate::support::folder;
+use pkv_test_support::files::nano;
+use pkv_text::TextTokenizer;
 
 struct Found {
     shape: ModelShape,
@@ -18,8 +18,8 @@ struct Found {
 
 fn found(model: &str) -> Found {
     Found {
-        shape: LmConfig::from_folder(&folder(model)).unwrap().shape,
-        tokenizer: TextTokenizer::open(&folder(model)).unwrap(),
+        shape: LmConfig::from_folder(&nano(model)).unwrap().shape,
+        tokenizer: TextTokenizer::open(&nano(model)).unwrap(),
     }
 }
 

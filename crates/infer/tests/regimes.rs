@@ -5,6 +5,8 @@ use pkv_infer::{Parallel, Prefilled, Regime, RegimeName, Sequential, check_devic
 use pkv_recipe::ExtractSection;
 use tch::{Device, Tensor};
 
+use pkv_test_support::tensors::difference;
+
 use crate::support::*;
 
 /// Question logits after a pruned cache: they show which pairs are in it.
@@ -12,10 +14,6 @@ fn fingerprint(target: &pkv_lm::LanguageModel, prefilled: &mut Prefilled) -> Ten
     prefilled.cache.rewind();
     let ids = target.ids(&text(9)).unsqueeze(0);
     target.logits(&target.forward_ragged(&ids, &mut prefilled.cache).unwrap())
-}
-
-fn difference(a: &Tensor, b: &Tensor) -> f64 {
-    (a - b).abs().max().double_value(&[])
 }
 
 #[test]

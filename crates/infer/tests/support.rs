@@ -1,22 +1,19 @@
 //! The pair, its mapper, and the questions; sources that misbehave.
 
-use std::path::{Path, PathBuf};
-
 use anyhow::{Result, bail};
 use pkv_core::{Policy, RetentionRatio, Seed, Source, Stop};
 use pkv_infer::{
     Answer, Budget, Context, Given, Keep, Prefilled, ProxyMapper, ProxyParts, Question, ScoreSource,
     Situation, TargetSide, answer,
 };
-use pkv_lm::{LanguageModel, TextTokenizer};
+use pkv_lm::LanguageModel;
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_recipe::{ExtractSection, LabelSection, MapperSection};
 use pkv_score::Requests;
+use pkv_test_pair::model_on;
 use tch::{Device, Kind, Tensor};
 
-pub fn folder(model: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama").join(model)
-}
+pub use pkv_test_pair::tokenizer;
 
 pub fn device() -> Device {
     pkv_gpu::device(pkv_gpu::DeviceChoice::Auto).unwrap()
@@ -31,16 +28,7 @@ pub fn beside() -> Device {
 }
 
 pub fn load(model: &str) -> LanguageModel {
-    load_on(model, device())
-}
-
-fn load_on(model: &str, device: Device) -> LanguageModel {
-    tch::set_num_threads(1);
-    LanguageModel::load(&folder(model), device, Kind::Float).unwrap()
-}
-
-pub fn tokenizer() -> TextTokenizer {
-    TextTokenizer::open(&folder("target")).unwrap()
+    model_on(model, device())
 }
 
 /// Another mapper with the same weights.
@@ -97,7 +85,7 @@ pub fn proxy_side(
     let label = LabelSection::default();
     let tokenizer = tokenizer();
     ProxyMapper::new(ProxyParts {
-        proxy: load_on("proxy", device),
+        proxy: model_on("proxy", device),
         mapper,
         prefix: tokenizer.prefix().to_vec(),
         requests: Requests::new(&tokenizer, &label).unwrap(),

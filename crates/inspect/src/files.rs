@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use pkv_checkpoint::{BUDGETS_FILE, read_tensors};
 use pkv_core::hinted;
-use pkv_eval::{CONTEXTS_FOLDER, Columns};
 use pkv_recipe::plan::human_bytes;
+use pkv_results::{CONTEXTS_FOLDER, Columns};
 use serde_json::Value;
 use tch::Device;
 
@@ -113,7 +113,7 @@ fn json(path: &Path) -> Result<Option<String>> {
     let name = path.file_name().unwrap_or_default();
     if has("outcome") {
         outcome(path, &value).map(Some)
-    } else if has("schema_version") && has("labels") && has("mapper") || name == pkv_eval::RESULTS_FILE {
+    } else if has("schema_version") && has("labels") && has("mapper") || name == pkv_results::RESULTS_FILE {
         results(path).map(Some)
     } else if name == "run.json" {
         run(dir).map(Some)

@@ -15,7 +15,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use pkv_checkpoint::CheckpointStore;
 use pkv_core::{Fingerprint, hinted};
-use pkv_eval::RESULTS_FILE;
+use pkv_results::RESULTS_FILE;
 use pkv_shard::{INDEX_FILE, RunLayout};
 
 pub use against::against;

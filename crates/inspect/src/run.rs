@@ -5,9 +5,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use pkv_checkpoint::CheckpointStore;
 use pkv_core::{Source, hinted};
-use pkv_eval::{RESULTS_FILE, Results};
 use pkv_recipe::MethodName;
 use pkv_recipe::plan::{human_bytes, human_secs};
+use pkv_results::{RESULTS_FILE, Results};
 use pkv_shard::{RunJson, RunLayout, Stage, StageDir};
 
 use super::shards::rows;
@@ -151,6 +151,6 @@ pub fn results(path: &Path) -> Result<String> {
         out.add("measured", format!("{task} on {}, choices {}", made.measured, short(&made.fingerprint)));
     }
     out.text.push('\n');
-    out.text.push_str(&pkv_eval::table::all_tables(&r));
+    out.text.push_str(&pkv_results::table::all_tables(&r));
     Ok(out.text)
 }

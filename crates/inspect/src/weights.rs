@@ -6,9 +6,10 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use pkv_checkpoint::{CheckpointInfo, CheckpointStore, Export, ExportConfig};
 use pkv_core::{RetentionRatio, hinted};
-use pkv_lm::{LmConfig, TextTokenizer};
+use pkv_lm::LmConfig;
 use pkv_prune::HeadBudgets;
 use pkv_recipe::plan::{human_bytes, human_count};
+use pkv_text::TextTokenizer;
 
 use super::{Lines, choices, short};
 

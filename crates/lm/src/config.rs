@@ -36,8 +36,6 @@ pub struct LmConfig {
     pub max_positions: usize,
     /// Dtype of the stored weights, according to the checkpoint.
     pub stored_kind: Option<Kind>,
-    /// End-of-sequence tokens of `config.json`.
-    pub eos_tokens: Vec<u32>,
 }
 
 /// A `config.json` has a few kilobytes; what its text names is copied into errors.
@@ -136,7 +134,6 @@ impl LmConfig {
             tied_head: keys.flag("tie_word_embeddings")?,
             max_positions,
             stored_kind: stored_kind(&keys),
-            eos_tokens: keys.present("eos_token_id").map(token_ids).transpose()?.unwrap_or_default(),
         })
     }
 
@@ -177,24 +174,6 @@ impl LmConfig {
         );
         Ok(())
     }
-}
-
-/// `eos_token_id` is one number or a list of them; -1 is no token.
-///
-/// # Errors
-/// It is something else.
-pub(crate) fn token_ids(value: &Value) -> Result<Vec<u32>> {
-    let items = match value {
-        Value::Null => &[],
-        Value::Array(items) => items.as_slice(),
-        single => std::slice::from_ref(single),
-    };
-    let ids = items.iter().map(|id| {
-        id.as_i64()
-            .with_context(|| format!("`eos_token_id` is {value}; expected a token id, or a list of them"))
-    });
-    let ids: Vec<i64> = ids.collect::<Result<_>>()?;
-    Ok(ids.into_iter().filter_map(|id| u32::try_from(id).ok()).collect())
 }
 
 /// Wrappers that write their own class for that of the model within.

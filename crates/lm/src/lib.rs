@@ -1,7 +1,7 @@
 //! Target and proxy: decoder-only language models in tch, with the taps that scoring needs.
 //!
-//! Owns `config.json`, weights, the tokenizer and its chat template, the KV cache, the forward pass and
-//! greedy generation. Which KV pairs matter is left to `score` and `prune`; this crate gives them access to
+//! Owns `config.json`, weights, the KV cache, the forward pass and greedy generation; text is tokens already
+//! (`pkv-text`). Which KV pairs matter is left to `score` and `prune`; this crate gives them access to
 //! the forward pass ([`Tap`], [`RepeatTap`]), reads a cache with some of its pairs hidden ([`Branches`]), and
 //! shrinks it to the kept pairs ([`RaggedCache`]).
 //!
@@ -24,8 +24,6 @@ mod ragged;
 mod repeats;
 mod rope;
 mod tap;
-mod template;
-mod tokenizer;
 mod weights;
 
 pub use architecture::Architecture;
@@ -39,4 +37,3 @@ pub use ragged::RaggedCache;
 pub use repeats::{RepeatTap, RepeatView};
 pub use rope::{RopeConfig, RopeScaling};
 pub use tap::{LayerView, NoTap, Tap};
-pub use tokenizer::TextTokenizer;

@@ -7,7 +7,9 @@ use pkv_gpu::DeviceChoice;
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_recipe::MapperSection;
 use rand::Rng;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
+
+pub use pkv_test_support::tensors::{difference as max_difference, relative};
 
 pub type Named = Vec<(String, Tensor)>;
 
@@ -69,17 +71,6 @@ impl Golden {
         mapper.load_parameters(&golden).unwrap();
         mapper
     }
-}
-
-pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.size(), b.size());
-    let wide = |x: &Tensor| x.detach().to_device(Device::Cpu).to_kind(Kind::Double);
-    (wide(a) - wide(b)).abs().max().double_value(&[])
-}
-
-/// Largest difference over the largest magnitude expected, or over `floor` if that is more.
-pub fn relative(found: &Tensor, expected: &Tensor, floor: f64) -> f64 {
-    max_difference(found, expected) / expected.abs().max().double_value(&[]).max(floor)
 }
 
 /// Uniform in (-1.7, 1.7): deviation 1.

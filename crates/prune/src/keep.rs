@@ -154,6 +154,20 @@ pub fn newest_first(scores_lht: &Tensor, newest: usize) -> Tensor {
 /// - `scores_lht`: `[.., positions]`, any float kind; the dimensions before are layers and KV heads,
 ///   flattened or not
 /// - returns the same shape, bool, same device, true = keep
+///
+/// ```
+/// use pkv_core::{Policy, RetentionRatio};
+/// use pkv_prune::keep_mask;
+/// use tch::Tensor;
+///
+/// let scores = Tensor::from_slice2(&[[0.9f32, 0.8, 0.7, 0.1], [0.3, 0.2, 0.6, 0.4]]);
+/// let kept = |policy| {
+///     let mask = keep_mask(&scores, policy, RetentionRatio::new(0.5).unwrap());
+///     (0..2).map(|head| mask.get(head).sum(tch::Kind::Int64).int64_value(&[])).collect::<Vec<_>>()
+/// };
+/// assert_eq!(kept(Policy::Pair), [3, 1], "all pairs compete");
+/// assert_eq!(kept(Policy::PairUniform), [2, 2], "every head keeps as many");
+/// ```
 pub fn keep_mask(scores_lht: &Tensor, policy: Policy, ratio: RetentionRatio) -> Tensor {
     keep(scores_lht, policy, |_, competitors| vec![ratio.count(competitors)]).remove(0)
 }

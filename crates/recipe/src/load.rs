@@ -60,6 +60,19 @@ pub struct Recipe {
 /// Read `path` and the recipe that its `base` names, apply `overrides` (each `section.key=value`, value in
 /// TOML; bare words are strings), check.
 ///
+/// ```
+/// use std::path::Path;
+///
+/// use pkv_recipe::{Override, load};
+///
+/// let path = Path::new("../../recipes/demo-nano.toml");
+/// let recipe = load(path, &[Override::from("train.batch=4")])?;
+/// assert_eq!((recipe.target.shape.layers, recipe.train.batch), (6, 4));
+/// let error = load(path, &[Override::from("train.bach=4")]).unwrap_err();
+/// assert!(format!("{error:#}").contains("bach"));
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+///
 /// # Errors
 /// The file is absent or no TOML; a key is unknown or has the wrong type; a value is out of range.
 pub fn load(path: &Path, overrides: &[Override]) -> Result<Recipe> {

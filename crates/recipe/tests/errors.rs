@@ -4,6 +4,7 @@ use std::fs;
 
 use pkv_core::Hinted;
 use pkv_recipe::{AutoSteps, Override, Recipe, Steps, load, load_manifest, load_with_origins};
+use pkv_test_support::errors::text_and_hint;
 
 const RECIPE: &str = r#"
 name = "pair"
@@ -38,9 +39,7 @@ fn overridden(overrides: &[&str]) -> anyhow::Result<Recipe> {
 
 /// The whole chain on one line, and the first hint in it.
 fn texts<T>(result: anyhow::Result<T>) -> (String, String) {
-    let error = result.err().expect("a mistake was accepted");
-    let hint = error.downcast_ref::<Hinted>().map(|h| h.hint().to_owned()).unwrap_or_default();
-    (format!("{error:#}"), hint)
+    text_and_hint(&result.err().expect("a mistake was accepted"))
 }
 
 #[test]

@@ -4,10 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use pkv_recipe::{SourceFormat, load, load_manifest};
-
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
+use pkv_test_support::files::root;
 
 /// TOML files of a folder, lock files left out.
 fn files(folder: &str) -> Vec<PathBuf> {

@@ -1,21 +1,21 @@
 //! The page that puts several runs side by side; `templates/comparison.html` lays it out.
 //!
-//! The numbers come from `pkv_eval::compare`, curves and times from the run folders; here they become charts
-//! and tables, of the same make as a run's own.
+//! The numbers come from `pkv_results::compare`, curves and times from the run folders; here they become
+//! charts and tables, of the same make as a run's own.
 
 use std::path::Path;
 
 use anyhow::Result;
 use pkv_core::Policy;
-use pkv_eval::compare::{Comparison, Difference, Metric, RecipeKey, TaskScores, value_text};
-use pkv_eval::{Interval, Results};
 use pkv_recipe::MethodName;
+use pkv_results::compare::{Comparison, Difference, Metric, RecipeKey, TaskScores, value_text};
+use pkv_results::{Interval, MethodInfo, Results};
 use serde::Serialize;
 
 use crate::chart::{self, LineChart, Marker, percent_text};
 use crate::figures::{self, LayerLine, Multiples, RunLine};
 use crate::headline::{nearest, short};
-use crate::method;
+use crate::method::{self, Methods};
 use crate::metrics::Metrics;
 use crate::page::{PAGE_CSS, PAGE_JS, fill};
 use crate::run::RunData;
@@ -90,15 +90,15 @@ struct Setting {
     same: bool,
 }
 
-/// Write the page of a comparison to `path`.
+/// Write the page of a comparison to `path`; `methods` are those that are known.
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn write_comparison(comparison: &Comparison, path: &Path) -> Result<()> {
-    crate::write_whole(path, &render(comparison)?)
+pub fn write_comparison(comparison: &Comparison, methods: &[MethodInfo], path: &Path) -> Result<()> {
+    crate::write_whole(path, &render(Methods(methods), comparison)?)
 }
 
-fn render(c: &Comparison) -> Result<String> {
+fn render(methods: Methods, c: &Comparison) -> Result<String> {
     let data: Vec<Option<RunData>> =
         c.runs.iter().map(|r| RunData::read(Path::new(&r.folder)).ok()).collect();
     let (likelihood, training, cost) = (likelihood(c, &data), training(c, &data), cost(c, &data));
@@ -125,13 +125,13 @@ fn render(c: &Comparison) -> Result<String> {
         policy_meaning: method::policy_meaning(c.policy),
         runs: runs(c),
         notes: c.notes.clone(),
-        answers: c.answers.as_ref().map(|m| answers(c, m)),
-        recall: c.recall.as_ref().map(|m| recall(c, m)),
+        answers: c.answers.as_ref().map(|m| answers(methods, c, m)),
+        recall: c.recall.as_ref().map(|m| recall(methods, c, m)),
         relation,
         likelihood,
         training,
         cost,
-        layers: layers(c),
+        layers: layers(methods, c),
         recipe: recipe(c),
     };
     fill("comparison.html", page)
@@ -142,7 +142,7 @@ fn class(run: usize) -> String {
 }
 
 fn runs(c: &Comparison) -> Vec<RunView> {
-    let view = |(i, r): (usize, &pkv_eval::compare::RunName)| RunView {
+    let view = |(i, r): (usize, &pkv_results::compare::RunName)| RunView {
         name: r.name.clone(),
         class: class(i),
         folder: r.folder.clone(),
@@ -153,31 +153,33 @@ fn runs(c: &Comparison) -> Vec<RunView> {
     c.runs.iter().enumerate().map(view).collect()
 }
 
-fn answers(c: &Comparison, m: &Metric) -> Part {
+fn answers(methods: Methods, c: &Comparison, m: &Metric) -> Part {
     let over = match c.tasks.as_slice() {
         [one] => one.task.clone(),
         several => format!("mean of {} tasks, each counting alike", several.len()),
     };
-    let mut tables = vec![own(c, m, &format!("Answers from the pruned cache, percent ({over})"))];
+    let mut tables = vec![own(methods, c, m, &format!("Answers from the pruned cache, percent ({over})"))];
     tables.extend(differences(c, m, "Answers"));
     tables.extend(
-        c.recovered.as_ref().map(|r| own(c, r, "Recovered accuracy: answers relative to KVzip's, percent")),
+        c.recovered
+            .as_ref()
+            .map(|r| own(methods, c, r, "Recovered accuracy: answers relative to KVzip's, percent")),
     );
     tables.extend(by_task(c));
     let multiples = match c.tasks.as_slice() {
         [_, _, ..] => {
-            let small = |t: &TaskScores| Some((t.task.clone(), lines(c, &t.metric, "score")?));
+            let small = |t: &TaskScores| Some((t.task.clone(), lines(methods, c, &t.metric, "score")?));
             figures::multiples(c.tasks.iter().filter_map(small).collect())
         }
         _ => None,
     };
-    Part { charts: charts(curve(c, m, "questions answered")), multiples, tables, ..Part::default() }
+    Part { charts: charts(curve(methods, c, m, "questions answered")), multiples, tables, ..Part::default() }
 }
 
-fn recall(c: &Comparison, m: &Metric) -> Part {
-    let mut tables = vec![own(c, m, "Recall of the KV pairs that KVzip keeps, percent")];
+fn recall(methods: Methods, c: &Comparison, m: &Metric) -> Part {
+    let mut tables = vec![own(methods, c, m, "Recall of the KV pairs that KVzip keeps, percent")];
     tables.extend(differences(c, m, "Recall"));
-    Part { charts: charts(curve(c, m, "of KVzip's choice found")), tables, ..Part::default() }
+    Part { charts: charts(curve(methods, c, m, "of KVzip's choice found")), tables, ..Part::default() }
 }
 
 /// A chart whose section's heading is caption enough.
@@ -185,15 +187,15 @@ fn charts(one: Option<String>) -> Vec<(&'static str, String)> {
     one.into_iter().map(|chart| ("", chart)).collect()
 }
 
-fn curve(c: &Comparison, m: &Metric, what: &str) -> Option<String> {
-    lines(c, m, what).map(|chart| chart.figure())
+fn curve(methods: Methods, c: &Comparison, m: &Metric, what: &str) -> Option<String> {
+    lines(methods, c, m, what).map(|chart| chart.figure())
 }
 
 /// A line for each run, and KVzip's where it is known.
-fn lines(c: &Comparison, m: &Metric, what: &str) -> Option<LineChart> {
-    let kvzip = m.references.iter().filter(|r| r.name == method::label(MethodName::KVZIP)).map(|r| RunLine {
+fn lines(methods: Methods, c: &Comparison, m: &Metric, what: &str) -> Option<LineChart> {
+    let kvzip = m.references.iter().filter(|r| r.name == methods.label(MethodName::KVZIP)).map(|r| RunLine {
         label: r.name.clone(),
-        class: method::class(MethodName::KVZIP),
+        class: methods.class(MethodName::KVZIP),
         marker: Marker::Ring,
         ratios: &m.ratios,
         values: &r.values,
@@ -253,15 +255,15 @@ fn columns(m: &Metric) -> Vec<String> {
 }
 
 /// Every run's own numbers, over its own contexts.
-fn own(c: &Comparison, m: &Metric, caption: &str) -> Table {
+fn own(methods: Methods, c: &Comparison, m: &Metric, caption: &str) -> Table {
     let bests: Vec<Option<f64>> =
         (0..m.ratios.len()).map(|i| m.runs.iter().map(|values| values[i].mean).reduce(f64::max)).collect();
     let cell =
         |v: Interval, best: bool| Some(Cell { value: points(v.mean), interval: interval(v, points), best });
     let references = m.references.iter().map(|r| Row {
         name: r.name.clone(),
-        class: if r.name == method::label(MethodName::KVZIP) {
-            method::class(MethodName::KVZIP)
+        class: if r.name == methods.label(MethodName::KVZIP) {
+            methods.class(MethodName::KVZIP)
         } else {
             "full".to_owned()
         },
@@ -323,9 +325,9 @@ fn differences(c: &Comparison, m: &Metric, what: &str) -> Option<Table> {
 /// Tasks across, runs down, at one ratio; `None` unless there are several tasks.
 fn by_task(c: &Comparison) -> Option<Table> {
     let [_, _, ..] = c.tasks.as_slice() else { return None };
-    let ratio = pkv_eval::compare::one_ratio(c)?;
+    let ratio = pkv_results::compare::one_ratio(c)?;
     let at = |m: &Metric| m.ratios.iter().position(|r| *r == ratio);
-    let best = |t: &pkv_eval::compare::TaskScores| {
+    let best = |t: &pkv_results::compare::TaskScores| {
         t.metric.runs.iter().filter_map(|values| Some(values[at(&t.metric)?].mean)).reduce(f64::max)
     };
     let bests: Vec<Option<f64>> = c.tasks.iter().map(best).collect();
@@ -353,11 +355,11 @@ fn by_task(c: &Comparison) -> Option<Table> {
     })
 }
 
-fn layers(c: &Comparison) -> Option<Layers> {
+fn layers(methods: Methods, c: &Comparison) -> Option<Layers> {
     let b = c.budgets.as_ref()?;
     let kvzip = LayerLine {
-        label: method::label(MethodName::KVZIP).to_owned(),
-        class: method::class(MethodName::KVZIP),
+        label: methods.label(MethodName::KVZIP).to_owned(),
+        class: methods.class(MethodName::KVZIP),
         marker: Marker::Ring,
         shares: b.kvzip.clone(),
     };

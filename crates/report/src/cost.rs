@@ -1,13 +1,12 @@
 //! Cost of a method beside what it buys: time to score a context, answers, recall, likelihood.
 
-use pkv_eval::Results;
-use pkv_eval::methods::{self, Needs};
 use pkv_recipe::MethodName;
+use pkv_results::{Needs, Results};
 
 use crate::chart::percent_text;
 use crate::figures::percent;
 use crate::headline::choice;
-use crate::method;
+use crate::method::Methods;
 use crate::stages::short_time;
 use crate::tables::{Cell, Row, Table, points};
 
@@ -25,30 +24,30 @@ fn secs(results: &Results, what: &str) -> Option<f64> {
 
 /// Seconds for the scores of one context: the method's own work, and the work of its inputs. The target's
 /// prefill is left out, since every method needs it.
-fn scoring(results: &Results, of: MethodName) -> Option<f64> {
+fn scoring(methods: Methods, results: &Results, of: MethodName) -> Option<f64> {
     let own = secs(results, &format!("scores: {}", of.name()))?;
-    let needs = methods::find(of).map_or(Needs::NOTHING, |m| m.needs);
+    let needs = methods.find(of).map_or(Needs::NOTHING, |m| m.needs);
     let labels = if needs.labels { secs(results, "target: KVzip scores")? } else { 0.0 };
     let features = if needs.features { secs(results, "features")? } else { 0.0 };
     Some(own + labels + features)
 }
 
 /// `None` without times.
-pub fn cost(results: &Results) -> Option<Cost> {
+pub fn cost(methods: Methods, results: &Results) -> Option<Cost> {
     let prefill = secs(results, "target: prefill").or(secs(results, "target: prefill with features"));
     let (facts, likelihood) = (results.facts.as_ref(), results.perplexity.as_ref());
     let (policy, ratio) = facts.and_then(choice)?;
-    let measured = method::oracles_first(results.labels.cells.iter().map(|c| c.method));
+    let measured = methods.oracles_first(results.labels.cells.iter().map(|c| c.method));
     let plain = |value: String| Some(Cell { value, interval: String::new(), best: false });
     let row = |m: MethodName| {
-        let time = scoring(results, m)?;
+        let time = scoring(methods, results, m)?;
         let answered = facts.and_then(|f| f.cell(m, policy, ratio)).map(|c| points(c.score.mean));
         let recall = results.labels.cell(m, policy, ratio).map(|c| points(c.recall.mean));
         let excess = likelihood.and_then(|l| l.cell(m, policy, ratio));
         Some(Row {
-            name: method::label(m).to_owned(),
-            class: method::class(m),
-            reference: method::is_oracle(m),
+            name: methods.label(m).to_owned(),
+            class: methods.class(m),
+            reference: methods.is_oracle(m),
             cells: vec![
                 plain(format!("{:.2}", 1e3 * time)),
                 prefill.and_then(|p| plain(points(time / p))),
@@ -63,7 +62,8 @@ pub fn cost(results: &Results) -> Option<Cost> {
         return None;
     }
     let reading = || {
-        let (mapper, kvzip) = (scoring(results, MethodName::MAPPER)?, scoring(results, MethodName::KVZIP)?);
+        let (mapper, kvzip) =
+            (scoring(methods, results, MethodName::MAPPER)?, scoring(methods, results, MethodName::KVZIP)?);
         let beside = prefill
             .map_or_else(String::new, |p| format!(", {} of the target's prefill", percent(mapper / p)));
         Some(format!(
@@ -95,7 +95,8 @@ pub fn cost(results: &Results) -> Option<Cost> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pkv_eval::Timing;
+    use crate::method::METHODS;
+    use pkv_results::Timing;
 
     #[test]
     fn a_method_pays_for_its_inputs() {
@@ -118,9 +119,9 @@ mod tests {
             ],
             ..results
         };
-        let of = |m| (1e3 * scoring(&results, m).unwrap()).round();
+        let of = |m| (1e3 * scoring(METHODS, &results, m).unwrap()).round();
         assert_eq!([MethodName::KVZIP, MethodName::MAPPER, MethodName::RANDOM].map(of), [200.0, 60.0, 1.0]);
-        assert!(scoring(&results, MethodName::SNAPKV).is_none(), "it was not timed");
-        assert!(cost(&results).is_none(), "no answers, no quality");
+        assert!(scoring(METHODS, &results, MethodName::SNAPKV).is_none(), "it was not timed");
+        assert!(cost(METHODS, &results).is_none(), "no answers, no quality");
     }
 }

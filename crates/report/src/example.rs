@@ -5,11 +5,11 @@
 
 use std::collections::BTreeMap;
 
-use pkv_eval::{KeptCounts, Sample, WorkedExample};
+use pkv_results::{KeptCounts, Sample, WorkedExample};
 use serde::Serialize;
 
 use crate::chart::percent_text;
-use crate::method;
+use crate::method::Methods;
 
 /// Longer contexts are cut: a page of a million spans opens in no browser.
 const MAX_TOKENS: usize = 8192;
@@ -84,13 +84,13 @@ struct Data<'a> {
 const FIRST_OF_FACTS: &str = "facts-0";
 
 /// `samples` are the answers to all facts. `None` if there is nothing to show.
-pub fn view(example: &WorkedExample, samples: &[Sample]) -> Option<ExampleView> {
+pub fn view(methods: Methods, example: &WorkedExample, samples: &[Sample]) -> Option<ExampleView> {
     let n = example.tokens.len().min(MAX_TOKENS);
     let pairs = example.pairs_per_position.max(1);
     // Counts of another length would shade the wrong tokens.
     let kept: Vec<&KeptCounts> =
         example.kept.iter().filter(|k| k.counts.len() == example.tokens.len()).collect();
-    let first = first_choice(&kept)?;
+    let first = first_choice(methods, &kept)?;
     let shown = &first.counts[..n];
     let facts: Vec<_> = example.facts.iter().filter(|f| f.len > 0 && f.start + f.len <= n).collect();
     let in_fact = |i: usize| facts.iter().any(|f| (f.start..f.start + f.len).contains(&i));
@@ -154,18 +154,18 @@ pub fn view(example: &WorkedExample, samples: &[Sample]) -> Option<ExampleView> 
         reading: (!facts.is_empty()).then(|| {
             format!(
                 "{}: {:.0}% of the KV pairs of the {} facts here are kept, {:.1} times what an even choice of {} would keep.",
-                method::label(first.method),
+                methods.label(first.method),
                 100.0 * mean_kept,
                 facts.len(),
                 mean_kept / first.ratio,
                 percent_text(first.ratio)
             )
         }),
-        methods: method::ordered(kept.iter().map(|k| k.method))
+        methods: methods.ordered(kept.iter().map(|k| k.method))
             .into_iter()
             .map(|m| Button {
                 value: m.name().to_owned(),
-                text: method::label(m).to_owned(),
+                text: methods.label(m).to_owned(),
                 first: m == first.method,
             })
             .collect(),
@@ -180,8 +180,8 @@ pub fn view(example: &WorkedExample, samples: &[Sample]) -> Option<ExampleView> 
     })
 }
 
-fn first_choice<'a>(kept: &[&'a KeptCounts]) -> Option<&'a KeptCounts> {
-    let first = *method::ordered(kept.iter().map(|k| k.method)).first()?;
+fn first_choice<'a>(methods: Methods, kept: &[&'a KeptCounts]) -> Option<&'a KeptCounts> {
+    let first = *methods.ordered(kept.iter().map(|k| k.method)).first()?;
     let distance = |k: &KeptCounts| (k.ratio.ln() - FIRST_RATIO.ln()).abs();
     kept.iter().filter(|k| k.method == first).copied().min_by(|a, b| distance(a).total_cmp(&distance(b)))
 }
@@ -207,9 +207,10 @@ fn encode(counts: &[u32], digits: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::method::METHODS;
     use pkv_core::Policy;
-    use pkv_eval::FactSpan;
     use pkv_recipe::MethodName;
+    use pkv_results::FactSpan;
 
     fn example() -> WorkedExample {
         WorkedExample {
@@ -242,7 +243,7 @@ mod tests {
             kept: None,
         };
         let shown = WorkedExample { id: FIRST_OF_FACTS.to_owned(), ..example() };
-        let answered = view(&shown, std::slice::from_ref(&sample)).unwrap();
+        let answered = view(METHODS, &shown, std::slice::from_ref(&sample)).unwrap();
         assert_eq!(answered.facts[0].said, "✗ b");
         assert!(
             answered
@@ -250,7 +251,7 @@ mod tests {
                 .unwrap()
                 .contains("62% of the KV pairs of the 1 facts here are kept, 20.8 times")
         );
-        let view = view(&example(), &[sample]).unwrap();
+        let view = view(METHODS, &example(), &[sample]).unwrap();
         assert_eq!(view.facts[0].said, "", "an answer about another context");
         let classes: Vec<_> = view.tokens.iter().map(|t| t.class.as_str()).collect();
         assert_eq!(classes, ["k0", "k5 f", "k10 f"]);
@@ -272,8 +273,13 @@ mod tests {
     #[test]
     fn nothing_kept_and_nothing_to_show() {
         assert_eq!((shade(0, 36), shade(1, 36), shade(36, 36), shade(99, 36)), (0, 2, 10, 10));
-        assert!(view(&WorkedExample { kept: Vec::new(), ..example() }, &[]).is_none());
+        assert!(view(METHODS, &WorkedExample { kept: Vec::new(), ..example() }, &[]).is_none());
         let outside = FactSpan { start: 2, len: 9, question: String::new(), answer: String::new() };
-        assert!(view(&WorkedExample { facts: vec![outside], ..example() }, &[]).unwrap().facts.is_empty());
+        assert!(
+            view(METHODS, &WorkedExample { facts: vec![outside], ..example() }, &[])
+                .unwrap()
+                .facts
+                .is_empty()
+        );
     }
 }

@@ -1,12 +1,12 @@
 //! The report's charts: which numbers each one shows.
 
 use pkv_core::Policy;
-use pkv_eval::{AnswerResults, HeadRecall, Interval, LabelResults, PerplexityResults};
 use pkv_recipe::MethodName;
+use pkv_results::{AnswerResults, HeadRecall, Interval, LabelResults, PerplexityResults};
 use serde::Serialize;
 
 use crate::chart::{Axis, HeatMap, LineChart, Marker, Point, Scale, Series, Tone, percent_text};
-use crate::method;
+use crate::method::Methods;
 use crate::metrics::Metrics;
 
 const KEPT: &str = "share of KV pairs kept (log scale; fewer to the right)";
@@ -14,52 +14,55 @@ const KEPT: &str = "share of KV pairs kept (log scale; fewer to the right)";
 const SMOOTH_REACH: usize = 4;
 
 /// Share of questions answered, by retention ratio.
-pub fn answers(facts: &AnswerResults, policy: Policy) -> Option<LineChart> {
+pub fn answers(methods: Methods, facts: &AnswerResults, policy: Policy) -> Option<LineChart> {
     let cells = facts.cells.iter().filter(|c| c.policy == policy).map(|c| (c.method, c.ratio, c.score));
-    let mut chart = by_ratio(cells, "questions answered", Axis::percent("questions answered"), shares)?;
+    let mut chart =
+        by_ratio(methods, cells, "questions answered", Axis::percent("questions answered"), shares)?;
     chart.title = format!("Share of {} questions answered, by share of KV pairs kept", facts.questions);
     chart.reference = Some((facts.full.mean, format!("full cache {}", percent(facts.full.mean))));
     Some(chart)
 }
 
 /// Recall of KVzip's kept set, by retention ratio; KVzip's own, which is 1, is left out.
-pub fn recall(labels: &LabelResults, policy: Policy) -> Option<LineChart> {
+pub fn recall(methods: Methods, labels: &LabelResults, policy: Policy) -> Option<LineChart> {
     let cells = labels
         .cells
         .iter()
         .filter(|c| c.policy == policy && c.method != MethodName::KVZIP)
         .map(|c| (c.method, c.ratio, c.recall));
-    let mut chart = by_ratio(cells, "recall", Axis::percent("of KVzip's choice found"), shares)?;
+    let mut chart = by_ratio(methods, cells, "recall", Axis::percent("of KVzip's choice found"), shares)?;
     chart.title = format!("Recall of the KV pairs that KVzip keeps, policy {}", policy.name());
     Some(chart)
 }
 
 /// Nats per token lost on the continuation, by retention ratio.
-pub fn perplexity(results: &PerplexityResults, policy: Policy) -> Option<LineChart> {
+pub fn perplexity(methods: Methods, results: &PerplexityResults, policy: Policy) -> Option<LineChart> {
     let cells = || results.cells.iter().filter(|c| c.policy == policy);
     let low = cells().map(|c| c.excess.low).fold(0.0, f64::min);
     let high = cells().map(|c| c.excess.high).fold(0.0, f64::max);
     let axis = Axis::nice("nats per token above the full cache", low, high, 5);
-    let mut chart = by_ratio(cells().map(|c| (c.method, c.ratio, c.excess)), "excess", axis, nats)?;
+    let mut chart = by_ratio(methods, cells().map(|c| (c.method, c.ratio, c.excess)), "excess", axis, nats)?;
     chart.title = "Likelihood lost on the document's continuation, by share of KV pairs kept".to_owned();
     Some(chart)
 }
 
 fn by_ratio(
+    methods: Methods,
     cells: impl Iterator<Item = (MethodName, f64, Interval)>,
     what: &str,
     y: Axis,
     show: fn(Interval) -> String,
 ) -> Option<LineChart> {
     let cells: Vec<_> = cells.collect();
-    let mut chart = by_method(&method::ordered(cells.iter().map(|c| c.0)), cells, what, y, show);
+    let mut chart = by_method(methods, &methods.ordered(cells.iter().map(|c| c.0)), cells, what, y, show);
     chart.series.retain(|s| !s.points.is_empty());
     (!chart.series.is_empty()).then_some(chart)
 }
 
-/// A line for each of `methods`, measured or not.
+/// A line for each of `lines`, measured or not.
 fn by_method(
-    methods: &[MethodName],
+    methods: Methods,
+    lines: &[MethodName],
     mut cells: Vec<(MethodName, f64, Interval)>,
     what: &str,
     y: Axis,
@@ -69,13 +72,13 @@ fn by_method(
     cells.sort_by(|a, b| b.1.total_cmp(&a.1));
     let ratios: Vec<f64> = cells.iter().map(|c| c.1).collect();
     // The mapper comes first in the registry and is drawn last, on top.
-    let series = methods
+    let series = lines
         .iter()
         .rev()
         .map(|&m| Series {
-            label: method::label(m).to_owned(),
-            class: method::class(m),
-            marker: method::marker(m),
+            label: methods.label(m).to_owned(),
+            class: methods.class(m),
+            marker: methods.marker(m),
             points: cells
                 .iter()
                 .filter(|c| c.0 == m)
@@ -84,7 +87,7 @@ fn by_method(
                     y: v.mean,
                     low: v.low,
                     high: v.high,
-                    tip: format!("{}, {} kept: {what} {}", method::label(m), percent_text(x), show(v)),
+                    tip: format!("{}, {} kept: {what} {}", methods.label(m), percent_text(x), show(v)),
                 })
                 .collect(),
         })
@@ -111,18 +114,18 @@ pub fn multiples(charts: Vec<(String, LineChart)>) -> Option<Multiples> {
 }
 
 /// Scores by share kept, a small chart for each task.
-pub fn by_task(tasks: &[(String, &AnswerResults)], policy: Policy) -> Option<Multiples> {
+pub fn by_task(methods: Methods, tasks: &[(String, &AnswerResults)], policy: Policy) -> Option<Multiples> {
     let cells = |task: &AnswerResults| -> Vec<(MethodName, f64, Interval)> {
         let of = task.cells.iter().filter(|c| c.policy == policy);
         of.map(|c| (c.method, c.ratio, c.score)).collect()
     };
-    let methods = method::ordered(tasks.iter().flat_map(|(_, task)| cells(task)).map(|c| c.0));
+    let lines = methods.ordered(tasks.iter().flat_map(|(_, task)| cells(task)).map(|c| c.0));
     let chart = |(name, task): &(String, &AnswerResults)| {
         let cells = cells(task);
         if cells.is_empty() {
             return None;
         }
-        let mut chart = by_method(&methods, cells, "score", Axis::percent("score"), shares);
+        let mut chart = by_method(methods, &lines, cells, "score", Axis::percent("score"), shares);
         chart.title = format!("{name}: score by share of KV pairs kept");
         chart.reference = Some((task.full.mean, format!("full cache {}", percent(task.full.mean))));
         Some((name.clone(), chart))
@@ -414,7 +417,7 @@ pub fn running_mean(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
 }
 
 /// KVzip's budget per head, then the recall of the mapper and of the head prior.
-pub fn heads(heads: &HeadRecall) -> Vec<HeatMap> {
+pub fn heads(methods: Methods, heads: &HeadRecall) -> Vec<HeatMap> {
     let absent = "KVzip keeps nothing here";
     let mut maps = vec![HeatMap {
         title: "Share that KVzip keeps".to_owned(),
@@ -426,7 +429,7 @@ pub fn heads(heads: &HeadRecall) -> Vec<HeatMap> {
     for wanted in [MethodName::MAPPER, MethodName::HEAD_PRIOR] {
         let found = heads.methods.iter().find(|m| m.method == wanted);
         maps.extend(found.map(|m| HeatMap {
-            title: format!("Recall, {}", method::label(wanted)),
+            title: format!("Recall, {}", methods.label(wanted)),
             cells: m.recall.clone(),
             what: "recall".to_owned(),
             absent: absent.to_owned(),
@@ -439,6 +442,7 @@ pub fn heads(heads: &HeadRecall) -> Vec<HeatMap> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::method::METHODS;
     use crate::metrics::TrainPoint;
 
     #[test]
@@ -458,7 +462,8 @@ mod tests {
     fn a_chart_comes_wide_and_narrow_with_a_box_for_every_line() {
         let at = |mean: f64| Interval { mean, low: mean - 0.1, high: mean + 0.1 };
         let cells = [(MethodName::MAPPER, 0.1, at(0.8)), (MethodName::RANDOM, 0.1, at(0.8))];
-        let figure = by_ratio(cells.into_iter(), "recall", Axis::percent("found"), shares).unwrap().figure();
+        let figure =
+            by_ratio(METHODS, cells.into_iter(), "recall", Axis::percent("found"), shares).unwrap().figure();
         assert_eq!(figure.matches("<svg class=\"chart ").count(), 2);
         assert_eq!(figure.matches("class=\"end\"").count(), 2, "names in the wide one alone");
         for i in [0, 1] {
@@ -477,7 +482,7 @@ mod tests {
                 (name, 0.05, Interval::exact(0.9 + 0.001 * i as f64))
             };
             let cells = (0..methods).map(cell);
-            let chart = by_ratio(cells, "recall", Axis::percent("found"), shares).unwrap();
+            let chart = by_ratio(METHODS, cells, "recall", Axis::percent("found"), shares).unwrap();
             let svg = chart.svg();
             let chart_height: f64 =
                 svg.split('"').nth(3).unwrap().split(' ').nth(3).unwrap().parse().unwrap();

@@ -3,14 +3,14 @@
 use std::fmt::Write;
 
 use pkv_core::Policy;
-use pkv_eval::{AnswerCell, AnswerResults, Interval, LabelResults};
 use pkv_recipe::plan::{Machine, Plan, human_count};
 use pkv_recipe::{MethodName, ModelSection, Recipe};
+use pkv_results::{AnswerCell, AnswerResults, Interval, LabelResults};
 use serde::Serialize;
 
 use crate::chart::percent_text;
 use crate::figures::percent;
-use crate::method;
+use crate::method::Methods;
 use crate::run::RunData;
 
 /// The ratio that the headline speaks of, or the one nearest to it: where methods begin to part.
@@ -42,7 +42,7 @@ pub struct Tile {
     pub note: String,
 }
 
-pub fn headline(data: &RunData) -> Headline {
+pub fn headline(methods: Methods, data: &RunData) -> Headline {
     let target = of_recipe(data, |r| Some(&r.target)).or(data.results.as_ref().map(|r| &r.target.name));
     let target = target.cloned().unwrap_or_else(|| "the target".to_owned());
     let proxy = proxy(data);
@@ -58,7 +58,7 @@ pub fn headline(data: &RunData) -> Headline {
         byline.push(format!("proxykv-train {}", tool.version));
     }
     let mut lead = vec![purpose(data, &target, proxy.as_deref())];
-    lead.extend(verdict(data));
+    lead.extend(verdict(methods, data));
     Headline {
         title: match &proxy {
             Some(proxy) => {
@@ -119,7 +119,7 @@ fn purpose(data: &RunData, target: &str, proxy: Option<&str>) -> String {
     )
 }
 
-fn verdict(data: &RunData) -> Option<String> {
+fn verdict(methods: Methods, data: &RunData) -> Option<String> {
     let facts = data.results.as_ref()?.facts.as_ref()?;
     let (policy, ratio) = choice(facts)?;
     let mapper = facts.cell(MethodName::MAPPER, policy, ratio)?;
@@ -152,11 +152,11 @@ fn verdict(data: &RunData) -> Option<String> {
             Clear::Below => " It is below the floor that the head prior sets.",
         });
     }
-    let measured = method::ordered(facts.cells.iter().map(|c| c.method)).into_iter();
-    let rivals = measured.filter(|&m| m != MethodName::MAPPER && !method::is_oracle(m)).filter_map(of);
+    let measured = methods.ordered(facts.cells.iter().map(|c| c.method)).into_iter();
+    let rivals = measured.filter(|&m| m != MethodName::MAPPER && !methods.is_oracle(m)).filter_map(of);
     let best = rivals.max_by(|a, b| a.score.mean.total_cmp(&b.score.mean));
     if let Some(best) = best.filter(|b| b.score.mean > mapper.score.mean) {
-        let name = method::label(best.method);
+        let name = methods.label(best.method);
         let _ = write!(text, " Better here: {name}, with {}.", percent(best.score.mean));
     }
     Some(text)

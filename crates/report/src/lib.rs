@@ -4,8 +4,9 @@
 //! The page needs no network and no other file: styles, charts and the one small script are
 //! inside. Parts of a run that do not exist yet are left out, with a sentence that says which
 //! command makes them. Measuring is left to `eval`; nothing is computed here beyond what a reader
-//! could do with the numbers in the folder.
+//! could do with the numbers in the folder. The caller says which methods there are.
 
+mod cache;
 mod chart;
 mod comparison;
 mod cost;
@@ -13,6 +14,9 @@ mod example;
 mod figures;
 mod headline;
 mod method;
+#[cfg(test)]
+#[path = "../tests/run/methods.rs"]
+mod methods_of_tests;
 mod metrics;
 mod origin;
 mod page;
@@ -22,14 +26,16 @@ mod samples;
 mod stages;
 mod tables;
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use pkv_files::{WriteBudget, write_file};
+use pkv_results::MethodInfo;
 
 pub use comparison::write_comparison;
 
+use method::Methods;
 use run::RunData;
 
 /// The files that [`write()`] made.
@@ -41,16 +47,17 @@ pub struct Written {
     pub svg: Option<PathBuf>,
 }
 
-/// Write `report.html` and, once there are answers, `answers.svg` into the run folder `run`.
+/// Write `report.html` and, once there are answers, `answers.svg` into the run folder `run`; `methods` are
+/// those that are known, in the order of tables.
 ///
 /// # Errors
 /// `run` is no folder or cannot be written to.
-pub fn write(run: &Path) -> Result<Written> {
+pub fn write(run: &Path, methods: &[MethodInfo]) -> Result<Written> {
     let data = RunData::read(run)?;
     let html = run.join("report.html");
-    write_whole(&html, &page::render(&data)?)?;
+    write_whole(&html, &page::render(Methods(methods), &data)?)?;
     let picture = run.join("answers.svg");
-    let svg = match answers(&data) {
+    let svg = match answers(Methods(methods), &data) {
         Some(text) => {
             write_whole(&picture, &text)?;
             Some(picture)
@@ -71,30 +78,24 @@ pub fn write(run: &Path) -> Result<Written> {
 ///
 /// # Errors
 /// `run` is no folder.
-pub fn render(run: &Path) -> Result<String> {
-    page::render(&RunData::read(run)?)
+pub fn render(run: &Path, methods: &[MethodInfo]) -> Result<String> {
+    page::render(Methods(methods), &RunData::read(run)?)
 }
 
 /// The curve of answers by retention ratio as an SVG file of its own; `None` while there is none.
 ///
 /// # Errors
 /// `run` is no folder.
-pub fn answers_svg(run: &Path) -> Result<Option<String>> {
-    Ok(answers(&RunData::read(run)?))
+pub fn answers_svg(run: &Path, methods: &[MethodInfo]) -> Result<Option<String>> {
+    Ok(answers(Methods(methods), &RunData::read(run)?))
 }
 
-fn answers(data: &RunData) -> Option<String> {
+fn answers(methods: Methods, data: &RunData) -> Option<String> {
     let facts = data.results.as_ref()?.facts.as_ref()?;
     let policy = facts.cells.first()?.policy;
-    Some(chart::standalone(&figures::answers(facts, policy)?.svg()))
+    Some(chart::standalone(&figures::answers(methods, facts, policy)?.svg()))
 }
 
-/// By way of a temporary file, so that a page that exists is whole.
 fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let doing = || format!("cannot write `{}`", path.display());
-    let temporary = path.with_extension("tmp");
-    let mut file = File::create(&temporary).with_context(doing)?;
-    file.write_all(text.as_bytes()).with_context(doing)?;
-    file.sync_all().with_context(doing)?;
-    fs::rename(&temporary, path).with_context(doing)
+    write_file(path, text.as_bytes(), &WriteBudget::from_env()).map(drop)
 }

@@ -1,12 +1,13 @@
-//! Colour and marker of a method in charts and tables. Its name and meaning come from the registry.
+//! Colour and marker of a method in charts and tables. Its name and meaning come from the registry, which the
+//! caller has.
 //!
 //! Colour and marker follow from a method's place in the registry, so that every report shows it alike and a
 //! new method needs nothing here. Results may hold a method that this version does not know: it goes by its
 //! name.
 
 use pkv_core::Policy;
-use pkv_eval::methods::{self, REGISTRY};
 use pkv_recipe::MethodName;
+use pkv_results::MethodInfo;
 
 use crate::chart::Marker;
 
@@ -16,43 +17,64 @@ const PALETTE: usize = 16;
 const MARKERS: [Marker; 6] =
     [Marker::Circle, Marker::Square, Marker::TriangleUp, Marker::Diamond, Marker::TriangleDown, Marker::Ring];
 
-/// Those that occur, each once: in the registry's order, unknown ones last, in the order they do.
-pub fn ordered(occurring: impl IntoIterator<Item = MethodName>) -> Vec<MethodName> {
-    let mut found: Vec<MethodName> = Vec::new();
-    for method in occurring {
-        if !found.contains(&method) {
-            found.push(method);
+/// The methods that a report knows, in the order of tables and charts.
+#[derive(Clone, Copy)]
+pub struct Methods<'a>(pub &'a [MethodInfo]);
+
+impl Methods<'_> {
+    /// Those that occur, each once: in the registry's order, unknown ones last, in the order they do.
+    pub fn ordered(self, occurring: impl IntoIterator<Item = MethodName>) -> Vec<MethodName> {
+        let mut found: Vec<MethodName> = Vec::new();
+        for method in occurring {
+            if !found.contains(&method) {
+                found.push(method);
+            }
         }
+        found.sort_by_key(|m| self.place(*m));
+        found
     }
-    found.sort_by_key(|m| place(*m));
-    found
-}
 
-/// The same, oracles before all others.
-pub fn oracles_first(occurring: impl IntoIterator<Item = MethodName>) -> Vec<MethodName> {
-    let mut found = ordered(occurring);
-    found.sort_by_key(|m| !is_oracle(*m));
-    found
-}
+    /// The same, oracles before all others.
+    pub fn oracles_first(self, occurring: impl IntoIterator<Item = MethodName>) -> Vec<MethodName> {
+        let mut found = self.ordered(occurring);
+        found.sort_by_key(|m| !self.is_oracle(*m));
+        found
+    }
 
-/// Index in the registry; unknown methods share the one after its end.
-fn place(method: MethodName) -> usize {
-    REGISTRY.iter().position(|m| m.name == method).unwrap_or(REGISTRY.len())
-}
+    /// What is known of a method; `None` if it is of another version.
+    pub fn find(&self, method: MethodName) -> Option<&MethodInfo> {
+        self.0.iter().find(|m| m.name == method)
+    }
 
-/// Name for readers.
-pub fn label(method: MethodName) -> &'static str {
-    methods::find(method).map_or(method.name(), |m| m.label)
-}
+    /// Index in the registry; unknown methods share the one after its end.
+    fn place(self, method: MethodName) -> usize {
+        self.0.iter().position(|m| m.name == method).unwrap_or(self.0.len())
+    }
 
-/// Its meaning, in a sentence without its name.
-pub fn meaning(method: MethodName) -> &'static str {
-    methods::find(method).map_or("a method of another version of proxykv-train", |m| m.meaning)
-}
+    /// Name for readers.
+    pub fn label(self, method: MethodName) -> &'static str {
+        self.find(method).map_or(method.name(), |m| m.label)
+    }
 
-/// Classes of `chart.css`.
-pub fn class(method: MethodName) -> String {
-    colour(place(method))
+    /// Its meaning, in a sentence without its name.
+    pub fn meaning(self, method: MethodName) -> &'static str {
+        self.find(method).map_or("a method of another version of proxykv-train", |m| m.meaning)
+    }
+
+    /// Classes of `chart.css`.
+    pub fn class(self, method: MethodName) -> String {
+        colour(self.place(method))
+    }
+
+    /// Shapes differ where colours are near, and where a colour comes again.
+    pub fn marker(self, method: MethodName) -> Marker {
+        shape(self.place(method))
+    }
+
+    /// KVzip's own scores cost what the mapper avoids: they are compared with, not competed with.
+    pub fn is_oracle(self, method: MethodName) -> bool {
+        self.find(method).is_some_and(MethodInfo::is_oracle)
+    }
 }
 
 fn colour(place: usize) -> String {
@@ -62,19 +84,12 @@ fn colour(place: usize) -> String {
     }
 }
 
-/// Shapes differ where colours are near, and where a colour comes again.
-pub fn marker(method: MethodName) -> Marker {
-    shape(place(method))
-}
-
 fn shape(place: usize) -> Marker {
     MARKERS[place % MARKERS.len()]
 }
 
-/// KVzip's own scores cost what the mapper avoids: they are compared with, not competed with.
-pub fn is_oracle(method: MethodName) -> bool {
-    methods::find(method).is_some_and(|m| m.is_oracle())
-}
+#[cfg(test)]
+pub const METHODS: Methods = Methods(&crate::methods_of_tests::ALL);
 
 /// Meaning of a policy.
 pub const fn policy_meaning(policy: Policy) -> &'static str {
@@ -121,8 +136,8 @@ mod tests {
         let [new, newer] = ["zz-new", "a-newer"].map(MethodName::new);
         let given = [new, MethodName::RANDOM, newer, MethodName::MAPPER, MethodName::KVZIP, new];
         let [mapper, kvzip, random] = [MethodName::MAPPER, MethodName::KVZIP, MethodName::RANDOM];
-        assert_eq!(ordered(given), [mapper, kvzip, random, new, newer]);
-        assert_eq!(oracles_first(given), [kvzip, mapper, random, new, newer]);
-        assert_eq!((label(new), is_oracle(new)), ("zz-new", false));
+        assert_eq!(METHODS.ordered(given), [mapper, kvzip, random, new, newer]);
+        assert_eq!(METHODS.oracles_first(given), [kvzip, mapper, random, new, newer]);
+        assert_eq!((METHODS.label(new), METHODS.is_oracle(new)), ("zz-new", false));
     }
 }

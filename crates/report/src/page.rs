@@ -7,22 +7,23 @@ use std::fmt::Write;
 use anyhow::{Context, Result};
 use minijinja::{AutoEscape, Environment};
 use pkv_core::{Policy, Seed, neutral};
-use pkv_eval::{Interval, Results};
 use pkv_recipe::MethodName;
+use pkv_results::{Interval, Results};
 use serde::Serialize;
 
+use crate::cache::Cache;
 use crate::chart::{self, LineChart};
 use crate::cost;
 use crate::example::{self, ExampleView};
 use crate::figures::{self, Multiples};
 use crate::headline::{self, Headline};
-use crate::method;
+use crate::method::{self, Methods};
 use crate::origin::{self, Origin};
 use crate::reading;
 use crate::run::RunData;
 use crate::samples::{self, Samples};
 use crate::stages::{self, Stages};
-use crate::tables::{self, Cache, Table};
+use crate::tables::{self, Table};
 
 /// Styles of pages, beside those of charts.
 pub const PAGE_CSS: &str = include_str!("../templates/page.css");
@@ -111,15 +112,15 @@ struct Heads {
 ///
 /// # Errors
 /// The template does not fit the values; a fault of this crate.
-pub fn render(data: &RunData) -> Result<String> {
+pub fn render(methods: Methods, data: &RunData) -> Result<String> {
     let results = data.results.as_ref();
     let lead = lead(data);
-    let example = results.and_then(|r| example::view(r.worked_example.as_ref()?, &data.samples));
+    let example = results.and_then(|r| example::view(methods, r.worked_example.as_ref()?, &data.samples));
     let samples = results.and_then(|r| {
         let (policy, ratio) = headline::choice(r.facts.as_ref()?)?;
-        samples::samples(&data.samples, policy, ratio)
+        samples::samples(methods, &data.samples, policy, ratio)
     });
-    let cost = results.and_then(cost::cost);
+    let cost = results.and_then(|r| cost::cost(methods, r));
     let cache = Cache::of(data);
     let stages = stages::stages(data);
     let mut readings = Readings {
@@ -131,11 +132,11 @@ pub fn render(data: &RunData) -> Result<String> {
         // Of the policy whose chart is open.
         readings.answers = r.facts.as_ref().and_then(|f| {
             let policy = f.cells.first()?.policy;
-            reading::answers(f, policy, &lead(policy))
+            reading::answers(methods, f, policy, &lead(policy))
         });
         readings.likelihood =
-            r.perplexity.as_ref().and_then(|p| reading::likelihood(p, p.cells.first()?.policy));
-        readings.recall = r.labels.cells.first().and_then(|c| reading::recall(&r.labels, c.policy));
+            r.perplexity.as_ref().and_then(|p| reading::likelihood(methods, p, p.cells.first()?.policy));
+        readings.recall = r.labels.cells.first().and_then(|c| reading::recall(methods, &r.labels, c.policy));
         readings.heads = r.labels.heads.as_ref().and_then(reading::heads);
         readings.cost = cost.as_ref().and_then(|c| c.reading.clone());
     }
@@ -159,22 +160,22 @@ pub fn render(data: &RunData) -> Result<String> {
         sections: all.into_iter().filter(|s| s.2).map(|s| (s.0, s.1)).collect(),
         scripts: [PAGE_JS].into_iter().chain(example.is_some().then_some(EXAMPLE_JS)).collect(),
         problems: data.problems.clone(),
-        headline: headline::headline(data),
+        headline: headline::headline(methods, data),
         stages,
         readings,
         samples,
         cost: cost.map(|c| c.table),
         training: training(data),
-        recall: results.map(|r| recall(r, cache.as_ref())).unwrap_or_default(),
-        ranks: results.and_then(|r| tables::ranks(&r.labels)),
-        answers: results.map(|r| answers(r, &lead, cache.as_ref())).unwrap_or_default(),
-        perplexity: results.map(perplexity).unwrap_or_default(),
-        benchmarks: results.map(benchmarks).unwrap_or_default(),
-        by_task: results.and_then(|r| tables::by_task(&r.benchmarks)),
-        by_task_recovered: results.and_then(|r| tables::by_task_recovered(&r.benchmarks)),
-        multiples: results.and_then(multiples),
-        methods: results.map(meanings).unwrap_or_default(),
-        heads: results.and_then(heads),
+        recall: results.map(|r| recall(methods, r, cache.as_ref())).unwrap_or_default(),
+        ranks: results.and_then(|r| tables::ranks(methods, &r.labels)),
+        answers: results.map(|r| answers(methods, r, &lead, cache.as_ref())).unwrap_or_default(),
+        perplexity: results.map(|r| perplexity(methods, r)).unwrap_or_default(),
+        benchmarks: results.map(|r| benchmarks(methods, r)).unwrap_or_default(),
+        by_task: results.and_then(|r| tables::by_task(methods, &r.benchmarks)),
+        by_task_recovered: results.and_then(|r| tables::by_task_recovered(methods, &r.benchmarks)),
+        multiples: results.and_then(|r| multiples(methods, r)),
+        methods: results.map(|r| meanings(methods, r)).unwrap_or_default(),
+        heads: results.and_then(|r| heads(methods, r)),
         example,
         origin: origin::origin(data),
         limits: origin::limits(data),
@@ -255,10 +256,10 @@ fn figure(policy: Policy, chart: &LineChart, tables: Vec<Table>) -> Figure {
     }
 }
 
-fn recall(results: &Results, cache: Option<&Cache>) -> Vec<Figure> {
+fn recall(methods: Methods, results: &Results, cache: Option<&Cache>) -> Vec<Figure> {
     let of = |policy| {
-        let chart = figures::recall(&results.labels, policy)?;
-        Some(figure(policy, &chart, with_bytes(tables::labels(&results.labels, policy), cache)))
+        let chart = figures::recall(methods, &results.labels, policy)?;
+        Some(figure(policy, &chart, with_bytes(tables::labels(methods, &results.labels, policy), cache)))
     };
     policies(results.labels.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
@@ -270,7 +271,7 @@ fn lead(data: &RunData) -> impl Fn(Policy) -> Vec<(MethodName, f64, Interval)> {
     let resamples = data.recipe.as_ref().map_or(1000, |r| r.eval.bootstrap);
     move |policy| match (&data.answers, &data.results) {
         (Some(answers), Some(results)) => {
-            pkv_eval::compare::mapper_lead(answers, "facts", policy, Seed(results.seed), resamples)
+            pkv_results::compare::mapper_lead(answers, "facts", policy, Seed(results.seed), resamples)
         }
         _ => Vec::new(),
     }
@@ -282,68 +283,69 @@ fn with_bytes(tables: Vec<Table>, cache: Option<&Cache>) -> Vec<Table> {
     tables.into_iter().enumerate().map(first).collect()
 }
 
-fn answers(results: &Results, lead: &Lead, cache: Option<&Cache>) -> Vec<Figure> {
+fn answers(methods: Methods, results: &Results, lead: &Lead, cache: Option<&Cache>) -> Vec<Figure> {
     let Some(facts) = &results.facts else { return Vec::new() };
     let of = |policy| {
-        let mut shown = tables::facts(facts, policy);
+        let mut shown = tables::facts(methods, facts, policy);
         // After the answers themselves.
-        shown.splice(shown.len().min(1)..shown.len().min(1), tables::lead(&lead(policy)));
-        Some(figure(policy, &figures::answers(facts, policy)?, with_bytes(shown, cache)))
+        shown.splice(shown.len().min(1)..shown.len().min(1), tables::lead(methods, &lead(policy)));
+        Some(figure(policy, &figures::answers(methods, facts, policy)?, with_bytes(shown, cache)))
     };
     policies(facts.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
 
-fn perplexity(results: &Results) -> Vec<Figure> {
+fn perplexity(methods: Methods, results: &Results) -> Vec<Figure> {
     let Some(found) = &results.perplexity else { return Vec::new() };
     let of = |policy| {
-        let table = tables::perplexity(found, policy).into_iter().collect();
-        Some(figure(policy, &figures::perplexity(found, policy)?, table))
+        let table = tables::perplexity(methods, found, policy).into_iter().collect();
+        Some(figure(policy, &figures::perplexity(methods, found, policy)?, table))
     };
     policies(found.cells.iter().map(|c| c.policy)).into_iter().filter_map(of).collect()
 }
 
 /// Tasks of standard benchmarks, each under every policy.
-fn benchmarks(results: &Results) -> Vec<Table> {
-    let of = |b| policies_of(b).into_iter().flat_map(move |policy| tables::benchmark(b, policy));
+fn benchmarks(methods: Methods, results: &Results) -> Vec<Table> {
+    let of = |b| policies_of(b).into_iter().flat_map(move |policy| tables::benchmark(methods, b, policy));
     results.benchmarks.iter().flat_map(of).collect()
 }
 
 /// Facts and benchmarks, under the policy that the first benchmark was asked with.
-fn multiples(results: &Results) -> Option<Multiples> {
+fn multiples(methods: Methods, results: &Results) -> Option<Multiples> {
     let policy = results.benchmarks.first()?.cells.first()?.policy;
     let facts = results.facts.iter().map(|facts| ("facts".to_owned(), facts));
     let others = results.benchmarks.iter().map(|b| (format!("{} {}", b.suite, b.task), b));
-    figures::by_task(&facts.chain(others).collect::<Vec<_>>(), policy)
+    figures::by_task(methods, &facts.chain(others).collect::<Vec<_>>(), policy)
 }
 
-fn policies_of(b: &pkv_eval::AnswerResults) -> Vec<Policy> {
+fn policies_of(b: &pkv_results::AnswerResults) -> Vec<Policy> {
     policies(b.cells.iter().map(|c| c.policy))
 }
 
 /// The methods that were measured, each in a sentence.
-fn meanings(results: &Results) -> Vec<Meaning> {
+fn meanings(methods: Methods, results: &Results) -> Vec<Meaning> {
     let measured = (results.labels.cells.iter().map(|c| c.method))
         .chain(results.facts.iter().flat_map(|f| &f.cells).map(|c| c.method))
         .chain(results.perplexity.iter().flat_map(|p| &p.cells).map(|c| c.method))
         .chain(results.benchmarks.iter().flat_map(|b| &b.cells).map(|c| c.method));
-    method::ordered(measured)
+    methods
+        .ordered(measured)
         .into_iter()
         .map(|m| Meaning {
-            name: method::label(m).to_owned(),
-            class: method::class(m),
+            name: methods.label(m).to_owned(),
+            class: methods.class(m),
             text: match results.note(m) {
-                Some(note) => format!("{} ({note})", method::meaning(m)),
-                None => method::meaning(m).to_owned(),
+                Some(note) => format!("{} ({note})", methods.meaning(m)),
+                None => methods.meaning(m).to_owned(),
             },
         })
         .collect()
 }
 
-fn heads(results: &Results) -> Option<Heads> {
+fn heads(methods: Methods, results: &Results) -> Option<Heads> {
     let heads = results.labels.heads.as_ref()?;
-    let maps: Vec<String> = figures::heads(heads).iter().map(|m| m.svg(340.0)).collect();
+    let maps: Vec<String> = figures::heads(methods, heads).iter().map(|m| m.svg(340.0)).collect();
     Some(Heads {
-        layers: figures::layers(&budgets(heads)).map(|c| c.figure()),
+        layers: figures::layers(&budgets(methods, heads)).map(|c| c.figure()),
         note: format!(
             "At {} kept, policy {}. Left: how KVzip spreads its budget over layers and KV heads. \
              Then, of what KVzip keeps in a head, the share that the method finds; hollow where KVzip keeps nothing.",
@@ -355,7 +357,7 @@ fn heads(results: &Results) -> Option<Heads> {
 }
 
 /// Mean over its heads of what each layer keeps: KVzip, the mapper and the floor.
-fn budgets(heads: &pkv_eval::HeadRecall) -> Vec<figures::LayerLine> {
+fn budgets(methods: Methods, heads: &pkv_results::HeadRecall) -> Vec<figures::LayerLine> {
     let line = |label: &str, class: String, marker, kept: &[Vec<f64>]| figures::LayerLine {
         label: label.to_owned(),
         class,
@@ -364,10 +366,10 @@ fn budgets(heads: &pkv_eval::HeadRecall) -> Vec<figures::LayerLine> {
     };
     let of = |m: MethodName| {
         let found = heads.methods.iter().find(|h| h.method == m && !h.kept.is_empty())?;
-        Some(line(method::label(m), method::class(m), method::marker(m), &found.kept))
+        Some(line(methods.label(m), methods.class(m), methods.marker(m), &found.kept))
     };
     let kvzip = MethodName::KVZIP;
-    let kvzip = line(method::label(kvzip), method::class(kvzip), method::marker(kvzip), &heads.kvzip_kept);
+    let kvzip = line(methods.label(kvzip), methods.class(kvzip), methods.marker(kvzip), &heads.kvzip_kept);
     let others = [MethodName::HEAD_PRIOR, MethodName::MAPPER];
     let others: Vec<_> = others.into_iter().filter_map(of).collect();
     // KVzip's alone is in the map above already.

@@ -1,13 +1,13 @@
 //! What the numbers of a section say, in a sentence or two above its charts.
 
 use pkv_core::Policy;
-use pkv_eval::{AnswerResults, HeadRecall, Interval, LabelResults, PerplexityResults};
 use pkv_recipe::MethodName;
+use pkv_results::{AnswerResults, HeadRecall, Interval, LabelResults, PerplexityResults};
 
 use crate::chart::percent_text;
 use crate::figures::percent;
 use crate::headline::{join, nearest};
-use crate::method;
+use crate::method::Methods;
 use crate::metrics::Metrics;
 use crate::tables::excludes_zero;
 
@@ -18,6 +18,7 @@ const NEWEST_FIRST: [MethodName; 2] = [MethodName::of("streaming-llm"), MethodNa
 
 /// The mapper's answers, and its paired differences from each method.
 pub fn answers(
+    methods: Methods,
     facts: &AnswerResults,
     policy: Policy,
     lead: &[(MethodName, f64, Interval)],
@@ -33,7 +34,7 @@ pub fn answers(
     );
     let of = |wanted: fn(&Interval) -> bool| -> Vec<String> {
         let fitting = lead.iter().filter(|(_, r, v)| *r == ratio && wanted(v));
-        fitting.map(|(m, ..)| method::label(*m).to_owned()).collect()
+        fitting.map(|(m, ..)| methods.label(*m).to_owned()).collect()
     };
     let groups = [
         ("clearly better than", of(|v| v.low > 0.0)),
@@ -52,7 +53,7 @@ pub fn answers(
 }
 
 /// Which methods lose least of the continuation's likelihood, and why that is not the answers' order.
-pub fn likelihood(results: &PerplexityResults, policy: Policy) -> Option<String> {
+pub fn likelihood(methods: Methods, results: &PerplexityResults, policy: Policy) -> Option<String> {
     let of_policy = || results.cells.iter().filter(|c| c.policy == policy);
     let mapper = || of_policy().filter(|c| c.method == MethodName::MAPPER);
     let ratio = nearest(mapper().map(|c| c.ratio))?;
@@ -66,7 +67,7 @@ pub fn likelihood(results: &PerplexityResults, policy: Policy) -> Option<String>
     );
     text += &match least.method {
         MethodName::MAPPER => ", the least of all methods.".to_owned(),
-        other => format!("; {} loses least, {:.3}.", method::label(other), least.excess.mean),
+        other => format!("; {} loses least, {:.3}.", methods.label(other), least.excess.mean),
     };
     let chance = at_ratio().find(|c| c.method == MethodName::RANDOM);
     if chance.is_some_and(|c| c.excess.high < cell.excess.low) {
@@ -80,7 +81,7 @@ pub fn likelihood(results: &PerplexityResults, policy: Policy) -> Option<String>
 }
 
 /// The mapper's recall beside the floor that knowing the heads alone sets.
-pub fn recall(labels: &LabelResults, policy: Policy) -> Option<String> {
+pub fn recall(methods: Methods, labels: &LabelResults, policy: Policy) -> Option<String> {
     let of = |m| labels.cells.iter().filter(move |c| (c.method, c.policy) == (m, policy));
     let ratio = nearest(of(MethodName::MAPPER).map(|c| c.ratio))?;
     let at = |m| of(m).find(|c| c.ratio == ratio).map(|c| c.recall);
@@ -93,11 +94,11 @@ pub fn recall(labels: &LabelResults, policy: Policy) -> Option<String> {
     if let Some(floor) = at(MethodName::HEAD_PRIOR) {
         text += &format!("; right heads with random positions find {}", percent(floor.mean));
     }
-    let rivals = method::ordered(labels.cells.iter().map(|c| c.method)).into_iter();
-    let rivals = rivals.filter(|&m| m != MethodName::MAPPER && !method::is_oracle(m));
+    let rivals = methods.ordered(labels.cells.iter().map(|c| c.method)).into_iter();
+    let rivals = rivals.filter(|&m| m != MethodName::MAPPER && !methods.is_oracle(m));
     let best = rivals.filter_map(|m| Some((m, at(m)?.mean))).max_by(|a, b| a.1.total_cmp(&b.1));
     if let Some((rival, share)) = best {
-        text += &format!(", and {}, the best of the others, {}", method::label(rival), percent(share));
+        text += &format!(", and {}, the best of the others, {}", methods.label(rival), percent(share));
     }
     Some(text + ".")
 }
@@ -143,8 +144,9 @@ pub fn training(metrics: &Metrics) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::method::METHODS;
     use crate::metrics::ValidationPoint;
-    use pkv_eval::PerplexityCell;
+    use pkv_results::PerplexityCell;
 
     fn at(mean: f64) -> Interval {
         Interval { mean, low: mean - 0.02, high: mean + 0.02 }
@@ -172,13 +174,14 @@ mod tests {
     fn a_likelihood_that_recency_decides_is_explained() {
         let (mapper, random, snapkv) = (MethodName::MAPPER, MethodName::RANDOM, MethodName::SNAPKV);
         let worse = continuation(&[(mapper, 0.96), (random, 0.86), (snapkv, 0.372)]);
-        let text = likelihood(&worse, Policy::Pair).unwrap();
+        let text = likelihood(METHODS, &worse, Policy::Pair).unwrap();
         for part in ["0.960 nats", "SnapKV loses least, 0.372", "at random lose less", "newest tokens"] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        let best = likelihood(&continuation(&[(mapper, 0.2), (random, 0.86)]), Policy::Pair).unwrap();
+        let best =
+            likelihood(METHODS, &continuation(&[(mapper, 0.2), (random, 0.86)]), Policy::Pair).unwrap();
         assert!(best.ends_with("0.200 nats less likely, the least of all methods."), "{best}");
-        assert!(likelihood(&worse, Policy::Token).is_none());
+        assert!(likelihood(METHODS, &worse, Policy::Token).is_none());
     }
 
     #[test]

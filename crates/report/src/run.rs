@@ -10,9 +10,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, ensure};
 use pkv_core::hinted;
-use pkv_eval::compare::Answers;
-use pkv_eval::{ANSWERS_FILE, RESULTS_FILE, Results, Sample, fact_samples};
 use pkv_recipe::Recipe;
+use pkv_results::compare::Answers;
+use pkv_results::{ANSWERS_FILE, RESULTS_FILE, Results, Sample, fact_samples};
 use pkv_shard::{RunJson, RunLayout, Stage};
 
 use crate::metrics::Metrics;

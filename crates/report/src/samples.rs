@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use pkv_core::Policy;
-use pkv_eval::Sample;
 use pkv_recipe::MethodName;
+use pkv_results::Sample;
 use serde::Serialize;
 
 use crate::chart::percent_text;
 use crate::figures::percent;
-use crate::method;
+use crate::method::Methods;
 use crate::tables::{Cell, Row, Table, points};
 
 /// Questions shown of each kind of outcome.
@@ -54,7 +54,7 @@ struct Answers<'a> {
 }
 
 /// `None` if the mapper was not asked at `ratio` under `policy`.
-pub fn samples(all: &[Sample], policy: Policy, ratio: f64) -> Option<Samples> {
+pub fn samples(methods: Methods, all: &[Sample], policy: Policy, ratio: f64) -> Option<Samples> {
     let at = |s: &&Sample| s.cell.is_none_or(|c| (c.1, c.2) == (policy, ratio));
     let mut by_question: BTreeMap<(u32, u32), Vec<&Sample>> = BTreeMap::new();
     for sample in all.iter().filter(at) {
@@ -103,7 +103,7 @@ pub fn samples(all: &[Sample], policy: Policy, ratio: f64) -> Option<Samples> {
     Some(Samples {
         reading,
         note: format!("Policy {}, {} kept. Wrong answers first.", policy.name(), percent_text(ratio)),
-        tables: tables(all, policy, ratio),
+        tables: tables(methods, all, policy, ratio),
         rows: [spread(wrong), spread(right)].concat(),
     })
 }
@@ -123,7 +123,7 @@ fn row(asked: &Answers) -> SampleRow {
 }
 
 /// Share answered by each method in each group of questions.
-fn tables(all: &[Sample], policy: Policy, ratio: f64) -> Vec<Table> {
+fn tables(methods: Methods, all: &[Sample], policy: Policy, ratio: f64) -> Vec<Table> {
     let mut lengths: Vec<u32> = all.iter().filter_map(|s| s.context_tokens).collect();
     lengths.sort_unstable();
     lengths.dedup();
@@ -139,16 +139,17 @@ fn tables(all: &[Sample], policy: Policy, ratio: f64) -> Vec<Table> {
     };
     let order: Vec<String> = DEPTHS.map(str::to_owned).to_vec();
     let mut out = vec![
-        table("kind of fact", all, (policy, ratio), &kind, &[]),
-        table("place of the fact in its context", all, (policy, ratio), &depth, &order),
+        table(methods, "kind of fact", all, (policy, ratio), &kind, &[]),
+        table(methods, "place of the fact in its context", all, (policy, ratio), &depth, &order),
     ];
     if lengths.len() > 1 {
-        out.push(table("length of the context", all, (policy, ratio), &length, &[]));
+        out.push(table(methods, "length of the context", all, (policy, ratio), &length, &[]));
     }
     out.into_iter().filter(|t| !t.columns.is_empty()).collect()
 }
 
 fn table(
+    methods: Methods,
     what: &str,
     all: &[Sample],
     (policy, ratio): (Policy, f64),
@@ -172,11 +173,11 @@ fn table(
     let cells = |method: Option<MethodName>| groups.iter().map(|g| cell(method, g)).collect();
     let full =
         Row { name: "full cache".to_owned(), class: "full".to_owned(), reference: true, cells: cells(None) };
-    let asked = method::oracles_first(all.iter().filter_map(|s| s.cell).map(|c| c.0));
+    let asked = methods.oracles_first(all.iter().filter_map(|s| s.cell).map(|c| c.0));
     let rows = asked.into_iter().map(|m| Row {
-        name: method::label(m).to_owned(),
-        class: method::class(m),
-        reference: method::is_oracle(m),
+        name: methods.label(m).to_owned(),
+        class: methods.class(m),
+        reference: methods.is_oracle(m),
         cells: cells(Some(m)),
     });
     Table {
@@ -191,6 +192,7 @@ fn table(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::method::METHODS;
 
     fn sample(question: u32, method: Option<MethodName>, is_right: bool) -> Sample {
         Sample {
@@ -220,7 +222,7 @@ mod tests {
 
     #[test]
     fn wrong_answers_come_first_with_what_was_kept() {
-        let found = samples(&four(), Policy::Pair, 0.05).unwrap();
+        let found = samples(METHODS, &four(), Policy::Pair, 0.05).unwrap();
         let shown: Vec<&str> = found.rows.iter().map(|r| r.question.as_str()).collect();
         assert_eq!(shown, ["question 2", "question 3", "question 0", "question 1"]);
         assert_eq!(found.rows[0].kept, "10.0%");
@@ -232,12 +234,12 @@ mod tests {
             found.reading
         );
         assert!(found.reading.contains("40.0% where the answer is right and 10.0%"), "{}", found.reading);
-        assert!(samples(&four(), Policy::Token, 0.05).is_none());
+        assert!(samples(METHODS, &four(), Policy::Token, 0.05).is_none());
     }
 
     #[test]
     fn questions_are_grouped_by_kind_and_depth() {
-        let found = samples(&four(), Policy::Pair, 0.05).unwrap();
+        let found = samples(METHODS, &four(), Policy::Pair, 0.05).unwrap();
         let [kind, depth] = found.tables.as_slice() else { panic!("contexts of one length make no table") };
         assert_eq!(kind.columns, ["city (2)", "owner (2)"]);
         assert_eq!(depth.columns[0], "first quarter (1)");

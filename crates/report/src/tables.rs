@@ -1,15 +1,13 @@
 //! Tables of an evaluation: methods down, retention ratios across, the best in bold.
 
 use pkv_core::Policy;
-use pkv_eval::{AnswerResults, Interval, LabelResults, PerplexityResults};
-use pkv_recipe::plan::human_bytes;
-use pkv_recipe::{DtypeName, MethodName};
+use pkv_recipe::MethodName;
+use pkv_results::{AnswerResults, Interval, LabelResults, PerplexityResults};
 use serde::Serialize;
 
 use crate::chart::percent_text;
 use crate::figures::percent;
-use crate::method;
-use crate::run::RunData;
+use crate::method::Methods;
 
 /// One table, ready for the template.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -21,53 +19,6 @@ pub struct Table {
     /// Small type under each column's name; empty for none.
     pub under: Vec<String>,
     pub rows: Vec<Row>,
-}
-
-impl Table {
-    /// Under each share kept, what it is of `cache`; other columns have nothing below.
-    pub fn with_bytes(mut self, cache: Option<&Cache>) -> Self {
-        let Some(cache) = cache else { return self };
-        let below = |name: &String| -> Option<String> {
-            let percent: f64 = name.strip_suffix("% kept")?.parse().ok()?;
-            Some(human_bytes((percent / 100.0 * cache.bytes).round() as u64))
-        };
-        let under: Vec<String> = self.columns.iter().map(|name| below(name).unwrap_or_default()).collect();
-        if under.iter().any(|text| !text.is_empty()) {
-            self.note = format!("{} {}", self.note, cache.text()).trim().to_owned();
-            self.under = under;
-        }
-        self
-    }
-}
-
-/// The whole cache of a context of mean length.
-pub struct Cache {
-    tokens: f64,
-    bytes: f64,
-}
-
-impl Cache {
-    /// `None` where the recipe or the contexts' length is not known.
-    pub fn of(data: &RunData) -> Option<Self> {
-        let (recipe, labels) = (data.recipe.as_ref()?, &data.results.as_ref()?.labels);
-        let tokens = labels.positions as f64 / labels.contexts as f64;
-        let on_cpu = data.run.device.as_deref() == Some("cpu");
-        let element = match recipe.target.dtype {
-            DtypeName::F32 => 4,
-            DtypeName::Auto if on_cpu => 4,
-            DtypeName::Auto | DtypeName::Bf16 => 2,
-        };
-        let bytes = tokens * (element * recipe.target.shape.kv_elements_per_token()) as f64;
-        bytes.is_finite().then_some(Self { tokens, bytes })
-    }
-
-    fn text(&self) -> String {
-        format!(
-            "Below each share: bytes of the KV pairs kept, of {} for a context of {:.0} tokens.",
-            human_bytes(self.bytes as u64),
-            self.tokens
-        )
-    }
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -95,9 +46,10 @@ enum Best {
 }
 
 /// Answers, and what they lack, for one policy: the first table is the one to show.
-pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
+pub fn facts(methods: Methods, facts: &AnswerResults, policy: Policy) -> Vec<Table> {
     let cells = || facts.cells.iter().filter(|c| c.policy == policy);
     let answers = scores(
+        methods,
         facts,
         policy,
         "Questions answered, percent",
@@ -107,6 +59,7 @@ pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
         ),
     );
     let [exact, f1] = squads(
+        methods,
         facts,
         policy,
         [
@@ -118,6 +71,7 @@ pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
         ],
     );
     let relative = build(
+        methods,
         "Recovered: answers relative to KVzip's at the same budget, percent",
         "Above 100 means better than the scores that the mapper was trained on. Blank where KVzip itself may answer less \
          than 20% (its interval reaches below).",
@@ -126,6 +80,7 @@ pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
         points,
     );
     let of_full = build(
+        methods,
         "Answers relative to the full cache's, percent",
         "",
         cells().filter_map(|c| Some((c.method, c.ratio, c.of_full?))),
@@ -133,6 +88,7 @@ pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
         points,
     );
     let kl = build(
+        methods,
         "KL(full ‖ pruned) of the answer's tokens, nats per token",
         "Separates methods that answer equally well.",
         cells().map(|c| (c.method, c.ratio, c.kl)),
@@ -140,6 +96,7 @@ pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
         thousandths,
     );
     let flips = build(
+        methods,
         "Answer tokens whose most likely token changes, percent",
         "",
         cells().map(|c| (c.method, c.ratio, c.flips)),
@@ -150,28 +107,37 @@ pub fn facts(facts: &AnswerResults, policy: Policy) -> Vec<Table> {
 }
 
 /// Scores of a task, the full cache's in the first row.
-fn scores(task: &AnswerResults, policy: Policy, caption: &str, note: String) -> Table {
+fn scores(methods: Methods, task: &AnswerResults, policy: Policy, caption: &str, note: String) -> Table {
     let cells = || task.cells.iter().filter(|c| c.policy == policy);
     let note = noted(note, cells().map(|c| (c.method, c.ratio, c.contexts)));
-    shares(caption, &note, cells().map(|c| (c.method, c.ratio, c.score)), Some(task.full))
+    shares(methods, caption, &note, cells().map(|c| (c.method, c.ratio, c.score)), Some(task.full))
 }
 
 /// Exact match and F1 of a task, each with its caption and note.
-fn squads(task: &AnswerResults, policy: Policy, [exact, f1]: [(&str, &str); 2]) -> [Table; 2] {
+fn squads(
+    methods: Methods,
+    task: &AnswerResults,
+    policy: Policy,
+    [exact, f1]: [(&str, &str); 2],
+) -> [Table; 2] {
     let cells = || task.cells.iter().filter(|c| c.policy == policy);
     let exact_match = cells().filter_map(|c| Some((c.method, c.ratio, c.exact_match?)));
     let token_f1 = cells().filter_map(|c| Some((c.method, c.ratio, c.f1?)));
-    [shares(exact.0, exact.1, exact_match, task.full_exact_match), shares(f1.0, f1.1, token_f1, task.full_f1)]
+    [
+        shares(methods, exact.0, exact.1, exact_match, task.full_exact_match),
+        shares(methods, f1.0, f1.1, token_f1, task.full_f1),
+    ]
 }
 
 /// A table of shares whose first row, if it has any, is the full cache's.
 fn shares(
+    methods: Methods,
     caption: &str,
     note: &str,
     cells: impl Iterator<Item = (MethodName, f64, Interval)>,
     full: Option<Interval>,
 ) -> Table {
-    let mut table = build(caption, note, cells, Best::Highest, points);
+    let mut table = build(methods, caption, note, cells, Best::Highest, points);
     if let Some(full) = full.filter(|_| !table.rows.is_empty()) {
         add_full(&mut table, full);
     }
@@ -187,8 +153,9 @@ fn add_full(table: &mut Table, full: Interval) {
 }
 
 /// Paired difference of the mapper from each other method.
-pub fn lead(cells: &[(MethodName, f64, Interval)]) -> Option<Table> {
+pub fn lead(methods: Methods, cells: &[(MethodName, f64, Interval)]) -> Option<Table> {
     let mut table = build(
+        methods,
         "The mapper's answers minus those of each method, points",
         "Small type: 95% interval of a paired bootstrap, which draws both methods' answers to the same contexts. Bold: the \
          interval excludes 0.",
@@ -199,7 +166,7 @@ pub fn lead(cells: &[(MethodName, f64, Interval)]) -> Option<Table> {
     for row in &mut table.rows {
         for (cell, column) in row.cells.iter_mut().zip(&table.columns) {
             let of = |c: &&(MethodName, f64, Interval)| {
-                method::label(c.0) == row.name && format!("{} kept", percent_text(c.1)) == *column
+                methods.label(c.0) == row.name && format!("{} kept", percent_text(c.1)) == *column
             };
             if let (Some(cell), Some((_, _, v))) = (cell.as_mut(), cells.iter().find(of)) {
                 cell.best = excludes_zero(*v);
@@ -211,13 +178,14 @@ pub fn lead(cells: &[(MethodName, f64, Interval)]) -> Option<Table> {
 }
 
 /// Tasks across, methods down, at the share kept that tells most; `None` unless there are several tasks.
-pub fn by_task(benchmarks: &[AnswerResults]) -> Option<Table> {
-    across_tasks(benchmarks, "score in percent", "", |b, c| Some((c.score, Some(b.full))))
+pub fn by_task(methods: Methods, benchmarks: &[AnswerResults]) -> Option<Table> {
+    across_tasks(methods, benchmarks, "score in percent", "", |b, c| Some((c.score, Some(b.full))))
 }
 
 /// The same relative to KVzip's score.
-pub fn by_task_recovered(benchmarks: &[AnswerResults]) -> Option<Table> {
+pub fn by_task_recovered(methods: Methods, benchmarks: &[AnswerResults]) -> Option<Table> {
     across_tasks(
+        methods,
         benchmarks,
         "recovered: score relative to KVzip's, percent",
         "Above 100 means better than the scores that the mapper was trained on.",
@@ -226,10 +194,11 @@ pub fn by_task_recovered(benchmarks: &[AnswerResults]) -> Option<Table> {
 }
 
 fn across_tasks(
+    methods: Methods,
     benchmarks: &[AnswerResults],
     what: &str,
     note: &str,
-    value: impl Fn(&AnswerResults, &pkv_eval::AnswerCell) -> Option<(Interval, Option<Interval>)>,
+    value: impl Fn(&AnswerResults, &pkv_results::AnswerCell) -> Option<(Interval, Option<Interval>)>,
 ) -> Option<Table> {
     let [first, _, ..] = benchmarks else { return None };
     let policy = first.cells.first()?.policy;
@@ -238,14 +207,14 @@ fn across_tasks(
     let ratios = first.cells.iter().filter(|c| c.policy == policy).map(|c| c.ratio).filter(everywhere);
     let ratio = ratios.min_by(|a, b| (a / 0.05).ln().abs().total_cmp(&(b / 0.05).ln().abs()))?;
     let of = |b: &AnswerResults, m| value(b, b.cell(m, policy, ratio)?);
-    let occurring = method::oracles_first(benchmarks.iter().flat_map(|b| &b.cells).map(|c| c.method));
+    let occurring = methods.oracles_first(benchmarks.iter().flat_map(|b| &b.cells).map(|c| c.method));
     let mean = |values: &[Option<Interval>]| -> Option<Interval> {
         Interval::mean_of(&values.iter().copied().collect::<Option<Vec<_>>>()?)
     };
     let bests: Vec<Option<f64>> = benchmarks
         .iter()
         .map(|b| {
-            let rivals = occurring.iter().filter(|m| !method::is_oracle(**m));
+            let rivals = occurring.iter().filter(|m| !methods.is_oracle(**m));
             rivals.filter_map(|&m| Some(of(b, m)?.0.mean)).reduce(f64::max)
         })
         .collect();
@@ -254,13 +223,13 @@ fn across_tasks(
         let values: Vec<Option<Interval>> = benchmarks.iter().map(|b| Some(of(b, m)?.0)).collect();
         let shown = values.iter().zip(&bests).map(|(v, best)| {
             let v = (*v)?;
-            let best = !method::is_oracle(m) && best.is_some_and(|b| points(b) == points(v.mean));
+            let best = !methods.is_oracle(m) && best.is_some_and(|b| points(b) == points(v.mean));
             Some(Cell { value: points(v.mean), interval: interval(v, points), best })
         });
         shown.chain([mean(&values).map(plain)]).collect()
     };
     let measured = occurring.iter().copied().filter(|&m| benchmarks.iter().any(|b| of(b, m).is_some()));
-    let mut rows: Vec<Row> = measured.map(|m| Row { cells: cells(m), ..row(m) }).collect();
+    let mut rows: Vec<Row> = measured.map(|m| Row { cells: cells(m), ..row(methods, m) }).collect();
     let full: Vec<Option<Interval>> = benchmarks.iter().map(|b| of(b, MethodName::MAPPER)?.1).collect();
     if full.iter().all(Option::is_some) {
         let cells = full.iter().copied().chain([mean(&full)]).map(|v| v.map(plain)).collect();
@@ -280,10 +249,11 @@ fn across_tasks(
 }
 
 /// Scores of one task of a benchmark, for one policy; exact match and F1 where short answers are wanted.
-pub fn benchmark(b: &AnswerResults, policy: Policy) -> Vec<Table> {
+pub fn benchmark(methods: Methods, b: &AnswerResults, policy: Policy) -> Vec<Table> {
     let cut =
         b.cut.filter(|&n| n > 0).map_or_else(String::new, |n| format!(" Of {n} the middle was cut out."));
     let table = scores(
+        methods,
         b,
         policy,
         &format!("{} {}, score in percent", b.suite, b.task),
@@ -297,14 +267,15 @@ pub fn benchmark(b: &AnswerResults, policy: Policy) -> Vec<Table> {
     );
     let exact = format!("{} {}, exact match in percent", b.suite, b.task);
     let f1 = format!("{} {}, token F1 in percent", b.suite, b.task);
-    let [exact, f1] = squads(b, policy, [(&exact, ""), (&f1, "")]);
+    let [exact, f1] = squads(methods, b, policy, [(&exact, ""), (&f1, "")]);
     [table, exact, f1].into_iter().filter(|t| !t.rows.is_empty()).collect()
 }
 
 /// Recall of KVzip's kept set and the share of its score mass, for one policy.
-pub fn labels(labels: &LabelResults, policy: Policy) -> Vec<Table> {
+pub fn labels(methods: Methods, labels: &LabelResults, policy: Policy) -> Vec<Table> {
     let cells = || labels.cells.iter().filter(|c| c.policy == policy && c.method != MethodName::KVZIP);
     let recall = build(
+        methods,
         "Recall of the KV pairs that KVzip keeps, percent",
         &noted(
             format!(
@@ -318,6 +289,7 @@ pub fn labels(labels: &LabelResults, policy: Policy) -> Vec<Table> {
         points,
     );
     let mass = build(
+        methods,
         "Score mass kept relative to KVzip's, percent",
         "",
         cells().map(|c| (c.method, c.ratio, c.mass)),
@@ -326,6 +298,7 @@ pub fn labels(labels: &LabelResults, policy: Policy) -> Vec<Table> {
     );
     let competing = labels.cells.iter().filter(|c| c.policy == policy && policy != Policy::Pair);
     let of_pair = build(
+        methods,
         "Recall of the KV pairs that KVzip keeps where all compete (policy pair), percent",
         "KVzip's own row is what the policy costs without any error of prediction.",
         competing.filter_map(|c| Some((c.method, c.ratio, c.recall_of_pair?))),
@@ -336,10 +309,10 @@ pub fn labels(labels: &LabelResults, policy: Policy) -> Vec<Table> {
 }
 
 /// Correlations with KVzip's scores.
-pub fn ranks(labels: &LabelResults) -> Option<Table> {
+pub fn ranks(methods: Methods, labels: &LabelResults) -> Option<Table> {
     let cells = labels.ranks.iter().filter(|r| r.method != MethodName::KVZIP);
-    let best = |of: fn(&pkv_eval::RankCell) -> f64| {
-        cells.clone().filter(|r| !method::is_oracle(r.method)).map(of).fold(f64::NEG_INFINITY, f64::max)
+    let best = |of: fn(&pkv_results::RankCell) -> f64| {
+        cells.clone().filter(|r| !methods.is_oracle(r.method)).map(of).fold(f64::NEG_INFINITY, f64::max)
     };
     let (spearman, kendall) = (best(|r| r.spearman), best(|r| r.kendall));
     let log_r2 = best(|r| r.log_r2.unwrap_or(f64::NEG_INFINITY));
@@ -353,14 +326,14 @@ pub fn ranks(labels: &LabelResults) -> Option<Table> {
     let rows: Vec<Row> = cells
         .clone()
         .map(|r| {
-            let oracle = method::is_oracle(r.method);
+            let oracle = methods.is_oracle(r.method);
             Row {
                 cells: vec![
                     cell(r.spearman, spearman, oracle),
                     cell(r.kendall, kendall, oracle),
                     r.log_r2.and_then(|r2| cell(r2, log_r2, oracle)),
                 ],
-                ..row(r.method)
+                ..row(methods, r.method)
             }
         })
         .collect();
@@ -377,9 +350,10 @@ pub fn ranks(labels: &LabelResults) -> Option<Table> {
 }
 
 /// Nats per token above the full cache, for one policy.
-pub fn perplexity(results: &PerplexityResults, policy: Policy) -> Option<Table> {
+pub fn perplexity(methods: Methods, results: &PerplexityResults, policy: Policy) -> Option<Table> {
     let cells = || results.cells.iter().filter(|c| c.policy == policy);
     let table = build(
+        methods,
         "Likelihood lost on the continuation, nats per token above the full cache",
         &noted(
             format!(
@@ -397,13 +371,14 @@ pub fn perplexity(results: &PerplexityResults, policy: Policy) -> Option<Table> 
 
 /// `note`, and which methods were measured on fewer contexts.
 fn noted(note: String, cells: impl Iterator<Item = (MethodName, f64, Option<usize>)>) -> String {
-    match pkv_eval::table::fewer_contexts(cells) {
+    match pkv_results::table::fewer_contexts(cells) {
         Some(fewer) => format!("{note} {fewer}"),
         None => note,
     }
 }
 
 fn build(
+    methods: Methods,
     caption: &str,
     note: &str,
     cells: impl Iterator<Item = (MethodName, f64, Interval)>,
@@ -417,12 +392,13 @@ fn build(
     let bests: Vec<Option<f64>> = ratios
         .iter()
         .map(|&ratio| {
-            let rivals = cells.iter().filter(|c| c.1 == ratio && !method::is_oracle(c.0)).map(|c| c.2.mean);
+            let rivals = cells.iter().filter(|c| c.1 == ratio && !methods.is_oracle(c.0)).map(|c| c.2.mean);
             rivals.reduce(|a, b| if (best == Best::Highest) == (b > a) { b } else { a })
         })
         .collect();
     // References first, then the mapper, then its rivals.
-    let rows = method::oracles_first(cells.iter().map(|c| c.0))
+    let rows = methods
+        .oracles_first(cells.iter().map(|c| c.0))
         .into_iter()
         .map(|m| {
             let cell = |(i, &ratio): (usize, &f64)| {
@@ -431,21 +407,21 @@ fn build(
                     value: show(v.mean),
                     interval: interval(*v, show),
                     // What is shown equal is equally good.
-                    best: !method::is_oracle(m) && bests[i].is_some_and(|b| show(b) == show(v.mean)),
+                    best: !methods.is_oracle(m) && bests[i].is_some_and(|b| show(b) == show(v.mean)),
                 })
             };
-            Row { cells: ratios.iter().enumerate().map(cell).collect(), ..row(m) }
+            Row { cells: ratios.iter().enumerate().map(cell).collect(), ..row(methods, m) }
         })
         .collect();
     let columns = ratios.iter().map(|&r| format!("{} kept", percent_text(r))).collect();
     Table { caption: caption.to_owned(), note: note.to_owned(), columns, rows, ..Table::default() }
 }
 
-fn row(m: MethodName) -> Row {
+fn row(methods: Methods, m: MethodName) -> Row {
     Row {
-        name: method::label(m).to_owned(),
-        class: method::class(m),
-        reference: method::is_oracle(m),
+        name: methods.label(m).to_owned(),
+        class: methods.class(m),
+        reference: methods.is_oracle(m),
         cells: Vec::new(),
     }
 }
@@ -481,6 +457,7 @@ pub fn thousandths(v: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::method::METHODS;
 
     #[test]
     fn the_best_is_sought_among_rivals_only_and_ties_share_it() {
@@ -492,7 +469,7 @@ mod tests {
             (MethodName::RANDOM, 0.05, at(0.01)),
             (MethodName::RANDOM, 0.1, at(0.02)),
         ];
-        let table = build("c", "n", cells.into_iter(), Best::Highest, points);
+        let table = build(METHODS, "c", "n", cells.into_iter(), Best::Highest, points);
         assert_eq!(table.columns, ["10% kept", "5% kept"]);
         let names: Vec<_> = table.rows.iter().map(|r| r.name.as_str()).collect();
         assert_eq!(names, ["KVzip", "mapper", "ridge, linear", "random"]);
@@ -500,7 +477,7 @@ mod tests {
         assert_eq!(best, [false, true, true, false]);
         assert!(table.rows[0].cells[0].is_none());
         assert_eq!(table.rows[1].cells[1].as_ref().unwrap().interval, "96.0–98.0");
-        let lowest = build("c", "n", cells.into_iter(), Best::Lowest, points);
+        let lowest = build(METHODS, "c", "n", cells.into_iter(), Best::Lowest, points);
         assert!(lowest.rows[3].cells[1].as_ref().unwrap().best);
     }
 
@@ -515,21 +492,24 @@ mod tests {
     #[test]
     fn leads_are_signed_and_bold_where_they_are_clear() {
         let at = |mean, half| Interval { mean, low: mean - half, high: mean + half };
-        let table = lead(&[
-            (MethodName::KVZIP, 0.1, at(-0.05, 0.01)),
-            (MethodName::KVZIP, 0.05, at(0.02, 0.03)),
-            (MethodName::RANDOM, 0.05, at(0.9, 0.05)),
-        ])
+        let table = lead(
+            METHODS,
+            &[
+                (MethodName::KVZIP, 0.1, at(-0.05, 0.01)),
+                (MethodName::KVZIP, 0.05, at(0.02, 0.03)),
+                (MethodName::RANDOM, 0.05, at(0.9, 0.05)),
+            ],
+        )
         .unwrap();
         assert_eq!(cells(&table, "KVzip"), [("-5.0".to_owned(), true), ("+2.0".to_owned(), false)]);
         assert_eq!(cells(&table, "random"), [("-".to_owned(), false), ("+90.0".to_owned(), true)]);
         assert_eq!(table.rows[0].cells[1].as_ref().unwrap().interval, "-1.0 to +5.0");
-        assert!(lead(&[]).is_none());
+        assert!(lead(METHODS, &[]).is_none());
     }
 
     #[test]
     fn tasks_stand_side_by_side_with_their_mean() {
-        let cell = |method, score: f64| pkv_eval::AnswerCell {
+        let cell = |method, score: f64| pkv_results::AnswerCell {
             contexts: None,
             method,
             policy: Policy::Pair,
@@ -561,7 +541,7 @@ mod tests {
             ],
         };
         let two = [task("vt", 0.6), task("cwe", 0.4)];
-        let table = by_task(&two).unwrap();
+        let table = by_task(METHODS, &two).unwrap();
         assert_eq!(table.columns, ["ruler vt", "ruler cwe", "mean"]);
         let values = |name| cells(&table, name).into_iter().map(|c| c.0).collect::<Vec<_>>();
         assert_eq!(values("full cache"), ["100", "100", "100"]);
@@ -569,9 +549,9 @@ mod tests {
         assert_eq!(values("mapper"), ["60.0", "40.0", "50.0"]);
         assert_eq!(cells(&table, "random")[1], ("50.0".to_owned(), true), "the best of the second task");
         assert!(!cells(&table, "KVzip")[0].1 && cells(&table, "mapper")[0].1);
-        let recovered = by_task_recovered(&two).unwrap();
+        let recovered = by_task_recovered(METHODS, &two).unwrap();
         assert_eq!(cells(&recovered, "mapper")[2].0, "62.5");
         assert!(recovered.rows.iter().all(|r| r.name != "random" && r.name != "full cache"));
-        assert!(by_task(&two[..1]).is_none());
+        assert!(by_task(METHODS, &two[..1]).is_none());
     }
 }

@@ -3,8 +3,11 @@
 mod run;
 
 use pkv_core::Policy;
-use pkv_eval::Interval;
-use pkv_eval::compare::{Budgets, Comparison, Difference, Metric, RecipeKey, Reference, RunName, TaskScores};
+use pkv_results::Interval;
+use pkv_results::compare::{
+    Budgets, Comparison, Difference, Metric, RecipeKey, Reference, RunName, TaskScores,
+};
+use run::methods::ALL as METHODS;
 use serde_json::json;
 
 fn around(mean: f64) -> Interval {
@@ -61,7 +64,7 @@ fn comparison() -> Comparison {
 fn page(c: &Comparison) -> String {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("comparison.html");
-    pkv_report::write_comparison(c, &path).unwrap();
+    pkv_report::write_comparison(c, &METHODS, &path).unwrap();
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
     let page = std::fs::read_to_string(&path).unwrap();
     // Kept, to be looked at in a browser.
@@ -144,7 +147,7 @@ fn what_is_not_there_is_said() {
     assert!(!section(&page, "recall").contains("minus"));
     assert!(!page.contains("id=\"relation\""), "without answers there is none");
     let nowhere = std::path::Path::new("/nonexistent/folder/x.html");
-    assert!(pkv_report::write_comparison(&bare, nowhere).is_err());
+    assert!(pkv_report::write_comparison(&bare, &METHODS, nowhere).is_err());
 }
 
 #[test]

@@ -6,7 +6,8 @@ use std::fs;
 use std::path::Path;
 
 use pkv_core::Policy;
-use pkv_eval::Results;
+use pkv_results::Results;
+use run::methods::ALL as METHODS;
 
 fn folder() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -19,7 +20,7 @@ fn with_results(root: &Path, change: impl FnOnce(&mut Results)) -> String {
     let mut results = run::results();
     change(&mut results);
     results.write(&root.join("eval/results.json")).unwrap();
-    pkv_report::render(root).unwrap()
+    pkv_report::render(root, &METHODS).unwrap()
 }
 
 /// The text between `<section id="…">` and its end.
@@ -51,7 +52,7 @@ fn assert_no_broken_numbers(page: &str) {
 #[test]
 fn a_whole_run_fills_every_section() {
     let dir = folder();
-    let written = pkv_report::write(dir.path()).unwrap();
+    let written = pkv_report::write(dir.path(), &METHODS).unwrap();
     let page = fs::read_to_string(&written.html).unwrap();
     // Kept, to be looked at in a browser.
     for made in [&written.html, written.svg.as_ref().unwrap()] {
@@ -109,7 +110,7 @@ fn a_whole_run_fills_every_section() {
 #[test]
 fn the_headline_says_what_was_measured() {
     let dir = folder();
-    let page = pkv_report::render(dir.path()).unwrap();
+    let page = pkv_report::render(dir.path(), &METHODS).unwrap();
     assert!(page.contains(
         "With 5% of the KV pairs kept, the mapper&#x27;s choice answers 97.9% of 480 questions about facts in the text. \
          Beside it: 100% with the full cache, 98.3% with KVzip&#x27;s own choice"
@@ -123,7 +124,7 @@ fn the_headline_says_what_was_measured() {
     assert!(level.contains("It does not clear the floor that the head prior sets"));
     assert!(!level.contains("Better here"));
     let beaten = with_results(dir.path(), |r| {
-        let linear = |c: &&mut pkv_eval::AnswerCell| c.method == pkv_recipe::MethodName::LINEAR;
+        let linear = |c: &&mut pkv_results::AnswerCell| c.method == pkv_recipe::MethodName::LINEAR;
         r.facts.as_mut().unwrap().cells.iter_mut().filter(linear).for_each(|c| c.score.mean = 0.999);
     });
     assert!(beaten.contains("Better here: ridge, linear, with 99.9%."));
@@ -132,7 +133,7 @@ fn the_headline_says_what_was_measured() {
 #[test]
 fn the_best_rival_is_bold_and_kvzip_is_a_reference() {
     let dir = folder();
-    let page = pkv_report::render(dir.path()).unwrap();
+    let page = pkv_report::render(dir.path(), &METHODS).unwrap();
     let answers = section(&page, "answers");
     let row = |name: &str| {
         let at = answers.find(&format!("</i>{name}</th>")).unwrap();
@@ -148,7 +149,7 @@ fn the_best_rival_is_bold_and_kvzip_is_a_reference() {
 #[test]
 fn bytes_stand_below_the_shares_kept() {
     let dir = folder();
-    let page = pkv_report::render(dir.path()).unwrap();
+    let page = pkv_report::render(dir.path(), &METHODS).unwrap();
     // 1,400 tokens x 12 layers x 3 KV heads x 2 x 64 numbers of 4 bytes.
     for id in ["answers", "recall"] {
         let section = section(&page, id);
@@ -156,7 +157,7 @@ fn bytes_stand_below_the_shares_kept() {
         assert!(section.contains("of 25.8 MB for a context of 1400 tokens"), "{id}");
     }
     fs::write(dir.path().join("run.json"), "{}").unwrap();
-    let page = pkv_report::render(dir.path()).unwrap();
+    let page = pkv_report::render(dir.path(), &METHODS).unwrap();
     assert!(section(&page, "answers").contains(">5% kept</th>"), "without the shape there are none");
 }
 
@@ -200,7 +201,7 @@ fn a_mapper_of_the_target_alone_has_no_proxy_on_its_page() {
     let mut run: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     run["recipe"]["extract"]["from"] = serde_json::json!(["target"]);
     fs::write(&path, run.to_string()).unwrap();
-    let page = pkv_report::render(dir.path()).unwrap();
+    let page = pkv_report::render(dir.path(), &METHODS).unwrap();
     for part in ["by its own attention", "no second model is needed", "One model (tiny-llama-target)"] {
         assert!(page.contains(part), "`{part}` is missing");
     }
@@ -211,26 +212,26 @@ fn a_mapper_of_the_target_alone_has_no_proxy_on_its_page() {
 fn missing_parts_are_named_and_the_rest_is_there() {
     let dir = folder();
     fs::remove_dir_all(dir.path().join("eval")).unwrap();
-    let page = pkv_report::render(dir.path()).unwrap();
+    let page = pkv_report::render(dir.path(), &METHODS).unwrap();
     for id in ["answers", "recall", "heads", "example"] {
         assert!(section(&page, id).contains("class=\"missing\""), "{id}");
         assert!(section(&page, id).contains("proxykv-train eval"), "{id}");
     }
     assert!(section(&page, "training").contains("<svg"));
-    assert!(pkv_report::answers_svg(dir.path()).unwrap().is_none());
-    assert!(pkv_report::write(dir.path()).unwrap().svg.is_none());
+    assert!(pkv_report::answers_svg(dir.path(), &METHODS).unwrap().is_none());
+    assert!(pkv_report::write(dir.path(), &METHODS).unwrap().svg.is_none());
 
     fs::remove_dir_all(dir.path().join("train")).unwrap();
     fs::remove_file(dir.path().join("run.json")).unwrap();
-    let page = pkv_report::render(dir.path()).unwrap();
+    let page = pkv_report::render(dir.path(), &METHODS).unwrap();
     assert!(section(&page, "training").contains("proxykv-train train"));
     assert!(section(&page, "choices").contains("holds no recipe"));
     assert_self_contained(&page);
 
     let nothing = tempfile::tempdir().unwrap();
-    let page = pkv_report::render(nothing.path()).unwrap();
+    let page = pkv_report::render(nothing.path(), &METHODS).unwrap();
     assert!(section(&page, "stages").contains("No stage has run yet"));
-    assert!(pkv_report::render(&nothing.path().join("nowhere")).is_err());
+    assert!(pkv_report::render(&nothing.path().join("nowhere"), &METHODS).is_err());
 }
 
 #[test]
@@ -247,7 +248,7 @@ fn an_evaluation_without_tasks_or_mapper_is_shown_as_far_as_it_goes() {
     assert_eq!(section(&page, "recall").matches("<figure").count(), Policy::WITHOUT_KEYS.len());
     assert_no_broken_numbers(&page);
     let page = with_results(dir.path(), |r| {
-        r.labels = pkv_eval::LabelResults::default();
+        r.labels = pkv_results::LabelResults::default();
         r.facts.as_mut().unwrap().cells.clear();
     });
     assert!(section(&page, "recall").contains("class=\"missing\""));
@@ -258,7 +259,7 @@ fn an_evaluation_without_tasks_or_mapper_is_shown_as_far_as_it_goes() {
 fn an_unreadable_part_is_told_on_the_page() {
     let dir = folder();
     fs::write(dir.path().join("eval/results.json"), "{\"schema_version\": 99}").unwrap();
-    let page = pkv_report::render(dir.path()).unwrap();
+    let page = pkv_report::render(dir.path(), &METHODS).unwrap();
     assert!(page.contains("class=\"problem\"") && page.contains("has schema version 99"));
 }
 
@@ -286,7 +287,7 @@ fn text_of_documents_and_names_stays_text() {
 #[test]
 fn the_picture_stands_alone() {
     let dir = folder();
-    let svg = pkv_report::answers_svg(dir.path()).unwrap().unwrap();
+    let svg = pkv_report::answers_svg(dir.path(), &METHODS).unwrap().unwrap();
     assert!(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\""));
     assert!(svg.contains("<style>") && svg.ends_with("</svg>"));
     assert_self_contained(&svg);
@@ -298,5 +299,8 @@ fn the_picture_stands_alone() {
 #[test]
 fn the_same_folder_gives_the_same_page() {
     let dir = folder();
-    assert_eq!(pkv_report::render(dir.path()).unwrap(), pkv_report::render(dir.path()).unwrap());
+    assert_eq!(
+        pkv_report::render(dir.path(), &METHODS).unwrap(),
+        pkv_report::render(dir.path(), &METHODS).unwrap()
+    );
 }

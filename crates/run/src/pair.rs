@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, Source, hinted};
-use pkv_lm::{LanguageModel, LmConfig, TextTokenizer};
+use pkv_lm::{LanguageModel, LmConfig};
 use pkv_recipe::{ModelSection, SpecialTokens};
 use pkv_shard::ModelRecord;
+use pkv_text::TextTokenizer;
 
 use crate::session::Session;
 

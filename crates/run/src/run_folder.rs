@@ -70,7 +70,7 @@ impl RunFolder {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 commit: env!("PKV_COMMIT").to_owned(),
             });
-            run.libtorch = Some("2.11.0".to_owned());
+            run.libtorch = Some(pkv_gpu::LIBTORCH.to_owned());
             run.device = Some(device_name(device));
             run.threads = u32::try_from(tch::get_num_threads()).ok();
         })

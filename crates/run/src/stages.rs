@@ -22,7 +22,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use pkv_core::{Fingerprint, hinted};
-use pkv_shard::durable::lock_work;
+use pkv_files::lock_work;
 use pkv_shard::{Row, Stage, StageDir, StageState, StageWriter};
 use serde_json::Value;
 

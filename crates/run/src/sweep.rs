@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use pkv_core::{Fingerprint, hinted};
-use pkv_eval::RESULTS_FILE;
-use pkv_shard::durable::lock_dir;
+use pkv_files::lock_dir;
+use pkv_results::RESULTS_FILE;
 use pkv_shard::{INDEX_FILE, RunLayout, Stage, StageDir, StageState};
 use serde::Serialize;
 

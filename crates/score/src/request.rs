@@ -5,8 +5,8 @@
 use std::ops::Range;
 
 use anyhow::Result;
-use pkv_lm::TextTokenizer;
 use pkv_recipe::LabelSection;
+use pkv_text::TextTokenizer;
 
 /// Asks for the first scoring chunk (KVzip, `model/wrapper.py`).
 const FIRST: &str = "\n\nRepeat the previous context exactly.";

@@ -11,8 +11,9 @@ use std::ops::Range;
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
 use pkv_gpu::{Products, Repeats, ScoreOutput, ScoreRows, WeightingOf, chunk_scores, wants_lse};
-use pkv_lm::{KvCache, LanguageModel, NoTap, RepeatTap, RepeatView, TextTokenizer};
+use pkv_lm::{KvCache, LanguageModel, NoTap, RepeatTap, RepeatView};
 use pkv_recipe::LabelSection;
+use pkv_text::TextTokenizer;
 use tch::{Kind, Tensor};
 
 use crate::pieces;

@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::{Fingerprint, hinted};
 use serde_json::Value;
 
-use crate::durable::{TEMPORARY, WriteBudget, lock_dir, sha256_file, sync_dir, write_file};
 use crate::index::{INDEX_FILE, Index, ShardEntry};
+use pkv_files::{TEMPORARY, WriteBudget, lock_dir, sha256_file, sync_dir, write_file};
 
 /// A stage's folder and its index.
 ///

@@ -10,7 +10,6 @@
 
 mod column;
 mod dir;
-pub mod durable;
 mod example;
 mod example_rows;
 mod feature;

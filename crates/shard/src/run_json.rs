@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::RunLayout;
-use crate::durable::{TEMPORARY, WriteBudget, write_file};
+use pkv_files::{TEMPORARY, WriteBudget, write_file};
 
 /// What `run.json` holds. Each part is absent until a stage has written it; earlier versions wrote fewer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -23,11 +23,11 @@ use parquet::schema::types::ColumnDescPtr;
 use pkv_core::StoreDtype;
 
 use crate::dir::StageDir;
-use crate::durable::{DurableFile, WriteFailure, write_error, write_error_of_kind};
 use crate::index::{SCHEMA_VERSION, ShardEntry};
 use crate::page::NumbersChunk;
 use crate::reader::StageReader;
 use crate::row::{Column, Row};
+use pkv_files::{DurableFile, WriteFailure, write_error, write_error_of_kind};
 
 /// Raw bytes after which a row group ends. Training reads single rows at random and decodes the
 /// row group around them, so it is a few rows of a small pair and one row of a big one.
@@ -40,6 +40,20 @@ const MOST_THREADS: usize = 8;
 ///
 /// Continues after [`StageWriter::rows`]; the caller skips those. Dropped without [`StageWriter::finish`] or
 /// [`StageWriter::keep`], it leaves the whole shards and no temporary file.
+///
+/// ```
+/// use pkv_core::{Fingerprint, StoreDtype};
+/// use pkv_shard::{LabelRow, StageDir, StageReader, StageWriter};
+///
+/// let dir = tempfile::tempdir()?;
+/// let stage = StageDir::open(dir.path(), "label", &Fingerprint::new().with("preset", "original"))?;
+/// let mut writer = StageWriter::new(stage, 8, StoreDtype::F16, Some(1))?;
+/// let scores = vec![0.25, 0.5];
+/// writer.push(LabelRow { id: "a".to_owned(), layers: 1, kv_heads: 1, positions: 2, scores })?;
+/// writer.finish()?;
+/// assert_eq!(StageReader::<LabelRow>::open(dir.path())?.get(0)?.scores, [0.25, 0.5]);
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 pub struct StageWriter<R: Row> {
     stage: StageDir,
     shard_rows: usize,

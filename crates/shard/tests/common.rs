@@ -1,12 +1,11 @@
 //! Rows that the other files write, and folders to write them to.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
-
 use anyhow::Result;
-use pkv_core::{Fingerprint, Hinted, Split, StoreDtype};
+use pkv_core::{Fingerprint, Split, StoreDtype};
 use pkv_shard::{Example, FeatureRow, LabelRow, PlantedFact, StageDir, StageWriter};
+
+pub use pkv_test_support::errors::text_and_hint;
+pub use pkv_test_support::files::files;
 
 /// A number in [0, 1) that f16 holds exactly and that no neighbour shares.
 pub fn number(i: usize) -> f32 {
@@ -68,16 +67,4 @@ pub fn write_labels(stage: StageDir, n: usize) -> Result<StageDir> {
         writer.push(label(i))?;
     }
     writer.finish()
-}
-
-/// Every file of a folder, by name.
-pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap());
-    entries.map(|e| (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())).collect()
-}
-
-/// The error's chain in one line, and its first hint.
-pub fn told(error: &anyhow::Error) -> (String, String) {
-    let hint = error.downcast_ref::<Hinted>().map(|h| h.hint().to_owned());
-    (format!("{error:#}"), hint.unwrap_or_default())
 }

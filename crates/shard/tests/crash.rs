@@ -4,7 +4,7 @@ use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use pkv_shard::durable::WriteBudget;
+use pkv_files::WriteBudget;
 use pkv_shard::{LabelRow, StageDir, StageReader};
 use tempfile::{TempDir, tempdir};
 
@@ -42,7 +42,7 @@ fn a_full_disk_at_any_point_is_an_error_and_the_next_run_continues() {
         let dir = tempdir().unwrap();
         if let Err(error) = write_labels(open(&dir).with_write_budget(WriteBudget::bytes(budget)), ROWS) {
             failures += 1;
-            let (said, hint) = told(&error);
+            let (said, hint) = text_and_hint(&error);
             assert!(said.starts_with(&format!("cannot write `{}/", dir.path().display())), "{said}");
             assert!(hint.contains("free some space"), "{hint}");
             assert!(files(dir.path()).keys().all(|f| !f.ends_with(".tmp")), "a temporary file was left");
@@ -151,7 +151,7 @@ fn a_run_that_ends_early_is_not_complete() {
 fn two_processes_do_not_write_one_folder() {
     let dir = tempdir().unwrap();
     let _first = open(&dir);
-    let (said, hint) = told(&StageDir::open(dir.path(), "label", &choices()).unwrap_err());
+    let (said, hint) = text_and_hint(&StageDir::open(dir.path(), "label", &choices()).unwrap_err());
     assert!(said.contains("another process writes") && hint.contains("another run name"), "{said}");
     assert!(StageDir::clear(dir.path()).is_err());
     // Reading is no writing.
@@ -223,7 +223,7 @@ fn a_complete_stage_is_open_to_all() {
     let (one, other) = (open(&dir), open(&dir));
     assert!(one.is_complete() && other.is_complete());
     let different = StageDir::open(dir.path(), "label", &choices().with("more", 1)).unwrap_err();
-    assert!(told(&different).0.contains("other choices"), "{different:#}");
+    assert!(text_and_hint(&different).0.contains("other choices"), "{different:#}");
     drop((one, other));
     fs::remove_file(dir.path().join("labels-00000.parquet")).unwrap();
     assert!(StageDir::open(dir.path(), "label", &choices()).is_err(), "a shard is gone");

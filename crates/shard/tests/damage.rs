@@ -24,7 +24,7 @@ fn open(dir: &Path) -> anyhow::Result<StageDir> {
 /// `expected` in the error, `--redo label` in its hint.
 #[track_caller]
 fn says(error: &anyhow::Error, expected: &[&str]) {
-    let (said, hint) = told(error);
+    let (said, hint) = text_and_hint(error);
     for text in expected {
         assert!(said.contains(text), "`{text}` is missing in: {said}");
     }
@@ -136,16 +136,16 @@ fn rows_of_another_kind_are_refused() {
     let error = StageReader::<Example>::open(dir.path()).unwrap().get(0).unwrap_err();
     says(&error, &["expected examples, found labels"]);
     let error = StageDir::open(dir.path(), "extract", &choices()).unwrap_err();
-    assert!(told(&error).0.contains("was written by `label`, not by `extract`"));
+    assert!(text_and_hint(&error).0.contains("was written by `label`, not by `extract`"));
 }
 
 #[test]
 fn an_incomplete_or_absent_stage_cannot_be_read() {
     let dir = tempdir().unwrap();
-    let (said, hint) = told(&StageReader::<LabelRow>::open(dir.path()).err().unwrap());
+    let (said, hint) = text_and_hint(&StageReader::<LabelRow>::open(dir.path()).err().unwrap());
     assert!(said.contains("there is no `index.json`") && hint.contains("run the stage"), "{said} {hint}");
     drop(open(dir.path()).unwrap());
-    let (said, hint) = told(&StageReader::<LabelRow>::open(dir.path()).err().unwrap());
+    let (said, hint) = text_and_hint(&StageReader::<LabelRow>::open(dir.path()).err().unwrap());
     assert!(
         said.contains("is not complete: it has 0 labels") && hint.contains("proxykv-train label"),
         "{said} {hint}"
@@ -178,7 +178,7 @@ fn a_stage_whose_files_vanish_while_it_is_written_is_not_complete() {
                     .unwrap();
             (0..rows).for_each(|i| writer.push(label(i)).unwrap());
             vanish(&stage);
-            let (said, hint) = told(&writer.finish().unwrap_err());
+            let (said, hint) = text_and_hint(&writer.finish().unwrap_err());
             assert!(said.contains(expected) || said.contains("is not there"), "{said}");
             assert!(!hint.is_empty(), "{said}");
             assert!(!StageDir::read(&stage).is_ok_and(|stage| stage.is_complete()));

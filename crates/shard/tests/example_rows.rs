@@ -80,7 +80,7 @@ fn rows_that_do_not_belong_together_are_refused_by_name() {
             (0..5).for_each(|row| assert!(opened.get(row).is_ok(), "row {row}"));
             opened.get(5)
         });
-        let (text, hinted) = told(&error.unwrap_err());
+        let (text, hinted) = text_and_hint(&error.unwrap_err());
         for part in parts {
             assert!(text.contains(part), "`{part}` is missing in: {text}");
         }
@@ -134,7 +134,7 @@ fn labels_above_the_highest_score_are_refused_by_name() {
     assert!(open(dir.path()).unwrap().get(5).is_ok(), "some scores have no limit");
     let opened = open(dir.path()).unwrap().with_most_score(1.001);
     assert!((0..5).all(|row| opened.get(row).is_ok()));
-    let (text, hint) = told(&opened.get(5).unwrap_err());
+    let (text, hint) = text_and_hint(&opened.get(5).unwrap_err());
     for part in ["labels of row 5, example `doc-5-2`", "score 7 is 1.5, expected 0 to 1.001"] {
         assert!(text.contains(part), "`{part}` is missing in: {text}");
     }

@@ -6,7 +6,7 @@ use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::file::properties::WriterProperties;
 use pkv_core::StoreDtype;
-use pkv_shard::durable::sha256_file;
+use pkv_files::sha256_file;
 use pkv_shard::{Example, FeatureRow, INDEX_FILE, LabelRow, Row, StageDir, StageReader, StageWriter};
 use tempfile::tempdir;
 
@@ -114,7 +114,7 @@ fn what_cannot_be_stored_is_refused_by_name() {
     };
     let mut refused = |row, text: &str, hint: &str| {
         let error = writer.push(row).unwrap_err();
-        let (said, hinted) = told(&error);
+        let (said, hinted) = text_and_hint(&error);
         assert!(
             said.starts_with("cannot store the labels of example `doc-0-0`") && said.contains(text),
             "{said}"

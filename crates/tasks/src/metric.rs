@@ -68,6 +68,14 @@ impl Metric {
     /// Score of `answer` in [0, 1]; of several wanted answers the best counts.
     ///
     /// `others`: LongBench's classes; the other functions of a repository.
+    ///
+    /// ```
+    /// use pkv_tasks::Metric;
+    ///
+    /// let wanted = ["the red bell".to_owned()];
+    /// assert_eq!(Metric::QaF1.score("A red bell.", &wanted, &[]), 1.0);
+    /// assert_eq!(Metric::QaF1.score("a bell", &wanted, &[]), 2.0 / 3.0);
+    /// ```
     pub fn score(self, answer: &str, wanted: &[String], others: &[String]) -> f64 {
         let best = |score: &dyn Fn(&str) -> f64| wanted.iter().map(|w| score(w)).fold(0.0, f64::max);
         match self {

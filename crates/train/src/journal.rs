@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
-use pkv_shard::durable::{WriteBudget, write_error, write_file};
+use pkv_files::{WriteBudget, write_error, write_file};
 use serde_json::Value;
 
 /// The file's name in the run's `train` folder.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
-use pkv_shard::durable::write_error;
+use pkv_files::write_error;
 
 /// An event file, appended to.
 #[derive(Debug)]

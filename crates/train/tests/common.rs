@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Result;
-use pkv_core::{Fingerprint, Hinted, Progress, Seed, Split, Stop, StoreDtype};
+use pkv_core::{Fingerprint, Progress, Seed, Split, Stop, StoreDtype};
 use pkv_recipe::{LossSection, MapperSection, TrainSection, Variant};
 use pkv_shard::{Example, FeatureFolders, FeatureRow, LabelRow, StageDir, StageWriter};
 use pkv_train::{TrainInputs, TrainSummary};
 use rand::Rng;
 use serde_json::Value;
 use tempfile::TempDir;
+
+pub use pkv_test_support::errors::text_and_hint;
 
 /// Proxy: 2 layers x 1 KV head, 3 channels, 2 globals. Target: 2 layers x 2 KV heads.
 const PROXY: (u32, u32, u32, u32) = (2, 1, 3, 2);
@@ -169,12 +171,6 @@ impl<F: Fn() + Sync> Progress for At<F> {
     }
     fn note(&self, _: &str) {}
     fn finish(&self) {}
-}
-
-/// The error's chain in one line, and its first hint.
-pub fn text_and_hint(error: &anyhow::Error) -> (String, String) {
-    let hint = error.downcast_ref::<Hinted>().map(|h| h.hint().to_owned());
-    (format!("{error:#}"), hint.unwrap_or_default())
 }
 
 pub fn stage(dir: &Path, name: &str, command: &str) -> StageDir {

@@ -7,6 +7,7 @@ use pkv_core::Seed;
 use pkv_gpu::{AdamW, AdamWOptions, DeviceChoice};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_recipe::{LossSection, MapperSection};
+use pkv_test_support::tensors::{difference, relative};
 use pkv_train::{HybridLoss, Learner, LossTerms};
 use tch::{Device, Kind, Tensor};
 
@@ -79,17 +80,6 @@ impl Golden {
     }
 }
 
-fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.size(), b.size());
-    let wide = |x: &Tensor| x.detach().to_device(Device::Cpu).to_kind(Kind::Double);
-    (wide(a) - wide(b)).abs().max().double_value(&[])
-}
-
-/// Largest difference over the largest magnitude expected, or over `floor` if that is more.
-fn relative(found: &Tensor, expected: &Tensor, floor: f64) -> f64 {
-    max_difference(found, expected) / expected.abs().max().double_value(&[]).max(floor)
-}
-
 fn within(what: &str, difference: f64, tolerance: f64) {
     println!("{what}: {difference:.1e} of {tolerance:.0e}");
     assert!(difference <= tolerance, "{what}: {difference:e}, tolerance {tolerance:e}");
@@ -158,7 +148,7 @@ fn ten_steps_give_the_same_losses_and_weights() {
                 // rounding leaves of a gradient that is zero.
                 let counts = golden.get(&format!("grad.{name}")).ne(0.0);
                 let expected = golden.get(&format!("final.{name}"));
-                max_difference(&(x * &counts), &(expected * &counts))
+                difference(&(x * &counts), &(expected * &counts))
             })
             .fold(0.0, f64::max);
         within(&format!("{case} final weights"), worst, STEPS_TOLERANCE);

@@ -5,13 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use pkv_gpu::LIBTORCH;
 use pkv_recipe::plan::{Plan, human_bytes};
 use tch::Device;
 
 use super::Check;
 
-/// The libtorch that this program was built against; another one may crash.
-const LIBTORCH: &str = "2.11.0";
 /// Free space that a run of unknown size should find.
 const SPARE_DISK: u64 = 5_000_000_000;
 

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use pkv_hub::{Hub, Lock};
-use pkv_lm::{LmConfig, TextTokenizer};
+use pkv_lm::LmConfig;
 use pkv_recipe::{ModelSection, Recipe};
 use pkv_run::session::manifest;
+use pkv_text::TextTokenizer;
 
 use super::Check;
 

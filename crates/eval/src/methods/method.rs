@@ -3,10 +3,13 @@
 use anyhow::Result;
 use pkv_lm::Tap;
 use pkv_recipe::MethodName;
+use pkv_results::MethodInfo;
 use tch::Tensor;
 
 use super::training::{Setup, TrainingContext};
 use super::view::ContextView;
+
+pub use pkv_results::Needs;
 
 /// A way to score KV pairs, as the registry has it.
 #[derive(Debug)]
@@ -26,36 +29,14 @@ pub struct Method {
 }
 
 impl Method {
-    /// Does it look at KVzip's own scores? They cost what a mapper avoids: such a method is compared with,
-    /// not competed with.
+    /// Does it look at KVzip's own scores?
     pub const fn is_oracle(&self) -> bool {
-        self.needs.labels
+        self.info().is_oracle()
     }
-}
 
-/// Inputs of a method that must be computed for each context.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Needs {
-    /// KVzip's scores.
-    pub labels: bool,
-    /// The features that the recipe names.
-    pub features: bool,
-    /// The target's prefill: its cache, and what a `Watch` sees on the way.
-    pub prefill: bool,
-}
-
-impl Needs {
-    pub const NOTHING: Self = Self { labels: false, features: false, prefill: false };
-    pub const LABELS: Self = Self { labels: true, ..Self::NOTHING };
-    pub const FEATURES: Self = Self { features: true, ..Self::NOTHING };
-    pub const PREFILL: Self = Self { prefill: true, ..Self::NOTHING };
-
-    pub const fn and(self, other: Self) -> Self {
-        Self {
-            labels: self.labels || other.labels,
-            features: self.features || other.features,
-            prefill: self.prefill || other.prefill,
-        }
+    /// What readers of its results must know.
+    pub const fn info(&self) -> MethodInfo {
+        MethodInfo { name: self.name, label: self.label, meaning: self.meaning, needs: self.needs }
     }
 }
 

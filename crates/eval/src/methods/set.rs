@@ -4,13 +4,13 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
 use pkv_lm::{LayerView, Tap};
 use pkv_recipe::MethodName;
+use pkv_results::MethodNote;
 use tch::Tensor;
 
 use super::method::{Fit, Method, Needs, Ready, Scoring, Start, Watch};
 use super::training::Setup;
 use super::view::ContextView;
 use crate::clock::Clock;
-use crate::results::MethodNote;
 
 /// One method's scores of one context, `[layers, KV heads, positions]`.
 pub struct Scored {

@@ -127,6 +127,8 @@ fn window_scores(q_qwd: &Tensor, k_hkd: &Tensor, scale: f64, prefix: usize) -> R
 mod tests {
     use super::*;
     use pkv_core::Seed;
+    use pkv_test_support::loops::attention_weights;
+    use pkv_test_support::tensors::flat;
     use rand::Rng;
     use tch::Device;
 
@@ -144,21 +146,16 @@ mod tests {
         let (qh, w, d) = q.size3().unwrap();
         let (kvh, n, _) = k.size3().unwrap();
         let group = qh / kvh;
+        let (queries, keys) = (flat(q), flat(k));
+        let vector = |of: &[f64], row: i64| of[(row * d) as usize..][..d as usize].to_vec();
         let mut received = vec![vec![0.0; (n - w) as usize]; qh as usize];
         for head in 0..qh {
+            let seen: Vec<Vec<f64>> = (0..n).map(|key| vector(&keys, head / group * n + key)).collect();
             for row in 0..w {
-                let visible = n - w + row + 1;
-                let dots: Vec<f64> = (0..visible)
-                    .map(|key| {
-                        let products = (0..d).map(|i| {
-                            q.double_value(&[head, row, i]) * k.double_value(&[head / group, key, i])
-                        });
-                        products.sum::<f64>() * SCALE
-                    })
-                    .collect();
-                let sum: f64 = dots.iter().map(|x| x.exp()).sum();
-                for (key, slot) in received[head as usize].iter_mut().enumerate() {
-                    *slot += dots[key].exp() / sum / w as f64;
+                let visible = seen[..(n - w + row + 1) as usize].iter().map(Vec::as_slice);
+                let weights = attention_weights(&vector(&queries, head * w + row), visible, SCALE);
+                for (slot, weight) in received[head as usize].iter_mut().zip(weights) {
+                    *slot += weight / w as f64;
                 }
             }
         }

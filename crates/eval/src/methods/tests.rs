@@ -11,6 +11,7 @@ use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::keep_mask;
 use pkv_recipe::{EvalSection, MapperSection, MethodName, TargetPool, Variant};
 use pkv_shard::{Example, ExampleRows, FeatureFolders, FeatureRow, LabelRow, Row, StageDir, StageWriter};
+use pkv_test_support::files::nano;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -202,7 +203,7 @@ fn scores(registry: &[Method], setup: &Setup, names: &[MethodName], context: &[u
 
 fn model(name: &str) -> LanguageModel {
     let folder = match name.strip_prefix("nano-llama-") {
-        Some(which) => here("../../recipes/nano-llama").join(which),
+        Some(which) => nano(which),
         None => here("../lm/tests/goldens").join(name),
     };
     LanguageModel::load(&folder, Device::Cpu, Kind::Float).unwrap()

@@ -3,13 +3,13 @@
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
-use pkv_lm::TextTokenizer;
+use pkv_results::answered::Asked;
+use pkv_results::store::About;
 use pkv_tasks::{Benchmark, Example, Turn, cut_middle};
+use pkv_text::TextTokenizer;
 use serde_json::json;
 
 use super::{Asks, Question, Right, Task, TaskContext, TaskInfo, Texts};
-use crate::answered::Asked;
-use crate::store::About;
 
 /// One [`Benchmark`] as a task of the evaluation.
 pub struct BenchmarkTask<'a>(pub &'a Benchmark<'a>);

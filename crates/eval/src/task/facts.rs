@@ -5,12 +5,12 @@ use pkv_core::{Fingerprint, hinted};
 use pkv_data::{FactContext, FactQuestion};
 use pkv_recipe::plan::{Answers, TEMPLATE_TOKENS, TaskWork};
 use pkv_recipe::{AnswerMatch, EvalSection, Recipe};
+use pkv_results::answered::Asked;
+use pkv_results::store::About;
 use pkv_tasks::Squad;
 use serde_json::{Value, json};
 
 use super::{Asks, Question, Right, Task, TaskContext, TaskInfo, Texts};
-use crate::answered::Asked;
-use crate::store::About;
 
 /// The `facts` task.
 pub struct Facts<'a> {

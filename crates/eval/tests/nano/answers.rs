@@ -8,10 +8,11 @@ use arrow::datatypes::{Float64Type, UInt32Type};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use pkv_core::{NoProgress, Policy, RetentionRatio};
 use pkv_data::FactContext;
-use pkv_eval::{ANSWERS_FILE, evaluate};
+use pkv_eval::evaluate;
 use pkv_lm::{Branches, NoTap};
 use pkv_prune::keep_mask;
 use pkv_recipe::{AnswerMatch, MethodName};
+use pkv_results::ANSWERS_FILE;
 use pkv_score::Scorer;
 use tch::{Kind, Tensor};
 

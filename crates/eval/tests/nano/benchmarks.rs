@@ -3,8 +3,9 @@
 use std::cell::RefCell;
 
 use pkv_core::{Fingerprint, NoProgress, Policy, Seed};
-use pkv_eval::{AnswerResults, evaluate};
+use pkv_eval::evaluate;
 use pkv_recipe::{MethodName, TaskName};
+use pkv_results::AnswerResults;
 use pkv_tasks::ruler::{Generator, RulerTask, Sources};
 use pkv_tasks::{Benchmark, Example, Metric, Turn};
 
@@ -101,7 +102,7 @@ fn benchmarks_are_answered_from_the_same_caches_and_continued() {
         let kl = |m, r| b.cell(m, Policy::Pair, r).unwrap().kl.mean;
         assert!(kl(MethodName::KVZIP, 0.2) < kl(MethodName::RANDOM, 0.2), "{}", b.task);
     }
-    let tables = pkv_eval::table::all_tables(&results);
+    let tables = pkv_results::table::all_tables(&results);
     assert!(
         tables.contains("scbench talk/old tower, pair (score in %, 2 questions in 2 contexts"),
         "{tables}"

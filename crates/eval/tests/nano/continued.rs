@@ -1,8 +1,9 @@
 //! An evaluation that is interrupted and started again.
 
 use pkv_core::{NoProgress, Policy};
-use pkv_eval::{ANSWERS_FILE, Results, evaluate};
+use pkv_eval::evaluate;
 use pkv_recipe::MethodName;
+use pkv_results::{ANSWERS_FILE, Results};
 
 use crate::fixture::Nano;
 

@@ -7,12 +7,14 @@ use pkv_data::facts::WordLists;
 use pkv_data::{FactContext, fact_contexts};
 use pkv_eval::EvalInputs;
 use pkv_extract::Extractor;
-use pkv_lm::{LanguageModel, TextTokenizer};
+use pkv_lm::LanguageModel;
 use pkv_mapper::{Mapper, MapperDims, RidgeAccumulator, StandardizationAccumulator};
 use pkv_prune::{log_odds, pool_targets};
 use pkv_recipe::{EvalSection, ExtractSection, FactPlace, LabelSection, MapperSection, TargetPool, Variant};
 use pkv_score::Scorer;
 use pkv_shard::{Example, FeatureFolders, FeatureRow, LabelRow, Row, StageDir, StageWriter};
+use pkv_test_pair::{model_on, tokenizer};
+use pkv_text::TextTokenizer;
 use tch::{Kind, Tensor};
 use tempfile::TempDir;
 
@@ -39,11 +41,8 @@ impl Nano {
     /// All methods and tasks on `contexts` contexts with three facts each.
     pub fn new(contexts: usize) -> Self {
         let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Auto).unwrap();
-        // These matrices are too small to share, and waiting threads starve a busy machine.
-        tch::set_num_threads(1);
-        let model = |name| LanguageModel::load(&folder(name), device, Kind::Float).unwrap();
-        let (target, proxy) = (model("target"), model("proxy"));
-        let tokenizer = TextTokenizer::open(&folder("target")).unwrap();
+        let [target, proxy] = ["target", "proxy"].map(|which| model_on(which, device));
+        let tokenizer = tokenizer();
         let section = EvalSection {
             ratios: vec![0.2, 0.05],
             answer_ratios: vec![1.0, 0.2, 0.05],
@@ -116,10 +115,6 @@ impl Nano {
     pub fn stages(&self) -> [PathBuf; 3] {
         ["examples", "labels", "features"].map(|s| self.stage(s))
     }
-}
-
-fn folder(model: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama").join(model)
 }
 
 /// Overlapping windows of the page: training first, then test.

@@ -6,11 +6,9 @@ use std::path::{Path, PathBuf};
 
 use pkv_core::{Fingerprint, NoProgress, Policy, Seed};
 use pkv_data::FactContext;
-use pkv_eval::{
-    AGREEMENT_FILE, ANSWERS_FILE, AnswerCell, Asked, Columns, EvalInputs, LabelCell, RESULTS_FILE, Results,
-    evaluate,
-};
+use pkv_eval::{Asked, EvalInputs, evaluate};
 use pkv_recipe::{EvalSection, MethodName, TaskName};
+use pkv_results::{AGREEMENT_FILE, ANSWERS_FILE, AnswerCell, Columns, LabelCell, RESULTS_FILE, Results};
 use pkv_tasks::Benchmark;
 use pkv_tasks::ruler::{Generator, RulerTask, Sources};
 
@@ -165,7 +163,7 @@ fn results_add_up_over_tasks_methods_ratios_and_limits() {
     assert_eq!((facts.contexts, cell.contexts), (3, Some(1)));
     assert!(cell.of_kvzip.is_none_or(|v| v.low == v.high), "one context has no spread: {cell:?}");
     assert!(second.results.labels.cell(random, Policy::Pair, 0.2).unwrap().contexts.is_none());
-    assert!(pkv_eval::table::all_tables(&second.results).contains("random on 1 (at 20% kept)"));
+    assert!(pkv_results::table::all_tables(&second.results).contains("random on 1 (at 20% kept)"));
 
     // Another task alone.
     let sources = Sources::default();

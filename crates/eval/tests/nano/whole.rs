@@ -4,11 +4,9 @@ use std::path::{Path, PathBuf};
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use pkv_core::{Fingerprint, NoProgress, Policy};
-use pkv_eval::{
-    AGREEMENT_FILE, ANSWERS_FILE, CONTEXTS_FOLDER, EvalInputs, RESULTS_FILE, Results, evaluate, methods,
-    table,
-};
+use pkv_eval::{EvalInputs, evaluate, methods};
 use pkv_recipe::{EvalSection, MethodName, TaskName};
+use pkv_results::{AGREEMENT_FILE, ANSWERS_FILE, CONTEXTS_FOLDER, RESULTS_FILE, Results, table};
 
 use crate::fixture::Nano;
 
@@ -169,7 +167,7 @@ fn labels_make_sense(results: &Results) {
             assert_eq!(pair, labels.cell(method, Policy::Pair, ratio).unwrap().recall.mean);
         }
     }
-    let table = pkv_eval::table::policy_table(results).unwrap();
+    let table = table::policy_table(results).unwrap();
     assert!(table.contains("| kvzip, pair-budget ") && table.contains("| mapper, pair-uniform "), "{table}");
     let heads = labels.heads.as_ref().unwrap();
     assert_eq!((heads.kvzip_kept.len(), heads.kvzip_kept[0].len(), heads.ratio), (6, 2, 0.05));

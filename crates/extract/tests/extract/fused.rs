@@ -6,6 +6,7 @@ use pkv_core::Channel;
 use pkv_extract::QueryStatistics;
 use pkv_gpu::{Products, wants_lse};
 use pkv_recipe::ExtractSection;
+use pkv_test_support::attention::{softmax, up_to};
 use tch::{Device, Kind, Tensor};
 
 /// A GPU that has the kernels; says so where there is none.
@@ -57,13 +58,10 @@ fn fused_statistics_equal_those_of_blocks() {
         for n in pieces {
             let q_sqd = q_rqd.narrow(0, start, n);
             let k_hkd = k_hkd.narrow(1, 0, start + n);
-            let q_qsd = q_sqd.transpose(0, 1);
             let of = Products { q_rqd: &q_sqd, k_hkd: &k_hkd, scale: SCALE };
             statistics.add(of, None, start as usize, &plain).unwrap();
-            let spread = k_hkd.repeat_interleave_self_int(group, 0, None).to_kind(Kind::Float);
-            let logits = q_qsd.to_kind(Kind::Float).matmul(&spread.transpose(1, 2)) * SCALE;
-            let later = Tensor::ones([n, start + n], (Kind::Bool, device)).triu(start + 1);
-            let lse = logits.masked_fill(&later, f64::NEG_INFINITY).logsumexp([-1i64], false);
+            let seen = up_to(start, n, start + n, device);
+            let lse = softmax(&q_sqd.transpose(0, 1), &k_hkd, SCALE, &seen).1.to_kind(Kind::Float);
             statistics.add(of, Some(&lse), start as usize, &fused).unwrap();
             start += n;
         }

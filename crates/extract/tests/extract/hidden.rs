@@ -1,17 +1,14 @@
 //! The channel of hidden states: its fit against least squares in f64 by another way, its values against the
 //! map.
 
-use std::path::Path;
-
 use anyhow::Result;
 use pkv_core::Channel;
 use pkv_extract::{Extractor, HiddenFit, HiddenProjection};
 use pkv_lm::{LanguageModel, LayerView, Tap};
 use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::Requests;
+use pkv_test_pair::{device, model as nano_model};
 use tch::{Device, Kind, Tensor};
-
-use crate::support::device;
 
 /// What the attention of every layer reads, f64 `[tokens, hidden]`.
 #[derive(Default)]
@@ -25,8 +22,7 @@ impl Tap for Inputs {
 }
 
 fn model() -> LanguageModel {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/target");
-    LanguageModel::load(&folder, device(), Kind::Float).unwrap()
+    nano_model("target", Kind::Float)
 }
 
 fn tokens(n: u32, from: u32) -> Vec<u32> {

@@ -10,7 +10,5 @@ mod model;
 mod naive;
 /// The attention channels by their definition, for the other two.
 mod reference;
-/// Where the tests compute.
-mod support;
 /// The replay that is never run.
 mod unrun;

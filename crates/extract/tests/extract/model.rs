@@ -3,53 +3,22 @@
 
 use std::fs;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 
 use pkv_core::{Channel, GlobalChannel, Hinted};
 use pkv_extract::{ContextFeatures, Extractor};
-use pkv_lm::{LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
+use pkv_lm::NoTap;
 use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::{Requests, Scorer};
+use pkv_test_pair::{Reader, Recorder, device};
+use pkv_test_support::files::nano;
+use pkv_test_support::loops::{attention_weights, difference, dot};
+use pkv_test_support::tensors::flat;
 use tch::{Kind, Tensor};
 
-use crate::reference::{Reference, difference};
-use crate::support::device;
+use crate::reference::Reference;
 
-const TEXT: &str = "The keeper of the northern lighthouse wrote down every ship that passed, its colours and its \
-    course, and when the fog came in from the sea she rang the bell until morning. In the winter of that year no \
-    ship came for eleven weeks. She counted the gulls instead, and the waves between two turns of the lamp, and \
-    she wrote those down as well, because a page without a number on it seemed to her like a night without light.";
-
-struct Nano {
-    model: LanguageModel,
-    tokenizer: TextTokenizer,
-}
-
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/proxy")
-}
-
-impl Nano {
-    fn load() -> Self {
-        Self::of(&folder(), Kind::Float)
-    }
-
-    fn of(tokenizer: &Path, kind: Kind) -> Self {
-        Self {
-            model: LanguageModel::load(&folder(), device(), kind).unwrap(),
-            tokenizer: TextTokenizer::open(tokenizer).unwrap(),
-        }
-    }
-
-    fn context(&self, tokens: usize) -> Vec<u32> {
-        let ids = self.tokenizer.encode(TEXT).unwrap();
-        assert!(ids.len() >= tokens, "the text has {} tokens", ids.len());
-        ids[..tokens].to_vec()
-    }
-
-    fn features(&self, extract: &ExtractSection, context: &[u32]) -> ContextFeatures {
-        Extractor::new(&self.model, &self.tokenizer, extract, &label()).unwrap().features(context).unwrap()
-    }
+fn features(nano: &Reader, extract: &ExtractSection, context: &[u32]) -> ContextFeatures {
+    Extractor::new(&nano.model, &nano.tokenizer, extract, &label()).unwrap().features(context).unwrap()
 }
 
 /// Every channel but the fitted one, which `hidden` holds; sizes small enough for short texts to have all
@@ -68,27 +37,6 @@ fn label() -> LabelSection {
     LabelSection { chunk_tokens: Some(40), ..LabelSection::default() }
 }
 
-fn flat(t: &Tensor) -> Vec<f64> {
-    Vec::try_from(t.flatten(0, -1).to_kind(Kind::Double)).unwrap()
-}
-
-/// Queries, keys and values of every layer of one forward pass over everything.
-#[derive(Default)]
-struct Recorder {
-    layers: Vec<[Vec<f64>; 3]>,
-}
-
-impl Tap for Recorder {
-    fn layer(&mut self, view: &LayerView) -> anyhow::Result<()> {
-        self.layers.push([flat(view.q_qsd), flat(view.k_hkd), flat(view.v_hkd)]);
-        Ok(())
-    }
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
-
 /// A rotated vector, `by` positions further on: the pair (i, i + half) turned by `by` times its frequency.
 fn turned(x: &[f64], frequencies: &[f64], by: f64) -> Vec<f64> {
     let half = x.len() / 2;
@@ -99,16 +47,8 @@ fn turned(x: &[f64], frequencies: &[f64], by: f64) -> Vec<f64> {
     (0..x.len()).map(turn).collect()
 }
 
-/// Attention weights of a query over `keys`.
-fn softmax<'a>(query: &[f64], keys: impl Iterator<Item = &'a [f64]>) -> Vec<f64> {
-    let logits: Vec<f64> = keys.map(|key| dot(query, key) / (query.len() as f64).sqrt()).collect();
-    let top = logits.iter().copied().fold(f64::MIN, f64::max);
-    let total: f64 = logits.iter().map(|x| (x - top).exp()).sum();
-    logits.iter().map(|x| (x - top).exp() / total).collect()
-}
-
 /// All features by their definitions: `[proxy head, channel, position]` and `[global, position]`.
-fn naive(nano: &Nano, context: &[u32], extract: &ExtractSection) -> (Vec<f64>, Vec<f64>) {
+fn naive(nano: &Reader, context: &[u32], extract: &ExtractSection) -> (Vec<f64>, Vec<f64>) {
     let shape = nano.model.shape();
     let (prefix, total) = (nano.tokenizer.prefix().len(), context.len());
     let sizes = Reference {
@@ -158,7 +98,9 @@ fn naive(nano: &Nano, context: &[u32], extract: &ExtractSection) -> (Vec<f64>, V
                     for i in chunk.clone() {
                         let at = (q_head * ids.len() + prefix + i) * shape.head_dim;
                         let query = turned(&q[at..][..shape.head_dim], &frequencies, *further);
-                        weights.push(softmax(&query, chunk.clone().map(key))[t - chunk.start]);
+                        weights.push(
+                            attention_weights(&query, chunk.clone().map(key), sizes.scale)[t - chunk.start],
+                        );
                     }
                 }
                 weights
@@ -220,10 +162,10 @@ fn compare(what: &str, found: &ContextFeatures, expected: &(Vec<f64>, Vec<f64>),
 
 #[test]
 fn every_channel_matches_its_definition() {
-    let nano = Nano::load();
+    let nano = Reader::proxy();
     for tokens in [1, 2, 4, 6, 17, 90] {
         let context = nano.context(tokens);
-        let found = nano.features(&extract(), &context);
+        let found = features(&nano, &extract(), &context);
         let shape = nano.model.shape();
         assert_eq!(found.heads_pct.size(), [shape.total_kv_heads() as i64, 15, tokens as i64]);
         assert_eq!(found.globals_ct.size(), [4, tokens as i64]);
@@ -235,12 +177,12 @@ fn every_channel_matches_its_definition() {
 #[test]
 fn without_a_chat_template_there_is_no_prefix() {
     let bare = tempfile::tempdir().unwrap();
-    fs::copy(folder().join("tokenizer.json"), bare.path().join("tokenizer.json")).unwrap();
-    let nano = Nano::of(bare.path(), Kind::Float);
+    fs::copy(nano("proxy").join("tokenizer.json"), bare.path().join("tokenizer.json")).unwrap();
+    let nano = Reader::with(bare.path(), Kind::Float);
     assert!(nano.tokenizer.prefix().is_empty());
     for tokens in [1, 50] {
         let context = nano.context(tokens);
-        let found = nano.features(&extract(), &context);
+        let found = features(&nano, &extract(), &context);
         compare(&format!("{tokens} tokens"), &found, &naive(&nano, &context, &extract()), 1e-5);
         assert_eq!(found.globals_ct.double_value(&[0, 0]), 0.0, "nothing predicts the first token");
     }
@@ -251,21 +193,21 @@ fn blocks_and_prefill_chunks_change_nothing() {
     // In f64 where models have it, so that what the model itself rounds differently (1e-4 in f32)
     // does not hide a mistake.
     let on_cpu = device() == tch::Device::Cpu;
-    let nano = Nano::of(&folder(), if on_cpu { Kind::Double } else { Kind::Float });
+    let nano = Reader::with(&nano("proxy"), if on_cpu { Kind::Double } else { Kind::Float });
     let model_tolerance = if on_cpu { 1e-5 } else { 3e-4 };
     let context = nano.context(90);
-    let whole = nano.features(&extract(), &context);
+    let whole = features(&nano, &extract(), &context);
     let expected = (flat(&whole.heads_pct), flat(&whole.globals_ct));
     for block_tokens in [1, 7, 50, 90] {
         let extract = ExtractSection { block_tokens, ..extract() };
-        compare(&format!("blocks of {block_tokens}"), &nano.features(&extract, &context), &expected, 1e-5);
+        compare(&format!("blocks of {block_tokens}"), &features(&nano, &extract, &context), &expected, 1e-5);
     }
     // Prefix and context have 107 tokens; 17 is where the one ends and the other begins.
     for prefill_chunk_tokens in [1, 16, 17, 18, 40, 106] {
         let extract = ExtractSection { prefill_chunk_tokens, block_tokens: 11, ..extract() };
         compare(
             &format!("prefill in chunks of {prefill_chunk_tokens}"),
-            &nano.features(&extract, &context),
+            &features(&nano, &extract, &context),
             &expected,
             model_tolerance,
         );
@@ -274,10 +216,10 @@ fn blocks_and_prefill_chunks_change_nothing() {
 
 #[test]
 fn windowed_channels_do_not_see_what_comes_later() {
-    let nano = Nano::load();
+    let nano = Reader::proxy();
     let extract = extract();
     let (short, long) = (nano.context(60), nano.context(90));
-    let (a, b) = (nano.features(&extract, &short), nano.features(&extract, &long));
+    let (a, b) = (features(&nano, &extract, &short), features(&nano, &extract, &long));
     let channel = |features: &ContextFeatures, channel: Channel, positions: usize| {
         let at = extract.channels.iter().position(|c| *c == channel).unwrap();
         flat(&features.heads_pct.select(1, at as i64).narrow(1, 0, positions as i64))
@@ -305,15 +247,15 @@ fn windowed_channels_do_not_see_what_comes_later() {
 
 #[test]
 fn only_what_is_chosen_comes_out() {
-    let nano = Nano::load();
+    let nano = Reader::proxy();
     let context = nano.context(50);
-    let all = nano.features(&extract(), &context);
+    let all = features(&nano, &extract(), &context);
     let some = ExtractSection {
         channels: vec![Channel::ValueNorm, Channel::MaxWindow, Channel::ReconLogOdds],
         globals: vec![GlobalChannel::LogRemaining],
         ..extract()
     };
-    let found = nano.features(&some, &context);
+    let found = features(&nano, &some, &context);
     for (at, channel) in some.channels.iter().enumerate() {
         let expected = extract().channels.iter().position(|c| c == channel).unwrap();
         let (a, b) = (found.heads_pct.select(1, at as i64), all.heads_pct.select(1, expected as i64));
@@ -321,12 +263,12 @@ fn only_what_is_chosen_comes_out() {
     }
     assert_eq!(flat(&found.globals_ct), flat(&all.globals_ct.get(3)));
     let none = ExtractSection { globals: vec![], channels: vec![Channel::KeyNorm], ..extract() };
-    assert_eq!(nano.features(&none, &context).globals_ct.size(), [0, 50]);
+    assert_eq!(features(&nano, &none, &context).globals_ct.size(), [0, 50]);
 }
 
 #[test]
 fn what_has_no_features_is_an_error() {
-    let nano = Nano::load();
+    let nano = Reader::proxy();
     let extractor = Extractor::new(&nano.model, &nano.tokenizer, &extract(), &label()).unwrap();
     let error = extractor.features(&[]).err().unwrap();
     assert!(error.to_string().contains("empty context"), "{error}");
@@ -338,13 +280,13 @@ fn what_has_no_features_is_an_error() {
 /// The extractor reads what `prefill` would: a cache filled by it holds the same keys.
 #[test]
 fn features_are_those_of_a_plain_prefill() {
-    let nano = Nano::load();
+    let nano = Reader::proxy();
     let context = nano.context(40);
     let ids = [nano.tokenizer.prefix(), &context].concat();
     let mut cache = nano.model.new_cache(ids.len());
     let _ = nano.model.prefill(&ids, &mut cache, 1000, &mut NoTap).unwrap();
     let extract = ExtractSection { channels: vec![Channel::KeyNorm], globals: vec![], ..extract() };
-    let found = flat(&nano.features(&extract, &context).heads_pct);
+    let found = flat(&features(&nano, &extract, &context).heads_pct);
     let last = nano.model.shape().layers - 1;
     let keys_hkd = cache.keys(last).narrow(1, nano.tokenizer.prefix().len() as i64, 40);
     let norms = flat(&keys_hkd.square().sum_dim_intlist([2i64].as_slice(), false, Kind::Float).sqrt().log());
@@ -355,7 +297,7 @@ fn features_are_those_of_a_plain_prefill() {
 /// a whole reading.
 #[test]
 fn a_stream_settles_what_no_later_token_changes() {
-    let nano = Nano::load();
+    let nano = Reader::proxy();
     let context = nano.context(90);
     let local = [Channel::MaxWindow, Channel::MeanWindow, Channel::KeyNorm, Channel::ValueNorm];
     let norms = [Channel::ValueNorm];
@@ -364,7 +306,7 @@ fn a_stream_settles_what_no_later_token_changes() {
     // Positions settled at each point of reading; the whole context where it must be read to its end.
     for (channels, behind) in [(&local[..], 16), (&norms, 0), (&with_last, 90), (&all, 90)] {
         let extract = ExtractSection { channels: channels.to_vec(), prefill_chunk_tokens: 23, ..extract() };
-        let expected = nano.features(&extract, &context);
+        let expected = features(&nano, &extract, &context);
         let extractor = Extractor::new(&nano.model, &nano.tokenizer, &extract, &label()).unwrap();
         let mut stream = extractor.stream(&context).unwrap();
         let mut early: Vec<(usize, Tensor, Tensor)> = Vec::new();

@@ -4,11 +4,13 @@ use pkv_core::{Channel, Rng, Seed};
 use pkv_extract::QueryStatistics;
 use pkv_gpu::Products;
 use pkv_recipe::ExtractSection;
+use pkv_test_pair::device;
+use pkv_test_support::loops::difference;
+use pkv_test_support::tensors::flat;
 use rand::Rng as _;
 use tch::{Kind, Tensor};
 
-use crate::reference::{Reference, difference};
-use crate::support::device;
+use crate::reference::Reference;
 
 /// Out of the recipe's order on purpose, with channels between that the statistics must leave alone.
 const CHANNELS: [Channel; 9] = [
@@ -96,7 +98,7 @@ impl Case {
             statistics.add(of, None, start, &gathered).unwrap();
         }
         statistics.finish(&gathered, self.sizes.heads, self.sizes.group);
-        Vec::try_from(gathered.flatten(0, -1).to_kind(Kind::Double)).unwrap()
+        flat(&gathered)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The attention channels by their definition: plain loops in f64 over a full matrix of weights.
 
 use pkv_core::Channel;
+use pkv_test_support::loops::attention_weights;
 
 /// Sizes of one layer's attention over prefix and context, and which queries the channels read.
 pub struct Reference {
@@ -26,14 +27,8 @@ impl Reference {
     fn weights(&self, qs: &[f64], ks: &[f64], q: usize, i: usize) -> Vec<f64> {
         let (d, n) = (self.head_dim, self.positions());
         let query = &qs[(q * n + i) * d..][..d];
-        let logit = |k: usize| -> f64 {
-            let key = &ks[(q / self.group * n + k) * d..][..d];
-            query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>() * self.scale
-        };
-        let logits: Vec<f64> = (0..=i).map(logit).collect();
-        let top = logits.iter().copied().fold(f64::MIN, f64::max);
-        let total: f64 = logits.iter().map(|x| (x - top).exp()).sum();
-        logits.iter().map(|x| (x - top).exp() / total).collect()
+        let key = |k: usize| &ks[(q / self.group * n + k) * d..][..d];
+        attention_weights(query, (0..=i).map(key), self.scale)
     }
 
     /// Attention channels `[heads, channels, context]` of queries `[query_heads, positions, head_dim]`
@@ -81,10 +76,4 @@ impl Reference {
         }
         out
     }
-}
-
-/// The largest absolute difference.
-pub fn difference(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max)
 }

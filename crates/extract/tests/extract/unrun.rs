@@ -2,18 +2,16 @@
 //! `gpu/src/ops/tests/scores.rs`.
 
 use std::ops::Range;
-use std::path::Path;
 
 use anyhow::Result;
 use pkv_core::Channel;
 use pkv_extract::Extractor;
 use pkv_gpu::{Products, ScoreRows, replay_scores};
-use pkv_lm::{LanguageModel, LayerView, RepeatTap, RepeatView, Tap};
+use pkv_lm::{LayerView, RepeatTap, RepeatView, Tap};
 use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::Requests;
+use pkv_test_pair::{device, model as nano_model};
 use tch::{Kind, Tensor};
-
-use crate::support::device;
 
 /// Queries of the first layer, `[q, s, d]`.
 struct First(Option<Tensor>);
@@ -40,8 +38,7 @@ impl RepeatTap for First {
 /// for their positions.
 #[test]
 fn queries_are_moved_to_where_the_repeat_has_them() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/target");
-    let model = LanguageModel::load(&folder, device(), Kind::Float).unwrap();
+    let model = nano_model("target", Kind::Float);
     let prefix = [5u32, 6, 7];
     let context: Vec<u32> = (0..100).map(|i| (11 + i * i * 7) % 4000).collect();
     let requests = Requests::from_ids(vec![9, 8], vec![9, 8, 7, 6], vec![3], 40);
@@ -84,13 +81,12 @@ impl Tap for All {
 /// 16-bit kinds, from the same queries and keys.
 #[test]
 fn chunks_are_scored_by_their_own_queries_however_the_prefill_is_cut() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/target");
     let prefix = [5u32, 6, 7, 8, 9];
     let context: Vec<u32> = (0..150).map(|i| (11 + i * i * 7) % 4000).collect();
     let ids = [&prefix[..], &context].concat();
     let requests = Requests::from_ids(vec![9, 8], vec![9, 8, 7, 6], vec![3], 40);
     for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
-        let model = LanguageModel::load(&folder, device(), kind).unwrap();
+        let model = nano_model("target", kind);
         // The kernels round keys that were moved, once more: on a CPU that made 0.037 in bf16, 0.006 in f16.
         let scale = model.config().architecture.score_scale;
         let tolerance = match kind {

@@ -9,8 +9,8 @@ use std::io::Write as _;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::naive::exact;
 use crate::{cuda_count, set_tf32};
+use pkv_test_support::attention::exact;
 
 /// One computation three times.
 pub(super) struct Compared {

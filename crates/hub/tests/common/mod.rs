@@ -6,12 +6,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pkv_core::{Hinted, NoProgress, Stop};
+use pkv_core::{NoProgress, Stop};
 use pkv_hub::{Hub, HubOptions};
+use pkv_test_support::errors::text_and_hint;
+use pkv_test_support::hub::pull::{COMMIT, Server};
+use pkv_test_support::hub::sha256;
 use tempfile::TempDir;
-
-use crate::server::pull::{COMMIT, Server};
-use crate::server::sha256;
 
 pub const NAME: &str = "owner/small-1b";
 
@@ -61,12 +61,9 @@ pub fn assert_whole(folder: &Path) {
     assert_eq!(fs::read(folder.join("model-00002-of-00002.safetensors")).unwrap(), weights(2));
 }
 
-/// The error's whole chain, and its hints.
+/// The error's whole chain, and its hint.
 pub fn texts(error: anyhow::Error) -> (String, String) {
-    let hints: Vec<_> =
-        error.chain().filter_map(|e| e.downcast_ref::<Hinted>()).map(|h| h.hint().to_owned()).collect();
-    let context = error.downcast_ref::<Hinted>().map(|h| h.hint().to_owned());
-    (format!("{error:#}"), context.into_iter().chain(hints).collect::<Vec<_>>().join("; "))
+    text_and_hint(&error)
 }
 
 pub fn link(from: &Path, to: &Path) {

@@ -1,6 +1,7 @@
 //! Branches of a context: masking must equal eviction, and batches single sequences.
 
-use pkv_lm::{Branches, LanguageModel, NoTap, Storage, TextTokenizer};
+use pkv_lm::{Branches, LanguageModel, NoTap, Storage};
+use pkv_text::TextTokenizer;
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
 

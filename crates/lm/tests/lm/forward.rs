@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use pkv_lm::{Chunks, LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
+use pkv_lm::{Chunks, LanguageModel, LayerView, NoTap, Tap};
+use pkv_test_support::attention::{attention, up_to};
+use pkv_text::TextTokenizer;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
@@ -85,7 +87,7 @@ fn chunks_equal_one_forward() {
     }
 }
 
-/// softmax(q k / sqrt(d)) v and all else of a Llama layer, written out in f64 token by token.
+/// softmax(q k / sqrt(d)) v and all else of a Llama layer, written out in f64.
 #[test]
 fn attention_equals_its_definition() {
     let model = load(&goldens().join("arch-qwen3-qknorm"));
@@ -116,24 +118,14 @@ fn attention_equals_its_definition() {
         weights.iter().find(|(n, _)| *n == name).unwrap().1.to_kind(Kind::Double)
     };
     let [q, k, v] = &seen.qkv[0];
-    let mut rows = Vec::new();
-    for row in 0..15i64 {
-        let heads: Vec<Tensor> = (0..shape.query_heads as i64)
-            .map(|head| {
-                let kv = head / shape.group() as i64;
-                let visible = 26 + row;
-                let keys = k.get(kv).narrow(0, 0, visible);
-                let logits = keys.mv(&q.get(head).get(row)) / (shape.head_dim as f64).sqrt();
-                logits
-                    .softmax(0, Kind::Double)
-                    .unsqueeze(0)
-                    .mm(&v.get(kv).narrow(0, 0, visible))
-                    .squeeze_dim(0)
-            })
-            .collect();
-        rows.push(Tensor::cat(&heads, 0));
-    }
-    let attended = Tensor::stack(&rows, 0);
+    let [attended_sqd, _] = attention(
+        &q.transpose(0, 1),
+        k,
+        v,
+        1.0 / (shape.head_dim as f64).sqrt(),
+        &up_to(25, 15, 40, Device::Cpu),
+    );
+    let attended = attended_sqd.flatten(1, 2);
     let mid = &seen.hidden[0] + attended.mm(&weight("self_attn.o_proj").tr());
     let square = (&mid * &mid).mean_dim(-1, true, Kind::Double);
     let normed =

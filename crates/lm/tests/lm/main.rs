@@ -2,7 +2,7 @@
 
 /// Masking equals eviction; batches equal single sequences.
 mod branches;
-/// Heads and ties, tokens and templates in every file of a folder, against transformers.
+/// Heads and ties in the files of a folder, against transformers.
 mod folders;
 /// Chunks, taps, generation, refusals of the forward pass.
 mod forward;
@@ -16,5 +16,3 @@ mod ragged;
 mod repeats;
 /// Checkpoints, folders and comparisons that the other files share.
 mod support;
-/// Text to tokens, chat templates, vocabularies.
-mod tokenizer;

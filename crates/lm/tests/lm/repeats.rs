@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use anyhow::{Result, bail};
 use pkv_lm::{KvCache, LanguageModel, LayerView, NoTap, RepeatTap, RepeatView, Tap};
+use pkv_test_support::attention::{softmax, up_to};
 use tch::{Device, Kind, Tensor};
 
 use crate::support::{ARCHITECTURES, assert_close, checkpoint, difference, golden_ids, load};
@@ -74,13 +75,9 @@ impl RepeatTap for Record {
 
 /// Log-sum-exp in f64 of queries `[q, s, d]` over keys `[h, k, d]`, the last key seen by the last row.
 fn naive_lse(q_qsd: &Tensor, k_hkd: &Tensor, scale: f64) -> Tensor {
-    let exact = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
-    let (q_heads, s, _) = q_qsd.size3().unwrap();
-    let (heads, keys, _) = k_hkd.size3().unwrap();
-    let k_qkd = exact(k_hkd).repeat_interleave_self_int(q_heads / heads, 0, None);
-    let logits = exact(q_qsd).matmul(&k_qkd.transpose(1, 2)) * scale;
-    let seen = Tensor::ones([s, keys], (Kind::Bool, Device::Cpu)).tril(keys - s);
-    logits.masked_fill(&seen.logical_not(), f64::NEG_INFINITY).logsumexp([-1i64], false)
+    let [q_qsd, k_hkd] = [q_qsd, k_hkd].map(|x| x.to_device(Device::Cpu));
+    let (s, keys) = (q_qsd.size()[1], k_hkd.size()[1]);
+    softmax(&q_qsd, &k_hkd, scale, &up_to(keys - s, s, keys, Device::Cpu)).1
 }
 
 fn prefilled(model: &LanguageModel, ids: &[u32], room: usize) -> KvCache {

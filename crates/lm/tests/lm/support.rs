@@ -3,7 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use pkv_lm::LanguageModel;
+use pkv_test_support::files;
 use tch::{Device, Kind, Tensor};
+
+pub use pkv_test_support::errors::{assert_error, assert_error_text};
+pub use pkv_test_support::files::{lm_goldens as goldens, nano};
+pub use pkv_test_support::tensors::{assert_close, difference};
 
 /// The random-weight checkpoints that lie beside their goldens.
 pub const ARCHITECTURES: [&str; 5] = [
@@ -13,14 +18,6 @@ pub const ARCHITECTURES: [&str; 5] = [
     "arch-qwen3-qknorm",
     "arch-granite-multipliers",
 ];
-
-pub fn goldens() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
-}
-
-pub fn nano(which: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama").join(which)
-}
 
 /// Trained models that goldens exist for; `scripts/real_models.py` makes their folders.
 pub const TRAINED: [&str; 2] = ["smollm2-135m", "qwen2.5-coder-0.5b"];
@@ -62,40 +59,5 @@ pub fn golden(name: &str) -> impl Fn(&str) -> Tensor {
 }
 
 pub fn golden_ids(name: &str) -> Vec<u32> {
-    Vec::<i64>::try_from(golden(name)("input_ids")).unwrap().into_iter().map(|id| id as u32).collect()
-}
-
-/// Largest absolute difference; NaN anywhere counts as infinite.
-pub fn difference(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.size(), b.size());
-    let exact = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
-    let worst = (exact(a) - exact(b)).abs().max().double_value(&[]);
-    if worst.is_nan() { f64::INFINITY } else { worst }
-}
-
-#[track_caller]
-pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
-    let worst = difference(a, b);
-    assert!(worst <= tolerance, "{what}: largest difference {worst:.3e}, tolerance {tolerance:.0e}");
-}
-
-/// The chain of an error must hold all of `parts`, and a hint.
-#[track_caller]
-pub fn assert_error<T>(result: anyhow::Result<T>, parts: &[&str]) {
-    let Err(error) = result else { panic!("expected an error with {parts:?}") };
-    let text = format!("{error:#}");
-    for part in parts {
-        assert!(text.contains(part), "`{part}` is not in: {text}");
-    }
-    let hint = error.chain().find_map(|e| e.downcast_ref::<pkv_core::Hinted>());
-    let hinted = hint.is_some() || error.downcast_ref::<pkv_core::Hinted>().is_some();
-    assert!(hinted, "no hint with: {text}");
-}
-
-/// The chain of an error must hold `part`.
-#[track_caller]
-pub fn assert_error_text<T>(result: anyhow::Result<T>, part: &str) {
-    let Err(error) = result else { panic!("expected an error with `{part}`") };
-    let text = format!("{error:#}");
-    assert!(text.contains(part), "`{part}` is not in: {text}");
+    files::golden_ids(name, "input_ids").unwrap()
 }

@@ -1,15 +1,17 @@
 //! A run folder as the stages leave it, with numbers of the size that the tiny pair shows.
 
+pub mod methods;
+
 use std::fs;
 use std::path::Path;
 
 use pkv_core::Policy;
-use pkv_eval::{
+use pkv_recipe::{AnswerMatch, MethodName, Recipe};
+use pkv_results::{
     AnswerCell, AnswerResults, FactSpan, HeadRecall, Interval, KeptCounts, LabelCell, LabelResults,
     MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults, RESULTS_VERSION, RankCell,
     Results, Timing, WorkedExample,
 };
-use pkv_recipe::{AnswerMatch, MethodName, Recipe};
 use serde_json::json;
 
 pub const RATIOS: [f64; 8] = [0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01];

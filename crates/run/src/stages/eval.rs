@@ -7,11 +7,11 @@ use pkv_checkpoint::write_tensors;
 use pkv_core::{Fingerprint, Split, sha256_hex};
 use pkv_data::{FactContext, fact_contexts};
 use pkv_eval::{Asked, Budgets, EvalInputs};
-use pkv_lm::TextTokenizer;
+use pkv_files::WriteBudget;
 use pkv_recipe::{PruneSection, Recipe, TaskName};
-use pkv_shard::durable::WriteBudget;
 use pkv_shard::{Example, Stage, StageReader};
 use pkv_tasks::{Benchmark, Files, Opening, suite};
+use pkv_text::TextTokenizer;
 use serde_json::json;
 use tch::{Device, Kind};
 

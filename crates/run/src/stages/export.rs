@@ -8,8 +8,8 @@ use pkv_checkpoint::{
     Parity, StageCost,
 };
 use pkv_core::{Policy, Split};
-use pkv_eval::{RESULTS_FILE, Results};
 use pkv_mapper::MapperDims;
+use pkv_results::{RESULTS_FILE, Results};
 use pkv_shard::{Example, ExampleRows, Stage, StageReader};
 use serde_json::json;
 use tch::Tensor;
@@ -124,16 +124,16 @@ fn card(s: &Session, results: Option<&Results>) -> Result<ModelCard> {
             let caption = format!(
                 "Questions answered from the pruned cache, policy `{name}`, percent with 95% intervals"
             );
-            (caption, pkv_eval::table::answers_table(r, policy))
+            (caption, pkv_results::table::answers_table(r, policy))
         });
         let recall = [
             (
                 "Recall of KVzip's kept set, policy `pair`, percent".to_owned(),
-                pkv_eval::table::recall_table(r, Policy::Pair),
+                pkv_results::table::recall_table(r, Policy::Pair),
             ),
             (
                 "What a policy costs: recall of what KVzip keeps under `pair`, percent".to_owned(),
-                pkv_eval::table::policy_table(r),
+                pkv_results::table::policy_table(r),
             ),
         ];
         answers.chain(recall).filter_map(|(caption, table)| card_table(&caption, &table?)).collect()
@@ -182,7 +182,7 @@ fn limits(s: &Session, results: Option<&Results>) -> Vec<String> {
             facts.questions, facts.contexts, r.eval.context_tokens
         ));
         let cells = facts.cells.iter().filter(|c| Some(&c.policy) == r.eval.answer_policies.first());
-        limits.extend(pkv_eval::table::fewer_contexts(cells.map(|c| (c.method, c.ratio, c.contexts))));
+        limits.extend(pkv_results::table::fewer_contexts(cells.map(|c| (c.method, c.ratio, c.contexts))));
     }
     limits
 }

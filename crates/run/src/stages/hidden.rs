@@ -7,9 +7,9 @@ use anyhow::{Context, Result, ensure};
 use pkv_checkpoint::{read_tensors, write_tensors};
 use pkv_core::{Fingerprint, Source, Split, hinted};
 use pkv_extract::{HiddenFit, HiddenProjection};
+use pkv_files::WriteBudget;
 use pkv_lm::LanguageModel;
 use pkv_prune::log_odds;
-use pkv_shard::durable::WriteBudget;
 use pkv_shard::{Example, LabelRow, Stage, StageReader};
 use tch::{Device, Tensor};
 

@@ -15,6 +15,6 @@ pub(super) const ENTRY: Entry = Entry::new(
 );
 
 fn run(s: &Session) -> Result<Outcome> {
-    let written = pkv_report::write(s.run.root())?;
+    let written = pkv_report::write(s.run.root(), &pkv_eval::methods::infos())?;
     Ok(Outcome::Done(json!({"file": written.html})))
 }

@@ -3,14 +3,15 @@
 
 use std::collections::HashMap;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use pkv_lm::{LanguageModel, TextTokenizer};
+use pkv_lm::LanguageModel;
 use pkv_recipe::{LabelPreset, LabelSection, LabelWeighting};
 use pkv_score::Scorer;
+use pkv_test_pair::device;
+use pkv_test_support::files::{golden_ids, lm_goldens as goldens, nano};
+use pkv_text::TextTokenizer;
 use tch::{Device, Kind, Tensor};
-
-use crate::support::device;
 
 /// Those that goldens of trained models hold.
 const PUBLISHED: [LabelPreset; 2] = [LabelPreset::Original, LabelPreset::Kvpress];
@@ -18,24 +19,13 @@ const PUBLISHED: [LabelPreset; 2] = [LabelPreset::Original, LabelPreset::Kvpress
 /// Scoring chunk of the goldens.
 const CHUNK_TOKENS: usize = 160;
 
-fn goldens() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../lm/tests/goldens")
-}
-
-fn nano(which: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama").join(which)
-}
-
 /// Compare one model with its golden file.
 fn check(name: &str, model_folder: &Path, tokenizer_folder: &Path, presets: &[LabelPreset]) {
     let model = LanguageModel::load(model_folder, device(), Kind::Float).unwrap();
     let tokenizer = TextTokenizer::open(tokenizer_folder).unwrap();
     let file = goldens().join(format!("{name}.safetensors"));
     let golden: HashMap<String, Tensor> = Tensor::read_safetensors(&file).unwrap().into_iter().collect();
-    let ids = |key: &str| -> Option<Vec<u32>> {
-        let ids = Vec::<i64>::try_from(golden.get(key)?).unwrap();
-        Some(ids.into_iter().map(|id| id as u32).collect())
-    };
+    let ids = |key: &str| golden_ids(name, key);
     let input = ids("input_ids").unwrap();
     let (prefix, context) = input.split_at(tokenizer.prefix().len());
     assert_eq!(prefix, tokenizer.prefix(), "{name}: prefix");

@@ -6,5 +6,3 @@ mod goldens;
 mod model;
 /// KVzip+'s factors against loops in f64.
 mod naive;
-/// Where the tests compute.
-mod support;

@@ -1,71 +1,24 @@
 //! Scoring through a model at odd sizes: against loops over recorded queries and keys, and against
 //! itself with other chunk sizes.
 
-use std::path::Path;
-
 use pkv_core::Hinted;
-use pkv_lm::{KvCache, LanguageModel, LayerView, NoTap, Tap, TextTokenizer};
+use pkv_lm::{KvCache, NoTap};
 use pkv_recipe::{LabelPreset, LabelSection, Sink};
 use pkv_score::{ContextScores, Scorer};
-use tch::{Kind, Tensor};
+use pkv_test_pair::{Reader, Recorder};
+use pkv_test_support::loops::{attention_weights, difference};
+use pkv_test_support::tensors::flat;
 
-use crate::support::device;
-
-struct Nano {
-    model: LanguageModel,
-    tokenizer: TextTokenizer,
-}
-
-impl Nano {
-    fn load() -> Self {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/nano-llama/proxy");
-        Self {
-            model: LanguageModel::load(&folder, device(), Kind::Float).unwrap(),
-            tokenizer: TextTokenizer::open(&folder).unwrap(),
-        }
-    }
-
-    fn context(&self, tokens: usize) -> Vec<u32> {
-        let text = "The keeper of the northern lighthouse wrote down every ship that passed, its colours and \
-                    its course, and when the fog came in from the sea she rang the bell until morning.";
-        let ids = self.tokenizer.encode(text).unwrap();
-        assert!(ids.len() >= tokens);
-        ids[..tokens].to_vec()
-    }
-
-    fn scorer(&self, label: &LabelSection) -> Scorer<'_> {
-        Scorer::new(&self.model, &self.tokenizer, label).unwrap()
-    }
+fn scorer<'a>(nano: &'a Reader, label: &LabelSection) -> Scorer<'a> {
+    Scorer::new(&nano.model, &nano.tokenizer, label).unwrap()
 }
 
 fn label(preset: LabelPreset, chunk_tokens: usize) -> LabelSection {
     LabelSection { preset, chunk_tokens: Some(chunk_tokens), ..LabelSection::default() }
 }
 
-/// Copies what a forward pass shows of every layer.
-#[derive(Default)]
-struct Recorder {
-    /// Queries `[query_heads][rows][head_dim]` and keys `[kv_heads][positions][head_dim]` of each layer.
-    layers: Vec<[Vec<Vec<Vec<f64>>>; 2]>,
-}
-
-impl Tap for Recorder {
-    fn layer(&mut self, view: &LayerView) -> anyhow::Result<()> {
-        self.layers.push([nested(view.q_qsd), nested(view.k_hkd)]);
-        Ok(())
-    }
-}
-
-fn nested(t: &Tensor) -> Vec<Vec<Vec<f64>>> {
-    (0..t.size()[0]).map(|i| Vec::try_from(t.get(i).to_kind(Kind::Double)).unwrap()).collect()
-}
-
-fn flat(t: &Tensor) -> Vec<f64> {
-    Vec::try_from(t.flatten(0, -1).to_kind(Kind::Double)).unwrap()
-}
-
 /// KVzip by its definition: [layer, KV head, position], maximum and mean.
-fn naive(nano: &Nano, context: &[u32], chunk: usize, sink: usize) -> (Vec<f64>, Vec<f64>) {
+fn naive(nano: &Reader, context: &[u32], chunk: usize, sink: usize) -> (Vec<f64>, Vec<f64>) {
     let shape = nano.model.shape();
     let prefix = nano.tokenizer.prefix();
     let mut max = vec![0.0; shape.layers * shape.kv_heads * context.len()];
@@ -90,22 +43,22 @@ fn naive(nano: &Nano, context: &[u32], chunk: usize, sink: usize) -> (Vec<f64>, 
         let _ = nano.model.prefill(&held, &mut cache, 1000, &mut NoTap).unwrap();
         let mut recorder = Recorder::default();
         let _ = nano.model.forward(&nano.model.ids(&new), &mut cache, &mut recorder).unwrap();
-        for (l, [queries, keys]) in recorder.layers.iter().enumerate() {
-            for (q, rows) in queries.iter().enumerate() {
+        let d = shape.head_dim;
+        let rows = new.len();
+        for (l, [queries, keys, _]) in recorder.layers.iter().enumerate() {
+            for q in 0..shape.query_heads {
                 let h = q / shape.group();
-                for (r, query) in rows.iter().enumerate() {
+                let key = |k: usize| &keys[(h * (held.len() + rows) + k) * d..][..d];
+                for r in 0..rows {
+                    let query = &queries[(q * rows + r) * d..][..d];
                     let chunk_keys = prefix.len() + start..prefix.len() + end;
-                    let seen: Vec<usize> =
-                        (0..sink).chain(chunk_keys).chain(held.len()..held.len() + r + 1).collect();
-                    let scale = (shape.head_dim as f64).sqrt();
-                    let dot = |k: &usize| query.iter().zip(&keys[h][*k]).map(|(a, b)| a * b).sum::<f64>();
-                    let e: Vec<f64> = seen.iter().map(|k| (dot(k) / scale).exp()).collect();
-                    let total: f64 = e.iter().sum();
+                    let seen = (0..sink).chain(chunk_keys).chain(held.len()..held.len() + r + 1);
+                    let weights = attention_weights(query, seen.map(key), 1.0 / (d as f64).sqrt());
                     for t in start..end {
                         let at = (l * shape.kv_heads + h) * context.len() + t;
-                        let weight = e[sink + t - start] / total;
+                        let weight = weights[sink + t - start];
                         max[at] = f64::max(max[at], weight);
-                        mean[at] += weight / (rows.len() * shape.group()) as f64;
+                        mean[at] += weight / (rows * shape.group()) as f64;
                     }
                 }
             }
@@ -115,23 +68,19 @@ fn naive(nano: &Nano, context: &[u32], chunk: usize, sink: usize) -> (Vec<f64>, 
 }
 
 fn off(scores: &ContextScores, expected: &(Vec<f64>, Vec<f64>)) -> f64 {
-    let difference = |a: &[f64], b: &[f64]| {
-        assert_eq!(a.len(), b.len());
-        a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max)
-    };
     difference(&flat(&scores.max_lht), &expected.0)
         .max(difference(&flat(scores.mean_lht.as_ref().unwrap()), &expected.1))
 }
 
 #[test]
 fn odd_sizes_match_loops_over_recorded_queries() {
-    let nano = Nano::load();
+    let nano = Reader::proxy();
     let prefix = nano.tokenizer.prefix().len();
     assert!(prefix > 5, "the prefix is the sink that contexts of 1 and 5 are shorter than");
     // One-token context, shorter than the sink, one-token last chunk, one-token chunks.
     for (tokens, chunk) in [(1, 2000), (5, 2000), (15, 7), (4, 1), (31, 13)] {
         let context = nano.context(tokens);
-        let scores = nano.scorer(&label(LabelPreset::Original, chunk)).score(&context).unwrap();
+        let scores = scorer(&nano, &label(LabelPreset::Original, chunk)).score(&context).unwrap();
         let off = off(&scores, &naive(&nano, &context, chunk, prefix));
         assert!(off < 1e-5, "{tokens} tokens in chunks of {chunk}: off by {off:e}");
     }
@@ -139,11 +88,11 @@ fn odd_sizes_match_loops_over_recorded_queries() {
 
 #[test]
 fn the_sink_can_be_chosen() {
-    let nano = Nano::load();
+    let nano = Reader::proxy();
     let context = nano.context(15);
     for sink in [0, 3, 1000] {
         let label = LabelSection { sink: Some(Sink::Tokens(sink)), ..label(LabelPreset::Original, 7) };
-        let scores = nano.scorer(&label).score(&context).unwrap();
+        let scores = scorer(&nano, &label).score(&context).unwrap();
         let expected = naive(&nano, &context, 7, sink.min(nano.tokenizer.prefix().len()));
         let off = off(&scores, &expected);
         assert!(off < 1e-5, "a sink of {sink}: off by {off:e}");
@@ -152,19 +101,19 @@ fn the_sink_can_be_chosen() {
 
 #[test]
 fn prefill_chunks_change_nothing_and_the_cache_stays() {
-    let nano = Nano::load();
+    let nano = Reader::proxy();
     let context = nano.context(31);
     for &preset in LabelPreset::ALL {
         let label = label(preset, 13);
-        let whole = nano.scorer(&label).score(&context).unwrap();
+        let whole = scorer(&nano, &label).score(&context).unwrap();
         let expected = (flat(&whole.max_lht), flat(whole.mean_lht.as_ref().unwrap()));
         let scale = expected.0.iter().copied().fold(1.0, f64::max);
         for prefill_chunk_tokens in [1, 10] {
             let label = LabelSection { prefill_chunk_tokens, ..label.clone() };
-            let off = off(&nano.scorer(&label).score(&context).unwrap(), &expected);
+            let off = off(&scorer(&nano, &label).score(&context).unwrap(), &expected);
             assert!(off < 1e-5 * scale, "{preset:?}, prefill in chunks of {prefill_chunk_tokens}: {off:e}");
         }
-        let scorer = nano.scorer(&label);
+        let scorer = scorer(&nano, &label);
         let ids = [nano.tokenizer.prefix(), &context].concat();
         let mut cache = nano.model.new_cache(scorer.cache_capacity(context.len()));
         let _ = nano.model.prefill(&ids, &mut cache, 1000, &mut NoTap).unwrap();
@@ -178,18 +127,18 @@ fn prefill_chunks_change_nothing_and_the_cache_stays() {
 
 #[test]
 fn packs_change_nothing() {
-    let nano = Nano::load();
+    let nano = Reader::proxy();
     let context = nano.context(31);
     for &preset in LabelPreset::ALL {
         // Chunks of 7, 7, 7, 7 and 3 tokens.
         let packed = |pack_tokens| {
             let label = LabelSection { pack_tokens, ..label(preset, 7) };
-            nano.scorer(&label).score(&context).unwrap()
+            scorer(&nano, &label).score(&context).unwrap()
         };
         let one = packed(Some(1));
         let expected = (flat(&one.max_lht), flat(one.mean_lht.as_ref().unwrap()));
         let scale = expected.0.iter().copied().fold(1.0, f64::max);
-        let repeat = nano.scorer(&label(preset, 7)).requests().ids(&context, &(7..14)).len();
+        let repeat = scorer(&nano, &label(preset, 7)).requests().ids(&context, &(7..14)).len();
         for pack_tokens in [None, Some(2 * repeat), Some(3 * repeat), Some(1 << 20)] {
             let off = off(&packed(pack_tokens), &expected);
             assert!(off < 1e-5 * scale, "{preset:?}, packs of {pack_tokens:?} tokens: off by {off:e}");
@@ -199,8 +148,8 @@ fn packs_change_nothing() {
 
 #[test]
 fn what_cannot_be_scored_is_an_error() {
-    let nano = Nano::load();
-    let scorer = nano.scorer(&label(LabelPreset::Original, 7));
+    let nano = Reader::proxy();
+    let scorer = scorer(&nano, &label(LabelPreset::Original, 7));
     let error = scorer.score(&[]).err().unwrap();
     assert!(error.to_string().contains("empty context"), "{error}");
     assert!(error.downcast_ref::<Hinted>().is_some());

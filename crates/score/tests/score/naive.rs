@@ -3,10 +3,11 @@
 
 use pkv_core::{Rng, Seed};
 use pkv_score::kvzip_plus;
+use pkv_test_pair::device;
+use pkv_test_support::loops::difference;
+use pkv_test_support::tensors::flat;
 use rand::Rng as _;
 use tch::{Kind, Tensor};
-
-use crate::support::device;
 
 /// Numbers that f32 holds exactly, so that the reference sees the same inputs.
 fn numbers(rng: &mut Rng, n: usize, low: f32, high: f32) -> Vec<f64> {
@@ -15,11 +16,6 @@ fn numbers(rng: &mut Rng, n: usize, low: f32, high: f32) -> Vec<f64> {
 
 fn tensor(values: &[f64], shape: &[i64]) -> Tensor {
     Tensor::from_slice(values).view(shape).to_kind(Kind::Float).to_device(device())
-}
-
-fn difference(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max)
 }
 
 #[test]
@@ -50,7 +46,6 @@ fn kvzip_plus_factors_match_loops_in_f64() {
     }
     let norms: Vec<f64> =
         x.chunks(hidden).map(|r| 1.0 / r.iter().map(|a| a * a).sum::<f64>().sqrt()).collect();
-    let flat = |t: &Tensor| Vec::<f64>::try_from(t.flatten(0, -1).to_kind(Kind::Double)).unwrap();
     assert!(difference(&columns, &flat(&weighting.columns_qt)) < 1e-4);
     assert!(difference(&norms, &flat(&weighting.rows_s)) < 1e-6);
 }

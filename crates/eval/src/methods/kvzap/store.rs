@@ -11,12 +11,12 @@ use anyhow::{Context, Result};
 use pkv_checkpoint::{read_tensors, write_tensors};
 use pkv_core::Fingerprint;
 use pkv_extract::HiddenProjection;
+use pkv_files::WriteBudget;
 use pkv_recipe::MethodName;
-use pkv_shard::durable::WriteBudget;
+use pkv_results::store::lock_file;
 use tch::{Device, Tensor};
 
 use super::{LINEAR_NAME, MLP_NAME, Scorer};
-use crate::store::lock_file;
 
 /// Changes when the same choices give another scorer.
 const VERSION: u32 = 2;

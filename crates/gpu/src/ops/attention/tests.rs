@@ -3,7 +3,7 @@
 use std::io::Write as _;
 
 use super::*;
-use crate::naive::{self, random};
+use pkv_test_support::attention::{self as naive, random};
 
 /// Not 1/sqrt(16), which kernels would take by themselves.
 const SCALE: f64 = 0.3;

@@ -8,9 +8,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Compared, is_half};
 use crate::PackedKv;
-use crate::naive::{self, random, up_to};
 use crate::ops::attention::portable;
 use crate::ops::{self, Attention, Part, RaggedAttention, RaggedShape, Segments, ragged};
+use pkv_test_support::attention::{self as naive, random, up_to};
 
 /// 1/sqrt(head_dim) of none of the cases.
 const SCALE: f64 = 0.3;

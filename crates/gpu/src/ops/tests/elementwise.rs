@@ -4,8 +4,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Compared, is_half, positive, rounding};
 use crate::PackedSlots;
-use crate::naive::{exact, random};
 use crate::ops::{self, Projected, Rotation, gate, mapper, norms, rotary};
+use pkv_test_support::attention::{exact, random};
 
 pub fn gated_silu(device: Device, kind: Kind) -> Vec<Compared> {
     // A width without a kernel among them.

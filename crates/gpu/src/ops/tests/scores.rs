@@ -5,9 +5,9 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::{Compared, is_half, positive};
-use crate::naive::{exact, random, softmax, spread, up_to};
 use crate::ops::{self, Movement, Repeats, ReplayScores, Weighting, WeightingOf, replay, scores, statistics};
 use crate::{Products, QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels};
+use pkv_test_support::attention::{exact, random, softmax, spread, up_to};
 
 /// 1/sqrt(head_dim) of none of the cases.
 const SCALE: f64 = 0.1;

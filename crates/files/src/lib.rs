@@ -1,0 +1,291 @@
+//! Files that are whole or absent: written under a temporary name, fsynced, renamed, folder fsynced. Beside
+//! them locks of folders and hashes of files.
+//!
+//! Also the one place where a full disk can be simulated. What the files hold is left to the callers.
+
+use std::ffi::OsString;
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Context, Result, bail};
+use pkv_core::hinted;
+use sha2::{Digest, Sha256};
+
+/// Ending of files that are not whole yet.
+pub const TEMPORARY: &str = ".tmp";
+
+/// Bytes that may still be written before the disk counts as full.
+///
+/// Unlimited unless a test gives a number or the environment has `PKV_FAIL_WRITES_AFTER_BYTES`,
+/// which counts over all files of the process.
+#[derive(Clone, Debug, Default)]
+pub struct WriteBudget(Option<Arc<AtomicU64>>);
+
+impl WriteBudget {
+    pub fn unlimited() -> Self {
+        Self(None)
+    }
+
+    pub fn bytes(n: u64) -> Self {
+        Self(Some(Arc::new(AtomicU64::new(n))))
+    }
+
+    /// The budget of the process.
+    pub fn from_env() -> Self {
+        static BUDGET: OnceLock<WriteBudget> = OnceLock::new();
+        let read = || {
+            let bytes = std::env::var("PKV_FAIL_WRITES_AFTER_BYTES").ok()?.parse().ok()?;
+            Some(Self::bytes(bytes))
+        };
+        BUDGET.get_or_init(|| read().unwrap_or_default()).clone()
+    }
+
+    /// Take `n` bytes.
+    fn take(&self, n: u64) -> io::Result<()> {
+        let Some(left) = &self.0 else { return Ok(()) };
+        let taken = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(n));
+        taken.map(drop).map_err(|_| io::ErrorKind::StorageFull.into())
+    }
+}
+
+/// A file that appears under its name only when it is whole; it counts and hashes what it is given.
+///
+/// Dropped before [`DurableFile::publish`], it removes its temporary file.
+#[derive(Debug)]
+pub struct DurableFile {
+    path: PathBuf,
+    temporary: PathBuf,
+    file: File,
+    hash: Sha256,
+    bytes: u64,
+    budget: WriteBudget,
+    failure: WriteFailure,
+    published: bool,
+}
+
+/// Kind of a file's first failed write.
+///
+/// Encoders between the caller and the file may turn an IO error into text; this keeps its kind.
+#[derive(Clone, Debug, Default)]
+pub struct WriteFailure(Arc<OnceLock<io::ErrorKind>>);
+
+impl WriteFailure {
+    pub fn kind(&self) -> Option<io::ErrorKind> {
+        self.0.get().copied()
+    }
+}
+
+/// Size and hash of a published file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Published {
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+impl DurableFile {
+    /// # Errors
+    /// The temporary file cannot be created.
+    pub fn create(path: &Path, budget: WriteBudget) -> io::Result<Self> {
+        let mut temporary = OsString::from(path);
+        temporary.push(TEMPORARY);
+        let temporary = PathBuf::from(temporary);
+        let file = File::create(&temporary)?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            temporary,
+            file,
+            hash: Sha256::new(),
+            bytes: 0,
+            budget,
+            failure: WriteFailure::default(),
+            published: false,
+        })
+    }
+
+    /// To ask after an error of the code that writes through this file.
+    pub fn failure(&self) -> WriteFailure {
+        self.failure.clone()
+    }
+
+    fn write_hashed(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.budget.take(data.len() as u64)?;
+        let n = self.file.write(data)?;
+        self.hash.update(&data[..n]);
+        self.bytes += n as u64;
+        Ok(n)
+    }
+
+    /// Make the file whole on disk and give it its name.
+    ///
+    /// # Errors
+    /// The disk is full or fails; the name is then as it was before.
+    pub fn publish(mut self) -> io::Result<Published> {
+        self.file.sync_all()?;
+        fs::rename(&self.temporary, &self.path)?;
+        self.published = true;
+        sync_dir(parent(&self.path))?;
+        Ok(Published { bytes: self.bytes, sha256: hex(self.hash.clone()) })
+    }
+}
+
+impl Write for DurableFile {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.write_hashed(data).inspect_err(|e| {
+            // Only the first failure is the cause.
+            let _ = self.failure.0.set(e.kind());
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Drop for DurableFile {
+    fn drop(&mut self) {
+        if !self.published {
+            // Nothing to do if it fails: the next process that opens the folder removes it.
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// Replace the file at `path` by `data`, whole or not at all.
+///
+/// ```
+/// use pkv_files::{WriteBudget, sha256_file, write_file};
+///
+/// let path = std::env::temp_dir().join(format!("pkv-files-{}", std::process::id()));
+/// let published = write_file(&path, b"whole", &WriteBudget::unlimited())?;
+/// assert_eq!(published.bytes, 5);
+/// assert_eq!(published.sha256, sha256_file(&path)?);
+/// assert!(write_file(&path, b"never whole", &WriteBudget::bytes(4)).is_err(), "as on a full disk");
+/// assert_eq!(std::fs::read(&path)?, b"whole");
+/// # std::fs::remove_file(&path)?;
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+///
+/// # Errors
+/// Named with the path, and with a hint when the disk is full.
+pub fn write_file(path: &Path, data: &[u8], budget: &WriteBudget) -> Result<Published> {
+    let write = || {
+        let mut file = DurableFile::create(path, budget.clone())?;
+        file.write_all(data)?;
+        file.publish()
+    };
+    write().map_err(|e| write_error(path, e))
+}
+
+/// The error for a failed write of `path`, with a hint.
+pub fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
+    let kind = error.kind();
+    write_error_of_kind(path, kind, error.into())
+}
+
+/// As [`write_error`], for an error that came through an encoder: `kind` is the file's.
+pub fn write_error_of_kind(path: &Path, kind: io::ErrorKind, error: anyhow::Error) -> anyhow::Error {
+    let what = format!("cannot write `{}`", path.display());
+    let hint = match kind {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free some space and run the same command again; what is whole is kept"
+        }
+        io::ErrorKind::NotFound => {
+            "its folder was removed meanwhile: keep other programs out of it, and run the same command again"
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "let this user write its folder, or choose another place"
+        }
+        _ => "check the disk, and run the same command again; what is whole is kept",
+    };
+    error.context(hinted(what, hint))
+}
+
+/// Make renames and removals inside `dir` survive a power cut.
+///
+/// # Errors
+/// The folder cannot be opened or synced.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Hold `dir` against other processes until the returned file is dropped.
+///
+/// The folder itself is locked, so that no lock file lies about; the kernel releases the lock of a
+/// process that dies.
+///
+/// # Errors
+/// Another process holds it.
+pub fn lock_dir(dir: &Path) -> Result<File> {
+    let file = File::open(dir).with_context(|| format!("cannot open folder `{}`", dir.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!(
+            hinted(
+                format!("another process writes `{}`", dir.display()),
+                "wait for it to end, or use another run name"
+            )
+            .environment()
+        ),
+        Err(TryLockError::Error(e)) => {
+            Err(e).with_context(|| format!("cannot lock folder `{}`", dir.display()))
+        }
+    }
+}
+
+/// Hold the file `path`, made if absent, against other processes until the returned file is dropped: alone,
+/// or together with all who hold it `shared`. For work whose folder is itself replaced or removed, and for a
+/// file system without locks none is held.
+///
+/// # Errors
+/// Another process holds it, `doing` what it holds it for; or the file cannot be made.
+pub fn lock_work(path: &Path, shared: bool, doing: &str) -> Result<File> {
+    let file = File::options().create(true).append(true).open(path).map_err(|e| write_error(path, e))?;
+    match if shared { file.try_lock_shared() } else { file.try_lock() } {
+        Err(TryLockError::WouldBlock) => bail!(
+            hinted(
+                format!("another process {doing}"),
+                "wait for it to end, or set another `name` in the recipe"
+            )
+            .environment()
+        ),
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    }
+}
+
+/// SHA-256 of the file at `path`, in lower-case hexadecimal.
+///
+/// # Errors
+/// It cannot be read.
+pub fn sha256_file(path: &Path) -> Result<String> {
+    let read = || {
+        // A device never ends.
+        pkv_core::check_regular(path)?;
+        let mut file = File::open(path)?;
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut buffer)? {
+                0 => return Ok(hex(hash)),
+                n => hash.update(&buffer[..n]),
+            }
+        }
+    };
+    read()
+        .map_err(|e: io::Error| anyhow::Error::new(e))
+        .with_context(|| format!("cannot read `{}`", path.display()))
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The folder of `path`.
+pub fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    }
+}
