@@ -16,6 +16,7 @@ use pkv_extract::{ContextFeatures, Extractor};
 use pkv_gpu::Event;
 use pkv_lm::LanguageModel;
 use pkv_mapper::{Mapper, StitchedScores};
+use pkv_recipe::plan::SHARED_CHUNK;
 use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::Requests;
 use tch::{Device, Tensor};
@@ -23,10 +24,6 @@ use tch::{Device, Tensor};
 use crate::lane::Lane;
 use crate::timeline::Timeline;
 use crate::worker::Worker;
-
-/// Tokens that a proxy prefills at a time beside its target: of a 1B model at 32,768 tokens this spares 0.8
-/// GB.
-const SHARED_CHUNK: usize = 16_384;
 
 /// Device, streams and conditions under which a source works.
 #[derive(Clone)]

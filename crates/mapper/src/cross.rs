@@ -13,15 +13,12 @@
 //! in bf16 a kernel of ours (`gpu/kernels/cross.cu`) holds none of them in the forward.
 
 use pkv_recipe::MapperSection;
+use pkv_recipe::plan::PIECE_ELEMENTS;
 use tch::Tensor;
 
 use crate::layers::Linear;
 use crate::params::{Param, ParamStore, Pass};
 use crate::standardize::MapperDims;
-
-/// Elements of one logits tensor; longer contexts go piece by piece. Four tensors of this size live
-/// at once: 1 GB in f32, and each is work enough to fill a GPU.
-const PIECE_ELEMENTS: i64 = 1 << 26;
 
 pub(crate) struct Cross {
     /// The position's context as one more head token.
@@ -67,7 +64,7 @@ impl Cross {
         let logit_rd = (w(self.query_noe).bmm(w(self.key_ned)) * self.scale).flatten(0, 1);
         let reading_rd = w(self.readout_noe).bmm(w(self.value_ned)).flatten(0, 1);
         let per_position = b * (p + 1) * logit_rd.size()[0];
-        let piece = (PIECE_ELEMENTS / per_position.max(1)).clamp(1, t.max(1));
+        let piece = (PIECE_ELEMENTS as i64 / per_position.max(1)).clamp(1, t.max(1));
         pkv_gpu::attend_heads(&tokens_bptd, &logit_rd, &reading_rd, self.heads, piece)
     }
 }
