@@ -53,7 +53,7 @@ pub struct Setting<'a> {
     pub stop: &'a Stop,
 }
 
-/// What the benchmarks of models are given beside.
+/// What benchmarks of models are given in addition.
 #[derive(Clone, Copy)]
 pub struct Models<'a> {
     /// Random weights instead of the models' files.

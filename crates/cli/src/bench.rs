@@ -20,10 +20,8 @@ use crate::output;
 pub fn run(cli: &Cli, command: &BenchCommand, stop: &Stop) -> Result<()> {
     use BenchCommand::{Decode, Extract, Label, Prefill, Train};
     let (lengths, most) = match command {
-        Label { lengths, models, .. }
-        | Extract { lengths, models, .. }
-        | Prefill { lengths, models, .. }
-        | Decode { lengths, models, .. } => (lengths, models.max_seconds),
+        Label(stage) | Extract(stage) => (&stage.lengths, stage.models.max_seconds),
+        Prefill { lengths, models, .. } | Decode { lengths, models, .. } => (lengths, models.max_seconds),
         Train { lengths, .. } => (lengths, f64::INFINITY),
     };
     let recipe = load_recipe(&lengths.recipe.recipe, &lengths.recipe.sets)?;
@@ -39,8 +37,8 @@ pub fn run(cli: &Cli, command: &BenchCommand, stop: &Stop) -> Result<()> {
     };
     let with = |models: &args::BenchModels, peer| Models { random_weights: models.random_weights, peer };
     match command {
-        Label { models, peer, .. } => print(cli, &label(setting, with(models, peer.path()))?)?,
-        Extract { models, peer, .. } => print(cli, &extract(setting, with(models, peer.path()))?)?,
+        Label(stage) => print(cli, &label(setting, with(&stage.models, stage.peer.path()))?)?,
+        Extract(stage) => print(cli, &extract(setting, with(&stage.models, stage.peer.path()))?)?,
         Train { peer, .. } => print(cli, &train(setting, peer.as_deref())?)?,
         Prefill { models, peer, features, trace, .. } => {
             let sets: &[FeatureSet] =

@@ -48,7 +48,7 @@ pub enum Event<'a> {
         question: &'a str,
         error: &'a Error,
     },
-    /// A line of the questions is none.
+    /// A line that is not a question.
     Malformed {
         line: usize,
         error: &'a Error,

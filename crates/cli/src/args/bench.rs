@@ -11,23 +11,9 @@ use super::{RecipeFile, choice};
 #[derive(Clone, Debug, Subcommand)]
 pub enum BenchCommand {
     /// Target: prefill, and prefill with KVzip scoring.
-    Label {
-        #[command(flatten)]
-        lengths: Lengths,
-        #[command(flatten)]
-        models: Models,
-        #[command(flatten)]
-        peer: Peer,
-    },
+    Label(StageBench),
     /// Proxy, or the target if no feature comes from a proxy: prefill, and feature extraction by cost.
-    Extract {
-        #[command(flatten)]
-        lengths: Lengths,
-        #[command(flatten)]
-        models: Models,
-        #[command(flatten)]
-        peer: Peer,
-    },
+    Extract(StageBench),
     /// Mapper: steps through the loader, and on a batch that is on the device already.
     ///
     /// Of each, `--repeats` steps are timed five times.
@@ -66,6 +52,17 @@ pub enum BenchCommand {
         #[arg(long, default_value = "1", value_name = "N", value_delimiter = ',')]
         batch: Vec<NonZeroUsize>,
     },
+}
+
+/// Arguments of `label` and `extract`.
+#[derive(Clone, Debug, Args)]
+pub struct StageBench {
+    #[command(flatten)]
+    pub lengths: Lengths,
+    #[command(flatten)]
+    pub models: Models,
+    #[command(flatten)]
+    pub peer: Peer,
 }
 
 /// What all benchmarks have.
