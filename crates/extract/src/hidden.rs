@@ -10,6 +10,7 @@
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::ModelShape;
+use pkv_gpu::FullWeights;
 use pkv_lm::{LanguageModel, LayerView, Tap};
 use tch::{Device, Kind, Tensor};
 
@@ -20,8 +21,8 @@ const NAMES: [&str; 2] = ["hidden.weight_lmh", "hidden.bias_lh"];
 /// y = x W + b of every layer.
 #[derive(Debug)]
 pub struct HiddenProjection {
-    /// f32 `[layers, hidden, KV heads]`
-    weight_lmh: Tensor,
+    /// `[layers, hidden, KV heads]`
+    weight_lmh: FullWeights,
     /// f32 `[layers, KV heads]`
     bias_lh: Tensor,
 }
@@ -30,30 +31,27 @@ impl HiddenProjection {
     /// # Shapes
     /// - `weight_lmh`: f32 `[layers, hidden, KV heads]`; `bias_lh`: f32 `[layers, KV heads]`, same device
     pub fn new(weight_lmh: Tensor, bias_lh: Tensor) -> Self {
-        Self { weight_lmh, bias_lh }
+        Self { weight_lmh: FullWeights::new(weight_lmh), bias_lh }
     }
 
     /// Weight and bias, as in [`Self::new`].
     pub fn parts(&self) -> [&Tensor; 2] {
-        [&self.weight_lmh, &self.bias_lh]
+        [self.weight_lmh.weight_lmn(), &self.bias_lh]
     }
 
     /// Log-odds of one layer's new context tokens, f32 `[h, s]`.
     ///
-    /// `x_sm`: f32 `[s, hidden]`, what the layer's attention reads ([`of_context`]).
+    /// `x_sm`: `[s, hidden]`, what the layer's attention reads ([`of_context`]).
     pub fn layer(&self, layer: usize, x_sm: &Tensor) -> Tensor {
         let layer = layer as i64;
-        (x_sm.matmul(&self.weight_lmh.get(layer)) + self.bias_lh.get(layer)).transpose(0, 1)
+        (self.weight_lmh.product(layer, x_sm) + self.bias_lh.get(layer)).transpose(0, 1)
     }
 
     /// Random numbers of a model's sizes, for timing.
     pub fn random(shape: &ModelShape, device: Device) -> Self {
         let [l, m, h] = [shape.layers, shape.hidden, shape.kv_heads].map(|n| n as i64);
         let on = (Kind::Float, device);
-        Self {
-            weight_lmh: Tensor::randn([l, m, h], on) / (m as f64).sqrt(),
-            bias_lh: Tensor::randn([l, h], on),
-        }
+        Self::new(Tensor::randn([l, m, h], on) / (m as f64).sqrt(), Tensor::randn([l, h], on))
     }
 
     /// By name, for a file.
@@ -76,12 +74,13 @@ impl HiddenProjection {
             NAMES[0],
             NAMES[1]
         );
-        Ok(Some(Self { weight_lmh, bias_lh }))
+        Ok(Some(Self::new(weight_lmh, bias_lh)))
     }
 
     /// A copy on `device`.
     pub fn to_device(&self, device: Device) -> Self {
-        Self { weight_lmh: self.weight_lmh.to_device(device), bias_lh: self.bias_lh.to_device(device) }
+        let [weight_lmh, bias_lh] = self.parts().map(|x| x.to_device(device));
+        Self::new(weight_lmh, bias_lh)
     }
 
     /// # Errors
@@ -90,20 +89,20 @@ impl HiddenProjection {
         let shape = model.shape();
         let expected = [shape.layers, shape.hidden, shape.kv_heads].map(|n| n as i64);
         ensure!(
-            self.weight_lmh.size() == expected,
+            self.parts()[0].size() == expected,
             "the projection of hidden states has shape {:?}, the model's is {expected:?}",
-            self.weight_lmh.size()
+            self.parts()[0].size()
         );
         Ok(())
     }
 }
 
-/// Input of a layer's attention at the context's new tokens, f32 `[s, hidden]`; nothing if there are
-/// none.
+/// Input of a layer's attention at the context's new tokens, `[s, hidden]` in the model's kind; nothing if
+/// there are none.
 pub fn of_context(view: &LayerView, prefix: usize) -> Option<Tensor> {
     let skipped = prefix.saturating_sub(view.start) as i64;
     let n = view.normed_sm.size()[0] - skipped;
-    (n > 0).then(|| view.normed_sm.narrow(0, skipped, n).to_kind(Kind::Float))
+    (n > 0).then(|| view.normed_sm.narrow(0, skipped, n))
 }
 
 /// A projection in the making. Hidden states are not held: a layer needs two sums of products, f64 on the
@@ -178,7 +177,7 @@ impl HiddenFit {
             weights.push(solution.narrow(0, 0, m));
             biases.push(solution.get(m));
         }
-        Ok(HiddenProjection { weight_lmh: Tensor::stack(&weights, 0), bias_lh: Tensor::stack(&biases, 0) })
+        Ok(HiddenProjection::new(Tensor::stack(&weights, 0), Tensor::stack(&biases, 0)))
     }
 }
 
@@ -196,8 +195,8 @@ impl Tap for HiddenFitTap<'_> {
         let first = view.start.max(self.prefix) - self.prefix;
         let y_sh = self.y_lht.get(view.layer as i64).narrow(1, first as i64, n).transpose(0, 1);
         let (xx, xy) = self.sums.get_mut(view.layer).context("a layer that the model does not have")?;
-        let ones = Tensor::ones([n, 1], (Kind::Float, x_sm.device()));
-        let x = Tensor::cat(&[&x_sm, &ones], 1).to_kind(Kind::Double);
+        let ones = Tensor::ones([n, 1], (Kind::Double, x_sm.device()));
+        let x = Tensor::cat(&[&x_sm.to_kind(Kind::Double), &ones], 1);
         *xx += x.transpose(0, 1).matmul(&x);
         *xy += x.transpose(0, 1).matmul(&y_sh.to_kind(Kind::Double));
         Ok(())

@@ -124,24 +124,105 @@ extern "C" __global__ void merge(half_t* a, const half_t* b, float* a_lse, const
   if (lane == 0) a_lse[lse_at] = peak + __logf(ex + ey);
 }
 
+// Eight threads read a row together, each every eighth piece of 8 numbers, so that a block of 256 threads reads 32 rows at once.
+constexpr int PIECES = HEAD_DIM / 8, PIECE_TURNS = (PIECES + 7) / 8;
+
+struct Eight { float x[8]; };
+
+__device__ __forceinline__ Eight eight(uint4 v) {
+  const float2 a = unpack(v.x), b = unpack(v.y), c = unpack(v.z), d = unpack(v.w);
+  return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
+}
+
+__device__ __forceinline__ float sum_of_eight_threads(float x) {
+  for (int apart = 4; apart; apart /= 2) x += __shfl_xor_sync(~0u, x, apart);
+  return x;
+}
+
 // out[head][row] = log of the length of vectors[head][row][HEAD_DIM], which counts as `floor` if shorter. Rows of a head are
-// contiguous, heads apart as told. Eight threads per row: grid ceil(rows / 32), heads; 256 threads.
+// contiguous, heads apart as told: grid ceil(rows / 32), heads; 256 threads.
 extern "C" __global__ void log_norms(const half_t* vectors, float* out, int rows, long long head, long long out_head, float floor) {
   const int row = blockIdx.x * 32 + threadIdx.x / 8, lane = threadIdx.x % 8;
   float squares = 0.f;
-  auto add = [&](u32 two) {
-    const float2 x = unpack(two);
-    squares = fmaf(x.x, x.x, fmaf(x.y, x.y, squares));
-  };
   if (row < rows) {
     const uint4* from = (const uint4*)(vectors + blockIdx.y * head + (long long)row * HEAD_DIM);
-    for (int i = lane; i < HEAD_DIM / 8; i += 8) {
-      const uint4 eight = from[i];
-      add(eight.x), add(eight.y), add(eight.z), add(eight.w);
+    for (int i = lane; i < PIECES; i += 8) {
+      const Eight of = eight(from[i]);
+      for (float x : of.x) squares = fmaf(x, x, squares);
     }
   }
-  for (int apart = 4; apart; apart /= 2) squares += __shfl_xor_sync(~0u, squares, apart);
+  squares = sum_of_eight_threads(squares);
   if (row < rows && lane == 0) out[blockIdx.y * out_head + row] = logf(fmaxf(sqrtf(squares), floor));
+}
+
+// inverse[head][row] = one over the length of vectors[head][row][HEAD_DIM], which counts as `shortest` if shorter;
+// sums[head][block][HEAD_DIM] = the sum over a block's rows of vector times inverse. Rows lie as in log_norms.
+// Grid ceil(rows / block_rows), heads; 256 threads.
+extern "C" __global__ void __launch_bounds__(256) unit_sums(const half_t* vectors, float* inverse, float* sums, int rows,
+                                                            int block_rows, long long head, float shortest) {
+  const int lane = threadIdx.x % 8, group = threadIdx.x / 8;
+  const int first = blockIdx.x * block_rows, end = min(rows, first + block_rows);
+  float sum[PIECE_TURNS][8] = {};
+  // All threads of a warp take every turn: they add up rows together.
+  for (int at = first; at < end; at += 32) {
+    const int row = at + group;
+    Eight of[PIECE_TURNS] = {};
+    float squares = 0.f;
+#pragma unroll
+    for (int turn = 0; turn < PIECE_TURNS; turn++) {
+      const int i = lane + 8 * turn;
+      if (row < end && i < PIECES) {
+        of[turn] = eight(((const uint4*)(vectors + blockIdx.y * head + (long long)row * HEAD_DIM))[i]);
+      }
+#pragma unroll
+      for (int j = 0; j < 8; j++) squares = fmaf(of[turn].x[j], of[turn].x[j], squares);
+    }
+    const float scale = 1.f / fmaxf(sqrtf(sum_of_eight_threads(squares)), shortest);
+    if (row < end && lane == 0) inverse[(long long)blockIdx.y * rows + row] = scale;
+#pragma unroll
+    for (int turn = 0; turn < PIECE_TURNS; turn++)
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum[turn][j] = fmaf(of[turn].x[j], scale, sum[turn][j]);
+  }
+  // The four rows of a warp, then the eight warps.
+  __shared__ float warps[8][HEAD_DIM];
+#pragma unroll
+  for (int turn = 0; turn < PIECE_TURNS; turn++)
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      float x = sum[turn][j];
+      x += __shfl_xor_sync(~0u, x, 8);
+      x += __shfl_xor_sync(~0u, x, 16);
+      const int i = lane + 8 * turn;
+      if (threadIdx.x % 32 < 8 && i < PIECES) warps[threadIdx.x / 32][8 * i + j] = x;
+    }
+  __syncthreads();
+  for (int d = threadIdx.x; d < HEAD_DIM; d += 256) {
+    float x = 0.f;
+    for (int w = 0; w < 8; w++) x += warps[w][d];
+    sums[((long long)blockIdx.y * gridDim.x + blockIdx.x) * HEAD_DIM + d] = x;
+  }
+}
+
+// out[head][row] = inverse[head][row] times the product of vectors[head][row] and direction[head]. Rows, grid and threads as in
+// log_norms.
+extern "C" __global__ void cosines(const half_t* vectors, const float* inverse, const float* direction, float* out, int rows,
+                                   long long head) {
+  const int row = blockIdx.x * 32 + threadIdx.x / 8, lane = threadIdx.x % 8;
+  float product = 0.f;
+  if (row < rows) {
+    const uint4* from = (const uint4*)(vectors + blockIdx.y * head + (long long)row * HEAD_DIM);
+    const float4* along = (const float4*)(direction + blockIdx.y * HEAD_DIM);
+    for (int i = lane; i < PIECES; i += 8) {
+      const Eight of = eight(from[i]);
+      const float4 a = along[2 * i], b = along[2 * i + 1];
+      const float to[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+      for (int j = 0; j < 8; j++) product = fmaf(of.x[j], to[j], product);
+    }
+  }
+  product = sum_of_eight_threads(product);
+  const long long at = (long long)blockIdx.y * rows + row;
+  if (row < rows && lane == 0) out[at] = product * inverse[at];
 }
 
 // nats[row] = log of the sum of exp(logits[row]) - logits[row][next[row]]. A row has 8 * `pieces` logits; a block of 256 threads

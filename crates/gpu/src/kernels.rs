@@ -16,7 +16,7 @@ pub use decode::{DecodeSpace, PackedKv};
 pub(crate) use decode::{decode, has_decode};
 pub use elementwise::PackedSlots;
 pub(crate) use elementwise::{
-    gated_silu, has_elementwise, log_norms, merge_attended, rotate, row_nats, turn,
+    cosines, gated_silu, has_elementwise, log_norms, merge_attended, rotate, row_nats, turn, unit_sums,
 };
 pub use scores::{Products, QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels};
 pub(crate) use scores::{fused_chunk_scores, fused_query_statistics, has_fused_scores};

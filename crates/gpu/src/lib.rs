@@ -36,10 +36,10 @@ pub use kernels::{
 };
 pub use memory::{CudaMemory, cuda_memory, empty_cache, reset_peak, upload};
 pub use ops::{
-    Attention, AttentionPolicy, Movement, Part, Projected, RaggedAttention, RaggedShape, Rectangle, Repeats,
-    ReplayScores, Rotation, Segments, Weighting, WeightingOf, add_attention, arranged, attend, attend_heads,
-    attend_segments, chunk_scores, gated_silu, log_norms, logits, nats, packs, query_statistics,
-    replay_scores, rotate, time_conv, wants_lse,
+    Attention, AttentionPolicy, FullWeights, Movement, Part, Projected, RaggedAttention, RaggedShape,
+    Rectangle, Repeats, ReplayScores, Rotation, Segments, Weighting, WeightingOf, add_attention, arranged,
+    attend, attend_heads, attend_segments, chunk_scores, gated_silu, log_norms, logits, mean_cosines, nats,
+    packs, query_statistics, replay_scores, rotate, time_conv, wants_lse,
 };
 pub use optim::{AdamW, AdamWOptions, clip_global_norm, drop_gradients, lerp};
 pub use stream::{Event, Stream, StreamGuard};

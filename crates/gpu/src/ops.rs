@@ -20,6 +20,8 @@ mod scores;
 mod statistics;
 #[cfg(test)]
 mod tests;
+mod unit_mean;
+mod weights;
 
 use tch::Kind;
 
@@ -36,6 +38,8 @@ pub use replay::{ReplayScores, replay_scores};
 pub use rotary::{Movement, Projected, Rotation, rotate};
 pub use scores::{Repeats, Weighting, WeightingOf, chunk_scores, wants_lse};
 pub use statistics::query_statistics;
+pub use unit_mean::mean_cosines;
+pub use weights::FullWeights;
 
 /// Dtype in which values of `kind` are computed between two roundings: bf16 and f16 in f32, as on a GPU.
 fn exact_kind(kind: Kind) -> Kind {

@@ -29,7 +29,7 @@ use pkv_core::Fingerprint;
 use pkv_extract::{HiddenProjection, of_context};
 use pkv_lm::{LayerView, Tap};
 use pkv_recipe::MethodName;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use self::fit::KvzapFit;
 use self::sample::Sample;
@@ -99,6 +99,7 @@ impl Scorer {
         let y_sh = match self {
             Self::Linear(projection) => return projection.layer(layer as usize, x_sm),
             Self::Mlp { up_lmw, up_bias_l1w, down_lwh, down_bias_l1h } => {
+                let x_sm = x_sm.to_kind(Kind::Float);
                 let hidden = (x_sm.matmul(&up_lmw.get(layer)) + up_bias_l1w.get(layer)).gelu("none");
                 hidden.matmul(&down_lwh.get(layer)) + down_bias_l1h.get(layer)
             }

@@ -5,15 +5,13 @@
 
 use anyhow::{Result, ensure};
 use pkv_core::Channel;
+use pkv_gpu::mean_cosines;
 use pkv_lm::KvCache;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::{Compute, Entry};
 
 pub(super) const ENTRY: Entry = Entry { channel: Channel::KeyDiff, compute: Compute::Keys(key_diff) };
-
-/// Shorter keys count as this long.
-const SHORTEST: f64 = 1e-12;
 
 /// Minus the cosine between each key and the mean of its head's normalized keys, in one layer.
 ///
@@ -23,7 +21,7 @@ const SHORTEST: f64 = 1e-12;
 /// - returns `[KV heads, context positions]`, f32 in [-1, 1]
 ///
 /// # Errors
-/// There is no context.
+/// There is no context, or the driver refuses.
 ///
 /// # Source
 /// KeyDiff (arXiv 2504.15364); `presses/keydiff_press.py` in NVIDIA/kvpress 0.5.5, which scores the whole
@@ -34,13 +32,7 @@ pub fn key_diff(k_hkd: &Tensor, prefix: usize) -> Result<Tensor> {
     let context = positions - prefix as i64;
     ensure!(context > 0, "a cache of {positions} positions holds no context after a prefix of {prefix}");
     let _no_grad = tch::no_grad_guard();
-    let k_hkd = k_hkd.to_kind(Kind::Float);
-    let lengths = |x: &Tensor| x.norm_scalaropt_dim(2, [-1], true).clamp_min(SHORTEST);
-    let unit_hkd = &k_hkd / lengths(&k_hkd);
-    let mean_h1d = unit_hkd.mean_dim([1].as_slice(), true, Kind::Float);
-    let mean_h1d = &mean_h1d / lengths(&mean_h1d);
-    let cosine_hk = unit_hkd.matmul(&mean_h1d.transpose(1, 2)).squeeze_dim(-1);
-    Ok(-cosine_hk.narrow(1, prefix as i64, context))
+    Ok(-mean_cosines(k_hkd)?.narrow(1, prefix as i64, context))
 }
 
 /// [`key_diff`] of all layers of a cache.

@@ -328,6 +328,22 @@ pub fn row_nats(logits_sv: &Tensor, next_s: &Tensor) -> Result<Tensor> {
     Ok(nats_s)
 }
 
+/// What kernels that read one vector after the other rely on.
+fn check_vectors(vectors_hsd: &Tensor) -> Result<[i64; 3]> {
+    let (size, stride) = (vectors_hsd.size(), vectors_hsd.stride());
+    ensure!(
+        size.len() == 3
+            && stride[1..] == [size[2], 1]
+            && stride[0] % 8 == 0
+            && (vectors_hsd.data_ptr() as usize).is_multiple_of(16)
+            && has_elementwise(vectors_hsd.device(), vectors_hsd.kind(), size[2]),
+        "no kernel reads vectors of {:?} {size:?} with strides {stride:?} on {:?}",
+        vectors_hsd.kind(),
+        vectors_hsd.device()
+    );
+    Ok([size[0], size[1], size[2]])
+}
+
 /// Logarithms of vectors' lengths, in one pass; libtorch's operators take five, one of them in f32.
 ///
 /// # Shapes
@@ -340,42 +356,108 @@ pub fn row_nats(logits_sv: &Tensor, next_s: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// Shapes or kinds disagree, or the driver refuses.
 pub fn log_norms(vectors_hsd: &Tensor, floor: f64, out_hs: &Tensor) -> Result<()> {
-    let (size, stride) = (vectors_hsd.size(), vectors_hsd.stride());
+    let [heads, rows, d] = check_vectors(vectors_hsd)?;
     ensure!(
-        size.len() == 3
-            && stride[1..] == [size[2], 1]
-            && stride[0] % 8 == 0
-            && (vectors_hsd.data_ptr() as usize).is_multiple_of(16)
-            && has_elementwise(vectors_hsd.device(), vectors_hsd.kind(), size[2]),
-        "no norm kernel for {:?} {size:?} of strides {stride:?} on {:?}",
-        vectors_hsd.kind(),
-        vectors_hsd.device()
-    );
-    ensure!(
-        out_hs.size() == size[..2]
+        out_hs.size() == [heads, rows]
             && out_hs.stride()[1] == 1
             && out_hs.kind() == Kind::Float
             && out_hs.device() == vectors_hsd.device(),
-        "room for norms is {:?} {:?}, expected f32 {:?}",
+        "room for norms is {:?} {:?}, expected f32 [{heads}, {rows}]",
         out_hs.kind(),
         out_hs.size(),
-        &size[..2]
     );
-    if size[0] * size[1] == 0 {
+    if heads * rows == 0 {
         return Ok(());
     }
-    let kernel = kernel(vectors_hsd.device(), variant(vectors_hsd, size[2])?, "log_norms", 0)?;
-    let grid = [(size[1] as usize).div_ceil(32), size[0] as usize, 1];
+    let kernel = kernel(vectors_hsd.device(), variant(vectors_hsd, d)?, "log_norms", 0)?;
+    let grid = [(rows as usize).div_ceil(32), heads as usize, 1];
     let args = [
         Arg::Tensor(vectors_hsd),
         Arg::Tensor(out_hs),
-        Arg::Int(i32::try_from(size[1])?),
-        Arg::Long(stride[0]),
+        Arg::Int(i32::try_from(rows)?),
+        Arg::Long(vectors_hsd.stride()[0]),
         Arg::Long(out_hs.stride()[0]),
         Arg::Float(floor as f32),
     ];
     // SAFETY: the kernel's arguments; sizes were checked.
     unsafe { kernel.launch(&Launch { grid, threads: 256, shared: 0 }, &args) }
+}
+
+/// Rows that one block of `unit_sums` adds up.
+const BLOCK_ROWS: i64 = 512;
+
+/// One over each vector's length, f32 `[heads, rows]`, and the sums of blocks of vectors that are taken at
+/// length 1, f32 `[heads, blocks, head_dim]`: one pass over the vectors.
+///
+/// # Shapes
+/// - `vectors_hsd`: as in [`log_norms`]
+///
+/// A vector shorter than `shortest` counts as that long.
+///
+/// # Errors
+/// Shapes or kinds disagree, or the driver refuses.
+pub fn unit_sums(vectors_hsd: &Tensor, shortest: f64) -> Result<(Tensor, Tensor)> {
+    let [heads, rows, d] = check_vectors(vectors_hsd)?;
+    let blocks = (rows as u64).div_ceil(BLOCK_ROWS as u64) as i64;
+    let on = (Kind::Float, vectors_hsd.device());
+    let (inverse_hs, sums_hbd) = (Tensor::empty([heads, rows], on), Tensor::empty([heads, blocks, d], on));
+    if heads * rows == 0 {
+        return Ok((inverse_hs, sums_hbd));
+    }
+    let kernel = kernel(vectors_hsd.device(), variant(vectors_hsd, d)?, "unit_sums", 0)?;
+    let args = [
+        Arg::Tensor(vectors_hsd),
+        Arg::Tensor(&inverse_hs),
+        Arg::Tensor(&sums_hbd),
+        Arg::Int(i32::try_from(rows)?),
+        Arg::Int(BLOCK_ROWS as i32),
+        Arg::Long(vectors_hsd.stride()[0]),
+        Arg::Float(shortest as f32),
+    ];
+    let launch = Launch { grid: [blocks as usize, heads as usize, 1], threads: 256, shared: 0 };
+    // SAFETY: the kernel's arguments; sizes were checked.
+    unsafe { kernel.launch(&launch, &args)? };
+    Ok((inverse_hs, sums_hbd))
+}
+
+/// Product of each vector with its head's `direction_hd`, times `inverse_hs`: f32 `[heads, rows]`.
+///
+/// # Shapes
+/// - `vectors_hsd`: as in [`log_norms`]
+/// - `inverse_hs`: f32 `[heads, rows]`, `direction_hd`: f32 `[heads, head_dim]`, both contiguous, same device
+///
+/// # Errors
+/// Shapes or kinds disagree, or the driver refuses.
+pub fn cosines(vectors_hsd: &Tensor, inverse_hs: &Tensor, direction_hd: &Tensor) -> Result<Tensor> {
+    let [heads, rows, d] = check_vectors(vectors_hsd)?;
+    for (t, expected) in [(inverse_hs, [heads, rows]), (direction_hd, [heads, d])] {
+        ensure!(
+            t.size() == expected
+                && t.kind() == Kind::Float
+                && aligned(t)
+                && t.device() == vectors_hsd.device(),
+            "a factor of cosines is {:?} {:?}, expected contiguous f32 {expected:?}",
+            t.kind(),
+            t.size()
+        );
+    }
+    let out_hs = inverse_hs.empty_like();
+    if heads * rows == 0 {
+        return Ok(out_hs);
+    }
+    let kernel = kernel(vectors_hsd.device(), variant(vectors_hsd, d)?, "cosines", 0)?;
+    let args = [
+        Arg::Tensor(vectors_hsd),
+        Arg::Tensor(inverse_hs),
+        Arg::Tensor(direction_hd),
+        Arg::Tensor(&out_hs),
+        Arg::Int(i32::try_from(rows)?),
+        Arg::Long(vectors_hsd.stride()[0]),
+    ];
+    let grid = [(rows as usize).div_ceil(32), heads as usize, 1];
+    // SAFETY: the kernel's arguments; sizes were checked.
+    unsafe { kernel.launch(&Launch { grid, threads: 256, shared: 0 }, &args)? };
+    Ok(out_hs)
 }
 
 #[cfg(test)]

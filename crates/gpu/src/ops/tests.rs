@@ -27,10 +27,12 @@ pub(super) struct Compared {
 type Cases = fn(Device, Kind) -> Vec<Compared>;
 
 /// The operators by name.
-const TABLE: [(&str, Cases); 12] = [
+const TABLE: [(&str, Cases); 14] = [
     ("gated_silu", elementwise::gated_silu),
     ("nats", elementwise::nats),
     ("log_norms", elementwise::log_norms),
+    ("mean_cosines", elementwise::mean_cosines),
+    ("FullWeights", elementwise::full_weights),
     ("rotate", elementwise::rotate),
     ("time_conv", elementwise::time_conv),
     ("attend", attention::attend),
@@ -105,8 +107,8 @@ fn the_table_is_complete() {
         functions += 1;
         assert!(held(name), "`{name}` is held by nothing");
     }
-    // One operator is a type, because its forward has a workspace.
-    assert_eq!(functions + 1, TABLE.len() + BESIDE.len(), "the table names what is not exported");
+    // Two operators are types: one has a workspace, the other keeps its weights in two forms.
+    assert_eq!(functions + 2, TABLE.len() + BESIDE.len(), "the table names what is not exported");
 }
 
 /// Reproducible, from 0.5 to 1.5, f32.

@@ -9,7 +9,7 @@ use anyhow::Result;
 use pkv_core::Seed;
 use pkv_extract::{HiddenFit, of_context};
 use pkv_lm::{LanguageModel, LayerView, Tap};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::super::method::{Fit, Ready};
 use super::super::training::TrainingContext;
@@ -96,6 +96,6 @@ impl Tap for SampleTap<'_> {
         let y_ht = self.y_ot.narrow(0, view.layer as i64 * heads, heads);
         let y_sh = y_ht.narrow(1, first as i64, n).transpose(0, 1);
         let of = first..first + n as usize;
-        self.sample.add(view.layer, of, self.y_ot.size()[1] as usize, &x_sm, &y_sh)
+        self.sample.add(view.layer, of, self.y_ot.size()[1] as usize, &x_sm.to_kind(Kind::Float), &y_sh)
     }
 }

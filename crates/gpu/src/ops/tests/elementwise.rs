@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Compared, is_half, positive, rounding};
 use crate::PackedSlots;
-use crate::ops::{self, Projected, Rotation, gate, mapper, norms, rotary};
+use crate::ops::{self, Projected, Rotation, gate, mapper, norms, rotary, unit_mean, weights};
 use pkv_test_support::attention::{exact, random};
 
 pub fn gated_silu(device: Device, kind: Kind) -> Vec<Compared> {
@@ -69,6 +69,63 @@ pub fn log_norms(device: Device, kind: Kind) -> Vec<Compared> {
             }
         })
         .collect()
+}
+
+/// Rows beyond one block of the kernel, depths whose pieces of 8 do not fill its eight threads, a vector of zeros.
+pub fn mean_cosines(device: Device, kind: Kind) -> Vec<Compared> {
+    [(8, 1300, 64), (3, 33, 80), (1, 1, 96), (2, 512, 128), (2, 700, 256)]
+        .into_iter()
+        .map(|(heads, rows, d)| {
+            // Keys have a direction in common.
+            let cache = (random(1, &[heads, rows + 7, d], Kind::Float, device) + 0.3).to_kind(kind);
+            let vectors = cache.narrow(1, 5, rows);
+            let _ = vectors.select(1, rows / 2).fill_(if rows > 1 { 0.0 } else { 0.5 });
+            let unit = |x: &Tensor| {
+                x / x.square().sum_dim_intlist([-1i64].as_slice(), true, None).sqrt().clamp_min(1e-12)
+            };
+            let units = unit(&exact(&vectors));
+            let mean = unit(&units.mean_dim([1i64].as_slice(), true, None));
+            Compared {
+                what: format!("{heads} heads, {rows} rows of {d}"),
+                operator: ops::mean_cosines(&vectors).unwrap(),
+                portable: unit_mean::portable(&vectors),
+                naive: (units * mean).sum_dim_intlist([-1i64].as_slice(), false, None),
+                within: [2e-6, 0.0],
+            }
+        })
+        .collect()
+}
+
+/// Weights of very different sizes in one sum.
+pub fn full_weights(device: Device, kind: Kind) -> Vec<Compared> {
+    [(1000, 512, 8), (33, 96, 2), (1, 40, 3)]
+        .into_iter()
+        .map(|(rows, m, n)| {
+            let scale = Tensor::from_slice(&[1.0, 1e-3, 3e2]).to_kind(Kind::Float).to_device(device);
+            let scale = scale.repeat([(m + 2) / 3]).narrow(0, 0, m).unsqueeze(-1);
+            let weight = random(2, &[3, m, n], Kind::Float, device) * &scale;
+            // Terms of the same size.
+            let x = (random(1, &[rows, m], Kind::Float, device) / scale.transpose(0, 1)).to_kind(kind);
+            let by = ops::FullWeights::new(weight.shallow_clone());
+            Compared {
+                what: format!("{rows} rows of {m} to {n}"),
+                operator: by.product(1, &x),
+                portable: weights::portable(&x, &weight.get(1)),
+                naive: exact(&x).matmul(&exact(&weight.get(1))),
+                within: [3e-4, 1e-5],
+            }
+        })
+        .collect()
+}
+
+/// Three parts of 8 digits are the 24 of an f32.
+#[test]
+fn parts_of_weights_are_the_weights() {
+    let weight = random(1, &[2, 40, 3], Kind::Float, Device::Cpu) * 0.01;
+    let parts = weights::parts(&weight).to_kind(Kind::Double).view([2, 3, 3, 40]);
+    let sum = parts.sum_dim_intlist([1i64].as_slice(), false, None).transpose(1, 2);
+    let off = (sum - exact(&weight)).abs().max().double_value(&[]);
+    assert!(off <= 0.05 * 2f64.powi(-24), "{off:e}");
 }
 
 /// Queries, keys and values side by side; with a cache the queries, and what the cache then holds.
