@@ -3,10 +3,11 @@
 
     python3 scripts/manuals_text.py [FOLDER]      # data/ if absent; needs apt-get and dpkg, downloads about 90 MB
     python3 scripts/manuals_text.py --chapters 90000 [FOLDER]      # instead `chapters.jsonl`, for contexts of 16,384 tokens
+    python3 scripts/manuals_text.py --library [FOLDER]      # instead `library.jsonl`, for 10,000 contexts; downloads 230 MB
 
 English pages of 14,000 to 60,000 characters from handbooks and manuals, and modules of Python's standard library of
 14,000 to 200,000, cut after 40,000. A chapter is pages of one manual in their order, joined until they have the characters
-asked for. The licences are those of the packages (/usr/share/doc/*/copyright in each): read the documents, do not pass
+asked for. The library is pages of 6,000 to 60,000 characters of other manuals, for training only. The licences are those of the packages (/usr/share/doc/*/copyright in each): read the documents, do not pass
 them on. What is made depends on the packages' versions alone.
 """
 import argparse
@@ -21,10 +22,15 @@ from html.parser import HTMLParser
 
 MANUALS = ["debian-handbook", "postgresql-doc-15", "python3.11-doc", "developers-reference", "debian-reference-en",
            "git-doc", "octave-doc", "maxima-doc", "erlang-doc"]
+LIBRARY = ["openjdk-17-doc", "rust-doc", "ghc-doc", "python-sympy-doc", "python-pandas-doc", "python-scipy-doc", "python-django-doc",
+           "cmake-doc", "sqlite3-doc", "apache2-doc", "lilypond-doc-html", "libboost1.81-doc", "gap-doc", "pari-doc", "ruby3.1-doc",
+           "racket-doc"]
+# Characters of one of these at most, so that no programming language's interface is most of the library.
+LIBRARY_MOST = 8_000_000
 CODE = ["libpython3.11-stdlib"]
-FILES = {"prose": "manuals.jsonl", "code": "modules.jsonl", "chapters": "chapters.jsonl"}
+FILES = {"prose": "manuals.jsonl", "code": "modules.jsonl", "chapters": "chapters.jsonl", "library": "library.jsonl"}
 # Characters of each kind: three quarters prose.
-MOST = {"prose": 11_000_000, "code": 4_000_000, "chapters": 40_000_000}
+MOST = {"prose": 11_000_000, "code": 4_000_000, "chapters": 40_000_000, "library": 60_000_000}
 # Folders of translations, which are beside those of the English pages.
 TRANSLATED = re.compile(r"/(?!en)[a-z]{2}(-[A-Z]{2})?/")
 
@@ -79,9 +85,9 @@ def unpacked(packages, root):
     return f"{root}/x"
 
 
-def pages(root):
+def pages(root, packages):
     """Path and text of each English page, in the order of their paths."""
-    manuals = unpacked(MANUALS, f"{root}/manuals")
+    manuals = unpacked(packages, f"{root}/{packages[0]}")
     for path in files(manuals, (".html", ".xhtml")):
         name = path[len(manuals):]
         if "index" not in os.path.basename(path).lower() and not TRANSLATED.search(name):
@@ -98,7 +104,7 @@ def modules(root):
 def chapters(root, characters):
     """Pages of one folder, joined until they have so many characters; what is left of a folder is dropped."""
     folder, joined, seen = None, [], set()
-    for name, text in pages(root):
+    for name, text in pages(root, MANUALS):
         if os.path.dirname(name) != folder:
             folder, joined = os.path.dirname(name), []
         # Packages have some pages twice.
@@ -111,23 +117,38 @@ def chapters(root, characters):
             joined = []
 
 
-def documents(root, characters):
-    if characters:
-        return {"chapters": list(chapters(root, characters))}
-    return {"prose": [text[:60_000] for _, text in pages(root) if len(text) > 14_000], "code": list(modules(root))}
+def library(root):
+    for package in LIBRARY:
+        texts = [text[:60_000] for _, text in pages(root, [package]) if len(text) > 6_000]
+        random.shuffle(texts)
+        size = 0
+        for text in texts:
+            size += len(text)
+            if size > LIBRARY_MOST:
+                break
+            yield text
+
+
+def documents(root, asked):
+    if asked.chapters:
+        return {"chapters": list(chapters(root, asked.chapters))}
+    if asked.library:
+        return {"library": list(library(root))}
+    return {"prose": [text[:60_000] for _, text in pages(root, MANUALS) if len(text) > 14_000], "code": list(modules(root))}
 
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", nargs="?", default="data")
     arguments.add_argument("--chapters", type=int, metavar="CHARACTERS", help="join pages to documents of so many characters")
+    arguments.add_argument("--library", action="store_true", help="many more manuals, which no evaluation reads")
     asked = arguments.parse_args()
     out = asked.folder
     os.makedirs(out, exist_ok=True)
     random.seed(7)
     seen = set()
     with tempfile.TemporaryDirectory() as root:
-        for kind, texts in documents(root, asked.chapters).items():
+        for kind, texts in documents(root, asked).items():
             random.shuffle(texts)
             path, size, count = os.path.join(out, FILES[kind]), 0, 0
             with open(path + ".tmp", "w", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Documents that are no prose, as FOLDER/records.jsonl: lists, tables, logs, settings, identifiers, chains of names.
 
-    python3 scripts/records_text.py [FOLDER] [--documents 300]      # data/ if absent; reads FOLDER/manuals.jsonl for words
+    python3 scripts/records_text.py [FOLDER] [--documents 300] [--file records.jsonl]      # data/ if absent; reads FOLDER/manuals.jsonl for words
 
 A mapper that has seen manuals alone ranks badly in such text. Every document has two to five parts of random kinds, 16,000
 to 40,000 characters in all. Nothing is downloaded and nothing depends on the clock: words come from the manuals, the rest
@@ -176,9 +176,10 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", nargs="?", default="data")
     arguments.add_argument("--documents", type=int, default=300)
+    arguments.add_argument("--file", default="records.jsonl", help="its name in the folder")
     asked = arguments.parse_args()
     words = vocabulary(os.path.join(asked.folder, "manuals.jsonl"))
-    r, path = random.Random(7), os.path.join(asked.folder, "records.jsonl")
+    r, path = random.Random(7), os.path.join(asked.folder, asked.file)
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         for _ in range(asked.documents):
             file.write(json.dumps({"text": document(r, words), "kind": "records"}, ensure_ascii=False) + "\n")
