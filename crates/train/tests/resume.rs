@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use pkv_core::Stop;
 use pkv_recipe::Steps;
+use pkv_test_support::kill::{FOLDER, kill};
 
 use crate::common::*;
 
@@ -215,23 +215,10 @@ fn a_killed_process_is_continued_by_the_next() {
     let mut kills = 0;
     for attempt in 0u64.. {
         assert!(attempt < 60, "no progress");
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "resume::child", "--ignored"])
-            .env("PKV_TEST_FOLDER", setup.dir.path())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        // libtorch takes its time to load; the moments that count come after the next checkpoint.
         let before = checkpoints(&setup);
-        while checkpoints(&setup) == before && child.try_wait().unwrap().is_none() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        std::thread::sleep(Duration::from_millis(attempt * 31 % 100));
-        let ended = child.try_wait().unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
-        if let Some(status) = ended {
+        let delay = Duration::from_millis(attempt * 31 % 100);
+        if let Some(status) = kill("resume::child", setup.dir.path(), || checkpoints(&setup) != before, delay)
+        {
             assert!(status.success());
             if kills > 0 {
                 break;
@@ -257,7 +244,7 @@ fn checkpoints(setup: &Setup) -> Vec<std::ffi::OsString> {
 #[test]
 #[ignore = "run by a_killed_process_is_continued_by_the_next"]
 fn child() {
-    let dir = std::env::var("PKV_TEST_FOLDER").expect("run by a_killed_process_is_continued_by_the_next");
+    let dir = std::env::var(FOLDER).expect("run by a_killed_process_is_continued_by_the_next");
     // Its own small stages go unused: it trains on those of the test.
     let own = Setup::new(1, 0);
     let setup = At::new(0, || ());

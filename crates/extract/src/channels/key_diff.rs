@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 
 use super::{Compute, Entry};
 
-pub(super) const ENTRY: Entry = Entry { channel: Channel::KeyDiff, compute: Compute::Keys(key_diff) };
+pub(super) const ENTRIES: &[Entry] = &[Entry { channel: Channel::KeyDiff, compute: Compute::Keys(key_diff) }];
 
 /// Shorter keys count as this long.
 const SHORTEST: f64 = 1e-12;
