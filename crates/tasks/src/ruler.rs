@@ -22,7 +22,6 @@ use anyhow::{Context, Result, bail, ensure};
 use pkv_core::{Rng, Seed, hinted};
 use pkv_recipe::EvalSection;
 use pkv_recipe::plan::TaskWork;
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 pub use qa::{QaSet, Question};
@@ -36,26 +35,19 @@ use crate::words::Words;
 
 pkv_core::named! {
     /// A task of RULER.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-    #[serde(rename_all = "snake_case")]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
     pub enum RulerTask {
         /// One needle (word to number) in repeated noise.
-        #[serde(rename = "niah_single_1")]
         NiahSingle1 = "niah_single_1";
         /// One needle in essays.
-        #[serde(rename = "niah_single_2")]
         NiahSingle2 = "niah_single_2";
         /// One needle in essays, its value a UUID.
-        #[serde(rename = "niah_single_3")]
         NiahSingle3 = "niah_single_3";
         /// Four needles in essays, one asked for.
-        #[serde(rename = "niah_multikey_1")]
         NiahMultikey1 = "niah_multikey_1";
         /// A needle among needles.
-        #[serde(rename = "niah_multikey_2")]
         NiahMultikey2 = "niah_multikey_2";
         /// A needle among needles, keys and values UUIDs.
-        #[serde(rename = "niah_multikey_3")]
         NiahMultikey3 = "niah_multikey_3";
         /// Four values of one key in essays.
         NiahMultivalue = "niah_multivalue";
@@ -68,10 +60,8 @@ pkv_core::named! {
         /// Frequent words extraction.
         Fwe = "fwe";
         /// Questions of SQuAD among its paragraphs.
-        #[serde(rename = "qa_1")]
         Qa1 = "qa_1";
         /// Questions of HotpotQA among its paragraphs.
-        #[serde(rename = "qa_2")]
         Qa2 = "qa_2";
     }
 }
@@ -139,7 +129,7 @@ impl Suite for Ruler {
                 examples: generator.len().unwrap_or(usize::MAX).min(section.examples),
                 example: Box::new(move |index| generator.example(index as u64)),
                 prompt_tokens: None,
-                identity: from.files.identity_with(json!({"ruler": task, "tokens": tokens})),
+                identity: from.files.identity_with(json!({"ruler": task.name(), "tokens": tokens})),
             });
         }
         if !left_out.is_empty() {
