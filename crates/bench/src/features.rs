@@ -3,57 +3,22 @@
 use pkv_core::{Channel, Final, GlobalChannel, Source};
 use pkv_recipe::{ExtractSection, Recipe};
 
-/// Features that ProxyKV may read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FeatureSet {
-    Recipe,
-    Window,
-    Reconstruction,
-    Target,
-    TargetWindow,
-    TargetUnrun,
-    TargetAll,
-    Both,
+pkv_core::named! {
+    /// Features that ProxyKV may read.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum FeatureSet {
+        Recipe = "recipe", "The recipe's features";
+        Window = "window", "Proxy features from a window of queries";
+        Reconstruction = "reconstruction", "The proxy's own KVzip scores";
+        Target = "target", "Target features: the default channels without surprisal";
+        TargetWindow = "target-window", "Target features from a window of queries";
+        TargetUnrun = "target-unrun", "Target features: all channels except those of the whole range";
+        TargetAll = "target-all", "Target features: all channels";
+        Both = "both", "Target features, and proxy features with the proxy's KVzip scores";
+    }
 }
 
 impl FeatureSet {
-    pub const ALL: [Self; 8] = [
-        Self::Recipe,
-        Self::Window,
-        Self::Reconstruction,
-        Self::Target,
-        Self::TargetWindow,
-        Self::TargetUnrun,
-        Self::TargetAll,
-        Self::Both,
-    ];
-
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Recipe => "recipe",
-            Self::Window => "window",
-            Self::Reconstruction => "reconstruction",
-            Self::Target => "target",
-            Self::TargetWindow => "target-window",
-            Self::TargetUnrun => "target-unrun",
-            Self::TargetAll => "target-all",
-            Self::Both => "both",
-        }
-    }
-
-    pub const fn meaning(self) -> &'static str {
-        match self {
-            Self::Recipe => "The recipe's features",
-            Self::Window => "Proxy features from a window of queries",
-            Self::Reconstruction => "The proxy's own KVzip scores",
-            Self::Target => "Target features: the default channels without surprisal",
-            Self::TargetWindow => "Target features from a window of queries",
-            Self::TargetUnrun => "Target features: all channels except those of the whole range",
-            Self::TargetAll => "Target features: all channels",
-            Self::Both => "Target features, and proxy features with the proxy's KVzip scores",
-        }
-    }
-
     /// The sets to measure where none is named: the recipe's, and of a recipe that reads a proxy those of a
     /// proxy by cost.
     pub fn defaults(recipe: &Recipe) -> &'static [Self] {

@@ -5,7 +5,6 @@
 //! stages call; shards are not written. Running out of memory is reported as a row. What is measured is
 //! returned as a report: values for programs, and a table ([`Report`]).
 
-mod clock;
 mod decode;
 mod features;
 mod peer;
@@ -15,6 +14,7 @@ mod row;
 mod stage;
 mod subject;
 mod table;
+mod timer;
 mod train;
 
 use std::path::Path;
@@ -27,10 +27,10 @@ use pkv_recipe::Recipe;
 use serde::Serialize;
 use tch::{Device, Kind};
 
-use clock::Clock;
 use peer::Peer;
 use roofline::Roofline;
 use subject::Subject;
+use timer::Timer;
 
 pub use decode::{DecodeReport, decode};
 pub use features::FeatureSet;
@@ -90,7 +90,7 @@ impl Head {
 /// A benchmark of models, ready to measure.
 struct Bench<'a> {
     setting: Setting<'a>,
-    clock: Clock<'a>,
+    timer: Timer<'a>,
     peer: Option<Peer>,
     head: Head,
 }
@@ -110,7 +110,7 @@ impl<'a> Bench<'a> {
             roofline,
             peer: peer.as_ref().map(Peer::title),
         };
-        Ok(Self { setting, clock: Clock::new(setting, roofline.flops_per_s), peer, head })
+        Ok(Self { setting, timer: Timer::new(setting, roofline.flops_per_s), peer, head })
     }
 }
 

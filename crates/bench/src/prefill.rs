@@ -14,8 +14,8 @@ use pkv_core::{ModelShape, Policy, RetentionRatio, Seed, Source, Stop};
 use pkv_extract::HiddenProjection;
 use pkv_gpu::next_gpu;
 use pkv_infer::{
-    Budget, Context, Keep, NoProxy, Parallel, Phase, PhaseTotal, ProxyMapper, ProxyParts, Regime, RegimeName,
-    Sequential, TargetSide, Trace,
+    Budget, Keep, NoProxy, Parallel, Phase, PhaseTotal, PrefillInput, ProxyMapper, ProxyParts, Regime,
+    RegimeName, Sequential, TargetSide, Trace,
 };
 use pkv_lm::{LanguageModel, NoTap, RaggedCache};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
@@ -25,12 +25,12 @@ use pkv_score::Scorer;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::clock::Clock;
 use crate::features::FeatureSet;
 use crate::peer::Peer;
 use crate::row::{Measured, Row};
 use crate::subject::{PREFIX_TOKENS, Subject, TEMPLATE};
 use crate::table::{aligned, cell, ratio};
+use crate::timer::Timer;
 use crate::{Bench, Head, Models, Report, Setting};
 
 /// Retention ratio; the time hardly depends on it.
@@ -92,7 +92,7 @@ pub fn prefill(setting: Setting, models: Models, sets: &[FeatureSet]) -> Result<
         proxy: here.as_ref(),
         beside: beside.as_ref(),
         model: &target.needed_model()?,
-        clock: &bench.clock,
+        timer: &bench.timer,
         device,
     };
     let mut rows = Vec::new();
@@ -127,7 +127,7 @@ struct Ways<'a> {
     /// The proxy on a GPU of its own.
     beside: Option<&'a Subject<'a>>,
     model: &'a LanguageModel,
-    clock: &'a Clock<'a>,
+    timer: &'a Timer<'a>,
     device: Device,
 }
 
@@ -149,11 +149,11 @@ impl Ways<'_> {
             self.model.prefill_for_tap(&ids, &mut cache, section.prefill_chunk_tokens, &mut NoTap)?;
             Ok(cache)
         };
-        let bare = self.clock.time(Row::new("prefill", t, bare_flops), read)?;
+        let bare = self.timer.time(Row::new("prefill", t, bare_flops), read)?;
         let requests = self.target.requests(section)?;
         let scorer = Scorer::with_requests(self.model, requests, &prefix, section).maxima_only();
         let keep = self.keep()?;
-        let whole = self.clock.time(Row::new("KVzip", t, flops), || {
+        let whole = self.timer.time(Row::new("KVzip", t, flops), || {
             let cache = read()?;
             let scores_lht = scorer.score_cached(&context, &cache)?.max_lht;
             let keep_lht = keep.mask(&scores_lht, &cache, prefix.len())?;
@@ -231,7 +231,7 @@ impl Ways<'_> {
     ) -> Result<(PrefillRow, Vec<Phase>)> {
         let (prefix, tokens) = (self.target.prefix()?, self.target.context(t)?);
         let last = RefCell::new(None);
-        let context = Context {
+        let context = PrefillInput {
             target: self.model,
             prefix: &prefix,
             tokens: &tokens,
@@ -241,7 +241,7 @@ impl Ways<'_> {
             target_side,
             stop: Stop::default(),
         };
-        let row = self.clock.time(row, || {
+        let row = self.timer.time(row, || {
             let prefilled = regime.prefill(&context)?;
             if let Some(why) = prefilled.fallback {
                 bail!("the proxy's side failed: {why:#}");

@@ -7,7 +7,7 @@ use pkv_recipe::plan::{human_bytes, human_flops};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::clock::median;
+use crate::timer::median;
 
 /// Ceilings of one device in one dtype.
 #[derive(Clone, Copy, Debug, Serialize)]

@@ -34,7 +34,7 @@ pub fn label(setting: Setting, models: Models) -> Result<StageReport> {
     let (prefix, requests) = (target.prefix()?, target.requests(section)?);
     bench.rows(&target, section.prefill_chunk_tokens, &[("label", &work)], |model, _, context, row| {
         let scorer = Scorer::with_requests(model, requests.clone(), &prefix, section).maxima_only();
-        bench.clock.time(row, || scorer.score(context))
+        bench.timer.time(row, || scorer.score(context))
     })
 }
 
@@ -66,7 +66,7 @@ pub fn extract(setting: Setting, models: Models) -> Result<StageReport> {
         let fitted = section.channels.iter().any(|c| c.is_fitted());
         let extractor = Extractor::with_requests(model, &requests, &prefix, section, &recipe.label)
             .with_hidden(fitted.then_some(&hidden))?;
-        bench.clock.time(row, || extractor.features(context))
+        bench.timer.time(row, || extractor.features(context))
     })
 }
 
@@ -93,7 +93,7 @@ impl Bench<'_> {
                 continue;
             };
             let ids = [prefix.as_slice(), &context].concat();
-            let bare = self.clock.time(bare, || {
+            let bare = self.timer.time(bare, || {
                 let mut cache = model.new_cache(ids.len());
                 model.prefill(&ids, &mut cache, chunk_tokens, &mut NoTap)
             })?;

@@ -113,10 +113,8 @@ impl ModelCard {
         writeln!(out, "\n## Labels\n")?;
         writeln!(
             out,
-            "KVzip preset `{}`, scoring chunks of {} tokens, raw scores on the log-odds scale; span-pooled for \
-             training with width {} and blend {}.",
-            c.label.preset.name(),
-            c.label.chunk(),
+            "{}, raw scores on the log-odds scale; span-pooled for training with width {} and blend {}.",
+            c.label.definition(),
             c.train.target_pool.width,
             c.train.target_pool.blend
         )?;

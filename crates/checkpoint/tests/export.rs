@@ -160,7 +160,7 @@ fn the_card_says_what_a_stranger_must_know() {
         "| label | 1.500 | 1.500 | NVIDIA H200 | 742113 |",
         "| train | 0.025 | 0.000 | 8 CPU threads | - |",
         "| target | `models/big\\|one` | `local:0123` | 2 layers x 3 KV heads of 16 | `0123456789ab` |",
-        "KVzip preset `original`, scoring chunks of 2000 tokens",
+        "KVzip preset original, scoring chunks of 2000 tokens",
         "width 3 and blend 0.5",
         "`max_all`, `mean_all`, `max_window`",
         "| novels | 480 | public domain |",

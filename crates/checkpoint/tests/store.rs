@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use pkv_checkpoint::{CheckpointInfo, CheckpointStore, read_tensors, write_tensor
 use pkv_core::Fingerprint;
 use pkv_files::WriteBudget;
 use pkv_shard::StaleError;
+use pkv_test_support::kill::{FOLDER, kill};
 use serde_json::json;
 use tch::{Kind, Tensor};
 use tempfile::tempdir;
@@ -235,21 +235,8 @@ fn a_killed_process_leaves_whole_checkpoints() {
     let dir = tempdir().unwrap();
     let mut last = None;
     for attempt in 0..12u64 {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "store::child", "--ignored"])
-            .env("PKV_TEST_FOLDER", dir.path())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        // libtorch takes its time to load; the moments that count come after the first save.
-        let before = names(dir.path());
-        while names(dir.path()) == before {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        std::thread::sleep(Duration::from_millis(attempt * 29 % 150));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        let (before, delay) = (names(dir.path()), Duration::from_millis(attempt * 29 % 150));
+        kill("store::child", dir.path(), || names(dir.path()) != before, delay);
         let store = open(dir.path());
         assert!(names(dir.path()).iter().all(|n| !n.ends_with(".tmp")), "an interrupted save was left");
         let (found, warnings) = warnings(|| store.latest(cpu()).unwrap());
@@ -271,7 +258,7 @@ fn child_state(step: u64) -> pkv_checkpoint::TrainingState {
 #[test]
 #[ignore = "run by a_killed_process_leaves_whole_checkpoints"]
 fn child() {
-    let dir = std::env::var("PKV_TEST_FOLDER").expect("run by a_killed_process_leaves_whole_checkpoints");
+    let dir = std::env::var(FOLDER).expect("run by a_killed_process_leaves_whole_checkpoints");
     let store = open(dir.as_ref());
     let from = store.latest(cpu()).unwrap().map_or(0, |s| s.step);
     for step in from + 1.. {

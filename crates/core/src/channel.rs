@@ -5,8 +5,6 @@
 //!
 //! `docs/contributing.md` has the steps to add a channel.
 
-use std::fmt;
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -99,26 +97,15 @@ impl Pass {
 
 macro_rules! channels {
     ($($variant:ident: $name:literal, $pass:ident, $sources:expr, $meaning:literal;)+) => {
-        /// A feature of one (layer, KV head, position) of a source.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-        pub enum Channel {
-            $(#[doc = $meaning] #[serde(rename = $name)] $variant,)+
+        crate::named! {
+            /// A feature of one (layer, KV head, position) of a source.
+            #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+            pub enum Channel {
+                $(#[doc = $meaning] #[serde(rename = $name)] $variant = $name, $meaning;)+
+            }
         }
 
         impl Channel {
-            /// Every channel.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
-
-            /// In recipes and fingerprints.
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)+ }
-            }
-
-            /// Its meaning, in a phrase without its name.
-            pub const fn meaning(self) -> &'static str {
-                match self { $(Self::$variant => $meaning,)+ }
-            }
-
             pub const fn pass(self) -> Pass {
                 match self { $(Self::$variant => Pass::$pass,)+ }
             }
@@ -189,28 +176,20 @@ impl Channel {
     pub const RECONSTRUCTION: [Self; 3] = [Self::ReconLog, Self::ReconLogOdds, Self::ReconMean];
 }
 
-impl fmt::Display for Channel {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(self.name())
+crate::named! {
+    /// A feature of a position, the same for all heads of a source.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+    #[serde(rename_all = "snake_case")]
+    pub enum GlobalChannel {
+        /// Negative log-likelihood (nats) that the source gave the token during prefill.
+        Surprisal = "surprisal";
+        /// t / T.
+        Position = "position";
+        /// log(t + 1).
+        LogPosition = "log_position";
+        /// log(T - t).
+        LogRemaining = "log_remaining";
     }
-}
-
-/// A feature of a position, the same for all heads of a source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum GlobalChannel {
-    /// Negative log-likelihood (nats) that the source gave the token during prefill.
-    Surprisal,
-    /// t / T.
-    Position,
-    /// log(t + 1).
-    LogPosition,
-    /// log(T - t).
-    LogRemaining,
-}
-
-impl GlobalChannel {
-    pub const ALL: [Self; 4] = [Self::Surprisal, Self::Position, Self::LogPosition, Self::LogRemaining];
 }
 
 #[cfg(test)]
@@ -227,9 +206,9 @@ mod tests {
         for c in Channel::ALL {
             assert!(!c.sources().is_empty() && !c.meaning().ends_with('.'), "{c}");
             assert!(Pass::ALL.contains(&c.pass()), "{c}");
-            let text = serde_json::to_string(c).unwrap();
+            let text = serde_json::to_string(&c).unwrap();
             assert_eq!(text, format!("\"{c}\""), "files have the name");
-            assert_eq!(serde_json::from_str::<Channel>(&text).unwrap(), *c);
+            assert_eq!(serde_json::from_str::<Channel>(&text).unwrap(), c);
         }
     }
 

@@ -3,7 +3,6 @@
 //! The kind of an error follows from types alone: [`Interrupted`], [`ClosedPipe`], the operating system's
 //! errors, and the kind that a [`Hinted`] error was made with. The text of a hint decides nothing.
 
-use std::fmt;
 use std::io::{self, ErrorKind};
 
 use anyhow::Error;
@@ -89,16 +88,9 @@ fn of_system(error: &io::Error) -> Option<FailureKind> {
 }
 
 /// The reader of stdout closed it, as `head` does: no reader is left for a message.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("stdout was closed")]
 pub struct ClosedPipe;
-
-impl fmt::Display for ClosedPipe {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("stdout was closed")
-    }
-}
-
-impl std::error::Error for ClosedPipe {}
 
 #[cfg(test)]
 mod tests {

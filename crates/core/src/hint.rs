@@ -3,16 +3,14 @@
 //! A [`Hinted`] travels in an `anyhow` chain, as root cause or as context; the command line finds
 //! it with `downcast_ref` and prints its hint after the chain. Nothing here prints.
 
-use std::error::Error;
-use std::fmt;
-
 use crate::FailureKind;
 
 /// An error message, and the command or edit that repairs the cause.
 ///
 /// The text of the cause is not repeated in `message`: it travels as `source` or further down
 /// the chain.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
 pub struct Hinted {
     message: String,
     hint: String,
@@ -62,11 +60,3 @@ impl Hinted {
         error.downcast_ref().or_else(|| error.chain().find_map(|cause| cause.downcast_ref()))
     }
 }
-
-impl fmt::Display for Hinted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl Error for Hinted {}

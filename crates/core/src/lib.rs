@@ -10,6 +10,7 @@ mod fingerprint;
 mod guard;
 mod hint;
 mod json;
+mod named;
 mod neutral;
 mod policy;
 mod progress;

@@ -3,24 +3,29 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Which KV pairs compete with each other for a place in the pruned cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Policy {
-    /// One global ranking over layers x KV heads x positions (KVzip's default).
-    Pair,
-    /// The same, but the best positions of every KV head are kept, however low that head scores
-    /// ([`HEAD_PLACES`]).
-    PairFloor,
-    /// As `pair-floor`; below a fifth kept, scores to which those of KeyDiff are added ([`key_diff_weight`]).
-    PairKeydiff,
-    /// The same number of positions in every layer and KV head.
-    PairUniform,
-    /// A fixed number of positions in each layer and KV head, by budgets learned from the training labels:
-    /// the same cache shape for every context of a length.
-    PairBudget,
-    /// The same positions in all KV heads of all layers.
-    Token,
+crate::named! {
+    /// Which KV pairs compete with each other for a place in the pruned cache.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+    #[serde(rename_all = "kebab-case")]
+    pub enum Policy {
+        /// One global ranking over layers x KV heads x positions (KVzip's default).
+        Pair = "pair", "All KV pairs of the context compete";
+        /// The same, but the best positions of every KV head are kept, however low that head scores
+        /// ([`HEAD_PLACES`]).
+        PairFloor = "pair-floor", "As `pair`, but every KV head keeps at least a sixth of an even share";
+        /// As `pair-floor`; below a fifth kept, scores to which those of KeyDiff are added
+        /// ([`key_diff_weight`]).
+        PairKeydiff = "pair-keydiff", "As `pair-floor`; below a fifth kept, KeyDiff's scores count too";
+        /// The same number of positions in every layer and KV head.
+        PairUniform = "pair-uniform",
+            "Positions compete within each KV head; every head keeps the same number";
+        /// A fixed number of positions in each layer and KV head, by budgets learned from the training
+        /// labels: the same cache shape for every context of a length.
+        PairBudget = "pair-budget",
+            "Positions compete within each KV head; the number kept is the head's budget from the export";
+        /// The same positions in all KV heads of all layers.
+        Token = "token", "Positions compete; all KV heads keep the same ones";
+    }
 }
 
 /// Under `pair-floor`, what a pair's place within its KV head counts beside its place among all pairs: with
@@ -41,47 +46,15 @@ pub fn key_diff_weight(kept: f64) -> f64 {
 }
 
 impl Policy {
-    pub const ALL: [Self; 6] =
-        [Self::Pair, Self::PairFloor, Self::PairKeydiff, Self::PairUniform, Self::PairBudget, Self::Token];
     /// Those that need no keys, and so can be compared where there are only scores.
     pub const WITHOUT_KEYS: [Self; 5] =
         [Self::Pair, Self::PairFloor, Self::PairUniform, Self::PairBudget, Self::Token];
     /// Those that need only scores: a pair that is kept at one ratio is kept at every larger one.
     pub const OF_SCORES: [Self; 4] = [Self::Pair, Self::PairFloor, Self::PairUniform, Self::Token];
 
-    /// The policy of that name.
-    pub fn named(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|policy| policy.name() == name)
-    }
-
     /// Does it look at the target's keys?
     pub const fn needs_keys(self) -> bool {
         matches!(self, Self::PairKeydiff)
-    }
-
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Pair => "pair",
-            Self::PairFloor => "pair-floor",
-            Self::PairKeydiff => "pair-keydiff",
-            Self::PairUniform => "pair-uniform",
-            Self::PairBudget => "pair-budget",
-            Self::Token => "token",
-        }
-    }
-
-    /// In a sentence, for help.
-    pub const fn meaning(self) -> &'static str {
-        match self {
-            Self::Pair => "All KV pairs of the context compete",
-            Self::PairFloor => "As `pair`, but every KV head keeps at least a sixth of an even share",
-            Self::PairKeydiff => "As `pair-floor`; below a fifth kept, KeyDiff's scores count too",
-            Self::PairUniform => "Positions compete within each KV head; every head keeps the same number",
-            Self::PairBudget => {
-                "Positions compete within each KV head; the number kept is the head's budget from the export"
-            }
-            Self::Token => "Positions compete; all KV heads keep the same ones",
-        }
     }
 }
 

@@ -22,7 +22,8 @@ use serde::{Deserialize, Serialize};
 pub struct RetentionRatio(f64);
 
 /// A number that is no retention ratio.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("a retention ratio is the kept share of KV pairs, 0 < ratio <= 1, found {0}")]
 pub struct RatioError(f64);
 
 impl RetentionRatio {
@@ -72,14 +73,6 @@ impl RatioError {
         }
     }
 }
-
-impl fmt::Display for RatioError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "a retention ratio is the kept share of KV pairs, 0 < ratio <= 1, found {}", self.0)
-    }
-}
-
-impl std::error::Error for RatioError {}
 
 #[cfg(test)]
 mod tests {

@@ -9,23 +9,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Channel, GlobalChannel, ModelShape};
 
-/// A model that features come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Source {
-    /// The proxy's prefill: the paper's ProxyKV.
-    Proxy,
-    /// The target's own prefill.
-    Target,
-}
-
-impl Source {
-    /// As recipes spell it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Proxy => "proxy",
-            Self::Target => "target",
-        }
+crate::named! {
+    /// A model that features come from.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+    #[serde(rename_all = "snake_case")]
+    pub enum Source {
+        /// The proxy's prefill: the paper's ProxyKV.
+        Proxy = "proxy";
+        /// The target's own prefill.
+        Target = "target";
     }
 }
 

@@ -1,6 +1,5 @@
 //! Cancellation: the flag that a signal raises, and the error of work that ended because of it.
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -44,18 +43,9 @@ impl Stop {
 }
 
 /// The work was stopped by the user; what was done is on disk.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("interrupted; whole shards and checkpoints are on disk, and the same command goes on from them")]
 pub struct Interrupted;
-
-impl fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(
-            "interrupted; whole shards and checkpoints are on disk, and the same command goes on from them",
-        )
-    }
-}
-
-impl std::error::Error for Interrupted {}
 
 #[cfg(test)]
 mod tests {

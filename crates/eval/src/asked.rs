@@ -12,7 +12,7 @@ use pkv_results::{CONTEXTS_FOLDER, RESULTS_FILE, Results};
 use pkv_tasks::Benchmark;
 use serde_json::json;
 
-use crate::labels::Plan;
+use crate::labels::LabelPlan;
 use crate::task::{Facts, Task};
 use crate::{tasks, worked};
 
@@ -59,7 +59,7 @@ impl<'a> Asked<'a> {
             cells,
             work,
         };
-        let labels = Plan::new(section)?.cells;
+        let labels = LabelPlan::new(section)?.cells;
         let mut all = vec![of(About::Labels, json!({}), self.test_examples, labels, Work::Labels)];
         let cells = answer_cells(section)?;
         // Of the tasks that read a pruned cache; outcomes from before there was a choice say nothing of it.

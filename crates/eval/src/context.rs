@@ -14,8 +14,8 @@ use pkv_results::cell::Cell;
 use pkv_score::Scorer;
 use tch::{Kind, Tensor};
 
-use crate::clock::Clock;
 use crate::methods::{ContextView, Draw, Methods, Scored, Target, Watches};
+use crate::stopwatch::Stopwatch;
 
 /// Both models, ready to read contexts.
 pub struct Reader<'a> {
@@ -46,7 +46,7 @@ impl<'a> Reader<'a> {
     ///
     /// # Errors
     /// A model cannot read it.
-    pub fn read(&self, context: &[u32], draw: Draw, clock: &mut Clock) -> Result<PrunedContext> {
+    pub fn read(&self, context: &[u32], draw: Draw, clock: &mut Stopwatch) -> Result<PrunedContext> {
         let needs = self.methods.needs();
         // Where the target is a source of features, its only prefill gives them.
         let mut watches = self.methods.watches();
@@ -117,7 +117,7 @@ impl<'a> Reader<'a> {
             )
         );
         // The tasks time the methods; here contexts differ in length.
-        let mut untimed = Clock::new(self.target.model.device());
+        let mut untimed = Stopwatch::new(self.target.model.device());
         let (cache, watches) = match self.methods.needs().prefill {
             true => {
                 let (cache, watches) = self.prefill(context, &mut untimed)?;
@@ -136,7 +136,7 @@ impl<'a> Reader<'a> {
 
     /// The target's cache of `context`, and what looked on. Methods that work inside the prefill are timed
     /// with it.
-    fn prefill(&self, context: &[u32], clock: &mut Clock) -> Result<(KvCache, Watches<'a>)> {
+    fn prefill(&self, context: &[u32], clock: &mut Stopwatch) -> Result<(KvCache, Watches<'a>)> {
         let mut watches = self.methods.watches();
         let capacity = self.scorer.cache_capacity(context.len());
         let cache = clock.time("target: prefill", || self.target.prefill(context, capacity, &mut watches))?;

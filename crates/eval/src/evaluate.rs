@@ -26,11 +26,11 @@ use pkv_text::TextTokenizer;
 use crate::asked::{Asked, AskedTask, Work};
 use crate::asking::Asking;
 use crate::budgets::Budgets;
-use crate::clock::Clock;
 use crate::context::Reader;
 use crate::gather::{MethodsOutcome, publish};
-use crate::labels::{LabelOutcome, Plan};
+use crate::labels::{LabelOutcome, LabelPlan};
 use crate::methods::{self, Draw, Methods, Setup, Target, TrainingSet, feature_tensors, label_tensor};
+use crate::stopwatch::Stopwatch;
 use crate::task::{Task, TaskOutcome, Texts};
 use crate::worked::{ExampleOutcome, work_example};
 
@@ -208,7 +208,7 @@ impl<'a> Evaluation<'a> {
             seed: i.seed,
             scorers: &self.scorers,
         };
-        let mut clock = Clock::new(i.target.device());
+        let mut clock = Stopwatch::new(i.target.device());
         let methods = clock
             .time("baselines: fit", || Methods::prepare(methods::REGISTRY, &names, &setup))
             .context("fitting baselines on the training examples")?;
@@ -232,7 +232,7 @@ impl<'a> Evaluation<'a> {
         let (n, cells, stop) = (asked.contexts, &asked.cells, &i.stop);
         match &asked.work {
             Work::Labels => {
-                let plan = Plan::new(i.section)?;
+                let plan = LabelPlan::new(i.section)?;
                 share(task, n, cells, progress, stop, |index, cells| self.label(&plan, reader, index, cells))
             }
             Work::Ask(work) => {
@@ -264,7 +264,7 @@ impl<'a> Evaluation<'a> {
         };
         let texts = Texts { tokenizer: i.tokenizer, test_example: &test_example };
         let Some(context) = task.context(index, &texts)? else { return Ok(None) };
-        let mut clock = Clock::new(i.target.device());
+        let mut clock = Stopwatch::new(i.target.device());
         let draw = Draw { task: name, index: context.draw };
         let pruned = reader.read(&context.tokens, draw, &mut clock)?;
         let asking = Asking { target: i.target, tokenizer: i.tokenizer };
@@ -275,7 +275,7 @@ impl<'a> Evaluation<'a> {
     }
 
     /// Predictions against the labels of one test example.
-    fn label(&self, plan: &Plan, reader: &Reader, index: usize, cells: &[Cell]) -> Result<LabelOutcome> {
+    fn label(&self, plan: &LabelPlan, reader: &Reader, index: usize, cells: &[Cell]) -> Result<LabelOutcome> {
         let device = self.inputs.target.device();
         let row = self.test.start + index as u64;
         let (label, features) = self.examples.get(row)?;
@@ -284,7 +284,7 @@ impl<'a> Evaluation<'a> {
         let draw = Draw { task: "labels", index: row };
         let tokens = self.examples.example(row)?.tokens;
         let scored = reader.score_stored(&tokens, &label_lht, &features, draw)?;
-        let mut clock = Clock::new(device);
+        let mut clock = Stopwatch::new(device);
         let mut outcome = clock.time("labels: metrics", || {
             plan.compare(context_id(&tokens), cells, &scored, &label_lht, reader.budgets.as_deref())
         })?;
@@ -303,7 +303,7 @@ impl<'a> Evaluation<'a> {
             (example.id.clone(), example.tokens, example.facts.iter().map(span).collect())
         };
         let draw = Draw { task: "facts", index: 0 };
-        let pruned = reader.read(&tokens, draw, &mut Clock::new(i.target.device()))?;
+        let pruned = reader.read(&tokens, draw, &mut Stopwatch::new(i.target.device()))?;
         work_example(id, &tokens, facts, cells, &pruned, i.tokenizer)
     }
 }

@@ -85,12 +85,12 @@ impl Outcome for LabelOutcome {
 }
 
 /// The cells and the heat map that a section asks for.
-pub struct Plan {
+pub struct LabelPlan {
     pub cells: Vec<Cell>,
     heat_map: (Policy, RetentionRatio),
 }
 
-impl Plan {
+impl LabelPlan {
     /// # Errors
     /// A ratio is out of range or there is none; a recipe that was checked has neither.
     pub fn new(section: &EvalSection) -> Result<Self> {
@@ -433,7 +433,7 @@ mod tests {
             Scored { method: MethodName::KVZIP, scores_lht: label.shallow_clone() },
             Scored { method: MethodName::RANDOM, scores_lht: -&label },
         ];
-        let plan = Plan::new(&section()).unwrap();
+        let plan = LabelPlan::new(&section()).unwrap();
         let outcome = plan.compare("a".to_owned(), &plan.cells, &scored, &label, None).unwrap();
         // Measured in two parts, it is the same.
         let mut parts = plan.compare("a".to_owned(), &plan.cells[..3], &scored, &label, None).unwrap();
@@ -474,7 +474,7 @@ mod tests {
     fn agreement_is_what_validations_measure() {
         let label = Tensor::from_slice(&[0.9f32, 0.0, 0.7, 0.6, 0.4, 0.3, 0.0, 0.1]).view([2, 1, 4]);
         let scores = Tensor::from_slice(&[1f32, 9.0, 3.0, 2.0, 7.0, 7.0, 8.0, 0.0]).view([2, 1, 4]);
-        let plan = Plan::new(&section()).unwrap();
+        let plan = LabelPlan::new(&section()).unwrap();
         for label in [label.zeros_like(), label] {
             let scored = [
                 Scored { method: MethodName::KVZIP, scores_lht: label.shallow_clone() },

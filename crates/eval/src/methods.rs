@@ -27,10 +27,8 @@ mod training;
 mod view;
 
 use anyhow::Result;
-use pkv_recipe::MethodName;
+use pkv_recipe::{MethodName, check_known};
 use pkv_results::MethodInfo;
-
-use crate::known::check_known;
 
 pub use method::{Method, Needs};
 

@@ -6,11 +6,10 @@
 use anyhow::{Result, ensure};
 use pkv_core::hinted;
 use pkv_recipe::plan::TaskWork;
-use pkv_recipe::{EvalSection, Recipe, TaskName};
+use pkv_recipe::{EvalSection, Recipe, TaskName, check_known};
 use pkv_tasks::{REGISTRY, suite};
 
 use crate::asked::Asked;
-use crate::known::check_known;
 use crate::perplexity::Perplexity;
 use crate::task::{BenchmarkTask, Facts, Task};
 

@@ -70,25 +70,19 @@ impl NewPositions<'_> {
     }
 }
 
-/// All channels.
-pub(crate) static REGISTRY: &[Entry] = &[
-    attention::MAX_ALL,
-    attention::MEAN_ALL,
-    attention::MAX_WINDOW,
-    attention::MEAN_WINDOW,
-    attention::MAX_LAST,
-    attention::MEAN_LAST,
-    attention::MEAN_LAST_LAYER,
-    norms::KEY,
-    norms::VALUE,
-    reconstruction::LOG,
-    reconstruction::LOG_ODDS,
-    reconstruction::MEAN,
-    hidden_linear::ENTRY,
-    replay_unrun::MAX,
-    replay_unrun::MEAN,
-    key_diff::ENTRY,
+/// All channels, by file.
+static REGISTRY: &[&[Entry]] = &[
+    attention::ENTRIES,
+    norms::ENTRIES,
+    reconstruction::ENTRIES,
+    hidden_linear::ENTRIES,
+    replay_unrun::ENTRIES,
+    key_diff::ENTRIES,
 ];
+
+fn all() -> impl Iterator<Item = &'static Entry> {
+    REGISTRY.iter().copied().flatten()
+}
 
 /// The registry's entries of `channels`, each with its place in the list.
 pub(crate) fn chosen(channels: &[Channel]) -> impl Iterator<Item = (i64, &'static Compute)> {
@@ -96,5 +90,5 @@ pub(crate) fn chosen(channels: &[Channel]) -> impl Iterator<Item = (i64, &'stati
 }
 
 fn find(channel: Channel) -> Option<&'static Compute> {
-    REGISTRY.iter().find(|entry| entry.channel == channel).map(|entry| &entry.compute)
+    all().find(|entry| entry.channel == channel).map(|entry| &entry.compute)
 }

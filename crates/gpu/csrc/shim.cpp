@@ -130,10 +130,6 @@ int pkv_upload(at::Tensor* host, int device, at::Tensor** out) {
   });
 }
 
-int pkv_deterministic(int on) {
-  return guard([&] { at::globalContext().setDeterministicAlgorithms(on != 0, /*warn_only=*/false); });
-}
-
 int pkv_tf32(int on) {
   return guard([&] {
     at::globalContext().setAllowTF32CuBLAS(on != 0);

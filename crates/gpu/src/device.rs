@@ -124,12 +124,6 @@ pub fn synchronize(device: Device) -> Result<()> {
     }
 }
 
-/// Use only deterministic kernels, process-wide; operations that have none fail.
-pub fn set_deterministic(on: bool) -> Result<()> {
-    // SAFETY: a flag.
-    shim::check(unsafe { shim::pkv_deterministic(on.into()) })
-}
-
 /// Allow TF32 in f32 matrix products and convolutions on CUDA, process-wide.
 pub fn set_tf32(on: bool) -> Result<()> {
     // SAFETY: a flag.

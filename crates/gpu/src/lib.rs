@@ -4,7 +4,7 @@
 //! Crates above never ask which kernels a device has. The fused forms are libtorch's own kernels (`flash`)
 //! and ours (`kernels`, compiled when first used).
 //!
-//! Beside them devices: CUDA loading, memory, streams, determinism, uploads; and the list-wise operations of
+//! Beside them devices: CUDA loading, memory, streams, uploads; and the list-wise operations of
 //! an optimizer. The C++ files of the project are in `csrc/`; only this crate calls them.
 //!
 //! Every crate that makes a binary or a test links this one, and calls [`device`] to choose where
@@ -27,7 +27,7 @@ pub const LIBTORCH: &str = env!("PKV_LIBTORCH");
 
 pub use device::{
     DeviceChoice, MathMode, cuda_absence, cuda_count, device, device_in_words, device_name, kind_on,
-    model_name, next_gpu, set_deterministic, set_tf32, synchronize,
+    model_name, next_gpu, set_tf32, synchronize,
 };
 pub use exhausted::unless_exhausted;
 pub use host::{HostMemory, host_memory};

@@ -60,7 +60,6 @@ unsafe extern "C" {
     pub fn pkv_cuda_reset_peak(device: c_int) -> c_int;
     pub fn pkv_cuda_empty_cache() -> c_int;
     pub fn pkv_upload(host: *mut C_tensor, device: c_int, out: *mut *mut C_tensor) -> c_int;
-    pub fn pkv_deterministic(on: c_int) -> c_int;
     pub fn pkv_tf32(on: c_int) -> c_int;
     pub fn pkv_fused_adamw(
         n: usize,

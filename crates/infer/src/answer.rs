@@ -1,7 +1,5 @@
 //! Greedy answers from a pruned cache, token by token.
 
-use std::error::Error;
-use std::fmt;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
@@ -22,25 +20,13 @@ pub struct Question {
 }
 
 /// A question that cannot be asked; the cache and all other questions are not affected.
-#[derive(Debug)]
-pub struct QuestionRefused(Hinted);
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct QuestionRefused(#[source] Hinted);
 
 impl QuestionRefused {
     pub const fn new(why: Hinted) -> Self {
         Self(why)
-    }
-}
-
-impl fmt::Display for QuestionRefused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl Error for QuestionRefused {
-    /// With the hint.
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        Some(&self.0)
     }
 }
 

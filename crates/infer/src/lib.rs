@@ -36,7 +36,9 @@ pub use keep::{Budget, Keep, Kept};
 pub use lane::Lane;
 pub use opened::{Opened, Ready, Request};
 pub use proxy::{Given, NoProxy, ProxyMapper, ProxyParts, ScoreSource, Situation};
-pub use regime::{Context, Parallel, Prefilled, Regime, RegimeName, Sequential, check_devices, check_length};
+pub use regime::{
+    Parallel, PrefillInput, Prefilled, Regime, RegimeName, Sequential, check_devices, check_length,
+};
 pub use summary::{FullSummary, Summary};
 pub use target_side::TargetSide;
 pub use text::TextStream;

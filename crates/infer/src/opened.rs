@@ -17,7 +17,7 @@ use crate::fit::{Side, check_fit};
 use crate::keep::{Budget, Keep};
 use crate::proxy::{NoProxy, ProxyMapper, ProxyParts};
 use crate::regime::{
-    Context, Parallel, Prefilled, Regime, RegimeName, Sequential, check_devices, check_length,
+    Parallel, PrefillInput, Prefilled, Regime, RegimeName, Sequential, check_devices, check_length,
 };
 use crate::summary::Summary;
 use crate::target_side::TargetSide;
@@ -165,7 +165,7 @@ impl Opened {
         let target_side = self.target_side()?;
         let mut regime = self.regime(target_side.is_some())?;
         let target = self.target.load("target", r.device, kind)?;
-        let context = Context {
+        let context = PrefillInput {
             target: &target,
             prefix: self.tokenizer().prefix(),
             tokens,

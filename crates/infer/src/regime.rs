@@ -7,7 +7,6 @@
 mod parallel;
 mod sequential;
 
-use std::fmt;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, bail, ensure};
@@ -26,37 +25,18 @@ use crate::target_side::TargetSide;
 use crate::timeline::Timeline;
 use crate::worker::caught;
 
-/// A regime's name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RegimeName {
-    Sequential,
-    Streams,
-    Dual,
-}
-
-impl RegimeName {
-    pub const ALL: [Self; 3] = [Self::Sequential, Self::Streams, Self::Dual];
-
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Sequential => "sequential",
-            Self::Streams => "streams",
-            Self::Dual => "dual",
-        }
-    }
-
-    /// In a sentence, for help.
-    pub const fn meaning(self) -> &'static str {
-        match self {
-            Self::Sequential => "Proxy and mapper first, then the target; needs the least memory",
-            Self::Streams => "Both at once on one GPU",
-            Self::Dual => "Both at once, proxy and mapper on a GPU of their own",
-        }
+pkv_core::named! {
+    /// A regime's name.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum RegimeName {
+        Sequential = "sequential", "Proxy and mapper first, then the target; needs the least memory";
+        Streams = "streams", "Both at once on one GPU";
+        Dual = "dual", "Both at once, proxy and mapper on a GPU of their own";
     }
 }
 
 /// A context to read, and how.
-pub struct Context<'a> {
+pub struct PrefillInput<'a> {
     pub target: &'a LanguageModel,
     /// Tokens of the chat template before the context.
     pub prefix: &'a [u32],
@@ -93,7 +73,7 @@ pub trait Regime {
     /// # Errors
     /// The target fails, or the user stopped. A source that fails is no error: the cache is then whole,
     /// and [`Prefilled::fallback`] says why.
-    fn prefill(&mut self, context: &Context) -> Result<Prefilled>;
+    fn prefill(&mut self, context: &PrefillInput) -> Result<Prefilled>;
 }
 
 /// Refuse devices that a regime cannot work with.
@@ -139,7 +119,7 @@ pub fn check_length(tokens: usize, limit: usize) -> Result<()> {
     Ok(())
 }
 
-impl Context<'_> {
+impl PrefillInput<'_> {
     /// The target's full cache of prefix and context, and nothing more; beside it the target's features,
     /// where the mapper reads them. An extraction that fails costs the pruning alone: the target then
     /// prefills once more without.
@@ -258,10 +238,4 @@ impl Context<'_> {
 fn full_bytes(cache: &KvCache) -> usize {
     let keys = cache.keys(0);
     2 * cache.layers() * keys.numel() * keys.kind().elt_size_in_bytes()
-}
-
-impl fmt::Display for RegimeName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use pkv_core::{Hinted, Interrupted, Policy, Stop};
-use pkv_infer::{Context, Finish, Parallel, Question, QuestionRefused, Regime, Sequential, answer};
+use pkv_infer::{Finish, Parallel, PrefillInput, Question, QuestionRefused, Regime, Sequential, answer};
 use pkv_lm::NoTap;
 use pkv_recipe::ExtractSection;
 
@@ -95,7 +95,7 @@ fn stopping_is_no_fallback() {
         let stop = Stop::default();
         stop.request();
         let stopped =
-            Context { stop, ..context(&target, tokenizer.prefix(), &tokens, keep(0.5, Policy::Pair)) };
+            PrefillInput { stop, ..context(&target, tokenizer.prefix(), &tokens, keep(0.5, Policy::Pair)) };
         let error = regime.prefill(&stopped).err().expect("an error");
         assert!(error.downcast_ref::<Interrupted>().is_some(), "{error:#}");
         let plain = context(&target, tokenizer.prefix(), &tokens, keep(0.5, Policy::Pair));

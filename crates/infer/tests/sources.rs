@@ -3,7 +3,7 @@
 use anyhow::Result;
 use pkv_core::{Channel, Policy, Source};
 use pkv_extract::SourceExtractors;
-use pkv_infer::{Context, NoProxy, Parallel, Regime, Sequential};
+use pkv_infer::{NoProxy, Parallel, PrefillInput, Regime, Sequential};
 use pkv_mapper::Mapper;
 use pkv_recipe::{ExtractSection, LabelSection};
 use tch::{Kind, Tensor};
@@ -21,7 +21,7 @@ fn section(from: &[Source]) -> ExtractSection {
 }
 
 /// What the cache keeps, by the same mapper over features as the evaluation extracts them.
-fn expected(extract: &ExtractSection, mapper: &Mapper, tokens: &[u32], context: &Context) -> Tensor {
+fn expected(extract: &ExtractSection, mapper: &Mapper, tokens: &[u32], context: &PrefillInput) -> Tensor {
     let _no_grad = tch::no_grad_guard();
     let (target, proxy) = (load("target"), load("proxy"));
     let extractors =
@@ -53,7 +53,7 @@ fn own_features_keep_what_the_evaluation_keeps() {
         let mapper = random_mapper(&extract);
         let side = target_side(&mapper, &extract, 100);
         assert_eq!(side.reads_proxy(), from.len() == 2);
-        let context = Context {
+        let context = PrefillInput {
             target_side: Some(&side),
             ..context(&target, tokenizer.prefix(), &tokens, keep(0.2, Policy::Pair))
         };
@@ -76,7 +76,7 @@ fn features_that_do_not_fit_cost_the_pruning_alone() -> Result<()> {
     let extract = section(&[Source::Target]);
     let narrow = ExtractSection { target_channels: vec![Channel::KeyNorm], ..extract.clone() };
     let side = target_side(&random_mapper(&extract), &narrow, 100);
-    let context = Context {
+    let context = PrefillInput {
         target_side: Some(&side),
         ..context(&target, tokenizer.prefix(), &tokens, keep(0.2, Policy::Pair))
     };

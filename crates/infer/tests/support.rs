@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use pkv_core::{Policy, RetentionRatio, Seed, Source, Stop};
 use pkv_infer::{
-    Answer, Budget, Context, Given, Keep, Prefilled, ProxyMapper, ProxyParts, Question, ScoreSource,
+    Answer, Budget, Given, Keep, PrefillInput, Prefilled, ProxyMapper, ProxyParts, Question, ScoreSource,
     Situation, TargetSide, answer,
 };
 use pkv_lm::LanguageModel;
@@ -113,8 +113,8 @@ pub fn context<'a>(
     prefix: &'a [u32],
     tokens: &'a [u32],
     keep: Keep<'a>,
-) -> Context<'a> {
-    Context {
+) -> PrefillInput<'a> {
+    PrefillInput {
         target,
         prefix,
         tokens,

@@ -54,6 +54,20 @@ impl KvCache {
         self.next_position -= dropped;
     }
 
+    /// A view of the first `len` positions, which shares this cache's memory: to read from, not to append to.
+    pub fn first(&self, len: usize) -> Self {
+        let dropped = self.len.saturating_sub(len);
+        let views = |all: &[Tensor]| all.iter().map(Tensor::shallow_clone).collect();
+        let len = self.len - dropped;
+        Self {
+            keys: views(&self.keys),
+            values: views(&self.values),
+            len,
+            capacity: len,
+            next_position: self.next_position - dropped,
+        }
+    }
+
     /// Keys of a layer, rotary applied: a view `[kv_heads, len, head_dim]`.
     pub fn keys(&self, layer: usize) -> Tensor {
         self.keys[layer].narrow(1, 0, self.len as i64)

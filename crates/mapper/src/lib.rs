@@ -13,15 +13,13 @@
 //! g), d width of stage 1, m width of stage 2, n attention head, e width of an attention head.
 
 mod attention;
-mod context;
 mod cross;
+mod encoder;
 mod layers;
 mod long;
 mod mapper;
 mod params;
 mod ridge;
-#[cfg(test)]
-mod speed;
 mod standardize;
 mod temporal;
 

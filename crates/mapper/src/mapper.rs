@@ -5,8 +5,8 @@ use pkv_core::{Seed, hinted};
 use pkv_recipe::{MapperSection, Variant};
 use tch::{Device, Kind, Tensor};
 
-use crate::context::Context;
 use crate::cross::Cross;
+use crate::encoder::ContextEncoder;
 use crate::layers::Linear;
 use crate::params::{ParamStore, Pass, Weights, load_parameters};
 use crate::standardize::{MapperDims, Standardization, flat};
@@ -32,8 +32,8 @@ pub struct Mapper {
 enum Body {
     Linear,
     Mlp { hidden: [Linear; 2], output: Linear },
-    Conv { context: Context, output: Linear },
-    HybridAxial { temporal: Temporal, context: Context, cross: Cross, output: Linear },
+    Conv { context: ContextEncoder, output: Linear },
+    HybridAxial { temporal: Temporal, context: ContextEncoder, cross: Cross, output: Linear },
 }
 
 /// Options of a training forward pass. The default is what [`Mapper::forward`] computes.
@@ -178,8 +178,8 @@ impl Mapper {
     pub fn reach(&self) -> usize {
         match self.section.variant {
             Variant::Linear | Variant::Mlp => 0,
-            Variant::Conv => Context::reach(&self.section),
-            Variant::HybridAxial => Temporal::reach(&self.section) + Context::reach(&self.section),
+            Variant::Conv => ContextEncoder::reach(&self.section),
+            Variant::HybridAxial => Temporal::reach(&self.section) + ContextEncoder::reach(&self.section),
         }
     }
 
@@ -266,14 +266,14 @@ impl Body {
                 }
             }
             Variant::Conv => Self::Conv {
-                context: Context::new(params, section, dims.flat()),
+                context: ContextEncoder::new(params, section, dims.flat()),
                 output: output(params, section.width),
             },
             Variant::HybridAxial => {
                 let tokens = dims.proxy_heads * section.head_width + dims.globals;
                 Self::HybridAxial {
                     temporal: Temporal::new(params, section, dims),
-                    context: Context::new(params, section, tokens),
+                    context: ContextEncoder::new(params, section, tokens),
                     cross: Cross::new(params, section, dims),
                     output: output(params, section.width),
                 }

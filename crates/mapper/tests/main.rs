@@ -8,5 +8,3 @@ mod goldens;
 mod network;
 /// The closed form against naive normal equations.
 mod ridge;
-/// Times, when asked for: `cargo test -p pkv-mapper speed -- --ignored --nocapture`.
-mod speed;

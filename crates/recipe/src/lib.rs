@@ -6,6 +6,7 @@
 
 mod bounds;
 mod files;
+mod known;
 mod load;
 mod manifest;
 mod method;
@@ -19,6 +20,7 @@ mod section;
 mod task;
 
 pub use files::toml_files;
+pub use known::check_known;
 pub use load::{Recipe, load, load_with_origins};
 pub use manifest::{Facts, Manifest, Source, SourceFormat, load_manifest};
 pub use method::MethodName;
@@ -30,7 +32,7 @@ pub use section::eval::{AnswerMatch, EvalSection};
 pub use section::export::ExportSection;
 pub use section::extract::{AfterUse, ExtractSection, MissingFeatures};
 pub use section::facts::{FactPlace, FactsSection};
-pub use section::label::{LabelPreset, LabelSection, LabelWeighting, Preset, Sink};
+pub use section::label::{LabelPreset, LabelSection, Preset, Sink};
 pub use section::loss::{FineLoss, LossSection};
 pub use section::mapper::{MapperSection, Variant};
 pub use section::model::ModelSection;

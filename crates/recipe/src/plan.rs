@@ -23,6 +23,7 @@ pub use eval::{Answers, TaskWork};
 pub use human::{human_bytes, human_count, human_flops, human_secs};
 pub use machine::{Efficiency, Machine};
 pub use stages::{PIECE_ELEMENTS, SHARED_CHUNK, TEMPLATE_TOKENS};
+pub use table::aligned;
 
 /// The cost of every stage of a recipe on one machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use pkv_results::{KeptCounts, Sample, WorkedExample};
+use pkv_results::{FactAnswer, KeptCounts, WorkedExample};
 use serde::Serialize;
 
 use crate::chart::percent_text;
@@ -84,7 +84,7 @@ struct Data<'a> {
 const FIRST_OF_FACTS: &str = "facts-0";
 
 /// `samples` are the answers to all facts. `None` if there is nothing to show.
-pub fn view(methods: Methods, example: &WorkedExample, samples: &[Sample]) -> Option<ExampleView> {
+pub fn view(methods: Methods, example: &WorkedExample, samples: &[FactAnswer]) -> Option<ExampleView> {
     let n = example.tokens.len().min(MAX_TOKENS);
     let pairs = example.pairs_per_position.max(1);
     // Counts of another length would shade the wrong tokens.
@@ -115,7 +115,7 @@ pub fn view(methods: Methods, example: &WorkedExample, samples: &[Sample]) -> Op
     }
     let said = |question: &str, k: &KeptCounts| {
         let cell = Some((k.method, example.policy, k.ratio));
-        let of_context = |s: &&Sample| example.id == FIRST_OF_FACTS && s.place.0 == 0;
+        let of_context = |s: &&FactAnswer| example.id == FIRST_OF_FACTS && s.place.0 == 0;
         let mut found = samples.iter().filter(of_context).filter(|s| s.question == question);
         let answer = found.find(|s| s.cell == cell)?;
         Some(format!("{} {}", if answer.is_right { "✓" } else { "✗" }, answer.answer.trim()))
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn the_mapper_near_five_percent_comes_first() {
-        let sample = Sample {
+        let sample = FactAnswer {
             place: (0, 0),
             question: "q".to_owned(),
             wanted: "a".to_owned(),

@@ -36,7 +36,7 @@ fn choices(recipe: &Recipe) -> Vec<(String, String)> {
     let (label, extract, train) = (&recipe.label, &recipe.extract, &recipe.train);
     let mut out = Vec::new();
     let mut say = |what: &str, value: String| out.push((what.to_owned(), value));
-    say("Label", format!("KVzip, preset {}, scoring chunks of {} tokens", name(label.preset), label.chunk()));
+    say("Label", label.definition());
     say(
         "Target of training",
         match train.target_pool.blend {
@@ -48,10 +48,10 @@ fn choices(recipe: &Recipe) -> Vec<(String, String)> {
         },
     );
     for &source in &extract.from {
-        let channels: Vec<String> = extract.channels_of(source).iter().map(name).collect();
+        let channels: Vec<&str> = extract.channels_of(source).iter().map(|c| c.name()).collect();
         say(&format!("Features per {} KV head", source.name()), channels.join(", "));
     }
-    let globals: Vec<String> = extract.globals.iter().map(name).collect();
+    let globals: Vec<&str> = extract.globals.iter().map(|c| c.name()).collect();
     say("Features per position", if globals.is_empty() { "none".to_owned() } else { globals.join(", ") });
     say("Mapper", mapper(&recipe.mapper));
     let terms = [
@@ -106,14 +106,6 @@ fn mapper(m: &MapperSection) -> String {
         Variant::Conv => format!("conv: {time}{skip}"),
         Variant::Mlp => format!("mlp: {} wide, position by position{skip}", m.width),
         Variant::Linear => "linear: the ridge solution".to_owned(),
-    }
-}
-
-/// A unit variant's name as recipes spell it.
-fn name(value: impl Serialize) -> String {
-    match serde_json::to_value(value) {
-        Ok(serde_json::Value::String(text)) => text,
-        other => other.map_or_else(|_| String::new(), |v| v.to_string()),
     }
 }
 
@@ -220,11 +212,5 @@ mod tests {
     fn paths_become_one_word() {
         assert_eq!(shell_word("recipes/tiny-llama.toml"), "recipes/tiny-llama.toml");
         assert_eq!(shell_word("my recipe's.toml"), "'my recipe'\\''s.toml'");
-    }
-
-    #[test]
-    fn choices_have_the_names_that_recipes_use() {
-        assert_eq!(name(pkv_core::Channel::MaxWindow), "max_window");
-        assert_eq!(name(pkv_recipe::LabelPreset::Kvpress), "kvpress");
     }
 }

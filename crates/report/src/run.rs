@@ -12,7 +12,7 @@ use anyhow::{Result, ensure};
 use pkv_core::hinted;
 use pkv_recipe::Recipe;
 use pkv_results::compare::Answers;
-use pkv_results::{ANSWERS_FILE, RESULTS_FILE, Results, Sample, fact_samples};
+use pkv_results::{ANSWERS_FILE, FactAnswer, RESULTS_FILE, Results, fact_answers};
 use pkv_shard::{RunJson, RunLayout, Stage};
 
 use crate::metrics::Metrics;
@@ -31,7 +31,7 @@ pub struct RunData {
     /// `eval/answers.parquet`, summed up by context.
     pub answers: Option<Answers>,
     /// Single answers to planted facts, of the same file.
-    pub samples: Vec<Sample>,
+    pub samples: Vec<FactAnswer>,
     /// Bytes in the folders of each stage that has one.
     pub sizes: Vec<(Stage, u64)>,
     /// `YYYY-MM-DD` of the youngest of `run.json` and `eval/results.json`, UTC.
@@ -72,7 +72,7 @@ impl RunData {
         let answers = optional(&answers_path, Answers::read, &mut problems);
         // What cannot be read was noted above.
         let samples =
-            if answers.is_some() { fact_samples(&answers_path).unwrap_or_default() } else { Vec::new() };
+            if answers.is_some() { fact_answers(&answers_path).unwrap_or_default() } else { Vec::new() };
         let folder_name = root.file_name().map(|n| n.to_string_lossy().into_owned());
         let name = run.name.clone().or(folder_name).unwrap_or_else(|| "run".to_owned());
         let size = |stage: Stage| {

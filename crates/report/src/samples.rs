@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use pkv_core::Policy;
 use pkv_recipe::MethodName;
-use pkv_results::Sample;
+use pkv_results::FactAnswer;
 use serde::Serialize;
 
 use crate::chart::percent_text;
@@ -48,20 +48,20 @@ pub struct Answer {
 
 /// The answers to one question at one ratio.
 struct Answers<'a> {
-    full: &'a Sample,
-    kvzip: Option<&'a Sample>,
-    mapper: &'a Sample,
+    full: &'a FactAnswer,
+    kvzip: Option<&'a FactAnswer>,
+    mapper: &'a FactAnswer,
 }
 
 /// `None` if the mapper was not asked at `ratio` under `policy`.
-pub fn samples(methods: Methods, all: &[Sample], policy: Policy, ratio: f64) -> Option<Samples> {
-    let at = |s: &&Sample| s.cell.is_none_or(|c| (c.1, c.2) == (policy, ratio));
-    let mut by_question: BTreeMap<(u32, u32), Vec<&Sample>> = BTreeMap::new();
+pub fn samples(methods: Methods, all: &[FactAnswer], policy: Policy, ratio: f64) -> Option<Samples> {
+    let at = |s: &&FactAnswer| s.cell.is_none_or(|c| (c.1, c.2) == (policy, ratio));
+    let mut by_question: BTreeMap<(u32, u32), Vec<&FactAnswer>> = BTreeMap::new();
     for sample in all.iter().filter(at) {
         by_question.entry(sample.place).or_default().push(sample);
     }
     let of =
-        |given: &[&'_ Sample], m: Option<MethodName>| given.iter().position(|s| s.cell.map(|c| c.0) == m);
+        |given: &[&'_ FactAnswer], m: Option<MethodName>| given.iter().position(|s| s.cell.map(|c| c.0) == m);
     let asked: Vec<Answers> = by_question
         .values()
         .filter_map(|given| {
@@ -109,7 +109,7 @@ pub fn samples(methods: Methods, all: &[Sample], policy: Policy, ratio: f64) -> 
 }
 
 fn row(asked: &Answers) -> SampleRow {
-    let answer = |s: &Sample| Answer { text: s.answer.clone(), is_right: s.is_right };
+    let answer = |s: &FactAnswer| Answer { text: s.answer.clone(), is_right: s.is_right };
     let Answers { full, kvzip, mapper } = asked;
     let absent = || Answer { text: "–".to_owned(), is_right: false };
     SampleRow {
@@ -123,17 +123,17 @@ fn row(asked: &Answers) -> SampleRow {
 }
 
 /// Share answered by each method in each group of questions.
-fn tables(methods: Methods, all: &[Sample], policy: Policy, ratio: f64) -> Vec<Table> {
+fn tables(methods: Methods, all: &[FactAnswer], policy: Policy, ratio: f64) -> Vec<Table> {
     let mut lengths: Vec<u32> = all.iter().filter_map(|s| s.context_tokens).collect();
     lengths.sort_unstable();
     lengths.dedup();
     let middle = lengths.get(lengths.len() / 2).copied();
-    let kind = |s: &Sample| (!s.kind.is_empty()).then(|| s.kind.clone());
-    let depth = |s: &Sample| {
+    let kind = |s: &FactAnswer| (!s.kind.is_empty()).then(|| s.kind.clone());
+    let depth = |s: &FactAnswer| {
         let part = (s.depth?.clamp(0.0, 1.0) * DEPTHS.len() as f64) as usize;
         Some(DEPTHS[part.min(DEPTHS.len() - 1)].to_owned())
     };
-    let length = move |s: &Sample| {
+    let length = move |s: &FactAnswer| {
         let (n, middle) = (s.context_tokens?, middle?);
         Some(if n < middle { format!("below {middle} tokens") } else { format!("{middle} tokens or more") })
     };
@@ -151,9 +151,9 @@ fn tables(methods: Methods, all: &[Sample], policy: Policy, ratio: f64) -> Vec<T
 fn table(
     methods: Methods,
     what: &str,
-    all: &[Sample],
+    all: &[FactAnswer],
     (policy, ratio): (Policy, f64),
-    group: &dyn Fn(&Sample) -> Option<String>,
+    group: &dyn Fn(&FactAnswer) -> Option<String>,
     order: &[String],
 ) -> Table {
     let mut groups: Vec<String> = all.iter().filter_map(group).collect();
@@ -194,8 +194,8 @@ mod tests {
     use super::*;
     use crate::method::METHODS;
 
-    fn sample(question: u32, method: Option<MethodName>, is_right: bool) -> Sample {
-        Sample {
+    fn sample(question: u32, method: Option<MethodName>, is_right: bool) -> FactAnswer {
+        FactAnswer {
             place: (0, question),
             question: format!("question {question}"),
             wanted: "4711".to_owned(),
@@ -209,7 +209,7 @@ mod tests {
         }
     }
 
-    fn four() -> Vec<Sample> {
+    fn four() -> Vec<FactAnswer> {
         let of = |q| {
             [
                 sample(q, None, true),

@@ -11,22 +11,22 @@ pub mod bootstrap;
 pub mod cell;
 pub mod columns;
 pub mod compare;
+mod fact_answers;
 mod method;
 mod results;
-mod samples;
 pub mod share;
 pub mod store;
 pub mod table;
 pub mod timings;
 
 pub use columns::Columns;
+pub use fact_answers::{FactAnswer, fact_answers};
 pub use method::{MethodInfo, Needs};
 pub use results::{
     AnswerCell, AnswerResults, FactSpan, HeadRecall, Interval, KeptCounts, LabelCell, LabelResults, Made,
     MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults, RESULTS_VERSION, RankCell,
     Results, Timing, WorkedExample,
 };
-pub use samples::{Sample, fact_samples};
 
 /// File of the results in the evaluation's folder.
 pub const RESULTS_FILE: &str = "results.json";

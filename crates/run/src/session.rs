@@ -106,7 +106,7 @@ impl Session {
 /// Read a recipe, and refuse what it names and this program does not have, before any work.
 ///
 /// # Errors
-/// The recipe is invalid, or names an unknown method or task.
+/// The recipe is invalid, or names an unknown scorer, method or task.
 pub fn load_recipe(path: &Path, overrides: &[Override]) -> Result<Recipe> {
     Ok(load_with_origins(path, overrides)?.0)
 }
@@ -117,7 +117,8 @@ pub fn load_recipe(path: &Path, overrides: &[Override]) -> Result<Recipe> {
 /// As of [`load_recipe`].
 pub fn load_with_origins(path: &Path, overrides: &[Override]) -> Result<(Recipe, Origins)> {
     let (recipe, origins) = pkv_recipe::load_with_origins(path, overrides)?;
-    pkv_eval::methods::check(&recipe.eval.methods)
+    pkv_score::check(&recipe.label)
+        .and_then(|()| pkv_eval::methods::check(&recipe.eval.methods))
         .and_then(|()| pkv_eval::tasks::check(&recipe.eval))
         .map_err(|e| origins.place(e, format!("invalid recipe `{}`", path.display())))?;
     Ok((recipe, origins))

@@ -10,8 +10,8 @@
 mod pieces;
 mod request;
 mod scorer;
-mod weighting;
+mod scorers;
 
 pub use request::Requests;
 pub use scorer::{ContextScores, Scorer};
-pub use weighting::{kvzip_plus, value_output_norms};
+pub use scorers::{WINDOW, check, kvzip_plus, value_output_norms, window_scores};

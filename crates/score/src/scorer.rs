@@ -1,6 +1,6 @@
 //! Runs a model through prefill and repeat, and collects the scores of a whole context.
 //!
-//! The tokens fed come from `request`, the maths from [`pkv_gpu::chunk_scores`] and `weighting`, what happens
+//! The tokens fed come from `request`, the maths from [`pkv_gpu::chunk_scores`] and `scorers`, what happens
 //! when memory runs out from `pieces`. The repeats of all scoring chunks are independent once the cache
 //! is filled, so several are read in one forward; they append no KV pairs to the cache.
 //!
@@ -18,14 +18,14 @@ use tch::{Kind, Tensor};
 
 use crate::pieces;
 use crate::request::Requests;
-use crate::weighting::{self, Factors};
+use crate::scorers::{self, CachedContext, Compute, Factors};
 
 /// Scores of a context's KV pairs; the chat template's prefix has none.
 pub struct ContextScores {
     /// `[layers, kv_heads, positions]`, f32, on the model's device: the KVzip score; higher means keep.
     pub max_lht: Tensor,
     /// The same shape: the mean, over rows and query group, of the weights whose maximum is the score.
-    /// Absent if the scorer gives [maxima only](Scorer::maxima_only).
+    /// Absent if the scorer gives [maxima only](Scorer::maxima_only), or repeats nothing.
     pub mean_lht: Option<Tensor>,
 }
 
@@ -35,8 +35,8 @@ pub struct Scorer<'a> {
     requests: Requests,
     prefix: Vec<u32>,
     sink: usize,
-    /// Function for the factors of softmax weights, if the preset has any.
-    factors: Option<Factors>,
+    /// The way to score, by name.
+    name: String,
     means: bool,
     prefill_chunk_tokens: usize,
     pack_tokens: usize,
@@ -62,7 +62,7 @@ impl<'a> Scorer<'a> {
             requests,
             sink: label.sink_tokens(prefix.len()),
             prefix: prefix.to_vec(),
-            factors: weighting::factors(label.preset.preset().weighting),
+            name: label.scorer().to_owned(),
             means: true,
             prefill_chunk_tokens: label.prefill_chunk_tokens,
             pack_tokens: label.pack(model.device().is_cuda()),
@@ -118,7 +118,7 @@ impl<'a> Scorer<'a> {
     /// If memory runs out, packs become smaller.
     ///
     /// # Errors
-    /// The context is empty; the cache holds something else; the model fails.
+    /// The context is empty; the cache holds something else; there is no such way to score; the model fails.
     pub fn score_cached(&self, context: &[u32], cache: &KvCache) -> Result<ContextScores> {
         check_not_empty(context)?;
         let _no_grad = tch::no_grad_guard();
@@ -130,6 +130,14 @@ impl<'a> Scorer<'a> {
             self.prefix.len(),
             context.len()
         );
+        let factors = match scorers::find(&self.name)? {
+            Compute::Repeat(factors) => factors,
+            Compute::Cached(scores) => {
+                let of =
+                    CachedContext { model: self.model, cache, prefix: self.prefix.len(), tokens: context };
+                return Ok(ContextScores { max_lht: scores(&of)?, mean_lht: None });
+            }
+        };
         let shape = self.model.shape();
         let size = [shape.layers as i64, shape.kv_heads as i64, context.len() as i64];
         let zeros = || Tensor::zeros(size, (Kind::Float, self.model.device()));
@@ -145,7 +153,7 @@ impl<'a> Scorer<'a> {
             self.pack_tokens,
             |pack| {
                 let segments: Vec<&[u32]> = pack.iter().map(|repeat| repeat.ids.as_slice()).collect();
-                let mut tap = PackTap { scorer: self, pack, scores: &scores };
+                let mut tap = PackTap { scorer: self, factors, pack, scores: &scores };
                 self.model.forward_repeats(&segments, cache, &mut tap).with_context(|| {
                     let positions = pack[0].chunk.start..pack[pack.len() - 1].chunk.end;
                     format!("repeating tokens {positions:?} of a context of {}", context.len())
@@ -166,6 +174,8 @@ struct Repeat {
 /// Writes the scores of some scoring chunks, layer by layer.
 struct PackTap<'a> {
     scorer: &'a Scorer<'a>,
+    /// Function for the factors of softmax weights, if they have any.
+    factors: Option<Factors>,
     pack: &'a [Repeat],
     scores: &'a ContextScores,
 }
@@ -195,7 +205,7 @@ impl RepeatTap for PackTap<'_> {
             own_lse_qr: view.own_lse_qr,
             sink: self.scorer.sink,
         };
-        let weighting = self.scorer.factors.map(|factors| {
+        let weighting = self.factors.map(|factors| {
             move |rows: Range<usize>, positions: Range<usize>| {
                 let normed_sm = view.normed_rm.narrow(0, rows.start as i64, rows.len() as i64);
                 let v_htd = view.v_cache_hkd.narrow(1, positions.start as i64, positions.len() as i64);

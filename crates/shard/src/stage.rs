@@ -10,28 +10,15 @@ use crate::RunLayout;
 /// that it alone writes.
 macro_rules! stages {
     ($($stage:ident $name:literal $meaning:literal |$run:ident| [$($writes:expr),*];)*) => {
-        /// A stage of `run`, in order.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-        pub enum Stage {
-            $(#[doc = $meaning] $stage,)*
+        pkv_core::named! {
+            /// A stage of `run`, in order.
+            #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+            pub enum Stage {
+                $(#[doc = $meaning] $stage = $name, $meaning;)*
+            }
         }
 
         impl Stage {
-            pub const ALL: [Self; [$($name),*].len()] = [$(Self::$stage),*];
-
-            pub const fn name(self) -> &'static str {
-                match self {
-                    $(Self::$stage => $name,)*
-                }
-            }
-
-            /// In a few words.
-            pub const fn meaning(self) -> &'static str {
-                match self {
-                    $(Self::$stage => $meaning,)*
-                }
-            }
-
             /// Files and folders that the stage alone writes.
             pub fn writes(self, run: &RunLayout) -> Vec<PathBuf> {
                 match self {
@@ -60,6 +47,6 @@ impl std::str::FromStr for Stage {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        Self::ALL.into_iter().find(|stage| stage.name() == text).ok_or_else(|| format!("no stage `{text}`"))
+        Self::named(text).ok_or_else(|| format!("no stage `{text}`"))
     }
 }

@@ -1,11 +1,11 @@
 //! A process that dies at any moment costs nothing but time.
 
 use std::fs;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use pkv_files::WriteBudget;
 use pkv_shard::{LabelRow, StageDir, StageReader};
+use pkv_test_support::kill::{FOLDER, kill};
 use tempfile::{TempDir, tempdir};
 
 use crate::common::*;
@@ -166,21 +166,8 @@ fn a_killed_process_is_continued_by_the_next() {
     let mut seen = Vec::new();
     for attempt in 0u64.. {
         assert!(attempt < 60, "no progress: {seen:?}");
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "crash::child", "--ignored"])
-            .env("PKV_TEST_FOLDER", dir.path())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        // A busy machine takes its time to start it; the moments that count come after the next shard.
-        let before = shards(&dir);
-        while shards(&dir) <= before && child.try_wait().unwrap().is_none() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        std::thread::sleep(Duration::from_millis(attempt * 17 % 60));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        let (before, delay) = (shards(&dir), Duration::from_millis(attempt * 17 % 60));
+        kill("crash::child", dir.path(), || shards(&dir) > before, delay);
         let rows = if dir.path().join("index.json").exists() { open(&dir).rows() } else { 0 };
         seen.push(rows);
         if rows == MANY_ROWS as u64 && seen.len() > 2 {
@@ -204,7 +191,7 @@ fn a_killed_process_is_continued_by_the_next() {
 #[test]
 #[ignore = "run by a_killed_process_is_continued_by_the_next"]
 fn child() {
-    let dir = std::env::var("PKV_TEST_FOLDER").expect("run by a_killed_process_is_continued_by_the_next");
+    let dir = std::env::var(FOLDER).expect("run by a_killed_process_is_continued_by_the_next");
     let stage = StageDir::open(dir.as_ref(), "label", &choices()).unwrap();
     let done = stage.rows() as usize;
     let mut writer =

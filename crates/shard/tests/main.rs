@@ -5,4 +5,3 @@ mod crash;
 mod damage;
 mod example_rows;
 mod round_trip;
-mod speed;

@@ -22,7 +22,6 @@ use anyhow::{Context, Result, bail, ensure};
 use pkv_core::{Rng, Seed, hinted};
 use pkv_recipe::EvalSection;
 use pkv_recipe::plan::TaskWork;
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 pub use qa::{QaSet, Question};
@@ -34,82 +33,40 @@ use crate::metric::Metric;
 use crate::suite::{Benchmark, CountTokens, Opening, Suite};
 use crate::words::Words;
 
-/// A task of RULER.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RulerTask {
-    /// One needle (word to number) in repeated noise.
-    #[serde(rename = "niah_single_1")]
-    NiahSingle1,
-    /// One needle in essays.
-    #[serde(rename = "niah_single_2")]
-    NiahSingle2,
-    /// One needle in essays, its value a UUID.
-    #[serde(rename = "niah_single_3")]
-    NiahSingle3,
-    /// Four needles in essays, one asked for.
-    #[serde(rename = "niah_multikey_1")]
-    NiahMultikey1,
-    /// A needle among needles.
-    #[serde(rename = "niah_multikey_2")]
-    NiahMultikey2,
-    /// A needle among needles, keys and values UUIDs.
-    #[serde(rename = "niah_multikey_3")]
-    NiahMultikey3,
-    /// Four values of one key in essays.
-    NiahMultivalue,
-    /// Four keys asked for at once, in essays.
-    NiahMultiquery,
-    /// Variable tracking: a chain of assignments in noise.
-    Vt,
-    /// Common words extraction.
-    Cwe,
-    /// Frequent words extraction.
-    Fwe,
-    /// Questions of SQuAD among its paragraphs.
-    #[serde(rename = "qa_1")]
-    Qa1,
-    /// Questions of HotpotQA among its paragraphs.
-    #[serde(rename = "qa_2")]
-    Qa2,
+pkv_core::named! {
+    /// A task of RULER.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+    pub enum RulerTask {
+        /// One needle (word to number) in repeated noise.
+        NiahSingle1 = "niah_single_1";
+        /// One needle in essays.
+        NiahSingle2 = "niah_single_2";
+        /// One needle in essays, its value a UUID.
+        NiahSingle3 = "niah_single_3";
+        /// Four needles in essays, one asked for.
+        NiahMultikey1 = "niah_multikey_1";
+        /// A needle among needles.
+        NiahMultikey2 = "niah_multikey_2";
+        /// A needle among needles, keys and values UUIDs.
+        NiahMultikey3 = "niah_multikey_3";
+        /// Four values of one key in essays.
+        NiahMultivalue = "niah_multivalue";
+        /// Four keys asked for at once, in essays.
+        NiahMultiquery = "niah_multiquery";
+        /// Variable tracking: a chain of assignments in noise.
+        Vt = "vt";
+        /// Common words extraction.
+        Cwe = "cwe";
+        /// Frequent words extraction.
+        Fwe = "fwe";
+        /// Questions of SQuAD among its paragraphs.
+        Qa1 = "qa_1";
+        /// Questions of HotpotQA among its paragraphs.
+        Qa2 = "qa_2";
+    }
 }
 
 impl RulerTask {
-    pub const ALL: [Self; 13] = [
-        Self::NiahSingle1,
-        Self::NiahSingle2,
-        Self::NiahSingle3,
-        Self::NiahMultikey1,
-        Self::NiahMultikey2,
-        Self::NiahMultikey3,
-        Self::NiahMultivalue,
-        Self::NiahMultiquery,
-        Self::Vt,
-        Self::Cwe,
-        Self::Fwe,
-        Self::Qa1,
-        Self::Qa2,
-    ];
-
-    /// The name in RULER's tables.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::NiahSingle1 => "niah_single_1",
-            Self::NiahSingle2 => "niah_single_2",
-            Self::NiahSingle3 => "niah_single_3",
-            Self::NiahMultikey1 => "niah_multikey_1",
-            Self::NiahMultikey2 => "niah_multikey_2",
-            Self::NiahMultikey3 => "niah_multikey_3",
-            Self::NiahMultivalue => "niah_multivalue",
-            Self::NiahMultiquery => "niah_multiquery",
-            Self::Vt => "vt",
-            Self::Cwe => "cwe",
-            Self::Fwe => "fwe",
-            Self::Qa1 => "qa_1",
-            Self::Qa2 => "qa_2",
-        }
-    }
-
     /// Tokens that an answer may have (`tokens_to_generate` in `constants.py`); they count towards the
     /// length.
     pub const fn max_new_tokens(self) -> usize {
@@ -153,7 +110,7 @@ impl Suite for Ruler {
         let section = &from.section.benchmark;
         let sources = Sources::open(from.files)?;
         let named = from.section.named(self.name()).unwrap_or_default();
-        let of_name = |name: &&str| RulerTask::ALL.into_iter().find(|task| task.name() == *name);
+        let of_name = |name: &&str| RulerTask::named(name);
         let (can_make, left_out) = match named.as_slice() {
             [] => RulerTask::ALL.into_iter().partition(|task| sources.can_make(*task)),
             named => (named.iter().filter_map(of_name).collect::<Vec<_>>(), Vec::new()),
@@ -172,7 +129,7 @@ impl Suite for Ruler {
                 examples: generator.len().unwrap_or(usize::MAX).min(section.examples),
                 example: Box::new(move |index| generator.example(index as u64)),
                 prompt_tokens: None,
-                identity: from.files.identity_with(json!({"ruler": task, "tokens": tokens})),
+                identity: from.files.identity_with(json!({"ruler": task.name(), "tokens": tokens})),
             });
         }
         if !left_out.is_empty() {

@@ -37,7 +37,7 @@ impl Suite for ScBench {
     fn open<'a>(&self, from: &Opening<'a>) -> Result<Vec<Benchmark<'a>>> {
         let mode = from.section.benchmark.scbench_mode;
         let read = |name: &str, files: &[PathBuf], limit| {
-            Task::of_name(name).expect("it is one of SCBench's names").read(files, mode, limit)
+            Task::named(name).expect("it is one of SCBench's names").read(files, mode, limit)
         };
         from.of_files(self, &json!({ "mode": mode }), read)
     }
@@ -55,62 +55,26 @@ impl Suite for ScBench {
     }
 }
 
-/// A task of SCBench.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Task {
-    Kv,
-    PrefixSuffix,
-    Vt,
-    Repoqa,
-    QaEng,
-    QaChn,
-    ChoiceEng,
-    ManyShot,
-    Summary,
-    Mf,
-    SummaryWithNeedles,
-    RepoqaAndKv,
+pkv_core::named! {
+    /// A task of SCBench, in the order of the reference's readme; each with the name of its files.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub enum Task {
+        Kv = "scbench_kv";
+        PrefixSuffix = "scbench_prefix_suffix";
+        Vt = "scbench_vt";
+        Repoqa = "scbench_repoqa";
+        QaEng = "scbench_qa_eng";
+        QaChn = "scbench_qa_chn";
+        ChoiceEng = "scbench_choice_eng";
+        ManyShot = "scbench_many_shot";
+        Summary = "scbench_summary";
+        Mf = "scbench_mf";
+        SummaryWithNeedles = "scbench_summary_with_needles";
+        RepoqaAndKv = "scbench_repoqa_and_kv";
+    }
 }
 
 impl Task {
-    /// In the order of the reference's readme.
-    pub const ALL: [Self; 12] = [
-        Self::Kv,
-        Self::PrefixSuffix,
-        Self::Vt,
-        Self::Repoqa,
-        Self::QaEng,
-        Self::QaChn,
-        Self::ChoiceEng,
-        Self::ManyShot,
-        Self::Summary,
-        Self::Mf,
-        Self::SummaryWithNeedles,
-        Self::RepoqaAndKv,
-    ];
-
-    /// The name of its files and in tables.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Kv => "scbench_kv",
-            Self::PrefixSuffix => "scbench_prefix_suffix",
-            Self::Vt => "scbench_vt",
-            Self::Repoqa => "scbench_repoqa",
-            Self::QaEng => "scbench_qa_eng",
-            Self::QaChn => "scbench_qa_chn",
-            Self::ChoiceEng => "scbench_choice_eng",
-            Self::ManyShot => "scbench_many_shot",
-            Self::Summary => "scbench_summary",
-            Self::Mf => "scbench_mf",
-            Self::SummaryWithNeedles => "scbench_summary_with_needles",
-            Self::RepoqaAndKv => "scbench_repoqa_and_kv",
-        }
-    }
-
-    pub fn of_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|t| t.name() == name)
-    }
-
     /// Maximum number of tokens of an answer to `part` (`DATA_NAME_TO_MAX_NEW_TOKENS`).
     fn max_new_tokens(self, part: Part) -> usize {
         match (self, part) {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use safetensors::{Dtype, SafeTensors};
 
@@ -19,6 +20,23 @@ pub fn nano(which: &str) -> PathBuf {
 /// Goldens of language models, with the random-weight checkpoints that some of them are of.
 pub fn lm_goldens() -> PathBuf {
     root().join("crates/lm/tests/goldens")
+}
+
+/// The random-weight checkpoints among the goldens, by name; each covers branches of `config.json`.
+///
+/// # Panics
+/// There are fewer than those of the first four families.
+pub fn architectures() -> impl Iterator<Item = &'static str> {
+    static NAMES: LazyLock<Vec<String>> = LazyLock::new(|| {
+        let entries = fs::read_dir(lm_goldens()).expect("goldens can be listed").flatten();
+        let folders = entries.filter(|entry| entry.path().is_dir());
+        let names = folders.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let mut names: Vec<String> = names.filter(|name| name.starts_with("arch-")).collect();
+        names.sort();
+        assert!(names.len() >= 5, "found {names:?}");
+        names
+    });
+    NAMES.iter().map(String::as_str)
 }
 
 /// Token ids of a language model's golden file, by name: `None` if it has none of that name.

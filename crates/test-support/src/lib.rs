@@ -8,6 +8,7 @@ pub mod attention;
 pub mod errors;
 pub mod files;
 pub mod hub;
+pub mod kill;
 pub mod loops;
 #[cfg(feature = "tensors")]
 pub mod tensors;

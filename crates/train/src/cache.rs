@@ -11,7 +11,7 @@ use pkv_gpu::host_memory;
 
 /// One example, f32, row-major, from which the loader copies windows.
 #[derive(Debug, PartialEq)]
-pub struct Sample {
+pub struct CachedExample {
     pub positions: usize,
     /// `[proxy heads x channels, positions]`, raw.
     pub heads: Vec<f32>,
@@ -21,7 +21,7 @@ pub struct Sample {
     pub targets: Vec<f32>,
 }
 
-impl Sample {
+impl CachedExample {
     /// Of its numbers, in memory.
     pub fn bytes(&self) -> u64 {
         4 * (self.heads.len() + self.globals.len() + self.targets.len()) as u64
@@ -36,7 +36,7 @@ pub struct Cache {
 
 #[derive(Default)]
 struct State {
-    samples: HashMap<u64, Arc<Sample>>,
+    samples: HashMap<u64, Arc<CachedExample>>,
     bytes: u64,
 }
 
@@ -52,7 +52,7 @@ impl Cache {
     ///
     /// # Errors
     /// Those of `make`.
-    pub fn get(&self, row: u64, make: impl FnOnce() -> Result<Sample>) -> Result<Arc<Sample>> {
+    pub fn get(&self, row: u64, make: impl FnOnce() -> Result<CachedExample>) -> Result<Arc<CachedExample>> {
         // A panic while the lock was held leaves whole samples.
         let lock = || self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(sample) = lock().samples.get(&row) {
@@ -74,8 +74,8 @@ mod tests {
     use super::*;
     use std::cell::Cell;
 
-    fn sample(n: usize) -> Sample {
-        Sample { positions: n, heads: vec![n as f32; n], globals: Vec::new(), targets: vec![0.5; n] }
+    fn sample(n: usize) -> CachedExample {
+        CachedExample { positions: n, heads: vec![n as f32; n], globals: Vec::new(), targets: vec![0.5; n] }
     }
 
     #[test]

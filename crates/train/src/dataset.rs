@@ -11,7 +11,7 @@ use pkv_recipe::{LabelSection, TargetPool};
 use pkv_shard::{ExampleRows, FeatureFolders};
 use tch::Tensor;
 
-use crate::cache::{Cache, Sample};
+use crate::cache::{Cache, CachedExample};
 use crate::loader::Source;
 
 /// Labels and features of all examples, and which split each is in.
@@ -23,7 +23,7 @@ pub struct Dataset {
 
 /// One example on the host, f32, raw: features not standardized, labels KVzip's scores.
 #[derive(Debug)]
-pub struct Context {
+pub struct ContextTensors {
     /// `[proxy heads, channels, positions]`
     pub heads_pct: Tensor,
     /// `[global channels, positions]`
@@ -32,7 +32,7 @@ pub struct Context {
     pub scores_ot: Tensor,
 }
 
-impl Context {
+impl ContextTensors {
     /// Training targets of the mapper: log-odds, span-pooled. f32 `[target heads, positions]`.
     pub fn targets(&self, pool: &TargetPool) -> Tensor {
         pool_targets(&log_odds(&self.scores_ot), pool)
@@ -95,12 +95,12 @@ impl Dataset {
     ///
     /// # Errors
     /// A shard is damaged, or label and feature are not of the same example or of other models.
-    pub fn context(&self, row: u64) -> Result<Context> {
+    pub fn context(&self, row: u64) -> Result<ContextTensors> {
         let (label, feature) = self.rows.get(row)?;
         let MapperDims { proxy_heads: p, channels: c, globals: g, outputs: o } = self.dims;
         let t = self.positions(row);
         let shape = |n: &[usize]| n.iter().map(|&n| n as i64).collect::<Vec<_>>();
-        Ok(Context {
+        Ok(ContextTensors {
             heads_pct: Tensor::from_slice(&feature.heads).reshape(shape(&[p, c, t])),
             globals_ct: Tensor::from_slice(&feature.globals).reshape(shape(&[g, t])),
             scores_ot: Tensor::from_slice(&label.scores).reshape(shape(&[o, t])),
@@ -111,11 +111,11 @@ impl Dataset {
     ///
     /// # Errors
     /// As [`Self::context`].
-    pub fn sample(&self, row: u64, pool: &TargetPool) -> Result<Sample> {
+    pub fn sample(&self, row: u64, pool: &TargetPool) -> Result<CachedExample> {
         let (label, feature) = self.rows.get(row)?;
         let scores = Tensor::from_slice(&label.scores).reshape([self.dims.outputs as i64, -1]);
         let targets = pool_targets(&log_odds(&scores), pool).flatten(0, -1);
-        Ok(Sample {
+        Ok(CachedExample {
             positions: self.positions(row),
             heads: feature.heads,
             globals: feature.globals,
@@ -142,7 +142,7 @@ impl Source for Samples<'_> {
         self.dataset.dims()
     }
 
-    fn sample(&self, row: u64) -> Result<Arc<Sample>> {
+    fn sample(&self, row: u64) -> Result<Arc<CachedExample>> {
         self.cache.get(row, || self.dataset.sample(row, &self.pool))
     }
 }

@@ -13,7 +13,6 @@
 mod batches;
 mod bench;
 mod cache;
-mod clock;
 mod curve;
 mod dataset;
 mod diverged;
@@ -26,12 +25,13 @@ mod run;
 mod schedule;
 mod start;
 mod step;
+mod step_clock;
 mod tensorboard;
 mod validate;
 
 pub use batches::{Batch, Batches};
 pub use bench::{BenchOptions, BenchReport, bench};
-pub use dataset::{Context, Dataset};
+pub use dataset::{ContextTensors, Dataset};
 pub use journal::METRICS_FILE;
 pub use learner::Learner;
 pub use loss::{HybridLoss, LossTerms};

@@ -15,7 +15,7 @@ use pkv_recipe::{FineLoss, LossSection};
 use tch::{Device, Kind, Tensor};
 
 use crate::batches::{Batch, Batches};
-use crate::cache::Sample;
+use crate::cache::CachedExample;
 use crate::loss::draw_pairs;
 
 /// Most threads by default: eight fill batches faster than any GPU empties them.
@@ -50,7 +50,7 @@ pub trait Source: Sync {
 
     /// # Errors
     /// The row cannot be read.
-    fn sample(&self, row: u64) -> Result<Arc<Sample>>;
+    fn sample(&self, row: u64) -> Result<Arc<CachedExample>>;
 }
 
 /// Inputs that all batches share.
@@ -217,7 +217,7 @@ mod tests {
         }
 
         /// Every number says its row, its line and its position.
-        fn sample(&self, row: u64) -> Result<Arc<Sample>> {
+        fn sample(&self, row: u64) -> Result<Arc<CachedExample>> {
             anyhow::ensure!(row != 13, "row 13 is damaged");
             let positions = 20 + row as usize;
             let numbers = |part: usize, rows: usize| {
@@ -227,7 +227,7 @@ mod tests {
                 };
                 (0..rows * positions).map(number).collect()
             };
-            Ok(Arc::new(Sample {
+            Ok(Arc::new(CachedExample {
                 positions,
                 heads: numbers(0, 6),
                 globals: numbers(1, 1),

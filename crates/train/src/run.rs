@@ -13,7 +13,6 @@ use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
 use crate::batches::Batches;
-use crate::clock::{Clock, clock_text};
 use crate::curve::{Means, Window};
 use crate::dataset::{Dataset, Samples};
 use crate::diverged::{self, Diverged};
@@ -25,6 +24,7 @@ use crate::optimizer::Optimizer;
 use crate::schedule::Schedule;
 use crate::start::start;
 use crate::step::{Stepper, Tf32, number_format};
+use crate::step_clock::{StepClock, clock_text};
 use crate::tensorboard::EventFile;
 use crate::validate::{Ranking, Validation, Validator};
 
@@ -220,7 +220,7 @@ struct Run<'a> {
     window: Window,
     journal: Journal,
     events: EventFile,
-    clock: Clock,
+    clock: StepClock,
 }
 
 impl<'a> Run<'a> {
@@ -285,7 +285,7 @@ impl<'a> Run<'a> {
             window,
             journal: Journal::open(&RunLayout::new(inputs.run).train(), step)?,
             events: EventFile::create(&RunLayout::new(inputs.run).events(), step)?,
-            clock: Clock::new(),
+            clock: StepClock::new(),
         })
     }
 

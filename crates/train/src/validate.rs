@@ -13,7 +13,7 @@ use pkv_recipe::TrainSection;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::dataset::{Context, Dataset};
+use crate::dataset::{ContextTensors, Dataset};
 use crate::learner::Learner;
 
 /// Retention ratios that every validation reports.
@@ -89,7 +89,7 @@ struct Ready {
 }
 
 impl Ready {
-    fn new(context: Context, validator: &Validator, device: Device) -> Result<Self> {
+    fn new(context: ContextTensors, validator: &Validator, device: Device) -> Result<Self> {
         let to = |x: &Tensor| x.to_device(device);
         let scores_ot = to(&context.scores_ot);
         let reference = match validator.ranking {

@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use pkv_core::Stop;
 use pkv_recipe::Steps;
+use pkv_test_support::kill::{FOLDER, kill};
 
 use crate::common::*;
 
@@ -28,6 +28,37 @@ fn same(setup: &Setup, broken: &str, whole: &str) {
     }
 }
 
+/// Stop a run at each of these steps.
+#[track_caller]
+fn stop_at(setup: &Setup, run: &str, steps: &[u64]) {
+    for &step in steps {
+        let stop = Stop::default();
+        let at = At::new(step, || stop.request());
+        let summary = setup.run(run, &at, &stop).unwrap();
+        assert_eq!((summary.step, summary.finished), (step, false));
+        assert_eq!(setup.is_complete(run).unwrap(), None);
+    }
+}
+
+/// Runs that are taken out of these steps end as `whole`. A panic takes the process out of a step without
+/// saving, as a kill does.
+#[track_caller]
+fn kill_at(setup: &Setup, runs: [&[u64]; 4]) {
+    let silent = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    for steps in runs {
+        let run = format!("killed-{steps:?}");
+        for &step in steps {
+            let at = At::new(step, || panic!("killed"));
+            let result = catch_unwind(AssertUnwindSafe(|| setup.run(&run, &at, &Stop::default())));
+            assert!(result.is_err(), "not killed at step {step}");
+        }
+        setup.finish(&run).unwrap();
+        same(setup, &run, "whole");
+    }
+    std::panic::set_hook(silent);
+}
+
 #[test]
 fn a_stopped_run_ends_with_the_same_bits() {
     let setup = Setup::new(26, 5);
@@ -35,13 +66,7 @@ fn a_stopped_run_ends_with_the_same_bits() {
     assert!(whole.finished && whole.step == 24);
     for stops in [vec![1], vec![7, 14], vec![3, 23]] {
         let run = format!("stopped-{stops:?}");
-        for &step in &stops {
-            let stop = Stop::default();
-            let at = At::new(step, || stop.request());
-            let summary = setup.run(&run, &at, &stop).unwrap();
-            assert_eq!((summary.step, summary.finished), (step, false));
-            assert_eq!(setup.is_complete(&run).unwrap(), None);
-        }
+        stop_at(&setup, &run, &stops);
         let summary = setup.finish(&run).unwrap();
         assert_eq!(
             (summary.step, summary.best_step, summary.best_score),
@@ -63,10 +88,7 @@ fn disturbed_features_and_crops_end_with_the_same_bits() {
     setup.finish("whole").unwrap();
     assert_ne!(setup.metrics("whole")[0], setup.metrics("exact")[0]);
     (setup.train.loader_threads, setup.train.cache_gb) = (Some(3), Some(0.0));
-    for &step in &[5, 16] {
-        let stop = Stop::default();
-        setup.run("broken", &At::new(step, || stop.request()), &stop).unwrap();
-    }
+    stop_at(&setup, "broken", &[5, 16]);
     setup.finish("broken").unwrap();
     same(&setup, "broken", "whole");
 }
@@ -97,29 +119,12 @@ fn automatic_steps_end_by_themselves_and_with_the_same_bits_wherever_broken() {
 
     for stops in [vec![3], vec![14], vec![13, 15], vec![17, 22]] {
         let run = format!("stopped-{stops:?}");
-        for &step in &stops {
-            let stop = Stop::default();
-            let at = At::new(step, || stop.request());
-            assert_eq!(setup.run(&run, &at, &stop).unwrap().step, step);
-            assert_eq!(setup.is_complete(&run).unwrap(), None);
-        }
+        stop_at(&setup, &run, &stops);
         let summary = setup.finish(&run).unwrap();
         assert_eq!((summary.step, summary.best_step), (23, whole.best_step));
         same(&setup, &run, "whole");
     }
-    let silent = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| ()));
-    for kills in [vec![6], vec![14, 15], vec![18, 22], vec![23]] {
-        let run = format!("killed-{kills:?}");
-        for &step in &kills {
-            let at = At::new(step, || panic!("killed"));
-            let result = catch_unwind(AssertUnwindSafe(|| setup.run(&run, &at, &Stop::default())));
-            assert!(result.is_err(), "not killed at step {step}");
-        }
-        setup.finish(&run).unwrap();
-        same(&setup, &run, "whole");
-    }
-    std::panic::set_hook(silent);
+    kill_at(&setup, [&[6][..], &[14, 15], &[18, 22], &[23]]);
 }
 
 #[test]
@@ -141,24 +146,11 @@ fn automatic_steps_without_validation_are_refused() {
     assert!(hint.contains("data.validation"), "{hint}");
 }
 
-/// A panic takes the process out of a step without saving, as a kill does.
 #[test]
 fn a_run_killed_at_any_step_ends_with_the_same_bits() {
     let setup = Setup::new(26, 5);
     setup.finish("whole").unwrap();
-    let silent = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| ()));
-    for kills in [vec![2], vec![9], vec![15, 18], vec![24]] {
-        let run = format!("killed-{kills:?}");
-        for &step in &kills {
-            let at = At::new(step, || panic!("killed"));
-            let result = catch_unwind(AssertUnwindSafe(|| setup.run(&run, &at, &Stop::default())));
-            assert!(result.is_err(), "nobody was killed at step {step}");
-        }
-        setup.finish(&run).unwrap();
-        same(&setup, &run, "whole");
-    }
-    std::panic::set_hook(silent);
+    kill_at(&setup, [&[2][..], &[9], &[15, 18], &[24]]);
 }
 
 /// Checkpoints of version 1 differ in their `state.json` alone, which had one list of names.
@@ -166,8 +158,7 @@ fn a_run_killed_at_any_step_ends_with_the_same_bits() {
 fn a_run_that_an_older_version_began_ends_with_the_same_bits() {
     let setup = Setup::new(26, 5);
     setup.finish("whole").unwrap();
-    let stop = Stop::default();
-    setup.run("old", &At::new(3, || stop.request()), &stop).unwrap();
+    stop_at(&setup, "old", &[3]);
     let path = setup.stage("old").join("checkpoints/step-000003/state.json");
     let mut state: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     let fields = state.as_object_mut().unwrap();
@@ -185,8 +176,7 @@ fn a_run_that_an_older_version_began_ends_with_the_same_bits() {
 fn a_damaged_checkpoint_costs_steps_and_no_bits() {
     let setup = Setup::new(26, 5);
     setup.finish("whole").unwrap();
-    let stop = Stop::default();
-    setup.run("broken", &At::new(17, || stop.request()), &stop).unwrap();
+    stop_at(&setup, "broken", &[17]);
     let path = setup.stage("broken").join("checkpoints/step-000017/optimizer.safetensors");
     let mut bytes = fs::read(&path).unwrap();
     let at = bytes.len() / 2;
@@ -215,23 +205,10 @@ fn a_killed_process_is_continued_by_the_next() {
     let mut kills = 0;
     for attempt in 0u64.. {
         assert!(attempt < 60, "no progress");
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "resume::child", "--ignored"])
-            .env("PKV_TEST_FOLDER", setup.dir.path())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        // libtorch takes its time to load; the moments that count come after the next checkpoint.
         let before = checkpoints(&setup);
-        while checkpoints(&setup) == before && child.try_wait().unwrap().is_none() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        std::thread::sleep(Duration::from_millis(attempt * 31 % 100));
-        let ended = child.try_wait().unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
-        if let Some(status) = ended {
+        let delay = Duration::from_millis(attempt * 31 % 100);
+        if let Some(status) = kill("resume::child", setup.dir.path(), || checkpoints(&setup) != before, delay)
+        {
             assert!(status.success());
             if kills > 0 {
                 break;
@@ -257,7 +234,7 @@ fn checkpoints(setup: &Setup) -> Vec<std::ffi::OsString> {
 #[test]
 #[ignore = "run by a_killed_process_is_continued_by_the_next"]
 fn child() {
-    let dir = std::env::var("PKV_TEST_FOLDER").expect("run by a_killed_process_is_continued_by_the_next");
+    let dir = std::env::var(FOLDER).expect("run by a_killed_process_is_continued_by_the_next");
     // Its own small stages go unused: it trains on those of the test.
     let own = Setup::new(1, 0);
     let setup = At::new(0, || ());

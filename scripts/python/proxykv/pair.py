@@ -218,7 +218,10 @@ class ProxyKV:
     def _reconstruction(self, ids, prefix: int, cache, heads_pct):
         """Channels for which the proxy repeats its context, chunk by chunk, as KVzip scores do."""
         model, label, channels = self.proxy, self.config["label"], self.sources["proxy"]["channels"]
-        original, plus = label["preset"] == "original", label["preset"] == "plus"
+        original = label["preset"] == "original"
+        scorer = label.get("scorer") or ("kvzip-plus" if label["preset"] == "plus" else "plain")
+        if scorer not in ("plain", "kvzip-plus"):
+            raise ValueError(f"the scorer `{scorer}` of the labels is not computed here")
         requests = Requests.of(self.tokenizer, label)
         sink = label["sink"] or ("prefix" if original else {"tokens": 4})
         sink = prefix if sink == "prefix" else min(sink["tokens"], prefix)
@@ -229,7 +232,7 @@ class ProxyKV:
         for start, end in requests.chunks(len(context)):
 
             def see(layer: _Layer, start=start, end=end):
-                best_ht, mean_ht = _chunk_scores(layer, sink, prefix + start, prefix + end, plus)
+                best_ht, mean_ht = _chunk_scores(layer, sink, prefix + start, prefix + end, scorer == "kvzip-plus")
                 rows = slice(layer.index * heads, (layer.index + 1) * heads)
                 max_pt[rows, start:end], mean_pt[rows, start:end] = best_ht, mean_ht
 

@@ -23,6 +23,8 @@ pub const METHOD: Method = Method {
     meaning: "the attention that later queries are expected to pay, if they are distributed as those of the context are, \
               times the value's norm",
     needs: Needs::PREFILL,
+    #[cfg(test)]
+    held_by: ("tests/goldens/make_goldens.py", "\"expected-attention\""),
     start: |setup| {
         let (rope, head_dim) =
             (setup.target.model.config().rope.clone(), setup.target.model.shape().head_dim);

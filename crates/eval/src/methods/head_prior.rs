@@ -20,6 +20,8 @@ pub const METHOD: Method = Method {
     label: "head prior",
     meaning: "each KV head's mean training score, positions at random: a lower bound for any method",
     needs: Needs::NOTHING,
+    #[cfg(test)]
+    held_by: ("src/methods/head_prior.rs", "fn the_strongest_heads_are_filled_first"),
     start: |_| Start::fit(Means::default()),
 };
 

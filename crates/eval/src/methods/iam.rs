@@ -22,10 +22,12 @@ pub const METHOD: Method = Method {
     label: "IAM-style",
     meaning: "each KV head of the target takes the scores of the source's KV head that it matches best",
     needs: Needs::FEATURES,
+    #[cfg(test)]
+    held_by: ("src/methods/iam.rs", "fn heads_that_are_a_monotone_function"),
     start: |setup| {
         let (slot, channel) = opinion(setup.channels)?;
         let per_context = ALIGNED_POSITIONS / setup.training.contexts().max(1) as i64 + 1;
-        Start::fit(Sample { slot: slot as i64, channel, per_context, x: Vec::new(), y: Vec::new() })
+        Start::fit(AlignedPositions { slot: slot as i64, channel, per_context, x: Vec::new(), y: Vec::new() })
     },
 };
 
@@ -36,7 +38,7 @@ const ALIGNED_POSITIONS: i64 = 65_536;
 const QUANTILES: i64 = 1025;
 
 /// Evenly spaced positions of every training context: one channel of the features, and the labels.
-struct Sample {
+struct AlignedPositions {
     slot: i64,
     channel: Channel,
     per_context: i64,
@@ -44,7 +46,7 @@ struct Sample {
     y: Vec<Tensor>,
 }
 
-impl<'a> Fit<'a> for Sample {
+impl<'a> Fit<'a> for AlignedPositions {
     fn add(&mut self, context: &TrainingContext) -> Result<()> {
         let x_pt = context.features.heads_pct.select(1, self.slot);
         let positions = x_pt.size()[1];

@@ -12,6 +12,8 @@ pub const METHOD: Method = Method {
     label: "KeyDiff",
     meaning: "how dissimilar a key is to the mean key of its head; uses no attention",
     needs: Needs::PREFILL,
+    #[cfg(test)]
+    held_by: ("tests/goldens/make_goldens.py", "\"keydiff\""),
     start: |_| {
         Ready::scores(|view| {
             let (cache, prefix) = view.prefilled()?;

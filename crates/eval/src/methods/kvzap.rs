@@ -32,7 +32,7 @@ use pkv_recipe::MethodName;
 use tch::{Kind, Tensor};
 
 use self::fit::KvzapFit;
-use self::sample::Sample;
+use self::sample::SampledPositions;
 use self::store::KvzapStore;
 use super::method::{Method, Needs, Ready, Start, Watch};
 use super::training::Setup;
@@ -46,6 +46,11 @@ pub const LINEAR: Method = Method {
     label: "KVzap-style, linear",
     meaning: "ridge regression from the target's own hidden states, layer by layer; no proxy",
     needs: Needs::PREFILL,
+    #[cfg(test)]
+    held_by: (
+        "../extract/tests/extract/hidden.rs",
+        "fn the_map_is_the_ridge_solution_and_the_channel_its_values",
+    ),
     start: |setup| start(setup, LINEAR_NAME, |setup, _| KvzapFit::linear(setup.target.model)),
 };
 
@@ -55,9 +60,15 @@ pub const MLP: Method = Method {
     label: "KVzap-style, MLP",
     meaning: "the same by a network with one hidden layer per layer of the target",
     needs: Needs::PREFILL,
+    #[cfg(test)]
+    held_by: ("src/methods/kvzap/network.rs", "fn the_network_learns_what_the_linear_scorer_cannot"),
     start: |setup| {
         start(setup, MLP_NAME, |setup, n| {
-            KvzapFit::mlp(Sample::new(setup.target.model.shape(), n), setup.seed, setup.target.model.device())
+            KvzapFit::mlp(
+                SampledPositions::new(setup.target.model.shape(), n),
+                setup.seed,
+                setup.target.model.device(),
+            )
         })
     },
 };

@@ -10,6 +10,8 @@ pub const RAW: Method = Method {
     label: "KVzip",
     meaning: "the oracle: attention of the target while it repeats its context; the mapper is trained on these scores",
     needs: Needs::LABELS,
+    #[cfg(test)]
+    held_by: ("../score/tests/score/goldens.rs", "fn nano_target"),
     start: |_| Ready::scores(|view| Ok(view.labels()?.shallow_clone())).start(),
 };
 
@@ -19,6 +21,8 @@ pub const POOLED: Method = Method {
     label: "KVzip, pooled",
     meaning: "the oracle's scores, each raised towards those of its neighbours",
     needs: Needs::LABELS,
+    #[cfg(test)]
+    held_by: ("../prune/src/target.rs", "fn pooling_equals_a_naive_window"),
     start: |setup| {
         let pool = setup.pool;
         Ready::scores(move |view| Ok(pool_targets(&log_odds(view.labels()?), &pool))).start()

@@ -10,5 +10,7 @@ pub const METHOD: Method = Method {
     label: "ridge, linear",
     meaning: "ridge regression from all features",
     needs: Needs::FEATURES,
+    #[cfg(test)]
+    held_by: ("src/methods/ridge.rs", "fn a_linear_target_is_found_exactly"),
     start: |setup| Start::fit(RidgeFit::new(setup.mapper, None)?),
 };

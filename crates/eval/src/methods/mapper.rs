@@ -14,6 +14,8 @@ pub const METHOD: Method = Method {
     label: "mapper",
     meaning: "the trained network: from features of the proxy's or the target's prefill to the target's scores",
     needs: Needs::FEATURES,
+    #[cfg(test)]
+    held_by: ("../mapper/tests/goldens.rs", "fn the_forward_agrees"),
     start: |setup| {
         let mapper = setup.mapper;
         Ready::scores(move |view| {

@@ -21,6 +21,10 @@ pub struct Method {
     /// Its meaning, in a sentence without its name.
     pub meaning: &'static str,
     pub needs: Needs,
+    /// Its reference: a file, from this crate's folder, that has this text. The authors' scores, or a test
+    /// with a naive version or a property that defines it.
+    #[cfg(test)]
+    pub(crate) held_by: (&'static str, &'static str),
     /// Get ready to score, or to learn from the training contexts first.
     ///
     /// # Errors

@@ -12,6 +12,8 @@ pub const METHOD: Method = Method {
     label: "one channel, linear",
     meaning: "ridge regression from the one channel that is nearest to a score",
     needs: Needs::FEATURES,
+    #[cfg(test)]
+    held_by: ("src/methods/ridge.rs", "fn a_linear_target_is_found_exactly"),
     start: |setup| {
         let slots = proxy_slots(setup.channels)?;
         let names: Vec<String> = slots.iter().map(|&s| channel_name(setup.channels[s])).collect();

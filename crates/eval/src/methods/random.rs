@@ -14,6 +14,8 @@ pub const METHOD: Method = Method {
     label: "random",
     meaning: "positions and heads at random",
     needs: Needs::NOTHING,
+    #[cfg(test)]
+    held_by: ("src/methods/random.rs", "fn numbers_are_spread_evenly"),
     start: |_| {
         Ready::scores(|view| {
             let mut rng = view.random(MethodName::RANDOM);

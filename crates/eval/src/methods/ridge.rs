@@ -27,7 +27,7 @@ pub struct RidgeFit {
 }
 
 /// A fitted linear map.
-struct Linear {
+struct RidgeMap {
     seen: Seen,
     mapper: Mapper,
 }
@@ -86,14 +86,14 @@ impl RidgeFit {
 
     /// # Errors
     /// Nothing was added, or a feature is not finite.
-    fn solve(self) -> Result<Linear> {
+    fn solve(self) -> Result<RidgeMap> {
         let (weight_of, bias_o) = self.sums.solve(self.ridge)?;
         let section = MapperSection { variant: Variant::Linear, ..MapperSection::default() };
         let device = self.stats.heads_mean_pc.device();
         // No random number is drawn: a linear mapper starts at zero.
         let mut mapper = Mapper::new(&section, self.dims, self.stats, Seed(0), device)?;
         mapper.set_linear(&weight_of, &bias_o)?;
-        Ok(Linear { seen: self.seen, mapper })
+        Ok(RidgeMap { seen: self.seen, mapper })
     }
 }
 
@@ -113,7 +113,7 @@ impl<'a> Fit<'a> for RidgeFit {
     }
 }
 
-impl Linear {
+impl RidgeMap {
     /// Scores of a context, f32 `[target heads, positions]`, from its raw features.
     ///
     /// # Errors

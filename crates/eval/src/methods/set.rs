@@ -10,7 +10,7 @@ use tch::Tensor;
 use super::method::{Fit, Method, Needs, Ready, Scoring, Start, Watch};
 use super::training::Setup;
 use super::view::ContextView;
-use crate::clock::Clock;
+use crate::stopwatch::Stopwatch;
 
 /// One method's scores of one context, `[layers, KV heads, positions]`.
 pub struct Scored {
@@ -74,7 +74,7 @@ impl<'a> Methods<'a> {
     ///
     /// # Errors
     /// A method lacks what it looks at.
-    pub fn score(&self, view: &ContextView, watches: Watches, clock: &mut Clock) -> Result<Vec<Scored>> {
+    pub fn score(&self, view: &ContextView, watches: Watches, clock: &mut Stopwatch) -> Result<Vec<Scored>> {
         let _no_grad = tch::no_grad_guard();
         let one = |((method, scoring), watch): (&(&Method, Scoring), Option<Box<dyn Watch + '_>>)| {
             let score = || match (scoring, watch) {

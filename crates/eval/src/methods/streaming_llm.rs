@@ -12,6 +12,8 @@ pub const METHOD: Method = Method {
     label: "StreamingLLM",
     meaning: "the first and the most recent positions",
     needs: Needs::NOTHING,
+    #[cfg(test)]
+    held_by: ("src/methods/streaming_llm.rs", "fn sinks_and_the_most_recent_positions_are_kept"),
     start: |_| Ready::scores(|view| Ok(streaming_llm(view.heads(), view.positions(), view.device))).start(),
 };
 

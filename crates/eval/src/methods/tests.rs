@@ -19,30 +19,7 @@ use super::method::{Fit, Method, Needs, Ready, Start, Watch};
 use super::training::{Setup, Target, TrainingContext, TrainingSet};
 use super::view::{ContextView, Draw};
 use super::{Methods, REGISTRY, check, random};
-use crate::clock::Clock;
-
-/// Reference of each method: its authors' scores, or the test that has a naive version or a property that
-/// defines it.
-const HELD_BY: [(&str, &str, &str); 14] = [
-    ("mapper", "../mapper/tests/goldens.rs", "fn the_forward_agrees"),
-    ("kvzip", "../score/tests/score/goldens.rs", "fn nano_target"),
-    ("kvzip-pooled", "../prune/src/target.rs", "fn pooling_equals_a_naive_window"),
-    (
-        "kvzap-linear",
-        "../extract/tests/extract/hidden.rs",
-        "fn the_map_is_the_ridge_solution_and_the_channel_its_values",
-    ),
-    ("kvzap-mlp", "src/methods/kvzap/network.rs", "fn the_network_learns_what_the_linear_scorer_cannot"),
-    ("linear", "src/methods/ridge.rs", "fn a_linear_target_is_found_exactly"),
-    ("proxy-linear", "src/methods/ridge.rs", "fn a_linear_target_is_found_exactly"),
-    ("iam", "src/methods/iam.rs", "fn heads_that_are_a_monotone_function"),
-    ("head-prior", "src/methods/head_prior.rs", "fn the_strongest_heads_are_filled_first"),
-    ("streaming-llm", "src/methods/streaming_llm.rs", "fn sinks_and_the_most_recent_positions_are_kept"),
-    ("snapkv", "src/methods/snapkv.rs", "fn naive("),
-    ("expected-attention", "tests/goldens/make_goldens.py", "\"expected-attention\""),
-    ("keydiff", "tests/goldens/make_goldens.py", "\"keydiff\""),
-    ("random", "src/methods/random.rs", "fn numbers_are_spread_evenly"),
-];
+use crate::stopwatch::Stopwatch;
 
 /// Pairs kept of `scores` `[heads, positions]` when they compete for `ratio` of all pairs.
 pub fn kept(scores: &Tensor, ratio: f64) -> Vec<Vec<i64>> {
@@ -73,14 +50,10 @@ fn every_method_has_a_name_a_label_a_meaning_and_something_that_holds_it() {
         );
         assert!(m.label.len() >= 3 && m.label.len() <= 24, "{}: a label fits beside a chart", m.name);
         assert!(m.meaning.len() > 20 && !m.meaning.ends_with('.'), "{}: {}", m.name, m.meaning);
-        let (_, file, what) = HELD_BY
-            .iter()
-            .find(|h| h.0 == m.name.name())
-            .unwrap_or_else(|| panic!("nothing holds {}", m.name));
+        let (file, what) = m.held_by;
         let text = std::fs::read_to_string(here(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
         assert!(text.contains(what), "{}: `{file}` has no {what}", m.name);
     }
-    assert_eq!(HELD_BY.len(), REGISTRY.len());
     check(&EvalSection::default().methods).unwrap();
 }
 
@@ -196,7 +169,7 @@ fn scores(registry: &[Method], setup: &Setup, names: &[MethodName], context: &[u
         features: None,
         prefilled: Some((&cache, setup.target.prefix.len())),
     };
-    let scored = methods.score(&view, watches, &mut Clock::new(Device::Cpu)).unwrap();
+    let scored = methods.score(&view, watches, &mut Stopwatch::new(Device::Cpu)).unwrap();
     assert!(scored.iter().map(|s| s.method).eq(names.iter().copied()));
     scored.into_iter().map(|s| s.scores_lht).collect()
 }
@@ -311,6 +284,7 @@ fn a_method_of_ones_own_is_a_registry_line() {
             label: "made up",
             meaning: "what this test counts, later positions first",
             needs: Needs::PREFILL,
+            held_by: (file!(), "struct MadeUp"),
             start: |_| Start::fit(MadeUp::default()),
         },
     ];

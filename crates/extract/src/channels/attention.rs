@@ -11,10 +11,12 @@ const fn entry(channel: Channel, reach: Reach, fold: Fold) -> Entry {
     Entry { channel, compute: Compute::Statistic(reach, fold) }
 }
 
-pub(super) const MAX_ALL: Entry = entry(Channel::MaxAll, Reach::All, Fold::Max);
-pub(super) const MEAN_ALL: Entry = entry(Channel::MeanAll, Reach::All, Fold::Mean);
-pub(super) const MAX_WINDOW: Entry = entry(Channel::MaxWindow, Reach::Window, Fold::Max);
-pub(super) const MEAN_WINDOW: Entry = entry(Channel::MeanWindow, Reach::Window, Fold::Mean);
-pub(super) const MAX_LAST: Entry = entry(Channel::MaxLast, Reach::Last, Fold::Max);
-pub(super) const MEAN_LAST: Entry = entry(Channel::MeanLast, Reach::Last, Fold::Mean);
-pub(super) const MEAN_LAST_LAYER: Entry = entry(Channel::MeanLastLayer, Reach::Last, Fold::LayerMean);
+pub(super) const ENTRIES: &[Entry] = &[
+    entry(Channel::MaxAll, Reach::All, Fold::Max),
+    entry(Channel::MeanAll, Reach::All, Fold::Mean),
+    entry(Channel::MaxWindow, Reach::Window, Fold::Max),
+    entry(Channel::MeanWindow, Reach::Window, Fold::Mean),
+    entry(Channel::MaxLast, Reach::Last, Fold::Max),
+    entry(Channel::MeanLast, Reach::Last, Fold::Mean),
+    entry(Channel::MeanLastLayer, Reach::Last, Fold::LayerMean),
+];

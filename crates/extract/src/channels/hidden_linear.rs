@@ -6,7 +6,7 @@ use pkv_core::Channel;
 use super::{Compute, Entry};
 use crate::hidden::of_context;
 
-pub(super) const ENTRY: Entry = Entry {
+pub(super) const ENTRIES: &[Entry] = &[Entry {
     channel: Channel::HiddenLinear,
     compute: Compute::Layer(|new, into_hs| {
         let hidden = new.hidden.context("the projection of hidden states is absent")?;
@@ -15,4 +15,4 @@ pub(super) const ENTRY: Entry = Entry {
         }
         Ok(())
     }),
-};
+}];

@@ -11,7 +11,7 @@ use tch::Tensor;
 
 use super::{Compute, Entry};
 
-pub(super) const ENTRY: Entry = Entry { channel: Channel::KeyDiff, compute: Compute::Keys(key_diff) };
+pub(super) const ENTRIES: &[Entry] = &[Entry { channel: Channel::KeyDiff, compute: Compute::Keys(key_diff) }];
 
 /// Minus the cosine between each key and the mean of its head's normalized keys, in one layer.
 ///

@@ -21,13 +21,13 @@ use tch::Tensor;
 use super::{Compute, Entry};
 use crate::statistics::MEAN_FLOOR;
 
-pub(super) const MAX: Entry =
-    Entry { channel: Channel::ReplayUnrun, compute: Compute::ScoringChunk(|scores| scores.max_ht.log()) };
-
-pub(super) const MEAN: Entry = Entry {
-    channel: Channel::ReplayUnrunMean,
-    compute: Compute::ScoringChunk(|scores| (&scores.mean_ht + MEAN_FLOOR).log()),
-};
+pub(super) const ENTRIES: &[Entry] = &[
+    Entry { channel: Channel::ReplayUnrun, compute: Compute::ScoringChunk(|scores| scores.max_ht.log()) },
+    Entry {
+        channel: Channel::ReplayUnrunMean,
+        compute: Compute::ScoringChunk(|scores| (&scores.mean_ht + MEAN_FLOOR).log()),
+    },
+];
 
 /// Gathers the queries of scoring chunks, layer by layer, and scores each chunk when its last token has been
 /// read.

@@ -220,27 +220,4 @@ mod tests {
             set_tf32(false).unwrap();
         }
     }
-
-    /// Which form of the convolution a CPU wants.
-    #[test]
-    #[ignore = "measures, does not judge"]
-    fn speed_of_the_convolutions_forms() {
-        let device = device(DeviceChoice::Auto).unwrap();
-        tch::set_num_threads(1);
-        let x = numbers(1, &[16, 1000, 192], device).to_kind(Kind::Float).set_requires_grad(true);
-        let weight = numbers(2, &[192, 192, 5], device).to_kind(Kind::Float).set_requires_grad(true);
-        let bias = numbers(3, &[192], device).to_kind(Kind::Float).set_requires_grad(true);
-        type Form = fn(&Tensor, &Tensor, &Tensor, i64) -> Tensor;
-        let forms: [(&str, Form); 2] = [("conv2d", by_image), ("one product", one_product)];
-        for (name, form) in forms {
-            let mut best = f64::INFINITY;
-            for _ in 0..5 {
-                let start = std::time::Instant::now();
-                form(&x, &weight, &bias, 2).sum(Kind::Float).backward();
-                crate::synchronize(device).unwrap();
-                best = best.min(start.elapsed().as_secs_f64() * 1e3);
-            }
-            println!("{name}: {best:.1} ms");
-        }
-    }
 }

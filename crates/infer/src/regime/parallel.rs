@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::{Context, Prefilled, Regime, RegimeName};
+use super::{PrefillInput, Prefilled, Regime, RegimeName};
 use crate::lane::Lane;
 use crate::proxy::{ScoreSource, Situation};
 use crate::timeline::Timeline;
@@ -49,7 +49,7 @@ impl Regime for Parallel {
         self.name
     }
 
-    fn prefill(&mut self, context: &Context) -> Result<Prefilled> {
+    fn prefill(&mut self, context: &PrefillInput) -> Result<Prefilled> {
         context.check()?;
         let lane = Lane::here("target", context.target.device())?;
         // Weights were loaded on this stream; the other one may read them from here on.

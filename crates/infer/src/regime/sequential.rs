@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::{Context, Prefilled, Regime, RegimeName};
+use super::{PrefillInput, Prefilled, Regime, RegimeName};
 use crate::lane::Lane;
 use crate::proxy::{ScoreSource, Situation};
 use crate::timeline::Timeline;
@@ -29,7 +29,7 @@ impl Regime for Sequential {
         RegimeName::Sequential
     }
 
-    fn prefill(&mut self, context: &Context) -> Result<Prefilled> {
+    fn prefill(&mut self, context: &PrefillInput) -> Result<Prefilled> {
         context.check()?;
         let timeline = Arc::new(Timeline::new(true));
         let at = Situation {

@@ -108,7 +108,7 @@ fn a_head_may_lose_all_its_pairs() {
 
 #[test]
 fn without_a_mask_branches_equal_the_cache() {
-    for (name, storage) in ARCHITECTURES.into_iter().flat_map(|name| BOTH.map(|storage| (name, storage))) {
+    for (name, storage) in architectures().flat_map(|name| BOTH.map(|storage| (name, storage))) {
         let (model, mut cache, rest) = prefilled(name);
         let mut branches = Branches::with_storage(&cache, None, 3, 10, storage).unwrap();
         let questions: Vec<&[u32]> = vec![&rest[..10], &rest[10..14], &rest[30..37]];

@@ -47,8 +47,7 @@ impl Record {
 }
 
 fn models() -> Vec<(&'static str, LanguageModel)> {
-    ARCHITECTURES
-        .into_iter()
+    architectures()
         .chain(["nano-llama-target", "nano-llama-proxy"])
         .map(|name| (name, load(&checkpoint(name).unwrap())))
         .collect()

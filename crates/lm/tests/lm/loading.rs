@@ -70,7 +70,7 @@ fn logits(model: &LanguageModel) -> Tensor {
 
 #[test]
 fn shards_equal_one_file() {
-    for name in ARCHITECTURES {
+    for name in architectures() {
         let folder = shard(&arch(name));
         assert_eq!(difference(&logits(&load(&arch(name))), &logits(&load(folder.path()))), 0.0, "{name}");
     }
@@ -281,7 +281,7 @@ fn notes_in_the_header_that_are_no_texts_are_named() {
 
 #[test]
 fn both_spellings_of_rotary_embedding_are_one() {
-    for name in ARCHITECTURES {
+    for name in architectures() {
         let new = LmConfig::from_folder(&arch(name)).unwrap();
         for type_key in ["rope_type", "type"] {
             let mut json = read_json(&arch(name).join("config.json"));

@@ -8,7 +8,7 @@ use pkv_lm::{KvCache, LanguageModel, LayerView, NoTap, RepeatTap, RepeatView, Ta
 use pkv_test_support::attention::{softmax, up_to};
 use tch::{Device, Kind, Tensor};
 
-use crate::support::{ARCHITECTURES, assert_close, checkpoint, difference, golden_ids, load};
+use crate::support::{architectures, assert_close, checkpoint, difference, golden_ids, load};
 
 /// What a layer shows, heads first: queries, own keys, own values, log-sum-exps if asked for.
 struct Seen {
@@ -88,7 +88,7 @@ fn prefilled(model: &LanguageModel, ids: &[u32], room: usize) -> KvCache {
 
 #[test]
 fn packed_repeats_equal_one_at_a_time() {
-    for name in ARCHITECTURES.into_iter().chain(["nano-llama-target"]) {
+    for name in architectures().chain(["nano-llama-target"]) {
         let model = load(&checkpoint(name).unwrap());
         let scale = model.config().architecture.score_scale;
         let ids = golden_ids(name);

@@ -7,17 +7,8 @@ use pkv_test_support::files;
 use tch::{Device, Kind, Tensor};
 
 pub use pkv_test_support::errors::{assert_error, assert_error_text};
-pub use pkv_test_support::files::{lm_goldens as goldens, nano};
+pub use pkv_test_support::files::{architectures, lm_goldens as goldens, nano};
 pub use pkv_test_support::tensors::{assert_close, difference};
-
-/// The random-weight checkpoints that lie beside their goldens.
-pub const ARCHITECTURES: [&str; 5] = [
-    "arch-llama3-rope-untied",
-    "arch-qwen2-bias",
-    "arch-qwen2-yarn",
-    "arch-qwen3-qknorm",
-    "arch-granite-multipliers",
-];
 
 /// Trained models that goldens exist for; `scripts/real_models.py` makes their folders.
 pub const TRAINED: [&str; 2] = ["smollm2-135m", "qwen2.5-coder-0.5b"];

@@ -34,7 +34,7 @@ impl Repeat {
             tokens: section.chunk(),
             request: REQUEST_TOKENS + template / 2,
             sink: section.sink_tokens(template / 2),
-            value_norms: section.preset.preset().weighting.reads_values(),
+            value_norms: section.reads_value_norms(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! A plan as text for a terminal.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use super::{Plan, human_bytes, human_count, human_flops, human_secs};
 
@@ -40,16 +40,7 @@ impl fmt::Display for Plan {
             human_secs(self.infer.secs)
         )?;
         writeln!(f)?;
-        let rows = self.rows();
-        let width = |c: usize| rows.iter().map(|r| r[c].len()).max().unwrap_or(0);
-        let widths: Vec<usize> = (0..COLUMNS.len()).map(width).collect();
-        for row in &rows {
-            let mut line = format!("  {:<w$}", row[0], w = widths[0]);
-            for (cell, &w) in row.iter().zip(&widths).skip(1) {
-                line.push_str(&format!("  {cell:>w$}"));
-            }
-            writeln!(f, "{}", line.trim_end())?;
-        }
+        f.write_str(&aligned(&self.rows()))?;
         writeln!(f)?;
         writeln!(
             f,
@@ -86,7 +77,7 @@ impl Plan {
         self.to_string()
     }
 
-    fn rows(&self) -> Vec<[String; 8]> {
+    fn rows(&self) -> Vec<[String; COLUMNS.len()]> {
         let mut rows = vec![COLUMNS.map(str::to_owned)];
         let or_dash = |zero: bool, text: String| if zero { "-".to_owned() } else { text };
         for s in &self.stages {
@@ -113,4 +104,21 @@ impl Plan {
         ]);
         rows
     }
+}
+
+/// Lines of cells in columns: the first to the left, the others to the right.
+pub fn aligned<L: AsRef<[String]>>(lines: &[L]) -> String {
+    let mut out = String::new();
+    let lines = || lines.iter().map(AsRef::as_ref);
+    let columns = lines().map(<[String]>::len).max().unwrap_or(0);
+    let width = |c: usize| lines().filter_map(|l| l.get(c)).map(String::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    for line in lines() {
+        let mut text = format!("  {:<w$}", line[0], w = widths[0]);
+        for (cell, &w) in line.iter().zip(&widths).skip(1) {
+            let _ = write!(text, "  {cell:>w$}");
+        }
+        let _ = writeln!(out, "{}", text.trim_end());
+    }
+    out
 }

@@ -7,7 +7,7 @@ use pkv_core::{Fingerprint, StoreDtype};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use preset::{LabelPreset, LabelWeighting, Preset};
+pub use preset::{LabelPreset, Preset};
 
 /// KVzip scoring of the target (arXiv 2505.23416).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -15,6 +15,11 @@ pub use preset::{LabelPreset, LabelWeighting, Preset};
 pub struct LabelSection {
     /// Published definition of the score.
     pub preset: LabelPreset,
+    /// How a context's scores are computed; the preset's own way if absent. `plain`: the softmax weights of a
+    /// repeat; `kvzip-plus`: those, weighted; `snapkv`: the attention of the context's last tokens, without a
+    /// repeat.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scorer: Option<String>,
     /// Tokens per scoring chunk; the preset's own (2000 or 2048) if absent.
     pub chunk_tokens: Option<usize>,
     /// Cache positions that every row may attend to beside its chunk; the preset's own if absent.
@@ -43,6 +48,7 @@ impl Default for LabelSection {
     fn default() -> Self {
         Self {
             preset: LabelPreset::default(),
+            scorer: None,
             chunk_tokens: None,
             sink: None,
             prefill_chunk_tokens: 32_768,
@@ -53,6 +59,25 @@ impl Default for LabelSection {
 }
 
 impl LabelSection {
+    /// The way that scores are computed, by name. `score` knows which there are.
+    pub fn scorer(&self) -> &str {
+        self.scorer.as_deref().unwrap_or(self.preset.preset().scorer)
+    }
+
+    /// Does it read the norms of values through W_O, which `plan` counts?
+    pub fn reads_value_norms(&self) -> bool {
+        self.scorer() == "kvzip-plus"
+    }
+
+    /// The definition in a phrase.
+    pub fn definition(&self) -> String {
+        let (preset, chunk) = (self.preset.name(), self.chunk());
+        match &self.scorer {
+            None => format!("KVzip preset {preset}, scoring chunks of {chunk} tokens"),
+            Some(scorer) => format!("scorer {scorer}, preset {preset}, scoring chunks of {chunk} tokens"),
+        }
+    }
+
     /// Tokens per scoring chunk.
     pub fn chunk(&self) -> usize {
         self.chunk_tokens.unwrap_or(self.preset.preset().chunk_tokens)
@@ -79,9 +104,9 @@ impl LabelSection {
     pub fn most_score(choices: &Fingerprint) -> f32 {
         const ROUNDED_ONE: f32 = 1.001;
         let section = choices.get("label").and_then(|label| Self::deserialize(label).ok());
-        match section.map(|label| label.preset.preset().weighting) {
-            Some(LabelWeighting::Plain) => ROUNDED_ONE,
-            Some(LabelWeighting::KvzipPlus) | None => f32::INFINITY,
+        match section {
+            Some(label) if label.scorer() == "plain" => ROUNDED_ONE,
+            _ => f32::INFINITY,
         }
     }
 

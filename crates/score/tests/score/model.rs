@@ -2,12 +2,13 @@
 //! itself with other chunk sizes.
 
 use pkv_core::Hinted;
-use pkv_lm::{KvCache, NoTap};
+use pkv_lm::{KvCache, LayerView, NoTap, Tap};
 use pkv_recipe::{LabelPreset, LabelSection, Sink};
-use pkv_score::{ContextScores, Scorer};
+use pkv_score::{ContextScores, Scorer, WINDOW, window_scores};
 use pkv_test_pair::{Reader, Recorder};
 use pkv_test_support::loops::{attention_weights, difference};
 use pkv_test_support::tensors::flat;
+use tch::Tensor;
 
 fn scorer<'a>(nano: &'a Reader, label: &LabelSection) -> Scorer<'a> {
     Scorer::new(&nano.model, &nano.tokenizer, label).unwrap()
@@ -103,7 +104,7 @@ fn the_sink_can_be_chosen() {
 fn prefill_chunks_change_nothing_and_the_cache_stays() {
     let nano = Reader::proxy();
     let context = nano.context(31);
-    for &preset in LabelPreset::ALL {
+    for preset in LabelPreset::ALL {
         let label = label(preset, 13);
         let whole = scorer(&nano, &label).score(&context).unwrap();
         let expected = (flat(&whole.max_lht), flat(whole.mean_lht.as_ref().unwrap()));
@@ -129,7 +130,7 @@ fn prefill_chunks_change_nothing_and_the_cache_stays() {
 fn packs_change_nothing() {
     let nano = Reader::proxy();
     let context = nano.context(31);
-    for &preset in LabelPreset::ALL {
+    for preset in LabelPreset::ALL {
         // Chunks of 7, 7, 7, 7 and 3 tokens.
         let packed = |pack_tokens| {
             let label = LabelSection { pack_tokens, ..label(preset, 7) };
@@ -143,6 +144,36 @@ fn packs_change_nothing() {
             let off = off(&packed(pack_tokens), &expected);
             assert!(off < 1e-5 * scale, "{preset:?}, packs of {pack_tokens:?} tokens: off by {off:e}");
         }
+    }
+}
+
+/// SnapKV's scores from the queries of the prefill itself.
+struct Tail<'a>(&'a KvCache, usize, Vec<Tensor>);
+
+impl Tap for Tail<'_> {
+    fn layer(&mut self, view: &LayerView) -> anyhow::Result<()> {
+        let rows = view.q_qsd.size()[1];
+        let q_qwd = view.q_qsd.narrow(1, rows - rows.min(WINDOW), rows.min(WINDOW));
+        self.2.push(window_scores(&q_qwd, &self.0.keys(view.layer), view.scale, self.1)?);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_scorer_without_a_repeat_gives_what_the_prefill_shows() {
+    let nano = Reader::proxy();
+    let label = LabelSection { scorer: Some("snapkv".to_owned()), ..LabelSection::default() };
+    for tokens in [1, 31, 90] {
+        let (context, scorer) = (nano.context(tokens), scorer(&nano, &label));
+        let cache = scorer.prefill(&context).unwrap();
+        let scores = scorer.score_cached(&context, &cache).unwrap();
+        assert!(scores.mean_lht.is_none());
+        let ids = [nano.tokenizer.prefix(), &context].concat();
+        let mut tail = Tail(&cache, nano.tokenizer.prefix().len(), Vec::new());
+        let mut again = nano.model.new_cache(ids.len());
+        let _ = nano.model.forward(&nano.model.ids(&ids), &mut again, &mut tail).unwrap();
+        let off = difference(&flat(&scores.max_lht), &flat(&Tensor::stack(&tail.2, 0)));
+        assert!(off < 1e-5, "{tokens} tokens: off by {off:e}");
     }
 }
 

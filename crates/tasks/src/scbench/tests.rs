@@ -74,7 +74,7 @@ fn mixed_tasks_have_parts() {
 #[test]
 fn every_task_has_room_and_a_metric() {
     for task in Task::ALL {
-        assert_eq!(Task::of_name(task.name()), Some(task));
+        assert_eq!(Task::named(task.name()), Some(task));
         let options = ["a", "b", "c", "d"];
         let turn = |part: &str| {
             // Passkeys and sums are numbers.

@@ -1,7 +1,7 @@
 //! Fitting KVzap-style scorers while the target prefills training contexts.
 //!
 //! Hidden states of all training positions are never held: the linear scorers need sums of products alone
-//! ([`HiddenFit`]), the networks a [`Sample`] of positions.
+//! ([`HiddenFit`]), the networks a [`SampledPositions`] of positions.
 //!
 //! Dimension key: as in [`super`].
 
@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::super::method::{Fit, Ready};
 use super::super::training::TrainingContext;
-use super::sample::Sample;
+use super::sample::SampledPositions;
 use super::store::KvzapStore;
 use super::{Scorer, network};
 
@@ -26,7 +26,7 @@ pub struct KvzapFit {
 
 enum Learner {
     Linear(HiddenFit),
-    Mlp { sample: Sample, seed: Seed, device: Device },
+    Mlp { sample: SampledPositions, seed: Seed, device: Device },
 }
 
 /// A scorer in the making, and where it goes.
@@ -43,7 +43,7 @@ impl KvzapFit {
     }
 
     /// Of the network, to be trained on `device`.
-    pub fn mlp(sample: Sample, seed: Seed, device: Device) -> Self {
+    pub fn mlp(sample: SampledPositions, seed: Seed, device: Device) -> Self {
         Self { learner: Learner::Mlp { sample, seed, device }, contexts: 0, tokens: 0 }
     }
 
@@ -81,7 +81,7 @@ impl<'a> Fit<'a> for StoredFit {
 }
 
 struct SampleTap<'t> {
-    sample: &'t mut Sample,
+    sample: &'t mut SampledPositions,
     prefix: usize,
     /// Layers times KV heads.
     y_ot: &'t Tensor,

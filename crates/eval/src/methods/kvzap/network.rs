@@ -8,7 +8,7 @@ use pkv_gpu::{AdamW, AdamWOptions, drop_gradients};
 use tch::{Device, Kind, Tensor};
 
 use super::Scorer;
-use super::sample::Sample;
+use super::sample::SampledPositions;
 
 /// Hidden units.
 const WIDTH: i64 = 512;
@@ -23,7 +23,7 @@ const GROUP_BYTES: i64 = 4 << 30;
 ///
 /// # Errors
 /// Nothing was sampled, or a hidden state is not finite.
-pub fn train(sample: &Sample, seed: Seed, device: Device) -> Result<Scorer> {
+pub fn train(sample: &SampledPositions, seed: Seed, device: Device) -> Result<Scorer> {
     ensure!(sample.rows() > 0, "no position was sampled");
     let width = sample.tensors(0..1, Device::Cpu).0.size()[2];
     let group = (GROUP_BYTES / (4 * sample.rows() * width)).clamp(1, sample.layers() as i64) as usize;
@@ -120,8 +120,8 @@ mod tests {
             - 7.0
     }
 
-    fn sample(rows: i64, m: i64, layers: usize) -> Sample {
-        let mut sample = Sample::of(layers, rows as u64);
+    fn sample(rows: i64, m: i64, layers: usize) -> SampledPositions {
+        let mut sample = SampledPositions::of(layers, rows as u64);
         for l in 0..layers {
             let x = random(&[rows, m]);
             sample.add(l, 0..rows as usize, rows as usize, &x, &truth(&x, l)).unwrap();

@@ -17,14 +17,14 @@ const MOST_ROWS: u64 = 65_536;
 const SHARE: u64 = 4;
 
 /// Pieces of contexts, per layer.
-pub struct Sample {
+pub struct SampledPositions {
     /// Positions that are taken of a context.
     per_context: u64,
     /// f16 `[n, m]`; f32 `[n, h]`.
     layers: Vec<Vec<(Tensor, Tensor)>>,
 }
 
-impl Sample {
+impl SampledPositions {
     /// Of `contexts` contexts of a target.
     pub fn new(shape: ModelShape, contexts: u64) -> Self {
         let row_bytes = (shape.layers * (2 * shape.hidden + 4 * shape.kv_heads)) as u64;
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn what_was_taken_comes_back() {
-        let mut sample = Sample::of(2, 3);
+        let mut sample = SampledPositions::of(2, 3);
         let x = Tensor::arange(20, (Kind::Float, Device::Cpu)).view([10, 2]);
         for layer in 0..2 {
             for of in [0..4, 4..10] {

@@ -1,29 +1,11 @@
 //! The published definitions of the label, as data: one entry each.
 //!
-//! `docs/contributing.md` has the steps to add a preset or a weighting.
+//! `docs/contributing.md` has the steps to add a preset or a scorer.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Sink;
-
-/// What the softmax weights of a repeat are multiplied with before the maximum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LabelWeighting {
-    /// Nothing: the weights themselves.
-    Plain,
-    /// One over the row's hidden norm, times the norm of the value through W_O.
-    KvzipPlus,
-}
-
-impl LabelWeighting {
-    pub const ALL: [Self; 2] = [Self::Plain, Self::KvzipPlus];
-
-    /// Does it read the norms of values through W_O, which `plan` counts?
-    pub const fn reads_values(self) -> bool {
-        matches!(self, Self::KvzipPlus)
-    }
-}
 
 /// What a preset means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,30 +16,21 @@ pub struct Preset {
     pub sink: Sink,
     /// The request for a later chunk ends in a space, before the tokens that it quotes.
     pub space_before_quote: bool,
-    pub weighting: LabelWeighting,
+    /// By name, as `score` registers it.
+    pub scorer: &'static str,
 }
 
 macro_rules! presets {
     ($default:ident; $($variant:ident: $name:literal, $meaning:literal, $preset:expr;)+) => {
-        /// A published definition of the score.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-        pub enum LabelPreset {
-            $(#[doc = $meaning] #[serde(rename = $name)] $variant,)+
+        pkv_core::named! {
+            /// A published definition of the score.
+            #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+            pub enum LabelPreset {
+                $(#[doc = $meaning] #[serde(rename = $name)] $variant = $name, $meaning;)+
+            }
         }
 
         impl LabelPreset {
-            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
-
-            /// In recipes and fingerprints.
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)+ }
-            }
-
-            /// Where it comes from and what it is, in a phrase.
-            pub const fn meaning(self) -> &'static str {
-                match self { $(Self::$variant => $meaning,)+ }
-            }
-
             /// What it means.
             pub const fn preset(self) -> Preset {
                 match self { $(Self::$variant => $preset,)+ }
@@ -75,11 +48,11 @@ macro_rules! presets {
 presets! {
     Original;
     Original: "original", "snu-mllab/KVzip: chunks of 2000, the whole prefix as sink, a space after the request",
-        Preset { chunk_tokens: 2000, sink: Sink::Prefix, space_before_quote: true, weighting: LabelWeighting::Plain };
+        Preset { chunk_tokens: 2000, sink: Sink::Prefix, space_before_quote: true, scorer: "plain" };
     Kvpress: "kvpress", "NVIDIA/kvpress 0.5.5 `KVzipPress`: chunks of 2048, sink of 4",
-        Preset { chunk_tokens: 2048, sink: Sink::Tokens(4), space_before_quote: false, weighting: LabelWeighting::Plain };
+        Preset { chunk_tokens: 2048, sink: Sink::Tokens(4), space_before_quote: false, scorer: "plain" };
     Plus: "plus", "KVzip+: `kvpress` with each weight over the row's hidden norm, times the norm of the value through W_O",
-        Preset { chunk_tokens: 2048, sink: Sink::Tokens(4), space_before_quote: false, weighting: LabelWeighting::KvzipPlus };
+        Preset { chunk_tokens: 2048, sink: Sink::Tokens(4), space_before_quote: false, scorer: "kvzip-plus" };
 }
 
 #[cfg(test)]
@@ -94,16 +67,13 @@ mod tests {
         let meanings: BTreeSet<&str> = LabelPreset::ALL.iter().map(|p| p.meaning()).collect();
         assert_eq!([names.len(), meanings.len()], [LabelPreset::ALL.len(); 2]);
         for p in LabelPreset::ALL {
-            let text = serde_json::to_string(p).unwrap();
+            let text = serde_json::to_string(&p).unwrap();
             assert_eq!(text, format!("\"{}\"", p.name()));
-            assert_eq!(serde_json::from_str::<LabelPreset>(&text).unwrap(), *p);
+            assert_eq!(serde_json::from_str::<LabelPreset>(&text).unwrap(), p);
             assert!(p.preset().chunk_tokens > 0);
         }
         // Recipes and fingerprints of older versions.
         assert!(["original", "kvpress", "plus"].iter().all(|name| names.contains(name)));
         assert_eq!(LabelPreset::default(), LabelPreset::Original);
-        for w in LabelWeighting::ALL {
-            assert!(LabelPreset::ALL.iter().any(|p| p.preset().weighting == w), "no preset has {w:?}");
-        }
     }
 }

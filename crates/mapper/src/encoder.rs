@@ -7,7 +7,7 @@ use crate::attention::TimeAttention;
 use crate::layers::{Conv, Linear, Norm};
 use crate::params::{ParamStore, Pass};
 
-pub(crate) struct Context {
+pub(crate) struct ContextEncoder {
     input: Linear,
     blocks: Vec<Block>,
     norm: Norm,
@@ -23,7 +23,7 @@ struct Block {
     down: Linear,
 }
 
-impl Context {
+impl ContextEncoder {
     pub fn new(params: &mut ParamStore, section: &MapperSection, inputs: usize) -> Self {
         let input = Linear::new(params, "stage2.input", inputs, section.width);
         let blocks = (0..section.dilations.len()).map(|i| Block::new(params, section, i)).collect();

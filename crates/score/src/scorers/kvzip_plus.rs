@@ -7,12 +7,16 @@
 
 use anyhow::{Result, ensure};
 use pkv_gpu::Weighting;
-use pkv_recipe::LabelWeighting;
 use tch::{Kind, Tensor};
 
-use super::{Entry, l2_norm, value_output_norms};
+use super::{Compute, Entry, l2_norm, value_output_norms};
 
-pub(super) const ENTRY: Entry = Entry { weighting: LabelWeighting::KvzipPlus, factors: Some(kvzip_plus) };
+pub(super) const ENTRY: Entry = Entry {
+    name: "kvzip-plus",
+    compute: Compute::Repeat(Some(kvzip_plus)),
+    #[cfg(test)]
+    held_by: ("score/tests/score/naive.rs", "fn kvzip_plus_factors_match_loops_in_f64"),
+};
 
 /// KVzip+'s factors.
 ///

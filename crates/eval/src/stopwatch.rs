@@ -7,12 +7,12 @@ use pkv_results::{Timing, timings};
 use tch::Device;
 
 /// Times work on one device; what is queued there counts until it is done.
-pub struct Clock {
+pub struct Stopwatch {
     device: Device,
     timings: Vec<Timing>,
 }
 
-impl Clock {
+impl Stopwatch {
     pub fn new(device: Device) -> Self {
         Self { device, timings: Vec::new() }
     }

@@ -10,13 +10,13 @@ use crate::Setting;
 use crate::row::{Measured, Row};
 
 /// Times work by the setting's number of runs and time limit.
-pub struct Clock<'a> {
+pub struct Timer<'a> {
     setting: Setting<'a>,
     /// Of a matrix product.
     flops_per_s: f64,
 }
 
-impl<'a> Clock<'a> {
+impl<'a> Timer<'a> {
     pub fn new(setting: Setting<'a>, flops_per_s: f64) -> Self {
         Self { setting, flops_per_s }
     }
@@ -52,7 +52,7 @@ impl<'a> Clock<'a> {
     /// seconds of the host; `None` where there is no memory.
     ///
     /// # Errors
-    /// As [`Clock::time`].
+    /// As [`Timer::time`].
     pub fn device_seconds<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<Option<f64>> {
         let _no_grad = tch::no_grad_guard();
         let mut measured = Vec::new();
@@ -116,14 +116,14 @@ mod tests {
 
     use super::*;
 
-    /// Runs `test` with a clock of these limits on a CPU, and its cancellation flag.
-    fn with_clock(repeats: usize, most: f64, test: impl FnOnce(&Clock, &Stop)) {
+    /// Runs `test` with a timer of these limits on a CPU, and its cancellation flag.
+    fn with_timer(repeats: usize, most: f64, test: impl FnOnce(&Timer, &Stop)) {
         let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/demo-nano.toml");
         let (recipe, stop) = (pkv_recipe::load(&recipe, &[]).unwrap(), Stop::default());
         let most = Duration::from_secs_f64(most);
         let setting =
             Setting { recipe: &recipe, contexts: &[], device: Device::Cpu, repeats, most, stop: &stop };
-        test(&Clock::new(setting, 1e9), &stop);
+        test(&Timer::new(setting, 1e9), &stop);
     }
 
     #[test]
@@ -134,14 +134,14 @@ mod tests {
             std::thread::sleep(Duration::from_millis(ms));
             Ok(())
         };
-        with_clock(4, 10.0, |clock, _| {
-            let m = clock.time(Row::new("a", 10, 1e6), || count(2)).unwrap().measured.unwrap();
+        with_timer(4, 10.0, |timer, _| {
+            let m = timer.time(Row::new("a", 10, 1e6), || count(2)).unwrap().measured.unwrap();
             assert_eq!(m.repeats, 4);
             assert!(m.min_s >= 0.002 && m.median_s >= m.min_s && m.tokens_per_s <= 5000.0, "{m:?}");
             assert!((m.roofline_share * m.median_s - 1e-3).abs() < 1e-9);
         });
-        with_clock(9, 0.001, |clock, _| {
-            let row = clock.time(Row::new("a", 10, 1e6), || count(2)).unwrap();
+        with_timer(9, 0.001, |timer, _| {
+            let row = timer.time(Row::new("a", 10, 1e6), || count(2)).unwrap();
             assert_eq!(row.measured.unwrap().repeats, 2);
         });
         assert_eq!(runs, 5 + 3);
@@ -149,14 +149,14 @@ mod tests {
 
     #[test]
     fn short_memory_is_a_row_and_other_failures_are_errors() {
-        with_clock(1, 1.0, |clock, stop| {
+        with_timer(1, 1.0, |timer, stop| {
             let large = || Ok(tch::Tensor::empty([1 << 50, 1 << 10], (tch::Kind::Float, Device::Cpu)));
-            let row = clock.time(Row::new("a", 1, 1.0), large).unwrap();
+            let row = timer.time(Row::new("a", 1, 1.0), large).unwrap();
             assert_eq!((row.error, row.measured.is_none()), (Some(Row::OUT_OF_MEMORY), true));
             let fails = || -> Result<()> { bail!("a bad file") };
-            assert_eq!(clock.time(Row::new("a", 1, 1.0), fails).unwrap_err().to_string(), "a bad file");
+            assert_eq!(timer.time(Row::new("a", 1, 1.0), fails).unwrap_err().to_string(), "a bad file");
             stop.request();
-            let e = clock.time(Row::new("a", 1, 1.0), || Ok(())).unwrap_err();
+            let e = timer.time(Row::new("a", 1, 1.0), || Ok(())).unwrap_err();
             assert!(e.downcast_ref::<Interrupted>().is_some());
         });
     }

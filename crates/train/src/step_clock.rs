@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 /// Time and tokens of training steps.
-pub struct Clock {
+pub struct StepClock {
     /// When the last step or other work ended.
     last: Instant,
     /// Since the last log line.
@@ -14,7 +14,7 @@ pub struct Clock {
     total: Duration,
 }
 
-impl Clock {
+impl StepClock {
     pub fn new() -> Self {
         let zero = Duration::ZERO;
         Self { last: Instant::now(), window: zero, tokens: 0, steps: 0, total: zero }

@@ -10,7 +10,7 @@ use crate::columns::Columns;
 
 /// One answer.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Sample {
+pub struct FactAnswer {
     /// Number of the context, and of the question about it.
     pub place: (u32, u32),
     pub question: String,
@@ -32,7 +32,7 @@ pub struct Sample {
 ///
 /// # Errors
 /// The file is absent or no such table.
-pub fn fact_samples(path: &Path) -> Result<Vec<Sample>> {
+pub fn fact_answers(path: &Path) -> Result<Vec<FactAnswer>> {
     let file = Columns::read(path)?;
     let texts = |name| if file.has(name) { file.text(name) } else { Ok(Vec::new()) };
     let numbers = |name| if file.has(name) { file.optional_numbers(name) } else { Ok(Vec::new()) };
@@ -45,7 +45,7 @@ pub fn fact_samples(path: &Path) -> Result<Vec<Sample>> {
     let (kinds, depths, kept) = (texts("kind")?, numbers("depth")?, numbers("kept")?);
     let one = |row: usize| {
         let policy = Policy::named(&policies[row]);
-        Some(Sample {
+        Some(FactAnswer {
             place: (contexts[row], questions[row]),
             question: asked[row].clone(),
             wanted: wanted[row].clone(),
