@@ -14,6 +14,7 @@ mod doctor;
 mod fetch;
 mod infer;
 mod man;
+mod memory;
 mod output;
 mod plan;
 mod push;
