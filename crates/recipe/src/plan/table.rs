@@ -4,12 +4,13 @@ use std::fmt;
 
 use super::{Plan, human_bytes, human_count, human_flops, human_secs};
 
-const COLUMNS: [&str; 8] =
-    ["stage", "examples", "tokens", "on disk", "compute", "moved", "peak memory", "time"];
+const COLUMNS: [&str; 10] =
+    ["stage", "examples", "tokens", "on disk", "compute", "moved", "peak memory", "fits", "time", "cost"];
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "plan of `{}` on {}", self.name, self.machine.name)?;
+        let memory = self.machine.memory_bytes.map(|bytes| format!(", {}", human_bytes(bytes)));
+        writeln!(f, "plan of `{}` on {}{}", self.name, self.machine.name, memory.unwrap_or_default())?;
         let proxy = self.proxy.as_ref().map(|proxy| ("proxy", proxy));
         for (role, model) in [("target", &self.target)].into_iter().chain(proxy) {
             writeln!(
@@ -45,8 +46,10 @@ impl fmt::Display for Plan {
         let widths: Vec<usize> = (0..COLUMNS.len()).map(width).collect();
         for row in &rows {
             let mut line = format!("  {:<w$}", row[0], w = widths[0]);
-            for (cell, &w) in row.iter().zip(&widths).skip(1) {
-                line.push_str(&format!("  {cell:>w$}"));
+            // A column of which nothing is known is left out.
+            let is_known = |c: usize| rows.iter().skip(1).any(|row| !matches!(row[c].as_str(), "" | "-"));
+            for (c, cell) in row.iter().enumerate().skip(1).filter(|(c, _)| is_known(*c)) {
+                line.push_str(&format!("  {cell:>w$}", w = widths[c]));
             }
             writeln!(f, "{}", line.trim_end())?;
         }
@@ -86,7 +89,7 @@ impl Plan {
         self.to_string()
     }
 
-    fn rows(&self) -> Vec<[String; 8]> {
+    fn rows(&self) -> Vec<[String; 10]> {
         let mut rows = vec![COLUMNS.map(str::to_owned)];
         let or_dash = |zero: bool, text: String| if zero { "-".to_owned() } else { text };
         for s in &self.stages {
@@ -98,7 +101,9 @@ impl Plan {
                 or_dash(s.flops == 0.0, human_flops(s.flops)),
                 or_dash(s.moved_bytes == 0.0, human_bytes(s.moved_bytes as u64)),
                 or_dash(s.peak_bytes == 0, human_bytes(s.peak_bytes)),
+                verdict(s.fits),
                 s.secs.map_or_else(|| "-".to_owned(), human_secs),
+                s.usd.map_or_else(|| "-".to_owned(), dollars),
             ]);
         }
         rows.push([
@@ -109,8 +114,19 @@ impl Plan {
             human_flops(self.stages.iter().map(|s| s.flops).sum()),
             String::new(),
             human_bytes(self.peak_bytes()),
+            verdict(self.machine.memory_bytes.map(|memory| self.peak_bytes() <= memory)),
             human_secs(self.secs()),
+            self.usd().map_or_else(|| "-".to_owned(), dollars),
         ]);
         rows
     }
+}
+
+fn verdict(fits: Option<bool>) -> String {
+    fits.map_or("-", |fits| if fits { "yes" } else { "no" }).to_owned()
+}
+
+/// `$0.42`, `$128`.
+pub(super) fn dollars(usd: f64) -> String {
+    format!("${usd:.*}", if usd < 100.0 { 2 } else { 0 })
 }
