@@ -120,7 +120,15 @@ fn absent_recipe_manifest_and_document() {
     fs::remove_file(s.path("documents.txt")).unwrap();
     s.run(&["prepare"]).fails_with(&["documents.txt"]);
     fs::remove_file(s.path("manifest.toml")).unwrap();
-    s.run(&["prepare"]).fails_with(&["manifest.toml"]);
+    s.run(&["prepare"]).fails_with(&["in none of three places: `manifest.toml`, ", "manifests live in"]);
+    // Beside the recipe it is found.
+    s.write("own/pair.toml", &fs::read_to_string(s.path("recipe.toml")).unwrap());
+    s.write(
+        "own/manifest.toml",
+        "description = \"d\"\n[[source]]\nname = \"a\"\nfiles = [\"a.txt\"]\nformat = \"txt\"\nlicence = \"CC0-1.0\"\n",
+    );
+    let plan = s.command(&["plan", "--recipe", "own/pair.toml"]).output().unwrap();
+    crate::sandbox::Ran::new(plan).ok();
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Every command block of README.md and docs/guide.md, run as it is written, in a folder that looks like the
-//! repository.
+//! Every command block of README.md and docs/guide.md, and every example of `--help`, run as it is written,
+//! in a folder that looks like the repository.
 //!
 //! The pair is the small one of the sandbox under the demo's name, so that all of it takes seconds. An HTML
 //! comment above a block changes that: `<!-- not run: reason -->` leaves it out,
@@ -10,7 +10,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::sandbox::{Sandbox, root};
+use crate::sandbox::{Ran, Sandbox, root};
 
 const PAGES: [&str; 2] = ["README.md", "docs/guide.md"];
 
@@ -67,6 +67,9 @@ fn clone() -> Sandbox {
         recipe.replace("name = \"small\"", "name = \"demo\"").replace("manifest.toml", "demo-manifest.toml");
     s.write("recipes/demo.toml", &recipe);
     fs::copy(s.path("manifest.toml"), s.path("demo-manifest.toml")).unwrap();
+    for (i, document) in crate::sandbox::documents().split('\0').enumerate() {
+        s.write(&format!("my/{i}.txt"), document);
+    }
     s.write("book.txt", &"The harbour opens what the garden of part 3 needs. ".repeat(12));
     let program = format!(
         "#!/bin/sh\nexec '{}' --device cpu --threads 1 \"$@\"\n",
@@ -75,7 +78,7 @@ fn clone() -> Sandbox {
     s.write("target/release/proxykv-train", &program);
     let made = Command::new("chmod").arg("+x").arg(s.path("target/release/proxykv-train")).status().unwrap();
     assert!(made.success());
-    crate::sandbox::Ran::new(s.command(&["run", "--recipe", "recipes/demo.toml"]).output().unwrap()).ok();
+    Ran::new(s.command(&["run", "--recipe", "recipes/demo.toml"]).output().unwrap()).ok();
     for name in ["base", "ablation"] {
         let copied = Command::new("cp")
             .arg("-r")
@@ -150,4 +153,18 @@ fn every_command_block_runs_as_it_is_written() {
         }
     }
     assert!(ran >= 5, "{ran} blocks were run");
+    for command in crate::sandbox::commands().iter().filter(|command| *command != "help") {
+        let help = Ran::new(s.command(&[command, "--help"]).output().unwrap()).ok().stdout;
+        let (_, examples) = help.split_once("Examples:\n").unwrap_or_else(|| panic!("{help}"));
+        let lines: Vec<&str> = examples.lines().take_while(|line| line.starts_with("  ")).collect();
+        // A line that ends in a backslash goes on in the next.
+        let joined = lines.join("\n");
+        let examples: Vec<&str> = joined.split("  proxykv-train ").skip(1).collect();
+        assert!((1..=3).contains(&examples.len()), "{help}");
+        for (i, example) in examples.iter().enumerate() {
+            let (language, text) = ("sh".to_owned(), format!("proxykv-train {}\n", example.trim_end()));
+            let block = Block { line: i + 1, language, text: text.clone(), comment: None };
+            run(&s, &format!("the examples of `{command} --help`"), &block, &text);
+        }
+    }
 }

@@ -108,6 +108,16 @@ impl Ran {
     }
 }
 
+/// The commands that `--help` lists.
+pub fn commands() -> Vec<String> {
+    let help = Command::new(env!("CARGO_BIN_EXE_proxykv-train")).arg("--help").output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let (_, groups) = help.split_once("Start:\n").unwrap_or_else(|| panic!("{help}"));
+    let (groups, _) = groups.split_once("Options of every command:").unwrap_or_else(|| panic!("{help}"));
+    let listed = groups.lines().filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    listed.map(str::to_owned).collect()
+}
+
 /// Short documents in plain words, different from each other; the small models know such text.
 pub fn documents() -> String {
     let topics =

@@ -1,13 +1,15 @@
-//! stdout at the edge, for every command that prints: closed by its reader, and full.
+//! stdout at the edge, for every command that prints: closed by its reader, and full. And `--json`, which
+//! every command has or refuses.
 
 use std::fs::File;
 use std::io::pipe;
 use std::process::{Command, Stdio};
 
 use pkv_core::FailureKind;
+use serde_json::Value;
 
 use crate::infer::trained;
-use crate::sandbox::{Ran, Sandbox};
+use crate::sandbox::{Ran, Sandbox, commands, root};
 
 /// Every command that prints, as it is typed; all of them succeed on a trained run.
 const COMMANDS: [&str; 19] = [
@@ -46,6 +48,64 @@ fn project() -> &'static Sandbox {
         assert!(copy.status().unwrap().success());
     }
     s
+}
+
+/// Each command with `--json`: what its JSON has (of a list, its first entry; of several lines, the last), or
+/// why it has none.
+const JSON: [(&str, &str); 27] = [
+    ("doctor", "status"),
+    ("recipes ls", "name"),
+    ("recipes show recipe", "`recipes show` prints text alone"),
+    ("recipes init --target PAIR/target --name own", "file"),
+    ("plan --recipe recipe.toml", "stages"),
+    ("plan --recipe recipe.toml --resolved", "recipe"),
+    ("fetch --recipe recipe.toml", "target"),
+    ("run --recipe recipe.toml", "labels"),
+    ("sweep --recipe recipe.toml --vary train.steps=24 --dry-run", ""),
+    ("prepare --recipe recipe.toml", "record"),
+    ("prepare --recipe recipe.toml --show 1", "text"),
+    ("label --recipe recipe.toml", "record"),
+    ("extract --recipe recipe.toml", "record"),
+    ("train --recipe recipe.toml", "record"),
+    ("eval --recipe recipe.toml", "labels"),
+    ("eval --recipe recipe.toml --show 1", "asked"),
+    ("export --recipe recipe.toml", "record"),
+    ("report --recipe recipe.toml", "record"),
+    ("inspect runs/small", "`inspect` prints text alone"),
+    ("compare small small-again", "runs"),
+    ("bench extract --recipe recipe.toml --random-weights --context 40 --repeats 1", ""),
+    ("infer --mapper runs/small/export --context context.txt --question Who? --max-new-tokens 4", "event"),
+    ("push runs/small --repo a/b", "dry_run"),
+    ("schema", "properties"),
+    ("schema --reference", "`schema --reference` prints text alone"),
+    ("completions bash", "`completions` prints text alone"),
+    ("man manual", "`man` prints text alone"),
+];
+
+#[test]
+fn json_is_printed_or_refused_by_every_command() {
+    let s = project();
+    for command in commands().iter().filter(|command| *command != "help") {
+        assert!(JSON.iter().any(|(line, _)| line.split(' ').next() == Some(command)), "{command}");
+    }
+    let pair = root().join("recipes/nano-llama");
+    for (line, has) in JSON {
+        let line = line.replace("PAIR", pair.to_str().unwrap());
+        let ran = run(s, &format!("{line} --json"), Stdio::piped());
+        if has.starts_with('`') {
+            assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{line}\n{}", ran.stderr);
+            assert!(ran.stderr.contains(has) && ran.stderr.contains("hint: "), "{line}\n{}", ran.stderr);
+            continue;
+        }
+        let ran = ran.ok();
+        let all: Vec<Value> = serde_json::Deserializer::from_str(&ran.stdout)
+            .into_iter()
+            .collect::<Result<_, _>>()
+            .unwrap_or_else(|e| panic!("{line}: {e}\n{}", ran.stdout));
+        let last = all.last().unwrap_or_else(|| panic!("{line} prints nothing"));
+        let value = last.get(0).unwrap_or(last);
+        assert!(has.is_empty() || value.get(has).is_some(), "{line}: no `{has}`\n{}", ran.stdout);
+    }
 }
 
 #[test]

@@ -267,11 +267,11 @@ impl Report for DecodeReport {
             "kept",
             "tokens/s",
             "step",
-            "faster",
+            "full/this",
             "attention",
-            "faster",
+            "full/this",
             "cache",
-            "share",
+            "of full",
             "room",
         ];
         let mut lines = vec![names.map(str::to_owned).to_vec()];

@@ -1,22 +1,27 @@
 //! The command line: commands, arguments and their help. What they do is left to the commands.
 
 mod bench;
+mod help;
+mod infer;
 mod stage;
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand, ValueHint};
-use pkv_core::{DtypeName, FailureKind, Policy};
+use clap::error::ErrorKind;
+use clap::{Args, FromArgMatches, Parser, Subcommand, ValueHint};
+use pkv_core::{FailureKind, Policy};
 use pkv_gpu::DeviceChoice;
-use pkv_infer::RegimeName;
-use pkv_recipe::plan::Machine;
+use pkv_recipe::plan::MachineChoice;
 use pkv_recipe::{Override, Recipe};
 use pkv_run::session::load_recipe;
 use pkv_shard::Stage;
 
 pub use self::bench::{BenchCommand, Models as BenchModels};
+pub use self::help::{EVERYWHERE, command};
+pub use self::infer::InferArgs;
 pub use self::stage::StageCommand;
 
 use crate::completion::values;
@@ -28,7 +33,7 @@ use crate::completion::values;
 /// target, and the network is a HybridAxialMapper. One recipe describes a model pair; `run` runs all stages.
 #[derive(Debug, Parser)]
 #[command(name = "proxykv-train", version, max_term_width = 100, arg_required_else_help = true,
-    after_help = exit_codes())]
+    next_help_heading = EVERYWHERE)]
 pub struct Cli {
     /// Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1.
     #[arg(long, global = true, default_value = "auto", value_name = "DEVICE", add = values::devices())]
@@ -69,9 +74,26 @@ pub fn exit_codes() -> String {
     format!("Exit codes:{lines}")
 }
 
+/// The command line that this process was started with.
+///
+/// # Errors
+/// It is wrong, or asks for help.
+pub fn parse() -> Result<Cli, clap::Error> {
+    let mut command = command();
+    let found = command.try_get_matches_from_mut(std::env::args_os())?;
+    let cli = Cli::from_arg_matches(&found).map_err(|e| e.format(&mut command))?;
+    match cli.command.without_json() {
+        Some((name, instead)) if cli.json => Err(command.error(
+            ErrorKind::ArgumentConflict,
+            format!("`{name}` prints text alone and has no `--json`\n\nhint: {instead}"),
+        )),
+        _ => Ok(cli),
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Check libtorch, CUDA, memory, disk, the hub, and what a recipe needs.
+    /// Check libtorch, GPU, memory, disk, hub, and what a recipe needs.
     Doctor {
         /// Also check that this recipe's models and data are available and fit this machine.
         #[arg(long, value_name = "FILE", add = values::recipe())]
@@ -80,18 +102,20 @@ pub enum Command {
         #[arg(long = "set", value_name = "KEY=VALUE", add = values::assignment())]
         overrides: Vec<Override>,
     },
-    /// List or show the recipes that come with the program, or write one for your own model pair.
+    /// List or show recipes, or write one for your own model pair.
     Recipes {
         #[command(subcommand)]
         what: RecipesCommand,
     },
-    /// Print the JSON schema of recipes, for editors; with `--reference` every key as Markdown.
+    /// Print the JSON schema of recipes, for editors.
     Schema {
-        /// Print the recipe reference, docs/recipes.md.
+        /// Print the recipe reference instead: every key as Markdown, docs/recipes.md.
         #[arg(long)]
         reference: bool,
     },
-    /// Validate a recipe and estimate tokens, bytes, FLOPs, memory and time of each stage; reads no weights.
+    /// Estimate time, memory, disk and cost of each stage.
+    ///
+    /// Validates the recipe and counts tokens, bytes and FLOPs from the shapes in it; reads no weights.
     Plan {
         #[command(flatten)]
         recipe: RecipeArgs,
@@ -99,15 +123,20 @@ pub enum Command {
         /// exit.
         #[arg(long)]
         resolved: bool,
-        /// Machine to plan for: this one, or the one that the run will use.
-        #[arg(long, default_value = "here", value_parser = machines())]
-        machine: String,
+        /// Machine to plan for: a name, or figures of its data sheet as `tflops=N,gb=N,gbps=N`; with
+        /// `,usd_per_hour=N` after either, each stage has its price
+        /// [default: here; with `--calibrate`, the machine of that run].
+        #[arg(long, value_name = "MACHINE", value_parser = MachineParser)]
+        machine: Option<MachineChoice>,
+        /// Calibrate times by those of a past run.
+        #[arg(long, value_name = "RUN_FOLDER", conflicts_with = "resolved", add = values::run_path())]
+        calibrate: Option<PathBuf>,
     },
-    /// Download models and data into the Hugging Face cache and pin revisions and hashes.
+    /// Download models and data, and pin revisions and hashes.
     ///
-    /// After Ctrl-C, the next fetch continues with what was downloaded. `HF_HOME`, `HF_HUB_CACHE`,
-    /// `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HUB_ETAG_TIMEOUT` and `HF_HUB_DOWNLOAD_TIMEOUT` have
-    /// the same meaning as for `huggingface_hub`.
+    /// They go to the Hugging Face cache. After Ctrl-C, the next fetch continues with what was downloaded.
+    /// `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HUB_ETAG_TIMEOUT` and
+    /// `HF_HUB_DOWNLOAD_TIMEOUT` have the same meaning as for `huggingface_hub`.
     Fetch {
         #[command(flatten)]
         recipe: RecipeArgs,
@@ -118,124 +147,73 @@ pub enum Command {
     /// One stage of `run`.
     #[command(flatten)]
     Stage(StageCommand),
-    /// Run all stages in order; stages that are complete and match the recipe are skipped.
+    /// Run all stages in order; those that are complete are skipped.
+    ///
+    /// A stage is complete if its output matches the recipe. After a stop, the same command continues.
     Run(StageArgs),
-    /// Run a recipe and variants of it, share what they have in common, and compare them.
+    /// Run a recipe and variants of it, and compare them.
     ///
     /// Examples, labels and features are made once for all runs whose choices for them are the same, in
     /// `shared/` beside the run folders. After a stop, the same command goes on.
     Sweep(SweepArgs),
-    /// Read a context with both models, prune the target's cache once, and answer questions from it.
-    #[command(after_help = exit_codes())]
+    /// Read a context, prune its cache once, and answer questions.
+    ///
+    /// Answers go to stdout as they are made; times and sizes to stderr.
     Infer(InferArgs),
-    /// Compare evaluated runs of one target, with paired differences from the first.
+    /// Compare evaluated runs, with paired differences from the first.
     Compare(CompareArgs),
-    /// Upload an export with its model card to a Hugging Face repository; without `--yes`, only show what
-    /// would be sent.
+    /// Upload an export with its model card to a hub repository.
+    ///
+    /// Without `--yes`, only shows what would be sent.
     Push(PushArgs),
-    /// Measure a stage's time per context, with a matrix product and a copy for comparison.
+    /// Measure a stage's time per context beside the device's peak.
+    ///
+    /// A matrix product and a copy are timed for comparison.
     #[command(subcommand)]
     Bench(BenchCommand),
-    /// Show what a shard, stage folder, run folder, checkpoint or export contains.
+    /// Show what a file or folder of a run contains.
+    ///
+    /// A shard, stage folder, run folder, checkpoint, export, record or event file, or a folder of runs.
     Inspect {
+        /// Any file or folder that this program wrote.
         path: PathBuf,
         /// Compare labels or features with those of another folder, made from the same examples with other
         /// settings: another dtype, device or preset.
         #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
         against: Option<PathBuf>,
     },
-    /// Write the manual pages of this command and its subcommands: `man FOLDER/proxykv-train.1` shows one.
+    /// Write the manual pages of all commands.
     Man {
         /// Folder to write to; created if absent.
         #[arg(value_name = "FOLDER", value_hint = ValueHint::DirPath)]
         folder: PathBuf,
     },
-    /// Print the script that lets a shell complete this command: `source <(proxykv-train completions bash)`.
-    Completions { shell: clap_complete::Shell },
+    /// Print the script with which TAB completes this command.
+    Completions {
+        /// Shell that reads the script.
+        shell: clap_complete::Shell,
+    },
 }
 
-/// Arguments of `infer`.
-#[derive(Clone, Debug, Args)]
-pub struct InferArgs {
-    /// Export of the mapper (`proxykv-train export`), the run folder that contains it, or a hub repository.
-    #[arg(long, value_name = "FOLDER_OR_REPO", add = values::run_path())]
-    pub mapper: PathBuf,
-    /// Target: hub name or folder [default: the one that the mapper was trained for].
-    #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
-    pub target: Option<String>,
-    /// Proxy: hub name or folder [default: the one that the mapper was trained for].
-    #[arg(long, value_name = "MODEL", value_hint = ValueHint::DirPath)]
-    pub proxy: Option<String>,
-    /// Retention ratio: share of the context's KV pairs that is kept, above 0 and at most 1; `20%` means
-    /// `0.2`.
-    #[arg(long, value_name = "RATIO", conflicts_with = "budget", default_value_t = 0.2, value_parser = share)]
-    pub retain: f64,
-    /// Number of tokens to keep in every KV head; for every policy but `pair-uniform` and `token`, the same
-    /// total of KV pairs.
-    #[arg(long, value_name = "TOKENS")]
-    pub budget: Option<usize>,
-    /// Pruning policy: which KV pairs compete for the budget.
-    #[arg(long, default_value = "pair-keydiff", value_parser = policy())]
-    pub policy: Policy,
-    /// Keep the newest N tokens of the context in every KV head, regardless of their scores, within the
-    /// budget.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub keep_recent: usize,
-    /// Answer each question from the full cache as well, after one more prefill, and print both with tokens
-    /// and memory.
-    #[arg(long)]
-    pub compare_full: bool,
-    /// Order of proxy and target, and the devices they run on.
-    #[arg(long, default_value = "sequential",
-        value_parser = choice(&RegimeName::ALL, RegimeName::name, RegimeName::meaning))]
-    pub regime: RegimeName,
-    /// Device of proxy and mapper with `--regime dual` [default: the GPU after the target's].
-    #[arg(long, value_name = "DEVICE", add = values::devices())]
-    pub proxy_device: Option<DeviceChoice>,
-    /// Run the mapper while the proxy reads, on each window of features as soon as it is final.
-    #[arg(long)]
-    pub overlap: bool,
-    /// The context: a text file, or `-` for stdin.
-    #[arg(long, value_name = "FILE", required_unless_present = "context_ids")]
-    pub context: Option<PathBuf>,
-    /// The context as a JSON list of token ids, instead of text.
-    #[arg(long, value_name = "FILE", conflicts_with = "context")]
-    pub context_ids: Option<PathBuf>,
-    /// A question; may be repeated.
-    #[arg(long = "question", value_name = "TEXT")]
-    pub questions: Vec<String>,
-    /// Questions as JSON lines, `{"question": "..."}` or strings; `-` for stdin, answered as they arrive. An
-    /// invalid line is refused, and reading continues.
-    #[arg(long = "questions", value_name = "FILE")]
-    pub question_file: Option<PathBuf>,
-    /// Maximum length of an answer in tokens.
-    #[arg(long, default_value_t = 128, value_name = "N")]
-    pub max_new_tokens: usize,
-    /// Read special tokens that context and questions spell out, such as `<|im_end|>`, as plain text; for
-    /// untrusted texts.
-    #[arg(long)]
-    pub special_tokens_as_text: bool,
-    /// Dtype of the models.
-    #[arg(long, default_value = "auto",
-        value_parser = choice(&DtypeName::ALL, DtypeName::name, DtypeName::meaning))]
-    pub dtype: DtypeName,
-    /// Tokens per forward of the target's prefill [default: as when the mapper was trained].
-    #[arg(long, value_name = "TOKENS")]
-    pub chunk_tokens: Option<usize>,
-    /// Number of positions that the mapper scores in one forward pass.
-    #[arg(long, default_value_t = 16_384, value_name = "TOKENS")]
-    pub window_tokens: usize,
-    /// Write the phases as a trace for ui.perfetto.dev.
-    #[arg(long, value_name = "FILE")]
-    pub trace: Option<PathBuf>,
-}
-
-/// A share, as a number or in percent.
-fn share(text: &str) -> Result<f64, String> {
-    let text = text.trim();
-    let (number, unit) = text.strip_suffix('%').map_or((text, 1.0), |percent| (percent.trim_end(), 100.0));
-    let share: f64 = number.parse().map_err(|_| format!("`{text}` is no share: write `0.2` to keep 20%"))?;
-    Ok(share / unit)
+impl Command {
+    /// The command's name and what to do instead, where there is nothing to print as JSON.
+    const fn without_json(&self) -> Option<(&'static str, &'static str)> {
+        Some(match self {
+            Self::Inspect { .. } => (
+                "inspect",
+                "leave it out; `run.json`, `eval/results.json` and the `index.json` of a stage are JSON",
+            ),
+            Self::Recipes { what: RecipesCommand::Show { .. } } => {
+                ("recipes show", "`plan --resolved --json` prints every value of a recipe as JSON")
+            }
+            Self::Schema { reference: true } => {
+                ("schema --reference", "leave `--reference` out: the schema is JSON")
+            }
+            Self::Man { .. } => ("man", "leave it out"),
+            Self::Completions { .. } => ("completions", "leave it out"),
+            _ => return None,
+        })
+    }
 }
 
 /// Arguments of `compare`.
@@ -272,26 +250,38 @@ pub struct PushArgs {
     pub yes: bool,
 }
 
-/// Machines that `plan` knows.
-fn machines() -> PossibleValuesParser {
-    let measured = [
-        ("here", "An H200 if there is a GPU, else this CPU".to_owned()),
-        ("cpu", "This CPU".to_owned()),
-        ("h200", "As measured".to_owned()),
-    ];
-    let by_data_sheet = Machine::cards().map(|(name, title)| (name, format!("{title}, by its data sheet")));
-    let all = measured.into_iter().chain(by_data_sheet);
-    PossibleValuesParser::new(all.map(|(name, meaning)| PossibleValue::new(name).help(meaning)))
+/// Heading of what chooses a recipe and changes it.
+const RECIPE: &str = "Recipe and documents";
+
+/// `plan --machine`: the names are shown in help and completion.
+#[derive(Clone)]
+struct MachineParser;
+
+impl TypedValueParser for MachineParser {
+    type Value = MachineChoice;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<MachineChoice, clap::Error> {
+        str::parse.parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue>>> {
+        Some(Box::new(MachineChoice::names().map(|(name, meaning)| PossibleValue::new(name).help(meaning))))
+    }
 }
 
 /// A recipe and its overrides.
 #[derive(Clone, Debug, Args)]
 pub struct RecipeFile {
     /// Recipe (TOML) of the pair.
-    #[arg(long, value_name = "FILE", add = values::recipe())]
+    #[arg(help_heading = RECIPE, long, value_name = "FILE", add = values::recipe())]
     pub recipe: PathBuf,
     /// Override a key of the recipe, such as `train.steps=500`; may be repeated.
-    #[arg(long = "set", value_name = "KEY=VALUE", add = values::assignment())]
+    #[arg(help_heading = RECIPE, long = "set", value_name = "KEY=VALUE", add = values::assignment())]
     pub sets: Vec<Override>,
 }
 
@@ -302,7 +292,7 @@ pub struct RecipeArgs {
     pub file: RecipeFile,
     /// Documents to use instead of the recipe's: text, jsonl or parquet files, as paths or quoted patterns
     /// such as 'my/*.txt'.
-    #[arg(long, value_name = "FILES", num_args = 1.., value_hint = ValueHint::FilePath)]
+    #[arg(help_heading = RECIPE, long, value_name = "FILES", num_args = 1.., value_hint = ValueHint::FilePath)]
     pub data: Vec<String>,
 }
 
@@ -421,16 +411,6 @@ fn policy() -> impl TypedValueParser<Value = Policy> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_share_may_be_in_percent() {
-        for (text, expected) in [("0.2", 0.2), ("20%", 0.2), (" 2.5 %", 0.025), ("1", 1.0), ("200%", 2.0)] {
-            assert_eq!(share(text), Ok(expected), "{text}");
-        }
-        for text in ["", "%", "20%%", "half"] {
-            assert!(share(text).unwrap_err().contains("`0.2`"), "{text}");
-        }
-    }
 
     #[test]
     fn help_and_guide_have_the_same_exit_codes() {

@@ -11,12 +11,12 @@ use std::ffi::{OsStr, OsString};
 use std::io::{Error, Write};
 use std::path::Path;
 
-use clap::{Command, CommandFactory};
+use clap::Command;
 use clap_complete::Shell;
 use clap_complete::engine::complete;
 use clap_complete::env::{CompleteEnv, Elvish, EnvCompleter, Fish, Powershell, Shells};
 
-use crate::args::Cli;
+use crate::args;
 
 /// Set by the scripts; a general name such as `COMPLETE` may be in use for something else.
 const VARIABLE: &str = "PROXYKV_TRAIN_COMPLETE";
@@ -24,7 +24,7 @@ const SHELLS: Shells<'static> = Shells(&[&Bash, &Zsh, &Fish, &Elvish, &Powershel
 
 /// If a shell's completion script calls, answer it and exit.
 pub fn answer() {
-    CompleteEnv::with_factory(Cli::command).var(VARIABLE).shells(SHELLS).complete();
+    CompleteEnv::with_factory(args::command).var(VARIABLE).shells(SHELLS).complete();
 }
 
 /// The completion script for `shell`, which calls this binary.
@@ -36,7 +36,7 @@ pub fn script(shell: Shell) -> Result<String, Error> {
     let shell = shell.to_string();
     let shell = SHELLS.completer(&shell).ok_or_else(|| Error::other(format!("no script for {shell}")))?;
     let binary = std::env::current_exe()?;
-    let name = Cli::command().get_name().to_owned();
+    let name = args::command().get_name().to_owned();
     shell.write_registration(VARIABLE, &name, &name, &binary.to_string_lossy(), &mut out)?;
     Ok(String::from_utf8_lossy(&out).into_owned())
 }

@@ -15,13 +15,15 @@ use anyhow::Error;
 use pkv_core::Hinted;
 use pkv_hub::Hub;
 use pkv_recipe::Recipe;
-use pkv_recipe::plan::{Machine, Plan, human_secs};
+use pkv_recipe::plan::{Plan, human_secs};
 use serde::Serialize;
 use tch::Device;
 
-use hub::hub_access;
+use hub::{hub_access, token};
 use machine::{cpu, disk, gpus, libtorch, memory};
 use needs::needs;
+
+use crate::plan::on_device;
 
 /// A plan that takes longer than this on a CPU was hardly meant for one.
 const LONG_SECS: f64 = 12.0 * 3600.0;
@@ -51,7 +53,7 @@ pub enum Status {
 ///
 /// `runs` is the folder that run folders are made in; it need not exist.
 pub fn checks(recipe: Option<&Recipe>, device: Device, runs: &Path) -> Vec<Check> {
-    let plan = recipe.map(|r| Plan::new(r, planned_for(device), &pkv_eval::tasks::work(r)));
+    let plan = recipe.map(|r| Plan::new(r, on_device(device), &pkv_eval::tasks::work(r)));
     let mut out = vec![libtorch()];
     out.extend(gpus());
     out.push(cpu());
@@ -59,6 +61,7 @@ pub fn checks(recipe: Option<&Recipe>, device: Device, runs: &Path) -> Vec<Check
     out.push(disk(runs, plan.as_ref()));
     let hub = Hub::from_env();
     out.push(hub_access(&hub));
+    out.push(token(hub.options()));
     if let (Some(recipe), Some(plan)) = (recipe, &plan) {
         out.extend(needs(recipe, hub));
         out.push(time(device, plan));
@@ -71,16 +74,18 @@ pub fn all_well(checks: &[Check]) -> bool {
     checks.iter().all(|c| c.status != Status::Fail)
 }
 
-/// The checks as lines for a terminal, ending in a line break.
-pub fn table(checks: &[Check]) -> String {
+/// The checks as lines for a terminal, ending in a line break; with `color`, each status has its own.
+pub fn table(checks: &[Check], color: bool) -> String {
     let width = checks.iter().map(|c| c.name.len()).max().unwrap_or(0);
     let mut out = String::new();
     for c in checks {
-        let status = match c.status {
-            Status::Ok => "ok  ",
-            Status::Warn => "warn",
-            Status::Fail => "FAIL",
+        // Green, yellow, bold red.
+        let (status, sign) = match c.status {
+            Status::Ok => ("ok  ", "32"),
+            Status::Warn => ("warn", "33"),
+            Status::Fail => ("FAIL", "1;31"),
         };
+        let status = if color { format!("\u{1b}[{sign}m{status}\u{1b}[0m") } else { status.to_owned() };
         let _ = writeln!(out, "{status}  {:width$}  {}", c.name, c.detail);
         if !c.hint.is_empty() {
             let _ = writeln!(out, "      {:width$}  hint: {}", "", c.hint);
@@ -108,18 +113,6 @@ impl Check {
     }
 }
 
-/// The machine that a plan is made for, with the memory of this one.
-fn planned_for(device: Device) -> Machine {
-    match device {
-        Device::Cuda(i) => {
-            let memory = pkv_gpu::cuda_memory(i).ok().map(|m| m.total.max(0) as u64);
-            Machine { memory_bytes: memory.or(Machine::h200().memory_bytes), ..Machine::h200() }
-        }
-        Device::Cpu => Machine::cpu(tch::get_num_threads().max(1) as usize),
-        _ => Machine::h200(),
-    }
-}
-
 fn time(device: Device, plan: &Plan) -> Check {
     let detail =
         format!("about {} on {} (`plan` shows the stages)", human_secs(plan.secs()), plan.machine.name);
@@ -127,7 +120,7 @@ fn time(device: Device, plan: &Plan) -> Check {
         Check::warn(
             "time",
             detail,
-            "this pair is meant for a GPU; `recipes/demo-nano.toml` runs on a CPU in minutes",
+            "this pair is meant for a GPU; `recipes/demo.toml` runs on a CPU in minutes",
         )
     } else {
         Check::ok("time", detail)
@@ -143,10 +136,12 @@ mod tests {
         let checks = [Check::ok("cpu", "2 threads"), Check::warn("hub", "out of reach", "use a mirror")];
         assert!(all_well(&checks));
         assert_eq!(
-            table(&checks),
+            table(&checks, false),
             "ok    cpu  2 threads\nwarn  hub  out of reach\n           hint: use a mirror\n"
         );
-        assert!(!all_well(&[Check::fail("disk", "full", "")]));
+        let full = [Check::fail("disk", "full", "")];
+        assert!(!all_well(&full));
+        assert_eq!(table(&full, true), "\u{1b}[1;31mFAIL\u{1b}[0m  disk  full\n");
         let e = Error::from(pkv_core::hinted("no model", "fetch it")).context("cannot look");
         let check = Check::error("target", &e);
         assert_eq!((check.detail.as_str(), check.hint.as_str()), ("cannot look: no model", "fetch it"));
@@ -156,7 +151,7 @@ mod tests {
     fn a_machine_without_a_recipe_is_looked_at_whole() {
         let device = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
         let found = checks(None, device, Path::new("."));
-        for name in ["libtorch", "cpu", "memory", "disk", "hub"] {
+        for name in ["libtorch", "cpu", "memory", "disk", "hub", "token"] {
             assert!(found.iter().any(|c| c.name == name), "{name}");
         }
         assert!(found.iter().any(|c| c.name.starts_with("gpu")));

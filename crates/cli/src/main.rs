@@ -30,7 +30,6 @@ mod terminal;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::Parser;
 use pkv_core::{FailureKind, Stop, hinted};
 use pkv_run::session::{Choices, Session, choose_device};
 use pkv_run::stages::eval::EvalOptions;
@@ -42,7 +41,7 @@ use crate::terminal::Bar;
 
 fn main() -> ExitCode {
     completion::answer();
-    let cli = match Cli::try_parse() {
+    let cli = match args::parse() {
         Ok(cli) => cli,
         // Help and version are results.
         Err(e) if !e.use_stderr() => return end(output::check(e.print()).map(|()| ExitCode::SUCCESS)),
@@ -76,14 +75,12 @@ fn end(result: Result<ExitCode>) -> ExitCode {
 fn run(cli: &Cli) -> Result<ExitCode> {
     // Until now the signal has no handler: reading the arguments needs no clean stop.
     let stop = stop::stop_on_signal()?;
-    if cli.json
-        && matches!(cli.command, Command::Inspect { .. } | Command::Man { .. } | Command::Completions { .. })
-    {
-        return Err(hinted("this command prints text alone", "leave `--json` out").into());
-    }
     match &cli.command {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
-        Command::Plan { recipe, resolved, machine } => plan::run(cli, recipe, *resolved, machine)?,
+        Command::Plan { recipe, resolved: true, .. } => plan::resolved(cli, recipe)?,
+        Command::Plan { recipe, machine, calibrate, .. } => {
+            plan::run(cli, recipe, machine.as_ref(), calibrate.as_deref())?;
+        }
         Command::Fetch { recipe, models_only } => fetch::run(cli, recipe, *models_only, &stop)?,
         Command::Recipes { what } => recipes::run(cli, what, &stop)?,
         Command::Schema { reference } => schema::run(*reference)?,
@@ -132,10 +129,12 @@ fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
     }
     let session = open(cli, &recipe, stop)?;
     stages::run(&session, *stage, &args.redo, &options)?;
-    if let Some(n) = prepare.as_ref().and_then(|prepare| prepare.show) {
-        show::examples(cli, &session, n)?;
+    match prepare.as_ref().and_then(|prepare| prepare.show) {
+        Some(n) => show::examples(cli, &session, n),
+        None if eval.is_some() => results::print(cli, &session, &options),
+        None if cli.json => results::print_stage(&session, *stage),
+        None => Ok(()),
     }
-    if eval.is_some() { results::print(cli, &session, &options) } else { Ok(()) }
 }
 
 /// All stages in order, then what came of them.
@@ -155,7 +154,11 @@ fn doctor_command(
     let recipe = recipe.map(|path| session::load_recipe(path, overrides)).transpose()?;
     let device = pkv_gpu::device(cli.device)?;
     let checks = doctor::checks(recipe.as_ref(), device, &cli.runs);
-    output::print_either(cli.json, &checks, || doctor::table(&checks))?;
+    if cli.json {
+        output::print_json(&checks)?;
+    } else {
+        output::print_styled(&doctor::table(&checks, terminal::has_color(&std::io::stdout())))?;
+    }
     Ok(if doctor::all_well(&checks) {
         ExitCode::SUCCESS
     } else {

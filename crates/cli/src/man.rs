@@ -3,11 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use clap::CommandFactory;
 use pkv_core::hinted;
 
-use crate::args::Cli;
-use crate::output;
+use crate::{args, output};
 
 /// # Errors
 /// A file cannot be written.
@@ -19,6 +17,6 @@ pub fn run(folder: &Path) -> Result<()> {
         )
     };
     std::fs::create_dir_all(folder).with_context(cannot)?;
-    clap_mangen::generate_to(Cli::command(), folder).with_context(cannot)?;
+    clap_mangen::generate_to(args::command(), folder).with_context(cannot)?;
     output::print(&format!("{}\n", folder.join("proxykv-train.1").display()))
 }

@@ -26,7 +26,7 @@ pub fn run(cli: &Cli, what: &RecipesCommand, stop: &Stop) -> Result<()> {
     match what {
         RecipesCommand::Ls => ls(cli),
         RecipesCommand::Show { name } => show(name),
-        RecipesCommand::Init(args) => init(args, stop),
+        RecipesCommand::Init(args) => init(cli, args, stop),
     }
 }
 
@@ -106,7 +106,7 @@ fn model(role: &str, name: &str, stop: &Stop) -> Result<LmConfig> {
     folder.with_context(|| format!("cannot read the shape of the {role} `{name}`"))
 }
 
-fn init(args: &InitArgs, stop: &Stop) -> Result<()> {
+fn init(cli: &Cli, args: &InitArgs, stop: &Stop) -> Result<()> {
     let target = model("target", &args.target, stop)?;
     let proxy = args.proxy.as_deref().map(|name| Ok((name, model("proxy", name, stop)?)));
     let proxy: Option<(&str, LmConfig)> = proxy.transpose().map_err(|e: anyhow::Error| e)?;
@@ -122,7 +122,7 @@ fn init(args: &InitArgs, stop: &Stop) -> Result<()> {
     });
     let text = recipe_text(&name, &args.target, &target, proxy.as_ref().map(|(n, c)| (*n, c)), &args.data);
     if args.out.as_deref() == Some(Path::new("-")) {
-        return output::print(&text);
+        return output::print_either(cli.json, &json!({"name": name, "recipe": text}), || text.clone());
     }
     let path = args.out.clone().unwrap_or_else(|| {
         let folder = if Path::new("recipes").is_dir() { "recipes" } else { "" };
@@ -152,9 +152,11 @@ fn init(args: &InitArgs, stop: &Stop) -> Result<()> {
         )));
     }
     let shown = path.display();
-    output::print(&format!(
-        "{shown}\nnext: proxykv-train doctor --recipe {shown}\n      proxykv-train plan --recipe {shown}\n"
-    ))
+    output::print_either(cli.json, &json!({"name": name, "file": path}), || {
+        format!(
+            "{shown}\nnext: proxykv-train doctor --recipe {shown}\n      proxykv-train plan --recipe {shown}\n"
+        )
+    })
 }
 
 /// A recipe with the reasons of its values beside them.

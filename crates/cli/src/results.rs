@@ -11,7 +11,8 @@ use pkv_recipe::plan::human_secs;
 use pkv_results::{AnswerResults, Interval, RESULTS_FILE, Results};
 use pkv_run::session::Session;
 use pkv_run::stages::eval::{EvalOptions, folder};
-use pkv_shard::{RunJson, RunLayout};
+use pkv_shard::{RunJson, RunLayout, Stage};
+use serde_json::json;
 
 use crate::args::{Cli, RecipeArgs};
 use crate::{output, terminal};
@@ -24,6 +25,19 @@ pub fn print(cli: &Cli, s: &Session, options: &EvalOptions) -> Result<()> {
     let path = folder(s, options).join(RESULTS_FILE);
     let results = Results::read(&path)?;
     output::print_either(cli.json, &results, || pkv_results::table::all_tables(&results))
+}
+
+/// A stage's record and the files and folders that it wrote, as JSON on stdout.
+///
+/// # Errors
+/// stdout takes no more.
+pub fn print_stage(s: &Session, stage: Stage) -> Result<()> {
+    let record = s.run.stage(stage.name());
+    let mut written = stage.writes(&s.run);
+    written.retain(|path| path.exists());
+    output::print_json(
+        &json!({"stage": stage.name(), "run": s.run.root(), "wrote": written, "record": record}),
+    )
 }
 
 /// What a run ends with: one table, what it says, and what to do next; the whole file with `--json`.
@@ -185,7 +199,6 @@ pub fn check_run(cli: &Cli, args: &RecipeArgs) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn results() -> Results {
         let at = |mean: f64| json!({"mean": mean, "low": mean - 0.03, "high": mean + 0.01});

@@ -14,6 +14,7 @@ use pkv_gpu::device_name;
 use pkv_run::session::{Choices, Session, choose_device};
 use pkv_run::sweep::{Member, SweepPlan};
 use pkv_run::{Variant, Variants};
+use serde_json::json;
 use tch::Device;
 
 use crate::args::{Cli, CompareArgs, SweepArgs};
@@ -56,6 +57,10 @@ pub fn run(cli: &Cli, args: &SweepArgs, stop: &Stop) -> Result<()> {
         members.iter().filter(|m| m.is_evaluated()).map(|m| m.run.root().to_path_buf()).collect();
     if folders.len() > 1 {
         crate::compare::run(cli, &CompareArgs { folders, out: args.out.clone() })?;
+    } else {
+        // Nothing to compare.
+        let listed = || folders.iter().map(|f| format!("{}\n", f.display())).collect();
+        output::print_either(cli.json, &json!({"runs": folders}), listed)?;
     }
     ensure!(
         failed.is_empty(),

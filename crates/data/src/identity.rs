@@ -24,11 +24,16 @@ impl DocumentHash {
         format!("{:032x}", self.0)
     }
 
+    /// Its place among all hashes, in [0, 1).
+    pub fn place(self) -> f64 {
+        // 53 bits: exact in f64.
+        (self.0 >> 75) as f64 / (1u64 << 53) as f64
+    }
+
     /// Test documents lie at the bottom of the range of hashes, validation documents above them:
     /// changing one share moves no document between the other two splits.
     pub fn split(self, data: &DataSection) -> Split {
-        // 53 bits: exact in f64.
-        let place = (self.0 >> 75) as f64 / (1u64 << 53) as f64;
+        let place = self.place();
         if place < data.test_share {
             Split::Test
         } else if place < data.test_share + data.validation_share {

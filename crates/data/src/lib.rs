@@ -9,6 +9,7 @@
 mod contexts;
 mod documents;
 pub mod facts;
+mod few;
 mod files;
 mod identity;
 mod places;

@@ -13,6 +13,7 @@ use rand::Rng as _;
 
 use crate::documents::Documents;
 use crate::facts::{self, WordLists};
+use crate::few::what_there_is;
 use crate::files::files;
 use crate::identity::DocumentHash;
 use crate::planting::Planter;
@@ -217,10 +218,11 @@ impl<'a> Preparation<'a> {
             format!("too few documents: {}; {notes}", short.join("; ")),
             format!(
                 "add documents to `{}`, lower {}, {}or cut more windows (lower `data.window_tokens`{stride} or \
-                 `data.min_tokens`)",
+                 `data.min_tokens`){}",
                 if data.files.is_empty() { data.manifest.as_str() } else { "data.files" },
                 lower.join(" and "),
-                shares.concat()
+                shares.concat(),
+                what_there_is(&self.reading, self.manifest, scans)
             )
         ))
     }

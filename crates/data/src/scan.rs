@@ -25,6 +25,7 @@ const POOL: u64 = 4;
 pub(crate) struct Candidate {
     pub ordinal: u64,
     pub hash: DocumentHash,
+    pub tokens: usize,
     /// Tokens of each of its windows.
     pub windows: Vec<u32>,
 }
@@ -94,7 +95,8 @@ pub(crate) fn scan(
             counts.documents += 1;
             counts.possible += found.len() as u64;
             let windows = found.into_iter().map(|(_, range)| range.len() as u32).collect();
-            candidates[split as usize].push(Candidate { ordinal: document.ordinal, hash: *hash, windows });
+            let (ordinal, tokens) = (document.ordinal, tokens.len());
+            candidates[split as usize].push(Candidate { ordinal, hash: *hash, tokens, windows });
         }
         progress.note(&format!("{}: {} documents read", source.name, summary.documents));
     }
@@ -147,7 +149,8 @@ mod tests {
 
     fn candidates(windows: &[&[u32]]) -> Vec<Candidate> {
         let hash = DocumentHash::of("");
-        let one = |(i, w): (usize, &&[u32])| Candidate { ordinal: i as u64, hash, windows: w.to_vec() };
+        let one =
+            |(i, w): (usize, &&[u32])| Candidate { ordinal: i as u64, hash, tokens: 0, windows: w.to_vec() };
         windows.iter().enumerate().map(one).collect()
     }
 

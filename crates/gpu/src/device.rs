@@ -93,8 +93,14 @@ pub fn device_name(device: Device) -> String {
 pub fn device_in_words(device: Device) -> String {
     match device {
         Device::Cuda(i) => crate::model_name(i).unwrap_or_else(|| "a CUDA GPU".to_owned()),
-        _ => format!("{} CPU threads", tch::get_num_threads()),
+        _ => cpu_in_words(),
     }
+}
+
+/// `1 CPU thread`, `2 CPU threads`.
+pub fn cpu_in_words() -> String {
+    let threads = tch::get_num_threads();
+    format!("{threads} CPU {}", if threads == 1 { "thread" } else { "threads" })
 }
 
 /// GPUs that libtorch can use.

@@ -38,6 +38,8 @@ pub struct HubOptions {
     pub login: Option<String>,
     /// Sent with every request to the hub if present; gated models need one.
     pub token: Option<String>,
+    /// Where the token came from, or would be looked for: a variable's name or a file.
+    pub token_origin: String,
     /// Whether downloads send the token; uploads always do.
     pub implicit_token: bool,
     /// Use the cache only.
@@ -100,11 +102,18 @@ impl HubOptions {
             .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
             .unwrap_or_else(|| home.join("hub"));
         let token_file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
-        let token = get("HF_TOKEN")
-            .or_else(|| get("HUGGING_FACE_HUB_TOKEN"))
-            .or_else(|| pkv_core::read_small_text(&token_file).ok())
-            .map(|t| t.trim().to_owned())
-            .filter(|t| !t.is_empty());
+        let of_variable = |name: &str| get(name).map(|token| (token, name.to_owned()));
+        let of_file =
+            || Some((pkv_core::read_small_text(&token_file).ok()?, token_file.display().to_string()));
+        let (token, token_origin) = of_variable("HF_TOKEN")
+            .or_else(|| of_variable("HUGGING_FACE_HUB_TOKEN"))
+            .or_else(of_file)
+            .map(|(token, origin)| (token.trim().to_owned(), origin))
+            .filter(|(token, _)| !token.is_empty())
+            .map_or_else(
+                || (None, token_file.display().to_string()),
+                |(token, origin)| (Some(token), origin),
+            );
         let endpoint = get("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
         let (endpoint, login) = without_login(endpoint.trim());
         Self {
@@ -112,6 +121,7 @@ impl HubOptions {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             login,
             token,
+            token_origin,
             implicit_token: !get("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some_and(is_on),
             offline: get("HF_HUB_OFFLINE").or_else(|| get("TRANSFORMERS_OFFLINE")).is_some_and(is_on),
             attempts: 5,
@@ -230,6 +240,14 @@ mod tests {
         fs::write(home.path().join("token"), "from-file\n").unwrap();
         let o = options(&[("HF_HOME", home.path().to_str().unwrap())]);
         assert_eq!((o.token.as_deref(), o.implicit_token), (Some("from-file"), true));
+        let file = home.path().join("token").display().to_string();
+        assert_eq!(o.token_origin, file);
+        // Looked for in vain.
+        fs::write(&file, " \n").unwrap();
+        let o = options(&[("HF_TOKEN_PATH", &file)]);
+        assert_eq!((o.token, o.token_origin), (None, file));
+        let o = options(&[("HF_TOKEN", "t"), ("HUGGING_FACE_HUB_TOKEN", "old")]);
+        assert_eq!((o.token.as_deref(), o.token_origin.as_str()), (Some("t"), "HF_TOKEN"));
         assert_eq!(options(&[("HUGGING_FACE_HUB_TOKEN", "old")]).token.as_deref(), Some("old"));
         assert!(!options(&[("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).implicit_token);
     }

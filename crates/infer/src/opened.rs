@@ -97,7 +97,8 @@ impl Opened {
                  `--policy pair-uniform`"
             )
         );
-        let mut target = ModelFiles::find("target", request.target.as_deref(), &config.target)?;
+        let near = export.folder();
+        let mut target = ModelFiles::find("target", request.target.as_deref(), &config.target, near)?;
         if request.special_tokens_as_text {
             target.tokenizer.read_special_tokens_as_text();
         }
@@ -108,7 +109,7 @@ impl Opened {
                 "leave `--proxy` out"
             )
         );
-        let find = |made_for| ModelFiles::find("proxy", request.proxy.as_deref(), made_for);
+        let find = |made_for| ModelFiles::find("proxy", request.proxy.as_deref(), made_for, near);
         let proxy = config.read_proxy().map(find).transpose()?;
         ensure!(
             proxy.is_some() || regime == RegimeName::Sequential,
@@ -251,8 +252,9 @@ impl Opened {
 }
 
 impl ModelFiles {
-    /// The model that was named, or the one that the mapper was made for.
-    fn find(role: &str, named: Option<&str>, made_for: &ModelIdentity) -> Result<Self> {
+    /// The model that was named, or the one that the mapper was made for: a folder of the project that the
+    /// run is in, wherever this process works.
+    fn find(role: &str, named: Option<&str>, made_for: &ModelIdentity, export: &Path) -> Result<Self> {
         let (name, revision) = match named {
             Some(name) => (name, "main"),
             None => (made_for.model.as_str(), made_for.revision.as_str()),
@@ -263,7 +265,11 @@ impl ModelFiles {
                 format!("name its folder or its hub name with `--{role}`"),
             )
         };
-        let resolved = Hub::from_env().model(name, revision, &[Path::new("")]).with_context(context)?;
+        let export = std::path::absolute(export).unwrap_or_default();
+        // `PROJECT/runs/NAME/export`.
+        let above = export.ancestors().skip(1).take(3).filter(|_| named.is_none());
+        let folders: Vec<&Path> = std::iter::once(Path::new("")).chain(above).collect();
+        let resolved = Hub::from_env().model(name, revision, &folders).with_context(context)?;
         Ok(Self {
             name: name.to_owned(),
             config: LmConfig::from_folder(&resolved.folder).with_context(context)?,

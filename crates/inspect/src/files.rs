@@ -12,7 +12,7 @@ use pkv_core::hinted;
 use pkv_recipe::plan::human_bytes;
 use pkv_results::{CONTEXTS_FOLDER, Columns};
 use serde_json::Value;
-use tch::Device;
+use tch::{Device, Kind};
 
 use super::run::{results, run};
 use super::shards::shard;
@@ -177,9 +177,20 @@ fn tensors(path: &Path) -> Result<String> {
         out.add("part of", format!("{what} `{}`, all hashes match", dir.display()));
     }
     for (name, tensor) in read_tensors(path, Device::Cpu)? {
-        let _ = writeln!(out.text, "  {name:<44} {:?} {:?}", tensor.size(), tensor.kind());
+        let _ = writeln!(out.text, "  {name:<44} {:?} {}", tensor.size(), dtype(tensor.kind()));
     }
     Ok(out.text)
+}
+
+/// A dtype as recipes name it, where they do.
+fn dtype(kind: Kind) -> String {
+    match kind {
+        Kind::Float => "f32".to_owned(),
+        Kind::Half => "f16".to_owned(),
+        Kind::BFloat16 => "bf16".to_owned(),
+        Kind::Double => "f64".to_owned(),
+        other => format!("{other:?}").to_lowercase(),
+    }
 }
 
 /// Files that other programs show.

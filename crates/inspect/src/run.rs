@@ -78,7 +78,8 @@ pub fn runs(dir: &Path) -> Result<Option<String>> {
     let mut folders: Vec<_> = entries.collect::<Result<_, _>>()?;
     folders.sort_by_key(|entry| entry.file_name());
     let mut any = false;
-    for folder in folders {
+    // A sweep's lock lies beside its runs.
+    for folder in folders.iter().filter(|entry| entry.path().is_dir()) {
         let layout = RunLayout::new(folder.path());
         let Some(run) = RunJson::read(&layout)? else { continue };
         any = true;

@@ -3,8 +3,10 @@
 //! Counts of tokens, bytes and floating-point operations follow from the shapes that the recipe
 //! states; seconds follow from a [`Machine`], whose factors are measured where `machine` says so
 //! and guesses elsewhere. A plan is an upper bound on tokens (documents may be shorter than their
-//! window) and on bytes (shards compress); it is a forecast of time, good to a factor of about two.
+//! window) and on bytes (shards compress); it is a forecast of time, good to a factor of about two, and
+//! better with the times of a past run ([`Plan::calibrated`]).
 
+mod calibrate;
 mod cost;
 mod eval;
 mod human;
@@ -18,10 +20,11 @@ use crate::{DtypeName, ModelSection, Recipe};
 use eval::eval;
 use stages::{Lengths, extract, features_made_anew, fetch, infer, label, prepare, target_reads, train};
 
+pub use calibrate::PastRun;
 pub use cost::{MapperCost, Repeat, features, prefill, repeat};
 pub use eval::{Answers, TaskWork};
 pub use human::{human_bytes, human_count, human_flops, human_secs};
-pub use machine::{Efficiency, Machine};
+pub use machine::{Efficiency, Machine, MachineChoice};
 pub use stages::{PIECE_ELEMENTS, SHARED_CHUNK, TEMPLATE_TOKENS};
 pub use table::aligned;
 
@@ -103,6 +106,12 @@ pub struct StagePlan {
     pub peak_bytes: u64,
     /// Compute time plus copy time; absent where a network or a tokenizer decides.
     pub secs: Option<f64>,
+    /// Whether the machine's memory holds it, where that memory is known.
+    #[serde(default)]
+    pub fits: Option<bool>,
+    /// Dollars, where time and price are known.
+    #[serde(default)]
+    pub usd: Option<f64>,
 }
 
 impl Plan {
@@ -132,7 +141,24 @@ impl Plan {
         let infer = infer(recipe, longest, &machine, &mapper_cost);
         let notes = target_reads(recipe).into_iter().chain(features_made_anew(recipe, &lengths)).collect();
         let train_steps = recipe.train.steps_in_words();
-        Self { name: recipe.name.clone(), machine, target, proxy, mapper, train_steps, stages, infer, notes }
+        let name = recipe.name.clone();
+        Self { name, machine, target, proxy, mapper, train_steps, stages, infer, notes }.with_verdicts()
+    }
+
+    /// Whether each stage fits, and what it costs.
+    fn with_verdicts(mut self) -> Self {
+        let Machine { memory_bytes, usd_per_hour, .. } = self.machine;
+        for stage in &mut self.stages {
+            let memory = memory_bytes.filter(|_| stage.peak_bytes > 0);
+            stage.fits = memory.map(|memory| stage.peak_bytes <= memory);
+            stage.usd = stage.secs.zip(usd_per_hour).map(|(secs, usd)| secs / 3600.0 * usd);
+        }
+        self
+    }
+
+    /// Dollars of all stages, if the machine's price is known.
+    pub fn usd(&self) -> Option<f64> {
+        self.machine.usd_per_hour.map(|usd| self.secs() / 3600.0 * usd)
     }
 
     pub fn stage(&self, name: &str) -> Option<&StagePlan> {
@@ -189,6 +215,8 @@ impl StagePlan {
             moved_bytes: 0.0,
             peak_bytes: 0,
             secs: None,
+            fits: None,
+            usd: None,
         }
     }
 
@@ -279,6 +307,29 @@ window_tokens = [2048, 8192]
         let small = Machine { memory_bytes: Some(16_000_000_000), ..Machine::card("l40s").unwrap() };
         assert!(plan(small).table().contains("Stage `label` needs "));
         assert!(Machine::card("abacus").is_none());
+    }
+
+    #[test]
+    fn each_stage_has_a_verdict_and_a_price_where_they_are_known() {
+        let recipe = recipe(&["data.window_tokens=[8192]"]);
+        let priced = Machine { usd_per_hour: Some(3.0), ..Machine::card("rtx4090").unwrap() };
+        let small = Plan::new(&recipe, Machine { memory_bytes: Some(16_000_000_000), ..priced }, &[]);
+        let fits = |name: &str| small.stage(name).unwrap().fits;
+        assert_eq!((fits("fetch"), fits("label"), fits("extract")), (None, Some(false), Some(true)));
+        let row = |text: &str, name: &str| {
+            text.lines().find(|l| l.trim_start().starts_with(name)).unwrap().to_owned()
+        };
+        let text = small.table();
+        assert!(row(&text, "stage").contains("fits") && row(&text, "stage").ends_with("cost"), "{text}");
+        assert!(row(&text, "label ").contains(" no ") && row(&text, "extract").contains(" yes "), "{text}");
+        let total: f64 = small.stages.iter().filter_map(|s| s.usd).sum();
+        assert!((small.usd().unwrap() / total - 1.0).abs() < 1e-9);
+        assert!(row(&text, "run ").ends_with(&table::dollars(total)), "{text}");
+        assert!(text.contains("16.0 GB"), "{text}");
+        // Neither memory nor price.
+        let text = Plan::new(&recipe, Machine::cpu(2), &[]).table();
+        assert!(!text.contains("fits") && !text.contains("cost"), "{text}");
+        assert!(text.lines().all(|line| line.len() <= 140), "{text}");
     }
 
     /// `bench prefill` on an H100, bf16: peak memory in GB in sequence and on streams, seconds in sequence.

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::Result;
 use pkv_core::Policy;
 use pkv_recipe::MethodName;
-use pkv_results::compare::{Comparison, Difference, Metric, RecipeKey, TaskScores, value_text};
+use pkv_results::compare::{Comparison, Difference, Metric, RecipeKey, TaskScores, value_text, verdict};
 use pkv_results::{Interval, MethodInfo, Results};
 use serde::Serialize;
 
@@ -395,38 +395,6 @@ fn recipe(c: &Comparison) -> Recipe {
         has_same: !c.same.is_empty(),
         rows: different.chain(c.same.iter().map(|k| row(k, true))).collect(),
     }
-}
-
-/// Every later run against the first, where methods begin to part.
-fn verdict(c: &Comparison) -> Option<String> {
-    let (m, what) = match (&c.answers, &c.recall) {
-        (Some(m), _) if !m.differences.is_empty() => (m, "questions answered"),
-        (_, Some(m)) => (m, "recall of KVzip's choice"),
-        _ => return None,
-    };
-    let ratio = nearest(m.ratios.iter().copied())?;
-    let at = m.ratios.iter().position(|r| *r == ratio)?;
-    let one = |d: &Difference| {
-        let v = d.values.get(at)?;
-        let place = match excludes_zero(*v) {
-            true if v.mean > 0.0 => "above",
-            true => "below",
-            false => "level with",
-        };
-        let spread = match range(*v, signed_points) {
-            none if none.is_empty() => none,
-            some => format!(", 95% interval {some}"),
-        };
-        Some(format!(
-            "{} is {place} {} ({} points{spread}, {} shared contexts)",
-            c.runs[d.run].name,
-            c.runs[0].name,
-            signed_points(v.mean),
-            d.contexts
-        ))
-    };
-    let said: Vec<String> = m.differences.iter().filter_map(one).collect();
-    (!said.is_empty()).then(|| format!("By {what} with {} kept, {}.", percent_text(ratio), said.join("; ")))
 }
 
 /// The mapper's own numbers of each run, as its results have them; the ratios that every run measured.

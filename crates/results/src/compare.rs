@@ -23,7 +23,7 @@ use crate::results::{Interval, Results};
 pub use answers::{Answers, ContextScores};
 pub use numbers::mapper_lead;
 pub use run::Run;
-pub use text::{one_ratio, text, value_text};
+pub use text::{one_ratio, text, value_text, verdict};
 
 /// Ratio of the tables that show one, or the nearest that was measured.
 const ONE_RATIO: f64 = 0.05;

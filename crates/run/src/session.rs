@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
-use pkv_core::{Fingerprint, Progress, Source, Stop};
+use pkv_core::{Fingerprint, Hinted, Progress, Source, Stop, hinted};
 use pkv_gpu::{DeviceChoice, device_name};
 use pkv_hub::{Hub, Lock};
 use pkv_recipe::{DtypeName, Manifest, Origins, Override, Recipe};
@@ -125,7 +125,7 @@ pub fn load_with_origins(path: &Path, overrides: &[Override]) -> Result<(Recipe,
 }
 
 /// The manifest as the recipe names it, from the working directory or from the folder above the recipe's,
-/// with its path; or that of the documents which the recipe names itself.
+/// or beside the recipe, with its path; or that of the documents which the recipe names itself.
 ///
 /// # Errors
 /// It cannot be read, or names no documents.
@@ -135,7 +135,9 @@ pub fn manifest(recipe: &Recipe) -> Result<(Manifest, Option<PathBuf>)> {
         return Ok((manifest, None));
     }
     let path = project_path(recipe, &recipe.data.manifest);
-    Ok((pkv_recipe::load_manifest(&path)?, Some(path)))
+    let manifest = pkv_recipe::load_manifest(&path);
+    let manifest = if path.exists() { manifest } else { manifest.with_context(|| nowhere(recipe, &path)) };
+    Ok((manifest?, Some(path)))
 }
 
 /// The manifest of the benchmarks' files, found as [`manifest`]'s is; `None` if the recipe names none.
@@ -149,8 +151,25 @@ fn project_path(recipe: &Recipe, path: &str) -> PathBuf {
     if direct.exists() {
         return direct;
     }
-    let beside = recipe.root().join(path);
-    if beside.exists() { beside } else { direct }
+    above_and_beside(recipe, path).into_iter().find(|place| place.exists()).unwrap_or(direct)
+}
+
+/// Other places where a recipe's file may be than the working directory.
+fn above_and_beside(recipe: &Recipe, path: &str) -> [PathBuf; 2] {
+    [recipe.root().join(path), recipe.path.with_file_name(path)]
+}
+
+fn nowhere(recipe: &Recipe, path: &Path) -> Hinted {
+    let [above, beside] = above_and_beside(recipe, &path.to_string_lossy());
+    hinted(
+        format!(
+            "`data.manifest` is in none of three places: `{}`, `{}`, `{}`",
+            path.display(),
+            above.display(),
+            beside.display()
+        ),
+        "check `data.manifest`; manifests live in `data-manifests/`; `--data 'my/*.txt'` needs none",
+    )
 }
 
 /// The device the user chose, said in the log: never a silent fallback.
@@ -164,7 +183,7 @@ pub fn choose_device(choice: DeviceChoice, threads: Option<u32>) -> Result<Devic
     let device = pkv_gpu::device(choice)?;
     if choice == DeviceChoice::Auto && device == Device::Cpu {
         let why = pkv_gpu::cuda_absence().unwrap_or_default();
-        tracing::info!("computing on the CPU with {} threads ({why})", tch::get_num_threads());
+        tracing::info!("computing on the CPU, {} ({why})", pkv_gpu::cpu_in_words());
     } else {
         tracing::info!("computing on {}", device_name(device));
     }

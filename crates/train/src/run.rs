@@ -401,9 +401,10 @@ impl<'a> Run<'a> {
             self.best = Some((self.step, v.score));
         }
         tracing::info!(
-            "step {} validation: recall {:.2}%{}, loss {:.4}, Spearman {:.3}, {} contexts",
+            "step {} validation: recall {:.2}% at {} kept{}, loss {:.4}, Spearman {:.3}, {} contexts",
             self.step,
             100.0 * v.score,
+            self.validator.best_by(),
             if better { " (best)" } else { "" },
             v.loss,
             v.spearman,

@@ -116,6 +116,12 @@ impl Ready {
 }
 
 impl<'a> Validator<'a> {
+    /// The shares kept that the score is the mean of, in words.
+    pub fn best_by(&self) -> String {
+        let percent = |ratio: &f64| format!("{}", (ratio * 1e6).round() / 1e4);
+        format!("{}%", self.train.best_by.iter().map(percent).collect::<Vec<_>>().join(", "))
+    }
+
     /// Validate on `rows` of `dataset`, which all have positions.
     pub fn new(
         dataset: &'a Dataset,

@@ -83,7 +83,8 @@ pub fn gpus() -> Vec<Check> {
 pub fn cpu() -> Check {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let threads = tch::get_num_threads();
-    let detail = format!("{threads} threads for {cores} cores");
+    let plural = |n: usize| if n == 1 { "" } else { "s" };
+    let detail = format!("{threads} thread{} for {cores} core{}", plural(threads as usize), plural(cores));
     if threads as usize > cores {
         Check::warn("cpu", detail, "more threads than cores slow each other down; pass `--threads`")
     } else {

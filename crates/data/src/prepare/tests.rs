@@ -252,6 +252,40 @@ fn too_few_documents_say_how_many_there_were() {
     let error = setting.run(1).unwrap_err();
     assert!(error.to_string().contains("gives 0 of 8 test examples (0 documents)"), "{error}");
     assert!(error.downcast_ref::<pkv_core::Hinted>().unwrap().hint().contains("raise `data.test_share`"));
+    // Few: what the hint says is enough, and gives every split a document.
+    for count in [3, 5, 9] {
+        let setting = Setting::new(DATA, SOURCE);
+        setting.write("docs.txt", documents(count));
+        let error = setting.run(1).unwrap_err();
+        let hint = error.downcast_ref::<pkv_core::Hinted>().unwrap().hint();
+        let (_, sets) =
+            hint.split_once("; or take what these documents give: `").unwrap_or_else(|| panic!("{hint}"));
+        let said: Vec<String> = sets
+            .trim_end_matches('`')
+            .split("--set data.")
+            .skip(1)
+            .map(|set| set.trim().replace('=', " = "))
+            .collect();
+        let kept = DATA
+            .lines()
+            .filter(|line| !said.iter().any(|set| set.split(' ').next() == line.split(' ').next()));
+        let fitted: String =
+            kept.chain(said.iter().map(String::as_str)).flat_map(|line| [line, "\n"]).collect();
+        let again = Setting::new(&fitted, SOURCE);
+        again.write("docs.txt", documents(count));
+        let (examples, _) = again.run(1).unwrap_or_else(|e| panic!("{count}: {fitted}\n{e:#}"));
+        for split in Split::ALL {
+            assert!(examples.iter().any(|e| e.split == split), "{count}: {fitted}");
+        }
+    }
+    let setting = Setting::new(DATA, SOURCE);
+    setting.write("docs.txt", documents(2));
+    let error = setting.run(1).unwrap_err();
+    assert!(
+        error.downcast_ref::<pkv_core::Hinted>().unwrap().hint().contains("there must be 3 or more"),
+        "{error}"
+    );
+    let setting = Setting::new(&DATA.replace("test_share = 0.2", "test_share = 0"), SOURCE);
     // Documents of one token each.
     setting.write("docs.txt", (0..50).map(|d| d.to_string()).collect::<Vec<_>>().join("\0"));
     assert!(setting.error().contains("50 shorter than `data.min_tokens` = 10"), "{}", setting.error());

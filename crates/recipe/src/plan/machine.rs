@@ -1,5 +1,7 @@
 //! The machine that a plan is for: its ceilings, and how near each stage comes to them.
 
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 /// Ceilings of one device and the shares of them that stages reach.
@@ -15,6 +17,9 @@ pub struct Machine {
     pub memory_bytes: Option<u64>,
     /// A CPU computes in f32, a GPU in bf16, unless the recipe says otherwise.
     pub cpu: bool,
+    /// Price of the machine in dollars, if it is known.
+    #[serde(default)]
+    pub usd_per_hour: Option<f64>,
     pub efficiency: Efficiency,
 }
 
@@ -49,6 +54,7 @@ impl Machine {
             copy_gb_per_sec: 4300.0,
             memory_bytes: Some(141_000_000_000),
             cpu: false,
+            usd_per_hour: None,
             efficiency: Efficiency { label: 0.76, extract: 0.6, train: 0.05, answer: 0.2 },
         }
     }
@@ -63,34 +69,203 @@ impl Machine {
     /// Rates are those of its data sheet times what an H200 reached of its own: 0.8 of the products, 0.9 of
     /// the copies. Shares are the H200's.
     pub fn card(name: &str) -> Option<Self> {
-        let &(_, title, tflops, copy_gb_per_sec, memory_gb) = CARDS.iter().find(|card| card.0 == name)?;
-        Some(Self {
-            name: format!("one {title}, bf16"),
-            tflops: 0.8 * tflops,
-            copy_gb_per_sec: 0.9 * copy_gb_per_sec,
-            memory_bytes: Some(memory_gb * 1_000_000_000),
-            ..Self::h200()
-        })
+        let &(_, title, tflops, gbps, gb) = CARDS.iter().find(|card| card.0 == name)?;
+        Some(Self::of_data_sheet(title, tflops, gbps, gb as f64))
     }
 
-    /// `threads` cores with AVX2 or wider: 40 GFLOP/s and 5 GB/s each.
+    fn of_data_sheet(title: &str, tflops: f64, gbps: f64, gb: f64) -> Self {
+        Self {
+            name: format!("one {title}, bf16"),
+            tflops: 0.8 * tflops,
+            copy_gb_per_sec: 0.9 * gbps,
+            memory_bytes: Some((gb * 1e9) as u64),
+            ..Self::h200()
+        }
+    }
+
+    /// A GPU by the name that its driver gives, with the memory it has; rates of an H200 if it is none of
+    /// [`Machine::cards`], which its name then says.
+    pub fn gpu(model: Option<&str>, memory_bytes: Option<u64>) -> Self {
+        let squeezed = |text: &str| text.to_lowercase().replace([' ', '-'], "");
+        let model = squeezed(model.unwrap_or_default());
+        let mut machine = match CARDS.iter().find(|card| model.contains(card.0)) {
+            Some(card) => Self::card(card.0).unwrap_or_else(Self::h200),
+            None if model.contains("h200") => Self::h200(),
+            None => Self { name: "one GPU, bf16, at the rates of an H200".to_owned(), ..Self::h200() },
+        };
+        machine.memory_bytes = memory_bytes.or(machine.memory_bytes);
+        machine
+    }
+
+    /// `threads` cores with AVX2 or wider: 100 GFLOP/s and 5 GB/s each.
     ///
-    /// Shares are those of the demo pair on two shared cores, whose matrices are small: labels 83 s,
-    /// features 4 s, 300 steps 209 s.
+    /// Shares are those of the demo pair on two cores, whose matrices are small: labels 24 s, features 24 s,
+    /// 150 steps 44 s, answers 38 s.
     pub fn cpu(threads: usize) -> Self {
         let threads = threads.max(1);
         Self {
             name: format!("{threads} CPU {}, f32", if threads == 1 { "thread" } else { "threads" }),
-            tflops: 0.040 * threads as f64,
+            tflops: 0.1 * threads as f64,
             copy_gb_per_sec: 5.0 * threads as f64,
             memory_bytes: None,
             cpu: true,
-            efficiency: Efficiency { label: 0.2, extract: 0.4, train: 0.6, answer: 0.3 },
+            usd_per_hour: None,
+            efficiency: Efficiency { label: 0.2, extract: 0.12, train: 0.7, answer: 0.27 },
         }
     }
 
     /// Compute time plus copy time: stages overlap them little.
     pub(super) fn secs(&self, flops: f64, efficiency: f64, moved_bytes: f64) -> f64 {
         flops / (self.tflops * 1e12 * efficiency) + moved_bytes / (self.copy_gb_per_sec * 1e9)
+    }
+}
+
+/// The machine that `plan` is asked about: a name, figures of a data sheet, or a name and a price.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MachineChoice {
+    /// One of [`MachineChoice::names`]; absent with figures.
+    name: Option<String>,
+    figures: Option<[f64; 3]>,
+    usd_per_hour: Option<f64>,
+}
+
+/// What `plan --machine` takes, for messages.
+const SHAPE: &str = "a machine is a name (`h100`), figures of a data sheet (`tflops=142,gb=32,gbps=1800`), and for either a price \
+     (`h100,usd_per_hour=2.5`)";
+/// Keys of a machine's figures.
+const FIGURES: [&str; 3] = ["tflops", "gb", "gbps"];
+
+impl MachineChoice {
+    /// This machine.
+    pub fn here() -> Self {
+        Self { name: Some("here".to_owned()), figures: None, usd_per_hour: None }
+    }
+
+    /// Every name, with its meaning.
+    pub fn names() -> impl Iterator<Item = (&'static str, String)> {
+        let measured = [
+            ("here", "This machine: its GPU if there is one, else its CPU".to_owned()),
+            ("cpu", "This CPU".to_owned()),
+            ("h200", "As measured".to_owned()),
+        ];
+        let cards = CARDS.iter().map(|card| (card.0, format!("{}, by its data sheet", card.1)));
+        measured.into_iter().chain(cards)
+    }
+
+    /// The machine; `here` and `cpu` are asked for where they are meant.
+    ///
+    /// # Errors
+    /// Those of `here`.
+    pub fn machine<E>(
+        &self,
+        here: impl FnOnce() -> Result<Machine, E>,
+        cpu: impl FnOnce() -> Machine,
+    ) -> Result<Machine, E> {
+        let machine = match (&self.figures, self.name.as_deref()) {
+            (Some([tflops, gb, gbps]), _) => {
+                let title = format!("GPU of {tflops} TFLOP/s, {gb} GB and {gbps} GB/s");
+                Machine::of_data_sheet(&title, *tflops, *gbps, *gb)
+            }
+            (None, Some("cpu")) => cpu(),
+            (None, Some("here") | None) => here()?,
+            (None, Some(name)) => Machine::card(name).unwrap_or_else(Machine::h200),
+        };
+        Ok(Machine { usd_per_hour: self.usd_per_hour, ..machine })
+    }
+}
+
+impl FromStr for MachineChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut choice = Self { name: None, figures: None, usd_per_hour: None };
+        let mut figures = [None; FIGURES.len()];
+        for part in text.split(',').map(str::trim) {
+            let Some((key, value)) = part.split_once('=') else {
+                let known = Self::names().any(|(name, _)| name == part);
+                let named = choice.name.replace(part.to_owned());
+                if !known || named.is_some() {
+                    let names: Vec<&str> = Self::names().map(|(name, _)| name).collect();
+                    return Err(format!("`{part}` is none of {}; {SHAPE}", names.join(", ")));
+                }
+                continue;
+            };
+            let number = value.trim().parse().ok().filter(|v: &f64| v.is_finite() && *v > 0.0);
+            let number = number.ok_or_else(|| format!("`{part}` has no positive number; {SHAPE}"))?;
+            match FIGURES.iter().position(|figure| *figure == key.trim()) {
+                Some(at) => figures[at] = Some(number),
+                None if key.trim() == "usd_per_hour" => choice.usd_per_hour = Some(number),
+                None => {
+                    return Err(format!("`{key}` is none of {}, usd_per_hour; {SHAPE}", FIGURES.join(", ")));
+                }
+            }
+        }
+        match (choice.name.is_some(), figures) {
+            (false, [Some(tflops), Some(gb), Some(gbps)]) => choice.figures = Some([tflops, gb, gbps]),
+            (true, [None, None, None]) => {}
+            (false, _) => {
+                let absent: Vec<&str> =
+                    FIGURES.iter().zip(figures).filter(|(_, v)| v.is_none()).map(|(key, _)| *key).collect();
+                return Err(format!("`{}` is missing; {SHAPE}", absent.join("`, `")));
+            }
+            (true, _) => return Err(format!("a name has its own figures; {SHAPE}")),
+        }
+        Ok(choice)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(text: &str) -> Result<Machine, String> {
+        text.parse::<MachineChoice>()?.machine(|| Ok(Machine::cpu(3)), || Machine::cpu(2))
+    }
+
+    #[test]
+    fn a_machine_is_a_name_or_figures_and_may_have_a_price() {
+        for (name, _) in MachineChoice::names() {
+            assert_eq!(machine(name).unwrap().usd_per_hour, None, "{name}");
+        }
+        assert_eq!(machine("here").unwrap(), Machine::cpu(3));
+        assert_eq!(machine("cpu").unwrap(), Machine::cpu(2));
+        let priced = Machine { usd_per_hour: Some(2.5), ..Machine::card("h100").unwrap() };
+        assert_eq!(machine("h100,usd_per_hour=2.5").unwrap(), priced);
+        let own = machine("tflops=989, gb=80, gbps=3350, usd_per_hour=2.5").unwrap();
+        assert_eq!(Machine { name: priced.name.clone(), ..own.clone() }, priced);
+        assert_eq!(own.name, "one GPU of 989 TFLOP/s, 80 GB and 3350 GB/s, bf16");
+        for (text, part) in [
+            ("abacus", "none of here, cpu, h200, h100"),
+            ("", "none of here"),
+            ("h100,a100", "`a100` is none of"),
+            ("tflops=9,gb=8", "`gbps` is missing"),
+            ("usd_per_hour=1", "`tflops`, `gb`, `gbps` is missing"),
+            ("h100,gb=40", "its own figures"),
+            ("tflops=x,gb=8,gbps=1", "`tflops=x` has no positive number"),
+            ("tflops=-1,gb=8,gbps=1", "no positive number"),
+            ("tflops=1,gb=8,gbps=1,watts=3", "`watts` is none of tflops, gb, gbps, usd_per_hour"),
+        ] {
+            let error = machine(text).unwrap_err();
+            assert!(
+                error.contains(part) && error.contains("`tflops=142,gb=32,gbps=1800`"),
+                "{text}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn gpus_are_known_by_the_names_of_their_driver() {
+        for (driver, card) in [
+            ("NVIDIA H100 80GB HBM3", "h100"),
+            ("NVIDIA A100-SXM4-80GB", "a100"),
+            ("NVIDIA L40S", "l40s"),
+            ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ] {
+            assert_eq!(Machine::gpu(Some(driver), None), Machine::card(card).unwrap(), "{driver}");
+        }
+        assert_eq!(Machine::gpu(Some("NVIDIA H200"), None), Machine::h200());
+        let other = Machine::gpu(Some("NVIDIA T4"), Some(16_000_000_000));
+        assert!(other.name.contains("rates of an H200") && other.memory_bytes == Some(16_000_000_000));
+        assert_eq!(Machine::gpu(None, None).tflops, Machine::h200().tflops);
     }
 }

@@ -4,12 +4,13 @@ use std::fmt::{self, Write as _};
 
 use super::{Plan, human_bytes, human_count, human_flops, human_secs};
 
-const COLUMNS: [&str; 8] =
-    ["stage", "examples", "tokens", "on disk", "compute", "moved", "peak memory", "time"];
+const COLUMNS: [&str; 10] =
+    ["stage", "examples", "tokens", "on disk", "compute", "moved", "peak memory", "fits", "time", "cost"];
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "plan of `{}` on {}", self.name, self.machine.name)?;
+        let memory = self.machine.memory_bytes.map(|bytes| format!(", {}", human_bytes(bytes)));
+        writeln!(f, "plan of `{}` on {}{}", self.name, self.machine.name, memory.unwrap_or_default())?;
         let proxy = self.proxy.as_ref().map(|proxy| ("proxy", proxy));
         for (role, model) in [("target", &self.target)].into_iter().chain(proxy) {
             writeln!(
@@ -40,7 +41,13 @@ impl fmt::Display for Plan {
             human_secs(self.infer.secs)
         )?;
         writeln!(f)?;
-        f.write_str(&aligned(&self.rows()))?;
+        let rows = self.rows();
+        // A column of which nothing is known is left out.
+        let is_known = |c: usize| c == 0 || rows.iter().skip(1).any(|row| !matches!(row[c].as_str(), "" | "-"));
+        let known: Vec<usize> = (0..COLUMNS.len()).filter(|c| is_known(*c)).collect();
+        let rows: Vec<Vec<String>> =
+            rows.iter().map(|row| known.iter().map(|c| row[*c].clone()).collect()).collect();
+        f.write_str(&aligned(&rows))?;
         writeln!(f)?;
         writeln!(
             f,
@@ -89,7 +96,9 @@ impl Plan {
                 or_dash(s.flops == 0.0, human_flops(s.flops)),
                 or_dash(s.moved_bytes == 0.0, human_bytes(s.moved_bytes as u64)),
                 or_dash(s.peak_bytes == 0, human_bytes(s.peak_bytes)),
+                verdict(s.fits),
                 s.secs.map_or_else(|| "-".to_owned(), human_secs),
+                s.usd.map_or_else(|| "-".to_owned(), dollars),
             ]);
         }
         rows.push([
@@ -100,7 +109,9 @@ impl Plan {
             human_flops(self.stages.iter().map(|s| s.flops).sum()),
             String::new(),
             human_bytes(self.peak_bytes()),
+            verdict(self.machine.memory_bytes.map(|memory| self.peak_bytes() <= memory)),
             human_secs(self.secs()),
+            self.usd().map_or_else(|| "-".to_owned(), dollars),
         ]);
         rows
     }
@@ -121,4 +132,13 @@ pub fn aligned<L: AsRef<[String]>>(lines: &[L]) -> String {
         let _ = writeln!(out, "{}", text.trim_end());
     }
     out
+}
+
+fn verdict(fits: Option<bool>) -> String {
+    fits.map_or("-", |fits| if fits { "yes" } else { "no" }).to_owned()
+}
+
+/// `$0.42`, `$128`.
+pub(super) fn dollars(usd: f64) -> String {
+    format!("${usd:.*}", if usd < 100.0 { 2 } else { 0 })
 }

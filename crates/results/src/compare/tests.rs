@@ -292,6 +292,37 @@ fn tasks_count_alike_and_those_that_one_run_lacks_are_left_out() {
     assert!(c.notes.iter().any(|n| n.contains("`ruler.cwe`")), "{:?}", c.notes);
     let text = text(&c);
     assert!(text.contains("mean of 2 tasks") && text.contains("Answers by task at 5% kept"), "{text}");
+    assert!(text.contains("By questions answered with 5% kept, b is below a (-50.0 points"), "{text}");
+    // The better one is first, references have no rank.
+    let cells = |name: &str| {
+        let line = text.lines().find(|line| line.starts_with(&format!("| {name} "))).unwrap();
+        line.split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(cells("run")[3], "rank at 5%");
+    assert_eq!(
+        [cells("a")[3].as_str(), cells("b")[3].as_str(), cells("full cache")[3].as_str()],
+        ["1", "2", "-"]
+    );
+}
+
+#[test]
+fn tables_keep_the_shares_near_the_one_that_is_spoken_of() {
+    let (dir, ids) = (tempfile::tempdir().unwrap(), ids(12));
+    let one = |name: &str| run(dir.path(), name, &[("facts", contexts(&ids, 0))]);
+    let mut c = compare(&[one("a"), one("b")]).unwrap();
+    let wide = |m: &mut Metric| {
+        m.ratios = vec![0.5, 0.4, 0.3, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01];
+        let same = |values: &mut Vec<Interval>| *values = vec![values[0]; 10];
+        m.runs.iter_mut().for_each(same);
+        m.references.iter_mut().for_each(|r| same(&mut r.values));
+        m.differences.iter_mut().for_each(|d| same(&mut d.values));
+    };
+    wide(c.answers.as_mut().unwrap());
+    let text = text(&c);
+    let rows: Vec<&str> = text.lines().filter(|line| line.starts_with('|')).collect();
+    assert!(rows.iter().all(|row| row.chars().count() <= 120), "{text}");
+    assert!(rows.iter().any(|row| row.contains(" 5% ") && !row.contains(" 50% ")), "{text}");
+    assert!(text.contains("no room are in `--json`"), "{text}");
 }
 
 #[test]

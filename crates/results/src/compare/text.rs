@@ -8,6 +8,8 @@ use crate::table::{markdown, percent, trimmed};
 
 /// Longest value of a recipe's key that is printed.
 const MAX_VALUE: usize = 48;
+/// Widest table.
+const WIDTH: usize = 120;
 
 /// Every table, each under a heading, then what a reader must know.
 pub fn text(c: &Comparison) -> String {
@@ -17,11 +19,17 @@ pub fn text(c: &Comparison) -> String {
         c.target,
         c.policy.name()
     );
-    let mut add = |title: &str, table: Option<String>| {
-        if let Some(table) = table {
+    if let Some(verdict) = verdict(c) {
+        out.push_str(&format!("{verdict}\n\n"));
+    }
+    let mut left_out = false;
+    let mut add = |title: &str, table: Option<(String, bool)>| {
+        if let Some((table, is_cut)) = table {
+            left_out |= is_cut;
             out.push_str(&format!("### {title}\n\n{table}\n"));
         }
     };
+    let whole = |table: String| (table, false);
     let first = &c.runs[0].name;
     let tasks: Vec<&str> = c.tasks.iter().map(|t| t.task.as_str()).collect();
     let over = match tasks.as_slice() {
@@ -30,10 +38,10 @@ pub fn text(c: &Comparison) -> String {
     };
     add(
         &format!("Answers from the pruned cache, {over} (%, 95% interval)"),
-        c.answers.as_ref().map(|m| values(c, m)),
+        c.answers.as_ref().map(|m| values(c, m, one_ratio(c))),
     );
-    add("Recovered accuracy (KVzip = 100, 95% interval)", c.recovered.as_ref().map(|m| values(c, m)));
-    add("Recall of KVzip's kept set (%, 95% interval)", c.recall.as_ref().map(|m| values(c, m)));
+    add("Recovered accuracy (KVzip = 100, 95% interval)", c.recovered.as_ref().map(|m| values(c, m, None)));
+    add("Recall of KVzip's kept set (%, 95% interval)", c.recall.as_ref().map(|m| values(c, m, None)));
     let paired =
         "points, 95% interval of a paired bootstrap over the contexts that both answered; * excludes 0";
     add(
@@ -45,7 +53,7 @@ pub fn text(c: &Comparison) -> String {
         c.recall.as_ref().and_then(|m| differences(c, m)),
     );
     if let (Some(at), 2..) = (one_ratio(c), c.tasks.len()) {
-        add(&format!("Answers by task at {}% kept (%, 95% interval)", kept(at)), Some(by_task(c, at)));
+        add(&format!("Answers by task at {}% kept (%, 95% interval)", kept(at)), Some(whole(by_task(c, at))));
     }
     if let Some(b) = &c.budgets {
         let title = format!(
@@ -53,9 +61,12 @@ pub fn text(c: &Comparison) -> String {
             kept(b.ratio),
             b.policy.name()
         );
-        add(&title, Some(budgets(c)));
+        add(&title, Some(whole(budgets(c))));
     }
-    add("What differs between the recipes", recipe(c));
+    add("What differs between the recipes", recipe(c).map(whole));
+    if left_out {
+        out.push_str("- Shares kept for which these tables have no room are in `--json` and `--out`.\n");
+    }
     for note in &c.notes {
         out.push_str(&format!("- {note}\n"));
     }
@@ -73,30 +84,98 @@ pub fn one_ratio(c: &Comparison) -> Option<f64> {
     ratios.iter().min_by(|a, b| distance(a).total_cmp(&distance(b))).copied()
 }
 
-fn head(m: &Metric, second: Option<&str>) -> Vec<String> {
-    let first = ["run".to_owned()].into_iter().chain(second.map(str::to_owned));
-    first.chain(m.ratios.iter().map(|&r| format!("{}%", kept(r)))).collect()
+/// Places of the shares kept that a table has room for: all, or those nearest to [`ONE_RATIO`].
+fn fitting(m: &Metric, table: impl Fn(&[usize]) -> String) -> (String, bool) {
+    let distance = |at: usize| (m.ratios[at] / ONE_RATIO).ln().abs();
+    let mut columns: Vec<usize> = (0..m.ratios.len()).collect();
+    loop {
+        let text = table(&columns);
+        let width = text.lines().map(|line| line.chars().count()).max().unwrap_or(0);
+        let furthest =
+            (0..columns.len()).max_by(|&a, &b| distance(columns[a]).total_cmp(&distance(columns[b])));
+        match furthest.filter(|_| width > WIDTH && columns.len() > 1) {
+            Some(furthest) => drop(columns.remove(furthest)),
+            None => return (text, columns.len() < m.ratios.len()),
+        }
+    }
 }
 
-fn values(c: &Comparison, m: &Metric) -> String {
-    let row = |name: &str, contexts: String, values: &[Interval]| {
-        [name.to_owned(), contexts].into_iter().chain(values.iter().map(|v| percent(*v))).collect::<Vec<_>>()
-    };
-    let references = m.references.iter().map(|r| row(&r.name, m.contexts[0].to_string(), &r.values));
-    let runs = c.runs.iter().zip(&m.runs).zip(&m.contexts);
-    let runs = runs.map(|((run, values), n)| row(&run.name, n.to_string(), values));
-    markdown(&head(m, Some("contexts")), &references.chain(runs).collect::<Vec<_>>())
+fn head(m: &Metric, columns: &[usize], before: &[String]) -> Vec<String> {
+    before.iter().cloned().chain(columns.iter().map(|&at| format!("{}%", kept(m.ratios[at])))).collect()
 }
 
-fn differences(c: &Comparison, m: &Metric) -> Option<String> {
-    let row = |d: &super::Difference| {
-        let contexts = format!("{} of {}", d.contexts, m.contexts[d.run].max(m.contexts[0]));
-        let values =
-            (0..m.ratios.len()).map(|i| d.values.get(i).map_or_else(|| "-".to_owned(), |v| points(*v)));
-        [c.runs[d.run].name.clone(), contexts].into_iter().chain(values).collect::<Vec<_>>()
+/// Each run's own numbers; with `ranked`, its place among the runs there.
+fn values(c: &Comparison, m: &Metric, ranked: Option<f64>) -> (String, bool) {
+    let ranked = ranked.and_then(|ratio| Some((ratio, m.ratios.iter().position(|r| *r == ratio)?)));
+    let mut first = vec!["run".to_owned(), "contexts".to_owned()];
+    first.extend(ranked.map(|(ratio, _)| format!("rank at {}%", kept(ratio))));
+    // As it is printed: what looks the same has one rank.
+    let shown = |values: &[Interval], at: usize| (1000.0 * values[at].mean).round();
+    let rank = |values: &[Interval], at: usize| {
+        1 + m.runs.iter().filter(|r| shown(r, at) > shown(values, at)).count()
     };
-    let rows: Vec<_> = m.differences.iter().map(row).collect();
-    (!rows.is_empty()).then(|| markdown(&head(m, Some("shared contexts")), &rows))
+    fitting(m, |columns| {
+        let row = |name: &str, contexts: usize, place: Option<String>, values: &[Interval]| {
+            let cells = columns.iter().map(|&at| percent(values[at]));
+            [name.to_owned(), contexts.to_string()].into_iter().chain(place).chain(cells).collect::<Vec<_>>()
+        };
+        let none = || ranked.map(|_| "-".to_owned());
+        let references = m.references.iter().map(|r| row(&r.name, m.contexts[0], none(), &r.values));
+        let runs = c.runs.iter().zip(&m.runs).zip(&m.contexts);
+        let runs = runs.map(|((run, values), &n)| {
+            row(&run.name, n, ranked.map(|(_, at)| rank(values, at).to_string()), values)
+        });
+        markdown(&head(m, columns, &first), &references.chain(runs).collect::<Vec<_>>())
+    })
+}
+
+fn differences(c: &Comparison, m: &Metric) -> Option<(String, bool)> {
+    let first = ["run".to_owned(), "shared contexts".to_owned()];
+    (!m.differences.is_empty()).then(|| {
+        fitting(m, |columns| {
+            let row = |d: &super::Difference| {
+                let contexts = format!("{} of {}", d.contexts, m.contexts[d.run].max(m.contexts[0]));
+                let values =
+                    columns.iter().map(|&at| d.values.get(at).map_or_else(|| "-".to_owned(), |v| points(*v)));
+                [c.runs[d.run].name.clone(), contexts].into_iter().chain(values).collect::<Vec<_>>()
+            };
+            markdown(&head(m, columns, &first), &m.differences.iter().map(row).collect::<Vec<_>>())
+        })
+    })
+}
+
+/// Every later run against the first, where methods begin to part, as a sentence.
+pub fn verdict(c: &Comparison) -> Option<String> {
+    let (m, what) = match (&c.answers, &c.recall) {
+        (Some(m), _) if !m.differences.is_empty() => (m, "questions answered"),
+        (_, Some(m)) => (m, "recall of KVzip's choice"),
+        _ => return None,
+    };
+    let distance = |at: &usize| (m.ratios[*at] / ONE_RATIO).ln().abs();
+    let at = (0..m.ratios.len()).min_by(|a, b| distance(a).total_cmp(&distance(b)))?;
+    let signed = |v: f64| format!("{:+.1}", 100.0 * v);
+    let one = |d: &super::Difference| {
+        let v = d.values.get(at)?;
+        let place = match excludes_zero(*v) {
+            true if v.mean > 0.0 => "above",
+            true => "below",
+            false => "level with",
+        };
+        let spread = if v.high > v.low {
+            format!(", 95% interval {} to {}", signed(v.low), signed(v.high))
+        } else {
+            String::new()
+        };
+        Some(format!(
+            "{} is {place} {} ({} points{spread}, {} shared contexts)",
+            c.runs[d.run].name,
+            c.runs[0].name,
+            signed(v.mean),
+            d.contexts
+        ))
+    };
+    let said: Vec<String> = m.differences.iter().filter_map(one).collect();
+    (!said.is_empty()).then(|| format!("By {what} with {}% kept, {}.", kept(m.ratios[at]), said.join("; ")))
 }
 
 /// `-1.2 (-2.3 to -0.1) *`.

@@ -20,6 +20,9 @@ use super::{Entry, Outcome, prepare, train};
 use crate::mapper_source::{Trained, from_checkpoint, from_export};
 use crate::session::{Session, benchmark_manifest_path};
 
+/// Share of right answers from the full cache below which a task measures nothing.
+const TOO_FEW: f64 = 0.05;
+
 /// File of the kept sets, in the results' folder.
 const KEPT_FILE: &str = "kept.safetensors";
 
@@ -28,7 +31,8 @@ pub(super) const ENTRY: Entry = Entry {
     adds_up: true,
     ..Entry::new(
         Stage::Eval,
-        "Evaluate the mapper and the baselines: agreement with the labels, and answers from pruned caches\n\n\
+        "Evaluate the mapper and the baselines, on labels and questions\n\n\
+         Agreement with the labels, and answers to questions from pruned caches. \
          Results of other tasks, methods, policies, ratios and limits are added to those already measured with the \
          same mapper; `--redo eval` discards them.",
         &[Stage::Prepare, Stage::Label, Stage::Extract, Stage::Train],
@@ -118,6 +122,14 @@ fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     let Some(results) = results else {
         return Ok(Outcome::Skipped(skipped));
     };
+    for task in results.facts.iter().chain(&results.benchmarks).filter(|task| task.full.mean < TOO_FEW) {
+        tracing::warn!(
+            "the full cache answers {:.1}% of `{}`: the target cannot do this task, so its answers tell nothing about what \
+             was kept",
+            100.0 * task.full.mean,
+            if task.task.is_empty() { "facts" } else { &task.task }
+        );
+    }
     Ok(Outcome::Done(json!({
         "mapper": trained.source,
         "test_contexts": results.labels.contexts,

@@ -24,7 +24,7 @@ pub(super) const ENTRY: Entry = Entry {
     held: Some(|s, _| s.run.export()),
     ..Entry::new(
         Stage::Export,
-        "Export the trained mapper: safetensors, config.json, model card, parity vectors",
+        "Export the mapper: safetensors, config.json, card, parity vectors",
         &[Stage::Prepare, Stage::Label, Stage::Extract, Stage::Train, Stage::Eval],
         |s, _| run(s),
     )
