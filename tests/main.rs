@@ -13,6 +13,7 @@
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
 //! - `generated`: a mapper from features that are made when they are read is the one from shards
+//! - `launch`: jobs of Slurm and Kubernetes as they are printed, refused and applied
 //! - `docs`: every command block of README and guide runs as it is written
 //! - `recipes`: schema, reference, `recipes ls | show | init`, documents without a manifest, `--show`
 //! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing
@@ -34,6 +35,7 @@ mod fetch;
 mod generated;
 mod infer;
 mod kill;
+mod launch;
 mod pipeline;
 mod push;
 mod recipes;

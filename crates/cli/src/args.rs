@@ -1,6 +1,7 @@
 //! The command line: commands, arguments and their help. What they do is left to the commands.
 
 mod bench;
+mod launch;
 mod stage;
 
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use pkv_run::session::load_recipe;
 use pkv_shard::Stage;
 
 pub use self::bench::{BenchCommand, Models as BenchModels};
+pub use self::launch::{LaunchArgs, LaunchCommand};
 pub use self::stage::StageCommand;
 
 use crate::completion::values;
@@ -125,6 +127,9 @@ pub enum Command {
     /// Examples, labels and features are made once for all runs whose choices for them are the same, in
     /// `shared/` beside the run folders. After a stop, the same command goes on.
     Sweep(SweepArgs),
+    /// Run the stages on a cluster: as jobs of Slurm or Kubernetes, several workers for each.
+    #[command(subcommand)]
+    Launch(LaunchCommand),
     /// Read a context with both models, prune the target's cache once, and answer questions from it.
     #[command(after_help = exit_codes())]
     Infer(InferArgs),

@@ -13,6 +13,7 @@ mod completion;
 mod doctor;
 mod fetch;
 mod infer;
+mod launch;
 mod man;
 mod output;
 mod plan;
@@ -89,6 +90,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Stage(command) => one(cli, command, stop)?,
         Command::Run(a) => all(cli, a, stop)?,
         Command::Infer(a) => return infer::run(cli, a, &stop),
+        Command::Launch(a) => launch::run(cli, a, &stop)?,
         Command::Sweep(a) => sweep::run(cli, a, &stop)?,
         Command::Compare(a) => compare::run(cli, a)?,
         Command::Push(a) => push::run(cli, a, &stop)?,
