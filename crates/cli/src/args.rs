@@ -1,6 +1,7 @@
 //! The command line: commands, arguments and their help. What they do is left to the commands.
 
 mod bench;
+mod pieces;
 mod stage;
 
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use pkv_run::session::load_recipe;
 use pkv_shard::Stage;
 
 pub use self::bench::{BenchCommand, Models as BenchModels};
+pub use self::pieces::{Devices, PieceArgs};
 pub use self::stage::StageCommand;
 
 use crate::completion::values;
