@@ -10,6 +10,8 @@
 //! - `compare`: runs side by side have their own numbers and paired differences; what is not comparable is
 //!   refused
 //! - `completion`: TAB in bash, zsh and fish offers what may come next
+//! - `pieces`: a stage by several tasks, killed or not, has the bytes of one process; no row is lost silently
+//! - `devices`: a worker on each device; those that die are replaced once, then named; signals reach them
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
 //! - `generated`: a mapper from features that are made when they are read is the one from shards
@@ -29,6 +31,7 @@ mod bench;
 mod beside;
 mod compare;
 mod completion;
+mod devices;
 mod docs;
 mod faults;
 mod fetch;
@@ -36,6 +39,7 @@ mod generated;
 mod infer;
 mod kill;
 mod launch;
+mod pieces;
 mod pipeline;
 mod push;
 mod recipes;

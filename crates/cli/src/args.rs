@@ -2,6 +2,7 @@
 
 mod bench;
 mod launch;
+mod pieces;
 mod stage;
 
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use pkv_shard::Stage;
 
 pub use self::bench::{BenchCommand, Models as BenchModels};
 pub use self::launch::{LaunchArgs, LaunchCommand};
+pub use self::pieces::{Devices, PieceArgs};
 pub use self::stage::StageCommand;
 
 use crate::completion::values;

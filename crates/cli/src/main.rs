@@ -26,19 +26,23 @@ mod show;
 mod stop;
 mod sweep;
 mod terminal;
+mod workers;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use pkv_core::{FailureKind, Stop, hinted};
+use pkv_core::{FailureKind, Progress, Stop, Task, hinted};
+use pkv_gpu::DeviceChoice;
 use pkv_run::session::{Choices, Session, choose_device};
+use pkv_run::stages::Part;
 use pkv_run::stages::eval::EvalOptions;
 use pkv_run::{mapper_source, session, stages};
-use pkv_shard::Stage;
+use pkv_shard::{Missing, Stage};
 
-use crate::args::{Cli, Command, RecipeArgs, StageArgs, StageCommand};
+use crate::args::{Cli, Command, Devices, RecipeArgs, StageArgs, StageCommand};
 use crate::terminal::Bar;
+use crate::workers::{Said, Workers};
 
 fn main() -> ExitCode {
     completion::answer();
@@ -107,17 +111,27 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 
 /// A run folder to work in, with its log.
 fn open(cli: &Cli, args: &RecipeArgs, stop: Stop) -> Result<Session> {
+    open_part(cli, args, stop, Part::default(), Box::new(Bar::new()))
+}
+
+/// As [`open`], for a part of a stage.
+fn open_part(
+    cli: &Cli,
+    args: &RecipeArgs,
+    stop: Stop,
+    part: Part,
+    bar: Box<dyn Progress>,
+) -> Result<Session> {
     let recipe = args.load()?;
     let device = choose_device(cli.device, cli.threads)?;
-    let session =
-        Session::open(recipe, Choices { runs: &cli.runs, device, bar: Box::new(Bar::new()), stop })?;
+    let session = Session::open(recipe, Choices { runs: &cli.runs, device, bar, stop, part })?;
     terminal::log_to(&session.run.log())?;
     Ok(session)
 }
 
 /// One stage on its own, and what its command shows.
 fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
-    let StageCommand { stage, args, prepare, eval } = command;
+    let StageCommand { stage, args, prepare, eval, pieces } = command;
     if *stage == Stage::Report {
         results::check_run(cli, &args.recipe)?;
     }
@@ -131,12 +145,45 @@ fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
         let export = |named| mapper_source::export_folder(named, &Bar::new(), &stop);
         options = EvalOptions { mapper: eval.mapper.as_deref().map(export).transpose()?, kept: eval.kept };
     }
-    let session = open(cli, &recipe, stop)?;
-    stages::run(&session, *stage, &args.redo, &options)?;
+    let part = pieces.as_ref().map(|pieces| pieces.part(!args.redo.is_empty())).transpose()?;
+    let is_worker = pieces.as_ref().is_some_and(|pieces| pieces.worker);
+    let bar: Box<dyn Progress> = if is_worker { Box::new(Said) } else { Box::new(Bar::new()) };
+    let devices =
+        pieces.as_ref().and_then(|pieces| pieces.devices.as_ref()).map(Devices::list).transpose()?;
+    let session = open_part(cli, &recipe, stop, part.unwrap_or_default(), bar)?;
+    let is_complete = match &devices {
+        Some(devices) => on_devices(cli, &session, command, devices, &options)?,
+        None => stages::run(&session, *stage, &args.redo, &options)?,
+    };
+    if is_worker || !is_complete {
+        return Ok(());
+    }
     if let Some(n) = prepare.as_ref().and_then(|prepare| prepare.show) {
         show::examples(cli, &session, n)?;
     }
     if eval.is_some() { results::print(cli, &session, &options) } else { Ok(()) }
+}
+
+/// One stage by a worker on each of `devices`. Whether it is complete.
+fn on_devices(
+    cli: &Cli,
+    session: &Session,
+    command: &StageCommand,
+    devices: &[DeviceChoice],
+    options: &EvalOptions,
+) -> Result<bool> {
+    let devices = devices.iter().map(|&choice| pkv_gpu::device(choice)).collect::<Result<Vec<_>>>()?;
+    let stage = command.stage;
+    if command.args.redo.contains(&stage) {
+        stages::throw_away(session, stage, options)?;
+    }
+    let task = session.part.task.unwrap_or(Task::ALL);
+    let workers = Workers { cli, stage, task, devices: &devices, stop: &session.stop };
+    let missing = workers.run(&stages::folders(session, stage, options))?;
+    if let Some(Missing { what, command }) = &missing {
+        tracing::info!("{}: this part is done; {what}\nhint: {command}", stage.name());
+    }
+    Ok(missing.is_none())
 }
 
 /// All stages in order, then what came of them.

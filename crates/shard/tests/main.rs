@@ -4,5 +4,6 @@ mod common;
 mod crash;
 mod damage;
 mod example_rows;
+mod pieces;
 mod round_trip;
 mod speed;
