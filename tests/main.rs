@@ -16,6 +16,8 @@
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
 //! - `generated`: a mapper from features that are made when they are read is the one from shards
 //! - `launch`: jobs of Slurm and Kubernetes as they are printed, refused and applied
+//! - `workers`: workers of Kubernetes' Jobs, ended in the middle, make the bytes of one process
+//! - `slurm`: a chain of jobs on a real Slurm of one machine, with workers and the controller killed
 //! - `docs`: every command block of README and guide runs as it is written
 //! - `recipes`: schema, reference, `recipes ls | show | init`, documents without a manifest, `--show`
 //! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing
@@ -45,7 +47,9 @@ mod push;
 mod recipes;
 mod results;
 mod sandbox;
+mod slurm;
 mod sources;
 mod start_from;
 mod stdout;
 mod sweep;
+mod workers;

@@ -1,9 +1,11 @@
 //! `launch`: the stages of a recipe as jobs of a cluster.
 
 use std::fmt::Write as _;
+use std::time::SystemTime;
 
 use anyhow::Result;
 use pkv_core::Stop;
+use pkv_launch::status::Status;
 use pkv_launch::{Launch, k8s, slurm};
 use pkv_recipe::{Override, profile};
 use pkv_run::session::{load_recipe, manifest};
@@ -27,6 +29,8 @@ pub fn run(cli: &Cli, command: &LaunchCommand, stop: &Stop) -> Result<()> {
                 for job in &submitted {
                     let _ = writeln!(out, "{:<8} job {}, workers {}", job.stage, job.id, job.workers);
                 }
+                let _ =
+                    writeln!(out, "next: proxykv-train launch status --run {}", launch.run.root().display());
                 out
             })
         }),
@@ -37,6 +41,13 @@ pub fn run(cli: &Cli, command: &LaunchCommand, stop: &Stop) -> Result<()> {
                 k8s::run(launch, &Bar::new(), stop)
             }
         }),
+        LaunchCommand::Status { run } => {
+            // A name is that of a run below `--runs`.
+            let below = cli.runs.join(run);
+            let run = if !run.exists() && below.exists() { below } else { run.clone() };
+            let status = Status::read(&RunLayout::new(run), SystemTime::now())?;
+            output::print_either(cli.json, &status, || status.to_string())
+        }
     }
 }
 

@@ -1,10 +1,11 @@
-//! The stages of a recipe as jobs of a cluster: written, submitted, and followed.
+//! The stages of a recipe as jobs of a cluster: written, submitted, and followed by their markers.
 //!
 //! A worker is this program with one stage and, where the stage is done in pieces, with `--task K/N`. What a
 //! worker does is `run`'s; scheduling, restarts and logs are the cluster's.
 
 pub mod k8s;
 pub mod slurm;
+pub mod status;
 
 use std::io::Write as _;
 use std::process::{Command, Output, Stdio};
@@ -45,7 +46,10 @@ impl Launch<'_> {
     /// The command of a worker without its task.
     fn command(&self, stage: Stage) -> Vec<&str> {
         let own = [self.recipe.launch.program.as_str(), stage.name()];
-        own.into_iter().chain(self.arguments.iter().map(String::as_str)).collect()
+        let several: &[&str] =
+            if is_in_pieces(stage) && self.gpus_per_worker > 1 { &["--devices", "all"] } else { &[] };
+        let given = self.arguments.iter().map(String::as_str);
+        own.into_iter().chain(given).chain(several.iter().copied()).collect()
     }
 }
 

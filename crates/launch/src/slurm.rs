@@ -89,7 +89,7 @@ pub fn submit(launch: &Launch, jobs: &[Job]) -> Result<Vec<Submitted>> {
                 first.stage,
                 launch.run.root().display()
             ),
-            format!("wait for it (`squeue`), or end it: `scancel {}`", ids.join(" "))
+            format!("wait for it (`proxykv-train launch status`), or end it: `scancel {}`", ids.join(" "))
         ));
     }
     let logs = logs(launch.run);

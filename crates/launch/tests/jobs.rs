@@ -61,6 +61,9 @@ fn stages_and_gpus_are_the_chosen_ones() {
     assert_eq!(told, [("demo-nano-extract", 4), ("demo-nano-report", 1)]);
     assert!(!jobs.iter().any(|job| job.script.contains("--gres")), "{jobs:?}");
     assert!(jobs[0].script.contains("#SBATCH --array=0-3\n") && !jobs[1].script.contains("--array"));
+    let several = Launch { gpus_per_worker: 2, ..some.clone() };
+    let words = |job: &slurm::Job| job.script.matches("--devices all --task").count();
+    assert_eq!(slurm::jobs(&several).unwrap().iter().map(words).collect::<Vec<_>>(), [1, 0]);
     let list = k8s::list(&some);
     let limits = |i: usize| {
         list["items"][i]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"].clone()

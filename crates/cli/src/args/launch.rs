@@ -6,6 +6,7 @@ use clap::{Args, Subcommand, ValueHint};
 use pkv_shard::Stage;
 
 use super::{RecipeArgs, choice};
+use crate::completion::values;
 
 /// Subcommands of `launch`.
 #[derive(Clone, Debug, Subcommand)]
@@ -17,6 +18,12 @@ pub enum LaunchCommand {
     /// Recipe, documents and run folder are found in the workers' containers under the paths given here. What
     /// is applied goes on without this command; after a stop, the same command continues.
     K8s(LaunchArgs),
+    /// Show how far a run is: pieces done, at work and failed, rate and remaining time.
+    Status {
+        /// Run folder, or the name of one below `--runs`.
+        #[arg(long, value_name = "FOLDER", add = values::run_path())]
+        run: PathBuf,
+    },
 }
 
 /// What to launch.
