@@ -12,7 +12,7 @@ use crate::sandbox::Sandbox;
 const KILLS: u32 = 20;
 
 /// Every file that must not depend on how often a run was interrupted, by its path in the run folder.
-fn results(run: &Path) -> BTreeMap<String, Vec<u8>> {
+pub fn results(run: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut out = BTreeMap::new();
     for stage in ["examples", "labels", "features"] {
         for file in fs::read_dir(run.join(stage)).unwrap() {

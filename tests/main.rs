@@ -10,9 +10,14 @@
 //! - `compare`: runs side by side have their own numbers and paired differences; what is not comparable is
 //!   refused
 //! - `completion`: TAB in bash, zsh and fish offers what may come next
+//! - `pieces`: a stage by several tasks, killed or not, has the bytes of one process; no row is lost silently
+//! - `devices`: a worker on each device; those that die are replaced once, then named; signals reach them
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
 //! - `generated`: a mapper from features that are made when they are read is the one from shards
+//! - `launch`: jobs of Slurm and Kubernetes as they are printed, refused and applied
+//! - `workers`: workers of Kubernetes' Jobs, ended in the middle, make the bytes of one process
+//! - `slurm`: a chain of jobs on a real Slurm of one machine, with workers and the controller killed
 //! - `docs`: every command block of README and guide runs as it is written
 //! - `recipes`: schema, reference, `recipes ls | show | init`, documents without a manifest, `--show`
 //! - `push`: an export into a hub on the loopback interface: nothing without `--yes`, all of it or nothing
@@ -28,18 +33,23 @@ mod bench;
 mod beside;
 mod compare;
 mod completion;
+mod devices;
 mod docs;
 mod faults;
 mod fetch;
 mod generated;
 mod infer;
 mod kill;
+mod launch;
+mod pieces;
 mod pipeline;
 mod push;
 mod recipes;
 mod results;
 mod sandbox;
+mod slurm;
 mod sources;
 mod start_from;
 mod stdout;
 mod sweep;
+mod workers;

@@ -3,6 +3,8 @@
 mod bench;
 mod help;
 mod infer;
+mod launch;
+mod pieces;
 mod stage;
 
 use std::ffi::OsStr;
@@ -22,6 +24,8 @@ use pkv_shard::Stage;
 pub use self::bench::{BenchCommand, Models as BenchModels};
 pub use self::help::{EVERYWHERE, command};
 pub use self::infer::InferArgs;
+pub use self::launch::{LaunchArgs, LaunchCommand};
+pub use self::pieces::{Devices, PieceArgs};
 pub use self::stage::StageCommand;
 
 use crate::completion::values;
@@ -156,6 +160,9 @@ pub enum Command {
     /// Examples, labels and features are made once for all runs whose choices for them are the same, in
     /// `shared/` beside the run folders. After a stop, the same command goes on.
     Sweep(SweepArgs),
+    /// Run the stages on a cluster: as jobs of Slurm or Kubernetes, several workers for each.
+    #[command(subcommand)]
+    Launch(LaunchCommand),
     /// Read a context, prune its cache once, and answer questions.
     ///
     /// Answers go to stdout as they are made; times and sizes to stderr.

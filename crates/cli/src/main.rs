@@ -13,6 +13,7 @@ mod completion;
 mod doctor;
 mod fetch;
 mod infer;
+mod launch;
 mod man;
 mod memory;
 mod output;
@@ -26,18 +27,22 @@ mod show;
 mod stop;
 mod sweep;
 mod terminal;
+mod workers;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
-use pkv_core::{FailureKind, Stop, hinted};
+use pkv_core::{FailureKind, Progress, Stop, Task, hinted};
+use pkv_gpu::DeviceChoice;
 use pkv_run::session::{Choices, Session, choose_device};
+use pkv_run::stages::Part;
 use pkv_run::stages::eval::EvalOptions;
 use pkv_run::{mapper_source, session, stages};
-use pkv_shard::Stage;
+use pkv_shard::{Missing, Stage};
 
-use crate::args::{Cli, Command, RecipeArgs, StageArgs, StageCommand};
+use crate::args::{Cli, Command, Devices, RecipeArgs, StageArgs, StageCommand};
 use crate::terminal::Bar;
+use crate::workers::{Said, Workers};
 
 fn main() -> ExitCode {
     completion::answer();
@@ -87,6 +92,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Stage(command) => one(cli, command, stop)?,
         Command::Run(a) => all(cli, a, stop)?,
         Command::Infer(a) => return infer::run(cli, a, &stop),
+        Command::Launch(a) => launch::run(cli, a, &stop)?,
         Command::Sweep(a) => sweep::run(cli, a, &stop)?,
         Command::Compare(a) => compare::run(cli, a)?,
         Command::Push(a) => push::run(cli, a, &stop)?,
@@ -103,17 +109,27 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 
 /// A run folder to work in, with its log.
 fn open(cli: &Cli, args: &RecipeArgs, stop: Stop) -> Result<Session> {
+    open_part(cli, args, stop, Part::default(), Box::new(Bar::new()))
+}
+
+/// As [`open`], for a part of a stage.
+fn open_part(
+    cli: &Cli,
+    args: &RecipeArgs,
+    stop: Stop,
+    part: Part,
+    bar: Box<dyn Progress>,
+) -> Result<Session> {
     let recipe = args.load()?;
     let device = choose_device(cli.device, cli.threads)?;
-    let session =
-        Session::open(recipe, Choices { runs: &cli.runs, device, bar: Box::new(Bar::new()), stop })?;
+    let session = Session::open(recipe, Choices { runs: &cli.runs, device, bar, stop, part })?;
     terminal::log_to(&session.run.log())?;
     Ok(session)
 }
 
 /// One stage on its own, and what its command shows.
 fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
-    let StageCommand { stage, args, prepare, eval } = command;
+    let StageCommand { stage, args, prepare, eval, pieces } = command;
     if *stage == Stage::Report {
         results::check_run(cli, &args.recipe)?;
     }
@@ -127,14 +143,47 @@ fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
         let export = |named| mapper_source::export_folder(named, &Bar::new(), &stop);
         options = EvalOptions { mapper: eval.mapper.as_deref().map(export).transpose()?, kept: eval.kept };
     }
-    let session = open(cli, &recipe, stop)?;
-    stages::run(&session, *stage, &args.redo, &options)?;
+    let part = pieces.as_ref().map(|pieces| pieces.part(!args.redo.is_empty())).transpose()?;
+    let is_worker = pieces.as_ref().is_some_and(|pieces| pieces.worker);
+    let bar: Box<dyn Progress> = if is_worker { Box::new(Said) } else { Box::new(Bar::new()) };
+    let devices =
+        pieces.as_ref().and_then(|pieces| pieces.devices.as_ref()).map(Devices::list).transpose()?;
+    let session = open_part(cli, &recipe, stop, part.unwrap_or_default(), bar)?;
+    let is_complete = match &devices {
+        Some(devices) => on_devices(cli, &session, command, devices, &options)?,
+        None => stages::run(&session, *stage, &args.redo, &options)?,
+    };
+    if is_worker || !is_complete {
+        return Ok(());
+    }
     match prepare.as_ref().and_then(|prepare| prepare.show) {
         Some(n) => show::examples(cli, &session, n),
         None if eval.is_some() => results::print(cli, &session, &options),
         None if cli.json => results::print_stage(&session, *stage),
         None => Ok(()),
     }
+}
+
+/// One stage by a worker on each of `devices`. Whether it is complete.
+fn on_devices(
+    cli: &Cli,
+    session: &Session,
+    command: &StageCommand,
+    devices: &[DeviceChoice],
+    options: &EvalOptions,
+) -> Result<bool> {
+    let devices = devices.iter().map(|&choice| pkv_gpu::device(choice)).collect::<Result<Vec<_>>>()?;
+    let stage = command.stage;
+    if command.args.redo.contains(&stage) {
+        stages::throw_away(session, stage, options)?;
+    }
+    let task = session.part.task.unwrap_or(Task::ALL);
+    let workers = Workers { cli, stage, task, devices: &devices, stop: &session.stop };
+    let missing = workers.run(&stages::folders(session, stage, options))?;
+    if let Some(Missing { what, command }) = &missing {
+        tracing::info!("{}: this part is done; {what}\nhint: {command}", stage.name());
+    }
+    Ok(missing.is_none())
 }
 
 /// All stages in order, then what came of them.

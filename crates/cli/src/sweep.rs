@@ -12,6 +12,7 @@ use pkv_core::{NoProgress, Progress as _, Stop, hinted};
 use pkv_files::lock_work;
 use pkv_gpu::device_name;
 use pkv_run::session::{Choices, Session, choose_device};
+use pkv_run::stages::Part;
 use pkv_run::sweep::{Member, SweepPlan};
 use pkv_run::{Variant, Variants};
 use serde_json::json;
@@ -38,7 +39,7 @@ pub fn run(cli: &Cli, args: &SweepArgs, stop: &Stop) -> Result<()> {
     let device = choose_device(cli.device, cli.threads)?;
     let member = |variant: &Variant| -> Result<Member> {
         let (bar, stop) = (Box::new(NoProgress), stop.clone());
-        let choices = Choices { runs: &cli.runs, device, bar, stop };
+        let choices = Choices { runs: &cli.runs, device, bar, stop, part: Part::default() };
         Member::of(&Session::planned(variant.recipe.clone(), choices)?)
     };
     let members = variants.iter().map(member).collect::<Result<Vec<_>>>()?;

@@ -98,6 +98,12 @@ pub fn print(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
+/// A line on stderr, above the bars.
+pub fn print_line(line: &str) {
+    let text = format!("{}\n", shown(line, color()));
+    bars().suspend(|| print(&text));
+}
+
 /// Writes above the bars, and never fails: the work continues without its log.
 struct Stderr;
 

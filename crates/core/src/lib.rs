@@ -24,6 +24,7 @@ mod source;
 mod split;
 mod stop;
 mod store;
+mod task;
 
 pub use channel::{Channel, Final, GlobalChannel, Pass, PassLengths};
 pub use dtype::DtypeName;
@@ -45,3 +46,4 @@ pub use source::{FeatureLayout, Source, SourceLayout};
 pub use split::Split;
 pub use stop::{Interrupted, Stop};
 pub use store::StoreDtype;
+pub use task::Task;

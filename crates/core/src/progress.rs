@@ -6,6 +6,10 @@ pub trait Progress: Sync {
     fn start(&self, what: &str, total: u64, done: u64);
     /// `units` more are done.
     fn advance(&self, units: u64);
+    /// `units` more are done, by another process.
+    fn elsewhere(&self, units: u64) {
+        self.advance(units);
+    }
     /// A short line about the current state (loss, tokens per second), replacing the last one.
     fn note(&self, text: &str);
     /// The work begun last is over.

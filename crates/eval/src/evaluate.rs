@@ -15,11 +15,13 @@ use pkv_prune::HeadBudgets;
 use pkv_recipe::{EvalSection, ExtractSection, LabelSection, TargetPool};
 use pkv_results::cell::Cell;
 use pkv_results::columns::context_id;
-use pkv_results::share::share;
+use pkv_results::share::{Sharing, share};
 use pkv_results::store::{About, ContextStore, Identity, TaskStore};
 use pkv_results::{CONTEXTS_FOLDER, FactSpan, Results};
 use pkv_score::Scorer;
-use pkv_shard::{ExampleRows, FeatureFolders, PlantedFact, Sizes};
+use pkv_shard::{
+    ExampleRows, FeatureFolders, Missing, Pieces, PiecesPlan, PlantedFact, Sizes, Tally, Worker,
+};
 use pkv_tasks::Benchmark;
 use pkv_text::TextTokenizer;
 
@@ -73,6 +75,9 @@ pub struct EvalInputs<'a> {
     pub base: Fingerprint,
     /// Folder of the results; made if absent.
     pub out: &'a Path,
+    /// One of several tasks that share the contexts, with the device's name; failures in a row that end it.
+    pub worker: Option<Worker>,
+    pub max_failures: usize,
     /// Checked after every context; the next evaluation continues a stopped one.
     pub stop: Stop,
     /// Gets a sentence about results of other choices that were there.
@@ -98,6 +103,14 @@ impl<'a> EvalInputs<'a> {
     }
 }
 
+/// Outcome of [`evaluate_part`].
+pub enum Evaluated {
+    /// Everything that was ever measured with these choices.
+    Results(Box<Results>),
+    /// This task's contexts are measured; what other tasks lack.
+    Part(Missing),
+}
+
 /// Measure what is not there yet, write `results.json` and its tables, and return the results: everything
 /// that was ever measured with these choices.
 ///
@@ -108,6 +121,17 @@ impl<'a> EvalInputs<'a> {
 /// # Errors
 /// Shards are absent, damaged or of other models; a model fails; the folder cannot be written to.
 pub fn evaluate(inputs: &EvalInputs, progress: &dyn Progress) -> Result<Results> {
+    match evaluate_part(inputs, progress)? {
+        Evaluated::Results(results) => Ok(*results),
+        Evaluated::Part(Missing { what, command }) => Err(hinted(what, command).into()),
+    }
+}
+
+/// As [`evaluate`], for one of several tasks: there are results once no context of any task is missing.
+///
+/// # Errors
+/// As of [`evaluate`].
+pub fn evaluate_part(inputs: &EvalInputs, progress: &dyn Progress) -> Result<Evaluated> {
     Evaluation::open(inputs)?.run(progress)
 }
 
@@ -150,7 +174,7 @@ impl<'a> Evaluation<'a> {
         Ok(Self { inputs, layout, examples, train, test, asked, store, scorers })
     }
 
-    fn run(self, progress: &dyn Progress) -> Result<Results> {
+    fn run(self, progress: &dyn Progress) -> Result<Evaluated> {
         let _no_grad = tch::no_grad_guard();
         let i = self.inputs;
         let target = i.target_reader();
@@ -163,16 +187,52 @@ impl<'a> Evaluation<'a> {
             keep_recent: i.section.keep_recent,
             seed: i.seed,
         };
+        let pieces = i.worker.clone().map(|worker| self.pieces(worker)).transpose()?.flatten();
+        let mut sharing = Sharing { progress, stop: &i.stop, pieces: pieces.as_ref(), before: 0 };
+        let mut tally = Tally::new(i.max_failures);
         for asked in &self.asked {
             let task = self.store.task(asked.identity.clone())?;
-            progress.start(&asked.what(), asked.contexts as u64, 0);
-            self.measure(asked, &task, &reader, progress)?;
+            let ours = |index: &u64| i.worker.as_ref().is_none_or(|w| w.task.has(sharing.before + index));
+            progress.start(&asked.what(), (0..asked.contexts as u64).filter(ours).count() as u64, 0);
+            self.measure(asked, &task, &reader, &sharing, &mut tally)?;
             progress.finish();
+            if tally.is_over() {
+                break;
+            }
+            sharing.before += asked.contexts as u64;
         }
         drop(reader);
+        tracing::info!("eval: {}", tally.finish("eval")?);
+        if let Some(pieces) = &pieces
+            && let Some(missing) = self.missing(pieces)?
+        {
+            return Ok(Evaluated::Part(missing));
+        }
         let results = publish(i, &self.asked, &self.store)?;
         self.store.close();
-        Ok(results)
+        Pieces::discard(i.out);
+        Ok(Evaluated::Results(Box::new(results)))
+    }
+
+    /// The contexts of all tasks as pieces, one each.
+    fn pieces(&self, worker: Worker) -> Result<Option<Pieces>> {
+        let asked: Vec<_> = self.asked.iter().map(|a| (&a.identity, a.contexts, &a.cells)).collect();
+        let fingerprint = Fingerprint::new().with("asked", asked);
+        let contexts = self.asked.iter().map(|a| a.contexts as u64).sum();
+        let plan = PiecesPlan::new("eval", &fingerprint, contexts, 1)?;
+        Pieces::open_to_mark(self.inputs.out, plan, worker)
+    }
+
+    /// What the store lacks, whatever the markers say.
+    fn missing(&self, pieces: &Pieces) -> Result<Option<Missing>> {
+        let (mut first, mut missing) = (0, Vec::new());
+        for asked in &self.asked {
+            let task = self.store.task(asked.identity.clone())?;
+            let lacks = |index: &usize| !task.missing(*index, &asked.cells).is_empty();
+            missing.extend((0..asked.contexts).filter(lacks).map(|index| first + index as u64));
+            first += asked.contexts as u64;
+        }
+        Ok((!missing.is_empty()).then(|| pieces.missing(&missing)))
     }
 
     /// What `of` says of the cells that some context lacks.
@@ -226,23 +286,24 @@ impl<'a> Evaluation<'a> {
         asked: &AskedTask,
         task: &TaskStore,
         reader: &Reader,
-        progress: &dyn Progress,
+        sharing: &Sharing,
+        tally: &mut Tally,
     ) -> Result<()> {
         let i = self.inputs;
-        let (n, cells, stop) = (asked.contexts, &asked.cells, &i.stop);
+        let (n, cells) = (asked.contexts, &asked.cells);
         match &asked.work {
             Work::Labels => {
                 let plan = LabelPlan::new(i.section)?;
-                share(task, n, cells, progress, stop, |index, cells| self.label(&plan, reader, index, cells))
+                share(task, n, cells, sharing, tally, |index, cells| self.label(&plan, reader, index, cells))
             }
             Work::Ask(work) => {
                 let name = asked.identity.about.name();
-                share(task, n, cells, progress, stop, |index, cells| {
+                share(task, n, cells, sharing, tally, |index, cells| {
                     self.ask(work.as_ref(), &name, reader, index, cells)
                         .with_context(|| format!("asking context {index} of `{name}`"))
                 })
             }
-            Work::Example { of_facts } => share(task, n, cells, progress, stop, |_, cells| {
+            Work::Example { of_facts } => share(task, n, cells, sharing, tally, |_, cells| {
                 self.worked_example(*of_facts, reader, cells)
             }),
         }

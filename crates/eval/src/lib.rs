@@ -30,6 +30,6 @@ mod worked;
 
 pub use asked::Asked;
 pub use budgets::{Budgets, learn_budgets};
-pub use evaluate::{EvalInputs, evaluate};
+pub use evaluate::{EvalInputs, Evaluated, evaluate, evaluate_part};
 pub use kept::kept_sets;
 pub use prompts::{ShownContext, prompts};

@@ -3,16 +3,21 @@
 //!
 //! Also the one place where a full disk can be simulated. What the files hold is left to the callers.
 
+mod claim;
+
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use pkv_core::hinted;
 use sha2::{Digest, Sha256};
+
+pub use self::claim::{Claim, lock_file};
 
 /// Ending of files that are not whole yet.
 pub const TEMPORARY: &str = ".tmp";
@@ -91,7 +96,15 @@ impl DurableFile {
     pub fn create(path: &Path, budget: WriteBudget) -> io::Result<Self> {
         let mut temporary = OsString::from(path);
         temporary.push(TEMPORARY);
-        let temporary = PathBuf::from(temporary);
+        Self::create_as(path, PathBuf::from(temporary), budget)
+    }
+
+    /// As [`DurableFile::create`], under a temporary name of the caller's choice on the same file system; see
+    /// [`own_temporary`].
+    ///
+    /// # Errors
+    /// The temporary file cannot be created.
+    pub fn create_as(path: &Path, temporary: PathBuf, budget: WriteBudget) -> io::Result<Self> {
         let file = File::create(&temporary)?;
         Ok(Self {
             path: path.to_path_buf(),
@@ -179,6 +192,28 @@ pub fn write_file(path: &Path, data: &[u8], budget: &WriteBudget) -> Result<Publ
     write().map_err(|e| write_error(path, e))
 }
 
+/// As [`write_file`], for a file that several processes may write at once: each under a temporary name of its
+/// own in `folder`, and the last one counts.
+///
+/// # Errors
+/// As of [`write_file`].
+pub fn write_file_among(path: &Path, folder: &Path, data: &[u8], budget: &WriteBudget) -> Result<Published> {
+    let write = || {
+        let mut file = DurableFile::create_as(path, own_temporary(folder, path), budget.clone())?;
+        file.write_all(data)?;
+        file.publish()
+    };
+    write().map_err(|e| write_error(path, e))
+}
+
+/// A temporary name in `folder` for the file `path` that no other process has, on this machine or another:
+/// `<name>.<process>-<time>.tmp`.
+pub fn own_temporary(folder: &Path, path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_nanos());
+    folder.join(format!("{name}.{}-{nanos}{TEMPORARY}", std::process::id()))
+}
+
 /// The error for a failed write of `path`, with a hint.
 pub fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
     let kind = error.kind();
@@ -219,8 +254,23 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 /// # Errors
 /// Another process holds it.
 pub fn lock_dir(dir: &Path) -> Result<File> {
+    hold_dir(dir, File::try_lock)
+}
+
+/// As [`lock_dir`], together with all who hold it so. Where the file system has no locks none is held.
+///
+/// # Errors
+/// Another process holds it alone.
+pub fn share_dir(dir: &Path) -> Result<File> {
+    hold_dir(dir, |file| match file.try_lock_shared() {
+        Err(TryLockError::Error(_)) => Ok(()),
+        held => held,
+    })
+}
+
+fn hold_dir(dir: &Path, lock: impl Fn(&File) -> Result<(), TryLockError>) -> Result<File> {
     let file = File::open(dir).with_context(|| format!("cannot open folder `{}`", dir.display()))?;
-    match file.try_lock() {
+    match lock(&file) {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => bail!(
             hinted(

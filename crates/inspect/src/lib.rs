@@ -16,7 +16,7 @@ use anyhow::{Result, bail};
 use pkv_checkpoint::CheckpointStore;
 use pkv_core::{Fingerprint, hinted};
 use pkv_results::RESULTS_FILE;
-use pkv_shard::{INDEX_FILE, RunLayout};
+use pkv_shard::{INDEX_FILE, PiecesState, RunLayout};
 
 pub use against::against;
 use run::{results, run, runs};
@@ -56,6 +56,9 @@ pub fn inspect(path: &Path) -> Result<String> {
         model(path)
     } else if has(RESULTS_FILE) {
         results(&path.join(RESULTS_FILE))
+    } else if PiecesState::read(path)?.is_some() {
+        // Refused, with what it lacks.
+        stage(path)
     } else if let Some(text) = files::folder(path)? {
         Ok(text)
     } else if let Some(text) = runs(path)? {

@@ -21,7 +21,7 @@ mod task;
 
 pub use files::toml_files;
 pub use known::check_known;
-pub use load::{Recipe, load, load_with_origins};
+pub use load::{Recipe, load, load_with_origins, profile};
 pub use manifest::{Facts, Manifest, Source, SourceFormat, load_manifest};
 pub use method::MethodName;
 pub use origin::{Origin, Origins, Override};
@@ -33,6 +33,7 @@ pub use section::export::ExportSection;
 pub use section::extract::{AfterUse, ExtractSection, MissingFeatures};
 pub use section::facts::{FactPlace, FactsSection};
 pub use section::label::{LabelPreset, LabelSection, Preset, Sink};
+pub use section::launch::{K8sSection, LaunchSection, SlurmSection};
 pub use section::loss::{FineLoss, LossSection};
 pub use section::mapper::{MapperSection, Variant};
 pub use section::model::ModelSection;

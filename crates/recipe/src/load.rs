@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::{
-    DataSection, EvalSection, ExportSection, ExtractSection, FactsSection, LabelSection, LossSection,
-    MapperSection, ModelSection, PruneSection, TrainSection,
+    DataSection, EvalSection, ExportSection, ExtractSection, FactsSection, LabelSection, LaunchSection,
+    LossSection, MapperSection, ModelSection, PruneSection, TrainSection,
 };
 use crate::{Origins, Override, bounds, mistake};
 
@@ -52,6 +52,8 @@ pub struct Recipe {
     pub eval: EvalSection,
     #[serde(default)]
     pub export: ExportSection,
+    #[serde(default)]
+    pub launch: LaunchSection,
     /// The recipe file, for messages and for paths relative to it.
     #[serde(skip)]
     pub path: PathBuf,
@@ -114,6 +116,32 @@ pub fn load_with_origins(path: &Path, overrides: &[Override]) -> Result<(Recipe,
     let origins = Origins { files, overrides: overrides.to_vec() };
     recipe.check().map_err(|e| origins.place(e, invalid()))?;
     Ok((recipe, origins))
+}
+
+/// The keys of a profile of `launch`, the file `path`, as overrides of `[launch]`.
+///
+/// # Errors
+/// The file is absent or no TOML.
+pub fn profile(path: &Path) -> Result<Vec<Override>> {
+    fn leaves(key: &str, value: &Value, said: &str, out: &mut Vec<Override>) {
+        match value {
+            Value::Table(table) => {
+                table.iter().for_each(|(name, v)| leaves(&format!("{key}.{name}"), v, said, out));
+            }
+            value => out.push(Override::by_flag(said, format!("{key}={value}"))),
+        }
+    }
+    let text = pkv_core::read_small_text(path).with_context(|| {
+        hinted(
+            format!("cannot read profile `{}`", path.display()),
+            "a profile has the keys of a recipe's `[launch]`, without that line",
+        )
+    })?;
+    let table: Table = toml::from_str(&text)
+        .map_err(|e| mistake::in_file(e, format!("invalid profile `{}`", path.display())))?;
+    let mut out = Vec::new();
+    leaves("launch", &Value::Table(table), &format!("--profile {}", path.display()), &mut out);
+    Ok(out)
 }
 
 /// The error of a recipe that `files` make together, the recipe's own first.
@@ -258,6 +286,7 @@ impl Recipe {
         self.loss.check()?;
         self.train.check()?;
         self.prune.check()?;
+        self.launch.check()?;
         ensure!(
             self.train.auto().is_none() || self.data.validation > 0,
             hinted(

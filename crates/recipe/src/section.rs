@@ -7,6 +7,7 @@ pub mod export;
 pub mod extract;
 pub mod facts;
 pub mod label;
+pub mod launch;
 pub mod loss;
 pub mod mapper;
 pub mod model;

@@ -10,20 +10,17 @@
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, seal, unseal};
-use pkv_files::{WriteBudget, write_file};
+use pkv_files::{Claim, WriteBudget, lock_file, write_file};
 use pkv_recipe::AnswerMatch;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cell::{Cell, Cells};
-
-/// Interval between checks for another process.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// Data of a task that the summary of its outcomes needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,11 +116,6 @@ pub struct ContextStore {
     users: File,
 }
 
-/// The right to add to one context, given back when dropped.
-pub struct Claim {
-    _locked: Option<File>,
-}
-
 /// The contexts of one task.
 pub struct TaskStore {
     dir: PathBuf,
@@ -191,7 +183,7 @@ impl ContextStore {
     /// # Errors
     /// Its file cannot be made.
     pub fn publishing(&self) -> Result<Claim> {
-        wait_for(&self.dir.join("publish.lock"))
+        Claim::wait_for(&self.dir.join("publish.lock"))
     }
 
     /// Remove what locked contexts, unless other processes still work here.
@@ -227,7 +219,7 @@ impl TaskStore {
     /// # Errors
     /// The claim's file cannot be made.
     pub fn claim(&self, index: usize) -> Result<Option<Claim>> {
-        claim(&self.lock(index))
+        Claim::take(&self.lock(index))
     }
 
     /// Claim a context, waiting while another process has it.
@@ -235,7 +227,7 @@ impl TaskStore {
     /// # Errors
     /// As [`TaskStore::claim`].
     pub fn wait_for(&self, index: usize) -> Result<Claim> {
-        wait_for(&self.lock(index))
+        Claim::wait_for(&self.lock(index))
     }
 
     /// The outcome of a context; damaged ones count as absent.
@@ -318,29 +310,6 @@ fn read<T: DeserializeOwned>(path: &Path) -> Option<Stored<T>> {
 /// Files and folders in a folder; none if it cannot be read.
 fn entries(dir: &Path) -> Vec<PathBuf> {
     fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
-}
-
-fn claim(path: &Path) -> Result<Option<Claim>> {
-    let file = lock_file(path).with_context(|| format!("cannot make `{}`", path.display()))?;
-    Ok(match file.try_lock() {
-        Ok(()) => Some(Claim { _locked: Some(file) }),
-        Err(TryLockError::WouldBlock) => None,
-        Err(TryLockError::Error(_)) => Some(Claim { _locked: None }),
-    })
-}
-
-fn wait_for(path: &Path) -> Result<Claim> {
-    loop {
-        match claim(path)? {
-            Some(claim) => return Ok(claim),
-            None => std::thread::sleep(PAUSE),
-        }
-    }
-}
-
-/// A file to be locked, made if absent.
-pub fn lock_file(path: &Path) -> std::io::Result<File> {
-    File::options().read(true).write(true).create(true).truncate(false).open(path)
 }
 
 #[cfg(test)]

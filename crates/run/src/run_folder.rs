@@ -84,13 +84,14 @@ impl RunFolder {
         RunJson::update(self, change)
     }
 
-    /// Add `secs` to the stage's time and replace its summary.
+    /// Add `secs` to the stage's time and, unless others sum it up, replace its summary.
     ///
     /// # Errors
     /// `run.json` cannot be written.
-    pub fn record_stage(&self, stage: &str, secs: f64, summary: Value, device: Device) -> Result<()> {
+    pub fn record_stage(&self, stage: &str, secs: f64, summary: Option<Value>, device: Device) -> Result<()> {
         self.record(|run| {
             let record = run.stages.entry(stage.to_owned()).or_default();
+            let summary = summary.unwrap_or_else(|| std::mem::take(&mut record.summary));
             let (secs, gpus) = (record.secs + secs, u32::from(device.is_cuda()));
             *record = StageRecord { secs, summary, device: device_in_words(device), gpus };
         })

@@ -13,6 +13,7 @@ use tch::{Device, Kind};
 
 use crate::RunFolder;
 use crate::pair::Found;
+use crate::stages::Part;
 
 /// Choices of a session that no recipe makes.
 pub struct Choices<'a> {
@@ -21,6 +22,7 @@ pub struct Choices<'a> {
     pub device: Device,
     pub bar: Box<dyn Progress>,
     pub stop: Stop,
+    pub part: Part,
 }
 
 /// Inputs of every stage, opened once.
@@ -32,6 +34,7 @@ pub struct Session {
     pub device: Device,
     pub bar: Box<dyn Progress>,
     pub stop: Stop,
+    pub part: Part,
     /// Whether what is found out is written to `run.json`; a session that only plans writes nothing.
     records: bool,
     target: OnceLock<Arc<Found>>,
@@ -64,9 +67,10 @@ impl Session {
         }
         let hub = Hub::from_env().with_lock(lock);
         let run = RunFolder::new(&choices.runs.join(&recipe.name));
-        let Choices { device, bar, stop, .. } = choices;
+        let Choices { device, bar, stop, part, .. } = choices;
         let (target, proxy, documents) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
-        Ok(Self { recipe, manifest, run, hub, device, bar, stop, records: false, target, proxy, documents })
+        let records = false;
+        Ok(Self { recipe, manifest, run, hub, device, bar, stop, part, records, target, proxy, documents })
     }
 
     /// Change `run.json`, unless this session only plans.

@@ -8,12 +8,15 @@ mod generated;
 pub mod hidden;
 pub mod label;
 mod lanes;
+mod pieces;
 pub mod prepare;
 mod pump;
 pub mod report;
 mod start_from;
 mod to_host;
 pub mod train;
+
+pub use self::pieces::Part;
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -23,10 +26,11 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use pkv_core::{Fingerprint, hinted};
 use pkv_files::lock_work;
-use pkv_shard::{Row, Stage, StageDir, StageState, StageWriter};
-use serde_json::Value;
+use pkv_shard::{Missing, PiecesState, Row, Stage, StageDir, StageState, StageWriter, Totals};
+use serde_json::{Value, json};
 
 use self::eval::EvalOptions;
+use self::pieces::Reached;
 use crate::session::Session;
 use crate::sweep::SharedOutput;
 
@@ -45,6 +49,8 @@ pub struct Entry {
     pub held: Option<fn(&Session, &EvalOptions) -> PathBuf>,
     /// Several processes may write that output together.
     pub adds_up: bool,
+    /// Several processes may make it piece by piece.
+    pub in_pieces: bool,
     /// What else may be done where its output is absent, for the hint of who needs it.
     pub instead: &'static str,
     pub run: fn(&Session, &EvalOptions) -> Result<Outcome>,
@@ -69,6 +75,7 @@ impl Entry {
             outputs: |_| Ok(Vec::new()),
             held: None,
             adds_up: false,
+            in_pieces: false,
             instead: "",
             run,
         }
@@ -86,6 +93,25 @@ pub enum Outcome {
     Done(Value),
     /// Its output was complete already.
     Skipped(String),
+    /// This process's part is done; what its output lacks, or nothing if others made it complete.
+    Piece(Option<Missing>),
+}
+
+impl Outcome {
+    /// Of a stage of `rows` rows that is made in pieces.
+    fn of_pieces(reached: Reached, rows: u64) -> Self {
+        match reached {
+            Reached::Whole(Some(Totals { pieces, tokens, secs })) => {
+                let (rounded, all) =
+                    ((secs * 100.0).round() / 100.0, json!({"examples": rows, "tokens": tokens}));
+                let mut summary = all;
+                (summary["pieces"], summary["pieces_s"]) = (json!(pieces), json!(rounded));
+                Self::Done(summary)
+            }
+            Reached::Whole(None) => Self::Piece(None),
+            Reached::Part(missing) => Self::Piece(Some(missing)),
+        }
+    }
 }
 
 /// Run all stages in order, each after `begin`; those of `redo` make their outputs again.
@@ -107,10 +133,11 @@ pub fn run_all(s: &Session, redo: &[Stage], options: &EvalOptions, begin: &dyn F
 }
 
 /// Run one stage: throw its output away if asked to, do it, say what was done, record time and numbers.
+/// Whether its output is complete: not where other tasks have parts of it.
 ///
 /// # Errors
 /// The stage's own errors.
-pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &EvalOptions) -> Result<()> {
+pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &EvalOptions) -> Result<bool> {
     s.stop.check()?;
     let entry = entry(stage);
     if entry.reads.contains(&Stage::Extract) && extract::is_due(s) {
@@ -133,13 +160,21 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &EvalOptions) -> 
         Outcome::Done(summary) => {
             let secs = start.elapsed().as_secs_f64();
             tracing::info!("{}: done in {secs:.1} s: {}", stage.name(), brief(&summary));
-            s.run.record_stage(stage.name(), secs, summary, s.device)
+            s.run.record_stage(stage.name(), secs, Some(summary), s.device)?;
         }
-        Outcome::Skipped(why) => {
-            tracing::info!("{}: skipped: {why}", stage.name());
-            Ok(())
+        Outcome::Skipped(why) => tracing::info!("{}: skipped: {why}", stage.name()),
+        Outcome::Piece(missing) => {
+            let secs = start.elapsed().as_secs_f64();
+            s.run.record_stage(stage.name(), secs, None, s.device)?;
+            let Some(Missing { what, command }) = missing else {
+                tracing::info!("{}: done in {secs:.1} s, with the pieces of other processes", stage.name());
+                return Ok(true);
+            };
+            tracing::info!("{}: this part is done in {secs:.1} s; {what}\nhint: {command}", stage.name());
+            return Ok(false);
         }
     }
+    Ok(true)
 }
 
 /// Hold `output` of a stage against other processes.
@@ -207,11 +242,27 @@ pub fn require(dir: &Path, stage: Stage, fingerprint: &Fingerprint) -> Result<()
         StageState::Absent => {
             bail!(hinted(format!("`{}` is absent: `{stage}` has not run", dir.display()), run))
         }
+        StageState::Partial(rows) if StageDir::is_in_pieces(dir) => {
+            let missing = PiecesState::read(dir)?.map(|state| state.what_is_missing());
+            let Missing { what, command } = missing.unwrap_or_default();
+            bail!(hinted(
+                format!("`{}` holds {rows} examples and is not finished: {what}", dir.display()),
+                command
+            ))
+        }
         StageState::Partial(rows) => {
             bail!(hinted(format!("`{}` holds {rows} examples and is not finished", dir.display()), run))
         }
         // Opening it as its own stage would says which settings differ, and how to continue.
         StageState::Stale(_) => StageDir::open(dir, stage, fingerprint).map(|_| ()),
+    }
+}
+
+/// Folders of a stage's output that may be made in pieces.
+pub fn folders(s: &Session, stage: Stage, options: &EvalOptions) -> Vec<PathBuf> {
+    match entry(stage).held {
+        Some(output) => vec![output(s, options)],
+        None => stage.writes(&s.run),
     }
 }
 
@@ -242,7 +293,6 @@ fn clear(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn a_stage_is_summed_up_in_single_values_of_three_digits() {

@@ -3,11 +3,12 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use pkv_core::{Fingerprint, hinted};
 use serde_json::Value;
 
 use crate::index::{INDEX_FILE, Index, ShardEntry};
+use crate::pieces::{self, PiecesState};
 use pkv_files::{TEMPORARY, WriteBudget, lock_dir, sha256_file, sync_dir, write_file};
 
 /// A stage's folder and its index.
@@ -81,12 +82,22 @@ impl StageDir {
         let complete = Index::read(dir)?.filter(|index| index.complete);
         if let Some(index) = complete {
             check_stage(dir, &index, stage)?;
-            check_fresh(dir, &index, fingerprint)?;
+            check_fresh(dir, stage, &index.fingerprint, fingerprint)?;
             let this = Self { dir: dir.to_path_buf(), index, lock: None, budget };
             this.check_files()?;
             return Ok(this);
         }
         let lock = lock_dir(dir)?;
+        if let Some(state) = PiecesState::read(dir)? {
+            check_fresh(dir, stage, &state.plan.fingerprint, fingerprint)?;
+            let missing = state.what_is_missing();
+            bail!(hinted(
+                format!("`{}` is made in pieces: {}", dir.display(), missing.what),
+                missing.command
+            ));
+        }
+        // A process that died before it wrote the plan leaves an empty folder.
+        let _ = fs::remove_dir_all(pieces::folder(dir));
         let mut found = Index::read(dir)?;
         if let Some(index) = &found {
             check_stage(dir, index, stage)?;
@@ -98,7 +109,7 @@ impl StageDir {
             index.shards.is_empty() && !index.complete && !kept
         });
         if let Some(index) = &found {
-            check_fresh(dir, index, fingerprint)?;
+            check_fresh(dir, stage, &index.fingerprint, fingerprint)?;
         }
         let is_new = found.is_none();
         let index = found.unwrap_or_else(|| Index::new(stage, fingerprint));
@@ -116,7 +127,14 @@ impl StageDir {
     /// # Errors
     /// There is no index, or it is damaged or of another version.
     pub fn read(dir: &Path) -> Result<Self> {
-        let index = Index::read(dir)?.with_context(|| {
+        let index = Index::read(dir)?;
+        if index.as_ref().is_none_or(|index| !index.complete)
+            && let Some(state) = PiecesState::read(dir)?
+        {
+            let missing = state.what_is_missing();
+            bail!(hinted(format!("`{}` is not complete: {}", dir.display(), missing.what), missing.command));
+        }
+        let index = index.with_context(|| {
             hinted(
                 format!("there is no `{INDEX_FILE}` in `{}`", dir.display()),
                 "run the stage that writes this folder first; `proxykv-train run` runs all of them",
@@ -130,7 +148,17 @@ impl StageDir {
     /// # Errors
     /// The index is damaged or of another version.
     pub fn state(dir: &Path, fingerprint: &Fingerprint) -> Result<StageState> {
-        let Some(index) = Index::read(dir)? else { return Ok(StageState::Absent) };
+        let index = Index::read(dir)?;
+        if index.as_ref().is_none_or(|index| !index.complete)
+            && let Some(state) = PiecesState::read(dir)?
+        {
+            let differences = state.plan.fingerprint.difference(fingerprint);
+            return Ok(match differences.is_empty() {
+                true => StageState::Partial(state.done_rows()),
+                false => StageState::Stale(differences),
+            });
+        }
+        let Some(index) = index else { return Ok(StageState::Absent) };
         let differences = index.fingerprint.difference(fingerprint);
         Ok(if !differences.is_empty() {
             StageState::Stale(differences)
@@ -156,10 +184,19 @@ impl StageDir {
             fs::remove_file(&index).with_context(|| format!("cannot remove `{}`", index.display()))?;
             sync_dir(dir).with_context(|| format!("cannot sync `{}`", dir.display()))?;
         }
+        let pieces = pieces::folder(dir);
+        if pieces.exists() {
+            fs::remove_dir_all(&pieces).with_context(|| format!("cannot remove `{}`", pieces.display()))?;
+        }
         for name in stage_files(dir)? {
             remove(&dir.join(name))?;
         }
         Ok(())
+    }
+
+    /// Whether the stage is made in pieces, and not complete.
+    pub fn is_in_pieces(dir: &Path) -> bool {
+        pieces::exist(dir) && !Index::read(dir).is_ok_and(|index| index.is_some_and(|index| index.complete))
     }
 
     pub fn path(&self) -> &Path {
@@ -237,12 +274,10 @@ impl StageDir {
 }
 
 fn write_index(dir: &Path, index: &Index, budget: &WriteBudget) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(index).context("cannot write the shard index as JSON")?;
-    text.push('\n');
-    write_file(&dir.join(INDEX_FILE), text.as_bytes(), budget).map(drop)
+    write_file(&dir.join(INDEX_FILE), &index.text()?, budget).map(drop)
 }
 
-fn check_stage(dir: &Path, index: &Index, stage: &str) -> Result<()> {
+pub(crate) fn check_stage(dir: &Path, index: &Index, stage: &str) -> Result<()> {
     ensure!(
         index.stage == stage,
         hinted(
@@ -253,12 +288,12 @@ fn check_stage(dir: &Path, index: &Index, stage: &str) -> Result<()> {
     Ok(())
 }
 
-fn check_fresh(dir: &Path, index: &Index, fingerprint: &Fingerprint) -> Result<()> {
-    let differences = index.fingerprint.difference(fingerprint);
+pub(crate) fn check_fresh(dir: &Path, stage: &str, there: &Fingerprint, here: &Fingerprint) -> Result<()> {
+    let differences = there.difference(here);
     if differences.is_empty() {
         return Ok(());
     }
-    let stage = index.stage.clone();
+    let stage = stage.to_owned();
     let context = hinted(
         format!("`{}` was made with other choices than this run's", dir.display()),
         format!("make it again with `--redo {stage}`, or keep it and set another `name` in the recipe"),

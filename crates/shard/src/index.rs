@@ -67,6 +67,13 @@ impl Index {
         self.shards.iter().fold(0, |sum, s| sum.saturating_add(s.bytes))
     }
 
+    /// As it is written.
+    pub(crate) fn text(&self) -> Result<Vec<u8>> {
+        let mut text = serde_json::to_vec_pretty(self).context("cannot write the shard index as JSON")?;
+        text.push(b'\n');
+        Ok(text)
+    }
+
     /// The index of `dir`; `None` if there is none.
     ///
     /// # Errors

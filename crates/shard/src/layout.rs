@@ -72,6 +72,11 @@ impl RunLayout {
         self.root.join("report.html")
     }
 
+    /// What `launch` submitted, and the logs of its jobs.
+    pub fn launch(&self) -> PathBuf {
+        self.root.join("launch")
+    }
+
     /// The lock of the work on `output`, which is beside it: outputs are removed while it is held.
     pub fn lock(&self, output: &Path) -> PathBuf {
         let name = output.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());

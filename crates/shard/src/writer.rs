@@ -20,14 +20,14 @@ use parquet::file::metadata::KeyValue;
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::types::ColumnDescPtr;
-use pkv_core::StoreDtype;
+use pkv_core::{Fingerprint, StoreDtype};
 
 use crate::dir::StageDir;
 use crate::index::{SCHEMA_VERSION, ShardEntry};
 use crate::page::NumbersChunk;
 use crate::reader::StageReader;
 use crate::row::{Column, Row};
-use pkv_files::{DurableFile, WriteFailure, write_error, write_error_of_kind};
+use pkv_files::{DurableFile, WriteBudget, WriteFailure, own_temporary, write_error, write_error_of_kind};
 
 /// Raw bytes after which a row group ends. Training reads single rows at random and decodes the
 /// row group around them, so it is a few rows of a small pair and one row of a big one.
@@ -57,11 +57,28 @@ const MOST_THREADS: usize = 8;
 pub struct StageWriter<R: Row> {
     stage: StageDir,
     shard_rows: usize,
+    shard: ShardWriter<R>,
+}
+
+/// Writes rows in order to one shard.
+pub(crate) struct ShardWriter<R: Row> {
     store: StoreDtype,
     /// Rows of the row group to come.
     pending: Vec<R>,
     pending_bytes: usize,
     open: Option<OpenShard>,
+}
+
+/// Where a shard goes, and what it says of itself.
+pub(crate) struct ShardPlace<'a> {
+    pub dir: &'a Path,
+    pub number: u64,
+    pub stage: &'a str,
+    pub fingerprint: &'a Fingerprint,
+    pub budget: &'a WriteBudget,
+    /// Where other processes write shards of the stage too: the folder of temporary files, each with a name
+    /// of its own.
+    pub temporary: Option<&'a Path>,
 }
 
 /// A shard under its temporary name.
@@ -102,7 +119,7 @@ impl<R: Row> StageWriter<R> {
             stage.update(|index| index.rows_expected = rows_expected)?;
         }
         let rest = stage.rest();
-        let mut this = Self { stage, shard_rows, store, pending: Vec::new(), pending_bytes: 0, open: None };
+        let mut this = Self { stage, shard_rows, shard: ShardWriter::new(store) };
         // They are encoded again, so that the shard has the bytes that it has without a stop.
         if let Some(rest) = rest {
             let rows = StageReader::of(rest).and_then(|rest| rest.iter().collect::<Result<Vec<R>>>());
@@ -119,11 +136,7 @@ impl<R: Row> StageWriter<R> {
 
     /// Rows that are there, those of the shard at work included.
     pub fn rows(&self) -> u64 {
-        self.stage.rows() + self.at_work() as u64
-    }
-
-    fn at_work(&self) -> usize {
-        self.pending.len() + self.open.as_ref().map_or(0, |s| s.rows)
+        self.stage.rows() + self.shard.rows() as u64
     }
 
     /// The stage, with the shards that are whole.
@@ -137,15 +150,9 @@ impl<R: Row> StageWriter<R> {
     /// The row contradicts itself or holds a number that cannot be stored; the disk is full or
     /// fails. The index stays consistent, and the folder can be reopened and continued.
     pub fn push(&mut self, row: R) -> Result<()> {
-        row.check(self.store)
-            .with_context(|| format!("cannot store the {} of example `{}`", R::FILES, row.id()))?;
-        let bytes = row.raw_bytes(self.store);
-        if !self.pending.is_empty() && self.pending_bytes + bytes > ROW_GROUP_BYTES {
-            self.write_group()?;
-        }
-        self.pending.push(row);
-        self.pending_bytes += bytes;
-        if self.at_work() == self.shard_rows {
+        check_row(&row, self.shard.store)?;
+        self.shard.push(row, &place(&self.stage))?;
+        if self.shard.rows() == self.shard_rows {
             self.close_shard()?;
         }
         Ok(())
@@ -178,14 +185,67 @@ impl<R: Row> StageWriter<R> {
     /// # Errors
     /// The disk is full or fails; the whole shards are safe.
     pub fn keep(mut self) -> Result<()> {
-        match self.publish_shard()? {
+        match self.shard.publish(&place(&self.stage))? {
             Some(entry) => self.stage.update(|index| index.rest = Some(entry)),
             None => Ok(()),
         }
     }
 
+    /// The open shard gets its name, then its entry in the index.
+    fn close_shard(&mut self) -> Result<()> {
+        let Some(entry) = self.shard.publish(&place(&self.stage))? else { return Ok(()) };
+        self.stage.update(|index| {
+            index.shards.push(entry);
+            index.rest = None;
+        })
+    }
+}
+
+/// The place of the shard at work.
+fn place(stage: &StageDir) -> ShardPlace<'_> {
+    let index = stage.index();
+    ShardPlace {
+        dir: stage.path(),
+        number: index.shards.len() as u64,
+        stage: &index.stage,
+        fingerprint: &index.fingerprint,
+        budget: stage.write_budget(),
+        temporary: None,
+    }
+}
+
+/// # Errors
+/// The row contradicts itself or holds a number that cannot be stored; the error names its example.
+pub fn check_row<R: Row>(row: &R, store: StoreDtype) -> Result<()> {
+    row.check(store).with_context(|| format!("cannot store the {} of example `{}`", R::FILES, row.id()))
+}
+
+impl<R: Row> ShardWriter<R> {
+    pub fn new(store: StoreDtype) -> Self {
+        Self { store, pending: Vec::new(), pending_bytes: 0, open: None }
+    }
+
+    /// Rows that were given.
+    pub fn rows(&self) -> usize {
+        self.pending.len() + self.open.as_ref().map_or(0, |s| s.rows)
+    }
+
+    /// Add a row that was checked.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    pub fn push(&mut self, row: R, place: &ShardPlace) -> Result<()> {
+        let bytes = row.raw_bytes(self.store);
+        if !self.pending.is_empty() && self.pending_bytes + bytes > ROW_GROUP_BYTES {
+            self.write_group(place)?;
+        }
+        self.pending.push(row);
+        self.pending_bytes += bytes;
+        Ok(())
+    }
+
     /// Pending rows become one row group.
-    fn write_group(&mut self) -> Result<()> {
+    fn write_group(&mut self, place: &ShardPlace) -> Result<()> {
         if self.pending.is_empty() {
             return Ok(());
         }
@@ -194,7 +254,7 @@ impl<R: Row> StageWriter<R> {
         let shard = match &mut self.open {
             Some(shard) => shard,
             None => {
-                let shard = open_shard::<R>(&self.stage, self.store)?;
+                let shard = open_shard::<R>(place, self.store)?;
                 self.open.insert(shard)
             }
         };
@@ -206,17 +266,12 @@ impl<R: Row> StageWriter<R> {
         begun
     }
 
-    /// The open shard gets its name, then its entry in the index.
-    fn close_shard(&mut self) -> Result<()> {
-        let Some(entry) = self.publish_shard()? else { return Ok(()) };
-        self.stage.update(|index| {
-            index.shards.push(entry);
-            index.rest = None;
-        })
-    }
-
-    fn publish_shard(&mut self) -> Result<Option<ShardEntry>> {
-        self.write_group()?;
+    /// The shard gets its name; `None` if no row was given.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    pub fn publish(&mut self, place: &ShardPlace) -> Result<Option<ShardEntry>> {
+        self.write_group(place)?;
         let Some(mut shard) = self.open.take() else { return Ok(None) };
         shard.append(0)?;
         let OpenShard { file, path, writer, failure, rows, .. } = shard;
@@ -297,10 +352,9 @@ fn zstd_level() -> Result<ZstdLevel> {
     ZstdLevel::try_new(3).context("zstd level 3")
 }
 
-fn open_shard<R: Row>(stage: &StageDir, store: StoreDtype) -> Result<OpenShard> {
-    let index = stage.index();
-    let file = format!("{}-{:05}.parquet", R::FILES, index.shards.len());
-    let path = stage.path().join(&file);
+fn open_shard<R: Row>(place: &ShardPlace, store: StoreDtype) -> Result<OpenShard> {
+    let file = format!("{}-{:05}.parquet", R::FILES, place.number);
+    let path = place.dir.join(&file);
     let meta = |key: &str, value: String| KeyValue::new(format!("proxykv.{key}"), value);
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(zstd_level()?))
@@ -311,12 +365,16 @@ fn open_shard<R: Row>(stage: &StageDir, store: StoreDtype) -> Result<OpenShard> 
         .set_key_value_metadata(Some(vec![
             meta("schema_version", SCHEMA_VERSION.to_string()),
             meta("rows", R::FILES.to_owned()),
-            meta("stage", index.stage.clone()),
-            meta("fingerprint", serde_json::to_string(&index.fingerprint)?),
+            meta("stage", place.stage.to_owned()),
+            meta("fingerprint", serde_json::to_string(place.fingerprint)?),
         ]))
         .build();
-    let durable =
-        DurableFile::create(&path, stage.write_budget().clone()).map_err(|e| write_error(&path, e))?;
+    let budget = place.budget.clone();
+    let durable = match place.temporary {
+        Some(folder) => DurableFile::create_as(&path, own_temporary(folder, &path), budget),
+        None => DurableFile::create(&path, budget),
+    };
+    let durable = durable.map_err(|e| write_error(&path, e))?;
     let failure = durable.failure();
     let (writer, groups) = ArrowWriter::try_new(durable, R::schema(store), Some(properties))
         .and_then(ArrowWriter::into_serialized_writer)

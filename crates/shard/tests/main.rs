@@ -4,4 +4,5 @@ mod common;
 mod crash;
 mod damage;
 mod example_rows;
+mod pieces;
 mod round_trip;

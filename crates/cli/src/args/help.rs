@@ -13,7 +13,7 @@ pub const EVERYWHERE: &str = "Options of every command";
 
 /// Commands by purpose.
 const GROUPS: [(&str, &[&str]); 5] = [
-    ("Start", &["doctor", "recipes", "plan", "fetch", "run", "sweep"]),
+    ("Start", &["doctor", "recipes", "plan", "fetch", "run", "sweep", "launch"]),
     ("Stages of run, in order", &["prepare", "label", "extract", "train", "eval", "export", "report"]),
     ("Inspect", &["inspect", "compare", "bench"]),
     ("Use", &["infer", "push"]),
@@ -24,7 +24,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
 const HELP: (&str, &str) = ("help", "Print this message or the help of a command");
 
 /// Examples of a command; of 80 columns at most, else clap breaks their lines.
-const EXAMPLES: [(&str, &[&str]); 21] = [
+const EXAMPLES: [(&str, &[&str]); 22] = [
     ("doctor", &["doctor", "doctor --recipe recipes/demo.toml"]),
     (
         "recipes",
@@ -57,8 +57,21 @@ const EXAMPLES: [(&str, &[&str]); 21] = [
             "sweep --recipe recipes/demo.toml \\\n      --vary train.steps=20,40 --out sweep.html",
         ],
     ),
+    (
+        "launch",
+        &[
+            "launch slurm --recipe recipes/demo.toml --workers 4 --dry-run",
+            "launch k8s --recipe recipes/demo.toml --stages label --workers 4 \\\n      --dry-run",
+        ],
+    ),
     ("prepare", &["prepare --recipe recipes/demo.toml --show 3   # and 3 contexts as text"]),
-    ("label", &["label --recipe recipes/demo.toml"]),
+    (
+        "label",
+        &[
+            "label --recipe recipes/demo.toml",
+            "label --recipe recipes/demo.toml --devices all   # a process for each GPU",
+        ],
+    ),
     ("extract", &["extract --recipe recipes/demo.toml"]),
     ("train", &["train --recipe recipes/demo.toml"]),
     (

@@ -7,10 +7,10 @@ use clap::error::ErrorKind;
 use clap::{ArgMatches, Args, Command, Error, FromArgMatches, Subcommand, ValueHint};
 use pkv_core::Policy;
 use pkv_recipe::Override;
-use pkv_run::stages::REGISTRY;
+use pkv_run::stages::{REGISTRY, entry};
 use pkv_shard::Stage;
 
-use super::{StageArgs, list, policy};
+use super::{PieceArgs, StageArgs, list, policy};
 use crate::completion::values;
 
 /// A stage on its own: what all of them take, and what this one takes besides.
@@ -20,6 +20,8 @@ pub struct StageCommand {
     pub args: StageArgs,
     pub prepare: Option<PrepareArgs>,
     pub eval: Option<EvalArgs>,
+    /// Of a stage that is made in pieces.
+    pub pieces: Option<PieceArgs>,
 }
 
 /// Arguments of `prepare` alone.
@@ -58,6 +60,7 @@ impl Subcommand for StageCommand {
                 Stage::Eval => EvalArgs::augment_args(own),
                 _ => own,
             };
+            let own = if entry.in_pieces { PieceArgs::augment_args(own) } else { own };
             command.subcommand(own.about(short).long_about(entry.about))
         })
     }
@@ -80,6 +83,7 @@ impl FromArgMatches for StageCommand {
             args: StageArgs::from_arg_matches(own)?,
             prepare: (stage == Stage::Prepare).then(|| PrepareArgs::from_arg_matches(own)).transpose()?,
             eval: (stage == Stage::Eval).then(|| EvalArgs::from_arg_matches(own)).transpose()?,
+            pieces: entry(stage).in_pieces.then(|| PieceArgs::from_arg_matches(own)).transpose()?,
         })
     }
 

@@ -107,6 +107,8 @@ impl Nano {
             fingerprint: Fingerprint::new().with("eval", &self.section),
             base: Fingerprint::new().with("pair", "nano"),
             out,
+            worker: None,
+            max_failures: 1,
             stop: Stop::default(),
             warn: &|_| {},
         }

@@ -8,15 +8,17 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
-use pkv_core::{Fingerprint, ModelShape, Source};
+use pkv_core::{Fingerprint, ModelShape, Source, StoreDtype};
 use pkv_extract::Extractor;
 use pkv_gpu::unless_exhausted;
 use pkv_lm::{KvCache, LanguageModel};
 use pkv_recipe::ExtractSection;
 use pkv_score::Requests;
-use pkv_shard::{Example, FeatureRow, StageDir, StageWriter};
+use pkv_shard::{Claimed, Ended, Example, FeatureRow, Piece, PieceWriter, Pieces, Seal};
+use pkv_shard::{Stage, StageDir, StageWriter, check_row};
 
 use super::extract::{self, OnHost};
+use super::pieces;
 use crate::pair::Found;
 use crate::session::Session;
 
@@ -61,6 +63,33 @@ impl Beside {
         Some((Self { section, first, given_up: AtomicBool::new(false) }, writer))
     }
 
+    /// As [`Beside::open`], for a stage that is made in pieces.
+    pub fn open_pieces(
+        s: &Session,
+        target: &Found,
+        upstream: &Fingerprint,
+        total: u64,
+    ) -> Option<(Self, BesidePieces)> {
+        if !s.recipe.labels_give_features(target.tokenizer.prefix().len()) {
+            return None;
+        }
+        let section = s.recipe.extract.of(Source::Target);
+        let fingerprint = extract::fingerprint(s, Source::Target, target, upstream);
+        let folder = s.run.features(Source::Target);
+        let pieces = match pieces::open_part(s, Stage::Extract, &folder, &fingerprint, total) {
+            Ok(pieces) => pieces,
+            Err(e) => {
+                tracing::warn!("features of the target are left to `extract`: {e:#}");
+                return None;
+            }
+        };
+        let (store, channels) = (section.store, section.channels.len());
+        // Where the folder is complete, examples are read in the same way, and no features are kept.
+        let first = if pieces.is_some() { 0 } else { total };
+        let this = Self { section, first, given_up: AtomicBool::new(false) };
+        Some((this, BesidePieces { pieces, store, channels }))
+    }
+
     /// Prefill an example as `extract` does: the cache, which is the one that scoring reads, and the features
     /// unless the folder has those of `row`. Nothing if memory has no room for it.
     ///
@@ -93,6 +122,100 @@ impl Beside {
             );
         }
         Ok(read)
+    }
+}
+
+/// Writes them, piece by piece.
+pub struct BesidePieces {
+    /// None if the folder is complete.
+    pieces: Option<Pieces>,
+    store: StoreDtype,
+    channels: usize,
+}
+
+/// A piece of features.
+pub struct BesidePiece<'a> {
+    of: &'a Pieces,
+    piece: Piece,
+    channels: usize,
+    store: StoreDtype,
+    /// None once features failed to come: the piece is left to `extract`.
+    writer: Option<PieceWriter<'a, FeatureRow>>,
+    tokens: u64,
+}
+
+impl BesidePieces {
+    /// The features of a piece, if they are missing and no other process makes them.
+    pub fn claim(&self, shard: u64) -> Option<BesidePiece<'_>> {
+        let of = self.pieces.as_ref()?;
+        match of.claim(shard) {
+            Ok(Claimed::Free(piece)) => {
+                let writer = Some(of.writer(&piece, self.store));
+                let (store, channels) = (self.store, self.channels);
+                Some(BesidePiece { of, piece, channels, store, writer, tokens: 0 })
+            }
+            Ok(_) => None,
+            Err(e) => {
+                tracing::warn!("features of piece {shard} are left to `extract`: {e:#}");
+                None
+            }
+        }
+    }
+
+    /// Make the folder complete, if all have come.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    pub fn seal(&self) -> Result<()> {
+        if let Some(pieces) = &self.pieces
+            && let Seal::Done(Some(_)) = pieces.seal()?
+        {
+            tracing::info!("features of the target are complete, from the prefill of `label`");
+        }
+        Ok(())
+    }
+}
+
+impl BesidePiece<'_> {
+    /// Add the next ones; where they are absent or cannot be stored, the piece is given up.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn push(
+        &mut self,
+        id: &str,
+        shape: &ModelShape,
+        positions: usize,
+        features: Option<OnHost>,
+    ) -> Result<()> {
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        let row = features.map(|features| {
+            let row = features.row(id.to_owned(), shape, self.channels, positions)?;
+            check_row(&row, self.store).map(|()| row)
+        });
+        match row {
+            Some(Ok(row)) => {
+                self.tokens += positions as u64;
+                writer.push(row)?;
+            }
+            Some(Err(e)) => {
+                tracing::warn!("features of piece {} are left to `extract`: {e:#}", self.piece.shard);
+                self.writer = None;
+            }
+            None => self.writer = None,
+        }
+        Ok(())
+    }
+
+    /// End the piece, if the labels' piece is `labels` and all features have come.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    pub fn end(self, labels: &Ended) -> Result<()> {
+        let Some(writer) = self.writer.filter(|_| labels.failed.is_empty()) else { return Ok(()) };
+        let ended =
+            Ended { done: labels.done, file: writer.publish()?, tokens: self.tokens, ..Ended::default() };
+        self.of.end(self.piece, ended).map(drop)
     }
 }
 

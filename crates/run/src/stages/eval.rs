@@ -6,16 +6,17 @@ use anyhow::{Context, Result};
 use pkv_checkpoint::write_tensors;
 use pkv_core::{Fingerprint, Split, sha256_hex};
 use pkv_data::{FactContext, fact_contexts};
-use pkv_eval::{Asked, Budgets, EvalInputs};
+use pkv_eval::{Asked, Budgets, EvalInputs, Evaluated};
 use pkv_files::WriteBudget;
 use pkv_recipe::{PruneSection, Recipe, TaskName};
-use pkv_shard::{Example, Stage, StageReader};
+use pkv_shard::{Example, Pieces, Stage, StageReader};
 use pkv_tasks::{Benchmark, Files, Opening, suite};
 use pkv_text::TextTokenizer;
 use serde_json::json;
 use tch::{Device, Kind};
 
 use super::generated::{self, Loaded};
+use super::pieces::worker;
 use super::{Entry, Outcome, prepare, train};
 use crate::mapper_source::{Trained, from_checkpoint, from_export};
 use crate::session::{Session, benchmark_manifest_path};
@@ -29,6 +30,7 @@ const KEPT_FILE: &str = "kept.safetensors";
 pub(super) const ENTRY: Entry = Entry {
     held: Some(folder),
     adds_up: true,
+    in_pieces: true,
     ..Entry::new(
         Stage::Eval,
         "Evaluate the mapper and the baselines, on labels and questions\n\n\
@@ -79,6 +81,10 @@ fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     };
     let complete = asked.is_complete(&out, &fingerprint)?;
     let skipped = format!("everything asked for was measured with the {}", trained.source);
+    if complete {
+        // Of a process that ended just after it wrote the results.
+        Pieces::discard(&out);
+    }
     if complete && options.kept.is_none() {
         return Ok(Outcome::Skipped(skipped));
     }
@@ -112,10 +118,18 @@ fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
         fingerprint,
         base: base.clone(),
         out: &out,
+        worker: s.part.task.map(|task| worker(s, task)),
+        max_failures: s.part.max_failures,
         stop: s.stop.clone(),
         warn: &|text| tracing::warn!("{text}"),
     };
-    let results = if complete { None } else { Some(pkv_eval::evaluate(&inputs, &*s.bar)?) };
+    let results = match complete {
+        true => None,
+        false => match pkv_eval::evaluate_part(&inputs, &*s.bar)? {
+            Evaluated::Results(results) => Some(results),
+            Evaluated::Part(missing) => return Ok(Outcome::Piece(Some(missing))),
+        },
+    };
     if let Some(n) = options.kept {
         write_tensors(&out.join(KEPT_FILE), &pkv_eval::kept_sets(&inputs, n)?, &WriteBudget::from_env())?;
     }

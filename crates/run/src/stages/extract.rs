@@ -2,13 +2,15 @@
 
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, ModelShape, Source};
-use pkv_extract::{ContextFeatures, Extractor};
-use pkv_recipe::MissingFeatures;
+use pkv_extract::{ContextFeatures, Extractor, HiddenProjection};
+use pkv_lm::LanguageModel;
+use pkv_recipe::{ExtractSection, MissingFeatures};
 use pkv_score::Requests;
-use pkv_shard::{Example, FeatureRow, Stage, StageDir, StageReader, StageWriter};
+use pkv_shard::{Example, FeatureRow, Pieces, Stage, StageDir, StageReader, StageWriter, check_row};
 use serde_json::{Value, json};
 
 use super::lanes::{Lane, lanes};
+use super::pieces::{self, Opened, pump_piece};
 use super::pump::pump;
 use super::to_host::ToHost;
 use super::{Entry, Outcome, hidden, keep, prepare, require};
@@ -18,6 +20,7 @@ use crate::sweep::SharedOutput;
 
 pub(super) const ENTRY: Entry = Entry {
     outputs,
+    in_pieces: true,
     instead: "; with `extract.missing = \"generate\"` in the recipe, features are made where they are missing",
     ..Entry::new(
         Stage::Extract,
@@ -46,12 +49,17 @@ fn run(s: &Session) -> Result<Outcome> {
     }
     let (target, proxy) = pair::find_both(s)?;
     let (examples, upstream) = prepare::examples(s, &target)?;
-    let mut done = serde_json::Map::new();
+    let (mut done, mut missing) = (serde_json::Map::new(), None);
     for &source in &s.recipe.extract.from {
         let model = of_pair(source, &target, proxy.as_deref())?;
-        if let Some(summary) = one(s, source, model, &examples, &upstream)? {
-            done.insert(source.name().to_owned(), summary);
+        match one(s, source, model, &examples, &upstream)? {
+            Outcome::Done(summary) => drop(done.insert(source.name().to_owned(), summary)),
+            Outcome::Piece(of_source) => missing = of_source.or(missing),
+            Outcome::Skipped(_) => {}
         }
+    }
+    if missing.is_some() {
+        return Ok(Outcome::Piece(missing));
     }
     if done.is_empty() {
         return Ok(Outcome::Skipped(format!("features of {} examples match the recipe", examples.len())));
@@ -75,56 +83,105 @@ pub(super) fn of_pair<'a>(source: Source, target: &'a Found, proxy: Option<&'a F
     }
 }
 
-/// Features of one source, or nothing if they are there.
+/// Features of one source, unless they are there.
 fn one(
     s: &Session,
     source: Source,
     found: &Found,
     examples: &StageReader<Example>,
     upstream: &Fingerprint,
-) -> Result<Option<Value>> {
-    let stage = StageDir::open(&s.run.features(source), "extract", &fingerprint(s, source, found, upstream))?;
-    if stage.is_complete() {
-        return Ok(None);
+) -> Result<Outcome> {
+    let fingerprint = fingerprint(s, source, found, upstream);
+    let load = || Reader::load(s, source, found, examples, upstream);
+    match pieces::open(s, Stage::Extract, &s.run.features(source), &fingerprint, examples.len())? {
+        Opened::Complete => Ok(Outcome::Skipped("complete".to_owned())),
+        Opened::Whole(stage) => whole(&load()?, stage),
+        Opened::Pieces(pieces) => in_pieces(s, &pieces, source, examples.len(), load),
     }
-    let section = s.recipe.extract.of(source);
-    let model = found.load(s)?;
-    let hidden = match section.channels.iter().any(|c| c.is_fitted()) {
-        true => Some(hidden::fitted(s, found, &model, examples, upstream)?),
-        false => None,
-    };
-    let requests = Requests::new(&found.tokenizer, &s.recipe.label)?;
-    let (shape, prefix) = (model.shape(), found.tokenizer.prefix());
-    let n = lanes(s.device, &shape, s.recipe.data.longest_window());
+}
 
+/// A source's model, loaded, and what it reads.
+struct Reader<'a> {
+    s: &'a Session,
+    source: Source,
+    examples: &'a StageReader<Example>,
+    section: ExtractSection,
+    model: LanguageModel,
+    hidden: Option<HiddenProjection>,
+    requests: Requests,
+    prefix: &'a [u32],
+    shape: ModelShape,
+    lanes: usize,
+}
+
+/// An example's id, number of positions and features.
+type Extracted = (String, usize, OnHost);
+
+impl<'a> Reader<'a> {
+    fn load(
+        s: &'a Session,
+        source: Source,
+        found: &'a Found,
+        examples: &'a StageReader<Example>,
+        upstream: &Fingerprint,
+    ) -> Result<Self> {
+        let section = s.recipe.extract.of(source);
+        let model = found.load(s)?;
+        let hidden = match section.channels.iter().any(|c| c.is_fitted()) {
+            true => Some(hidden::fitted(s, found, &model, examples, upstream)?),
+            false => None,
+        };
+        let requests = Requests::new(&found.tokenizer, &s.recipe.label)?;
+        let (shape, prefix) = (model.shape(), found.tokenizer.prefix());
+        let lanes = lanes(s.device, &shape, s.recipe.data.longest_window());
+        Ok(Self { s, source, examples, section, model, hidden, requests, prefix, shape, lanes })
+    }
+
+    /// A function for each lane.
+    fn on_lanes(&self) -> Result<Vec<impl FnMut(Example) -> Result<Extracted> + Send>> {
+        let Self { s, requests, section, prefix, hidden, .. } = self;
+        let on = |lane: Lane| {
+            // A lane is a thread, and tensors are not shared between threads.
+            let hidden = hidden.as_ref().map(|hidden| hidden.to_device(s.device));
+            move |example: Example| {
+                s.stop.check()?;
+                lane.on(|model| {
+                    let extractor =
+                        Extractor::with_requests(model, requests, prefix, section, &s.recipe.label)
+                            .with_hidden(hidden.as_ref())?;
+                    let features = extractor.features(&example.tokens)?;
+                    Ok((example.id, example.tokens.len(), OnHost::begin(&features)?))
+                })
+            }
+        };
+        Ok(Lane::all(&self.model, self.lanes)?.into_iter().map(on).collect())
+    }
+
+    /// What makes a row of what was extracted: on the writer's thread, which has no model.
+    fn to_row(&self) -> impl Fn(Extracted) -> Result<FeatureRow> + Send + use<> {
+        let (shape, channels) = (self.shape, self.section.channels.len());
+        move |(id, positions, features)| features.row(id, &shape, channels, positions)
+    }
+}
+
+/// All rows, in order.
+fn whole(reader: &Reader, stage: StageDir) -> Result<Outcome> {
+    let Reader { s, source, examples, section, .. } = reader;
     let total = examples.len();
     let mut writer =
         StageWriter::<FeatureRow>::new(stage, s.recipe.data.shard_examples, section.store, Some(total))?;
     let done = writer.rows();
-    let mut tokens = 0;
-    let compute = |lane: Lane| {
-        let (requests, section, label) = (&requests, &section, &s.recipe.label);
-        // A lane is a thread, and tensors are not shared between threads.
-        let hidden = hidden.as_ref().map(|hidden| hidden.to_device(s.device));
-        move |example: Example| {
-            s.stop.check()?;
-            lane.on(|model| {
-                let extractor = Extractor::with_requests(model, requests, prefix, section, label)
-                    .with_hidden(hidden.as_ref())?;
-                let features = extractor.features(&example.tokens)?;
-                Ok((example.id, example.tokens.len(), OnHost::begin(&features)?))
-            })
-        }
-    };
+    let (mut tokens, to_row) = (0, reader.to_row());
     s.bar.start(&format!("extract: {}", source.name()), total, done);
     let times = pump(
         s.device,
         done..total,
         |i| examples.get(i),
-        Lane::all(&model, n)?.into_iter().map(compute).collect(),
-        |(id, positions, features)| {
-            writer.push(features.row(id, &shape, section.channels.len(), positions)?)?;
-            tokens += positions;
+        reader.on_lanes()?,
+        |extracted| {
+            let row = to_row(extracted)?;
+            tokens += row.positions;
+            writer.push(row)?;
             s.bar.advance(1);
             Ok(())
         },
@@ -139,7 +196,52 @@ fn one(
     s.bar.finish();
     tracing::debug!("extract from the {}: {times}", source.name());
     writer.finish()?;
-    Ok(Some(times.add_to(json!({"examples": total, "tokens": tokens}))))
+    pieces::account(Stage::Extract, total, total - done, done)?;
+    Ok(Outcome::Done(times.add_to(json!({"examples": total, "tokens": tokens}))))
+}
+
+/// The pieces of this process's task.
+fn in_pieces<'a>(
+    s: &Session,
+    pieces: &Pieces,
+    source: Source,
+    total: u64,
+    load: impl Fn() -> Result<Reader<'a>>,
+) -> Result<Outcome> {
+    let mut reader = None;
+    let what = format!("extract: {}", source.name());
+    let reached = pieces::each(s, &what, pieces, |piece, tally| {
+        let reader = match &reader {
+            Some(reader) => reader,
+            None => &*reader.insert(load()?),
+        };
+        let (examples, store) = (reader.examples, reader.section.store);
+        let mut writer = pieces.writer::<FeatureRow>(piece, store);
+        let (mut tokens, to_row) = (0, reader.to_row());
+        let (times, mut ended) = pump_piece(
+            s,
+            (piece, tally),
+            |row| {
+                let example = examples.get(row)?;
+                Ok((example.id.clone(), example))
+            },
+            reader.on_lanes()?,
+            |_, extracted| {
+                let row = to_row(extracted)?;
+                check_row(&row, store).map(|()| row)
+            },
+            |row| {
+                tokens += u64::from(row.positions);
+                writer.push(row)
+            },
+        )?;
+        tracing::debug!("{what}, piece {}: {times}", piece.shard);
+        if ended.failed.is_empty() {
+            (ended.file, ended.tokens) = (writer.publish()?, tokens);
+        }
+        Ok(ended)
+    })?;
+    Ok(Outcome::of_pieces(reached, total))
 }
 
 /// Features of one context on their way to the host.

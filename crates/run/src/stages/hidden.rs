@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use pkv_checkpoint::{read_tensors, write_tensors};
 use pkv_core::{Fingerprint, Source, Split, hinted};
 use pkv_extract::{HiddenFit, HiddenProjection};
-use pkv_files::WriteBudget;
+use pkv_files::{Claim, WriteBudget};
 use pkv_lm::LanguageModel;
 use pkv_prune::log_odds;
 use pkv_shard::{Example, LabelRow, Stage, StageReader};
@@ -77,6 +77,16 @@ pub fn fitted(
     if let Ok(Some(found)) = read(s, target, upstream, model.device()) {
         return Ok(found);
     }
+    let path = path(s, &choices);
+    let folder = path.parent().context("the run folder has no path")?;
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make folder `{}`", folder.display()))?;
+    // Processes that make features piece by piece need one map, which one of them fits.
+    let lock = path.with_extension("lock");
+    let _claim = Claim::wait_for(&lock)?;
+    if let Ok(Some(found)) = read(s, target, upstream, model.device()) {
+        let _ = std::fs::remove_file(lock);
+        return Ok(found);
+    }
     require(&s.run.labels(), Stage::Label, &label::fingerprint(s, target, upstream))?;
     let labels = StageReader::<LabelRow>::open(&s.run.labels())?;
     let rows = training_rows(examples)?;
@@ -94,10 +104,8 @@ pub fn fitted(
     }
     s.bar.finish();
     let projection = fit.solve()?;
-    let path = path(s, &choices);
-    let folder = path.parent().context("the run folder has no path")?;
-    std::fs::create_dir_all(folder).with_context(|| format!("cannot make folder `{}`", folder.display()))?;
     write_tensors(&path, &projection.tensors(), &WriteBudget::from_env())?;
+    let _ = std::fs::remove_file(lock);
     Ok(projection)
 }
 

@@ -11,9 +11,8 @@ use anyhow::{Context, Result};
 use pkv_checkpoint::{read_tensors, write_tensors};
 use pkv_core::Fingerprint;
 use pkv_extract::HiddenProjection;
-use pkv_files::WriteBudget;
+use pkv_files::{WriteBudget, lock_file};
 use pkv_recipe::MethodName;
-use pkv_results::store::lock_file;
 use tch::{Device, Tensor};
 
 use super::{LINEAR_NAME, MLP_NAME, Scorer};

@@ -1,0 +1,275 @@
+//! `--devices`: a worker process on each device, all on the same pieces, and one display of what they do.
+//!
+//! A worker is this program with `--task` and `--device`. It takes the next free piece, and says on stdout
+//! what it has made; its stderr is kept for the case that it dies.
+
+mod said;
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{JoinHandle, available_parallelism, sleep, spawn};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use pkv_core::{FailureKind, Interrupted, Stop, Task, hinted};
+use pkv_gpu::device_name;
+use pkv_shard::{Missing, PiecesState, Stage};
+use tch::Device;
+
+pub use self::said::Said;
+use self::said::{Event, Shown};
+use crate::args::Cli;
+use crate::terminal;
+
+/// How often workers are looked at.
+const EVERY: Duration = Duration::from_millis(50);
+
+/// Lines of a worker that are repeated when it died.
+const LAST_LINES: usize = 12;
+
+/// Arguments of this command that are not a worker's; each has a value.
+const NOT_PASSED: [&str; 5] = ["--devices", "--device", "--threads", "--task", "--redo"];
+
+/// The workers of a stage.
+pub struct Workers<'a> {
+    pub cli: &'a Cli,
+    pub stage: Stage,
+    pub task: Task,
+    pub devices: &'a [Device],
+    pub stop: &'a Stop,
+}
+
+/// A worker at work.
+struct Worker {
+    number: usize,
+    child: Child,
+    /// Its last lines.
+    tail: Arc<Mutex<VecDeque<String>>>,
+    readers: Vec<JoinHandle<()>>,
+    is_second: bool,
+}
+
+impl Workers<'_> {
+    /// Run all of them to their end; what the stage's `folders` lack of other tasks' pieces.
+    ///
+    /// # Errors
+    /// A worker died twice, or refused its input; the user stopped.
+    pub fn run(&self, folders: &[std::path::PathBuf]) -> Result<Option<Missing>> {
+        let (begun, (tell, events)) = (Instant::now(), channel());
+        let mut shown = Shown::default();
+        let mut running = Vec::new();
+        for number in 0..self.devices.len() {
+            running.push(self.start(number, false, &tell)?);
+        }
+        tracing::info!("{}, task {}: {}", self.stage.name(), self.task, self.names());
+        let result = self.attend(&mut running, &tell, &events, &mut shown);
+        if result.is_err() {
+            end(&mut running);
+        }
+        shown.finish();
+        result?;
+        for folder in folders {
+            if let Some(state) = PiecesState::read(folder)? {
+                return Ok(Some(state.what_is_missing()));
+            }
+        }
+        let secs = begun.elapsed().as_secs_f64();
+        tracing::info!("{}: done in {secs:.1} s by {} workers", self.stage.name(), self.devices.len());
+        Ok(None)
+    }
+
+    fn names(&self) -> String {
+        let name = |number: usize| self.name(number);
+        (0..self.devices.len()).map(name).collect::<Vec<_>>().join(", ")
+    }
+
+    fn name(&self, number: usize) -> String {
+        format!("worker {number} on `{}`", device_name(self.devices[number]))
+    }
+
+    /// Wait until every worker has ended well.
+    fn attend(
+        &self,
+        running: &mut Vec<Worker>,
+        tell: &Sender<(usize, Event)>,
+        events: &Receiver<(usize, Event)>,
+        shown: &mut Shown,
+    ) -> Result<()> {
+        while !running.is_empty() {
+            self.stop.check()?;
+            for (number, event) in events.try_iter() {
+                shown.take(number, event);
+            }
+            let mut at = 0;
+            while let Some(worker) = running.get_mut(at) {
+                let Some(status) = worker.child.try_wait().context("cannot wait for a worker")? else {
+                    at += 1;
+                    continue;
+                };
+                let worker = running.remove(at);
+                if let Some(second) = self.ended(worker, status, tell)? {
+                    running.push(second);
+                }
+            }
+            sleep(EVERY);
+        }
+        Ok(())
+    }
+
+    /// A worker has ended; another one in its place, if it died for the first time.
+    fn ended(
+        &self,
+        mut worker: Worker,
+        status: ExitStatus,
+        tell: &Sender<(usize, Event)>,
+    ) -> Result<Option<Worker>> {
+        // Its last lines are there when both of its streams have ended.
+        worker.readers.drain(..).for_each(|reader| drop(reader.join()));
+        if status.success() {
+            return Ok(None);
+        }
+        let kind = FailureKind::ALL.into_iter().find(|kind| status.code() == Some(kind.exit_code().into()));
+        let name = self.name(worker.number);
+        let how = match status.signal() {
+            Some(signal) => format!("was ended by signal {signal}"),
+            None => {
+                format!("ended with {}", status.code().map_or(String::new(), |c| format!("exit code {c}")))
+            }
+        };
+        if kind == Some(FailureKind::Interrupted) {
+            // The signal reached it before this process.
+            return Err(Interrupted.into());
+        }
+        let is_refusal = matches!(kind, Some(FailureKind::Input | FailureKind::Usage));
+        if !worker.is_second && !is_refusal {
+            tracing::warn!("{name} {how}, and is replaced");
+            return self.start(worker.number, true, tell).map(Some);
+        }
+        let tail = worker.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines: String = tail.iter().map(|line| format!("\n    {line}")).collect();
+        let again = if worker.is_second { ", as the one before it did not end well" } else { "" };
+        Err(hinted(
+            format!("{name} {how}{again}; its last lines:{lines}"),
+            "see `log.jsonl` in the run folder; the same command goes on, and what is done is kept",
+        )
+        .of(kind.unwrap_or(FailureKind::Environment))
+        .into())
+    }
+
+    fn start(&self, number: usize, is_second: bool, tell: &Sender<(usize, Event)>) -> Result<Worker> {
+        let device = self.devices[number];
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let mut command = Command::new(program);
+        command.args(passed(std::env::args_os().skip(1)));
+        command.args(["--worker", "--task", &self.task.to_string(), "--device", &device_name(device)]);
+        command.args(["--threads", &self.threads().to_string()]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // Ctrl-C reaches this process alone, which then asks the workers to stop.
+        command.process_group(0);
+        let parent = std::process::id();
+        // SAFETY: between fork and exec only system calls without allocation are made.
+        unsafe {
+            command.pre_exec(move || {
+                // A command that is killed takes its workers along: the next one goes on with their pieces.
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                if libc::getppid() as u32 == parent {
+                    Ok(())
+                } else {
+                    Err(std::io::ErrorKind::NotFound.into())
+                }
+            });
+        }
+        let mut child = command.spawn().with_context(|| format!("cannot start {}", self.name(number)))?;
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let tail = Arc::new(Mutex::new(VecDeque::new()));
+        let (tell, kept, name) = (tell.clone(), Arc::clone(&tail), self.name(number));
+        let verbose = self.cli.verbose > 0;
+        let readers = vec![
+            spawn(move || {
+                for event in lines(stdout).filter_map(|line| Event::parse(&line)) {
+                    // A display that has ended shows no more.
+                    let _ = tell.send((number, event));
+                }
+            }),
+            spawn(move || {
+                for line in lines(stderr) {
+                    if verbose || is_for_all(&line) {
+                        terminal::print_line(&format!("{} ({name})", line.trim_end()));
+                    }
+                    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                    if kept.len() == LAST_LINES {
+                        kept.pop_front();
+                    }
+                    kept.push_back(line);
+                }
+            }),
+        ];
+        Ok(Worker { number, child, tail, readers, is_second })
+    }
+
+    /// CPU threads of a worker.
+    fn threads(&self) -> usize {
+        let cores = available_parallelism().map_or(1, usize::from);
+        self.cli.threads.map_or((cores / self.devices.len()).max(1), |n| n as usize)
+    }
+}
+
+/// Warnings, errors, and what became of the rows.
+fn is_for_all(line: &str) -> bool {
+    [" WARN ", "ERROR ", " rows = "].iter().any(|part| line.contains(part))
+}
+
+fn lines(stream: Option<impl Read>) -> impl Iterator<Item = String> {
+    stream
+        .into_iter()
+        .flat_map(|stream| BufReader::new(stream).split(b'\n'))
+        .map_while(Result::ok)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The arguments of this command that are a worker's too.
+fn passed(all: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let (mut out, mut is_value) = (Vec::new(), false);
+    for argument in all {
+        if std::mem::take(&mut is_value) {
+            continue;
+        }
+        let text = argument.to_string_lossy();
+        match NOT_PASSED.iter().find_map(|name| text.strip_prefix(name)) {
+            Some("") => is_value = true,
+            Some(value) if value.starts_with('=') => {}
+            _ => out.push(argument),
+        }
+    }
+    out
+}
+
+/// Ask the workers to stop at the next row, and wait until they have.
+fn end(running: &mut [Worker]) {
+    for worker in running.iter() {
+        if let Ok(id) = i32::try_from(worker.child.id()) {
+            // SAFETY: the child was not waited for, so that the number is still its own.
+            unsafe { libc::kill(id, libc::SIGTERM) };
+        }
+    }
+    for worker in running {
+        let _ = worker.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_gets_the_arguments_that_are_its_own() {
+        let all = "label --devices cpu,cpu --recipe r.toml --device=cpu --set train.steps=3 --threads 2 --redo label -v";
+        let passed = passed(all.split(' ').map(OsString::from));
+        assert_eq!(passed, ["label", "--recipe", "r.toml", "--set", "train.steps=3", "-v"]);
+    }
+}
