@@ -108,7 +108,7 @@ fn the_card_of_a_run_tells_what_a_stranger_must_know() {
         "| sentences | 12 | Apache-2.0 |",
         "GPU-hours",
         "| label | 0.0",
-        "1 CPU threads",
+        "1 CPU thread",
         "Questions answered from the pruned cache",
         "Trained on contexts of at most 128 tokens",
         "Mapper: not stated.",

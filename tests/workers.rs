@@ -124,7 +124,9 @@ fn control(s: &Sandbox, job: &Value, mut disturb: impl FnMut(&[Pod])) -> Ended {
             match rules.iter().find(has).map(|rule| rule["action"].as_str().unwrap()) {
                 Some("FailJob") => {
                     still.iter().for_each(|pod| pod.signal(libc::SIGTERM));
-                    still.iter_mut().for_each(|pod| drop(pod.child.wait().unwrap()));
+                    for pod in &mut still {
+                        pod.child.wait().unwrap();
+                    }
                     return Ended { complete: false, codes };
                 }
                 Some("Ignore") => {}

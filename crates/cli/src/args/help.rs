@@ -69,7 +69,7 @@ const EXAMPLES: [(&str, &[&str]); 22] = [
         "label",
         &[
             "label --recipe recipes/demo.toml",
-            "label --recipe recipes/demo.toml --devices all   # a process for each GPU",
+            "label --recipe recipes/demo.toml --devices cpu,cpu   # a worker on each",
         ],
     ),
     ("extract", &["extract --recipe recipes/demo.toml"]),
