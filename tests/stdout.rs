@@ -52,7 +52,7 @@ fn project() -> &'static Sandbox {
 
 /// Each command with `--json`: what its JSON has (of a list, its first entry; of several lines, the last), or
 /// why it has none.
-const JSON: [(&str, &str); 27] = [
+const JSON: [(&str, &str); 30] = [
     ("doctor", "status"),
     ("recipes ls", "name"),
     ("recipes show recipe", "`recipes show` prints text alone"),
@@ -62,6 +62,9 @@ const JSON: [(&str, &str); 27] = [
     ("fetch --recipe recipe.toml", "target"),
     ("run --recipe recipe.toml", "labels"),
     ("sweep --recipe recipe.toml --vary train.steps=24 --dry-run", ""),
+    ("launch slurm --recipe recipe.toml --dry-run", "script"),
+    ("launch k8s --recipe recipe.toml --dry-run", "items"),
+    ("launch status --run runs/small", "stages"),
     ("prepare --recipe recipe.toml", "record"),
     ("prepare --recipe recipe.toml --show 1", "text"),
     ("label --recipe recipe.toml", "record"),

@@ -97,6 +97,22 @@ fn comments_are_as_narrow_as_code() {
     none(&wide);
 }
 
+/// A log line that nobody wants is not computed, so what it would return with `?` is lost.
+#[test]
+fn no_log_line_returns_an_error() {
+    let mut broken = Vec::new();
+    for (name, source) in files("rs") {
+        for (at, _) in source.match_indices("tracing::") {
+            let line = source[at..].split(";\n").next().unwrap_or_default();
+            let is_call = line.split_once("!(").is_some_and(|(before, _)| !before.contains([' ', '\n']));
+            if is_call && (line.contains(")?,") || line.contains(")?)") || line.contains(")?.")) {
+                broken.push(format!("{name}: {line}"));
+            }
+        }
+    }
+    none(&broken);
+}
+
 #[test]
 fn no_file_is_too_long() {
     let mut long = Vec::new();

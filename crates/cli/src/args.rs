@@ -160,7 +160,9 @@ pub enum Command {
     /// Examples, labels and features are made once for all runs whose choices for them are the same, in
     /// `shared/` beside the run folders. After a stop, the same command goes on.
     Sweep(SweepArgs),
-    /// Run the stages on a cluster: as jobs of Slurm or Kubernetes, several workers for each.
+    /// Run the stages on a cluster, as jobs of Slurm or Kubernetes.
+    ///
+    /// Several workers share each stage that is done in pieces.
     #[command(subcommand)]
     Launch(LaunchCommand),
     /// Read a context, prune its cache once, and answer questions.

@@ -38,7 +38,9 @@ pub fn run(cli: &Cli, command: &LaunchCommand, stop: &Stop) -> Result<()> {
             if args.dry_run {
                 output::print_json(&k8s::list(launch))
             } else {
-                k8s::run(launch, &Bar::new(), stop)
+                k8s::run(launch, &Bar::new(), stop)?;
+                let done: Vec<_> = launch.stages.iter().map(|stage| stage.name()).collect();
+                if cli.json { output::print_json(&done) } else { Ok(()) }
             }
         }),
         LaunchCommand::Status { run } => {

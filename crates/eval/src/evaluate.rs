@@ -202,7 +202,8 @@ impl<'a> Evaluation<'a> {
             sharing.before += asked.contexts as u64;
         }
         drop(reader);
-        tracing::info!("eval: {}", tally.finish("eval")?);
+        let sum = tally.finish("eval")?;
+        tracing::info!("eval: {sum}");
         if let Some(pieces) = &pieces
             && let Some(missing) = self.missing(pieces)?
         {

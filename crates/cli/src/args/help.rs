@@ -60,8 +60,8 @@ const EXAMPLES: [(&str, &[&str]); 22] = [
     (
         "launch",
         &[
-            "launch slurm --recipe recipes/demo.toml --workers 4 --dry-run",
-            "launch k8s --recipe recipes/demo.toml --stages label --workers 4 \\\n      --dry-run",
+            "launch slurm --recipe recipes/demo.toml \\\n      --workers 4 --dry-run",
+            "launch k8s --recipe recipes/demo.toml \\\n      --stages label --workers 4 --dry-run",
         ],
     ),
     ("prepare", &["prepare --recipe recipes/demo.toml --show 3   # and 3 contexts as text"]),

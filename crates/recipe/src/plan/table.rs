@@ -43,7 +43,8 @@ impl fmt::Display for Plan {
         writeln!(f)?;
         let rows = self.rows();
         // A column of which nothing is known is left out.
-        let is_known = |c: usize| c == 0 || rows.iter().skip(1).any(|row| !matches!(row[c].as_str(), "" | "-"));
+        let is_known =
+            |c: usize| c == 0 || rows.iter().skip(1).any(|row| !matches!(row[c].as_str(), "" | "-"));
         let known: Vec<usize> = (0..COLUMNS.len()).filter(|c| is_known(*c)).collect();
         let rows: Vec<Vec<String>> =
             rows.iter().map(|row| known.iter().map(|c| row[*c].clone()).collect()).collect();

@@ -145,7 +145,8 @@ pub(super) fn each(
         pending = elsewhere;
     }
     s.bar.finish();
-    tracing::info!("{what}, task {task}: {}", tally.finish(&plan.stage)?);
+    let sum = tally.finish(&plan.stage)?;
+    tracing::info!("{what}, task {task}: {sum}");
     Ok(match pieces.seal()? {
         Seal::Done(totals) => Reached::Whole(totals),
         Seal::Missing(state) => Reached::Part(state.what_is_missing()),
@@ -233,6 +234,7 @@ fn exhausted() -> pkv_core::Hinted {
 pub(super) fn account(stage: Stage, rows: u64, done: u64, skipped: u64) -> Result<()> {
     let mut tally = Tally::new(1);
     (tally.rows, tally.done, tally.skipped) = (rows, done, skipped);
-    tracing::info!("{}: {}", stage.name(), tally.finish(stage.name())?);
+    let sum = tally.finish(stage.name())?;
+    tracing::info!("{}: {sum}", stage.name());
     Ok(())
 }

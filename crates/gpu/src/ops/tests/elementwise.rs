@@ -71,7 +71,8 @@ pub fn log_norms(device: Device, kind: Kind) -> Vec<Compared> {
         .collect()
 }
 
-/// Rows beyond one block of the kernel, depths whose pieces of 8 do not fill its eight threads, a vector of zeros.
+/// Rows beyond one block of the kernel, depths whose pieces of 8 do not fill its eight threads, a vector of
+/// zeros.
 pub fn mean_cosines(device: Device, kind: Kind) -> Vec<Compared> {
     [(8, 1300, 64), (3, 33, 80), (1, 1, 96), (2, 512, 128), (2, 700, 256)]
         .into_iter()
