@@ -1,5 +1,5 @@
 //! The system's allocator. Where it refuses memory, the program ends with an error, a hint and the exit code
-//! of the environment, where Rust's own answer is signal 6. What was written before is whole, as after a kill.
+//! of the environment; Rust's own answer is signal 6. What was written before is whole, as after a kill.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::{Cursor, Write};

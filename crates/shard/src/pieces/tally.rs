@@ -1,7 +1,7 @@
 //! Rows in = done + skipped + failed: no row is lost without a word.
 
 use anyhow::{Error, Result, ensure};
-use pkv_core::hinted;
+use pkv_core::{Hinted, hinted};
 
 use super::{FailedRow, Marker};
 
@@ -76,9 +76,11 @@ impl Tally {
             true => format!(", the last {} of them in a row, and no more were tried", self.in_a_row),
             false => String::new(),
         };
+        let own = self.first.as_ref().and_then(|cause| cause.downcast_ref::<Hinted>());
         let hint = format!(
-            "the same command tries them again, and keeps what is done; `--max-failures` ends `{stage}` after as many \
-             in a row ({} now)",
+            "{}the same command tries them again, and keeps what is done; `--max-failures` ends `{stage}` after as many in \
+             a row ({} now)",
+            own.map_or_else(String::new, |cause| format!("{}; then ", cause.hint())),
             self.most
         );
         let which = format!("{sum}{in_a_row}; row {row} (`{id}`)");
@@ -120,6 +122,8 @@ mod tests {
         let text = format!("{ended:#}");
         assert!(text.contains("1 failed, the last 2 of them in a row"), "{text}");
         assert!(text.contains("row 3 (`c`): its scores are NaN"), "{text}");
+        let hint = ended.downcast_ref::<Hinted>().unwrap().hint();
+        assert!(hint.starts_with("take another dtype; then the same command"), "{hint}");
         assert_eq!(FailureKind::of(&ended), FailureKind::Input);
     }
 }
