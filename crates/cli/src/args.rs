@@ -4,7 +4,7 @@ mod bench;
 mod help;
 mod infer;
 mod launch;
-mod pieces;
+pub mod pieces;
 mod stage;
 
 use std::ffi::OsStr;

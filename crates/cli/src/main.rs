@@ -10,7 +10,6 @@ mod args;
 mod bench;
 mod compare;
 mod completion;
-mod doctor;
 mod fetch;
 mod infer;
 mod launch;
@@ -27,7 +26,6 @@ mod show;
 mod stop;
 mod sweep;
 mod terminal;
-mod workers;
 
 use std::process::ExitCode;
 
@@ -37,12 +35,13 @@ use pkv_gpu::DeviceChoice;
 use pkv_run::session::{Choices, Session, choose_device};
 use pkv_run::stages::Part;
 use pkv_run::stages::eval::EvalOptions;
+use pkv_run::workers::{Said, Workers};
 use pkv_run::{mapper_source, session, stages};
 use pkv_shard::{Missing, Stage};
 
+use crate::args::pieces;
 use crate::args::{Cli, Command, Devices, RecipeArgs, StageArgs, StageCommand};
 use crate::terminal::Bar;
-use crate::workers::{Said, Workers};
 
 fn main() -> ExitCode {
     completion::answer();
@@ -145,7 +144,7 @@ fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
     }
     let part = pieces.as_ref().map(|pieces| pieces.part(!args.redo.is_empty())).transpose()?;
     let is_worker = pieces.as_ref().is_some_and(|pieces| pieces.worker);
-    let bar: Box<dyn Progress> = if is_worker { Box::new(Said) } else { Box::new(Bar::new()) };
+    let bar: Box<dyn Progress> = if is_worker { Box::new(Said { print: say }) } else { Box::new(Bar::new()) };
     let devices =
         pieces.as_ref().and_then(|pieces| pieces.devices.as_ref()).map(Devices::list).transpose()?;
     let session = open_part(cli, &recipe, stop, part.unwrap_or_default(), bar)?;
@@ -164,6 +163,11 @@ fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
     }
 }
 
+/// What a worker says. If the process that reads it has gone, so does this one.
+fn say(line: &str) {
+    let _ = output::print(line);
+}
+
 /// One stage by a worker on each of `devices`. Whether it is complete.
 fn on_devices(
     cli: &Cli,
@@ -178,7 +182,18 @@ fn on_devices(
         stages::throw_away(session, stage, options)?;
     }
     let task = session.part.task.unwrap_or(Task::ALL);
-    let workers = Workers { cli, stage, task, devices: &devices, stop: &session.stop };
+    let workers = Workers {
+        arguments: pieces::of_worker(std::env::args_os().skip(1)),
+        stage,
+        task,
+        devices: &devices,
+        threads: cli.threads.map(|n| n as usize),
+        // Warnings, errors and what became of the rows are shown in any case.
+        is_verbose: cli.verbose > 0,
+        print: terminal::print_line,
+        bar: session.bar.as_ref(),
+        stop: &session.stop,
+    };
     let missing = workers.run(&stages::folders(session, stage, options))?;
     if let Some(Missing { what, command }) = &missing {
         tracing::info!("{}: this part is done; {what}\nhint: {command}", stage.name());
@@ -202,13 +217,13 @@ fn doctor_command(
 ) -> Result<ExitCode> {
     let recipe = recipe.map(|path| session::load_recipe(path, overrides)).transpose()?;
     let device = pkv_gpu::device(cli.device)?;
-    let checks = doctor::checks(recipe.as_ref(), device, &cli.runs);
+    let checks = pkv_doctor::checks(recipe.as_ref(), device, &cli.runs);
     if cli.json {
         output::print_json(&checks)?;
     } else {
-        output::print_styled(&doctor::table(&checks, terminal::has_color(&std::io::stdout())))?;
+        output::print_styled(&pkv_doctor::table(&checks, terminal::has_color(&std::io::stdout())))?;
     }
-    Ok(if doctor::all_well(&checks) {
+    Ok(if pkv_doctor::all_well(&checks) {
         ExitCode::SUCCESS
     } else {
         ExitCode::from(FailureKind::Input.exit_code())

@@ -11,6 +11,8 @@ use pkv_run::session::{choose_device, load_recipe, load_with_origins, manifest};
 use pkv_shard::{RunJson, RunLayout, Stage};
 use tch::Device;
 
+use pkv_doctor::on_device;
+
 use crate::args::{Cli, RecipeArgs};
 use crate::output;
 
@@ -42,20 +44,6 @@ pub fn run(cli: &Cli, args: &RecipeArgs, machine: Option<&MachineChoice>, past: 
         plan = plan.calibrated(past);
     }
     output::print_either(cli.json, &plan, || plan.table())
-}
-
-/// The machine that a device of this one is planned as, with the memory it has.
-pub fn on_device(device: Device) -> Machine {
-    match device {
-        Device::Cuda(i) => {
-            let memory = pkv_gpu::cuda_memory(i).ok().map(|m| m.total.max(0) as u64);
-            Machine::gpu(pkv_gpu::model_name(i).as_deref(), memory)
-        }
-        _ => Machine {
-            memory_bytes: pkv_gpu::host_memory().map(|memory| memory.total),
-            ..Machine::cpu(tch::get_num_threads().max(1) as usize)
-        },
-    }
 }
 
 /// A run that was made, planned for the machine that made it.

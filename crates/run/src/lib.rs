@@ -11,6 +11,7 @@ pub mod session;
 pub mod stages;
 pub mod sweep;
 mod variants;
+pub mod workers;
 
 pub use run_folder::RunFolder;
 pub use variants::{Variant, Variants};

@@ -1,5 +1,7 @@
 //! Arguments of the stages that several processes may share: the task, the devices, the failures.
 
+use std::ffi::OsString;
+
 use anyhow::Result;
 use clap::Args;
 use pkv_core::{FailureKind, Hinted, Task, hinted};
@@ -148,6 +150,26 @@ fn of_environment(get: impl Fn(&str) -> Option<String>) -> Result<Option<(Task, 
     }
 }
 
+/// Arguments of this command that are not a worker's; each has a value.
+const NOT_PASSED: [&str; 5] = ["--devices", "--device", "--threads", "--task", "--redo"];
+
+/// The arguments of this command that are a worker's too.
+pub fn of_worker(all: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let (mut out, mut is_value) = (Vec::new(), false);
+    for argument in all {
+        if std::mem::take(&mut is_value) {
+            continue;
+        }
+        let text = argument.to_string_lossy();
+        match NOT_PASSED.iter().find_map(|name| text.strip_prefix(name)) {
+            Some("") => is_value = true,
+            Some(value) if value.starts_with('=') => {}
+            _ => out.push(argument),
+        }
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,5 +227,12 @@ mod tests {
         for text in ["", "cuda:0,", "gpu", "all,cpu"] {
             assert!(Devices::parse(text).unwrap_err().to_string().contains("is no device"), "{text}");
         }
+    }
+
+    #[test]
+    fn a_worker_gets_the_arguments_that_are_its_own() {
+        let all = "label --devices cpu,cpu --recipe r.toml --device=cpu --set train.steps=3 --threads 2 --redo label -v";
+        let passed = of_worker(all.split(' ').map(OsString::from));
+        assert_eq!(passed, ["label", "--recipe", "r.toml", "--set", "train.steps=3", "-v"]);
     }
 }

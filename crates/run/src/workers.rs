@@ -16,15 +16,13 @@ use std::thread::{JoinHandle, available_parallelism, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use pkv_core::{FailureKind, Interrupted, Stop, Task, hinted};
+use pkv_core::{FailureKind, Interrupted, Progress, Stop, Task, hinted};
 use pkv_gpu::device_name;
 use pkv_shard::{Missing, PiecesState, Stage};
 use tch::Device;
 
 pub use self::said::Said;
 use self::said::{Event, Shown};
-use crate::args::Cli;
-use crate::terminal;
 
 /// How often workers are looked at.
 const EVERY: Duration = Duration::from_millis(50);
@@ -32,15 +30,20 @@ const EVERY: Duration = Duration::from_millis(50);
 /// Lines of a worker that are repeated when it died.
 const LAST_LINES: usize = 12;
 
-/// Arguments of this command that are not a worker's; each has a value.
-const NOT_PASSED: [&str; 5] = ["--devices", "--device", "--threads", "--task", "--redo"];
-
 /// The workers of a stage.
 pub struct Workers<'a> {
-    pub cli: &'a Cli,
+    /// What a worker is started with, beside its task, device and threads.
+    pub arguments: Vec<OsString>,
     pub stage: Stage,
     pub task: Task,
     pub devices: &'a [Device],
+    /// CPU threads of each; by default they share the cores.
+    pub threads: Option<usize>,
+    /// Show all that the workers log, and not only what concerns every user.
+    pub is_verbose: bool,
+    /// Shows a line of a worker's log.
+    pub print: fn(&str),
+    pub bar: &'a dyn Progress,
     pub stop: &'a Stop,
 }
 
@@ -61,7 +64,7 @@ impl Workers<'_> {
     /// A worker died twice, or refused its input; the user stopped.
     pub fn run(&self, folders: &[std::path::PathBuf]) -> Result<Option<Missing>> {
         let (begun, (tell, events)) = (Instant::now(), channel());
-        let mut shown = Shown::default();
+        let mut shown = Shown::new(self.bar);
         let mut running = Vec::new();
         for number in 0..self.devices.len() {
             running.push(self.start(number, false, &tell)?);
@@ -98,7 +101,7 @@ impl Workers<'_> {
         running: &mut Vec<Worker>,
         tell: &Sender<(usize, Event)>,
         events: &Receiver<(usize, Event)>,
-        shown: &mut Shown,
+        shown: &mut Shown<'_>,
     ) -> Result<()> {
         while !running.is_empty() {
             self.stop.check()?;
@@ -165,7 +168,7 @@ impl Workers<'_> {
         let device = self.devices[number];
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut command = Command::new(program);
-        command.args(passed(std::env::args_os().skip(1)));
+        command.args(&self.arguments);
         command.args(["--worker", "--task", &self.task.to_string(), "--device", &device_name(device)]);
         command.args(["--threads", &self.threads().to_string()]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -188,7 +191,7 @@ impl Workers<'_> {
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let tail = Arc::new(Mutex::new(VecDeque::new()));
         let (tell, kept, name) = (tell.clone(), Arc::clone(&tail), self.name(number));
-        let verbose = self.cli.verbose > 0;
+        let (is_verbose, print) = (self.is_verbose, self.print);
         let readers = vec![
             spawn(move || {
                 for event in lines(stdout).filter_map(|line| Event::parse(&line)) {
@@ -198,8 +201,8 @@ impl Workers<'_> {
             }),
             spawn(move || {
                 for line in lines(stderr) {
-                    if verbose || is_for_all(&line) {
-                        terminal::print_line(&format!("{} ({name})", line.trim_end()));
+                    if is_verbose || is_for_all(&line) {
+                        print(&format!("{} ({name})", line.trim_end()));
                     }
                     let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
                     if kept.len() == LAST_LINES {
@@ -215,7 +218,7 @@ impl Workers<'_> {
     /// CPU threads of a worker.
     fn threads(&self) -> usize {
         let cores = available_parallelism().map_or(1, usize::from);
-        self.cli.threads.map_or((cores / self.devices.len()).max(1), |n| n as usize)
+        self.threads.unwrap_or((cores / self.devices.len()).max(1))
     }
 }
 
@@ -232,23 +235,6 @@ fn lines(stream: Option<impl Read>) -> impl Iterator<Item = String> {
         .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The arguments of this command that are a worker's too.
-fn passed(all: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    let (mut out, mut is_value) = (Vec::new(), false);
-    for argument in all {
-        if std::mem::take(&mut is_value) {
-            continue;
-        }
-        let text = argument.to_string_lossy();
-        match NOT_PASSED.iter().find_map(|name| text.strip_prefix(name)) {
-            Some("") => is_value = true,
-            Some(value) if value.starts_with('=') => {}
-            _ => out.push(argument),
-        }
-    }
-    out
-}
-
 /// Ask the workers to stop at the next row, and wait until they have.
 fn end(running: &mut [Worker]) {
     for worker in running.iter() {
@@ -259,17 +245,5 @@ fn end(running: &mut [Worker]) {
     }
     for worker in running {
         let _ = worker.child.wait();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_worker_gets_the_arguments_that_are_its_own() {
-        let all = "label --devices cpu,cpu --recipe r.toml --device=cpu --set train.steps=3 --threads 2 --redo label -v";
-        let passed = passed(all.split(' ').map(OsString::from));
-        assert_eq!(passed, ["label", "--recipe", "r.toml", "--set", "train.steps=3", "-v"]);
     }
 }

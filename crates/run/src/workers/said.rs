@@ -5,9 +5,6 @@ use std::collections::HashMap;
 use pkv_core::Progress;
 use serde::{Deserialize, Serialize};
 
-use crate::output;
-use crate::terminal::Bar;
-
 /// A line of a worker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -25,23 +22,25 @@ impl Event {
 }
 
 /// A worker's progress, for the process that started it.
-pub struct Said;
+pub struct Said {
+    /// Prints what this process says, on stdout.
+    pub print: fn(&str),
+}
 
 impl Said {
-    fn say(event: &Event) {
+    fn say(&self, event: &Event) {
         if let Ok(line) = serde_json::to_string(event) {
-            // If the other process has gone, so does this one.
-            let _ = output::print(&format!("{line}\n"));
+            (self.print)(&format!("{line}\n"));
         }
     }
 }
 
 impl Progress for Said {
     fn start(&self, what: &str, total: u64, done: u64) {
-        Self::say(&Event::Start(what.to_owned(), total, done));
+        self.say(&Event::Start(what.to_owned(), total, done));
     }
     fn advance(&self, units: u64) {
-        Self::say(&Event::Made(units));
+        self.say(&Event::Made(units));
     }
     /// Its maker says so.
     fn elsewhere(&self, _: u64) {}
@@ -50,8 +49,8 @@ impl Progress for Said {
 }
 
 /// One bar for all workers: the work that was begun last, by any of them.
-pub struct Shown {
-    bar: Bar,
+pub struct Shown<'a> {
+    bar: &'a dyn Progress,
     /// Units that are there, of each work.
     done: HashMap<String, (u64, u64)>,
     /// The work of each worker.
@@ -59,13 +58,11 @@ pub struct Shown {
     current: Option<String>,
 }
 
-impl Default for Shown {
-    fn default() -> Self {
-        Self { bar: Bar::new(), done: HashMap::new(), at: HashMap::new(), current: None }
+impl<'a> Shown<'a> {
+    pub fn new(bar: &'a dyn Progress) -> Self {
+        Self { bar, done: HashMap::new(), at: HashMap::new(), current: None }
     }
-}
 
-impl Shown {
     pub fn take(&mut self, worker: usize, event: Event) {
         match event {
             Event::Start(what, total, done) => {
@@ -103,7 +100,7 @@ mod tests {
 
     #[test]
     fn what_workers_say_adds_up() {
-        let mut shown = Shown::default();
+        let mut shown = Shown::new(&pkv_core::NoProgress);
         let label = |done| Event::Start("label".to_owned(), 6, done);
         let said = [
             (0, label(1)),

@@ -159,7 +159,7 @@ fn existing(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Status;
+    use crate::Status;
 
     #[test]
     fn the_loaded_library_is_found_and_of_the_right_version() {

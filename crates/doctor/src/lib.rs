@@ -1,4 +1,4 @@
-//! `doctor`: checks the machine, and whether it meets a recipe's needs.
+//! Checks of the machine, and whether it meets a recipe's needs.
 //!
 //! Changes nothing: no folder is made, nothing is downloaded. Each check reports what it found and, if
 //! something is wrong, the command or edit that repairs it. Needs of a recipe come from `plan`, which knows
@@ -15,15 +15,13 @@ use anyhow::Error;
 use pkv_core::Hinted;
 use pkv_hub::Hub;
 use pkv_recipe::Recipe;
-use pkv_recipe::plan::{Plan, human_secs};
+use pkv_recipe::plan::{Machine, Plan, human_secs};
 use serde::Serialize;
 use tch::Device;
 
 use hub::{hub_access, token};
 use machine::{cpu, disk, gpus, libtorch, memory};
 use needs::needs;
-
-use crate::plan::on_device;
 
 /// A plan that takes longer than this on a CPU was hardly meant for one.
 const LONG_SECS: f64 = 12.0 * 3600.0;
@@ -67,6 +65,20 @@ pub fn checks(recipe: Option<&Recipe>, device: Device, runs: &Path) -> Vec<Check
         out.push(time(device, plan));
     }
     out
+}
+
+/// The machine that a device of this one is planned as, with the memory it has.
+pub fn on_device(device: Device) -> Machine {
+    match device {
+        Device::Cuda(i) => {
+            let memory = pkv_gpu::cuda_memory(i).ok().map(|m| m.total.max(0) as u64);
+            Machine::gpu(pkv_gpu::model_name(i).as_deref(), memory)
+        }
+        _ => Machine {
+            memory_bytes: pkv_gpu::host_memory().map(|memory| memory.total),
+            ..Machine::cpu(tch::get_num_threads().max(1) as usize)
+        },
+    }
 }
 
 /// No check failed.
