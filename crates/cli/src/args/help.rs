@@ -64,7 +64,7 @@ const EXAMPLES: [(&str, &[&str]); 22] = [
             "launch k8s --recipe recipes/demo.toml \\\n      --stages label --workers 4 --dry-run",
         ],
     ),
-    ("prepare", &["prepare --recipe recipes/demo.toml --show 3   # 3 contexts as text"]),
+    ("prepare", &["prepare --recipe recipes/demo.toml --show 3   # as text"]),
     (
         "label",
         &[
