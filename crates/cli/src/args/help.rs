@@ -65,13 +65,7 @@ const EXAMPLES: [(&str, &[&str]); 22] = [
         ],
     ),
     ("prepare", &["prepare --recipe recipes/demo.toml --show 3   # as text"]),
-    (
-        "label",
-        &[
-            "label --recipe recipes/demo.toml",
-            "label --recipe recipes/demo.toml --devices cpu,cpu   # a worker on each",
-        ],
-    ),
+    ("label", &["label --recipe recipes/demo.toml", "label --recipe recipes/demo.toml --devices cpu,cpu"]),
     ("extract", &["extract --recipe recipes/demo.toml"]),
     ("train", &["train --recipe recipes/demo.toml"]),
     (
