@@ -71,7 +71,7 @@ const EXAMPLES: [(&str, &[&str]); 22] = [
     (
         "eval",
         &[
-            "eval --recipe recipes/demo.toml --tasks facts --methods mapper,kvzip",
+            "eval --recipe recipes/demo.toml \\\n      --tasks facts --methods mapper,kvzip",
             "eval --recipe recipes/demo.toml --show 1   # the prompts alone",
         ],
     ),
@@ -89,7 +89,7 @@ const EXAMPLES: [(&str, &[&str]); 22] = [
     (
         "bench",
         &[
-            "bench label --recipe recipes/demo.toml --random-weights --context 64",
+            "bench label --recipe recipes/demo.toml \\\n      --random-weights --context 64",
             "bench decode --recipe recipes/demo.toml --context 64",
         ],
     ),
@@ -101,9 +101,9 @@ const EXAMPLES: [(&str, &[&str]); 22] = [
              --compare-full --question 'Who keeps the tower?'",
         ],
     ),
-    ("push", &["push runs/demo --repo you/your-mapper   # shows what would be sent"]),
+    ("push", &["push runs/demo --repo you/your-mapper   # shows what is sent"]),
     ("schema", &["schema > recipe.schema.json", "schema --reference"]),
-    ("completions", &["completions bash   # in ~/.bashrc: source <(... completions bash)"]),
+    ("completions", &["completions bash   # ~/.bashrc: source <(... completions bash)"]),
     ("man", &["man manual   # then: man -l manual/proxykv-train.1"]),
 ];
 
