@@ -1,7 +1,6 @@
 //! `sweep`: a recipe and its variants, each run by a process of its own, and the table that compares them.
 
 use std::fs::{self, File};
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::{available_parallelism, sleep};
@@ -14,6 +13,7 @@ use pkv_gpu::device_name;
 use pkv_run::session::{Choices, Session, choose_device};
 use pkv_run::stages::Part;
 use pkv_run::sweep::{Member, SweepPlan};
+use pkv_run::workers::end_with_parent;
 use pkv_run::{Variant, Variants};
 use serde_json::json;
 use tch::Device;
@@ -154,19 +154,8 @@ impl Work<'_> {
         }
         command.args((0..self.cli.verbose).map(|_| "-v"));
         command.stdin(Stdio::null()).stdout(log).stderr(both);
-        let parent = std::process::id();
-        // SAFETY: between fork and exec only system calls without allocation are made.
-        unsafe {
-            command.pre_exec(move || {
-                // A sweep that is killed takes its runs along: the next one goes on with their folders.
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                if libc::getppid() as u32 == parent {
-                    Ok(())
-                } else {
-                    Err(std::io::ErrorKind::NotFound.into())
-                }
-            });
-        }
+        // The next sweep goes on with their folders.
+        end_with_parent(&mut command);
         tracing::info!("{name}: started, log in `{}`", path.display());
         let child = command.spawn().with_context(|| format!("cannot start the run of `{name}`"))?;
         Ok(Running { index, child, begun: Instant::now() })

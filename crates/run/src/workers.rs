@@ -174,19 +174,8 @@ impl Workers<'_> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Ctrl-C reaches this process alone, which then asks the workers to stop.
         command.process_group(0);
-        let parent = std::process::id();
-        // SAFETY: between fork and exec only system calls without allocation are made.
-        unsafe {
-            command.pre_exec(move || {
-                // A command that is killed takes its workers along: the next one goes on with their pieces.
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                if libc::getppid() as u32 == parent {
-                    Ok(())
-                } else {
-                    Err(std::io::ErrorKind::NotFound.into())
-                }
-            });
-        }
+        // The next command goes on with their pieces.
+        end_with_parent(&mut command);
         let mut child = command.spawn().with_context(|| format!("cannot start {}", self.name(number)))?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let tail = Arc::new(Mutex::new(VecDeque::new()));
@@ -219,6 +208,18 @@ impl Workers<'_> {
     fn threads(&self) -> usize {
         let cores = available_parallelism().map_or(1, usize::from);
         self.threads.unwrap_or((cores / self.devices.len()).max(1))
+    }
+}
+
+/// Have the process of `command` killed when this one ends, however that is.
+pub fn end_with_parent(command: &mut Command) {
+    let parent = std::process::id();
+    // SAFETY: between fork and exec only system calls without allocation are made.
+    unsafe {
+        command.pre_exec(move || {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            if libc::getppid() as u32 == parent { Ok(()) } else { Err(std::io::ErrorKind::NotFound.into()) }
+        });
     }
 }
 
