@@ -1,6 +1,7 @@
 //! A stage's output folder: open, resume, check, clear.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -115,7 +116,7 @@ impl StageDir {
         let index = found.unwrap_or_else(|| Index::new(stage, fingerprint));
         let this = Self { dir: dir.to_path_buf(), index, lock: Some(lock), budget };
         this.check_files()?;
-        this.sweep()?;
+        sweep(dir, this.index.shards.iter().chain(&this.index.rest))?;
         if is_new {
             write_index(&this.dir, &this.index, &this.budget)?;
         }
@@ -260,17 +261,17 @@ impl StageDir {
     pub(crate) fn check_files(&self) -> Result<()> {
         self.index.shards.iter().try_for_each(|s| check_size(&self.dir, &self.index.stage, s).map(drop))
     }
+}
 
-    /// Remove files that no index names.
-    fn sweep(&self) -> Result<()> {
-        for name in stage_files(&self.dir)? {
-            if !self.index.shards.iter().chain(&self.index.rest).any(|s| s.file == name) {
-                tracing::info!(file = %self.dir.join(&name).display(), "removing what an interrupted run left");
-                remove(&self.dir.join(name))?;
-            }
+/// Remove a stage's files in `dir` that are not among `named`.
+pub(crate) fn sweep<'a>(dir: &Path, named: impl Iterator<Item = &'a ShardEntry> + Clone) -> Result<()> {
+    for name in stage_files(dir)? {
+        if !named.clone().any(|shard| shard.file == name) {
+            tracing::info!(file = %dir.join(&name).display(), "removing what an interrupted run left");
+            remove(&dir.join(name))?;
         }
-        Ok(())
     }
+    Ok(())
 }
 
 fn write_index(dir: &Path, index: &Index, budget: &WriteBudget) -> Result<()> {
@@ -352,6 +353,12 @@ fn is_shard(name: &str) -> bool {
     number.len() >= 5 && number.bytes().all(|b| b.is_ascii_digit())
 }
 
+/// Remove a file, unless another process has.
 fn remove(path: &Path) -> Result<()> {
-    fs::remove_file(path).with_context(|| format!("cannot remove `{}`", path.display()))
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("cannot remove `{}`", path.display()))
+        }
+        _ => Ok(()),
+    }
 }

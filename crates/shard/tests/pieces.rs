@@ -228,6 +228,9 @@ fn what_was_written_as_a_whole_is_taken_over() {
         let mut writer = pkv_shard::StageWriter::new(stage, SHARD_ROWS, StoreDtype::F16, Some(ROWS)).unwrap();
         (0..rows).for_each(|i| writer.push(label(i)).unwrap());
         writer.keep().unwrap();
+        // What a process that is killed leaves.
+        fs::write(dir.path().join("labels-00007.parquet.tmp"), "half a shard").unwrap();
+        fs::write(dir.path().join("labels-00007.parquet"), "a shard that no index names").unwrap();
         let made: Vec<(u64, bool)> = ["0/2", "1/2"].map(|task| run(dir.path(), task)).into();
         let whole_shards = rows / SHARD_ROWS * SHARD_ROWS;
         assert_eq!(made.iter().map(|m| m.0).sum::<u64>(), ROWS - whole_shards as u64);

@@ -14,7 +14,7 @@ use pkv_files::{Claim, TEMPORARY, WriteBudget, share_dir, write_file_among};
 
 use super::{FailedRow, Marker, Missing, PLAN_FILE, PiecesPlan, PiecesState, Signature, VERSION};
 use super::{exist, folder, marker_path, read_marker, write_sealed};
-use crate::dir::{check_fresh, check_size, check_stage};
+use crate::dir::{check_fresh, check_size, check_stage, sweep};
 use crate::index::{INDEX_FILE, Index, ShardEntry};
 use crate::row::Row;
 use crate::writer::{ShardPlace, ShardWriter};
@@ -285,7 +285,9 @@ impl Pieces {
             tokens: state.markers.iter().map(|m| m.tokens).sum(),
             secs: state.markers.iter().map(|m| m.secs).sum(),
         };
-        let rest = Index::read(&self.dir)?.and_then(|index| index.rest);
+        // Before the index: whoever comes after it may write anew. A process that wrote the stage as a whole
+        // and died may have left a file without a name.
+        sweep(&self.dir, shards.iter())?;
         let mut index = Index::new(&self.plan.stage, &self.plan.fingerprint);
         (index.rows_expected, index.complete, index.shards) = (Some(self.plan.rows), true, shards);
         let written =
@@ -295,9 +297,6 @@ impl Pieces {
             && !is_sealed(&self.dir)?
         {
             return Err(e);
-        }
-        if let Some(rest) = rest.filter(|rest| index.shards.iter().all(|s| s.file != rest.file)) {
-            let _ = fs::remove_file(self.dir.join(rest.file));
         }
         remove_folder(&self.dir);
         Ok(Seal::Done(Some(totals)))
