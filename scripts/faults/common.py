@@ -14,6 +14,8 @@ COUNT = int(sys.argv[2]) if len(sys.argv) > 2 else 4
 WORK = Path(os.environ.get("FAULTS_WORK") or tempfile.mkdtemp(prefix="faults-"))
 WORK.mkdir(parents=True, exist_ok=True)
 NAME = Path(sys.argv[0]).stem
+# What to try alone.
+ONLY = list(filter(None, os.environ.get("ONLY", "").split(",")))
 
 RECIPE = '''
 name = "small"

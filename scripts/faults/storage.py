@@ -27,7 +27,6 @@ swept = all_results(p)
 COMMANDS = [(s, before[s], s) for s in STAGES] + [("sweep", before["run"], SWEEP), ("infer", before["done"], INFER), ("run without stored features", before["run"], ["run", *TRANSIENT])]
 r = run(project("unbroken", before["run"]), ["run", *TRANSIENT])
 unstored = all_results(WORK / "unbroken")
-only = os.environ.get("ONLY", "").split(",")
 
 
 def shim(call, n, error, mode, path, log=""):
@@ -56,7 +55,7 @@ def case(name, runs, command, mode, call, error, n, total, path):
 
 with Jobs() as jobs:
     for name, runs, command in COMMANDS:
-        if only != [""] and name not in only: continue
+        if ONLY and name not in ONLY: continue
         totals = {}
         for path, kinds in [("runs/", KINDS), ("nano-llama", [k for k in KINDS if k[1] in ("open", "read", "mmap", "stat") and k[0] == "once"])]:
             for mode, call, errors in kinds:
