@@ -26,7 +26,7 @@ pub use self::help::{EVERYWHERE, command};
 pub use self::infer::InferArgs;
 pub use self::launch::{LaunchArgs, LaunchCommand};
 pub use self::pieces::{Devices, PieceArgs};
-pub use self::stage::StageCommand;
+pub use self::stage::{StageCommand, TrainArgs};
 
 use crate::completion::values;
 
