@@ -83,8 +83,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
         Command::Plan { recipe, resolved: true, .. } => plan::resolved(cli, recipe)?,
-        Command::Plan { recipe, machine, calibrate, .. } => {
-            plan::run(cli, recipe, machine.as_ref(), calibrate.as_deref())?;
+        Command::Plan { recipe, machine, calibrate, workers, cluster, .. } => {
+            plan::run(cli, recipe, machine.as_ref(), calibrate.as_deref(), (workers, *cluster))?;
         }
         Command::Fetch { recipe, models_only } => fetch::run(cli, recipe, *models_only, &stop)?,
         Command::Recipes { what } => recipes::run(cli, what, &stop)?,
