@@ -120,7 +120,10 @@ impl Plan {
             let piece = if in_shards { shard.max(1) } else { 1 };
             let shared = SharedStage { contexts, secs: secs / contexts as f64, piece, cluster };
             for &n in workers {
-                let made = shared.by(name, n.max(1), self.machine.usd_per_hour);
+                let mut made = shared.by(name, n.max(1), self.machine.usd_per_hour);
+                if !in_shards {
+                    made.index_bytes = 0;
+                }
                 self.workers.push(made);
             }
         }
