@@ -14,6 +14,7 @@
 //! - `devices`: a worker on each device; those that die are replaced once, then named; signals reach them
 //! - `bench`: a benchmark needs no files, and says what it needs where it does
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
+//! - `feature_workers`: processes that make features beside training, and may be killed, change no byte
 //! - `generated`: a mapper from features that are made when they are read is the one from shards
 //! - `launch`: jobs of Slurm and Kubernetes as they are printed, refused and applied
 //! - `workers`: workers of Kubernetes' Jobs, ended in the middle, make the bytes of one process
@@ -36,6 +37,7 @@ mod completion;
 mod devices;
 mod docs;
 mod faults;
+mod feature_workers;
 mod fetch;
 mod generated;
 mod infer;

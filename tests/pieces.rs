@@ -198,6 +198,19 @@ fn what_is_missing_is_named_with_the_command_that_makes_it() {
     ];
     s.run(&["train"]).fails_with(&named);
     Ran::new(s.command(&["inspect", "runs/small/labels"]).output().unwrap()).fails_with(&named);
+    // The pieces that are there say how long all of them take, by any number of workers.
+    let plan = s.run(&["plan", "--calibrate", "runs/small", "--workers", "1,4", "--json"]).ok();
+    let plan: Value = serde_json::from_str(&plan.stdout).unwrap();
+    let (mut secs, mut rows) = (0.0, 0);
+    state(&s, "labels").markers.iter().for_each(|m| (secs, rows) = (secs + m.secs, rows + m.rows));
+    let of_label: Vec<&Value> =
+        plan["workers"].as_array().unwrap().iter().filter(|by| by["stage"] == "label").collect();
+    assert_eq!(of_label.len(), 2, "{plan}");
+    for (by, workers) in of_label.iter().zip([1, 4]) {
+        assert_eq!((&by["workers"], &by["pieces"]), (&Value::from(workers), &Value::from(6)));
+        let of_one = by["secs_per_context"].as_f64().unwrap();
+        assert!((of_one * rows as f64 / secs - 1.0).abs() < 0.01, "{of_one} for {secs} s of {rows} rows");
+    }
     // Without a task all that is missing is made, and nothing else.
     let ran = s.run(&["label"]).ok();
     assert_eq!(counted(&ran), [ROWS, 12, 4, 0], "{}", ran.stderr);

@@ -26,7 +26,7 @@ fn recipes() {
             for name in ["recipe.toml", "based.toml"] {
                 let recipe = pkv_recipe::load(&dir.join(name), &[])?;
                 // What is accepted can be added up.
-                Plan::new(&recipe, Machine::cpu(2), &pkv_eval::tasks::work(&recipe));
+                Plan::new(&recipe, Machine::cpu(2), &pkv_eval::work(&recipe));
             }
             Ok(())
         },

@@ -19,7 +19,9 @@ use pkv_infer::{
 };
 use pkv_lm::{LanguageModel, NoTap, RaggedCache};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
-use pkv_recipe::plan::{MapperCost, Repeat, features, human_bytes, prefill as prefill_flops, repeat};
+use pkv_recipe::plan::{
+    MapperCost, Repeat, ScorerWork, features, human_bytes, prefill as prefill_flops, repeat, scoring,
+};
 use pkv_recipe::{ExtractSection, Recipe};
 use pkv_score::Scorer;
 use serde::Serialize;
@@ -141,7 +143,8 @@ impl Ways<'_> {
     fn alone(&self, t: usize) -> Result<Vec<PrefillRow>> {
         let (section, shape) = (&self.recipe.label, &self.target.section.shape);
         let bare_flops = prefill_flops(shape, PREFIX_TOKENS + t);
-        let flops = bare_flops + repeat(shape, t, &Repeat::new(section, TEMPLATE));
+        let by = Repeat::new(section, TEMPLATE, pkv_score::work(section));
+        let flops = bare_flops + scoring(shape, t, &by);
         let (prefix, context) = (self.target.prefix()?, self.target.context(t)?);
         let ids = [prefix.as_slice(), &context].concat();
         let read = || {
@@ -172,7 +175,7 @@ impl Ways<'_> {
         traces: &mut Vec<Trace>,
     ) -> Result<Vec<PrefillRow>> {
         let shapes = (&self.target.section.shape, self.proxy.map(|proxy| &proxy.section.shape));
-        let by = Repeat::new(&self.recipe.label, TEMPLATE);
+        let by = Repeat::new(&self.recipe.label, TEMPLATE, ScorerWork::REPEAT);
         let recipe = Recipe { extract: section.clone(), ..self.recipe.clone() };
         let mut flops =
             prefill_flops(shapes.0, PREFIX_TOKENS + t) + MapperCost::new(&recipe).forward_flops(t);

@@ -5,7 +5,7 @@ use pkv_core::{Channel, GlobalChannel, ModelShape, Source};
 use pkv_extract::{Extractor, HiddenProjection};
 use pkv_lm::{LanguageModel, NoTap};
 use pkv_recipe::ExtractSection;
-use pkv_recipe::plan::{Repeat, features, prefill, repeat};
+use pkv_recipe::plan::{Repeat, ScorerWork, features, prefill, repeat, scoring};
 use pkv_score::Scorer;
 use serde::Serialize;
 
@@ -29,8 +29,8 @@ pub fn label(setting: Setting, models: Models) -> Result<StageReport> {
     let target = Subject::new(&setting, Source::Target, models)?;
     let bench = Bench::new("label", setting, models, &target)?;
     let section = &setting.recipe.label;
-    let by = Repeat::new(section, TEMPLATE);
-    let work = |t| repeat(&target.section.shape, t, &by);
+    let by = Repeat::new(section, TEMPLATE, pkv_score::work(section));
+    let work = |t| scoring(&target.section.shape, t, &by);
     let (prefix, requests) = (target.prefix()?, target.requests(section)?);
     bench.rows(&target, section.prefill_chunk_tokens, &[("label", &work)], |model, _, context, row| {
         let scorer = Scorer::with_requests(model, requests.clone(), &prefix, section).maxima_only();
@@ -51,7 +51,7 @@ pub fn extract(setting: Setting, models: Models) -> Result<StageReport> {
     let subject = Subject::new(&setting, source, models)?;
     let bench = Bench::new("extract", setting, models, &subject)?;
     let (shape, section) = (&subject.section.shape, recipe.extract.of(source));
-    let by = Repeat::new(&recipe.label, TEMPLATE);
+    let by = Repeat::new(&recipe.label, TEMPLATE, ScorerWork::REPEAT);
     let variants = variants(&section, source);
     let work = |section: &ExtractSection, t| {
         let repeats = section.channels.iter().any(|c| c.is_reconstruction());

@@ -16,7 +16,7 @@ use clap::error::ErrorKind;
 use clap::{Args, FromArgMatches, Parser, Subcommand, ValueHint};
 use pkv_core::{FailureKind, Policy};
 use pkv_gpu::DeviceChoice;
-use pkv_recipe::plan::MachineChoice;
+use pkv_recipe::plan::{Cluster, MachineChoice};
 use pkv_recipe::{Override, Recipe};
 use pkv_run::session::load_recipe;
 use pkv_shard::Stage;
@@ -26,7 +26,7 @@ pub use self::help::{EVERYWHERE, command};
 pub use self::infer::InferArgs;
 pub use self::launch::{LaunchArgs, LaunchCommand};
 pub use self::pieces::{Devices, PieceArgs};
-pub use self::stage::StageCommand;
+pub use self::stage::{StageCommand, TrainArgs};
 
 use crate::completion::values;
 
@@ -133,8 +133,20 @@ pub enum Command {
         #[arg(long, value_name = "MACHINE", value_parser = MachineParser)]
         machine: Option<MachineChoice>,
         /// Calibrate times by those of a past run.
+        ///
+        /// Of a run that is at work, its finished pieces count.
         #[arg(long, value_name = "RUN_FOLDER", conflicts_with = "resolved", add = values::run_path())]
         calibrate: Option<PathBuf>,
+        /// Also plan `label`, `extract` and `eval` by each of these numbers of workers (docs/scale.md): time,
+        /// price, idle share, and what they ask of the file system.
+        #[arg(long, value_name = "N,...", value_delimiter = ',', conflicts_with = "resolved",
+            value_parser = clap::value_parser!(u64).range(1..=100_000))]
+        workers: Vec<u64>,
+        /// Habits of the cluster: seconds until a worker has its model (`start`, 90) and in the queue
+        /// (`queue`, 120), pre-emptions of a worker in an hour (`preemptions`, 0), spread of the times of
+        /// contexts (`spread`, 0.3) and of workers (`node_spread`, 0.05).
+        #[arg(long, value_name = "KEY=VALUE,...", requires = "workers", default_value = "start=90")]
+        cluster: Cluster,
     },
     /// Download models and data, and pin revisions and hashes.
     ///

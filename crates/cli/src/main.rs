@@ -30,8 +30,9 @@ mod terminal;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use pkv_core::{FailureKind, Progress, Stop, Task, hinted};
+use pkv_core::{FailureKind, NoProgress, Progress, Stop, Task, hinted};
 use pkv_gpu::DeviceChoice;
+use pkv_run::feature_workers::{FeatureWorkers, sources_of};
 use pkv_run::session::{Choices, Session, choose_device};
 use pkv_run::stages::Part;
 use pkv_run::stages::eval::EvalOptions;
@@ -40,7 +41,7 @@ use pkv_run::{mapper_source, session, stages};
 use pkv_shard::{Missing, Stage};
 
 use crate::args::pieces;
-use crate::args::{Cli, Command, Devices, RecipeArgs, StageArgs, StageCommand};
+use crate::args::{Cli, Command, Devices, RecipeArgs, StageArgs, StageCommand, TrainArgs};
 use crate::terminal::Bar;
 
 fn main() -> ExitCode {
@@ -82,8 +83,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::Doctor { recipe, overrides } => return doctor_command(cli, recipe.as_deref(), overrides),
         Command::Plan { recipe, resolved: true, .. } => plan::resolved(cli, recipe)?,
-        Command::Plan { recipe, machine, calibrate, .. } => {
-            plan::run(cli, recipe, machine.as_ref(), calibrate.as_deref())?;
+        Command::Plan { recipe, machine, calibrate, workers, cluster, .. } => {
+            plan::run(cli, recipe, machine.as_ref(), calibrate.as_deref(), (workers, *cluster))?;
         }
         Command::Fetch { recipe, models_only } => fetch::run(cli, recipe, *models_only, &stop)?,
         Command::Recipes { what } => recipes::run(cli, what, &stop)?,
@@ -128,7 +129,10 @@ fn open_part(
 
 /// One stage on its own, and what its command shows.
 fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
-    let StageCommand { stage, args, prepare, eval, pieces } = command;
+    let StageCommand { stage, args, prepare, train, eval, pieces } = command;
+    if let Some(sources) = train.as_ref().and_then(|train| train.make_features.as_ref()) {
+        return make_features(cli, &args.recipe, sources, stop);
+    }
     if *stage == Stage::Report {
         results::check_run(cli, &args.recipe)?;
     }
@@ -147,7 +151,9 @@ fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
     let bar: Box<dyn Progress> = if is_worker { Box::new(Said { print: say }) } else { Box::new(Bar::new()) };
     let devices =
         pieces.as_ref().and_then(|pieces| pieces.devices.as_ref()).map(Devices::list).transpose()?;
-    let session = open_part(cli, &recipe, stop, part.unwrap_or_default(), bar)?;
+    let mut session = open_part(cli, &recipe, stop, part.unwrap_or_default(), bar)?;
+    session.feature_workers =
+        train.as_ref().map(|train| feature_workers(cli, &session, train)).transpose()?.flatten();
     let is_complete = match &devices {
         Some(devices) => on_devices(cli, &session, command, devices, &options)?,
         None => stages::run(&session, *stage, &args.redo, &options)?,
@@ -161,6 +167,30 @@ fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
         None if cli.json => results::print_stage(&session, *stage),
         None => Ok(()),
     }
+}
+
+/// The workers that make features while this process trains.
+fn feature_workers(cli: &Cli, session: &Session, args: &TrainArgs) -> Result<Option<FeatureWorkers>> {
+    let Some(count) = args.feature_workers.filter(|n| *n > 0) else { return Ok(None) };
+    let devices = match &args.devices {
+        Some(devices) => devices.list()?.into_iter().map(pkv_gpu::device).collect::<Result<Vec<_>>>()?,
+        None => vec![session.device],
+    };
+    Ok(Some(FeatureWorkers {
+        arguments: pieces::of_worker(std::env::args_os().skip(1)),
+        devices: devices.into_iter().cycle().take(count as usize).collect(),
+        is_verbose: cli.verbose > 0,
+        print: terminal::print_line,
+    }))
+}
+
+/// The work of a feature worker. It writes nothing, and ends with the process that started it: a signal to
+/// all of them is that process's business.
+fn make_features(cli: &Cli, args: &RecipeArgs, sources: &str, stop: Stop) -> Result<()> {
+    let device = choose_device(cli.device, cli.threads)?;
+    let (bar, part) = (Box::new(NoProgress), Part::default());
+    let session = Session::planned(args.load()?, Choices { runs: &cli.runs, device, bar, stop, part })?;
+    stages::answer_stdin(&session, &sources_of(sources)?)
 }
 
 /// What a worker says. If the process that reads it has gone, so does this one.

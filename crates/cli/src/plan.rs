@@ -1,14 +1,14 @@
 //! `plan`: estimates the cost of a run before anything is downloaded.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use pkv_core::hinted;
-use pkv_recipe::plan::{Machine, MachineChoice, PastRun, Plan};
+use pkv_recipe::plan::{Cluster, Machine, MachineChoice, PastRun, Plan};
 use pkv_recipe::{Recipe, Steps, TaskName};
 use pkv_results::{RESULTS_FILE, Results};
 use pkv_run::session::{choose_device, load_recipe, load_with_origins, manifest};
-use pkv_shard::{RunJson, RunLayout, Stage};
+use pkv_shard::{PiecesState, RunJson, RunLayout, Stage};
 use tch::Device;
 
 use pkv_doctor::on_device;
@@ -27,7 +27,13 @@ pub fn resolved(cli: &Cli, args: &RecipeArgs) -> Result<()> {
 
 /// # Errors
 /// The recipe or its manifest is invalid, the device is absent, or the past run cannot be read.
-pub fn run(cli: &Cli, args: &RecipeArgs, machine: Option<&MachineChoice>, past: Option<&Path>) -> Result<()> {
+pub fn run(
+    cli: &Cli,
+    args: &RecipeArgs,
+    machine: Option<&MachineChoice>,
+    past: Option<&Path>,
+    (workers, cluster): (&[u64], Cluster),
+) -> Result<()> {
     let recipe = load_recipe(&args.file.recipe, &args.overrides())?;
     // A manifest that cannot be read is a mistake worth hearing about now.
     manifest(&recipe)?;
@@ -39,10 +45,11 @@ pub fn run(cli: &Cli, args: &RecipeArgs, machine: Option<&MachineChoice>, past: 
         (None, Some(past)) => past.machine().clone(),
         (None, None) => MachineChoice::here().machine(here, cpu)?,
     };
-    let mut plan = Plan::new(&recipe, machine, &pkv_eval::tasks::work(&recipe));
+    let mut plan = Plan::new(&recipe, machine, &pkv_eval::work(&recipe));
     if let Some(past) = &past {
         plan = plan.calibrated(past);
     }
+    plan = plan.with_workers(workers, recipe.data.shard_examples as u64, cluster);
     output::print_either(cli.json, &plan, || plan.table())
 }
 
@@ -67,24 +74,61 @@ fn past_run(folder: &Path) -> Result<PastRun> {
     if let Ok(results) = Results::read(&layout.eval().join(RESULTS_FILE)) {
         as_measured(&mut recipe, &results);
     }
-    let tasks = pkv_eval::tasks::work(&recipe);
+    let work = pkv_eval::work(&recipe);
     let mut past = PastRun::new(folder.display().to_string());
+    let threads = run.threads.unwrap_or(1) as usize;
+    let mut at_work = Vec::new();
+    for (stage, folders) in shared(&layout, &recipe) {
+        let Some((secs, device)) = by_pieces(&folders)? else { continue };
+        at_work.push(stage.name());
+        let machine =
+            if device.starts_with("cuda") { Machine::gpu(None, None) } else { Machine::cpu(threads) };
+        past.add(stage.name(), secs, &Plan::new(&recipe, machine, &work));
+    }
     for (name, record) in &run.stages {
-        if name.parse::<Stage>().is_err() || !(record.secs > 0.0 && record.secs.is_finite()) {
+        // Pieces that many processes made: their time, and not that of the last process.
+        let secs = record.summary["pieces_s"].as_f64().unwrap_or(record.secs);
+        if name.parse::<Stage>().is_err()
+            || !(secs > 0.0 && secs.is_finite())
+            || at_work.contains(&name.as_str())
+        {
             continue;
         }
         let machine = if record.gpus > 0 {
             Machine::gpu(Some(&record.device), None)
         } else {
-            let threads = record.device.split(' ').next().and_then(|n| n.parse().ok());
-            Machine::cpu(threads.unwrap_or_else(|| run.threads.unwrap_or(1) as usize))
+            Machine::cpu(record.device.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(threads))
         };
-        past.add(name, record.secs, &Plan::new(&recipe, machine, &tasks));
+        past.add(name, secs, &Plan::new(&recipe, machine, &work));
     }
     if past.is_empty() {
         return Err(cannot("none of its stages has a time").into());
     }
     Ok(past)
+}
+
+/// Folders of the stages whose times are those of their pieces while they are at work.
+fn shared(layout: &RunLayout, recipe: &Recipe) -> [(Stage, Vec<PathBuf>); 2] {
+    let features = recipe.extract.from.iter().map(|&source| layout.features(source)).collect();
+    [(Stage::Label, vec![layout.labels()]), (Stage::Extract, features)]
+}
+
+/// Seconds of a stage by the pieces of all its folders that are done, and a device that made them; `None` if
+/// one of the folders has none.
+fn by_pieces(folders: &[PathBuf]) -> Result<Option<(f64, String)>> {
+    let mut of_all = None;
+    for folder in folders {
+        let Some(state) = PiecesState::read(folder)? else { return Ok(None) };
+        let done: Vec<_> = state.markers.iter().filter(|m| m.is_done() && m.secs > 0.0).collect();
+        let (secs, rows) = done.iter().fold((0.0, 0), |(secs, rows), m| (secs + m.secs, rows + m.rows));
+        let Some(device) = done.first().map(|m| m.by.device.clone()).filter(|_| rows > 0) else {
+            return Ok(None);
+        };
+        let secs = secs / rows as f64 * state.plan.rows as f64;
+        let (before, _) = of_all.take().unwrap_or((0.0, String::new()));
+        of_all = Some((before + secs, device));
+    }
+    Ok(of_all)
 }
 
 /// Let `recipe` ask what `results` hold: its last evaluation may have asked less, or else.

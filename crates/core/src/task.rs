@@ -39,6 +39,17 @@ impl Task {
         Err(hinted(format!("there is no task {index} of {of}"), most))
     }
 
+    /// The other tasks, from the next one on, round to the one before.
+    pub fn others(self) -> impl Iterator<Item = Self> {
+        (1..self.of).map(move |k| Self { index: (self.index + k) % self.of, of: self.of })
+    }
+
+    /// The last of its pieces of `pieces`, if it has one.
+    pub fn last_of(self, pieces: u64) -> Option<u64> {
+        let last = pieces.checked_sub(1 + self.index)?;
+        Some(self.index + last / self.of * self.of)
+    }
+
     /// Number of tasks.
     pub const fn count(self) -> u64 {
         self.of
@@ -84,6 +95,18 @@ impl Serialize for Task {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_pieces_of_the_other_tasks_come_from_the_next_task_on() {
+        let last = |task: &str, pieces| {
+            let task: Task = task.parse().unwrap();
+            task.others().map(|other| other.last_of(pieces)).collect::<Vec<_>>()
+        };
+        assert_eq!(last("1/3", 8), [Some(5), Some(6)]);
+        assert_eq!(last("2/3", 2), [Some(0), Some(1)]);
+        assert_eq!(last("0/3", 1), [None, None]);
+        assert!(last("0/1", 9).is_empty());
+    }
 
     #[test]
     fn every_piece_belongs_to_one_task() {

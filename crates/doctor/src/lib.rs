@@ -51,7 +51,7 @@ pub enum Status {
 ///
 /// `runs` is the folder that run folders are made in; it need not exist.
 pub fn checks(recipe: Option<&Recipe>, device: Device, runs: &Path) -> Vec<Check> {
-    let plan = recipe.map(|r| Plan::new(r, on_device(device), &pkv_eval::tasks::work(r)));
+    let plan = recipe.map(|r| Plan::new(r, on_device(device), &pkv_eval::work(r)));
     let mut out = vec![libtorch()];
     out.extend(gpus());
     out.push(cpu());

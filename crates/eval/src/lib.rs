@@ -33,3 +33,8 @@ pub use budgets::{Budgets, learn_budgets};
 pub use evaluate::{EvalInputs, Evaluated, evaluate, evaluate_part};
 pub use kept::kept_sets;
 pub use prompts::{ShownContext, prompts};
+
+/// What `plan` counts of a recipe's scorer and tasks.
+pub fn work(recipe: &pkv_recipe::Recipe) -> pkv_recipe::plan::Work {
+    pkv_recipe::plan::Work { scorer: pkv_score::work(&recipe.label), tasks: tasks::work(recipe) }
+}

@@ -15,6 +15,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Claim {
     file: File,
     locked: bool,
+    was_signed: bool,
 }
 
 impl Claim {
@@ -27,11 +28,13 @@ impl Claim {
     /// The file cannot be made.
     pub fn take(path: &Path) -> Result<Option<Self>> {
         let file = lock_file(path).with_context(|| format!("cannot make `{}`", path.display()))?;
-        Ok(match file.try_lock() {
-            Ok(()) => Some(Self { file, locked: true }),
-            Err(TryLockError::WouldBlock) => None,
-            Err(TryLockError::Error(_)) => Some(Self { file, locked: false }),
-        })
+        let locked = match file.try_lock() {
+            Ok(()) => true,
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(_)) => false,
+        };
+        let was_signed = file.metadata().is_ok_and(|file| file.len() > 0);
+        Ok(Some(Self { file, locked, was_signed }))
     }
 
     /// As [`Claim::take`], waiting while another process has it.
@@ -50,6 +53,11 @@ impl Claim {
     /// Whether other processes are kept out: not where the file system has no locks.
     pub const fn is_exclusive(&self) -> bool {
         self.locked
+    }
+
+    /// Whether somebody had the claim before and signed it.
+    pub const fn was_signed(&self) -> bool {
+        self.was_signed
     }
 
     /// Say in the file who has the claim, for readers that cannot see the lock.
@@ -83,10 +91,11 @@ mod tests {
     fn a_claim_is_had_once_and_is_signed() {
         let path = std::env::temp_dir().join(format!("pkv-claim-{}", std::process::id()));
         let mut held = Claim::take(&path).unwrap().unwrap();
-        assert!(held.is_exclusive() && Claim::take(&path).unwrap().is_none());
+        assert!(held.is_exclusive() && !held.was_signed() && Claim::take(&path).unwrap().is_none());
         held.sign("a long signature").unwrap();
         drop(held);
         let mut held = Claim::wait_for(&path).unwrap();
+        assert!(held.was_signed());
         held.sign("short").unwrap();
         held.touch();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "short");

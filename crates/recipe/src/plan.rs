@@ -13,6 +13,7 @@ mod human;
 mod machine;
 mod stages;
 mod table;
+mod workers;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,12 +22,22 @@ use eval::eval;
 use stages::{Lengths, extract, features_made_anew, fetch, infer, label, prepare, target_reads, train};
 
 pub use calibrate::PastRun;
-pub use cost::{MapperCost, Repeat, features, prefill, repeat};
+pub use cost::{MapperCost, Repeat, ScorerWork, features, prefill, repeat, scoring};
 pub use eval::{Answers, TaskWork};
 pub use human::{human_bytes, human_count, human_flops, human_secs};
 pub use machine::{Efficiency, Machine, MachineChoice};
 pub use stages::{PIECE_ELEMENTS, SHARED_CHUNK, TEMPLATE_TOKENS};
 pub use table::aligned;
+pub use workers::{Cluster, SharedStage, WorkersPlan};
+
+/// What a recipe names and other crates know the cost of.
+#[derive(Clone, Debug, Default)]
+pub struct Work {
+    /// Of `label.scorer`.
+    pub scorer: ScorerWork,
+    /// Of `eval`.
+    pub tasks: Vec<TaskWork>,
+}
 
 /// The cost of every stage of a recipe on one machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -44,6 +55,9 @@ pub struct Plan {
     pub stages: Vec<StagePlan>,
     /// The plan of inference, at the longest window.
     pub infer: InferPlan,
+    /// Stages that workers share, by the numbers of workers that were asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub workers: Vec<WorkersPlan>,
     /// Further notes, in sentences.
     #[serde(default)]
     pub notes: Vec<String>,
@@ -115,8 +129,8 @@ pub struct StagePlan {
 }
 
 impl Plan {
-    /// Plan `recipe` on `machine`; `tasks` are what `eval` asks, which `pkv_eval::tasks` knows.
-    pub fn new(recipe: &Recipe, machine: Machine, tasks: &[TaskWork]) -> Self {
+    /// Plan `recipe` on `machine`; `pkv_eval::work` knows its `work`.
+    pub fn new(recipe: &Recipe, machine: Machine, work: &Work) -> Self {
         let lengths = Lengths::of(recipe);
         let mapper_cost = MapperCost::new(recipe);
         let longest = lengths.longest();
@@ -131,10 +145,10 @@ impl Plan {
         let stages = vec![
             fetch(recipe),
             prepare(&lengths),
-            label(recipe, &lengths, &machine),
+            label(recipe, &lengths, &machine, work.scorer),
             extract(recipe, &lengths, &machine),
             train(recipe, &lengths, &machine, &mapper_cost),
-            eval(recipe, &machine, &mapper_cost, tasks),
+            eval(recipe, &machine, &mapper_cost, work),
         ];
         let target = model_plan(&recipe.target, &machine);
         let proxy = recipe.read_proxy().map(|proxy| model_plan(proxy, &machine));
@@ -142,7 +156,9 @@ impl Plan {
         let notes = target_reads(recipe).into_iter().chain(features_made_anew(recipe, &lengths)).collect();
         let train_steps = recipe.train.steps_in_words();
         let name = recipe.name.clone();
-        Self { name, machine, target, proxy, mapper, train_steps, stages, infer, notes }.with_verdicts()
+        let workers = Vec::new();
+        Self { name, machine, target, proxy, mapper, train_steps, stages, infer, workers, notes }
+            .with_verdicts()
     }
 
     /// Whether each stage fits, and what it costs.
@@ -272,7 +288,7 @@ window_tokens = [2048, 8192]
 
     #[test]
     fn bytes_and_tokens_follow_from_the_shapes() {
-        let plan = Plan::new(&recipe(&[]), Machine::h200(), &[]);
+        let plan = Plan::new(&recipe(&[]), Machine::h200(), &Work::default());
         let tokens = 1100 / 2 * (2048 + 8192);
         assert_eq!(plan.stage("prepare").unwrap().tokens, tokens);
         assert_eq!(plan.stage("label").unwrap().disk_bytes, tokens * 256 * 2);
@@ -282,7 +298,11 @@ window_tokens = [2048, 8192]
         assert!((plan.target.parameters as f64 / 8.03e9 - 1.0).abs() < 0.01);
         assert_eq!(plan.stage("train").unwrap().examples, 1500 * 16);
         assert!(plan.table().contains("train   steps: 1500\n"));
-        let auto = Plan::new(&recipe(&["train.steps=auto", "train.max_steps=700"]), Machine::h200(), &[]);
+        let auto = Plan::new(
+            &recipe(&["train.steps=auto", "train.max_steps=700"]),
+            Machine::h200(),
+            &Work::default(),
+        );
         assert_eq!(auto.stage("train").unwrap().examples, 700 * 16);
         assert!(auto.table().contains("train   steps: auto, at most 700\n"), "{}", auto.table());
     }
@@ -290,14 +310,14 @@ window_tokens = [2048, 8192]
     #[test]
     fn the_memory_of_labels_is_near_the_one_measured() {
         // kvpress at 8k on an H200 peaks at 18.7 GB, its eager score block included.
-        let plan = Plan::new(&recipe(&["data.window_tokens=[8192]"]), Machine::h200(), &[]);
+        let plan = Plan::new(&recipe(&["data.window_tokens=[8192]"]), Machine::h200(), &Work::default());
         let peak = plan.stage("label").unwrap().peak_bytes as f64;
         assert!((peak / 18.7e9 - 1.0).abs() < 0.15, "{peak}");
     }
 
     #[test]
     fn a_card_is_slower_than_an_h200_and_may_be_too_small() {
-        let plan = |machine| Plan::new(&recipe(&["data.window_tokens=[8192]"]), machine, &[]);
+        let plan = |machine| Plan::new(&recipe(&["data.window_tokens=[8192]"]), machine, &Work::default());
         let h200 = plan(Machine::h200());
         for name in ["h100", "a100", "l40s", "rtx4090"] {
             let card = plan(Machine::card(name).unwrap());
@@ -313,7 +333,8 @@ window_tokens = [2048, 8192]
     fn each_stage_has_a_verdict_and_a_price_where_they_are_known() {
         let recipe = recipe(&["data.window_tokens=[8192]"]);
         let priced = Machine { usd_per_hour: Some(3.0), ..Machine::card("rtx4090").unwrap() };
-        let small = Plan::new(&recipe, Machine { memory_bytes: Some(16_000_000_000), ..priced }, &[]);
+        let small =
+            Plan::new(&recipe, Machine { memory_bytes: Some(16_000_000_000), ..priced }, &Work::default());
         let fits = |name: &str| small.stage(name).unwrap().fits;
         assert_eq!((fits("fetch"), fits("label"), fits("extract")), (None, Some(false), Some(true)));
         let row = |text: &str, name: &str| {
@@ -327,7 +348,7 @@ window_tokens = [2048, 8192]
         assert!(row(&text, "run ").ends_with(&table::dollars(total)), "{text}");
         assert!(text.contains("16.0 GB"), "{text}");
         // Neither memory nor price.
-        let text = Plan::new(&recipe, Machine::cpu(2), &[]).table();
+        let text = Plan::new(&recipe, Machine::cpu(2), &Work::default()).table();
         assert!(!text.contains("fits") && !text.contains("cost"), "{text}");
         assert!(text.lines().all(|line| line.len() <= 140), "{text}");
     }
@@ -342,7 +363,8 @@ window_tokens = [2048, 8192]
             (170_000, 46.3, 53.7, 21.7),
         ] {
             let windows = format!("data.window_tokens=[{tokens}]");
-            let infer = Plan::new(&recipe(&[&windows, "data.train=1"]), Machine::h200(), &[]).infer;
+            let infer =
+                Plan::new(&recipe(&[&windows, "data.train=1"]), Machine::h200(), &Work::default()).infer;
             assert_eq!(infer.tokens, tokens);
             for (planned, measured, off) in [
                 (infer.sequential_bytes as f64 / 1e9, sequential, 0.1),
@@ -359,17 +381,25 @@ window_tokens = [2048, 8192]
 
     #[test]
     fn choices_that_cost_more_are_planned_as_more() {
-        let base = Plan::new(&recipe(&[]), Machine::h200(), &[]);
+        let base = Plan::new(&recipe(&[]), Machine::h200(), &Work::default());
         let stage = |plan: &Plan, name: &str| plan.stage(name).unwrap().clone();
-        let recon = Plan::new(&recipe(&["extract.channels=[\"recon_log\"]"]), Machine::h200(), &[]);
+        let recon =
+            Plan::new(&recipe(&["extract.channels=[\"recon_log\"]"]), Machine::h200(), &Work::default());
         assert!(stage(&recon, "extract").flops > 1.5 * stage(&base, "extract").flops);
-        let conv = Plan::new(&recipe(&["mapper.variant=conv"]), Machine::h200(), &[]);
+        let conv = Plan::new(&recipe(&["mapper.variant=conv"]), Machine::h200(), &Work::default());
         assert!(conv.mapper.flops_per_token < base.mapper.flops_per_token);
         assert!(stage(&conv, "train").peak_bytes < stage(&base, "train").peak_bytes);
-        let cpu = Plan::new(&recipe(&[]), Machine::cpu(2), &[]);
+        let cpu = Plan::new(&recipe(&[]), Machine::cpu(2), &Work::default());
         assert_eq!(cpu.target.weight_bytes, 2 * base.target.weight_bytes);
         assert!(cpu.secs() > 100.0 * base.secs());
         assert_eq!(stage(&base, "eval").flops, 0.0, "no task, no cost");
+        let last = ScorerWork { repeats: false, value_norms: false, read_again: 32 };
+        let work = Work { scorer: last, tasks: Vec::new() };
+        let read_once = Plan::new(&recipe(&[]), Machine::h200(), &work);
+        let (less, more) = (stage(&read_once, "label"), stage(&base, "label"));
+        // Most of KVzip's labels is the repeat.
+        assert!(less.flops < 0.6 * more.flops && less.peak_bytes < more.peak_bytes);
+        assert_eq!((less.tokens, less.disk_bytes), (more.tokens, more.disk_bytes));
     }
 
     #[test]
@@ -377,7 +407,7 @@ window_tokens = [2048, 8192]
         let stage = |plan: &Plan, name: &str| plan.stage(name).unwrap().clone();
         let plan = |set: &[&str]| {
             let from = ["extract.from=[\"target\"]"];
-            Plan::new(&recipe(&[&from[..], set].concat()), Machine::h200(), &[])
+            Plan::new(&recipe(&[&from[..], set].concat()), Machine::h200(), &Work::default())
         };
         let together = plan(&[]);
         let apart = plan(&["label.prefill_chunk_tokens=512"]);
@@ -400,12 +430,12 @@ window_tokens = [2048, 8192]
     fn a_recipe_of_one_model_is_planned_with_one() {
         // It has a `[proxy]`, which it does not read.
         let alone = recipe(&["extract.from=[\"target\"]"]);
-        let plan = Plan::new(&alone, Machine::h200(), &[]);
+        let plan = Plan::new(&alone, Machine::h200(), &Work::default());
         assert_eq!(plan.proxy, None);
-        assert_eq!(plan, Plan::new(&Recipe { proxy: None, ..alone }, Machine::h200(), &[]));
+        assert_eq!(plan, Plan::new(&Recipe { proxy: None, ..alone }, Machine::h200(), &Work::default()));
         assert_eq!(plan.stage("fetch").unwrap().disk_bytes, 2 * plan.target.parameters);
         assert!(!plan.table().contains("  proxy "), "{}", plan.table());
-        assert!(Plan::new(&recipe(&[]), Machine::h200(), &[]).table().contains("  proxy "));
+        assert!(Plan::new(&recipe(&[]), Machine::h200(), &Work::default()).table().contains("  proxy "));
     }
 
     #[test]
@@ -413,7 +443,7 @@ window_tokens = [2048, 8192]
         let stage = |plan: &Plan, name: &str| plan.stage(name).unwrap().clone();
         let plan = |set: &[&str]| {
             let from = ["extract.from=[\"target\", \"proxy\"]"];
-            Plan::new(&recipe(&[&from[..], set].concat()), Machine::h200(), &[])
+            Plan::new(&recipe(&[&from[..], set].concat()), Machine::h200(), &Work::default())
         };
         let kept = plan(&[]);
         let made = plan(&["extract.missing=generate", "extract.after_use=delete"]);
@@ -436,7 +466,7 @@ window_tokens = [2048, 8192]
     #[test]
     fn the_table_names_every_stage_and_what_does_not_fit() {
         let small = Machine { memory_bytes: Some(1_000_000_000), ..Machine::h200() };
-        let text = Plan::new(&recipe(&[]), small, &[]).table();
+        let text = Plan::new(&recipe(&[]), small, &Work::default()).table();
         for stage in ["fetch", "prepare", "label", "extract", "train", "eval"] {
             assert!(text.lines().any(|l| l.trim_start().starts_with(stage)), "{text}");
         }

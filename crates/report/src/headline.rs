@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use pkv_core::Policy;
-use pkv_recipe::plan::{Machine, Plan, human_count};
+use pkv_recipe::plan::{Machine, Plan, Work, human_count};
 use pkv_recipe::{MethodName, ModelSection, Recipe};
 use pkv_results::{AnswerCell, AnswerResults, Interval, LabelResults};
 use serde::Serialize;
@@ -202,7 +202,7 @@ fn tiles(data: &RunData) -> Vec<Tile> {
         tiles.extend(recall_tile(&results.labels));
     }
     if let Some(recipe) = &data.recipe {
-        let mapper = Plan::new(recipe, Machine::h200(), &[]).mapper;
+        let mapper = Plan::new(recipe, Machine::h200(), &Work::default()).mapper;
         // Beside a target of toy size any mapper looks expensive; `origin::limits` tells that instead.
         if mapper.share_of_prefill < TOY_SHARE {
             tiles.push(Tile {

@@ -1,6 +1,6 @@
 //! Provenance of the numbers: settings, versions, the command to reproduce them, and limits.
 
-use pkv_recipe::plan::{Machine, Plan};
+use pkv_recipe::plan::{Machine, Plan, Work};
 use pkv_recipe::{MapperSection, Recipe, Variant};
 use serde::Serialize;
 
@@ -170,7 +170,7 @@ pub fn limits(data: &RunData) -> Vec<String> {
             "Training contexts have at most {longest} tokens, contexts of the questions {}; longer ones were not measured.",
             recipe.eval.context_tokens
         ));
-        let share = Plan::new(recipe, Machine::h200(), &[]).mapper.share_of_prefill;
+        let share = Plan::new(recipe, Machine::h200(), &Work::default()).mapper.share_of_prefill;
         let cost = if share < TOY_SHARE {
             "The mapper's share of the prefill is a count of operations, not a time".to_owned()
         } else {

@@ -4,6 +4,7 @@
 //! Every stage checks its inputs by their fingerprints, continues what was stopped, and skips what is
 //! complete. Nothing is printed here: progress goes to a `Progress`, messages to `tracing`.
 
+pub mod feature_workers;
 pub mod mapper_source;
 pub mod pair;
 mod run_folder;

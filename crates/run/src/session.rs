@@ -12,6 +12,7 @@ use pkv_shard::RunJson;
 use tch::{Device, Kind};
 
 use crate::RunFolder;
+use crate::feature_workers::FeatureWorkers;
 use crate::pair::Found;
 use crate::stages::Part;
 
@@ -35,6 +36,8 @@ pub struct Session {
     pub bar: Box<dyn Progress>,
     pub stop: Stop,
     pub part: Part,
+    /// Who makes features while the mapper is trained on them, if not this process.
+    pub feature_workers: Option<FeatureWorkers>,
     /// Whether what is found out is written to `run.json`; a session that only plans writes nothing.
     records: bool,
     target: OnceLock<Arc<Found>>,
@@ -69,8 +72,22 @@ impl Session {
         let run = RunFolder::new(&choices.runs.join(&recipe.name));
         let Choices { device, bar, stop, part, .. } = choices;
         let (target, proxy, documents) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
-        let records = false;
-        Ok(Self { recipe, manifest, run, hub, device, bar, stop, part, records, target, proxy, documents })
+        let (records, feature_workers) = (false, None);
+        Ok(Self {
+            recipe,
+            manifest,
+            run,
+            hub,
+            device,
+            bar,
+            stop,
+            part,
+            feature_workers,
+            records,
+            target,
+            proxy,
+            documents,
+        })
     }
 
     /// Change `run.json`, unless this session only plans.

@@ -16,6 +16,7 @@ mod start_from;
 mod to_host;
 pub mod train;
 
+pub use self::generated::answer_stdin;
 pub use self::pieces::Part;
 
 use std::fs::File;

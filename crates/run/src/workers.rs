@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, available_parallelism, sleep, spawn};
@@ -51,10 +51,53 @@ pub struct Workers<'a> {
 struct Worker {
     number: usize,
     child: Child,
-    /// Its last lines.
-    tail: Arc<Mutex<VecDeque<String>>>,
-    readers: Vec<JoinHandle<()>>,
+    log: Log,
+    events: JoinHandle<()>,
     is_second: bool,
+}
+
+/// What a worker writes to stderr.
+pub(crate) struct Log {
+    tail: Arc<Mutex<VecDeque<String>>>,
+    reader: JoinHandle<()>,
+}
+
+impl Log {
+    /// Read `stderr` to its end; show what concerns every user, or all of it, by `print`.
+    pub fn of(stderr: Option<ChildStderr>, name: &str, is_verbose: bool, print: fn(&str)) -> Self {
+        let tail = Arc::new(Mutex::new(VecDeque::new()));
+        let (kept, name) = (Arc::clone(&tail), name.to_owned());
+        let reader = spawn(move || {
+            for line in lines(stderr) {
+                if is_verbose || is_for_all(&line) {
+                    print(&format!("{} ({name})", line.trim_end()));
+                }
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                if kept.len() == LAST_LINES {
+                    kept.pop_front();
+                }
+                kept.push_back(line);
+            }
+        });
+        Self { tail, reader }
+    }
+
+    /// The last lines, when all have been read: each on a line of its own.
+    pub fn last_lines(self) -> String {
+        drop(self.reader.join());
+        let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        tail.iter().map(|line| format!("\n    {line}")).collect()
+    }
+}
+
+/// How a worker ended, in words, and the kind of its failure, as far as its exit code says.
+pub(crate) fn how_it_ended(status: ExitStatus) -> (String, Option<FailureKind>) {
+    let kind = FailureKind::ALL.into_iter().find(|kind| status.code() == Some(kind.exit_code().into()));
+    let how = match status.signal() {
+        Some(signal) => format!("was ended by signal {signal}"),
+        None => format!("ended with {}", status.code().map_or(String::new(), |c| format!("exit code {c}"))),
+    };
+    (how, kind)
 }
 
 impl Workers<'_> {
@@ -127,23 +170,18 @@ impl Workers<'_> {
     /// A worker has ended; another one in its place, if it died for the first time.
     fn ended(
         &self,
-        mut worker: Worker,
+        worker: Worker,
         status: ExitStatus,
         tell: &Sender<(usize, Event)>,
     ) -> Result<Option<Worker>> {
         // Its last lines are there when both of its streams have ended.
-        worker.readers.drain(..).for_each(|reader| drop(reader.join()));
+        let lines = worker.log.last_lines();
+        drop(worker.events.join());
         if status.success() {
             return Ok(None);
         }
-        let kind = FailureKind::ALL.into_iter().find(|kind| status.code() == Some(kind.exit_code().into()));
+        let (how, kind) = how_it_ended(status);
         let name = self.name(worker.number);
-        let how = match status.signal() {
-            Some(signal) => format!("was ended by signal {signal}"),
-            None => {
-                format!("ended with {}", status.code().map_or(String::new(), |c| format!("exit code {c}")))
-            }
-        };
         if kind == Some(FailureKind::Interrupted) {
             // The signal reached it before this process.
             return Err(Interrupted.into());
@@ -153,8 +191,6 @@ impl Workers<'_> {
             tracing::warn!("{name} {how}, and is replaced");
             return self.start(worker.number, true, tell).map(Some);
         }
-        let tail = worker.tail.lock().unwrap_or_else(PoisonError::into_inner);
-        let lines: String = tail.iter().map(|line| format!("\n    {line}")).collect();
         let again = if worker.is_second { ", as the one before it did not end well" } else { "" };
         Err(hinted(
             format!("{name} {how}{again}; its last lines:{lines}"),
@@ -177,31 +213,15 @@ impl Workers<'_> {
         // The next command goes on with their pieces.
         end_with_parent(&mut command);
         let mut child = command.spawn().with_context(|| format!("cannot start {}", self.name(number)))?;
-        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-        let tail = Arc::new(Mutex::new(VecDeque::new()));
-        let (tell, kept, name) = (tell.clone(), Arc::clone(&tail), self.name(number));
-        let (is_verbose, print) = (self.is_verbose, self.print);
-        let readers = vec![
-            spawn(move || {
-                for event in lines(stdout).filter_map(|line| Event::parse(&line)) {
-                    // A display that has ended shows no more.
-                    let _ = tell.send((number, event));
-                }
-            }),
-            spawn(move || {
-                for line in lines(stderr) {
-                    if is_verbose || is_for_all(&line) {
-                        print(&format!("{} ({name})", line.trim_end()));
-                    }
-                    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                    if kept.len() == LAST_LINES {
-                        kept.pop_front();
-                    }
-                    kept.push_back(line);
-                }
-            }),
-        ];
-        Ok(Worker { number, child, tail, readers, is_second })
+        let (stdout, tell) = (child.stdout.take(), tell.clone());
+        let log = Log::of(child.stderr.take(), &self.name(number), self.is_verbose, self.print);
+        let events = spawn(move || {
+            for event in lines(stdout).filter_map(|line| Event::parse(&line)) {
+                // A display that has ended shows no more.
+                let _ = tell.send((number, event));
+            }
+        });
+        Ok(Worker { number, child, log, events, is_second })
     }
 
     /// CPU threads of a worker.

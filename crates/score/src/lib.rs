@@ -14,4 +14,4 @@ mod scorers;
 
 pub use request::Requests;
 pub use scorer::{ContextScores, Scorer};
-pub use scorers::{WINDOW, check, kvzip_plus, value_output_norms, window_scores};
+pub use scorers::{WINDOW, check, kvzip_plus, value_output_norms, window_scores, work};

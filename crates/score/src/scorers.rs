@@ -15,6 +15,7 @@ mod tests;
 use anyhow::{Result, ensure};
 use pkv_gpu::Weighting;
 use pkv_lm::{KvCache, LanguageModel};
+use pkv_recipe::plan::ScorerWork;
 use pkv_recipe::{LabelSection, check_known};
 use tch::{Kind, Tensor};
 
@@ -49,6 +50,8 @@ pub(crate) struct Entry {
     /// In recipes.
     pub name: &'static str,
     pub compute: Compute,
+    /// What it costs beside the prefill, for `plan`.
+    pub work: ScorerWork,
     /// Its reference: a file, from the folder of all crates, that has this text.
     #[cfg(test)]
     pub held_by: (&'static str, &'static str),
@@ -58,6 +61,7 @@ pub(crate) struct Entry {
 const PLAIN: Entry = Entry {
     name: "plain",
     compute: Compute::Repeat(None),
+    work: ScorerWork::REPEAT,
     #[cfg(test)]
     held_by: ("gpu/src/ops/tests/scores.rs", "pub fn chunk_scores"),
 };
@@ -71,6 +75,13 @@ pub(crate) static REGISTRY: &[Entry] = &[PLAIN, kvzip_plus::ENTRY, snapkv::ENTRY
 /// It is unknown.
 pub fn check(label: &LabelSection) -> Result<()> {
     find(label.scorer()).map(drop)
+}
+
+/// What a recipe's way to score costs beside the prefill; one that is unknown is refused elsewhere, and costs
+/// a repeat.
+pub fn work(label: &LabelSection) -> ScorerWork {
+    let entry = REGISTRY.iter().find(|entry| entry.name == label.scorer());
+    entry.map_or(ScorerWork::REPEAT, |entry| entry.work)
 }
 
 /// The way to score of that name.

@@ -225,7 +225,12 @@ impl StageDir {
     pub(crate) fn rest(&self) -> Option<Self> {
         let shards = vec![self.index.rest.clone()?];
         let index = Index { shards, rest: None, complete: true, ..self.index.clone() };
-        Some(Self { dir: self.dir.clone(), index, lock: None, budget: self.budget.clone() })
+        Some(Self::of_index(&self.dir, index))
+    }
+
+    /// The shards that `index` names, for reading.
+    pub(crate) fn of_index(dir: &Path, index: Index) -> Self {
+        Self { dir: dir.to_path_buf(), index, lock: None, budget: WriteBudget::unlimited() }
     }
 
     /// Compare every shard with the hash in the index.

@@ -122,6 +122,19 @@ impl ExampleRows {
         self.examples.get(row)
     }
 
+    /// Say that row `row` will be read, lower `turn`s first: features that are made when they are read may be
+    /// made until then.
+    pub fn expect(&self, row: u64, turn: u64) {
+        if let Some(known) = self.known.get(row as usize) {
+            self.features.expect(row, known.positions, turn);
+        }
+    }
+
+    /// One reading of row `row` that was expected will not come.
+    pub fn forget(&self, row: u64) {
+        self.features.forget(row);
+    }
+
     /// Labels and features of row `row`.
     ///
     /// # Errors

@@ -23,6 +23,13 @@ pub trait FeatureSource: Debug + Send + Sync {
     /// They cannot be made.
     fn row(&self, i: u64) -> Result<FeatureRow>;
 
+    /// Example `i`, of `positions` positions, will be read: its features may be made until then. Lower
+    /// `turn`s are read first.
+    fn expect(&self, _i: u64, _positions: usize, _turn: u64) {}
+
+    /// One reading of example `i` that was expected will not come.
+    fn forget(&self, _i: u64) {}
+
     /// Path at which they would be stored, for messages.
     fn path(&self) -> &Path;
 }
@@ -107,6 +114,16 @@ impl FeatureSet {
     /// The first source's folder, for messages.
     pub fn path(&self) -> &Path {
         self.parts[0].path()
+    }
+
+    /// As [`FeatureSource::expect`], of every source.
+    pub fn expect(&self, i: u64, positions: usize, turn: u64) {
+        self.parts.iter().for_each(|part| part.expect(i, positions, turn));
+    }
+
+    /// As [`FeatureSource::forget`], of every source.
+    pub fn forget(&self, i: u64) {
+        self.parts.iter().for_each(|part| part.forget(i));
     }
 
     /// Features of example `i`. Those of several sources are one row of one layer: the heads of all, channels

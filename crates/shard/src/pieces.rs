@@ -1,8 +1,10 @@
 //! A stage in pieces, which any number of processes make: the folder `pieces/` in the stage's folder.
 //!
 //! A piece is one shard. `plan.json` says how many there are and what they are made with; `00003.json`, the
-//! marker of piece 3, is written when it has ended; `00003.lock` without a marker is a piece that was begun.
-//! Markers and plan hold their own hash. When every piece is done, the index is written and the folder goes.
+//! marker of piece 3, is written when it has ended; `00003.lock` without a marker is a piece that was begun,
+//! and `00003.rest.json` says that a process which was stopped over it kept its first rows in the shard's
+//! file. All but the locks hold their own hash. When every piece is done, the index is written and the folder
+//! goes.
 //!
 //! This file reads; `work` claims, writes and seals. An evaluation keeps the same folder, with one piece for
 //! each context and no shards: what it measured is stored elsewhere.
@@ -234,6 +236,18 @@ impl PiecesState {
 }
 
 impl PiecesPlan {
+    /// Piece `absent` of `task` is missing, and perhaps others.
+    fn not_all(&self, absent: u64, task: Task) -> Missing {
+        Missing {
+            what: format!("not all of {} pieces are there: piece {absent} is missing", self.shards),
+            command: format!(
+                "the process that makes the last one completes the stage; `proxykv-train {} --task {task}` makes that piece, \
+                 and `proxykv-train launch status` counts them",
+                self.stage
+            ),
+        }
+    }
+
     /// Pieces `missing` in words, of `tasks`.
     fn missing(&self, missing: &[u64], mut tasks: Vec<Task>) -> Missing {
         tasks.sort_unstable();

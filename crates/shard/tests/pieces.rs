@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pkv_core::{StoreDtype, Task};
 use pkv_files::WriteBudget;
@@ -108,7 +110,7 @@ fn a_process_that_dies_costs_the_piece_in_its_hands() {
     assert!(matches!(other.claim(1).unwrap(), Claimed::Elsewhere));
     assert!(matches!(other.claim(2).unwrap(), Claimed::Ended(marker) if marker.shard == 2));
     assert_eq!(make(&other, 3).unwrap(), 6);
-    assert!(matches!(other.seal().unwrap(), Seal::Missing(state) if state.missing() == [1]));
+    assert!(matches!(other.seal().unwrap(), Seal::Missing(m) if m.what.ends_with("missing: 1")));
     drop(piece);
     assert_eq!(make(&other, 1).unwrap(), 8);
     assert!(!left.exists(), "what was left of the piece is removed");
@@ -118,6 +120,50 @@ fn a_process_that_dies_costs_the_piece_in_its_hands() {
     // The first process finds the stage complete.
     assert!(matches!(pieces.claim(1).unwrap(), Claimed::Sealed));
     assert!(matches!(pieces.seal().unwrap(), Seal::Done(None)));
+}
+
+#[test]
+fn a_process_that_is_stopped_keeps_the_rows_of_its_piece() {
+    let expected = whole();
+    let read = StoreDtype::F16;
+    for damage in ["", "cut", "other bytes", "no record"] {
+        let dir = tempdir().unwrap();
+        let pieces = open(dir.path(), "0/1").unwrap();
+        let Claimed::Free(piece) = pieces.claim(1).unwrap() else { panic!() };
+        assert!(pieces.kept::<LabelRow>(&piece).is_empty());
+        let mut writer = pieces.writer::<LabelRow>(&piece, read);
+        (8..13).for_each(|i| writer.push(label(i)).unwrap());
+        writer.keep().unwrap();
+        drop((piece, pieces));
+        let (file, record) =
+            (dir.path().join("labels-00001.parquet"), dir.path().join("pieces/00001.rest.json"));
+        let mut bytes = fs::read(&file).unwrap();
+        match damage {
+            "cut" => fs::write(&file, &bytes[..bytes.len() / 2]).unwrap(),
+            "other bytes" => {
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 1;
+                fs::write(&file, &bytes).unwrap();
+            }
+            "no record" => fs::remove_file(&record).unwrap(),
+            _ => {}
+        }
+        let state = PiecesState::read(dir.path()).unwrap().unwrap();
+        assert_eq!((state.missing().len() as u64, state.done_rows()), (PIECES, 0), "a rest is no piece");
+        let pieces = open(dir.path(), "0/1").unwrap();
+        let Claimed::Free(piece) = pieces.claim(1).unwrap() else { panic!() };
+        let kept = pieces.kept::<LabelRow>(&piece);
+        assert_eq!(kept.len(), if damage.is_empty() { 5 } else { 0 }, "{damage}");
+        let mut writer = pieces.writer::<LabelRow>(&piece, read);
+        let first = 8 + kept.len();
+        kept.into_iter().chain((first..16).map(label)).for_each(|row| writer.push(row).unwrap());
+        let ended = Ended { done: 8, file: writer.publish().unwrap(), tokens: 80, ..Ended::default() };
+        pieces.end(piece, ended).unwrap();
+        assert!(!record.exists());
+        [0, 2, 3].iter().for_each(|&shard| assert!(make(&pieces, shard).unwrap() > 0));
+        assert!(matches!(pieces.seal().unwrap(), Seal::Done(_)));
+        assert!(sealed(&dir) == expected, "{damage}");
+    }
 }
 
 #[test]
@@ -149,6 +195,59 @@ fn several_processes_may_seal_at_once() {
 }
 
 /// The disk fills up at every point in turn: inside a shard, in a marker, in the index.
+#[test]
+fn of_processes_that_end_at_once_one_or_more_seal() {
+    let expected = whole();
+    for _ in 0..50 {
+        let dir = tempdir().unwrap();
+        let all: Vec<Pieces> =
+            (0..PIECES).map(|k| open(dir.path(), &format!("{k}/{PIECES}")).unwrap()).collect();
+        let (start, sealed_by) = (Barrier::new(all.len()), AtomicU64::new(0));
+        std::thread::scope(|s| {
+            for (shard, pieces) in (0..).zip(&all) {
+                let (start, sealed_by) = (&start, &sealed_by);
+                s.spawn(move || {
+                    start.wait();
+                    make(pieces, shard).unwrap();
+                    if let Seal::Done(_) = pieces.seal().unwrap() {
+                        sealed_by.fetch_add(1, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert!(sealed_by.load(Ordering::SeqCst) > 0, "no process found all pieces");
+        assert!(sealed(&dir) == expected);
+    }
+}
+
+#[test]
+fn markers_are_read_a_few_times_each_however_many_processes_there_are() {
+    const TASKS: u64 = 40;
+    const PIECES: u64 = 3 * TASKS;
+    let dir = tempdir().unwrap();
+    let plan = PiecesPlan::new("label", &choices(), PIECES, 1).unwrap();
+    let mut reads = Vec::new();
+    for k in 0..TASKS {
+        let pieces =
+            Pieces::open(dir.path(), plan.clone(), worker(&format!("{k}/{TASKS}"))).unwrap().unwrap();
+        pieces.plan().of_task(pieces.task()).for_each(|shard| assert_eq!(make(&pieces, shard).unwrap(), 1));
+        match pieces.seal().unwrap() {
+            Seal::Done(_) => assert_eq!(k, TASKS - 1),
+            Seal::Missing(missing) => {
+                let next = 2 * TASKS + k + 1;
+                assert_eq!(missing.what, format!("not all of 120 pieces are there: piece {next} is missing"));
+                assert!(missing.command.contains(&format!("--task {}/{TASKS}", k + 1)), "{missing:?}");
+            }
+        }
+        reads.push(pieces.markers_read());
+    }
+    // Of its own three pieces: once when it begins, twice when it claims; then its neighbour's last one. The
+    // one that ends last looks for the last one of each and reads all.
+    assert!(reads.iter().all(|n| *n <= 10 + TASKS + PIECES), "{reads:?}");
+    assert!(reads[..39].iter().all(|n| *n <= 10), "{reads:?}");
+    assert_eq!(StageReader::<LabelRow>::open(dir.path()).unwrap().len(), PIECES);
+}
+
 #[test]
 fn a_full_disk_at_any_point_is_an_error_and_the_next_run_continues() {
     let expected = whole();
@@ -187,8 +286,8 @@ fn a_failed_piece_is_tried_again_by_the_next_process_alone() {
     for shard in [0, 2, 3] {
         make(&first, shard).unwrap();
     }
-    let Seal::Missing(state) = first.seal().unwrap() else { panic!("a row is lost") };
-    assert_eq!(state.missing(), [1]);
+    let Seal::Missing(missing) = first.seal().unwrap() else { panic!("a row is lost") };
+    assert!(missing.what.ends_with("missing: 1"), "{missing:?}");
     drop(first);
     let second = open(dir.path(), "0/1").unwrap();
     fail(&second);

@@ -4,7 +4,7 @@
 //! read again. Data beyond the budget is decoded each time.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
 use pkv_gpu::host_memory;
@@ -48,24 +48,32 @@ impl Cache {
         Self { budget, state: Mutex::default() }
     }
 
+    /// Whether the sample of `row` is here.
+    pub fn has(&self, row: u64) -> bool {
+        self.lock().samples.contains_key(&row)
+    }
+
     /// The sample of `row`, made by `make` if it is not here.
     ///
     /// # Errors
     /// Those of `make`.
     pub fn get(&self, row: u64, make: impl FnOnce() -> Result<CachedExample>) -> Result<Arc<CachedExample>> {
-        // A panic while the lock was held leaves whole samples.
-        let lock = || self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(sample) = lock().samples.get(&row) {
+        if let Some(sample) = self.lock().samples.get(&row) {
             return Ok(sample.clone());
         }
         // Not under the lock: threads decode side by side. Two that want the same row both do.
         let sample = Arc::new(make()?);
-        let mut state = lock();
+        let mut state = self.lock();
         if state.bytes + sample.bytes() <= self.budget && !state.samples.contains_key(&row) {
             state.bytes += sample.bytes();
             state.samples.insert(row, sample.clone());
         }
         Ok(sample)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock was held leaves whole samples.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -92,6 +100,7 @@ mod tests {
         };
         (0..3).for_each(|_| (0..4).for_each(&get));
         assert_eq!(made.get(), 2 + 3 * 2);
+        assert_eq!([0, 1, 2, 3].map(|row| cache.has(row)), [true, true, false, false]);
         assert!(cache.get(9, || anyhow::bail!("damaged")).is_err());
         let none = Cache::new(Some(0.0));
         none.get(1, || Ok(sample(1))).unwrap();

@@ -91,6 +91,11 @@ impl Dataset {
         self.rows.positions(row)
     }
 
+    /// As [`ExampleRows::expect`].
+    pub fn expect(&self, row: u64, turn: u64) {
+        self.rows.expect(row, turn);
+    }
+
     /// Row `i` as tensors.
     ///
     /// # Errors
@@ -143,7 +148,22 @@ impl Source for Samples<'_> {
     }
 
     fn sample(&self, row: u64) -> Result<Arc<CachedExample>> {
-        self.cache.get(row, || self.dataset.sample(row, &self.pool))
+        let mut is_read = false;
+        let sample = self.cache.get(row, || {
+            is_read = true;
+            self.dataset.sample(row, &self.pool)
+        })?;
+        if !is_read {
+            // Another thread has read it since it was expected.
+            self.dataset.rows.forget(row);
+        }
+        Ok(sample)
+    }
+
+    fn expect(&self, row: u64, turn: u64) {
+        if !self.cache.has(row) {
+            self.dataset.expect(row, turn);
+        }
     }
 }
 

@@ -51,6 +51,9 @@ pub trait Source: Sync {
     /// # Errors
     /// The row cannot be read.
     fn sample(&self, row: u64) -> Result<Arc<CachedExample>>;
+
+    /// `row` will be read, lower `turn`s first.
+    fn expect(&self, _row: u64, _turn: u64) {}
 }
 
 /// Inputs that all batches share.
@@ -116,7 +119,14 @@ impl<'a> Loader<'a> {
     /// Send every `threads`-th batch until the receiver goes away; an error is sent too, and ends it.
     fn make(self, first: u64, end: u64, thread: usize, threads: usize, to: &SyncSender<Result<Host>>) {
         let steps = (first..end).zip(self.batches.from_step(first));
-        for (step, batch) in steps.skip(thread).step_by(threads) {
+        // The rows of the next batch are made, where they are made when they are read, while this one is
+        // read.
+        let mut steps = steps.skip(thread).step_by(threads).inspect(|(step, batch)| {
+            batch.windows.iter().for_each(|&(row, _)| self.source.expect(row, *step));
+        });
+        let mut next = steps.next();
+        while let Some((step, batch)) = next {
+            next = steps.next();
             let host = self.assemble(step, &batch);
             let failed = host.is_err();
             if to.send(host).is_err() || failed {

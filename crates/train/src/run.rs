@@ -111,7 +111,7 @@ pub fn is_complete(inputs: &TrainInputs) -> Result<Option<u64>> {
 
 /// Train until the recipe's steps are done or `stop` is requested, from the last checkpoint if there is one.
 ///
-/// Asked to stop, it saves a checkpoint after the step at hand.
+/// Asked to stop, or unable to read the next batch, it saves a checkpoint after the step at hand.
 ///
 /// # Errors
 /// A stage is absent or damaged, the checkpoints were made with other choices, the loss is no
@@ -170,7 +170,7 @@ pub fn train(
             }
             let queued = run.launch_step(&now)?;
             // On its way while the device is busy with this one.
-            batch = if run.step + 1 < run.schedule.most() { Some(feed.take()?) } else { None };
+            let next = if run.step + 1 < run.schedule.most() { feed.take().map(Some) } else { Ok(None) };
             let before = run.schedule.most();
             run.finish_step(queued, now.tokens())
                 .map_err(|e| diverged::explain(e, inputs, &batches, &dataset))?;
@@ -180,6 +180,14 @@ pub fn train(
                 progress.finish();
                 progress.start("train", run.schedule.most(), run.step);
             }
+            batch = match next {
+                Ok(batch) => batch,
+                Err(e) => {
+                    // What was learned so far is kept.
+                    run.save_once().map_err(|e| diverged::explain(e, inputs, &batches, &dataset))?;
+                    return Err(e);
+                }
+            };
         }
         Ok(())
         // The feed is dropped here, and the loader's threads end with it.

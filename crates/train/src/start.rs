@@ -41,6 +41,7 @@ pub fn start(
     let passes = if linear { 2 } else { 1 };
     progress.start("training statistics", passes * sample.len() as u64, 0);
     let one = |x: &Tensor| x.unsqueeze(0);
+    let expect = || (0..).zip(&sample).for_each(|(turn, &row)| dataset.expect(row, turn));
     let read = |row: u64| {
         // Features that are made when they are read take as long as a model reads a context.
         stop.check()?;
@@ -49,6 +50,7 @@ pub fn start(
 
     let mut statistics = StandardizationAccumulator::new(dims);
     let mut thresholds = Vec::new();
+    expect();
     for &row in &sample {
         let context = read(row)?;
         let y_ot = context.targets(pool);
@@ -63,6 +65,7 @@ pub fn start(
     let ridge = linear.then(|| RidgeAccumulator::new(dims, &stats, device)).transpose()?;
     let mut learner = Learner::new(section, loss, dims, stats, seed, device)?;
     if let Some(mut ridge) = ridge {
+        expect();
         for &row in &sample {
             let context = read(row)?;
             ridge.add(&one(&context.heads_pct), &one(&context.globals_ct), &one(&context.targets(pool)))?;

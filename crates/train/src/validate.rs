@@ -163,7 +163,12 @@ impl<'a> Validator<'a> {
         let mut agreements: Vec<Option<Agreement>> = (0..n).map(|_| None).collect();
         // Comparisons on the device, by context.
         let mut compared: Vec<(usize, Budgets, Tensor)> = Vec::new();
-        for wave in self.waves() {
+        let waves = self.waves();
+        for i in waves.iter().flatten().flatten().filter(|i| !self.kept.contains_key(i)) {
+            // Before all batches: training waits for it.
+            self.dataset.expect(self.rows[*i], 0);
+        }
+        for wave in waves {
             let ready = self.ready(&wave, mapper.device())?;
             let mut pairs = Vec::new();
             for forward in wave {

@@ -52,7 +52,7 @@ fn task(text: &str) -> Result<Task, String> {
     text.parse::<Task>().map_err(|e| with_hint(&e))
 }
 
-fn devices(text: &str) -> Result<Devices, String> {
+pub fn devices(text: &str) -> Result<Devices, String> {
     Devices::parse(text).map_err(|e| with_hint(&e))
 }
 
@@ -151,7 +151,7 @@ fn of_environment(get: impl Fn(&str) -> Option<String>) -> Result<Option<(Task, 
 }
 
 /// Arguments of this command that are not a worker's; each has a value.
-const NOT_PASSED: [&str; 5] = ["--devices", "--device", "--threads", "--task", "--redo"];
+const NOT_PASSED: [&str; 6] = ["--devices", "--device", "--threads", "--task", "--redo", "--feature-workers"];
 
 /// The arguments of this command that are a worker's too.
 pub fn of_worker(all: impl Iterator<Item = OsString>) -> Vec<OsString> {
@@ -231,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_worker_gets_the_arguments_that_are_its_own() {
-        let all = "label --devices cpu,cpu --recipe r.toml --device=cpu --set train.steps=3 --threads 2 --redo label -v";
+        let all = "label --devices cpu,cpu --recipe r.toml --device=cpu --set train.steps=3 --threads 2 --redo label --feature-workers 3 -v";
         let passed = of_worker(all.split(' ').map(OsString::from));
         assert_eq!(passed, ["label", "--recipe", "r.toml", "--set", "train.steps=3", "-v"]);
     }

@@ -10,6 +10,7 @@ use pkv_recipe::Override;
 use pkv_run::stages::{REGISTRY, entry};
 use pkv_shard::Stage;
 
+use super::pieces::{Devices, devices};
 use super::{PieceArgs, StageArgs, list, policy};
 use crate::completion::values;
 
@@ -19,6 +20,7 @@ pub struct StageCommand {
     pub stage: Stage,
     pub args: StageArgs,
     pub prepare: Option<PrepareArgs>,
+    pub train: Option<TrainArgs>,
     pub eval: Option<EvalArgs>,
     /// Of a stage that is made in pieces.
     pub pieces: Option<PieceArgs>,
@@ -30,6 +32,27 @@ pub struct PrepareArgs {
     /// Afterwards, show the first N examples as text, each with the facts planted in it.
     #[arg(long, value_name = "N")]
     pub show: Option<usize>,
+}
+
+/// Arguments of `train` alone.
+#[derive(Clone, Debug, Args)]
+pub struct TrainArgs {
+    /// Take features that the recipe does not store (`extract.after_use = "delete"`) from N processes, each
+    /// with the models that features come from; the mapper is the same for any N [default: made in this
+    /// process].
+    ///
+    /// A worker that dies is replaced once. Memory for rows that wait: 4 GB at most, and six rows for each
+    /// worker.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=256))]
+    pub feature_workers: Option<u64>,
+    /// Devices of the feature workers, in turn, such as `cuda:1,cuda:2`, or `all` GPUs [default: the device
+    /// that trains].
+    #[arg(long, value_name = "DEVICE,...", value_parser = devices, requires = "feature_workers",
+        add = values::devices())]
+    pub devices: Option<Devices>,
+    /// Make the features of these sources, for the process that started this one with `--feature-workers`.
+    #[arg(long = "make-features", value_name = "SOURCE,...", hide = true)]
+    pub make_features: Option<String>,
 }
 
 /// Arguments of `eval` alone.
@@ -57,6 +80,7 @@ impl Subcommand for StageCommand {
             let own = StageArgs::augment_args(Command::new(entry.stage.name()));
             let own = match entry.stage {
                 Stage::Prepare => PrepareArgs::augment_args(own),
+                Stage::Train => TrainArgs::augment_args(own),
                 Stage::Eval => EvalArgs::augment_args(own),
                 _ => own,
             };
@@ -82,6 +106,7 @@ impl FromArgMatches for StageCommand {
             stage,
             args: StageArgs::from_arg_matches(own)?,
             prepare: (stage == Stage::Prepare).then(|| PrepareArgs::from_arg_matches(own)).transpose()?,
+            train: (stage == Stage::Train).then(|| TrainArgs::from_arg_matches(own)).transpose()?,
             eval: (stage == Stage::Eval).then(|| EvalArgs::from_arg_matches(own)).transpose()?,
             pieces: entry(stage).in_pieces.then(|| PieceArgs::from_arg_matches(own)).transpose()?,
         })

@@ -101,11 +101,12 @@ fn secs(stage: &StagePlan, took: &Took) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Work;
     use super::super::tests::recipe;
     use super::*;
 
     fn past(took: &[(&str, f64)], machine: Machine) -> (PastRun, Plan) {
-        let plan = Plan::new(&recipe(&["data.train=100", "train.steps=300"]), machine, &[]);
+        let plan = Plan::new(&recipe(&["data.train=100", "train.steps=300"]), machine, &Work::default());
         let mut past = PastRun::new("runs/small".to_owned());
         took.iter().for_each(|(stage, secs)| past.add(stage, *secs, &plan));
         (past, plan)
@@ -122,7 +123,7 @@ mod tests {
             let planned = again.stage(name).unwrap().secs.unwrap();
             assert!((planned / secs - 1.0).abs() < 1e-9, "{name}: {planned}");
         }
-        let plan = Plan::new(&recipe(&[]), Machine::cpu(2), &[]);
+        let plan = Plan::new(&recipe(&[]), Machine::cpu(2), &Work::default());
         let calibrated = plan.clone().calibrated(&past);
         let secs = |plan: &Plan, name: &str| plan.stage(name).unwrap().secs;
         // 1100 contexts in place of 200.
@@ -141,7 +142,7 @@ mod tests {
     #[test]
     fn another_machine_is_said() {
         let (past, planned) = past(&[("label", 100.0)], Machine::cpu(2));
-        let plan = Plan::new(&recipe(&[]), Machine::card("h100").unwrap(), &[]);
+        let plan = Plan::new(&recipe(&[]), Machine::card("h100").unwrap(), &Work::default());
         let faster = plan.clone().calibrated(&past);
         assert!(faster.table().contains("which ran on 2 CPU threads, f32."), "{}", faster.table());
         let (now, then) = (plan.stage("label").unwrap().secs, planned.stage("label").unwrap().secs);

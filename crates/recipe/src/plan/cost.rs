@@ -18,24 +18,56 @@ fn attention_width(shape: &ModelShape) -> f64 {
     (shape.query_heads * shape.head_dim) as f64
 }
 
+/// What a way to score computes beside the prefill of a context: each of `pkv_score` says it of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScorerWork {
+    /// The context is repeated, chunk by chunk.
+    pub repeats: bool,
+    /// The norm of each value after W_O is computed.
+    pub value_norms: bool,
+    /// Tokens at the context's end that are read once more.
+    pub read_again: usize,
+}
+
+impl ScorerWork {
+    /// The repeat alone, as of KVzip.
+    pub const REPEAT: Self = Self { repeats: true, value_norms: false, read_again: 0 };
+}
+
+impl Default for ScorerWork {
+    fn default() -> Self {
+        Self::REPEAT
+    }
+}
+
 /// Settings of the repeat of a context.
 pub struct Repeat {
     /// Tokens per scoring chunk.
     pub tokens: usize,
     request: usize,
     sink: usize,
-    value_norms: bool,
+    scorer: ScorerWork,
 }
 
 impl Repeat {
-    /// `template` is the length of prefix and switch.
-    pub fn new(section: &LabelSection, template: usize) -> Self {
+    /// `template` is the length of prefix and switch; `scorer` is that of `section`.
+    pub fn new(section: &LabelSection, template: usize, scorer: ScorerWork) -> Self {
         Self {
             tokens: section.chunk(),
             request: REQUEST_TOKENS + template / 2,
             sink: section.sink_tokens(template / 2),
-            value_norms: section.reads_value_norms(),
+            scorer,
         }
+    }
+
+    /// Forwards that scoring a context of `t` tokens takes.
+    pub fn forwards(&self, t: usize) -> usize {
+        if self.scorer.repeats { t.div_ceil(self.tokens) } else { usize::from(self.scorer.read_again > 0) }
+    }
+
+    /// Longest input of one forward that scores a context of `t` tokens.
+    pub fn scoring_tokens(&self, t: usize) -> usize {
+        if self.scorer.repeats { self.new_tokens(t) } else { self.scorer.read_again.min(t) }
     }
 
     /// Longest input of one repeat in a context of `t` tokens.
@@ -45,8 +77,9 @@ impl Repeat {
 
     /// Softmax weights of one layer and scoring chunk, if they are all held at once.
     pub fn score_elements(&self, shape: &ModelShape, t: usize) -> u64 {
-        let (new, chunk) = (self.new_tokens(t), self.tokens.min(t));
-        (shape.query_heads * new * (self.sink + chunk + new)) as u64
+        let new = self.scoring_tokens(t);
+        let keys = if self.scorer.repeats { self.sink + self.tokens.min(t) + new } else { t };
+        (shape.query_heads * new * keys) as u64
     }
 }
 
@@ -68,10 +101,18 @@ pub fn repeat(shape: &ModelShape, t: usize, by: &Repeat) -> f64 {
         total += 2.0 * matrices * new + over_cache + scores;
         start += chunk;
     }
-    if by.value_norms {
+    if by.scorer.value_norms {
         total += 2.0 * attention_width(shape) * (shape.hidden * shape.layers * t) as f64;
     }
     total
+}
+
+/// Scoring a cached context of `t` tokens: its repeat, or whatever else the scorer reads.
+pub fn scoring(shape: &ModelShape, t: usize, by: &Repeat) -> f64 {
+    let again = by.scorer.read_again.min(t) as f64;
+    let over_cache = 4.0 * attention_width(shape) * again * t as f64 * shape.layers as f64;
+    let repeated = if by.scorer.repeats { repeat(shape, t, by) } else { 0.0 };
+    repeated + 2.0 * shape.matrix_parameters() as f64 * again + over_cache
 }
 
 /// Features of a prefilled model: queries times keys once more for every pass that a channel asks for, and
@@ -251,7 +292,7 @@ mod tests {
 
     #[test]
     fn labels_of_an_8b_take_the_seconds_counted_by_hand() {
-        let chunk = Repeat::new(&LabelSection::default(), 48);
+        let chunk = Repeat::new(&LabelSection::default(), 48, ScorerWork::REPEAT);
         for (t, prefill_secs, label_secs) in BY_HAND {
             let p = prefill(&EIGHT_B, t) / 790e12;
             let all = p + repeat(&EIGHT_B, t, &chunk) / 790e12;
@@ -268,10 +309,18 @@ mod tests {
 
     #[test]
     fn every_chunk_pays_for_its_request_and_no_context_for_nothing() {
-        let of = |tokens| Repeat { tokens, request: 24, sink: 24, value_norms: false };
+        let by = |tokens, scorer| Repeat { tokens, request: 24, sink: 24, scorer };
+        let of = |tokens| by(tokens, ScorerWork::REPEAT);
         assert_eq!(repeat(&EIGHT_B, 0, &of(2000)), 0.0);
         assert!(repeat(&EIGHT_B, 8192, &of(50)) > repeat(&EIGHT_B, 8192, &of(2000)));
-        let plus = Repeat { value_norms: true, ..of(2000) };
-        assert!(repeat(&EIGHT_B, 8192, &plus) > repeat(&EIGHT_B, 8192, &of(2000)));
+        let plus = by(2000, ScorerWork { value_norms: true, ..ScorerWork::REPEAT });
+        assert!(scoring(&EIGHT_B, 8192, &plus) > scoring(&EIGHT_B, 8192, &of(2000)));
+        assert_eq!(scoring(&EIGHT_B, 8192, &of(2000)), repeat(&EIGHT_B, 8192, &of(2000)));
+        // 32 tokens on top of the cache, as a part of the prefill.
+        let last = by(2000, ScorerWork { repeats: false, value_norms: false, read_again: 32 });
+        let (share, forward) = (32.0 / 8192.0, prefill(&EIGHT_B, 8192));
+        let read = scoring(&EIGHT_B, 8192, &last);
+        assert!(read > share * forward && read < 2.0 * share * forward, "{read} of {forward}");
+        assert_eq!((last.forwards(8192), last.scoring_tokens(20)), (1, 20));
     }
 }

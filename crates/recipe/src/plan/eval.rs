@@ -2,9 +2,9 @@
 
 use pkv_core::ModelShape;
 
-use super::cost::{Decode, MapperCost, Repeat, decode, prefill, repeat};
+use super::cost::{Decode, MapperCost, Repeat, decode, prefill, scoring};
 use super::stages::{Reading, TEMPLATE_TOKENS};
-use super::{Machine, StagePlan, element_bytes, parameters};
+use super::{Machine, StagePlan, Work, element_bytes, parameters};
 use crate::{BenchmarkSection, Recipe};
 
 /// Memory limit of the largest intermediates of a forward over many masks, on a CPU and on a GPU:
@@ -101,24 +101,24 @@ impl Copies {
     }
 }
 
-/// Every one of `tasks`.
-pub fn eval(recipe: &Recipe, machine: &Machine, mapper: &MapperCost, tasks: &[TaskWork]) -> StagePlan {
+/// Every task of `work`.
+pub fn eval(recipe: &Recipe, machine: &Machine, mapper: &MapperCost, work: &Work) -> StagePlan {
     let (section, shape) = (&recipe.eval, &recipe.target.shape);
     let width = element_bytes(recipe.target.dtype, machine);
     let weights = parameters(&recipe.target) * width;
     let copies = Copies::of(recipe);
     let mut stage = StagePlan::nothing("eval");
-    let chunk = Repeat::new(&recipe.label, TEMPLATE_TOKENS);
-    for work in tasks {
+    let by = Repeat::new(&recipe.label, TEMPLATE_TOKENS, work.scorer);
+    for work in &work.tasks {
         let (n, context) = (work.contexts as f64, work.context_tokens);
         let rows = (copies.masks + 1) * work.questions;
         let new_tokens = work.question_tokens + work.answer_tokens;
         let asked = Decode { rows, new_tokens, context };
-        let scoring = prefill(shape, context) + repeat(shape, context, &chunk);
+        let oracle = prefill(shape, context) + scoring(shape, context, &by);
         let reading: f64 = Reading::all(recipe).map(|(_, r)| r.flops(recipe, context)).sum();
         stage.examples += work.contexts as u64;
         stage.tokens += (work.contexts * context) as u64;
-        stage.flops += n * (scoring + reading + mapper.forward_flops(context) + decode(shape, &asked));
+        stage.flops += n * (oracle + reading + mapper.forward_flops(context) + decode(shape, &asked));
         let cache = (context * shape.kv_elements_per_token()) as u64 * width;
         let read = (copies.kept + 1.0) * work.questions as f64 * cache as f64;
         stage.moved_bytes += n * work.forwards() as f64 * (weights as f64 + read);
@@ -152,7 +152,10 @@ mod tests {
     }
 
     fn eval_stage(tasks: &[TaskWork], machine: Machine) -> StagePlan {
-        Plan::new(&recipe(&[]), machine, tasks).stage("eval").unwrap().clone()
+        Plan::new(&recipe(&[]), machine, &Work { tasks: tasks.to_vec(), ..Work::default() })
+            .stage("eval")
+            .unwrap()
+            .clone()
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use pkv_core::{GlobalChannel, Pass, Source};
 
-use super::cost::{self, MapperCost, Repeat, features, prefill, repeat};
+use super::cost::{self, MapperCost, Repeat, ScorerWork, features, prefill, repeat, scoring};
 use super::{InferPlan, Machine, StagePlan, element_bytes, human_bytes, human_count, parameters};
 use crate::{ExtractSection, ModelSection, Recipe};
 
@@ -65,21 +65,20 @@ pub fn prepare(lengths: &Lengths) -> StagePlan {
     }
 }
 
-pub fn label(recipe: &Recipe, lengths: &Lengths, machine: &Machine) -> StagePlan {
+pub fn label(recipe: &Recipe, lengths: &Lengths, machine: &Machine, scorer: ScorerWork) -> StagePlan {
     let (shape, section) = (&recipe.target.shape, &recipe.label);
     let width = element_bytes(recipe.target.dtype, machine);
-    let chunk = Repeat::new(section, TEMPLATE_TOKENS);
-    let flops = lengths.sum(|t| prefill(shape, t + TEMPLATE_TOKENS) + repeat(shape, t, &chunk));
+    let by = Repeat::new(section, TEMPLATE_TOKENS, scorer);
+    let flops = lengths.sum(|t| prefill(shape, t + TEMPLATE_TOKENS) + scoring(shape, t, &by));
     let weights = parameters(&recipe.target) * width;
-    let forwards =
-        lengths.sum(|t| (t.div_ceil(section.prefill_chunk_tokens) + t.div_ceil(chunk.tokens)) as f64);
+    let forwards = lengths.sum(|t| (t.div_ceil(section.prefill_chunk_tokens) + by.forwards(t)) as f64);
     let longest = lengths.longest();
-    let new_tokens = longest.min(section.prefill_chunk_tokens.max(chunk.new_tokens(longest)));
-    let cache = (longest + TEMPLATE_TOKENS + chunk.new_tokens(longest)) * shape.kv_elements_per_token();
+    let new_tokens = longest.min(section.prefill_chunk_tokens.max(by.scoring_tokens(longest)));
+    let cache = (longest + TEMPLATE_TOKENS + by.scoring_tokens(longest)) * shape.kv_elements_per_token();
     let peak_bytes = weights
         + cache as u64 * width
         + cost::activation_elements(shape, new_tokens) * width
-        + 4 * chunk.score_elements(shape, longest);
+        + 4 * by.score_elements(shape, longest);
     let mut stage = StagePlan {
         examples: lengths.examples(),
         tokens: lengths.tokens(),
@@ -134,7 +133,8 @@ impl<'a> Reading<'a> {
 
     /// Operations that a prefill is extended by.
     fn features_flops(&self, recipe: &Recipe, t: usize) -> f64 {
-        let by = Repeat::new(&recipe.label, TEMPLATE_TOKENS);
+        // Of features, KVzip's repeat whatever the labels are.
+        let by = Repeat::new(&recipe.label, TEMPLATE_TOKENS, ScorerWork::REPEAT);
         let repeats = if self.repeats { repeat(&self.model.shape, t, &by) } else { 0.0 };
         features(&self.model.shape, &self.section, t, &by) + repeats
     }

@@ -49,6 +49,7 @@ impl fmt::Display for Plan {
         let rows: Vec<Vec<String>> =
             rows.iter().map(|row| known.iter().map(|c| row[*c].clone()).collect()).collect();
         f.write_str(&aligned(&rows))?;
+        f.write_str(&self.workers_table())?;
         writeln!(f)?;
         writeln!(
             f,

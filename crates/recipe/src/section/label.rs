@@ -64,11 +64,6 @@ impl LabelSection {
         self.scorer.as_deref().unwrap_or(self.preset.preset().scorer)
     }
 
-    /// Does it read the norms of values through W_O, which `plan` counts?
-    pub fn reads_value_norms(&self) -> bool {
-        self.scorer() == "kvzip-plus"
-    }
-
     /// The definition in a phrase.
     pub fn definition(&self) -> String {
         let (preset, chunk) = (self.preset.name(), self.chunk());

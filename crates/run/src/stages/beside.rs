@@ -177,6 +177,27 @@ impl BesidePieces {
 }
 
 impl BesidePiece<'_> {
+    /// Take the first rows that an earlier process kept, `most` of them at most; how many there were.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn go_on(&mut self, most: usize) -> Result<usize> {
+        let Some(writer) = &mut self.writer else { return Ok(0) };
+        let mut kept = if most > 0 { self.of.kept::<FeatureRow>(&self.piece) } else { Vec::new() };
+        kept.truncate(most);
+        let n = kept.len();
+        for row in kept {
+            self.tokens += u64::from(row.positions);
+            writer.push(row)?;
+        }
+        Ok(n)
+    }
+
+    /// As [`pieces::keep_piece`].
+    pub fn keep(self) {
+        self.writer.into_iter().for_each(pieces::keep_piece);
+    }
+
     /// Add the next ones; where they are absent or cannot be stored, the piece is given up.
     ///
     /// # Errors

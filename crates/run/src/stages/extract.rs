@@ -10,7 +10,7 @@ use pkv_shard::{Example, FeatureRow, Pieces, Stage, StageDir, StageReader, Stage
 use serde_json::{Value, json};
 
 use super::lanes::{Lane, lanes};
-use super::pieces::{self, Opened, pump_piece};
+use super::pieces::{self, Opened, keep_piece, pump_piece};
 use super::pump::pump;
 use super::to_host::ToHost;
 use super::{Entry, Outcome, hidden, keep, prepare, require};
@@ -218,9 +218,15 @@ fn in_pieces<'a>(
         let (examples, store) = (reader.examples, reader.section.store);
         let mut writer = pieces.writer::<FeatureRow>(piece, store);
         let (mut tokens, to_row) = (0, reader.to_row());
-        let (times, mut ended) = pump_piece(
+        let kept = pieces.kept::<FeatureRow>(piece);
+        let n_kept = kept.len();
+        for row in kept {
+            tokens += u64::from(row.positions);
+            writer.push(row)?;
+        }
+        let pumped = pump_piece(
             s,
-            (piece, tally),
+            (piece, n_kept, tally),
             |row| {
                 let example = examples.get(row)?;
                 Ok((example.id.clone(), example))
@@ -234,7 +240,14 @@ fn in_pieces<'a>(
                 tokens += u64::from(row.positions);
                 writer.push(row)
             },
-        )?;
+        );
+        let (times, mut ended) = match pumped {
+            Ok(pumped) => pumped,
+            Err(e) => {
+                keep_piece(writer);
+                return Err(e);
+            }
+        };
         tracing::debug!("{what}, piece {}: {times}", piece.shard);
         if ended.failed.is_empty() {
             (ended.file, ended.tokens) = (writer.publish()?, tokens);

@@ -1,14 +1,15 @@
 //! Source of a stage's features: shards, or the models, which then compute a row each time it is read.
 //!
-//! A computed row equals the row that `extract` would store: the same extractor, the same rounding. Joining
-//! sources and prefetching are left to the readers.
+//! A computed row equals the row that `extract` would store: the same extractor, the same rounding. It is
+//! computed on a thread, or by workers ([`crate::feature_workers`]). Joining sources is left to the readers.
 
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
 use anyhow::{Context, Result};
-use pkv_core::Source;
+use pkv_core::{Fingerprint, Source};
 use pkv_extract::{Extractor, HiddenProjection};
 use pkv_gpu::MathMode;
 use pkv_lm::LanguageModel;
@@ -19,8 +20,10 @@ use pkv_shard::{
 };
 
 use super::extract::{self, OnHost};
-use super::hidden;
 use super::train::Upstream;
+use super::{hidden, prepare};
+use crate::feature_workers::{self, MakesRows, ToMake};
+use crate::pair::{self, Found};
 use crate::session::Session;
 
 /// Models that the stage has in memory already.
@@ -39,44 +42,97 @@ pub fn features(s: &Session, upstream: &Upstream, loaded: Loaded) -> Result<Feat
     if !section.is_transient() {
         return Ok(s.run.feature_folders(section));
     }
-    let part = |&source: &Source| part(s, upstream, source, loaded);
-    Ok(FeatureFolders::of(section.from.iter().map(part).collect::<Result<_>>()?, section.layout()))
+    let examples = &upstream.examples;
+    let find = |&source: &Source| extract::of_pair(source, &upstream.target, upstream.proxy.as_deref());
+    let found = section.from.iter().map(find).collect::<Result<Vec<_>>>()?;
+    let are_stored = found.iter().map(|found| is_stored(s, found, examples)).collect::<Result<Vec<_>>>()?;
+    let missing: Vec<&Found> = found
+        .iter()
+        .zip(&are_stored)
+        .filter(|(_, is_stored)| !**is_stored)
+        .map(|(found, _)| *found)
+        .collect();
+    let mut of_workers = match s.feature_workers.as_ref().filter(|_| !missing.is_empty()) {
+        Some(workers) => {
+            let rows = StageReader::<Example>::open(&s.run.examples())?.len();
+            let to_make = missing.iter().map(|&found| ToMake {
+                found,
+                rows,
+                folder: s.run.features(found.role),
+                made: extract::fingerprint(s, found.role, found, examples).hash(),
+            });
+            feature_workers::start(s, workers, &to_make.collect::<Vec<_>>())?
+        }
+        None => Vec::new(),
+    }
+    .into_iter();
+    let part = |(found, is_stored): (&Found, bool)| -> Result<FeaturesFrom> {
+        let folder = s.run.features(found.role);
+        if is_stored {
+            return Ok(FeaturesFrom::Folder(folder));
+        }
+        if let Some(made) = of_workers.next() {
+            return Ok(FeaturesFrom::Source(made));
+        }
+        let model = match found.role {
+            Source::Target => loaded.target,
+            Source::Proxy => loaded.proxy,
+        };
+        let maker = Maker::new(s, found, examples, model)?;
+        tracing::info!("features of the {} are made when they are read, and not stored", found.role.name());
+        Ok(FeaturesFrom::Source(Arc::new(Generated::start(maker, folder)?)))
+    };
+    let parts = found.into_iter().zip(are_stored).map(part).collect::<Result<_>>()?;
+    Ok(FeatureFolders::of(parts, section.layout()))
 }
 
-/// Complete shards of the recipe's choices, or a thread with the model.
-fn part(s: &Session, upstream: &Upstream, source: Source, loaded: Loaded) -> Result<FeaturesFrom> {
-    let found = extract::of_pair(source, &upstream.target, upstream.proxy.as_deref())?;
-    let folder = s.run.features(source);
-    let fingerprint = extract::fingerprint(s, source, found, &upstream.examples);
-    match StageDir::state(&folder, &fingerprint)? {
-        StageState::Complete(_) => return Ok(FeaturesFrom::Folder(folder)),
-        StageState::Stale(_) => tracing::info!(
-            "the features in `{}` were made with other choices: they are left alone, and new ones are made",
-            folder.display()
-        ),
-        StageState::Absent | StageState::Partial(_) => {}
+/// Whether there are complete shards of the recipe's choices.
+fn is_stored(s: &Session, found: &Found, examples: &Fingerprint) -> Result<bool> {
+    let folder = s.run.features(found.role);
+    Ok(match StageDir::state(&folder, &extract::fingerprint(s, found.role, found, examples))? {
+        StageState::Complete(_) => true,
+        StageState::Stale(_) => {
+            tracing::info!(
+                "the features in `{}` were made with other choices: they are left alone, and new ones are made",
+                folder.display()
+            );
+            false
+        }
+        StageState::Absent | StageState::Partial(_) => false,
+    })
+}
+
+/// Make the features of `sources` that the process at the other end of stdin asks for, until it has gone.
+///
+/// # Errors
+/// A model or the examples cannot be read, or stdin is no such process.
+pub fn answer_stdin(s: &Session, sources: &[Source]) -> Result<()> {
+    let (target, proxy) = pair::find_both(s)?;
+    let (_, examples) = prepare::examples(s, &target)?;
+    let maker = |&source: &Source| -> Result<(String, Maker)> {
+        let found = extract::of_pair(source, &target, proxy.as_deref())?;
+        let made = extract::fingerprint(s, source, found, &examples).hash();
+        Ok((made, Maker::new(s, found, &examples, None)?))
+    };
+    let (made, makers) = sources.iter().map(maker).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().context("stdin is closed")?;
+    feature_workers::answer(&Makers { made, makers }, socket)
+}
+
+/// A maker for each source of a worker.
+struct Makers {
+    made: Vec<String>,
+    makers: Vec<Maker>,
+}
+
+impl MakesRows for Makers {
+    fn made(&self) -> Vec<String> {
+        self.made.clone()
     }
-    let model = match source {
-        Source::Target => loaded.target,
-        Source::Proxy => loaded.proxy,
-    };
-    let model = model.map_or_else(|| found.load(s), |model| Ok(model.share()))?;
-    let examples = StageReader::<Example>::open(&s.run.examples())?;
-    let hidden = match s.recipe.extract.is_fitted(source) {
-        true => Some(hidden::fitted(s, found, &model, &examples, &upstream.examples)?),
-        false => None,
-    };
-    let maker = Maker {
-        model,
-        examples,
-        section: s.recipe.extract.of(source),
-        label: s.recipe.label.clone(),
-        requests: Requests::new(&found.tokenizer, &s.recipe.label)?,
-        prefix: found.tokenizer.prefix().to_vec(),
-        hidden,
-    };
-    tracing::info!("features of the {} are made when they are read, and not stored", source.name());
-    Ok(FeaturesFrom::Source(Arc::new(Generated::start(maker, folder)?)))
+
+    fn row(&self, source: usize, row: u64) -> Result<FeatureRow> {
+        self.makers.get(source).context("there is no such source")?.row(row)
+    }
 }
 
 /// Remove the features that a complete training has read, if the recipe says so.
@@ -146,7 +202,7 @@ impl FeatureSource for Generated {
     }
 }
 
-/// Data that the thread owns.
+/// A model and all else that a row is made with.
 struct Maker {
     model: LanguageModel,
     examples: StageReader<Example>,
@@ -158,6 +214,30 @@ struct Maker {
 }
 
 impl Maker {
+    /// Of a source's model, which is loaded if it is not given.
+    fn new(
+        s: &Session,
+        found: &Found,
+        upstream: &Fingerprint,
+        model: Option<&LanguageModel>,
+    ) -> Result<Self> {
+        let model = model.map_or_else(|| found.load(s), |model| Ok(model.share()))?;
+        let examples = StageReader::<Example>::open(&s.run.examples())?;
+        let hidden = match s.recipe.extract.is_fitted(found.role) {
+            true => Some(hidden::fitted(s, found, &model, &examples, upstream)?),
+            false => None,
+        };
+        Ok(Self {
+            model,
+            examples,
+            section: s.recipe.extract.of(found.role),
+            label: s.recipe.label.clone(),
+            requests: Requests::new(&found.tokenizer, &s.recipe.label)?,
+            prefix: found.tokenizer.prefix().to_vec(),
+            hidden,
+        })
+    }
+
     fn answer(&self, asked: &Receiver<Asked>) {
         for (row, to) in asked {
             // A reader that has gone wants no answer.

@@ -8,10 +8,10 @@ use pkv_score::{Requests, Scorer};
 use pkv_shard::{Example, LabelRow, Pieces, Stage, StageDir, StageReader, StageWriter, check_row};
 use serde_json::json;
 
-use super::beside::{Beside, BesideWriter};
+use super::beside::{Beside, BesidePiece, BesideWriter};
 use super::extract::OnHost;
 use super::lanes::{Lane, lanes};
-use super::pieces::{self, Opened, pump_piece};
+use super::pieces::{self, Opened, keep_piece, pump_piece};
 use super::pump::pump;
 use super::to_host::ToHost;
 use super::{Entry, Outcome, keep, prepare};
@@ -198,9 +198,19 @@ fn in_pieces(work: &Work, pieces: &Pieces) -> Result<Outcome> {
         let mut writer = pieces.writer::<LabelRow>(piece, s.recipe.label.store);
         let mut features = features.as_ref().and_then(|features| features.claim(piece.shard));
         let mut tokens = 0;
-        let (times, mut ended) = pump_piece(
+        let mut kept = pieces.kept::<LabelRow>(piece);
+        if let Some(features) = &mut features {
+            // One of the two may have kept a row more.
+            kept.truncate(features.go_on(kept.len())?);
+        }
+        let n_kept = kept.len();
+        for row in kept {
+            tokens += u64::from(row.positions);
+            writer.push(row)?;
+        }
+        let pumped = pump_piece(
             s,
-            (piece, tally),
+            (piece, n_kept, tally),
             |row| {
                 let example = examples.get(row)?;
                 Ok((example.id.clone(), (row, example)))
@@ -220,7 +230,15 @@ fn in_pieces(work: &Work, pieces: &Pieces) -> Result<Outcome> {
                 tokens += u64::from(row.positions);
                 writer.push(row)
             },
-        )?;
+        );
+        let (times, mut ended) = match pumped {
+            Ok(pumped) => pumped,
+            Err(e) => {
+                keep_piece(writer);
+                features.into_iter().for_each(BesidePiece::keep);
+                return Err(e);
+            }
+        };
         tracing::debug!("label, piece {}: {times}", piece.shard);
         if let Some(features) = features {
             features.end(&ended)?;

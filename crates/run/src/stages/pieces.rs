@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::Result;
 use pkv_core::{FailureKind, Fingerprint, Task, hinted};
 use pkv_gpu::{device_name, unless_exhausted};
-use pkv_shard::{Claimed, Ended, MAX_FAILURES, Missing, Piece, Pieces, PiecesPlan};
+use pkv_shard::{Claimed, Ended, MAX_FAILURES, Missing, Piece, PieceWriter, Pieces, PiecesPlan, Row};
 use pkv_shard::{Seal, Stage, StageDir, Tally, Totals, Worker};
 
 use super::pump::{Times, pump};
@@ -105,8 +105,8 @@ pub(super) fn each(
         let rows = plan.rows_of(shard);
         rows.end - rows.start
     };
-    let there: Vec<u64> = pieces.done()?;
-    let done = there.iter().filter(|shard| task.has(**shard)).map(|&shard| rows(shard)).sum();
+    let there: Vec<u64> = pieces.done();
+    let done = there.iter().map(|&shard| rows(shard)).sum();
     s.bar.start(what, pending.iter().map(|&shard| rows(shard)).sum(), done);
     let mut tally = Tally::new(s.part.max_failures);
     while !pending.is_empty() {
@@ -147,13 +147,23 @@ pub(super) fn each(
     s.bar.finish();
     let sum = tally.finish(&plan.stage)?;
     tracing::info!("{what}, task {task}: {sum}");
-    Ok(match pieces.seal()? {
+    let sealed = pieces.seal()?;
+    tracing::debug!("{what}: looked for {} markers", pieces.markers_read());
+    Ok(match sealed {
         Seal::Done(totals) => Reached::Whole(totals),
-        Seal::Missing(state) => Reached::Part(state.what_is_missing()),
+        Seal::Missing(missing) => Reached::Part(missing),
     })
 }
 
-/// Take the rows of a piece through `read`, one of `lanes` and `settle` to `store`, as [`pump`] does.
+/// Keep the rows of a piece that ends early. Why it does is the error that the user sees.
+pub(super) fn keep_piece<R: Row>(writer: PieceWriter<'_, R>) {
+    if let Err(e) = writer.keep() {
+        tracing::warn!("the {} of the piece in hand are lost: {e:#}", R::FILES);
+    }
+}
+
+/// Take the rows of a piece but for the first `kept`, which are there, through `read`, one of `lanes` and
+/// `settle` to `store`, as [`pump`] does.
 ///
 /// An error of a lane or of `settle` is the row's: it is recorded, and the rest of the piece is passed over.
 ///
@@ -161,14 +171,16 @@ pub(super) fn each(
 /// `read` or `store` fails, or the user stopped.
 pub(super) fn pump_piece<I: Send, C: Send, R>(
     s: &Session,
-    (piece, tally): (&Piece, &mut Tally),
+    (piece, kept, tally): (&Piece, usize, &mut Tally),
     read: impl Fn(u64) -> Result<(String, I)> + Send,
     lanes: Vec<impl FnMut(I) -> Result<C> + Send>,
     mut settle: impl FnMut(&str, C) -> Result<R> + Send,
     mut store: impl FnMut(R) -> Result<()> + Send,
 ) -> Result<(Times, Ended)> {
     let broken = AtomicBool::new(false);
-    let mut ended = Ended::default();
+    let kept = kept as u64;
+    let mut ended = Ended { done: kept, ..Ended::default() };
+    s.bar.advance(kept);
     let is_stop = |e: &anyhow::Error| FailureKind::of(e) == FailureKind::Interrupted;
     let guarded = lanes.into_iter().map(|mut lane| {
         let broken = &broken;
@@ -187,7 +199,7 @@ pub(super) fn pump_piece<I: Send, C: Send, R>(
     });
     let times = pump(
         s.device,
-        piece.rows.clone(),
+        piece.rows.start + kept..piece.rows.end,
         move |row| read(row).map(|(id, item)| (row, id, item)),
         guarded.collect(),
         |(row, id, outcome): (u64, String, Option<Result<C>>)| {

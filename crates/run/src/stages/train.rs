@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use pkv_checkpoint::Export;
-use pkv_core::Fingerprint;
+use pkv_core::{FailureKind, Fingerprint, hinted};
 use pkv_shard::Stage;
 use serde_json::json;
 
@@ -36,6 +36,14 @@ pub(super) const ENTRY: Entry = Entry {
 };
 
 fn run(s: &Session) -> Result<Outcome> {
+    ensure!(
+        s.feature_workers.is_none() || s.recipe.extract.is_transient(),
+        hinted(
+            "`--feature-workers` make features that are not stored, and this recipe stores them",
+            "add `--set extract.missing=generate --set extract.after_use=delete`, or leave `--feature-workers` out"
+        )
+        .of(FailureKind::Usage)
+    );
     let upstream = upstream(s)?;
     let r = &s.recipe;
     let mut inputs = pkv_train::TrainInputs {

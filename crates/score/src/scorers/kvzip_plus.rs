@@ -7,6 +7,7 @@
 
 use anyhow::{Result, ensure};
 use pkv_gpu::Weighting;
+use pkv_recipe::plan::ScorerWork;
 use tch::{Kind, Tensor};
 
 use super::{Compute, Entry, l2_norm, value_output_norms};
@@ -14,6 +15,7 @@ use super::{Compute, Entry, l2_norm, value_output_norms};
 pub(super) const ENTRY: Entry = Entry {
     name: "kvzip-plus",
     compute: Compute::Repeat(Some(kvzip_plus)),
+    work: ScorerWork { value_norms: true, ..ScorerWork::REPEAT },
     #[cfg(test)]
     held_by: ("score/tests/score/naive.rs", "fn kvzip_plus_factors_match_loops_in_f64"),
 };

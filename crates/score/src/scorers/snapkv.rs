@@ -8,6 +8,7 @@
 
 use anyhow::{Result, ensure};
 use pkv_lm::{RepeatTap, RepeatView};
+use pkv_recipe::plan::ScorerWork;
 use tch::{Kind, Tensor};
 
 use super::{CachedContext, Compute, Entry};
@@ -22,6 +23,7 @@ pub(super) const ENTRY: Entry = Entry {
         context.model.forward_repeats(&[last], &earlier, &mut tap)?;
         Ok(Tensor::stack(&tap.layers_ht, 0))
     }),
+    work: ScorerWork { repeats: false, value_norms: false, read_again: WINDOW as usize },
     #[cfg(test)]
     held_by: ("score/src/scorers/snapkv.rs", "fn naive("),
 };

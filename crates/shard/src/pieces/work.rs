@@ -1,23 +1,29 @@
 //! Pieces at work: claimed, written, and at the end sealed by the process that finds all of them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{StoreDtype, Task, hinted};
 use pkv_files::{Claim, TEMPORARY, WriteBudget, share_dir, write_file_among};
+use serde::{Deserialize, Serialize};
 
 use super::{FailedRow, Marker, Missing, PLAN_FILE, PiecesPlan, PiecesState, Signature, VERSION};
-use super::{exist, folder, marker_path, read_marker, write_sealed};
-use crate::dir::{check_fresh, check_size, check_stage, sweep};
+use super::{exist, folder, marker_path, read_marker, read_plan, read_sealed, write_sealed};
+use crate::StageReader;
+use crate::dir::{StageDir, check_fresh, check_size, check_stage, sweep};
 use crate::index::{INDEX_FILE, Index, ShardEntry};
 use crate::row::Row;
 use crate::writer::{ShardPlace, ShardWriter};
+
+/// Most pieces whose names every process lists that ends.
+const LISTED: u64 = 100;
 
 /// A process's part in a stage.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +46,7 @@ pub struct Pieces {
     named: Vec<ShardEntry>,
     /// Pieces that had failed before: they are tried again.
     failed_before: Mutex<BTreeSet<u64>>,
+    markers_read: AtomicU64,
     budget: WriteBudget,
     _held: File,
 }
@@ -90,8 +97,8 @@ pub struct Totals {
 pub enum Seal {
     /// The stage is complete; `None` if another process sealed it.
     Done(Option<Totals>),
-    /// Pieces are missing.
-    Missing(PiecesState),
+    /// Pieces are missing: which, and the commands that make them.
+    Missing(Missing),
 }
 
 impl Pieces {
@@ -115,14 +122,16 @@ impl Pieces {
             check_fresh(dir, &index.stage, &index.fingerprint, &plan.fingerprint)?;
         }
         make(&folder(dir))?;
-        let failed_before = join(dir, &plan, &budget)?;
+        let failed_before = join(dir, &plan, worker.task, &budget)?;
         // The last piece may have ended just before the folder was made.
         if is_complete(dir, &plan)? {
             return Ok(None);
         }
         let named = index.map(|index| index.shards).unwrap_or_default();
         let failed_before = Mutex::new(failed_before);
-        Ok(Some(Self { dir: dir.to_path_buf(), plan, worker, named, failed_before, budget, _held: held }))
+        let (dir, markers_read) =
+            (dir.to_path_buf(), AtomicU64::new(plan.of_task(worker.task).count() as u64));
+        Ok(Some(Self { dir, plan, worker, named, failed_before, markers_read, budget, _held: held }))
     }
 
     /// As [`Pieces::open`], for work whose outcomes are stored elsewhere: its pieces are marked for those who
@@ -131,7 +140,7 @@ impl Pieces {
     /// # Errors
     /// The plan cannot be read or written.
     pub fn open_to_mark(dir: &Path, plan: PiecesPlan, worker: Worker) -> Result<Option<Self>> {
-        if PiecesState::read(dir)?.is_some_and(|state| state.plan != plan) {
+        if read_plan(dir)?.is_some_and(|found| found != plan) {
             remove_folder(dir);
         }
         Self::open(dir, plan, worker)
@@ -145,14 +154,9 @@ impl Pieces {
         self.worker.task
     }
 
-    /// Pieces that are done, in order.
-    ///
-    /// # Errors
-    /// The folder cannot be read.
-    pub fn done(&self) -> Result<Vec<u64>> {
-        let state = PiecesState::read(&self.dir)?;
-        let markers = state.into_iter().flat_map(|state| state.markers);
-        Ok(markers.filter(Marker::is_done).map(|marker| marker.shard).collect())
+    /// Pieces of this process's task that are done, in order.
+    pub fn done(&self) -> Vec<u64> {
+        self.plan.of_task(self.task()).filter(|&shard| self.is_marked(shard)).collect()
     }
 
     /// Let writes fail once `budget` is spent, as on a full disk.
@@ -186,7 +190,8 @@ impl Pieces {
             return Ok(Claimed::Sealed);
         }
         self.failed_before.lock().unwrap_or_else(PoisonError::into_inner).remove(&shard);
-        if claim.is_exclusive() {
+        // Of a folder with many pieces, a list is long: only what was begun has left something.
+        if claim.is_exclusive() && claim.was_signed() {
             self.sweep(shard);
         }
         let by = self.signature();
@@ -208,6 +213,32 @@ impl Pieces {
         PieceWriter { pieces: self, shard: piece.shard, writer: ShardWriter::new(store) }
     }
 
+    /// Rows of `piece` that a process kept which was asked to stop over it, from its first row on. They are
+    /// to be written again, so that the shard has the bytes that it has without a stop.
+    pub fn kept<R: Row>(&self, piece: &Piece) -> Vec<R> {
+        let read = || -> Result<Vec<R>> {
+            let Some(Rest { made, file }) = read_sealed(&rest_path(&self.dir, piece.shard))? else {
+                return Ok(Vec::new());
+            };
+            ensure!(made == self.plan.made(), "they were made with other choices");
+            check_size(&self.dir, &self.plan.stage, &file)?;
+            let mut index = Index::new(&self.plan.stage, &self.plan.fingerprint);
+            (index.complete, index.shards) = (true, vec![file]);
+            StageReader::of(StageDir::of_index(&self.dir, index))?.iter().collect()
+        };
+        let rows = read().unwrap_or_else(|e| {
+            tracing::warn!(
+                "rows of piece {} that an earlier process kept are made again: {e:#}",
+                piece.shard
+            );
+            Vec::new()
+        });
+        if !rows.is_empty() {
+            tracing::info!("{}, piece {}: {} rows were there", self.plan.stage, piece.shard, rows.len());
+        }
+        rows
+    }
+
     /// Mark a piece that was begun at `start` and needs no claim; see [`Pieces::open_to_mark`].
     ///
     /// # Errors
@@ -223,7 +254,17 @@ impl Pieces {
 
     /// Whether a piece has a marker that says it is done.
     pub fn is_marked(&self, shard: u64) -> bool {
-        read_marker(&self.dir, &self.plan, shard).is_some_and(|marker| marker.is_done())
+        self.read(shard).is_some_and(|marker| marker.is_done())
+    }
+
+    /// Markers that this process has looked for and, where they were there, read.
+    pub fn markers_read(&self) -> u64 {
+        self.markers_read.load(Ordering::Relaxed)
+    }
+
+    fn read(&self, shard: u64) -> Option<Marker> {
+        self.markers_read.fetch_add(1, Ordering::Relaxed);
+        read_marker(&self.dir, &self.plan, shard)
     }
 
     /// Pieces `missing` in words, and the commands of as many tasks as this one is of that make them.
@@ -244,6 +285,8 @@ impl Pieces {
     pub fn end(&self, piece: Piece, ended: Ended) -> Result<Marker> {
         let marker = self.marker(piece.shard, piece.by.clone(), piece.start, ended)?;
         write_sealed(&marker_path(&self.dir, piece.shard), &marker, &self.budget)?;
+        // It goes with the folder, too.
+        let _ = fs::remove_file(rest_path(&self.dir, piece.shard));
         Ok(marker)
     }
 
@@ -261,10 +304,23 @@ impl Pieces {
     /// Make the stage complete, if every piece is done: write the index and remove the pieces' folder. Any
     /// number of processes may do so at once; all write the same bytes.
     ///
+    /// Markers are read only where none of them is absent by name, which of a thousand processes that end one
+    /// after another one or two find. Who writes the last marker looks after that, and finds all: a marker
+    /// counts as absent only if it is looked for by its name after this process wrote its own.
+    ///
     /// # Errors
     /// The disk is full or fails.
     pub fn seal(&self) -> Result<Seal> {
-        let Some(state) = PiecesState::read(&self.dir)? else {
+        // Of many pieces the list is long, and the last piece of another task mostly says enough.
+        let mut last_pieces = self.task().others().filter_map(|task| task.last_of(self.plan.shards));
+        if self.plan.shards > LISTED
+            && exist(&self.dir)
+            && let Some(absent) = last_pieces.find(|&shard| self.is_absent(shard))
+        {
+            let missing = self.plan.not_all(absent, self.task().that_has(absent));
+            return Ok(if is_sealed(&self.dir)? { Seal::Done(None) } else { Seal::Missing(missing) });
+        }
+        let Some(listed) = self.listed()? else {
             ensure!(
                 is_sealed(&self.dir)?,
                 hinted(
@@ -275,18 +331,27 @@ impl Pieces {
             );
             return Ok(Seal::Done(None));
         };
-        let shards: Vec<ShardEntry> =
-            state.markers.iter().filter(|m| m.is_done()).flat_map(|m| m.file.clone()).collect();
+        let missing: Vec<u64> = (0..self.plan.shards).filter(|shard| !listed.contains(shard)).collect();
+        // A list that is made while others write may lack what was there.
+        if missing.iter().any(|&shard| self.is_absent(shard)) {
+            return self.unless_sealed(&missing);
+        }
+        let read = |shard| self.read(shard).filter(Marker::is_done);
+        let markers: BTreeMap<u64, Marker> =
+            (0..self.plan.shards).filter_map(|shard| Some((shard, read(shard)?))).collect();
+        let shards: Vec<ShardEntry> = markers.values().flat_map(|m| m.file.clone()).collect();
         if shards.len() as u64 != self.plan.shards {
-            return Ok(if is_sealed(&self.dir)? { Seal::Done(None) } else { Seal::Missing(state) });
+            let is_done = |shard: &u64| markers.get(shard).is_some_and(|m| m.file.is_some());
+            let missing: Vec<u64> = (0..self.plan.shards).filter(|shard| !is_done(shard)).collect();
+            return self.unless_sealed(&missing);
         }
         let totals = Totals {
             pieces: self.plan.shards,
-            tokens: state.markers.iter().map(|m| m.tokens).sum(),
-            secs: state.markers.iter().map(|m| m.secs).sum(),
+            tokens: markers.values().map(|m| m.tokens).sum(),
+            secs: markers.values().map(|m| m.secs).sum(),
         };
-        // Before the index: whoever comes after it may write anew. A process that wrote the stage as a whole
-        // and died may have left a file without a name.
+        // Before the index: a process that comes after it may write anew. One that wrote the stage as a whole and
+        // died may have left a file without a name.
         sweep(&self.dir, shards.iter())?;
         let mut index = Index::new(&self.plan.stage, &self.plan.fingerprint);
         (index.rows_expected, index.complete, index.shards) = (Some(self.plan.rows), true, shards);
@@ -302,9 +367,39 @@ impl Pieces {
         Ok(Seal::Done(Some(totals)))
     }
 
+    /// Whether a piece has no marker, by its name.
+    fn is_absent(&self, shard: u64) -> bool {
+        self.markers_read.fetch_add(1, Ordering::Relaxed);
+        !marker_path(&self.dir, shard).exists()
+    }
+
+    /// Pieces whose markers are there, by the names in the folder; `None` if it has gone.
+    fn listed(&self) -> Result<Option<BTreeSet<u64>>> {
+        let folder = folder(&self.dir);
+        let context = || format!("cannot list folder `{}`", folder.display());
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e).with_context(context),
+        };
+        let mut listed = BTreeSet::new();
+        for entry in entries {
+            let name = entry.with_context(context)?.file_name();
+            let number = name.to_str().and_then(|name| name.strip_suffix(".json"));
+            listed.extend(number.and_then(|number| number.parse::<u64>().ok()));
+        }
+        // The folder's other record tells that it is being removed.
+        Ok((exist(&self.dir) || !listed.is_empty()).then_some(listed))
+    }
+
+    /// The stage lacks `missing`, unless another process has just completed it.
+    fn unless_sealed(&self, missing: &[u64]) -> Result<Seal> {
+        Ok(if is_sealed(&self.dir)? { Seal::Done(None) } else { Seal::Missing(self.missing(missing)) })
+    }
+
     /// The marker of a piece that has ended. One that failed before this process began has not.
     fn ended(&self, shard: u64) -> Option<Marker> {
-        let marker = read_marker(&self.dir, &self.plan, shard)?;
+        let marker = self.read(shard)?;
         let again = || self.failed_before.lock().unwrap_or_else(PoisonError::into_inner).contains(&shard);
         (marker.is_done() || !again()).then_some(marker)
     }
@@ -356,6 +451,20 @@ impl<R: Row> PieceWriter<'_, R> {
         self.writer.push(row, &place(self.pieces, self.shard, &folder(&self.pieces.dir)))
     }
 
+    /// Keep the rows that were given for the next process that has the piece: [`Pieces::kept`]. For one that
+    /// ends before the piece does.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    pub fn keep(mut self) -> Result<()> {
+        let Pieces { dir, plan, budget, .. } = self.pieces;
+        // Under the shard's own name, which the whole shard takes later: without a marker it is none.
+        let temporary = folder(dir);
+        let published = self.writer.publish(&place(self.pieces, self.shard, &temporary))?;
+        let Some(file) = published else { return Ok(()) };
+        write_sealed(&rest_path(dir, self.shard), &Rest { made: plan.made(), file }, budget)
+    }
+
     /// Make the shard whole, with all of its rows; `None` if no row was given.
     ///
     /// # Errors
@@ -363,6 +472,18 @@ impl<R: Row> PieceWriter<'_, R> {
     pub fn publish(mut self) -> Result<Option<ShardEntry>> {
         self.writer.publish(&place(self.pieces, self.shard, &folder(&self.pieces.dir)))
     }
+}
+
+/// The first rows of a piece, in a file with the name of its shard.
+#[derive(Debug, Serialize, Deserialize)]
+struct Rest {
+    /// Hash of the plan's fingerprint.
+    made: String,
+    file: ShardEntry,
+}
+
+fn rest_path(dir: &Path, shard: u64) -> PathBuf {
+    folder(dir).join(format!("{shard:05}.rest.json"))
 }
 
 fn place<'a>(pieces: &'a Pieces, number: u64, temporary: &'a Path) -> ShardPlace<'a> {
@@ -376,14 +497,13 @@ fn place<'a>(pieces: &'a Pieces, number: u64, temporary: &'a Path) -> ShardPlace
     }
 }
 
-/// Write the plan unless it is there; the pieces that have failed.
-fn join(dir: &Path, plan: &PiecesPlan, budget: &WriteBudget) -> Result<BTreeSet<u64>> {
-    let found = PiecesState::read(dir)?;
-    let failed = |state: &PiecesState| {
-        state.markers.iter().filter(|m| !m.is_done()).map(|m| m.shard).collect::<BTreeSet<u64>>()
-    };
-    match &found {
-        Some(state) if state.plan == *plan => return Ok(failed(state)),
+/// Write the plan unless it is there; the pieces of `task` that have failed.
+fn join(dir: &Path, plan: &PiecesPlan, task: Task, budget: &WriteBudget) -> Result<BTreeSet<u64>> {
+    if read_plan(dir)?.as_ref() == Some(plan) {
+        let has_failed = |shard: &u64| read_marker(dir, plan, *shard).is_some_and(|m| !m.is_done());
+        return Ok(plan.of_task(task).filter(has_failed).collect());
+    }
+    match &PiecesState::read(dir)? {
         // What names nothing has nothing to lose.
         Some(state) if state.done_rows() > 0 => {
             check_fresh(dir, &plan.stage, &state.plan.fingerprint, &plan.fingerprint)?;
