@@ -16,6 +16,7 @@
 //! - `fetch`: models from a hub on the loopback interface, interrupted and taken up; no secret is shown
 //! - `generated`: a mapper from features that are made when they are read is the one from shards
 //! - `launch`: jobs of Slurm and Kubernetes as they are printed, refused and applied
+//! - `layers`: a target whose layers are over two devices makes the bytes of one
 //! - `workers`: workers of Kubernetes' Jobs, ended in the middle, make the bytes of one process
 //! - `slurm`: a chain of jobs on a real Slurm of one machine, with workers and the controller killed
 //! - `docs`: every command block of README and guide runs as it is written
@@ -41,6 +42,7 @@ mod generated;
 mod infer;
 mod kill;
 mod launch;
+mod layers;
 mod pieces;
 mod pipeline;
 mod push;
