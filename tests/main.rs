@@ -17,6 +17,7 @@
 //! - `feature_workers`: processes that make features beside training, and may be killed, change no byte
 //! - `generated`: a mapper from features that are made when they are read is the one from shards
 //! - `launch`: jobs of Slurm and Kubernetes as they are printed, refused and applied
+//! - `layers`: a target whose layers are over two devices makes the bytes of one
 //! - `workers`: workers of Kubernetes' Jobs, ended in the middle, make the bytes of one process
 //! - `slurm`: a chain of jobs on a real Slurm of one machine, with workers and the controller killed
 //! - `docs`: every command block of README and guide runs as it is written
@@ -43,6 +44,7 @@ mod generated;
 mod infer;
 mod kill;
 mod launch;
+mod layers;
 mod pieces;
 mod pipeline;
 mod push;

@@ -46,6 +46,8 @@ pub struct Setting<'a> {
     /// Lengths in tokens, none of them 0.
     pub contexts: &'a [usize],
     pub device: Device,
+    /// Those of the target's layers in `label`, of which `device` is the last; elsewhere `device` alone.
+    pub target_devices: &'a [Device],
     /// Timed runs after the first, which warms up.
     pub repeats: usize,
     /// Time limit of a measurement; at least two runs are made.

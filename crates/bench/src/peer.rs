@@ -125,6 +125,7 @@ mod tests {
                 tokens_per_s: 1.0,
                 roofline_share: 0.1,
                 peak_bytes: None,
+                device_peak_bytes: Vec::new(),
             };
             Row { measured: Some(measured), ..Row::new(what, context, 1.0) }
         };

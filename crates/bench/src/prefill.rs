@@ -291,7 +291,7 @@ impl Ways<'_> {
             tokens_per_s: t as f64 / total,
             roofline_share: m.roofline_share * m.median_s / total,
             peak_bytes: None,
-            ..*m
+            ..m.clone()
         };
         Ok(Some(PrefillRow::new(Row { measured: Some(measured), ..Row::new(DUAL, t, flops) }, Some(set))))
     }
@@ -399,7 +399,7 @@ fn compare(rows: &mut [PrefillRow], peer: Option<&Peer>) {
         let t = rows[i].row.context;
         let (bare, kvzip) = (of(rows, "prefill", t), of(rows, "KVzip", t));
         let row = &mut rows[i];
-        let Some(m) = row.row.measured else { continue };
+        let Some(m) = row.row.measured.clone() else { continue };
         if let Some(kvzip) = kvzip.and_then(|k| k.measured) {
             row.kvzip_over_this = Some(kvzip.median_s / m.median_s);
         }

@@ -22,7 +22,7 @@ pub struct Row {
     pub peer: Option<PeerTime>,
 }
 
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Measured {
     pub repeats: usize,
     pub median_s: f64,
@@ -33,6 +33,9 @@ pub struct Measured {
     /// Peak GPU memory of tensors, including the model; absent on a CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
+    /// The same of each GPU, where the target's layers are over several.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub device_peak_bytes: Vec<u64>,
 }
 
 /// The peer's best time for one of our rows.

@@ -5,12 +5,12 @@ use pkv_core::{Channel, GlobalChannel, ModelShape, Source};
 use pkv_extract::{Extractor, HiddenProjection};
 use pkv_lm::{LanguageModel, NoTap};
 use pkv_recipe::ExtractSection;
-use pkv_recipe::plan::{Repeat, ScorerWork, features, prefill, repeat, scoring};
+use pkv_recipe::plan::{Repeat, ScorerWork, features, human_bytes, human_flops, prefill, repeat, scoring};
 use pkv_score::Scorer;
 use serde::Serialize;
 
 use crate::subject::{PREFIX_TOKENS, Subject, TEMPLATE};
-use crate::{Bench, Head, Models, Report, Row, Setting, table};
+use crate::{Bench, Head, Measured, Models, Report, Row, Setting, table};
 
 /// Times of a stage.
 #[derive(Debug, Serialize)]
@@ -169,7 +169,6 @@ impl Report for StageReport {
 }
 
 fn cells(row: &Row, with_peer: bool) -> Vec<String> {
-    use pkv_recipe::plan::{human_bytes, human_flops};
     let m = row.measured.as_ref();
     let failed = || row.error.unwrap_or("not measured").to_owned();
     let mut cells = vec![
@@ -181,7 +180,7 @@ fn cells(row: &Row, with_peer: bool) -> Vec<String> {
         human_flops(row.flops),
         table::cell(m, |m| format!("{:.1}%", 100.0 * m.roofline_share)),
         table::ratio(row.over_prefill),
-        table::cell(m.and_then(|m| m.peak_bytes), human_bytes),
+        table::cell(m, peaks),
     ];
     if with_peer {
         let peer = row.peer.as_ref();
@@ -190,6 +189,14 @@ fn cells(row: &Row, with_peer: bool) -> Vec<String> {
         cells.push(table::ratio(peer.map(|p| p.ratio)));
     }
     cells
+}
+
+/// Of the GPU, or of each.
+fn peaks(m: &Measured) -> String {
+    match &*m.device_peak_bytes {
+        [] => table::cell(m.peak_bytes, human_bytes),
+        each => each.iter().map(|&bytes| human_bytes(bytes)).collect::<Vec<_>>().join(" + "),
+    }
 }
 
 /// Four significant digits, but no more than six after the point: `0.0123 s` is `0.01230 s`.

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use pkv_core::{Source, hinted};
+use pkv_core::{LayerSplit, ModelShape, Source, hinted};
 use pkv_gpu::{kind_on, unless_exhausted};
 use pkv_hub::{Hub, Lock};
-use pkv_lm::{LanguageModel, LmConfig};
+use pkv_lm::{LanguageModel, LmConfig, Placement};
 use pkv_recipe::{LabelSection, ModelSection, Recipe};
 use pkv_score::Requests;
 use serde_json::json;
@@ -31,7 +31,8 @@ pub struct Subject<'a> {
     pub role: Source,
     pub kind: Kind,
     recipe: &'a Recipe,
-    device: Device,
+    /// Of its layers.
+    devices: &'a [Device],
     random: bool,
 }
 
@@ -39,7 +40,7 @@ impl<'a> Subject<'a> {
     /// # Errors
     /// It is the proxy, and the recipe has none.
     pub fn new(setting: &Setting<'a>, role: Source, models: Models) -> Result<Self> {
-        let Setting { recipe, device, .. } = *setting;
+        let Setting { recipe, device, target_devices, .. } = *setting;
         let section = match role {
             Source::Target => &recipe.target,
             Source::Proxy => recipe.proxy.as_ref().with_context(|| {
@@ -50,7 +51,11 @@ impl<'a> Subject<'a> {
             })?,
         };
         let (kind, random) = (kind_on(device, section.dtype), models.random_weights);
-        Ok(Self { section, role, kind, recipe, device, random })
+        let devices = match role {
+            Source::Target => target_devices,
+            Source::Proxy => &target_devices[target_devices.len() - 1..],
+        };
+        Ok(Self { section, role, kind, recipe, devices, random })
     }
 
     /// The model, random or from its files; `None` if it does not fit.
@@ -61,7 +66,8 @@ impl<'a> Subject<'a> {
         unless_exhausted(|| {
             if self.random {
                 let config = random_config(self.section)?;
-                return Ok(LanguageModel::random(config, self.device, self.kind, 0));
+                let placement = self.placement(&config.shape)?;
+                return Ok(LanguageModel::random_over(config, placement, self.kind, 0));
             }
             let (model, root) = (&self.section.model, self.recipe.root());
             let context = || format!("cannot open the {} `{model}`", self.role.name());
@@ -71,8 +77,15 @@ impl<'a> Subject<'a> {
             LmConfig::from_folder(&folder)?
                 .check_shape(&self.section.shape, self.role.name())
                 .with_context(context)?;
-            LanguageModel::load(&folder, self.device, self.kind).with_context(context)
+            LanguageModel::load_over(&folder, self.kind, |shape| self.placement(shape)).with_context(context)
         })
+    }
+
+    fn placement(&self, shape: &ModelShape) -> Result<Placement> {
+        match self.devices {
+            [device] => Ok(Placement::whole(*device, shape.layers)),
+            devices => Placement::over(devices, &LayerSplit::even(shape.layers, devices.len())?),
+        }
     }
 
     /// The model where nothing can be measured without it.
@@ -183,6 +196,7 @@ mod tests {
             recipe: &recipe,
             contexts: &[],
             device: Device::Cpu,
+            target_devices: &[Device::Cpu],
             repeats: 1,
             most: Duration::MAX,
             stop: &Stop::default(),

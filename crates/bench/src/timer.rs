@@ -31,10 +31,9 @@ impl<'a> Timer<'a> {
             tracing::info!("{} at {}: out of memory", row.what, row.context);
             return Ok(row.out_of_memory());
         };
-        let peak_bytes = match self.setting.device {
-            Device::Cuda(i) => Some(pkv_gpu::cuda_memory(i)?.allocated_peak.max(0) as u64),
-            _ => None,
-        };
+        let peaks: Vec<u64> = self.gpus().map(peak).collect::<Result<_>>()?;
+        let device_peak_bytes = if peaks.len() > 1 { peaks.clone() } else { Vec::new() };
+        let peak_bytes = peaks.into_iter().max();
         let median_s = median(&times);
         let measured = Measured {
             repeats: times.len(),
@@ -43,6 +42,7 @@ impl<'a> Timer<'a> {
             tokens_per_s: row.context as f64 / median_s,
             roofline_share: row.flops / median_s / self.flops_per_s,
             peak_bytes,
+            device_peak_bytes,
         };
         tracing::info!("{} at {}: {median_s:.4} s ({} runs)", row.what, row.context, times.len());
         Ok(Row { measured: Some(measured), ..row })
@@ -76,9 +76,7 @@ impl<'a> Timer<'a> {
 
     fn times<T>(&self, work: &mut impl FnMut() -> Result<T>) -> Result<Vec<f64>> {
         self.once(work)?;
-        if let Device::Cuda(i) = self.setting.device {
-            pkv_gpu::reset_peak(i)?;
-        }
+        self.gpus().try_for_each(pkv_gpu::reset_peak)?;
         let begin = Instant::now();
         let mut times = Vec::new();
         while times.len() < self.setting.repeats && (times.len() < 2 || begin.elapsed() < self.setting.most) {
@@ -87,15 +85,32 @@ impl<'a> Timer<'a> {
         Ok(times)
     }
 
+    /// Wait until all devices are idle.
+    fn settle(&self) -> Result<()> {
+        self.setting.target_devices.iter().try_for_each(|&device| pkv_gpu::synchronize(device))
+    }
+
+    fn gpus(&self) -> impl Iterator<Item = usize> {
+        self.setting.target_devices.iter().filter_map(|device| match *device {
+            Device::Cuda(gpu) => Some(gpu),
+            _ => None,
+        })
+    }
+
     /// Seconds of one run, from an idle device to an idle device.
     fn once<T>(&self, work: &mut impl FnMut() -> Result<T>) -> Result<f64> {
         self.setting.stop.check()?;
-        pkv_gpu::synchronize(self.setting.device)?;
+        self.settle()?;
         let begin = Instant::now();
         drop(work()?);
-        pkv_gpu::synchronize(self.setting.device)?;
+        self.settle()?;
         Ok(begin.elapsed().as_secs_f64())
     }
+}
+
+/// Most bytes of tensors on a GPU since the last reset.
+fn peak(gpu: usize) -> Result<u64> {
+    Ok(pkv_gpu::cuda_memory(gpu)?.allocated_peak.max(0) as u64)
 }
 
 /// The middle one, or the mean of the two in the middle; `times` is not empty.
@@ -121,8 +136,15 @@ mod tests {
         let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/demo-nano.toml");
         let (recipe, stop) = (pkv_recipe::load(&recipe, &[]).unwrap(), Stop::default());
         let most = Duration::from_secs_f64(most);
-        let setting =
-            Setting { recipe: &recipe, contexts: &[], device: Device::Cpu, repeats, most, stop: &stop };
+        let setting = Setting {
+            recipe: &recipe,
+            contexts: &[],
+            device: Device::Cpu,
+            target_devices: &[Device::Cpu],
+            repeats,
+            most,
+            stop: &stop,
+        };
         test(&Timer::new(setting, 1e9), &stop);
     }
 

@@ -14,12 +14,13 @@ use anyhow::Result;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, FromArgMatches, Parser, Subcommand, ValueHint};
-use pkv_core::{FailureKind, Policy};
-use pkv_gpu::DeviceChoice;
+use pkv_core::{FailureKind, Policy, hinted};
+use pkv_gpu::{DeviceChoice, DeviceGroup};
 use pkv_recipe::plan::{Cluster, MachineChoice};
 use pkv_recipe::{Override, Recipe};
 use pkv_run::session::load_recipe;
 use pkv_shard::Stage;
+use tch::Device;
 
 pub use self::bench::{BenchCommand, Models as BenchModels};
 pub use self::help::{EVERYWHERE, command};
@@ -39,9 +40,11 @@ use crate::completion::values;
 #[command(name = "proxykv-train", version, max_term_width = 100, arg_required_else_help = true,
     next_help_heading = EVERYWHERE)]
 pub struct Cli {
-    /// Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1.
-    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE", add = values::devices())]
-    pub device: DeviceChoice,
+    /// Device to compute on: auto (a GPU if there is one), cpu, cuda, cuda:1; `cuda:0+cuda:1` lays the
+    /// target's layers over both, as auto does where one has no room for it.
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE", value_parser = device_group,
+        add = values::devices())]
+    pub device: DeviceGroup,
 
     /// Number of CPU threads of libtorch [default: all cores].
     #[arg(long, global = true, value_name = "N")]
@@ -61,6 +64,39 @@ pub struct Cli {
 
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// The device of a command that works on one.
+    ///
+    /// # Errors
+    /// Several are named.
+    pub fn single_device(&self, command: &str) -> Result<DeviceChoice> {
+        single(&self.device, &format!("`{command}`"))
+    }
+}
+
+/// The device of a worker that works on one.
+///
+/// # Errors
+/// Several are named, or there is none of that name.
+pub fn one_device(group: &DeviceGroup) -> Result<Device> {
+    pkv_gpu::device(single(group, "a feature worker")?)
+}
+
+fn single(group: &DeviceGroup, who: &str) -> Result<DeviceChoice> {
+    group.single().ok_or_else(|| {
+        hinted(
+            format!("{who} works on one device, not on `{group}`"),
+            "name one; label, extract, eval, run, infer, plan and `bench label` lay a target over several",
+        )
+        .of(FailureKind::Usage)
+        .into()
+    })
+}
+
+fn device_group(text: &str) -> Result<DeviceGroup, String> {
+    text.parse().map_err(|e| pieces::with_hint(&e))
 }
 
 /// Exit code of `infer` where answers came from the full cache, because the proxy failed.

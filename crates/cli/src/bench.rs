@@ -6,7 +6,7 @@ use anyhow::Result;
 use pkv_bench::{FeatureSet, Models, Report, Setting, decode, extract, label, prefill, train};
 use pkv_core::Stop;
 use pkv_infer::write_traces;
-use pkv_run::session::{choose_device, load_recipe};
+use pkv_run::session::{choose_device, choose_devices, load_recipe};
 use tch::Device;
 
 use crate::args::{self, BenchCommand, Cli};
@@ -25,12 +25,17 @@ pub fn run(cli: &Cli, command: &BenchCommand, stop: &Stop) -> Result<()> {
         Train { lengths, .. } => (lengths, f64::INFINITY),
     };
     let recipe = load_recipe(&lengths.recipe.recipe, &lengths.recipe.sets)?;
-    let device = choose_device(cli.device, cli.threads)?;
+    let devices = match command {
+        Label(_) => choose_devices(&cli.device, cli.threads)?.of_target(&recipe)?,
+        _ => vec![choose_device(cli.single_device("bench")?, cli.threads)?],
+    };
+    let device = devices.last().copied().unwrap_or(Device::Cpu);
     let named: Vec<usize> = lengths.context.iter().map(|n| n.get()).collect();
     let setting = Setting {
         recipe: &recipe,
         contexts: if named.is_empty() { &recipe.data.window_tokens } else { &named },
         device,
+        target_devices: &devices,
         repeats: lengths.repeats.get(),
         most: Duration::try_from_secs_f64(most).unwrap_or(Duration::MAX),
         stop,

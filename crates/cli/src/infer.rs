@@ -13,7 +13,7 @@ use pkv_infer::{
     write_traces,
 };
 use pkv_run::mapper_source::export_folder;
-use pkv_run::session::choose_device;
+use pkv_run::session::{Devices, choose_devices};
 use tch::Device;
 
 use self::output::Output;
@@ -25,7 +25,7 @@ use crate::terminal::Bar;
 /// # Errors
 /// The mapper does not fit the pair, an input is no good, or the target fails.
 pub fn run(cli: &Cli, args: &InferArgs, stop: &Stop) -> Result<ExitCode> {
-    let request = request(args, choose_device(cli.device, cli.threads)?)?;
+    let request = request(args, choose_devices(&cli.device, cli.threads)?)?;
     let regime = request.regime;
     let export = Export::read(&export_folder(&args.mapper, &Bar::new(), stop)?)?;
     let opened = Opened::new(export, request)?;
@@ -61,7 +61,12 @@ const fn exit_code(summary: &Summary) -> u8 {
     }
 }
 
-fn request(args: &InferArgs, device: Device) -> Result<Request> {
+fn request(args: &InferArgs, devices: Devices) -> Result<Request> {
+    let (target_devices, may_spread) = match devices {
+        Devices::Named(devices) => (devices, false),
+        Devices::From(device) => (vec![device], true),
+    };
+    let device = target_devices.last().copied().unwrap_or(Device::Cpu);
     let proxy_device = match args.proxy_device {
         Some(choice) => pkv_gpu::device(choice)?,
         None if args.regime == RegimeName::Dual => next_gpu(device).unwrap_or(device),
@@ -76,6 +81,8 @@ fn request(args: &InferArgs, device: Device) -> Result<Request> {
         keep_recent: args.keep_recent,
         regime: args.regime,
         device,
+        target_devices,
+        may_spread,
         proxy_device,
         overlap: args.overlap,
         dtype: args.dtype,

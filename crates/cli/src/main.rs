@@ -31,9 +31,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use pkv_core::{FailureKind, NoProgress, Progress, Stop, Task, hinted};
-use pkv_gpu::DeviceChoice;
+use pkv_gpu::DeviceGroup;
 use pkv_run::feature_workers::{FeatureWorkers, sources_of};
-use pkv_run::session::{Choices, Session, choose_device};
+use pkv_run::session::{Choices, Session, choose_devices};
 use pkv_run::stages::Part;
 use pkv_run::stages::eval::EvalOptions;
 use pkv_run::workers::{Said, Workers};
@@ -121,8 +121,8 @@ fn open_part(
     bar: Box<dyn Progress>,
 ) -> Result<Session> {
     let recipe = args.load()?;
-    let device = choose_device(cli.device, cli.threads)?;
-    let session = Session::open(recipe, Choices { runs: &cli.runs, device, bar, stop, part })?;
+    let devices = choose_devices(&cli.device, cli.threads)?;
+    let session = Session::open(recipe, Choices { runs: &cli.runs, devices, bar, stop, part })?;
     terminal::log_to(&session.run.log())?;
     Ok(session)
 }
@@ -173,7 +173,7 @@ fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
 fn feature_workers(cli: &Cli, session: &Session, args: &TrainArgs) -> Result<Option<FeatureWorkers>> {
     let Some(count) = args.feature_workers.filter(|n| *n > 0) else { return Ok(None) };
     let devices = match &args.devices {
-        Some(devices) => devices.list()?.into_iter().map(pkv_gpu::device).collect::<Result<Vec<_>>>()?,
+        Some(devices) => devices.list()?.iter().map(args::one_device).collect::<Result<Vec<_>>>()?,
         None => vec![session.device],
     };
     Ok(Some(FeatureWorkers {
@@ -187,9 +187,9 @@ fn feature_workers(cli: &Cli, session: &Session, args: &TrainArgs) -> Result<Opt
 /// The work of a feature worker. It writes nothing, and ends with the process that started it: a signal to
 /// all of them is that process's business.
 fn make_features(cli: &Cli, args: &RecipeArgs, sources: &str, stop: Stop) -> Result<()> {
-    let device = choose_device(cli.device, cli.threads)?;
+    let devices = choose_devices(&cli.device, cli.threads)?;
     let (bar, part) = (Box::new(NoProgress), Part::default());
-    let session = Session::planned(args.load()?, Choices { runs: &cli.runs, device, bar, stop, part })?;
+    let session = Session::planned(args.load()?, Choices { runs: &cli.runs, devices, bar, stop, part })?;
     stages::answer_stdin(&session, &sources_of(sources)?)
 }
 
@@ -203,10 +203,11 @@ fn on_devices(
     cli: &Cli,
     session: &Session,
     command: &StageCommand,
-    devices: &[DeviceChoice],
+    devices: &[DeviceGroup],
     options: &EvalOptions,
 ) -> Result<bool> {
-    let devices = devices.iter().map(|&choice| pkv_gpu::device(choice)).collect::<Result<Vec<_>>>()?;
+    // A device that is absent is reported here and not by each worker.
+    devices.iter().try_for_each(|group| group.devices().map(drop))?;
     let stage = command.stage;
     if command.args.redo.contains(&stage) {
         stages::throw_away(session, stage, options)?;
@@ -216,7 +217,7 @@ fn on_devices(
         arguments: pieces::of_worker(std::env::args_os().skip(1)),
         stage,
         task,
-        devices: &devices,
+        devices,
         threads: cli.threads.map(|n| n as usize),
         // Warnings, errors and what became of the rows are shown in any case.
         is_verbose: cli.verbose > 0,
@@ -246,7 +247,7 @@ fn doctor_command(
     overrides: &[pkv_recipe::Override],
 ) -> Result<ExitCode> {
     let recipe = recipe.map(|path| session::load_recipe(path, overrides)).transpose()?;
-    let device = pkv_gpu::device(cli.device)?;
+    let device = pkv_gpu::device(cli.single_device("doctor")?)?;
     let checks = pkv_doctor::checks(recipe.as_ref(), device, &cli.runs);
     if cli.json {
         output::print_json(&checks)?;

@@ -7,7 +7,7 @@ use pkv_core::hinted;
 use pkv_recipe::plan::{Cluster, Machine, MachineChoice, PastRun, Plan};
 use pkv_recipe::{Recipe, Steps, TaskName};
 use pkv_results::{RESULTS_FILE, Results};
-use pkv_run::session::{choose_device, load_recipe, load_with_origins, manifest};
+use pkv_run::session::{Devices, choose_devices, load_recipe, load_with_origins, manifest};
 use pkv_shard::{PiecesState, RunJson, RunLayout, Stage};
 use tch::Device;
 
@@ -38,14 +38,23 @@ pub fn run(
     // A manifest that cannot be read is a mistake worth hearing about now.
     manifest(&recipe)?;
     let past = past.map(past_run).transpose()?;
-    let here = || choose_device(cli.device, cli.threads).map(on_device);
+    let here = || -> Result<Machine> {
+        let devices = choose_devices(&cli.device, cli.threads)?;
+        let visible = pkv_gpu::cuda_count().max(1);
+        Ok(match devices {
+            Devices::From(device) => on_device(device).of_gpus(visible),
+            Devices::Named(devices) if devices[0].is_cuda() => on_device(devices[0]).of_gpus(devices.len()),
+            Devices::Named(devices) => on_device(devices[0]),
+        })
+    };
     let cpu = || on_device(Device::Cpu);
     let machine = match (machine, &past) {
         (Some(machine), _) => machine.machine(here, cpu)?,
         (None, Some(past)) => past.machine().clone(),
         (None, None) => MachineChoice::here().machine(here, cpu)?,
     };
-    let mut plan = Plan::new(&recipe, machine, &pkv_eval::work(&recipe));
+    let over = (cli.device.count() > 1).then(|| cli.device.count());
+    let mut plan = Plan::over(&recipe, machine, &pkv_eval::work(&recipe), over);
     if let Some(past) = &past {
         plan = plan.calibrated(past);
     }

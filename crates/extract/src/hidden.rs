@@ -8,10 +8,12 @@
 //!
 //! Dimension key: l layer, h KV head of a layer, m hidden, s new tokens of a forward, t context position.
 
+use std::cell::RefCell;
+
 use anyhow::{Context, Result, ensure};
 use pkv_core::ModelShape;
 use pkv_gpu::FullWeights;
-use pkv_lm::{LanguageModel, LayerView, Tap};
+use pkv_lm::{LanguageModel, LayerView, Placement, Tap};
 use tch::{Device, Kind, Tensor};
 
 /// Penalty of the ridge regression, in units of one position: KVzap's.
@@ -25,13 +27,15 @@ pub struct HiddenProjection {
     weight_lmh: FullWeights,
     /// f32 `[layers, KV heads]`
     bias_lh: Tensor,
+    /// The same on other devices, where layers of a split model are.
+    copies: RefCell<Vec<Self>>,
 }
 
 impl HiddenProjection {
     /// # Shapes
     /// - `weight_lmh`: f32 `[layers, hidden, KV heads]`; `bias_lh`: f32 `[layers, KV heads]`, same device
     pub fn new(weight_lmh: Tensor, bias_lh: Tensor) -> Self {
-        Self { weight_lmh: FullWeights::new(weight_lmh), bias_lh }
+        Self { weight_lmh: FullWeights::new(weight_lmh), bias_lh, copies: RefCell::default() }
     }
 
     /// Weight and bias, as in [`Self::new`].
@@ -41,10 +45,20 @@ impl HiddenProjection {
 
     /// Log-odds of one layer's new context tokens, f32 `[h, s]`.
     ///
-    /// `x_sm`: `[s, hidden]`, what the layer's attention reads ([`of_context`]).
+    /// `x_sm`: `[s, hidden]`, what the layer's attention reads ([`of_context`]); any device, which the result
+    /// is on too.
     pub fn layer(&self, layer: usize, x_sm: &Tensor) -> Tensor {
-        let layer = layer as i64;
-        (self.weight_lmh.product(layer, x_sm) + self.bias_lh.get(layer)).transpose(0, 1)
+        let (layer, device) = (layer as i64, x_sm.device());
+        if device == self.bias_lh.device() {
+            return (self.weight_lmh.product(layer, x_sm) + self.bias_lh.get(layer)).transpose(0, 1);
+        }
+        // A copy from another device would wait for all that is queued there, so it is made once.
+        let mut copies = self.copies.borrow_mut();
+        let at = copies.iter().position(|copy| copy.bias_lh.device() == device).unwrap_or_else(|| {
+            copies.push(self.to_device(device));
+            copies.len() - 1
+        });
+        copies[at].layer(layer as usize, x_sm)
     }
 
     /// Random numbers of a model's sizes, for timing.
@@ -108,8 +122,10 @@ pub fn of_context(view: &LayerView, prefix: usize) -> Option<Tensor> {
 /// A projection in the making. Hidden states are not held: a layer needs two sums of products, f64 on the
 /// device, 8 layers (hidden + 1)^2 bytes in all.
 pub struct HiddenFit {
-    /// Sums over positions of x x^T and x y^T, x extended by a one; a pair per layer.
+    /// Sums over positions of x x^T and x y^T, x extended by a one; a pair per layer, on its device.
     sums: Vec<(Tensor, Tensor)>,
+    /// Where the layers are.
+    placement: Placement,
     contexts: usize,
 }
 
@@ -117,9 +133,11 @@ impl HiddenFit {
     pub fn new(model: &LanguageModel) -> Self {
         let shape = model.shape();
         let (wide, heads) = (shape.hidden as i64 + 1, shape.kv_heads as i64);
-        let zeros = |size: [i64; 2]| Tensor::zeros(size, (Kind::Double, model.device()));
+        let placement = model.placement().clone();
+        let zeros = |l: usize, size: [i64; 2]| Tensor::zeros(size, (Kind::Double, placement.of(l)));
         Self {
-            sums: (0..shape.layers).map(|_| (zeros([wide, wide]), zeros([wide, heads]))).collect(),
+            sums: (0..shape.layers).map(|l| (zeros(l, [wide, wide]), zeros(l, [wide, heads]))).collect(),
+            placement: placement.clone(),
             contexts: 0,
         }
     }
@@ -177,7 +195,7 @@ impl HiddenFit {
             weights.push(solution.narrow(0, 0, m));
             biases.push(solution.get(m));
         }
-        Ok(HiddenProjection::new(Tensor::stack(&weights, 0), Tensor::stack(&biases, 0)))
+        Ok(HiddenProjection::new(self.placement.stack(&weights), self.placement.stack(&biases)))
     }
 }
 
@@ -193,7 +211,8 @@ impl Tap for HiddenFitTap<'_> {
         let Some(x_sm) = of_context(view, self.prefix) else { return Ok(()) };
         let n = x_sm.size()[0];
         let first = view.start.max(self.prefix) - self.prefix;
-        let y_sh = self.y_lht.get(view.layer as i64).narrow(1, first as i64, n).transpose(0, 1);
+        let y_ht = self.y_lht.get(view.layer as i64).narrow(1, first as i64, n).to_device(x_sm.device());
+        let y_sh = y_ht.transpose(0, 1);
         let (xx, xy) = self.sums.get_mut(view.layer).context("a layer that the model does not have")?;
         let ones = Tensor::ones([n, 1], (Kind::Double, x_sm.device()));
         let x = Tensor::cat(&[&x_sm.to_kind(Kind::Double), &ones], 1);

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
-use pkv_gpu::{Products, StatisticChannels, query_statistics};
+use pkv_gpu::{Products, StatisticChannels, query_statistics, upload};
 use pkv_recipe::ExtractSection;
 use tch::{Device, Kind, Tensor};
 
@@ -164,18 +164,24 @@ impl QueryStatistics {
     ///
     /// `heads` is the number of KV heads of a layer, `group` of query heads per KV head; `gathered_hct` as in
     /// [`Self::add`], but its first axis may hold the heads of all layers.
-    pub fn finish(&self, gathered_hct: &Tensor, heads: usize, group: usize) {
-        self.finish_range(gathered_hct, heads, group, 0..self.context);
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub fn finish(&self, gathered_hct: &Tensor, heads: usize, group: usize) -> Result<()> {
+        self.finish_range(gathered_hct, heads, group, 0..self.context)
     }
 
     /// As [`Self::finish`], for the context positions of `range` alone; each once.
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
     pub(crate) fn finish_range(
         &self,
         gathered_hct: &Tensor,
         heads: usize,
         group: usize,
         range: Range<usize>,
-    ) {
+    ) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let part = |slot: i64| gathered_hct.select(1, slot).narrow(1, range.start as i64, range.len() as i64);
         for slots in &self.slots {
@@ -194,7 +200,8 @@ impl QueryStatistics {
             }
             let counts: Vec<f32> =
                 range.clone().map(|t| (self.queries(slots.reach, t) * group).max(1) as f32).collect();
-            let counts_t = Tensor::from_slice(&counts).to_device(gathered_hct.device());
+            // Nothing waits: another part of the model may be at work.
+            let counts_t = upload(&Tensor::from_slice(&counts), gathered_hct.device())?;
             for mean in [slots.mean, slots.layer_mean].into_iter().flatten() {
                 let mut mean_ht = part(mean);
                 mean_ht /= &counts_t;
@@ -202,6 +209,7 @@ impl QueryStatistics {
                 let _ = mean_ht.log_().clamp_(-LOG_LIMIT, LOG_LIMIT);
             }
         }
+        Ok(())
     }
 
     /// Context positions whose features no later query changes, once `read` context tokens were read.

@@ -12,7 +12,7 @@
 use anyhow::{Result, ensure};
 use pkv_core::{Final, GlobalChannel, Pass, hinted};
 use pkv_gpu::wants_lse;
-use pkv_lm::{Chunks, KvCache, LayerView, NoTap, Tap, prefill_chunk};
+use pkv_lm::{Chunks, KvCache, LayerRows, LayerView, NoTap, Tap, prefill_chunk};
 use tch::Tensor;
 
 use crate::channels::UnrunReplay;
@@ -31,9 +31,10 @@ pub struct FeatureStream<'e, 'm> {
     statistics: QueryStatistics,
     surprisal: Option<Surprisal>,
     unrun: Option<UnrunReplay>,
-    /// Maxima and sums so far. The fused kernel folds into every position, so features that others
-    /// read already must not lie here; where none is final before the end, it is `heads_pct` itself.
-    gathered_pct: Tensor,
+    /// Maxima and sums so far, where the layers are. The fused kernel folds into every position, so features
+    /// that others read already must not lie here; where none is final before the end, home is `heads_pct`
+    /// itself.
+    gathered_pct: LayerRows,
     heads_pct: Tensor,
     globals_ct: Tensor,
     settled: usize,
@@ -70,11 +71,18 @@ impl<'m> Extractor<'m> {
         let at_end = self.extract.channels.iter().any(|c| c.pass().is_final() == Final::AtEnd);
         let moved = self.extract.channels.iter().any(|c| c.pass() == Pass::ScoringChunk);
         let in_pieces = prefill_chunk(0, ids.len(), self.extract.prefill_chunk_tokens).end < ids.len();
-        let early = in_pieces && !at_end && statistics.settled(context.len() - 1) > 0;
+        // What is collected from other devices before the end would make them wait for home's chunk.
+        let early = in_pieces
+            && !at_end
+            && !self.model.placement().is_split()
+            && statistics.settled(context.len() - 1) > 0;
         Ok(FeatureStream {
             chunks: Chunks::new(ids.len(), self.extract.prefill_chunk_tokens),
             cache: self.model.new_cache(ids.len().max(capacity)),
-            gathered_pct: if early { room() } else { heads_pct.shallow_clone() },
+            gathered_pct: LayerRows::new(
+                self.model.placement(),
+                if early { room() } else { heads_pct.shallow_clone() },
+            )?,
             heads_pct,
             globals_ct: globals(
                 &self.extract.globals,
@@ -153,11 +161,12 @@ impl FeatureStream<'_, '_> {
         }
         let range = self.settled..settled;
         let part = |all: &Tensor| all.narrow(-1, range.start as i64, range.len() as i64);
+        self.gathered_pct.collect(range.clone());
         if self.early {
-            part(&self.heads_pct).copy_(&part(&self.gathered_pct));
+            part(&self.heads_pct).copy_(&part(self.gathered_pct.home()));
         }
         let shape = self.extractor.model.shape();
-        self.statistics.finish_range(&self.heads_pct, shape.kv_heads, shape.group(), range.clone());
+        self.statistics.finish_range(&self.heads_pct, shape.kv_heads, shape.group(), range.clone())?;
         if at_end {
             self.extractor.of_keys(&self.cache, &self.heads_pct)?;
             self.extractor.reconstruction(&self.ids[prefix..], &self.cache, &self.heads_pct)?;

@@ -3,15 +3,13 @@
 //! Dimension key: p proxy KV head (all layers x heads flattened, layer-major), c channel,
 //! t context position, h KV head of a layer, d head_dim, s new context position.
 
-use anyhow::Result;
-use pkv_core::Channel;
-use pkv_gpu::Products;
-use pkv_lm::{LayerView, Tap};
-use tch::Tensor;
-
 use crate::channels::{Compute, NewPositions, UnrunReplay, chosen};
 use crate::hidden::HiddenProjection;
 use crate::statistics::QueryStatistics;
+use anyhow::Result;
+use pkv_core::Channel;
+use pkv_gpu::Products;
+use pkv_lm::{LayerRows, LayerView, Tap};
 
 /// Gathers the channels that one prefill gives.
 pub(crate) struct FeatureTap<'a> {
@@ -24,7 +22,7 @@ pub(crate) struct FeatureTap<'a> {
     /// Do the statistics want the log-sum-exps of queries?
     pub(crate) wants_lse: bool,
     /// `[p, c, t]`, f32.
-    pub(crate) heads_pct: &'a Tensor,
+    pub(crate) heads_pct: &'a LayerRows,
 }
 
 impl Tap for FeatureTap<'_> {
@@ -34,8 +32,7 @@ impl Tap for FeatureTap<'_> {
 
     fn layer(&mut self, view: &LayerView) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
-        let heads = view.k_hkd.size()[0];
-        let features_hct = self.heads_pct.narrow(0, view.layer as i64 * heads, heads);
+        let features_hct = self.heads_pct.layer(view.layer);
         let q_rqd = view.q_qsd.transpose(0, 1);
         let of = Products { q_rqd: &q_rqd, k_hkd: view.k_hkd, scale: view.scale };
         self.statistics.add(of, view.lse_qs, view.start, &features_hct)?;

@@ -45,6 +45,59 @@ impl std::fmt::Display for DeviceChoice {
     }
 }
 
+/// The devices of one process, `cuda:0`; several of them, `cuda:0+cuda:1`, share the target's layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceGroup(Vec<DeviceChoice>);
+
+impl DeviceGroup {
+    /// A single device.
+    pub fn one(choice: DeviceChoice) -> Self {
+        Self(vec![choice])
+    }
+
+    /// The choice, if it is of a single device.
+    pub fn single(&self) -> Option<DeviceChoice> {
+        (self.0.len() == 1).then(|| self.0[0])
+    }
+
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// All of them, in order.
+    ///
+    /// # Errors
+    /// As [`device`].
+    pub fn devices(&self) -> Result<Vec<Device>> {
+        self.0.iter().map(|&choice| device(choice)).collect()
+    }
+}
+
+impl std::str::FromStr for DeviceGroup {
+    type Err = pkv_core::Hinted;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let all = text.split('+').map(str::parse).collect::<Result<Vec<DeviceChoice>, _>>()?;
+        let gpus = all.iter().filter(|choice| matches!(choice, DeviceChoice::Cuda(_))).count();
+        let cpus = all.iter().filter(|choice| **choice == DeviceChoice::Cpu).count();
+        if all.len() > 1 && gpus != all.len() && cpus != all.len() {
+            return Err(hinted(
+                format!("`{text}` does not name devices of one kind"),
+                "layers go over GPUs alone, each by its number, such as `cuda:0+cuda:1`",
+            ));
+        }
+        Ok(Self(all))
+    }
+}
+
+impl std::fmt::Display for DeviceGroup {
+    /// As [`FromStr`](std::str::FromStr) reads it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(&names.join("+"))
+    }
+}
+
 /// The device to compute on.
 ///
 /// # Errors
@@ -98,6 +151,11 @@ pub fn device_name(device: Device) -> String {
         Device::Cuda(i) => format!("cuda:{i}"),
         _ => "cpu".to_owned(),
     }
+}
+
+/// As [`DeviceGroup`] spells them.
+pub fn devices_name(devices: &[Device]) -> String {
+    devices.iter().map(|&device| device_name(device)).collect::<Vec<_>>().join("+")
 }
 
 /// The device as a reader elsewhere knows it: the GPU's model, or how many threads of a CPU.
@@ -234,6 +292,14 @@ mod tests {
         assert_eq!("cuda:3".parse::<DeviceChoice>().unwrap(), DeviceChoice::Cuda(3));
         assert!("gpu".parse::<DeviceChoice>().is_err());
         assert!("cuda:x".parse::<DeviceChoice>().is_err());
+        let group = "cuda:0+cuda:2".parse::<DeviceGroup>().unwrap();
+        assert_eq!((group.single(), group.to_string().as_str()), (None, "cuda:0+cuda:2"));
+        assert_eq!("cpu+cpu".parse::<DeviceGroup>().unwrap().devices().unwrap(), [Device::Cpu; 2]);
+        assert_eq!("auto".parse::<DeviceGroup>().unwrap(), DeviceGroup::one(DeviceChoice::Auto));
+        assert_eq!(devices_name(&[Device::Cuda(0), Device::Cuda(2)]), group.to_string());
+        for odd in ["cuda:0+cpu", "auto+cuda:1", "cuda:0+", "+"] {
+            assert!(odd.parse::<DeviceGroup>().is_err(), "{odd}");
+        }
     }
 
     #[test]

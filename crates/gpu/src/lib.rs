@@ -26,8 +26,8 @@ mod transfer;
 pub const LIBTORCH: &str = env!("PKV_LIBTORCH");
 
 pub use device::{
-    DeviceChoice, MathMode, cpu_in_words, cuda_absence, cuda_count, device, device_in_words, device_name,
-    kind_on, model_name, next_gpu, set_tf32, synchronize,
+    DeviceChoice, DeviceGroup, MathMode, cpu_in_words, cuda_absence, cuda_count, device, device_in_words,
+    device_name, devices_name, kind_on, model_name, next_gpu, set_tf32, synchronize,
 };
 pub use exhausted::unless_exhausted;
 pub use host::{HostMemory, host_memory};

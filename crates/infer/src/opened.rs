@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use pkv_checkpoint::{Export, ModelIdentity};
-use pkv_core::{DtypeName, Policy, Source, Stop, hinted};
+use pkv_core::{DtypeName, LayerNeeds, ModelShape, Policy, Source, Stop, hinted};
 use pkv_extract::HiddenProjection;
-use pkv_gpu::{device_name, kind_on};
+use pkv_gpu::{device_name, devices_name, kind_on};
 use pkv_hub::Hub;
-use pkv_lm::{LanguageModel, LmConfig, RaggedCache};
+use pkv_lm::{LanguageModel, LmConfig, Placement, RaggedCache};
+use pkv_recipe::plan::{TargetMemory, activation_elements, human_bytes};
 use pkv_score::Requests;
 use pkv_text::TextTokenizer;
 use tch::{Device, Kind};
@@ -35,7 +36,12 @@ pub struct Request {
     /// Newest tokens that are always kept.
     pub keep_recent: usize,
     pub regime: RegimeName,
+    /// Of the target, or of its last layers, and of what prunes.
     pub device: Device,
+    /// Those of the target's layers; `device` is the last.
+    pub target_devices: Vec<Device>,
+    /// Lay the target over further GPUs where `device` has no room for it.
+    pub may_spread: bool,
     pub proxy_device: Device,
     /// Run the mapper while the proxy reads.
     pub overlap: bool,
@@ -158,14 +164,18 @@ impl Opened {
     ///
     /// # Errors
     /// A model cannot be loaded, the target fails, or the user stopped.
-    pub fn prefill(self, tokens: &[u32], stop: &Stop) -> Result<Ready> {
+    pub fn prefill(mut self, tokens: &[u32], stop: &Stop) -> Result<Ready> {
+        let needs = self.needs(tokens.len());
+        self.spread(&needs)?;
         let (r, config, trained_tokens) = (&self.request, self.export.config(), self.trained_tokens());
         let budgets = self.export.budgets();
         let keep = Keep { budget: r.budget, policy: r.policy, budgets, recent: r.keep_recent };
         let kind = kind_on(r.device, r.dtype);
         let target_side = self.target_side()?;
         let mut regime = self.regime(target_side.is_some())?;
-        let target = self.target.load("target", r.device, kind)?;
+        let target = self
+            .target
+            .load("target", kind, |shape| Placement::fitting(&r.target_devices, shape.layers, &needs))?;
         let context = PrefillInput {
             target: &target,
             prefix: self.tokenizer().prefix(),
@@ -187,7 +197,7 @@ impl Opened {
         let phases = prefilled.timeline.phases();
         let summary = Summary {
             regime: r.regime.name(),
-            device: device_name(r.device),
+            device: devices_name(&r.target_devices),
             proxy_device: device_name(r.proxy_device),
             dtype: if kind == Kind::BFloat16 { "bf16" } else { "f32" },
             keep: keep.to_string(),
@@ -209,6 +219,49 @@ impl Opened {
         };
         let (tokenizer, max_new_tokens) = (self.target.tokenizer, self.request.max_new_tokens);
         Ok(Ready { target, tokenizer, prefilled, whole, summary, max_new_tokens })
+    }
+
+    /// Memory of the target with its cache, by layer, and of what is beside it.
+    fn needs(&self, tokens: usize) -> LayerNeeds {
+        let (r, config) = (&self.request, self.export.config());
+        let shape = self.target.config.shape;
+        let width = |device| kind_on(device, r.dtype).elt_size_in_bytes() as u64;
+        let chunk = r.chunk_tokens.unwrap_or(config.label.prefill_chunk_tokens);
+        let channels = match config.extract.from.contains(&Source::Target) {
+            true => config.extract.of(Source::Target).channels.len(),
+            false => 1,
+        };
+        let proxy = self.proxy.as_ref().filter(|_| r.proxy_device == r.device).map_or(0, |proxy| {
+            let shape = proxy.config.shape;
+            (shape.matrix_parameters() + 2 * shape.vocab * shape.hidden) as u64 * width(r.proxy_device)
+        });
+        TargetMemory::at_rest(shape, width(r.device), self.tokenizer().prefix().len() + tokens)
+            .working(activation_elements(&shape, tokens.min(chunk)) * width(r.device))
+            .gathering((shape.kv_heads * tokens * channels) as u64)
+            .beside(proxy)
+            .needs()
+    }
+
+    /// Take further GPUs for the target's layers, where that is allowed and needed.
+    fn spread(&mut self, needs: &LayerNeeds) -> Result<()> {
+        let r = &mut self.request;
+        if !r.may_spread || r.target_devices.len() > 1 {
+            return Ok(());
+        }
+        let layers = self.target.config.shape.layers;
+        let Some(devices) = pkv_lm::spread(r.device, layers, needs)? else { return Ok(()) };
+        tracing::info!(
+            "the target needs {} with its cache, more than {} has free: its layers go over {}",
+            human_bytes(needs.of(0, 1, layers)),
+            device_name(r.device),
+            devices_name(&devices)
+        );
+        let home = devices.last().copied().unwrap_or(r.device);
+        if r.proxy_device == r.device {
+            r.proxy_device = home;
+        }
+        (r.device, r.target_devices) = (home, devices);
+        Ok(())
     }
 
     /// The mapper beside the target, where it reads the target's features.
@@ -233,7 +286,9 @@ impl Opened {
         let Some(proxy) = &self.proxy else { return Ok(Box::new(Sequential::new(NoProxy(r.device)))) };
         let device = r.proxy_device;
         let source = ProxyMapper::new(ProxyParts {
-            proxy: proxy.load("proxy", device, kind_on(device, r.dtype))?,
+            proxy: proxy.load("proxy", kind_on(device, r.dtype), |shape| {
+                Ok(Placement::whole(device, shape.layers))
+            })?,
             mapper: if mapper_is_beside_target { None } else { Some(self.export.mapper(device)?) },
             prefix: proxy.tokenizer.prefix().to_vec(),
             requests: Requests::new(&proxy.tokenizer, &config.label)?,
@@ -288,9 +343,18 @@ impl ModelFiles {
         }
     }
 
-    fn load(&self, role: &str, device: Device, kind: Kind) -> Result<LanguageModel> {
+    fn load(
+        &self,
+        role: &str,
+        kind: Kind,
+        place: impl FnOnce(&ModelShape) -> Result<Placement>,
+    ) -> Result<LanguageModel> {
         tracing::info!("loading the {role} `{}` ({})", self.name, self.config.shape);
-        LanguageModel::load(&self.folder, device, kind)
-            .with_context(|| format!("cannot load the {role} `{}`", self.name))
+        let model = LanguageModel::load_over(&self.folder, kind, place)
+            .with_context(|| format!("cannot load the {role} `{}`", self.name))?;
+        if model.placement().is_split() {
+            tracing::info!("its layers: {}", model.placement().in_words());
+        }
+        Ok(model)
     }
 }

@@ -46,9 +46,18 @@ impl Launch<'_> {
     /// The command of a worker without its task.
     fn command(&self, stage: Stage) -> Vec<&str> {
         let own = [self.recipe.launch.program.as_str(), stage.name()];
-        let several: &[&str] =
-            if is_in_pieces(stage) && self.gpus_per_worker > 1 { &["--devices", "all"] } else { &[] };
-        let given = self.arguments.iter().map(String::as_str);
+        let devices = self.arguments.iter().position(|argument| argument == "--device");
+        let group =
+            devices.map(|at| at + 1).filter(|&at| self.arguments.get(at).is_some_and(|d| d.contains('+')));
+        // GPUs that share the target's layers have one worker together.
+        let several: &[&str] = match is_in_pieces(stage) && self.gpus_per_worker > 1 && group.is_none() {
+            true => &["--devices", "all"],
+            false => &[],
+        };
+        let given = self.arguments.iter().enumerate().map(|(at, argument)| match group {
+            Some(group) if group == at && self.gpus(stage) == 0 => "auto",
+            _ => argument.as_str(),
+        });
         own.into_iter().chain(given).chain(several.iter().copied()).collect()
     }
 }

@@ -64,6 +64,12 @@ fn stages_and_gpus_are_the_chosen_ones() {
     let several = Launch { gpus_per_worker: 2, ..some.clone() };
     let words = |job: &slurm::Job| job.script.matches("--devices all --task").count();
     assert_eq!(slurm::jobs(&several).unwrap().iter().map(words).collect::<Vec<_>>(), [1, 0]);
+    // GPUs that share a target's layers have one worker; where there is no GPU, there is no such group.
+    let group = ["--recipe", "r.toml", "--device", "cuda:0+cuda:1"].map(str::to_owned).into();
+    let grouped = slurm::jobs(&Launch { arguments: group, ..several.clone() }).unwrap();
+    assert_eq!(grouped.iter().map(words).collect::<Vec<_>>(), [0, 0]);
+    let has = |job: &slurm::Job, device: &str| job.script.contains(&format!("--device {device}"));
+    assert!(has(&grouped[0], "cuda:0+cuda:1") && has(&grouped[1], "auto"), "{grouped:?}");
     let list = k8s::list(&some);
     let limits = |i: usize| {
         list["items"][i]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"].clone()

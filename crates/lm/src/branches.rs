@@ -18,6 +18,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::cache::KvCache;
 use crate::model::LanguageModel;
+use crate::placement::Part;
 use crate::ragged::{RaggedCache, room_for};
 use shared::SharedBranches;
 
@@ -78,7 +79,7 @@ impl Branches {
             Storage::Packed => {
                 let all = || {
                     let size = [1, cache.layers() as i64, cache.keys(0).size()[0], cache.len() as i64];
-                    Tensor::ones(size, (Kind::Bool, cache.keys(0).device()))
+                    Tensor::ones(size, (Kind::Bool, cache.placement().home()))
                 };
                 let keep = keep.map_or_else(all, Tensor::shallow_clone);
                 Rows::Packed(RaggedCache::branch(cache, &keep, questions, capacity)?)
@@ -205,7 +206,13 @@ fn fitting(cache: &KvCache, keep: Option<&Tensor>, questions: usize, capacity: u
     };
     let per_pair = 2 * head_dim as usize * keys_htd.kind().elt_size_in_bytes();
     let bytes = per_pair * packed_pairs(kept * questions, masks * questions * heads, capacity);
-    Ok(if bytes <= spare_bytes(keys_htd.device())? { Storage::Packed } else { Storage::Shared })
+    // Each device has the copies of its own layers.
+    let fits = |part: &Part| {
+        let share = bytes / cache.layers().max(1) * part.layers.len();
+        Ok(share <= spare_bytes(part.device)?)
+    };
+    let all_fit = cache.placement().each(fits)?.iter().all(|(_, fits)| *fits);
+    Ok(if all_fit { Storage::Packed } else { Storage::Shared })
 }
 
 /// Kept pairs and rooms of as many segments.

@@ -4,12 +4,16 @@
 
 use anyhow::{Result, ensure};
 use pkv_core::{ModelShape, hinted};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
+
+use crate::layer::bytes;
+use crate::placement::Placement;
 
 /// Keys (rotary applied) and values of one sequence, up to a fixed capacity.
 #[derive(Debug)]
 pub struct KvCache {
-    /// One `[kv_heads, rows, head_dim]` per layer; at least `capacity` rows.
+    placement: Placement,
+    /// One `[kv_heads, rows, head_dim]` per layer, on its device; at least `capacity` rows.
     keys: Vec<Tensor>,
     values: Vec<Tensor>,
     len: usize,
@@ -19,13 +23,20 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    pub(crate) fn new(shape: ModelShape, capacity: usize, device: Device, kind: Kind) -> Self {
+    pub(crate) fn new(shape: ModelShape, capacity: usize, placement: &Placement, kind: Kind) -> Self {
         // cuDNN plans anew for other strides: contexts of like length shall have the same. On a CPU it only
         // makes sure that tests meet what a GPU meets.
         let rows = capacity.next_multiple_of(1024);
         let size = [shape.kv_heads as i64, rows as i64, shape.head_dim as i64];
-        let layers = || (0..shape.layers).map(|_| Tensor::empty(size, (kind, device))).collect();
-        Self { keys: layers(), values: layers(), len: 0, capacity, next_position: 0 }
+        let layers = || (0..shape.layers).map(|l| Tensor::empty(size, (kind, placement.of(l)))).collect();
+        Self {
+            placement: placement.clone(),
+            keys: layers(),
+            values: layers(),
+            len: 0,
+            capacity,
+            next_position: 0,
+        }
     }
 
     /// Positions held.
@@ -60,6 +71,7 @@ impl KvCache {
         let views = |all: &[Tensor]| all.iter().map(Tensor::shallow_clone).collect();
         let len = self.len - dropped;
         Self {
+            placement: self.placement.clone(),
             keys: views(&self.keys),
             values: views(&self.values),
             len,
@@ -82,12 +94,24 @@ impl KvCache {
         self.keys.len()
     }
 
+    /// Where its layers are.
+    pub const fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// Bytes of keys and values, room included, of each part of the placement.
+    pub fn bytes(&self) -> Vec<usize> {
+        let of = |all: &[Tensor]| all.iter().map(bytes).sum::<usize>();
+        let parts = self.placement.parts().iter().map(|part| part.layers.clone());
+        parts.map(|layers| of(&self.keys[layers.clone()]) + of(&self.values[layers])).collect()
+    }
+
     /// A cache that holds only the chosen KV pairs; what it reads next keeps its true position.
     ///
     /// Every KV head keeps the same number of pairs. `spare` is the room for further tokens.
     ///
     /// # Shapes
-    /// - `kept_lhk`: i64 `[layers, kv_heads, kept]`, positions below `len`, on the cache's device
+    /// - `kept_lhk`: i64 `[layers, kv_heads, kept]`, positions below `len`, any device
     pub fn evict(&self, kept_lhk: &Tensor, spare: usize) -> Result<Self> {
         let heads = self.keys.first().map_or(0, |k| k.size()[0]);
         let size = kept_lhk.size();
@@ -101,13 +125,15 @@ impl KvCache {
             let one = |(layer, full): (usize, &Tensor)| {
                 let (heads, d) = (full.size()[0], full.size()[2]);
                 let out = Tensor::empty([heads, (kept + spare) as i64, d], (full.kind(), full.device()));
-                let index = kept_lhk.get(layer as i64).unsqueeze(-1).expand([heads, kept as i64, d], false);
+                let kept_hk = kept_lhk.get(layer as i64).to_device(full.device());
+                let index = kept_hk.unsqueeze(-1).expand([heads, kept as i64, d], false);
                 out.narrow(1, 0, kept as i64).copy_(&full.gather(1, &index, false));
                 out
             };
             all.iter().enumerate().map(one).collect()
         };
         Ok(Self {
+            placement: self.placement.clone(),
             keys: pick(&self.keys),
             values: pick(&self.values),
             len: kept,
@@ -126,9 +152,9 @@ impl KvCache {
     }
 
     /// Keys and values of all layers, `[kv_heads, rows, head_dim]` each, of which the first [`KvCache::len`]
-    /// rows are held.
-    pub(crate) fn into_layers(self) -> (Vec<Tensor>, Vec<Tensor>) {
-        (self.keys, self.values)
+    /// rows are held, and where they are.
+    pub(crate) fn into_layers(self) -> (Placement, Vec<Tensor>, Vec<Tensor>) {
+        (self.placement, self.keys, self.values)
     }
 
     /// Refuse to read `new` more tokens if there is no room for them.

@@ -9,6 +9,7 @@ use pkv_gpu::{PackedSlots, Projected, Rotation};
 use tch::Tensor;
 
 use crate::model::LanguageModel;
+use crate::placement::PerPart;
 
 /// Input of a layer.
 pub(crate) struct LayerInput<'a> {
@@ -35,8 +36,9 @@ pub(crate) trait KvStore {
 }
 
 impl LanguageModel {
-    /// Run all layers on `hidden`, the new tokens' embeddings; what returns is not normed. Without `complete`
-    /// the last layer ends after its store has seen the new tokens, and what returns is that layer's input.
+    /// Run all layers on `hidden`, the new tokens' embeddings; what returns is not normed, and is on the last
+    /// layer's device. Without `complete` the last layer ends after its store has seen the new tokens, and
+    /// what returns is that layer's input.
     ///
     /// A layer of input x, with K and V the keys and values that a token may see, its own included:
     /// - n = norm(x); q, k, v = W_qkv n, with q and k normed where the architecture does, and rotated
@@ -48,14 +50,16 @@ impl LanguageModel {
     pub(crate) fn run(
         &self,
         mut hidden: Tensor,
-        rotation: &Rotation,
+        rotations: &PerPart<Rotation>,
         store: &mut dyn KvStore,
         complete: bool,
     ) -> Result<Tensor> {
         for (index, layer) in self.layers.iter().enumerate() {
             let wanted = complete || index + 1 < self.layers.len();
+            // Nothing is copied within a device.
+            hidden = hidden.to_device(layer.device());
             let normed = layer.normed(&hidden);
-            let new = layer.project(&normed, rotation, store.slot(index).as_ref())?;
+            let new = layer.project(&normed, rotations.of(index), store.slot(index).as_ref())?;
             let input = LayerInput { layer: index, hidden: &hidden, normed: &normed };
             let attended = store.attend(&input, &new, wanted)?;
             if let Some(attended) = attended.filter(|_| wanted) {

@@ -17,7 +17,7 @@ impl LanguageModel {
     /// # Shapes
     /// - `ids`: i64 `[s]`, best on the host; ids that are on a GPU already are not checked, because that
     ///   would wait for it
-    /// - returns the hidden states after the final norm, `[s, hidden]`, in the model's kind
+    /// - returns the hidden states after the final norm, `[s, hidden]`, in the model's kind, at home
     ///
     /// # Errors
     /// No room in the cache, an id outside the vocabulary, or the tap's own; the cache is then as long
@@ -37,7 +37,7 @@ impl LanguageModel {
     /// The new tokens' keys are whatever the cache's room holds.
     ///
     /// # Shapes
-    /// - `q_sqd`: `[s, query_heads, head_dim]`, kind and device of the cache
+    /// - `q_sqd`: `[s, query_heads, head_dim]`, kind and device of the cache, which is one
     ///
     /// # Errors
     /// No room in the cache, or a kernel fails.
@@ -57,10 +57,11 @@ impl LanguageModel {
         cache.check_room(s)?;
         ensure!(cache.layers() == self.layers.len(), "the KV cache is of another model");
         let hidden_sm = self.embed(ids)?;
-        let rotation = self.rope.range(cache.next_position(), s);
+        let first = cache.next_position();
+        let rotations = self.ropes.map(|rope| Ok(rope.range(first, s)))?;
         let wants_lse = tap.wants_lse();
         let mut store = FullStore { cache: &mut *cache, tap, wants_lse, s, attention: &self.attention };
-        let hidden_sm = self.run(hidden_sm, &rotation, &mut store, complete)?;
+        let hidden_sm = self.run(hidden_sm, &rotations, &mut store, complete)?;
         cache.advance(s);
         Ok(hidden_sm)
     }

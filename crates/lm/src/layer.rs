@@ -117,6 +117,17 @@ impl Layer {
         }
     }
 
+    pub fn device(&self) -> Device {
+        self.qkv.device()
+    }
+
+    /// Bytes of its weights.
+    pub fn bytes(&self) -> usize {
+        let optional = [&self.qkv_bias, &self.qk_norm, &self.output_bias].into_iter().flatten();
+        let all = [&self.input_norm, &self.qkv, &self.output, &self.post_norm, &self.gate_up, &self.down];
+        all.into_iter().chain(optional).map(bytes).sum()
+    }
+
     /// The layer's input norm.
     pub fn normed(&self, hidden: &Tensor) -> Tensor {
         rms_norm(hidden, &self.input_norm, self.architecture.norm_eps)
@@ -172,6 +183,11 @@ impl Layer {
         residual += x.linear::<&Tensor>(weight, None) * self.architecture.residual_scale;
         residual
     }
+}
+
+/// Bytes of a tensor's elements.
+pub(crate) fn bytes(t: &Tensor) -> usize {
+    t.numel() * t.kind().elt_size_in_bytes()
 }
 
 /// x / sqrt(mean(x^2) + eps) * weight, statistics in f32, over the last axis.

@@ -1,9 +1,10 @@
 //! Target and proxy: decoder-only language models in tch, with the taps that scoring needs.
 //!
 //! Owns `config.json`, weights, the KV cache, the forward pass and greedy generation; text is tokens already
-//! (`pkv-text`). Which KV pairs matter is left to `score` and `prune`; this crate gives them access to
-//! the forward pass ([`Tap`], [`RepeatTap`]), reads a cache with some of its pairs hidden ([`Branches`]), and
-//! shrinks it to the kept pairs ([`RaggedCache`]).
+//! (`pkv-text`). Which KV pairs matter is left to `score` and `prune`; this crate gives them access to the
+//! forward pass ([`Tap`], [`RepeatTap`]), reads a cache with some of its pairs hidden ([`Branches`]), and
+//! shrinks it to the kept pairs ([`RaggedCache`]). A model that one device does not hold is spread over
+//! several by its [`Placement`].
 //!
 //! Dimension key: l layer, h KV head, g query heads per KV head, q query head, s new token of a
 //! forward, t context position, k key attended to, d head_dim, m hidden.
@@ -19,6 +20,7 @@ mod generate;
 mod kept;
 mod layer;
 mod model;
+mod placement;
 mod prefill;
 mod ragged;
 mod repeats;
@@ -32,6 +34,7 @@ pub use cache::KvCache;
 pub use config::LmConfig;
 pub use family::model_types;
 pub use model::LanguageModel;
+pub use placement::{LayerRows, Part, PerPart, Placement, spread};
 pub use prefill::{Chunks, prefill_chunk};
 pub use ragged::RaggedCache;
 pub use repeats::{RepeatTap, RepeatView};

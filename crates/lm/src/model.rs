@@ -16,22 +16,23 @@ use tch::{Device, Kind, Tensor};
 
 use crate::cache::KvCache;
 use crate::config::LmConfig;
-use crate::layer::{Layer, rms_norm};
+use crate::layer::{Layer, bytes, rms_norm};
+use crate::placement::{Part, PerPart, Placement};
 use crate::rope::Rope;
 use crate::weights::{Checkpoint, EMBEDDING, HEAD, Places};
 
-/// A target or proxy, loaded onto one device in one kind.
+/// A target or proxy, loaded in one kind onto one device, or onto several that share its layers.
 #[derive(Debug)]
 pub struct LanguageModel {
     config: LmConfig,
-    device: Device,
+    placement: Placement,
     kind: Kind,
     embedding: Tensor,
     pub(crate) layers: Vec<Layer>,
     final_norm: Tensor,
-    /// `[vocab, hidden]`; the embedding itself where the two are tied.
+    /// `[vocab, hidden]`; where the two are tied, the embedding itself, or its copy on the last device.
     head: Tensor,
-    pub(crate) rope: Rope,
+    pub(crate) ropes: PerPart<Rope>,
     pub(crate) attention: Attention,
 }
 
@@ -44,12 +45,28 @@ impl LanguageModel {
     /// The model is not supported, a file is missing or damaged, weights do not fit `config.json`,
     /// or the device has too little memory.
     pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
+        Self::load_over(folder, kind, |shape| Ok(Placement::whole(device, shape.layers)))
+    }
+
+    /// As [`LanguageModel::load`], every weight straight to the device that `place` gives its layer.
+    ///
+    /// # Errors
+    /// As [`LanguageModel::load`], and those of `place`.
+    pub fn load_over(
+        folder: &Path,
+        kind: Kind,
+        place: impl FnOnce(&ModelShape) -> Result<Placement>,
+    ) -> Result<Self> {
         let begun = Instant::now();
         let mut config = LmConfig::from_folder(folder)?;
+        let placement = place(&config.shape)?;
+        let devices: Vec<Device> = placement.parts().iter().map(|part| part.device).collect();
         let checkpoint = Checkpoint::open(folder)?;
         config.tied_head = is_tied(&config, &checkpoint, folder)?;
-        let mut model = Self::empty(config, device, kind)
-            .with_context(|| format!("making room for the model of `{}` on {device:?}", folder.display()))?;
+        let mut model = Self::empty(config, placement, kind).with_context(|| match &*devices {
+            [device] => format!("making room for the model of `{}` on {device:?}", folder.display()),
+            _ => format!("making room for the model of `{}` on {devices:?}", folder.display()),
+        })?;
         let mut places = model.places();
         let tied = model.config.tied_head;
         if tied && !checkpoint.holds(EMBEDDING) && checkpoint.holds(HEAD) {
@@ -60,9 +77,9 @@ impl LanguageModel {
         // Old exports store rotary frequencies; exports of tied models may repeat the embedding.
         let ignored = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD);
         checkpoint.load(places, ignored)?;
-        model.layers.iter_mut().for_each(Layer::finish);
+        model.complete();
         let secs = begun.elapsed().as_secs_f64();
-        tracing::debug!(folder = %folder.display(), shape = %model.shape(), ?kind, ?device, secs, "model loaded");
+        tracing::debug!(folder = %folder.display(), shape = %model.shape(), ?kind, ?devices, secs, "model loaded");
         Ok(model)
     }
 
@@ -73,7 +90,16 @@ impl LanguageModel {
     /// # Panics
     /// The device has no room for the model, or `kind` is no floating-point kind.
     pub fn random(config: LmConfig, device: Device, kind: Kind, seed: u64) -> Self {
-        let mut model = Self::empty(config, device, kind).expect("room for a random model");
+        let placement = Placement::whole(device, config.shape.layers);
+        Self::random_over(config, placement, kind, seed)
+    }
+
+    /// As [`LanguageModel::random`], the same weights wherever they are placed.
+    ///
+    /// # Panics
+    /// As [`LanguageModel::random`], or the placement is of another number of layers.
+    pub fn random_over(config: LmConfig, placement: Placement, kind: Kind, seed: u64) -> Self {
+        let mut model = Self::empty(config, placement, kind).expect("room for a random model");
         let mut places: Vec<(String, Tensor)> = model.places().into_iter().collect();
         places.sort_by(|a, b| a.0.cmp(&b.0));
         for (name, mut place) in places {
@@ -87,8 +113,16 @@ impl LanguageModel {
                 let _ = place.normal_(0.0, inputs.powf(-0.5));
             }
         }
-        model.layers.iter_mut().for_each(Layer::finish);
+        model.complete();
         model
+    }
+
+    /// Once all places are filled: what checkpoints store once and several places hold.
+    fn complete(&mut self) {
+        self.layers.iter_mut().for_each(Layer::finish);
+        if self.config.tied_head && self.placement.is_split() {
+            self.head.copy_(&self.embedding);
+        }
     }
 
     /// Another handle on the same weights, for another thread: tensors may move between threads, not be
@@ -96,18 +130,25 @@ impl LanguageModel {
     pub fn share(&self) -> Self {
         Self {
             config: self.config.clone(),
-            device: self.device,
+            placement: self.placement.clone(),
             kind: self.kind,
             embedding: self.embedding.shallow_clone(),
             layers: self.layers.iter().map(Layer::share).collect(),
             final_norm: self.final_norm.shallow_clone(),
             head: self.head.shallow_clone(),
-            rope: self.rope.share(),
+            ropes: self.ropes.map(|rope| Ok(rope.share())).expect("handles cost nothing"),
             attention: self.attention,
         }
     }
 
-    fn empty(config: LmConfig, device: Device, kind: Kind) -> Result<Self> {
+    fn empty(config: LmConfig, placement: Placement, kind: Kind) -> Result<Self> {
+        let (first, device) = (placement.first(), placement.home());
+        ensure!(
+            placement.layers() == config.shape.layers,
+            "the placement is of {} layers, the model has {}",
+            placement.layers(),
+            config.shape.layers
+        );
         // f64 is for references; CUDA's attention kernels do not have it.
         let reference = kind == Kind::Double && !device.is_cuda();
         ensure!(
@@ -117,18 +158,18 @@ impl LanguageModel {
         let shape = config.shape;
         let matrix = [shape.vocab as i64, shape.hidden as i64];
         // The embedding is the largest tensor: the first to fail where memory is short.
-        let embedding = Tensor::f_empty(matrix, (kind, device))?;
-        let head = match config.tied_head {
+        let embedding = Tensor::f_empty(matrix, (kind, first))?;
+        let head = match config.tied_head && !placement.is_split() {
             true => embedding.shallow_clone(),
             false => Tensor::f_empty(matrix, (kind, device))?,
         };
         Ok(Self {
-            layers: (0..shape.layers).map(|_| Layer::empty(&config, device, kind)).collect(),
+            layers: (0..shape.layers).map(|l| Layer::empty(&config, placement.of(l), kind)).collect(),
             final_norm: Tensor::empty([shape.hidden as i64], (kind, device)),
-            rope: Rope::new(&config.rope, shape.head_dim, device, kind),
+            ropes: placement.each(|part| Ok(Rope::new(&config.rope, shape.head_dim, part.device, kind)))?,
             attention: Attention::new(config.architecture.score_scale),
             config,
-            device,
+            placement,
             kind,
             embedding,
             head,
@@ -156,8 +197,27 @@ impl LanguageModel {
         self.config.shape
     }
 
+    /// Where hidden states and logits come out, and where what is gathered from all layers belongs: the last
+    /// of [`LanguageModel::placement`], or the only one.
     pub fn device(&self) -> Device {
-        self.device
+        self.placement.home()
+    }
+
+    pub const fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// Bytes of the weights of each part of the placement.
+    pub fn weight_bytes(&self) -> Vec<usize> {
+        let last = self.placement.parts().len() - 1;
+        let of = |(at, part): (usize, &Part)| {
+            let layers: usize = self.layers[part.layers.clone()].iter().map(Layer::bytes).sum();
+            let is_one = self.head.data_ptr() == self.embedding.data_ptr();
+            let first = if at == 0 { bytes(&self.embedding) } else { 0 };
+            let head = if is_one { 0 } else { bytes(&self.head) };
+            layers + first + if at == last { head + bytes(&self.final_norm) } else { 0 }
+        };
+        self.placement.parts().iter().enumerate().map(of).collect()
     }
 
     pub fn kind(&self) -> Kind {
@@ -166,7 +226,7 @@ impl LanguageModel {
 
     /// An empty cache with room for `capacity` positions.
     pub fn new_cache(&self, capacity: usize) -> KvCache {
-        KvCache::new(self.shape(), capacity, self.device, self.kind)
+        KvCache::new(self.shape(), capacity, &self.placement, self.kind)
     }
 
     /// A cache of `tokens` positions of noise and room for `spare` more: for benchmarks of what follows.
@@ -195,7 +255,7 @@ impl LanguageModel {
         }
     }
 
-    /// Negative log-likelihood (nats) of the token `next_s`, i64 `[s]` on the model's device, by each of
+    /// Negative log-likelihood (nats) of the token `next_s`, i64 `[s]` at home, by each of
     /// `hidden_sm`, the hidden states after the final norm: f32 `[s]`. All their logits are held at once.
     ///
     /// # Errors
@@ -204,10 +264,10 @@ impl LanguageModel {
         nats(&self.products(hidden_sm), next_s)
     }
 
-    /// The move of rotated queries or keys `by` positions further on.
-    pub fn movement(&self, by: i64) -> Movement {
+    /// The move of rotated queries or keys `by` positions further on, on each device.
+    pub fn movements(&self, by: i64) -> PerPart<Movement> {
         let _no_grad = tch::no_grad_guard();
-        self.rope.movement(by)
+        self.ropes.map(|rope| Ok(rope.movement(by))).expect("a movement is a few numbers")
     }
 
     /// Token ids as a tensor that forwards take: on the host, where they are checked.
@@ -226,7 +286,7 @@ impl LanguageModel {
         if ids.device() == Device::Cpu {
             self.check_ids(ids)?;
         }
-        let ids = pkv_gpu::upload(ids, self.device)?;
+        let ids = pkv_gpu::upload(ids, self.placement.first())?;
         let rows = Tensor::embedding(&self.embedding, &ids, -1, false, false);
         Ok(match self.config.architecture.embedding_scale {
             1.0 => rows,

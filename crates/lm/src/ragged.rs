@@ -7,7 +7,7 @@
 //! of `pkv_gpu::RaggedAttention`, the forward pass is [`forward`]'s, sequences that share a context are
 //! [`rows`]'s; which pairs are kept is `prune`'s.
 //!
-//! Dimension key: l layer, b sequence, h KV head, x segment (sequence x KV head, sequence-major),
+//! Dimension key: l layer (of a part), b sequence, h KV head, x segment (sequence x KV head, sequence-major),
 //! t position of the full cache, s new token, n row of a layer's packed storage, d head_dim.
 
 mod forward;
@@ -19,6 +19,7 @@ use pkv_gpu::DecodeSpace;
 use tch::{Device, Kind, Tensor};
 
 use crate::cache::KvCache;
+use crate::placement::{PerPart, Placement};
 
 /// Rooms grow by whole blocks of this many tokens: 0.8% of a context of 32,768.
 pub(crate) const ROOM_BLOCK: usize = 256;
@@ -38,6 +39,13 @@ pub struct RaggedCache {
     sequences: Vec<Sequence>,
     /// Tokens that every sequence has read since they were last counted one by one.
     appended: usize,
+    /// On each device, for its layers.
+    located: PerPart<Located>,
+}
+
+/// Where the segments of a part's layers lie, as its device knows it.
+#[derive(Debug)]
+struct Located {
     /// First row of each segment, its kept pairs and settled tokens passed, i64 `[l, x]`.
     room_start_lx: Tensor,
     /// Kept pairs and settled tokens of each segment, i32 `[l, x]`.
@@ -48,6 +56,8 @@ pub struct RaggedCache {
     context_end_b: Tensor,
     /// Workspace of the kernel for one new token per sequence, once it has run.
     space: Option<DecodeSpace>,
+    /// The first layer of the part.
+    first: usize,
 }
 
 /// Packed rows of one layer.
@@ -140,7 +150,7 @@ impl RaggedCache {
         let (len, context_end) = (cache.len(), cache.next_position());
         ensure!(len > 0, "an empty KV cache has nothing to keep");
         let room = room_for(room);
-        let (keys, values) = cache.into_layers();
+        let (placement, keys, values) = cache.into_layers();
         let heads = keys.first().map_or(0, |k| k.size()[0]) as usize;
         let mut layers = Vec::with_capacity(keys.len());
         for (index, (k_htd, v_htd)) in keys.into_iter().zip(values).enumerate() {
@@ -170,7 +180,7 @@ impl RaggedCache {
                 kept: if all_heads { vec![len; heads] } else { kept },
             });
         }
-        Ok(Self::assemble(layers, heads, room, vec![Sequence { settled: 0, context_end }]))
+        Self::assemble(&placement, layers, heads, room, vec![Sequence { settled: 0, context_end }])
     }
 
     /// Several sequences as one batch, in the order given; they decode together.
@@ -181,10 +191,14 @@ impl RaggedCache {
         let _no_grad = tch::no_grad_guard();
         let room = caches.iter().map(|c| c.room).max().context("there is no cache to join")?;
         let (n_layers, heads) = (caches[0].layers.len(), caches[0].kv_heads);
+        let placement = caches[0].placement().clone();
         let d = |c: &Self| c.layers.first().map(|l| l.keys.size()[1]);
         for c in &caches {
             ensure!(
-                c.layers.len() == n_layers && c.kv_heads == heads && d(c) == d(&caches[0]),
+                c.layers.len() == n_layers
+                    && c.kv_heads == heads
+                    && d(c) == d(&caches[0])
+                    && *c.placement() == placement,
                 "caches of different models cannot be one batch: {} layers of {} KV heads, and {n_layers} of {heads}",
                 c.layers.len(),
                 c.kv_heads
@@ -210,46 +224,58 @@ impl RaggedCache {
                 kept: parts.iter().flat_map(|p| p.kept.iter().copied()).collect(),
             });
         }
-        Ok(Self::assemble(layers, heads, room, sequences))
+        Self::assemble(&placement, layers, heads, room, sequences)
     }
 
-    fn assemble(layers: Vec<RaggedLayer>, kv_heads: usize, room: usize, sequences: Vec<Sequence>) -> Self {
-        let device = layers.first().map_or(Device::Cpu, |l| l.keys.device());
-        let mut cache = Self {
-            layers,
-            kv_heads,
-            room,
-            sequences,
-            appended: 0,
-            room_start_lx: Tensor::empty([0], (Kind::Int64, device)),
-            kept_lx: Tensor::empty([0], (Kind::Int, device)),
-            bounds_lx: Tensor::empty([0], (Kind::Int, device)),
-            context_end_b: Tensor::empty([0], (Kind::Float, device)),
-            space: None,
-        };
-        cache.index(device);
-        cache
+    fn assemble(
+        placement: &Placement,
+        layers: Vec<RaggedLayer>,
+        kv_heads: usize,
+        room: usize,
+        sequences: Vec<Sequence>,
+    ) -> Result<Self> {
+        let located = placement.each(|part| {
+            let nothing = |kind| Tensor::empty([0], (kind, part.device));
+            Ok(Located {
+                room_start_lx: nothing(Kind::Int64),
+                kept_lx: nothing(Kind::Int),
+                bounds_lx: nothing(Kind::Int),
+                context_end_b: nothing(Kind::Float),
+                space: None,
+                first: part.layers.start,
+            })
+        })?;
+        let mut cache = Self { layers, kv_heads, room, sequences, appended: 0, located };
+        cache.index();
+        Ok(cache)
     }
 
-    /// Tell the device where segments lie.
-    fn index(&mut self, device: Device) {
-        let (mut starts, mut kept, mut bounds) = (Vec::new(), Vec::new(), Vec::new());
-        let heads = self.kv_heads;
-        for layer in &self.layers {
-            let edges = layer.bounds(self.room);
-            for (x, before) in layer.kept.iter().enumerate() {
-                let before = before + self.sequences[x / heads].settled;
-                starts.push((edges[x] + before) as i64);
-                kept.push(before as i32);
+    /// Tell the devices where segments lie.
+    fn index(&mut self) {
+        let Self { layers, kv_heads, room, sequences, located, .. } = self;
+        let ends: Vec<f32> = sequences.iter().map(|s| (s.context_end + s.settled) as f32).collect();
+        for (part, located) in located.iter_mut() {
+            let (mut starts, mut kept, mut bounds) = (Vec::new(), Vec::new(), Vec::new());
+            for layer in &layers[part.layers.clone()] {
+                let edges = layer.bounds(*room);
+                for (x, before) in layer.kept.iter().enumerate() {
+                    let before = before + sequences[x / *kv_heads].settled;
+                    starts.push((edges[x] + before) as i64);
+                    kept.push(before as i32);
+                }
+                bounds.extend(edges.iter().map(|edge| *edge as i32));
             }
-            bounds.extend(edges.iter().map(|edge| *edge as i32));
+            let (l, device) = (part.layers.len() as i64, part.device);
+            located.room_start_lx = Tensor::from_slice(&starts).view([l, -1]).to_device(device);
+            located.kept_lx = Tensor::from_slice(&kept).view([l, -1]).to_device(device);
+            located.bounds_lx = Tensor::from_slice(&bounds).view([l, -1]).to_device(device);
+            located.context_end_b = Tensor::from_slice(&ends).to_device(device);
         }
-        let l = self.layers.len() as i64;
-        self.room_start_lx = Tensor::from_slice(&starts).view([l, -1]).to_device(device);
-        self.kept_lx = Tensor::from_slice(&kept).view([l, -1]).to_device(device);
-        self.bounds_lx = Tensor::from_slice(&bounds).view([l, -1]).to_device(device);
-        let ends: Vec<f32> = self.sequences.iter().map(|s| (s.context_end + s.settled) as f32).collect();
-        self.context_end_b = Tensor::from_slice(&ends).to_device(device);
+    }
+
+    /// Where its layers are.
+    pub const fn placement(&self) -> &Placement {
+        self.located.placement()
     }
 
     pub fn layers(&self) -> usize {
@@ -303,7 +329,7 @@ impl RaggedCache {
         self.appended = 0;
         if self.sequences.iter().any(|s| s.settled > 0) {
             self.sequences.iter_mut().for_each(|s| s.settled = 0);
-            self.index(self.room_start_lx.device());
+            self.index();
         }
     }
 
@@ -335,14 +361,13 @@ impl RaggedCache {
             return Ok(());
         }
         let _no_grad = tch::no_grad_guard();
-        let device = self.room_start_lx.device();
         let heads = self.kv_heads;
         let mut grown = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let (old, new) = (layer.bounds(self.room), layer.bounds(room));
             let rows = new.last().copied().unwrap_or(0) as i64;
             let wider = |packed: &Tensor| -> Result<Tensor> {
-                let out = Tensor::f_empty([rows, packed.size()[1]], (packed.kind(), device))?;
+                let out = Tensor::f_empty([rows, packed.size()[1]], (packed.kind(), packed.device()))?;
                 for (x, kept) in layer.kept.iter().enumerate() {
                     let used = (kept + self.read(x / heads)) as i64;
                     out.narrow(0, new[x] as i64, used).copy_(&packed.narrow(0, old[x] as i64, used));
@@ -355,7 +380,7 @@ impl RaggedCache {
             (layer.keys, layer.values) = (keys, values);
         }
         self.room = room;
-        self.index(device);
+        self.index();
         Ok(())
     }
 }

@@ -17,6 +17,7 @@ use tch::{Kind, Tensor};
 use crate::cache::KvCache;
 use crate::forward::{KvStore, LayerInput};
 use crate::model::LanguageModel;
+use crate::placement::PerPart;
 
 /// Called once per layer of [`LanguageModel::forward_repeats`], after rotary.
 pub trait RepeatTap {
@@ -75,18 +76,21 @@ impl LanguageModel {
         let first = cache.next_position();
         let positions: Vec<f32> =
             segments.iter().flat_map(|ids| (first..first + ids.len()).map(|p| p as f32)).collect();
-        let rotation = self.rope.at(&pkv_gpu::upload(&Tensor::from_slice(&positions), self.device())?);
-        let segments = Segments::new(segments.iter().map(|ids| ids.len()), self.device())?;
+        let (positions, placement) = (Tensor::from_slice(&positions), self.placement());
+        let on_each = placement.each(|part| pkv_gpu::upload(&positions, part.device))?;
+        let rotations = self.ropes.zip(&on_each, |rope, positions| Ok(rope.at(positions)))?;
+        let lengths = || segments.iter().map(|ids| ids.len());
+        let segments = placement.each(|part| Segments::new(lengths(), part.device))?;
         let wants_lse = tap.wants_lse();
         let mut store = RepeatStore { cache, segments, tap, wants_lse, attention: &self.attention };
-        self.run(self.embed(&self.ids(&ids))?, &rotation, &mut store, false).map(drop)
+        self.run(self.embed(&self.ids(&ids))?, &rotations, &mut store, false).map(drop)
     }
 }
 
 /// A cache that is not changed, and segments that each attend to it and to themselves.
 struct RepeatStore<'a> {
     cache: &'a KvCache,
-    segments: Segments,
+    segments: PerPart<Segments>,
     tap: &'a mut dyn RepeatTap,
     wants_lse: bool,
     attention: &'a Attention,
@@ -94,8 +98,9 @@ struct RepeatStore<'a> {
 
 impl KvStore for RepeatStore<'_> {
     fn attend(&mut self, input: &LayerInput, new: &Projected, wanted: bool) -> Result<Option<Tensor>> {
+        let segments = self.segments.of(input.layer);
         let own = match wanted || self.wants_lse {
-            true => Some(attend_segments(&new.q, &new.k, &new.v, &self.segments, self.attention)?),
+            true => Some(attend_segments(&new.q, &new.k, &new.v, segments, self.attention)?),
             false => None,
         };
         // A copy, because the rectangle is added in place.
@@ -113,7 +118,7 @@ impl KvStore for RepeatStore<'_> {
             v_cache_hkd: &v_cache_hkd,
             scale: self.attention.scale,
             own_lse_qr: own_lse_qr.as_ref(),
-            segments: &self.segments.ranges,
+            segments: &segments.ranges,
             normed_rm: input.normed,
         })?;
         let Some(mut own) = own.filter(|_| wanted) else { return Ok(None) };

@@ -198,12 +198,13 @@ impl Rope {
         Self { frequencies_d: self.frequencies_d.shallow_clone(), ..*self }
     }
 
-    /// The rotation at each of `positions`.
+    /// The rotation at each of `positions`, which may be on another device.
     ///
     /// # Shapes
     /// - `positions`: f32, any shape `[..]`; exact below 2^24
     /// - returns cosine and sine; a model of bf16 or f16 rotates in f32
     pub fn at(&self, positions: &Tensor) -> Rotation {
+        let positions = positions.to_device(self.frequencies_d.device());
         let angles = positions.unsqueeze(-1) * &self.frequencies_d;
         let exact = |t: Tensor| if self.attention_factor == 1.0 { t } else { t * self.attention_factor };
         Rotation::new([exact(angles.cos()), exact(angles.sin())], self.kind)

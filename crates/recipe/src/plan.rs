@@ -11,6 +11,7 @@ mod cost;
 mod eval;
 mod human;
 mod machine;
+mod split;
 mod stages;
 mod table;
 mod workers;
@@ -22,10 +23,11 @@ use eval::eval;
 use stages::{Lengths, extract, features_made_anew, fetch, infer, label, prepare, target_reads, train};
 
 pub use calibrate::PastRun;
-pub use cost::{MapperCost, Repeat, ScorerWork, features, prefill, repeat, scoring};
+pub use cost::{MapperCost, Repeat, ScorerWork, activation_elements, features, prefill, repeat, scoring};
 pub use eval::{Answers, TaskWork};
 pub use human::{human_bytes, human_count, human_flops, human_secs};
 pub use machine::{Efficiency, Machine, MachineChoice};
+pub use split::{DevicePlan, SplitPlan, TargetMemory, fullest, label_chunks, pipelined, prefill_chunks};
 pub use stages::{PIECE_ELEMENTS, SHARED_CHUNK, TEMPLATE_TOKENS};
 pub use table::aligned;
 pub use workers::{Cluster, SharedStage, WorkersPlan};
@@ -51,6 +53,12 @@ pub struct Plan {
     pub mapper: MapperPlan,
     /// A number, or `auto` and the most, which is what the stage's figures count.
     pub train_steps: String,
+    /// How `label` lays the target over several GPUs, at the longest window; absent where one is enough.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<SplitPlan>,
+    /// GPUs over which the target would fit, where the machine has one that does not hold it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub over_more: Option<usize>,
     /// In the order they run.
     pub stages: Vec<StagePlan>,
     /// The plan of inference, at the longest window.
@@ -100,6 +108,9 @@ pub struct InferPlan {
     pub streams_bytes: u64,
     /// In sequence, weights loaded.
     pub secs: f64,
+    /// The target's layers over several GPUs, in sequence; empty where one is enough.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DevicePlan>,
 }
 
 /// One stage.
@@ -129,8 +140,14 @@ pub struct StagePlan {
 }
 
 impl Plan {
-    /// Plan `recipe` on `machine`; `pkv_eval::work` knows its `work`.
+    /// Plan `recipe` on `machine`; `pkv_eval::work` knows its `work`. The target goes over several of the
+    /// machine's GPUs only if one does not hold it.
     pub fn new(recipe: &Recipe, machine: Machine, work: &Work) -> Self {
+        Self::over(recipe, machine, work, None)
+    }
+
+    /// As [`Plan::new`], the target over as many devices as `over` says.
+    pub fn over(recipe: &Recipe, machine: Machine, work: &Work, over: Option<usize>) -> Self {
         let lengths = Lengths::of(recipe);
         let mapper_cost = MapperCost::new(recipe);
         let longest = lengths.longest();
@@ -142,23 +159,41 @@ impl Plan {
             flops_per_token: mapper_cost.forward_flops(longest) / longest as f64,
             share_of_prefill: mapper_cost.forward_flops(longest) / target_prefill,
         };
+        let memory = TargetMemory::of_label(recipe, longest, &machine, work.scorer);
+        let layers = memory.split(&machine, over);
+        let chunks = label_chunks(recipe, longest, &machine, work.scorer);
+        let over_more = memory.over_more(&machine).filter(|_| layers.is_none());
+        let split = layers.as_ref().map(|split| memory.plan(split, &machine, chunks));
         let stages = vec![
             fetch(recipe),
             prepare(&lengths),
-            label(recipe, &lengths, &machine, work.scorer),
-            extract(recipe, &lengths, &machine),
+            label(recipe, &lengths, &machine, work.scorer, layers.as_ref()),
+            extract(recipe, &lengths, &machine, layers.as_ref()),
             train(recipe, &lengths, &machine, &mapper_cost),
-            eval(recipe, &machine, &mapper_cost, work),
+            eval(recipe, &machine, &mapper_cost, work, layers.as_ref()),
         ];
         let target = model_plan(&recipe.target, &machine);
         let proxy = recipe.read_proxy().map(|proxy| model_plan(proxy, &machine));
-        let infer = infer(recipe, longest, &machine, &mapper_cost);
+        let infer = infer(recipe, longest, &machine, &mapper_cost, over);
         let notes = target_reads(recipe).into_iter().chain(features_made_anew(recipe, &lengths)).collect();
         let train_steps = recipe.train.steps_in_words();
         let name = recipe.name.clone();
         let workers = Vec::new();
-        Self { name, machine, target, proxy, mapper, train_steps, stages, infer, workers, notes }
-            .with_verdicts()
+        Self {
+            name,
+            machine,
+            target,
+            proxy,
+            mapper,
+            train_steps,
+            split,
+            over_more,
+            stages,
+            infer,
+            workers,
+            notes,
+        }
+        .with_verdicts()
     }
 
     /// Whether each stage fits, and what it costs.

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use pkv_core::{Fingerprint, Source, hinted};
-use pkv_lm::{LanguageModel, LmConfig};
+use pkv_core::{Fingerprint, ModelShape, Source, hinted};
+use pkv_lm::{LanguageModel, LmConfig, Placement};
 use pkv_recipe::{ModelSection, SpecialTokens};
 use pkv_shard::ModelRecord;
 use pkv_text::TextTokenizer;
 
-use crate::session::Session;
+use crate::session::{Session, target_memory};
 
 /// A model that was found on disk and has the recipe's shape; its weights are not read yet.
 pub struct Found {
@@ -90,13 +90,22 @@ pub fn find_both(s: &Session) -> Result<(Arc<Found>, Option<Arc<Found>>)> {
 }
 
 impl Found {
-    /// Read the weights to the session's device.
+    /// Read the weights to the session's device; the target's to those of its layers.
     ///
     /// # Errors
-    /// A file is absent, truncated or of an unsupported kind; the device has too little memory.
+    /// A file is absent, truncated or of an unsupported kind; a device has too little memory.
     pub fn load(&self, s: &Session) -> Result<LanguageModel> {
         tracing::info!("loading the {} `{}` ({})", self.role.name(), self.section.model, self.section.shape);
-        LanguageModel::load(&self.folder, s.device, s.kind(self.section.dtype))
+        let place = |shape: &ModelShape| match (self.role, &*s.target_devices) {
+            (Source::Target, devices) if devices.len() > 1 => {
+                let needs = target_memory(&s.recipe, s.device).needs();
+                let placement = Placement::fitting(devices, shape.layers, &needs)?;
+                tracing::info!("its layers: {}", placement.in_words());
+                Ok(placement)
+            }
+            _ => Ok(Placement::whole(s.device, shape.layers)),
+        };
+        LanguageModel::load_over(&self.folder, s.kind(self.section.dtype), place)
             .with_context(|| format!("cannot load the {} `{}`", self.role.name(), self.section.model))
     }
 

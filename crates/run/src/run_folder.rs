@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use pkv_core::hinted;
-use pkv_gpu::{device_in_words, device_name};
+use pkv_gpu::{device_in_words, devices_name};
 use pkv_recipe::{ExtractSection, Recipe};
 use pkv_shard::{FeatureFolders, FeaturesFrom, RunJson, RunLayout, StageRecord, Tool};
 use serde_json::{Value, json};
@@ -55,7 +55,7 @@ impl RunFolder {
     ///
     /// # Errors
     /// `run.json` cannot be written.
-    pub fn record_start(&self, recipe: &Recipe, device: Device) -> Result<()> {
+    pub fn record_start(&self, recipe: &Recipe, devices: &[Device]) -> Result<()> {
         self.record(|run| {
             run.name = Some(recipe.name.clone());
             run.recipe = json!(recipe);
@@ -71,7 +71,7 @@ impl RunFolder {
                 commit: env!("PKV_COMMIT").to_owned(),
             });
             run.libtorch = Some(pkv_gpu::LIBTORCH.to_owned());
-            run.device = Some(device_name(device));
+            run.device = Some(devices_name(devices));
             run.threads = u32::try_from(tch::get_num_threads()).ok();
         })
     }
@@ -88,12 +88,19 @@ impl RunFolder {
     ///
     /// # Errors
     /// `run.json` cannot be written.
-    pub fn record_stage(&self, stage: &str, secs: f64, summary: Option<Value>, device: Device) -> Result<()> {
+    pub fn record_stage(
+        &self,
+        stage: &str,
+        secs: f64,
+        summary: Option<Value>,
+        devices: &[Device],
+    ) -> Result<()> {
+        let gpus = devices.iter().filter(|device| device.is_cuda()).count() as u32;
+        let device = device_in_words(devices.last().copied().unwrap_or(Device::Cpu));
         self.record(|run| {
             let record = run.stages.entry(stage.to_owned()).or_default();
             let summary = summary.unwrap_or_else(|| std::mem::take(&mut record.summary));
-            let (secs, gpus) = (record.secs + secs, u32::from(device.is_cuda()));
-            *record = StageRecord { secs, summary, device: device_in_words(device), gpus };
+            *record = StageRecord { secs: record.secs + secs, summary, device, gpus };
         })
     }
 

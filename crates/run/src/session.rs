@@ -5,10 +5,12 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, Hinted, Progress, Source, Stop, hinted};
-use pkv_gpu::{DeviceChoice, device_name};
+use pkv_gpu::{DeviceChoice, DeviceGroup, device_name, devices_name};
 use pkv_hub::{Hub, Lock};
+use pkv_lm::spread;
+use pkv_recipe::plan::{Machine, TargetMemory, human_bytes};
 use pkv_recipe::{DtypeName, Manifest, Origins, Override, Recipe};
-use pkv_shard::RunJson;
+use pkv_shard::{RunJson, Stage};
 use tch::{Device, Kind};
 
 use crate::RunFolder;
@@ -20,7 +22,7 @@ use crate::stages::Part;
 pub struct Choices<'a> {
     /// The run folder's parent.
     pub runs: &'a Path,
-    pub device: Device,
+    pub devices: Devices,
     pub bar: Box<dyn Progress>,
     pub stop: Stop,
     pub part: Part,
@@ -32,7 +34,11 @@ pub struct Session {
     pub manifest: Manifest,
     pub run: RunFolder,
     pub hub: Hub,
+    /// Where everything computes but the target's layers; where they are on several devices, the last of
+    /// these.
     pub device: Device,
+    /// Those of the target's layers.
+    pub target_devices: Vec<Device>,
     pub bar: Box<dyn Progress>,
     pub stop: Stop,
     pub part: Part,
@@ -53,7 +59,7 @@ impl Session {
     pub fn open(recipe: Recipe, choices: Choices) -> Result<Self> {
         let mut session = Self::planned(recipe, choices)?;
         session.run.make()?;
-        session.run.record_start(&session.recipe, session.device)?;
+        session.run.record_start(&session.recipe, &session.target_devices)?;
         session.records = true;
         Ok(session)
     }
@@ -70,7 +76,9 @@ impl Session {
         }
         let hub = Hub::from_env().with_lock(lock);
         let run = RunFolder::new(&choices.runs.join(&recipe.name));
-        let Choices { device, bar, stop, part, .. } = choices;
+        let Choices { devices, bar, stop, part, .. } = choices;
+        let target_devices = devices.of_target(&recipe)?;
+        let device = target_devices.last().copied().unwrap_or(Device::Cpu);
         let (target, proxy, documents) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
         let (records, feature_workers) = (false, None);
         Ok(Self {
@@ -79,6 +87,7 @@ impl Session {
             run,
             hub,
             device,
+            target_devices,
             bar,
             stop,
             part,
@@ -116,6 +125,14 @@ impl Session {
         }
         let found = pkv_data::inputs(&self.manifest, &self.hub)?;
         Ok(self.documents.get_or_init(|| found))
+    }
+
+    /// Devices that a stage works on.
+    pub(crate) fn devices_of(&self, stage: Stage) -> &[Device] {
+        match stage {
+            Stage::Label | Stage::Extract | Stage::Eval => &self.target_devices,
+            _ => std::slice::from_ref(&self.device),
+        }
     }
 
     /// The dtype a model computes in on this device.
@@ -193,14 +210,75 @@ fn nowhere(recipe: &Recipe, path: &Path) -> Hinted {
     )
 }
 
+/// The devices that a user chose for one process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Devices {
+    /// These; several share the target's layers.
+    Named(Vec<Device>),
+    /// This one, and others where it has no room for the target.
+    From(Device),
+}
+
+impl Devices {
+    /// Those of the target's layers, on the recipe's longest contexts.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub fn of_target(self, recipe: &Recipe) -> Result<Vec<Device>> {
+        let first = match self {
+            Self::Named(devices) => return Ok(devices),
+            Self::From(device) => device,
+        };
+        let memory = target_memory(recipe, first);
+        let Some(devices) = spread(first, recipe.target.shape.layers, &memory.needs())? else {
+            return Ok(vec![first]);
+        };
+        tracing::info!(
+            "the target needs {} with its cache, more than {} has free: its layers go over {}",
+            human_bytes(memory.on_one()),
+            device_name(first),
+            devices_name(&devices)
+        );
+        Ok(devices)
+    }
+}
+
+/// What the target needs in `label`.
+pub(crate) fn target_memory(recipe: &Recipe, device: Device) -> TargetMemory {
+    let machine = if device.is_cuda() { Machine::h200() } else { Machine::cpu(1) };
+    TargetMemory::of_label(recipe, recipe.data.longest_window(), &machine, pkv_score::work(&recipe.label))
+}
+
+/// As [`choose_device`], for commands that can lay the target over several devices.
+///
+/// # Errors
+/// As of [`choose_device`].
+pub fn choose_devices(group: &DeviceGroup, threads: Option<u32>) -> Result<Devices> {
+    match group.single() {
+        Some(DeviceChoice::Auto) => Ok(Devices::From(choose_device(DeviceChoice::Auto, threads)?)),
+        Some(choice) => Ok(Devices::Named(vec![choose_device(choice, threads)?])),
+        None => {
+            set_threads(threads)?;
+            let devices = group.devices()?;
+            tracing::info!("computing on {}, which share the target's layers", devices_name(&devices));
+            Ok(Devices::Named(devices))
+        }
+    }
+}
+
+fn set_threads(threads: Option<u32>) -> Result<()> {
+    if let Some(threads) = threads {
+        tch::set_num_threads(i32::try_from(threads).context("`--threads` is too large")?.max(1));
+    }
+    Ok(())
+}
+
 /// The device the user chose, said in the log: never a silent fallback.
 ///
 /// # Errors
 /// CUDA was asked for and is absent, or there are too many threads.
 pub fn choose_device(choice: DeviceChoice, threads: Option<u32>) -> Result<Device> {
-    if let Some(threads) = threads {
-        tch::set_num_threads(i32::try_from(threads).context("`--threads` is too large")?.max(1));
-    }
+    set_threads(threads)?;
     let device = pkv_gpu::device(choice)?;
     if choice == DeviceChoice::Auto && device == Device::Cpu {
         let why = pkv_gpu::cuda_absence().unwrap_or_default();

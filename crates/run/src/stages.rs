@@ -161,12 +161,12 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &EvalOptions) -> 
         Outcome::Done(summary) => {
             let secs = start.elapsed().as_secs_f64();
             tracing::info!("{}: done in {secs:.1} s: {}", stage.name(), brief(&summary));
-            s.run.record_stage(stage.name(), secs, Some(summary), s.device)?;
+            s.run.record_stage(stage.name(), secs, Some(summary), s.devices_of(stage))?;
         }
         Outcome::Skipped(why) => tracing::info!("{}: skipped: {why}", stage.name()),
         Outcome::Piece(missing) => {
             let secs = start.elapsed().as_secs_f64();
-            s.run.record_stage(stage.name(), secs, None, s.device)?;
+            s.run.record_stage(stage.name(), secs, None, s.devices_of(stage))?;
             let Some(Missing { what, command }) = missing else {
                 tracing::info!("{}: done in {secs:.1} s, with the pieces of other processes", stage.name());
                 return Ok(true);

@@ -15,14 +15,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, available_parallelism, sleep, spawn};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-use pkv_core::{FailureKind, Interrupted, Progress, Stop, Task, hinted};
-use pkv_gpu::device_name;
-use pkv_shard::{Missing, PiecesState, Stage};
-use tch::Device;
-
 pub use self::said::Said;
 use self::said::{Event, Shown};
+use anyhow::{Context, Result};
+use pkv_core::{FailureKind, Interrupted, Progress, Stop, Task, hinted};
+use pkv_gpu::DeviceGroup;
+use pkv_shard::{Missing, PiecesState, Stage};
 
 /// How often workers are looked at.
 const EVERY: Duration = Duration::from_millis(50);
@@ -36,7 +34,7 @@ pub struct Workers<'a> {
     pub arguments: Vec<OsString>,
     pub stage: Stage,
     pub task: Task,
-    pub devices: &'a [Device],
+    pub devices: &'a [DeviceGroup],
     /// CPU threads of each; by default they share the cores.
     pub threads: Option<usize>,
     /// Show all that the workers log, and not only what concerns every user.
@@ -135,7 +133,7 @@ impl Workers<'_> {
     }
 
     fn name(&self, number: usize) -> String {
-        format!("worker {number} on `{}`", device_name(self.devices[number]))
+        format!("worker {number} on `{}`", self.devices[number])
     }
 
     /// Wait until every worker has ended well.
@@ -201,11 +199,11 @@ impl Workers<'_> {
     }
 
     fn start(&self, number: usize, is_second: bool, tell: &Sender<(usize, Event)>) -> Result<Worker> {
-        let device = self.devices[number];
+        let device = self.devices[number].to_string();
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut command = Command::new(program);
         command.args(&self.arguments);
-        command.args(["--worker", "--task", &self.task.to_string(), "--device", &device_name(device)]);
+        command.args(["--worker", "--task", &self.task.to_string(), "--device", &device]);
         command.args(["--threads", &self.threads().to_string()]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Ctrl-C reaches this process alone, which then asks the workers to stop.

@@ -11,7 +11,7 @@ use std::ops::Range;
 use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
 use pkv_gpu::{Products, Repeats, ScoreOutput, ScoreRows, WeightingOf, chunk_scores, wants_lse};
-use pkv_lm::{KvCache, LanguageModel, NoTap, RepeatTap, RepeatView};
+use pkv_lm::{KvCache, LanguageModel, LayerRows, NoTap, RepeatTap, RepeatView};
 use pkv_recipe::LabelSection;
 use pkv_text::TextTokenizer;
 use tch::{Kind, Tensor};
@@ -22,7 +22,8 @@ use crate::scorers::{self, CachedContext, Compute, Factors};
 
 /// Scores of a context's KV pairs; the chat template's prefix has none.
 pub struct ContextScores {
-    /// `[layers, kv_heads, positions]`, f32, on the model's device: the KVzip score; higher means keep.
+    /// `[layers, kv_heads, positions]`, f32, on the model's device, home of a split one: the KVzip score;
+    /// higher means keep.
     pub max_lht: Tensor,
     /// The same shape: the mean, over rows and query group, of the weights whose maximum is the score.
     /// Absent if the scorer gives [maxima only](Scorer::maxima_only), or repeats nothing.
@@ -140,8 +141,10 @@ impl<'a> Scorer<'a> {
         };
         let shape = self.model.shape();
         let size = [shape.layers as i64, shape.kv_heads as i64, context.len() as i64];
-        let zeros = || Tensor::zeros(size, (Kind::Float, self.model.device()));
-        let scores = ContextScores { max_lht: zeros(), mean_lht: self.means.then(zeros) };
+        let rows = || {
+            LayerRows::new(self.model.placement(), Tensor::zeros(size, (Kind::Float, self.model.device())))
+        };
+        let (max_lht, mean_lht) = (rows()?, self.means.then(rows).transpose()?);
         let repeats: Vec<Repeat> = self
             .requests
             .chunks(context.len())
@@ -153,14 +156,15 @@ impl<'a> Scorer<'a> {
             self.pack_tokens,
             |pack| {
                 let segments: Vec<&[u32]> = pack.iter().map(|repeat| repeat.ids.as_slice()).collect();
-                let mut tap = PackTap { scorer: self, factors, pack, scores: &scores };
+                let mut tap =
+                    PackTap { scorer: self, factors, pack, max_lht: &max_lht, mean_lht: mean_lht.as_ref() };
                 self.model.forward_repeats(&segments, cache, &mut tap).with_context(|| {
                     let positions = pack[0].chunk.start..pack[pack.len() - 1].chunk.end;
                     format!("repeating tokens {positions:?} of a context of {}", context.len())
                 })
             },
         )?;
-        Ok(scores)
+        Ok(ContextScores { max_lht: max_lht.gather(), mean_lht: mean_lht.map(LayerRows::gather) })
     }
 }
 
@@ -177,7 +181,8 @@ struct PackTap<'a> {
     /// Function for the factors of softmax weights, if they have any.
     factors: Option<Factors>,
     pack: &'a [Repeat],
-    scores: &'a ContextScores,
+    max_lht: &'a LayerRows,
+    mean_lht: Option<&'a LayerRows>,
 }
 
 impl RepeatTap for PackTap<'_> {
@@ -212,8 +217,8 @@ impl RepeatTap for PackTap<'_> {
                 factors(&normed_sm, &v_htd, model.output_projection(view.layer))
             }
         });
-        let layer = |scores_lht: &Tensor| scores_lht.get(view.layer as i64);
-        let (max_ht, mean_ht) = (layer(&self.scores.max_lht), self.scores.mean_lht.as_ref().map(layer));
+        let layer = |scores_lht: &LayerRows| scores_lht.layer(view.layer).squeeze_dim(0);
+        let (max_ht, mean_ht) = (layer(self.max_lht), self.mean_lht.map(layer));
         let to = ScoreOutput { max_ht: &max_ht, mean_ht: mean_ht.as_ref(), first: prefix };
         chunk_scores(&repeats, &chunks, weighting.as_ref().map(|of| of as &WeightingOf), to)
     }

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use anyhow::Result;
 use clap::Args;
 use pkv_core::{FailureKind, Hinted, Task, hinted};
-use pkv_gpu::{DeviceChoice, cuda_absence, cuda_count};
+use pkv_gpu::{DeviceChoice, DeviceGroup, cuda_absence, cuda_count};
 use pkv_run::stages::Part;
 use pkv_shard::MAX_FAILURES;
 
@@ -28,7 +28,8 @@ pub struct PieceArgs {
     #[arg(long, value_name = "K/N", conflicts_with = "redo", value_parser = task)]
     pub task: Option<Task>,
     /// Run a worker process on each of these devices, such as `cuda:0,cuda:1`, or on `all` GPUs; each takes
-    /// the next free piece.
+    /// the next free piece. `cuda:0+cuda:1,cuda:2+cuda:3` are two workers, each with the target's layers over
+    /// two.
     ///
     /// A worker that dies is replaced once.
     #[arg(long, value_name = "DEVICE,...", value_parser = devices, add = values::devices())]
@@ -44,7 +45,7 @@ pub struct PieceArgs {
 }
 
 /// A refused value with its hint.
-fn with_hint(refused: &Hinted) -> String {
+pub(super) fn with_hint(refused: &Hinted) -> String {
     format!("{refused}\n\nhint: {}", refused.hint())
 }
 
@@ -60,7 +61,7 @@ pub fn devices(text: &str) -> Result<Devices, String> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Devices {
     All,
-    Named(Vec<DeviceChoice>),
+    Named(Vec<DeviceGroup>),
 }
 
 impl Devices {
@@ -75,10 +76,12 @@ impl Devices {
     ///
     /// # Errors
     /// All GPUs are meant, and there is none.
-    pub fn list(&self) -> Result<Vec<DeviceChoice>> {
+    pub fn list(&self) -> Result<Vec<DeviceGroup>> {
         match self {
             Self::Named(devices) => Ok(devices.clone()),
-            Self::All if cuda_count() > 0 => Ok((0..cuda_count()).map(DeviceChoice::Cuda).collect()),
+            Self::All if cuda_count() > 0 => {
+                Ok((0..cuda_count()).map(DeviceChoice::Cuda).map(DeviceGroup::one).collect())
+            }
             Self::All => Err(hinted(
                 format!("`--devices all` finds no GPU: {}", cuda_absence().unwrap_or_default()),
                 "name the devices, such as `--devices cpu,cpu`, or run `proxykv-train doctor`",
@@ -217,10 +220,12 @@ mod tests {
     #[test]
     fn devices_are_a_list_or_all() {
         use DeviceChoice::{Cpu, Cuda};
+        let pair: DeviceGroup = "cuda:0+cuda:1".parse().unwrap();
         for (text, devices) in [
             ("all", Devices::All),
-            ("cuda:0,cuda:3", Devices::Named(vec![Cuda(0), Cuda(3)])),
-            ("cpu,cpu", Devices::Named(vec![Cpu, Cpu])),
+            ("cuda:0,cuda:3", Devices::Named([Cuda(0), Cuda(3)].map(DeviceGroup::one).into())),
+            ("cpu,cpu", Devices::Named([Cpu, Cpu].map(DeviceGroup::one).into())),
+            ("cuda:0+cuda:1,cuda:2", Devices::Named(vec![pair, DeviceGroup::one(Cuda(2))])),
         ] {
             assert_eq!(Devices::parse(text).unwrap(), devices);
         }

@@ -19,7 +19,7 @@ fn words<'a>(names: impl IntoIterator<Item = &'a str>) -> Vec<CompletionCandidat
 
 /// `--device`.
 pub fn devices() -> ArgValueCandidates {
-    ArgValueCandidates::new(|| words(["auto", "cpu", "cuda", "cuda:0", "cuda:1"]))
+    ArgValueCandidates::new(|| words(["auto", "cpu", "cuda", "cuda:0", "cuda:1", "cuda:0+cuda:1"]))
 }
 
 /// `--methods`.

@@ -117,19 +117,19 @@ impl Watch for QueryMoments {
         let (cache, prefix) = view.prefilled()?;
         ensure!(!self.layers.is_empty(), "Expected Attention needs a prefill to look at");
         let (cached, sinks) = (cache.len() as i64, SINKS.min(cache.len() as i64));
-        let rotation_de = self.mean_rotation(cached, view.device);
+        let rotations = cache.placement().each(|part| Ok(self.mean_rotation(cached, part.device)))?;
         let layer = |(index, moments): (usize, &Moments)| {
             let [k_hkd, v_hkd] =
                 [cache.keys(index), cache.values(index)].map(|x| x.narrow(1, sinks, cached - sinks));
-            let scores_hk = moments.scores(&rotation_de, &k_hkd, &v_hkd)?;
+            let scores_hk = moments.scores(rotations.of(index), &k_hkd, &v_hkd)?;
             // Sinks come before all others of the layer.
             let most = if scores_hk.numel() > 0 { scores_hk.max().double_value(&[]) } else { 0.0 };
             let size = [scores_hk.size()[0], sinks];
-            let sinks_hk = Tensor::full(size, most + 1.0, (Kind::Float, view.device));
+            let sinks_hk = Tensor::full(size, most + 1.0, (Kind::Float, scores_hk.device()));
             Ok(Tensor::cat(&[sinks_hk, scores_hk], 1).narrow(1, prefix as i64, cached - prefix as i64))
         };
         let layers = self.layers.iter().enumerate().map(layer).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::stack(&layers, 0))
+        Ok(cache.placement().stack(&layers))
     }
 }
 

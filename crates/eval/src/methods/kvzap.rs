@@ -111,8 +111,10 @@ impl Scorer {
             Self::Linear(projection) => return projection.layer(layer as usize, x_sm),
             Self::Mlp { up_lmw, up_bias_l1w, down_lwh, down_bias_l1h } => {
                 let x_sm = x_sm.to_kind(Kind::Float);
-                let hidden = (x_sm.matmul(&up_lmw.get(layer)) + up_bias_l1w.get(layer)).gelu("none");
-                hidden.matmul(&down_lwh.get(layer)) + down_bias_l1h.get(layer)
+                // Of a target over several devices, this layer may be on another one.
+                let here = |all: &Tensor| all.get(layer).to_device(x_sm.device());
+                let hidden = (x_sm.matmul(&here(up_lmw)) + here(up_bias_l1w)).gelu("none");
+                hidden.matmul(&here(down_lwh)) + here(down_bias_l1h)
             }
         };
         y_sh.transpose(0, 1)
@@ -150,9 +152,10 @@ impl Tap for KvzapWatch {
 }
 
 impl Watch for KvzapWatch {
-    fn scores(self: Box<Self>, _: &ContextView) -> Result<Tensor> {
+    fn scores(self: Box<Self>, view: &ContextView) -> Result<Tensor> {
         ensure!(!self.layers.is_empty(), "the target's hidden states were not looked at");
-        let layers: Vec<Tensor> = self.layers.iter().map(|pieces| Tensor::cat(pieces, 1)).collect();
+        let of_layer = |pieces: &Vec<Tensor>| Tensor::cat(pieces, 1).to_device(view.device);
+        let layers: Vec<Tensor> = self.layers.iter().map(of_layer).collect();
         Ok(Tensor::stack(&layers, 0))
     }
 }

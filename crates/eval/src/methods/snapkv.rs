@@ -77,7 +77,7 @@ impl QueryTail {
         let scores = layers
             .map(|(l, q)| window_scores(q, &cache.keys(l), self.scale, prefix))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::stack(&scores, 0))
+        Ok(cache.placement().stack(&scores))
     }
 }
 

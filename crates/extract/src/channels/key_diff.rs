@@ -39,11 +39,12 @@ pub fn key_diff(k_hkd: &Tensor, prefix: usize) -> Result<Tensor> {
 ///
 /// # Shapes
 /// - `cache`: the chat template's prefix (`prefix` positions) and then the context, nothing else
-/// - returns `[layers, KV heads, context positions]`, f32 in [-1, 1], on the cache's device
+/// - returns `[layers, KV heads, context positions]`, f32 in [-1, 1], on the cache's device, home of a split
+///   one
 ///
 /// # Errors
 /// The cache holds no context.
 pub fn key_diff_of(cache: &KvCache, prefix: usize) -> Result<Tensor> {
     let layers = (0..cache.layers()).map(|layer| key_diff(&cache.keys(layer), prefix));
-    Ok(Tensor::stack(&layers.collect::<Result<Vec<_>>>()?, 0))
+    Ok(cache.placement().stack(&layers.collect::<Result<Vec<_>>>()?))
 }

@@ -14,7 +14,7 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 use pkv_core::Channel;
 use pkv_gpu::{Movement, Products, ReplayScores, ScoreRows, replay_scores};
-use pkv_lm::{LanguageModel, LayerView};
+use pkv_lm::{LanguageModel, LayerView, PerPart};
 use pkv_score::Requests;
 use tch::Tensor;
 
@@ -42,7 +42,7 @@ struct Chunk {
     /// Context positions.
     at: Range<usize>,
     /// Moves its keys as far back as its repeat is further on.
-    back: Movement,
+    back: PerPart<Movement>,
 }
 
 impl UnrunReplay {
@@ -50,7 +50,7 @@ impl UnrunReplay {
     pub fn new(model: &LanguageModel, requests: &Requests, prefix: usize, context: usize) -> Self {
         let chunk = |at: Range<usize>| {
             let further = context - at.start + requests.request_tokens(&at);
-            Chunk { at, back: model.movement(-(further as i64)) }
+            Chunk { at, back: model.movements(-(further as i64)) }
         };
         Self {
             prefix,
@@ -80,7 +80,8 @@ impl UnrunReplay {
                 first_key: own.start - at.start,
                 keys: own.len(),
             };
-            let rows: Vec<_> = chunks.iter().map(|chunk| (rows(&chunk.at), &chunk.back)).collect();
+            let rows: Vec<_> =
+                chunks.iter().map(|chunk| (rows(&chunk.at), chunk.back.of(view.layer))).collect();
             let k_hkd = view.k_hkd.narrow(1, (prefix + at.start) as i64, at.len() as i64);
             replay_scores(Products { q_rqd, k_hkd: &k_hkd, scale: view.scale }, &rows, &mut |keys, scores| {
                 write(&(at.start + keys.start..at.start + keys.end), scores);

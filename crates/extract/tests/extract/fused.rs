@@ -65,8 +65,8 @@ fn fused_statistics_equal_those_of_blocks() {
             statistics.add(of, Some(&lse), start as usize, &fused).unwrap();
             start += n;
         }
-        statistics.finish(&plain, heads as usize, group as usize);
-        statistics.finish(&fused, heads as usize, group as usize);
+        statistics.finish(&plain, heads as usize, group as usize).unwrap();
+        statistics.finish(&fused, heads as usize, group as usize).unwrap();
         let off = (&plain - &fused).abs().max().double_value(&[]);
         assert!(off < 1e-3, "case {number}: features differ by {off:e}");
     }

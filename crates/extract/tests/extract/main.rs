@@ -8,6 +8,8 @@ mod hidden;
 mod model;
 /// The attention channels on random tensors of odd sizes.
 mod naive;
+/// A model over several devices.
+mod placement;
 /// The attention channels by their definition, for the other two.
 mod reference;
 /// The replay that is never run.

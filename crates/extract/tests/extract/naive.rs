@@ -97,7 +97,7 @@ impl Case {
             let of = Products { q_rqd, k_hkd: &k.narrow(1, 0, end as i64), scale: self.sizes.scale };
             statistics.add(of, None, start, &gathered).unwrap();
         }
-        statistics.finish(&gathered, self.sizes.heads, self.sizes.group);
+        statistics.finish(&gathered, self.sizes.heads, self.sizes.group).unwrap();
         flat(&gathered)
     }
 }

@@ -56,7 +56,7 @@ fn queries_are_moved_to_where_the_repeat_has_them() {
         let run_qsd = repeat.0.unwrap().narrow(1, request as i64, chunk.len() as i64);
         let own_qsd = q_qsd.narrow(1, (prefix.len() + chunk.start) as i64, chunk.len() as i64);
         let further = (context.len() - chunk.start + request) as i64;
-        let off = |by: i64| (model.movement(by).of(&own_qsd) - &run_qsd).abs().max().double_value(&[]);
+        let off = |by: i64| (model.movements(by).of(0).of(&own_qsd) - &run_qsd).abs().max().double_value(&[]);
         assert!(off(further) < 1e-3, "{chunk:?}: off by {}", off(further));
         assert!(off(further + 1) > 0.1, "one position matters");
     }
@@ -110,12 +110,12 @@ fn chunks_are_scored_by_their_own_queries_however_the_prefill_is_cut() {
                     let own = |x: &Tensor| x.narrow(1, (prefix.len() + at.start) as i64, at.len() as i64);
                     let further = (context.len() - at.start + requests.request_tokens(&at)) as i64;
                     // Here the queries are moved, which is the same.
-                    let q_qsd = model.movement(further).of(&own(q_qsd));
+                    let q_qsd = model.movements(further).of(0).of(&own(q_qsd));
                     let k_htd = own(k_hkd).to_kind(Kind::Float);
                     let of = Products { q_rqd: &q_qsd.transpose(0, 1), k_hkd: &k_htd, scale };
                     let (rows, keys) = (at.len(), at.len());
                     let chunk = ScoreRows { first_row: 0, rows, first_key: 0, keys };
-                    replay_scores(of, &[(chunk, &model.movement(0))], &mut |_, scores| {
+                    replay_scores(of, &[(chunk, model.movements(0).of(0))], &mut |_, scores| {
                         max_ht.push(scores.max_ht.log());
                         mean_ht.push((&scores.mean_ht + 1e-7).log());
                     })

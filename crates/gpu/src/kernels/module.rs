@@ -1,6 +1,6 @@
 //! Loaded kernels: found in memory, on disk, or compiled; and their launch on libtorch's current stream.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::{Path, PathBuf};
@@ -52,7 +52,7 @@ type Key = (usize, Variant, &'static str, usize);
 pub fn kernel(device: Device, variant: Variant, name: &'static str, shared: usize) -> Result<Kernel> {
     static LOADED: OnceLock<Mutex<HashMap<Key, Kernel>>> = OnceLock::new();
     let Device::Cuda(gpu) = device else { return Err(anyhow!("kernels are for CUDA, not {device:?}")) };
-    enter(gpu)?;
+    let _entered = Entered::new(gpu)?;
     let mut loaded = LOADED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(kernel) = loaded.get(&(gpu, variant, name, shared)) {
         return Ok(*kernel);
@@ -149,7 +149,7 @@ impl Kernel {
     /// # Safety
     /// As [`Kernel::launch`], and where `early` is set as [`Kernel::launch_early`].
     unsafe fn queue(&self, launch: &Launch, args: &[Arg], early: bool) -> Result<()> {
-        enter(self.gpu)?;
+        let _entered = Entered::new(self.gpu)?;
         let stream = Stream::current(Device::Cuda(self.gpu))?.handle()?;
         // Values by which the driver copies the arguments: eight bytes hold any but a struct.
         let mut values: Vec<u64> = args
@@ -203,21 +203,47 @@ impl Kernel {
     }
 }
 
-/// Make the GPU's primary context, which is libtorch's too, this thread's.
-fn enter(gpu: usize) -> Result<()> {
-    thread_local! { static ENTERED: Cell<Option<usize>> = const { Cell::new(None) } }
-    if ENTERED.get() == Some(gpu) {
-        return Ok(());
+/// The GPU's primary context, which is libtorch's too, is this thread's until it is dropped; then the one
+/// that was before is again, so that libtorch's idea of the current GPU stays true where a process has
+/// several.
+struct Entered {
+    before: Option<sys::CUcontext>,
+}
+
+impl Entered {
+    fn new(gpu: usize) -> Result<Self> {
+        thread_local! { static CONTEXTS: RefCell<HashMap<usize, sys::CUcontext>> = RefCell::default() }
+        let known = CONTEXTS.with_borrow(|contexts| contexts.get(&gpu).copied());
+        let context = match known {
+            Some(context) => context,
+            None => {
+                result::init().context("the CUDA driver")?;
+                let device = result::device::get(gpu as i32).with_context(|| format!("GPU {gpu}"))?;
+                // SAFETY: a device that exists; its primary context is kept for good.
+                let context = unsafe { result::primary_ctx::retain(device) }.context("the GPU's context")?;
+                CONTEXTS.with_borrow_mut(|contexts| contexts.insert(gpu, context));
+                context
+            }
+        };
+        // What is current is asked for every time: libtorch changes it, too.
+        let current = result::ctx::get_current().context("the thread's GPU")?;
+        if current == Some(context) {
+            return Ok(Self { before: None });
+        }
+        // SAFETY: a live context; setting it current is what CUDA's runtime does too.
+        unsafe { result::ctx::set_current(context) }.context("the GPU's context")?;
+        // A thread without a context keeps this one, as after the runtime's first call.
+        Ok(Self { before: current })
     }
-    result::init().context("the CUDA driver")?;
-    let device = result::device::get(gpu as i32).with_context(|| format!("GPU {gpu}"))?;
-    // SAFETY: the primary context is kept for good; setting it current is what CUDA's runtime does too.
-    unsafe {
-        let context = result::primary_ctx::retain(device).context("the GPU's context")?;
-        result::ctx::set_current(context).context("the GPU's context")?;
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            // SAFETY: it was current before. It cannot fail for a live context.
+            let _ = unsafe { result::ctx::set_current(before) };
+        }
     }
-    ENTERED.set(Some(gpu));
-    Ok(())
 }
 
 /// The compiled code, from disk if it was compiled before.

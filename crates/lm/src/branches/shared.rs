@@ -15,12 +15,15 @@ use crate::cache::KvCache;
 use crate::forward::{KvStore, LayerInput};
 use crate::kept::KeptPairs;
 use crate::model::LanguageModel;
+use crate::placement::{PerPart, Placement};
+use crate::rope::Rope;
 
 /// Attention weights held at a time: 64 Mi f32 are 256 MiB.
 const BLOCK_ELEMENTS: i64 = 64 << 20;
 
 /// Rows of one context, mask-major.
 pub(super) struct SharedBranches {
+    placement: Placement,
     /// The context, shared: per layer `[kv_heads, t, head_dim]`.
     context_keys: Vec<Tensor>,
     context_values: Vec<Tensor>,
@@ -46,7 +49,7 @@ impl SharedBranches {
         let context_keys: Vec<Tensor> = (0..layers).map(|l| cache.keys(l)).collect();
         let context_values: Vec<Tensor> = (0..layers).map(|l| cache.values(l)).collect();
         let (heads, t, d) = context_keys[0].size3()?;
-        let options = (context_keys[0].kind(), context_keys[0].device());
+        let kind = context_keys[0].kind();
         let (mut masks, mut kept) = (1, None);
         let hidden_lhnt = match keep {
             None => None,
@@ -59,23 +62,27 @@ impl SharedBranches {
                 ensure!(keep.kind() == Kind::Bool, "a keep mask must be bool, not {:?}", keep.kind());
                 masks = size[0];
                 kept = KeptPairs::gather(&context_keys, &context_values, keep);
-                let hidden = keep.to_device(options.1).logical_not().permute([1, 2, 0, 3]).contiguous();
-                Some((0..layers).map(|l| hidden.get(l as i64)).collect())
+                let hidden = keep.logical_not().permute([1, 2, 0, 3]).contiguous();
+                let of_layer = |(l, keys): (usize, &Tensor)| hidden.get(l as i64).to_device(keys.device());
+                Some(context_keys.iter().enumerate().map(of_layer).collect())
             }
         };
         let rows = masks * questions as i64;
         let own = || -> Vec<Tensor> {
             // Zeros: what follows a row's end is masked, but must be finite.
-            (0..layers).map(|_| Tensor::zeros([heads, rows, capacity as i64, d], options)).collect()
+            let size = [heads, rows, capacity as i64, d];
+            context_keys.iter().map(|keys| Tensor::zeros(size, (kind, keys.device()))).collect()
         };
+        let (own_keys, own_values) = (own(), own());
         Ok(Self {
+            placement: cache.placement().clone(),
             context_keys,
             context_values,
             hidden_lhnt,
             kept,
             masks: (0..rows as usize).map(|row| row / questions).collect(),
-            own_keys: own(),
-            own_values: own(),
+            own_keys,
+            own_values,
             lengths: vec![0; rows as usize],
             first_position: cache.next_position(),
         })
@@ -84,9 +91,9 @@ impl SharedBranches {
     /// Keep these rows alone; `rows` ascends.
     pub fn retain(&mut self, rows: &[usize]) {
         let index: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
-        let index = Tensor::from_slice(&index).to_device(self.context_keys[0].device());
+        let index = Tensor::from_slice(&index);
         for own in self.own_keys.iter_mut().chain(&mut self.own_values) {
-            *own = own.index_select(1, &index);
+            *own = own.index_select(1, &index.to_device(own.device()));
         }
         self.masks = rows.iter().map(|&row| self.masks[row]).collect();
         self.lengths = rows.iter().map(|&row| self.lengths[row]).collect();
@@ -105,7 +112,7 @@ impl SharedBranches {
     }
 }
 
-/// Data of one forward pass of all branches, for every layer.
+/// Data of one forward pass of all branches, for every layer of a part.
 struct Step {
     /// i64 `[rows, s]`: where in its row's own tokens each new token goes.
     slot_rs: Tensor,
@@ -125,10 +132,12 @@ impl LanguageModel {
         let s = ids.size()[1];
         ensure!(branches.own_keys.len() == self.layers.len(), "the branches are of another model");
         let hidden_rsm = self.embed(ids)?;
-        let step = branches.step(s, self);
-        let rotation = self.rope.at(&(&step.slot_rs + branches.first_position as i64).to_kind(Kind::Float));
+        let step = branches.step(s, self)?;
+        let first = branches.first_position as i64;
+        let rotation = |rope: &Rope, step: &Step| Ok(rope.at(&(&step.slot_rs + first).to_kind(Kind::Float)));
+        let rotations = self.ropes.zip(&step, rotation)?;
         let hidden_rsm =
-            self.run(hidden_rsm, &rotation, &mut SharedStore { branches: &mut *branches, step }, true)?;
+            self.run(hidden_rsm, &rotations, &mut SharedStore { branches: &mut *branches, step }, true)?;
         branches.lengths.iter_mut().for_each(|n| *n += s as usize);
         Ok(self.finish(&hidden_rsm))
     }
@@ -137,13 +146,14 @@ impl LanguageModel {
 /// Branches and where their new tokens go.
 struct SharedStore<'a> {
     branches: &'a mut SharedBranches,
-    step: Step,
+    step: PerPart<Step>,
 }
 
 impl KvStore for SharedStore<'_> {
     fn attend(&mut self, input: &LayerInput, new: &Projected, _: bool) -> Result<Option<Tensor>> {
         let heads_first = |x: &Tensor| x.transpose(-3, -2);
         let Self { branches, step } = self;
+        let step = step.of(input.layer);
         branches.write(input.layer, &step.slot_rs, &heads_first(&new.k), &heads_first(&new.v));
         let attended = branches.attend(input.layer, &heads_first(&new.q).contiguous(), step);
         Ok(Some(heads_first(&attended)))
@@ -151,22 +161,17 @@ impl KvStore for SharedStore<'_> {
 }
 
 impl SharedBranches {
-    fn step(&self, s: i64, model: &LanguageModel) -> Step {
-        let device = model.device();
+    fn step(&self, s: i64, model: &LanguageModel) -> Result<PerPart<Step>> {
         let lengths: Vec<i64> = self.lengths.iter().map(|n| *n as i64).collect();
         let own = lengths.iter().max().copied().unwrap_or(0) + s;
-        let options = (Kind::Int64, device);
-        let slot_rs =
-            Tensor::from_slice(&lengths).to_device(device).unsqueeze(1) + Tensor::arange(s, options);
-        let later_rso = Tensor::arange(own, options).gt_tensor(&slot_rs.unsqueeze(-1));
         let masks: Vec<i64> = self.masks.iter().map(|mask| *mask as i64).collect();
-        Step {
-            slot_rs,
-            later_rso,
-            mask_r: Tensor::from_slice(&masks).to_device(device),
-            own,
-            scale: model.attention.scale,
-        }
+        self.placement.each(|part| {
+            let options = (Kind::Int64, part.device);
+            let on = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(part.device);
+            let slot_rs = on(&lengths).unsqueeze(1) + Tensor::arange(s, options);
+            let later_rso = Tensor::arange(own, options).gt_tensor(&slot_rs.unsqueeze(-1));
+            Ok(Step { slot_rs, later_rso, mask_r: on(&masks), own, scale: model.attention.scale })
+        })
     }
 
     /// Put new keys and values `[rows, kv_heads, s, head_dim]` at their rows' ends.

@@ -4,16 +4,21 @@
 
 use anyhow::{Result, ensure};
 use pkv_gpu::{PackedKv, PackedSlots, Projected, RaggedAttention, RaggedShape};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::{RaggedCache, RaggedLayer};
+use super::{Located, RaggedCache, RaggedLayer};
 use crate::forward::{KvStore, LayerInput};
 use crate::model::LanguageModel;
+use crate::placement::PerPart;
 
-/// Data of one forward pass, for every layer.
+/// Data of one forward pass, for every layer of a part.
 struct Step {
     /// New tokens of each sequence.
     s: i64,
+    /// The first layer of the part.
+    first: usize,
+    /// Positions of the new tokens, f32 `[b, s]`.
+    position_bs: Tensor,
     /// Slots of new rows, i64 `[l, x * s]`.
     slot_ln: Tensor,
     /// Rows that each segment holds with the new ones, i32 `[l, x]`.
@@ -48,9 +53,9 @@ impl LanguageModel {
         let hidden_bsm = self.embed(ids_bs)?;
         cache.reserve(size[1] as usize)?;
         let step = cache.step(size[1], self)?;
-        let rotation = self.rope.at(&cache.positions(size[1], self.device()));
+        let rotations = self.ropes.zip(&step, |rope, step| Ok(rope.at(&step.position_bs)))?;
         let mut store = RaggedStore { cache: &mut *cache, slot_n: Tensor::new(), step };
-        let hidden_bsm = self.run(hidden_bsm, &rotation, &mut store, true)?;
+        let hidden_bsm = self.run(hidden_bsm, &rotations, &mut store, true)?;
         cache.advance(size[1] as usize);
         Ok(self.finish(&hidden_bsm))
     }
@@ -59,7 +64,7 @@ impl LanguageModel {
     /// benchmarks. The new tokens' keys are whatever the rooms hold; the cache must have room for them.
     ///
     /// # Shapes
-    /// - `q_bsqd`: `[sequences, s, query_heads, head_dim]`, kind and device of the cache
+    /// - `q_bsqd`: `[sequences, s, query_heads, head_dim]`, kind and device of the cache, which is one
     ///
     /// # Errors
     /// A kernel fails.
@@ -75,14 +80,15 @@ impl LanguageModel {
 /// A cache and where its new tokens go.
 struct RaggedStore<'a> {
     cache: &'a mut RaggedCache,
-    step: Step,
+    step: PerPart<Step>,
     /// The step's rows of the layer at work.
     slot_n: Tensor,
 }
 
 impl KvStore for RaggedStore<'_> {
     fn slot(&mut self, layer: usize) -> Option<PackedSlots<'_>> {
-        self.slot_n = self.step.slot_ln.get(layer as i64);
+        let step = self.step.of(layer);
+        self.slot_n = step.slot_ln.get((layer - step.first) as i64);
         Some(self.cache.slot(layer, &self.step, &self.slot_n))
     }
 
@@ -92,15 +98,9 @@ impl KvStore for RaggedStore<'_> {
 }
 
 impl RaggedCache {
-    fn step(&mut self, s: i64, model: &LanguageModel) -> Result<Step> {
-        let device = model.device();
+    fn step(&mut self, s: i64, model: &LanguageModel) -> Result<PerPart<Step>> {
         // Sequences are in step with each other: nothing goes to the device.
         let n = self.appended as i64;
-        let (slot_lx, used_lx) = (&self.room_start_lx + n, &self.kept_lx + (n + s));
-        let slot_ln = match s {
-            1 => slot_lx,
-            _ => (slot_lx.unsqueeze(-1) + Tensor::arange(s, (Kind::Int64, device))).flatten(1, 2),
-        };
         let shape = model.shape();
         let sizes = RaggedShape {
             sequences: self.sequences.len(),
@@ -109,30 +109,39 @@ impl RaggedCache {
             kv_heads: self.kv_heads,
             head_dim: shape.head_dim,
         };
-        let attention = RaggedAttention::new(model.attention, sizes, device, model.kind(), &mut self.space)?;
-        Ok(Step { s, slot_ln, used_lx, attention })
-    }
-
-    /// Positions of the next `s` tokens, f32 `[b, s]`. The device knows them but for a number, and nothing
-    /// waits for it.
-    fn positions(&self, s: i64, device: Device) -> Tensor {
-        let next_b1 = (&self.context_end_b + self.appended as f64).unsqueeze(1);
-        if s == 1 { next_b1 } else { next_b1 + Tensor::arange(s, (Kind::Float, device)) }
+        self.located.map_mut(|located| {
+            let Located { room_start_lx, kept_lx, context_end_b, space, first, .. } = located;
+            let device = room_start_lx.device();
+            let (slot_lx, used_lx) = (&*room_start_lx + n, &*kept_lx + (n + s));
+            // The device knows positions but for a number, and nothing waits for it.
+            let next_b1 = (&*context_end_b + n as f64).unsqueeze(1);
+            let (slot_ln, position_bs) = match s {
+                1 => (slot_lx, next_b1),
+                _ => {
+                    let more = |kind| Tensor::arange(s, (kind, device));
+                    let slot_lxs = slot_lx.unsqueeze(-1) + more(Kind::Int64);
+                    (slot_lxs.flatten(1, 2), next_b1 + more(Kind::Float))
+                }
+            };
+            let attention = RaggedAttention::new(model.attention, sizes, device, model.kind(), space)?;
+            Ok(Step { s, first: *first, position_bs, slot_ln, used_lx, attention })
+        })
     }
 
     /// Slots of a layer's new keys and values; `slot_n` is the step's for the layer.
-    fn slot<'a>(&'a self, layer: usize, step: &Step, slot_n: &'a Tensor) -> PackedSlots<'a> {
+    fn slot<'a>(&'a self, layer: usize, step: &PerPart<Step>, slot_n: &'a Tensor) -> PackedSlots<'a> {
         let RaggedLayer { keys, values, .. } = &self.layers[layer];
-        PackedSlots { k_nd: keys, v_nd: values, slot_n, tokens: step.s as usize }
+        PackedSlots { k_nd: keys, v_nd: values, slot_n, tokens: step.of(layer).s as usize }
     }
 
     /// Attention of new tokens, whose keys and values are written: [`RaggedAttention::attend`].
-    fn attend(&self, index: usize, step: &Step, q_bsqd: &Tensor) -> Result<Tensor> {
-        let (layer, at) = (&self.layers[index], index as i64);
+    fn attend(&self, index: usize, step: &PerPart<Step>, q_bsqd: &Tensor) -> Result<Tensor> {
+        let (layer, step, located) = (&self.layers[index], step.of(index), self.located.of(index));
+        let at = (index - step.first) as i64;
         let kv = PackedKv {
             keys_nd: &layer.keys,
             values_nd: &layer.values,
-            starts_x: &self.bounds_lx.get(at),
+            starts_x: &located.bounds_lx.get(at),
             lengths_x: &step.used_lx.get(at),
         };
         let mut next = 0;

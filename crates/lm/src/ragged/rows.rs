@@ -33,18 +33,20 @@ impl RaggedCache {
         );
         let (masks, q) = (size[0], questions as i64);
         let room = room_for(room);
-        let device = cache.keys(0).device();
-        let keep_nlht = keep_nlht.to_device(device);
         let of_row = |x: &Tensor, width: i64| {
             x.unsqueeze(1).expand([masks, q, heads, width], false).reshape([masks * q, heads, width])
         };
         let kept_lx = keep_nlht.sum_dim_intlist(-1, false, Kind::Int64).transpose(0, 1).unsqueeze(2);
         let kept_lx = kept_lx.expand([layers as i64, masks, q, heads], false).reshape([layers as i64, -1]);
         let kept: Vec<Vec<i64>> = Vec::try_from(kept_lx.to_device(Device::Cpu))?;
-        let room_nhr = Tensor::ones([masks, heads, room as i64], (Kind::Bool, device));
+        let rooms = cache
+            .placement()
+            .each(|part| Ok(Tensor::ones([masks, heads, room as i64], (Kind::Bool, part.device))))?;
         let mut packed = Vec::with_capacity(layers);
         for (index, kept) in kept.into_iter().enumerate() {
-            let keep_nht = Tensor::cat(&[&keep_nlht.select(1, index as i64), &room_nhr], -1);
+            let room_nhr = rooms.of(index);
+            let keep_nht = keep_nlht.select(1, index as i64).to_device(room_nhr.device());
+            let keep_nht = Tensor::cat(&[&keep_nht, room_nhr], -1);
             let chosen_c3 = of_row(&keep_nht, len + room as i64).nonzero();
             // Rows of the room are copies of the last position: they are overwritten before they are read.
             let row_c = chosen_c3.select(1, 1) * len + chosen_c3.select(1, 2).clamp_max(len - 1);
@@ -62,14 +64,15 @@ impl RaggedCache {
             });
         }
         let sequence = Sequence { settled: 0, context_end: cache.next_position() };
-        Ok(Self::assemble(packed, heads as usize, room, vec![sequence; (masks * q) as usize]))
+        let sequences = vec![sequence; (masks * q) as usize];
+        Self::assemble(cache.placement(), packed, heads as usize, room, sequences)
     }
 
     /// Drop what each sequence has read since its context from `tokens[b]` on; none has read less.
     pub(crate) fn truncate(&mut self, tokens: &[usize]) {
         self.appended = 0;
         self.sequences.iter_mut().zip(tokens).for_each(|(s, new)| s.settled = *new);
-        self.index(self.room_start_lx.device());
+        self.index();
     }
 
     /// Keep these sequences alone, in the order given, and give the others' memory back.
@@ -78,11 +81,11 @@ impl RaggedCache {
     /// There is no memory for a second copy of one layer; the cache is then of no more use.
     pub(crate) fn retain(&mut self, rows: &[usize]) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
-        let device = self.room_start_lx.device();
         let segments: Vec<usize> =
             rows.iter().flat_map(|row| row * self.kv_heads..(row + 1) * self.kv_heads).collect();
         self.settle();
         for layer in &mut self.layers {
+            let device = layer.keys.device();
             let bounds = layer.bounds(self.room);
             let kept: Vec<usize> = segments.iter().map(|&x| layer.kept[x]).collect();
             // Each new segment's rows lie this far from where they were.
@@ -101,9 +104,9 @@ impl RaggedCache {
             layer.kept = kept;
         }
         self.sequences = rows.iter().map(|&row| self.sequences[row]).collect();
-        // Its size is that of the old rows.
-        self.space = None;
-        self.index(device);
+        // Their size is that of the old rows.
+        self.located.iter_mut().for_each(|(_, located)| located.space = None);
+        self.index();
         Ok(())
     }
 

@@ -10,6 +10,8 @@ mod forward;
 mod goldens;
 /// Whole, sharded, damaged and unsupported checkpoint folders.
 mod loading;
+/// Layers over several devices: the same model.
+mod placement;
 /// Compaction equals masking; nothing pruned equals the full cache; batches equal single sequences.
 mod ragged;
 /// Packed continuations of one cache, and the log-sum-exps that taps may ask for.

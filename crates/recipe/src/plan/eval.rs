@@ -1,8 +1,9 @@
 //! The cost of the `eval` stage: every task that pruned caches are asked, at most.
 
-use pkv_core::ModelShape;
+use pkv_core::{LayerSplit, ModelShape};
 
 use super::cost::{Decode, MapperCost, Repeat, decode, prefill, scoring};
+use super::split::{TargetMemory, fullest};
 use super::stages::{Reading, TEMPLATE_TOKENS};
 use super::{Machine, StagePlan, Work, element_bytes, parameters};
 use crate::{BenchmarkSection, Recipe};
@@ -102,7 +103,13 @@ impl Copies {
 }
 
 /// Every task of `work`.
-pub fn eval(recipe: &Recipe, machine: &Machine, mapper: &MapperCost, work: &Work) -> StagePlan {
+pub fn eval(
+    recipe: &Recipe,
+    machine: &Machine,
+    mapper: &MapperCost,
+    work: &Work,
+    split: Option<&LayerSplit>,
+) -> StagePlan {
     let (section, shape) = (&recipe.eval, &recipe.target.shape);
     let width = element_bytes(recipe.target.dtype, machine);
     let weights = parameters(&recipe.target) * width;
@@ -126,7 +133,16 @@ pub fn eval(recipe: &Recipe, machine: &Machine, mapper: &MapperCost, work: &Work
         let scores = (section.methods.len() * context * shape.total_kv_heads() * 4) as u64;
         let taken = weights + cache + scores;
         let forward = forward_bytes(shape, &asked, machine);
-        let peak = taken + copies.bytes(work, cache, own, taken, machine) + forward;
+        let copied = copies.bytes(work, cache, own, taken, machine);
+        let peak = match split {
+            // Copies are where the layers are, scores on the last device.
+            Some(split) => {
+                let memory = TargetMemory::at_rest(*shape, width, context);
+                let share = copied / split.ranges().len() as u64;
+                fullest(&memory.working(forward + share).beside(scores).devices(split, None))
+            }
+            None => taken + copied + forward,
+        };
         stage.peak_bytes = stage.peak_bytes.max(peak);
     }
     stage.timed(machine, machine.efficiency.answer)

@@ -17,10 +17,22 @@ pub struct Machine {
     pub memory_bytes: Option<u64>,
     /// A CPU computes in f32, a GPU in bf16, unless the recipe says otherwise.
     pub cpu: bool,
+    /// GPUs of this kind; all other figures are of one.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub gpus: usize,
     /// Price of the machine in dollars, if it is known.
     #[serde(default)]
     pub usd_per_hour: Option<f64>,
     pub efficiency: Efficiency,
+}
+
+const fn one() -> usize {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+const fn is_one(n: &usize) -> bool {
+    *n == 1
 }
 
 /// Name, name for readers, and of NVIDIA's data sheets: dense bf16 products (10^12 per second), memory's 10^9
@@ -54,6 +66,7 @@ impl Machine {
             copy_gb_per_sec: 4300.0,
             memory_bytes: Some(141_000_000_000),
             cpu: false,
+            gpus: 1,
             usd_per_hour: None,
             efficiency: Efficiency { label: 0.76, extract: 0.6, train: 0.05, answer: 0.2 },
         }
@@ -109,9 +122,20 @@ impl Machine {
             copy_gb_per_sec: 5.0 * threads as f64,
             memory_bytes: None,
             cpu: true,
+            gpus: 1,
             usd_per_hour: None,
             efficiency: Efficiency { label: 0.2, extract: 0.12, train: 0.7, answer: 0.27 },
         }
+    }
+
+    /// As many of it.
+    #[must_use]
+    pub fn of_gpus(self, gpus: usize) -> Self {
+        let name = match self.name.strip_prefix("one ") {
+            Some(rest) if gpus > 1 => format!("{gpus} x {rest}"),
+            _ => self.name,
+        };
+        Self { name, gpus: gpus.max(1), ..self }
     }
 
     /// Compute time plus copy time: stages overlap them little.
@@ -126,19 +150,20 @@ pub struct MachineChoice {
     /// One of [`MachineChoice::names`]; absent with figures.
     name: Option<String>,
     figures: Option<[f64; 3]>,
+    gpus: Option<usize>,
     usd_per_hour: Option<f64>,
 }
 
 /// What `plan --machine` takes, for messages.
-const SHAPE: &str = "a machine is a name (`h100`), figures of a data sheet (`tflops=142,gb=32,gbps=1800`), and for either a price \
-     (`h100,usd_per_hour=2.5`)";
+const SHAPE: &str = "a machine is a name (`h100`), figures of a data sheet (`tflops=142,gb=32,gbps=1800`), and for either a number \
+     of GPUs and a price (`h100,gpus=2,usd_per_hour=5`)";
 /// Keys of a machine's figures.
 const FIGURES: [&str; 3] = ["tflops", "gb", "gbps"];
 
 impl MachineChoice {
     /// This machine.
     pub fn here() -> Self {
-        Self { name: Some("here".to_owned()), figures: None, usd_per_hour: None }
+        Self { name: Some("here".to_owned()), figures: None, gpus: None, usd_per_hour: None }
     }
 
     /// Every name, with its meaning.
@@ -170,6 +195,10 @@ impl MachineChoice {
             (None, Some("here") | None) => here()?,
             (None, Some(name)) => Machine::card(name).unwrap_or_else(Machine::h200),
         };
+        let machine = match self.gpus.filter(|_| !machine.cpu) {
+            Some(gpus) => machine.of_gpus(gpus),
+            None => machine,
+        };
         Ok(Machine { usd_per_hour: self.usd_per_hour, ..machine })
     }
 }
@@ -178,7 +207,7 @@ impl FromStr for MachineChoice {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut choice = Self { name: None, figures: None, usd_per_hour: None };
+        let mut choice = Self { name: None, figures: None, gpus: None, usd_per_hour: None };
         let mut figures = [None; FIGURES.len()];
         for part in text.split(',').map(str::trim) {
             let Some((key, value)) = part.split_once('=') else {
@@ -195,8 +224,17 @@ impl FromStr for MachineChoice {
             match FIGURES.iter().position(|figure| *figure == key.trim()) {
                 Some(at) => figures[at] = Some(number),
                 None if key.trim() == "usd_per_hour" => choice.usd_per_hour = Some(number),
+                None if key.trim() == "gpus" && number.fract() == 0.0 && number <= 1024.0 => {
+                    choice.gpus = Some(number as usize);
+                }
+                None if key.trim() == "gpus" => {
+                    return Err(format!("`{part}` is no number of GPUs; {SHAPE}"));
+                }
                 None => {
-                    return Err(format!("`{key}` is none of {}, usd_per_hour; {SHAPE}", FIGURES.join(", ")));
+                    return Err(format!(
+                        "`{key}` is none of {}, gpus, usd_per_hour; {SHAPE}",
+                        FIGURES.join(", ")
+                    ));
                 }
             }
         }
@@ -233,6 +271,9 @@ mod tests {
         assert_eq!(machine("h100,usd_per_hour=2.5").unwrap(), priced);
         let own = machine("tflops=989, gb=80, gbps=3350, usd_per_hour=2.5").unwrap();
         assert_eq!(Machine { name: priced.name.clone(), ..own.clone() }, priced);
+        let two = machine("h100,gpus=2").unwrap();
+        assert_eq!((two.gpus, two.name.as_str()), (2, "2 x H100 SXM, bf16"));
+        assert_eq!(two.memory_bytes, priced.memory_bytes, "of each");
         assert_eq!(own.name, "one GPU of 989 TFLOP/s, 80 GB and 3350 GB/s, bf16");
         for (text, part) in [
             ("abacus", "none of here, cpu, h200, h100"),
@@ -243,7 +284,8 @@ mod tests {
             ("h100,gb=40", "its own figures"),
             ("tflops=x,gb=8,gbps=1", "`tflops=x` has no positive number"),
             ("tflops=-1,gb=8,gbps=1", "no positive number"),
-            ("tflops=1,gb=8,gbps=1,watts=3", "`watts` is none of tflops, gb, gbps, usd_per_hour"),
+            ("tflops=1,gb=8,gbps=1,watts=3", "`watts` is none of tflops, gb, gbps, gpus, usd_per_hour"),
+            ("h100,gpus=1.5", "`gpus=1.5` is no number of GPUs"),
         ] {
             let error = machine(text).unwrap_err();
             assert!(

@@ -1,8 +1,9 @@
 //! Tokens, bytes and operations of each stage.
 
-use pkv_core::{GlobalChannel, Pass, Source};
+use pkv_core::{GlobalChannel, LayerSplit, Pass, Source};
 
 use super::cost::{self, MapperCost, Repeat, ScorerWork, features, prefill, repeat, scoring};
+use super::split::{TargetMemory, fullest, label_chunks, of_each, pipelined, prefill_chunks};
 use super::{InferPlan, Machine, StagePlan, element_bytes, human_bytes, human_count, parameters};
 use crate::{ExtractSection, ModelSection, Recipe};
 
@@ -65,7 +66,13 @@ pub fn prepare(lengths: &Lengths) -> StagePlan {
     }
 }
 
-pub fn label(recipe: &Recipe, lengths: &Lengths, machine: &Machine, scorer: ScorerWork) -> StagePlan {
+pub fn label(
+    recipe: &Recipe,
+    lengths: &Lengths,
+    machine: &Machine,
+    scorer: ScorerWork,
+    split: Option<&LayerSplit>,
+) -> StagePlan {
     let (shape, section) = (&recipe.target.shape, &recipe.label);
     let width = element_bytes(recipe.target.dtype, machine);
     let by = Repeat::new(section, TEMPLATE_TOKENS, scorer);
@@ -94,7 +101,17 @@ pub fn label(recipe: &Recipe, lengths: &Lengths, machine: &Machine, scorer: Scor
         let working = reading.working_bytes(longest, section.prefill_chunk_tokens, section.chunk(), machine);
         stage.peak_bytes = stage.peak_bytes.max(weights + reading.cache_bytes(longest, machine) + working);
     }
-    stage.timed(machine, machine.efficiency.label)
+    let mut stage = stage.timed(machine, machine.efficiency.label);
+    if let Some(split) = split {
+        let n = split.ranges().len();
+        stage.peak_bytes =
+            fullest(&TargetMemory::of_label(recipe, longest, machine, scorer).devices(split, None));
+        // Each context by itself: the next one's first chunk may follow at once, which is not counted on.
+        let work = |t: usize| prefill(shape, t + TEMPLATE_TOKENS) + scoring(shape, t, &by);
+        let turns = lengths.sum(|t| work(t) * pipelined(label_chunks(recipe, t, machine, scorer), n));
+        stage.secs = stage.secs.map(|secs| secs * turns / lengths.sum(work).max(1.0));
+    }
+    stage
 }
 
 /// Whether `label` takes the features of `source` from its own prefill.
@@ -127,7 +144,7 @@ impl<'a> Reading<'a> {
         lengths.tokens() * self.per_token() as u64 * self.section.store.bytes() as u64
     }
 
-    fn weights(&self, machine: &Machine) -> u64 {
+    pub fn weights(&self, machine: &Machine) -> u64 {
         parameters(self.model) * element_bytes(self.model.dtype, machine)
     }
 
@@ -175,6 +192,18 @@ impl<'a> Reading<'a> {
             + self.working_bytes(longest, chunk, scoring, machine)
     }
 
+    /// The same of the fullest device, where layers are laid over several.
+    fn split_bytes(&self, recipe: &Recipe, longest: usize, machine: &Machine, split: &LayerSplit) -> u64 {
+        let (chunk, scoring) = (recipe.extract.prefill_chunk_tokens, recipe.label.chunk());
+        let shape = self.model.shape;
+        let gathered = (shape.kv_heads * self.section.channels.len() * longest) as u64;
+        let all = 4 * gathered * shape.layers as u64;
+        let working = self.working_bytes(longest, chunk, scoring, machine).saturating_sub(all);
+        let memory =
+            TargetMemory::at_rest(shape, element_bytes(self.model.dtype, machine), longest + TEMPLATE_TOKENS);
+        fullest(&memory.working(working).gathering(gathered).devices(split, None))
+    }
+
     fn cache_bytes(&self, context: usize, machine: &Machine) -> u64 {
         (context * self.model.shape.kv_elements_per_token()) as u64 * element_bytes(self.model.dtype, machine)
     }
@@ -217,13 +246,21 @@ pub fn features_made_anew(recipe: &Recipe, lengths: &Lengths) -> Option<String> 
     })
 }
 
-pub fn extract(recipe: &Recipe, examples: &Lengths, machine: &Machine) -> StagePlan {
+pub fn extract(
+    recipe: &Recipe,
+    examples: &Lengths,
+    machine: &Machine,
+    split: Option<&LayerSplit>,
+) -> StagePlan {
     let mut stage = StagePlan::nothing("extract");
     let lengths = &feature_reads(recipe, examples);
-    for (_, reading) in Reading::all(recipe).filter(|(source, _)| !is_beside(recipe, *source)) {
+    for (source, reading) in Reading::all(recipe).filter(|(source, _)| !is_beside(recipe, *source)) {
         stage.examples = lengths.examples();
         let weights = reading.weights(machine);
-        let peak = reading.peak_bytes(recipe, lengths.longest(), machine);
+        let peak = match split.filter(|_| source == Source::Target) {
+            Some(split) => reading.split_bytes(recipe, lengths.longest(), machine, split),
+            None => reading.peak_bytes(recipe, lengths.longest(), machine),
+        };
         stage.tokens += lengths.tokens();
         if !recipe.extract.is_transient() {
             stage.disk_bytes += reading.disk_bytes(lengths);
@@ -260,7 +297,14 @@ pub fn target_reads(recipe: &Recipe) -> Option<String> {
 pub const SHARED_CHUNK: usize = 16_384;
 
 /// A context of `tokens` tokens to the target's pruned cache.
-pub fn infer(recipe: &Recipe, tokens: usize, machine: &Machine, mapper: &MapperCost) -> InferPlan {
+/// `over` as in [`super::Plan::over`].
+pub fn infer(
+    recipe: &Recipe,
+    tokens: usize,
+    machine: &Machine,
+    mapper: &MapperCost,
+    over: Option<usize>,
+) -> InferPlan {
     let target = &recipe.target.shape;
     let width = element_bytes(recipe.target.dtype, machine);
     let mut weights = parameters(&recipe.target) * width;
@@ -287,11 +331,22 @@ pub fn infer(recipe: &Recipe, tokens: usize, machine: &Machine, mapper: &MapperC
             }
         }
     }
+    let secs = machine.secs(flops, machine.efficiency.label, weights as f64);
+    let memory = TargetMemory::of_infer(recipe, tokens, machine);
+    let Some(split) = memory.split(machine, over) else {
+        let (sequential_bytes, streams_bytes) = (weights + alone.max(before), weights + alone + beside);
+        return InferPlan { tokens, sequential_bytes, streams_bytes, secs, devices: Vec::new() };
+    };
+    let chunks = prefill_chunks(tokens + TEMPLATE_TOKENS, recipe.label.prefill_chunk_tokens);
+    // The target's prefill is all that passes through the devices.
+    let share = prefill(target, tokens + TEMPLATE_TOKENS) / flops;
+    let devices = memory.devices(&split, of_each(machine));
     InferPlan {
         tokens,
-        sequential_bytes: weights + alone.max(before),
-        streams_bytes: weights + alone + beside,
-        secs: machine.secs(flops, machine.efficiency.label, weights as f64),
+        sequential_bytes: fullest(&devices),
+        streams_bytes: fullest(&memory.more_beside(beside).devices(&split, None)),
+        secs: secs * (1.0 - share + share * pipelined(chunks, split.ranges().len())),
+        devices,
     }
 }
 

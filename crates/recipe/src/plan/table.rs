@@ -2,14 +2,15 @@
 
 use std::fmt::{self, Write as _};
 
-use super::{Plan, human_bytes, human_count, human_flops, human_secs};
+use super::{DevicePlan, Machine, Plan, human_bytes, human_count, human_flops, human_secs};
 
 const COLUMNS: [&str; 10] =
     ["stage", "examples", "tokens", "on disk", "compute", "moved", "peak memory", "fits", "time", "cost"];
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let memory = self.machine.memory_bytes.map(|bytes| format!(", {}", human_bytes(bytes)));
+        let each = if self.machine.gpus > 1 { " each" } else { "" };
+        let memory = self.machine.memory_bytes.map(|bytes| format!(", {}{each}", human_bytes(bytes)));
         writeln!(f, "plan of `{}` on {}{}", self.name, self.machine.name, memory.unwrap_or_default())?;
         let proxy = self.proxy.as_ref().map(|proxy| ("proxy", proxy));
         for (role, model) in [("target", &self.target)].into_iter().chain(proxy) {
@@ -40,6 +41,21 @@ impl fmt::Display for Plan {
             human_bytes(self.infer.streams_bytes),
             human_secs(self.infer.secs)
         )?;
+        if let Some(split) = &self.split {
+            writeln!(
+                f,
+                "  split   the target over {} {} in `label`, busy {:.0}% of the time; on one: {}",
+                split.devices.len(),
+                if self.machine.cpu { "parts" } else { "GPUs" },
+                100.0 * split.busy,
+                human_bytes(split.one_bytes)
+            )?;
+            write_devices(f, &split.devices)?;
+        }
+        if !self.infer.devices.is_empty() {
+            writeln!(f, "  split   the target over {} in `infer`", self.infer.devices.len())?;
+            write_devices(f, &self.infer.devices)?;
+        }
         writeln!(f)?;
         let rows = self.rows();
         // A column of which nothing is known is left out.
@@ -69,18 +85,67 @@ impl fmt::Display for Plan {
             for stage in self.stages.iter().filter(|s| s.peak_bytes > memory) {
                 writeln!(
                     f,
-                    "Stage `{}` needs {} of memory, the machine has {}.",
+                    "Stage `{}` needs {} of memory, the {} has {}.",
                     stage.stage,
                     human_bytes(stage.peak_bytes),
+                    if self.machine.gpus > 1 { "GPU" } else { "machine" },
                     human_bytes(memory)
                 )?;
             }
+            self.write_advice(f)?;
         }
         Ok(())
     }
 }
 
+/// A line for each device.
+fn write_devices(f: &mut fmt::Formatter<'_>, devices: &[DevicePlan]) -> fmt::Result {
+    for device in devices {
+        writeln!(
+            f,
+            "          layers {} to {}: {} of weights, {} of cache, {} at work: {}{}",
+            device.first_layer,
+            device.end_layer.saturating_sub(1),
+            human_bytes(device.weight_bytes),
+            human_bytes(device.cache_bytes),
+            human_bytes(device.working_bytes),
+            human_bytes(device.peak_bytes),
+            match device.fits {
+                Some(false) => ", does not fit",
+                _ => "",
+            }
+        )?;
+    }
+    Ok(())
+}
+
 impl Plan {
+    /// What several GPUs are for, where no split says it.
+    fn write_advice(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Machine { gpus, cpu, .. } = self.machine;
+        if cpu || self.split.is_some() {
+            return Ok(());
+        }
+        if gpus > 1 {
+            return writeln!(
+                f,
+                "The target fits one of the {gpus} GPUs. Times are of one: `--devices all` has a worker on each for label, \
+                 extract and eval."
+            );
+        }
+        match self.over_more {
+            Some(n) => {
+                let names: Vec<String> = (0..n).map(|gpu| format!("cuda:{gpu}")).collect();
+                writeln!(
+                    f,
+                    "Over {n} such GPUs the target fits: `--device {}`; `--machine NAME,gpus={n}` plans it.",
+                    names.join("+")
+                )
+            }
+            None => Ok(()),
+        }
+    }
+
     /// The plan as a table, ending in a line break.
     pub fn table(&self) -> String {
         self.to_string()

@@ -133,7 +133,7 @@ impl<'a> Reader<'a> {
         };
         let requests = Requests::new(&found.tokenizer, &s.recipe.label)?;
         let (shape, prefix) = (model.shape(), found.tokenizer.prefix());
-        let lanes = lanes(s.device, &shape, s.recipe.data.longest_window());
+        let lanes = lanes(model.placement(), &shape, s.recipe.data.longest_window());
         Ok(Self { s, source, examples, section, model, hidden, requests, prefix, shape, lanes })
     }
 

@@ -86,7 +86,7 @@ impl Labeller {
         let model = target.load(s)?;
         let requests = Requests::new(&target.tokenizer, &s.recipe.label)?;
         let shape = model.shape();
-        let lanes = lanes(s.device, &shape, s.recipe.data.longest_window());
+        let lanes = lanes(model.placement(), &shape, s.recipe.data.longest_window());
         Ok(Self { model, requests, shape, lanes })
     }
 }

@@ -6,8 +6,7 @@
 
 use pkv_core::ModelShape;
 use pkv_gpu::{Event, Stream};
-use pkv_lm::LanguageModel;
-use tch::Device;
+use pkv_lm::{LanguageModel, Placement};
 
 use anyhow::Result;
 
@@ -19,9 +18,10 @@ const LANES: usize = 4;
 const SMALL: usize = 400_000_000_000;
 
 /// Number of contexts of about `tokens` tokens to process at once.
-pub fn lanes(device: Device, shape: &ModelShape, tokens: usize) -> usize {
+pub fn lanes(placement: &Placement, shape: &ModelShape, tokens: usize) -> usize {
     let small = shape.matrix_parameters().saturating_mul(tokens) < SMALL;
-    if device.is_cuda() && small { LANES } else { 1 }
+    // The streams of a lane are one device's.
+    if placement.home().is_cuda() && small && !placement.is_split() { LANES } else { 1 }
 }
 
 /// One lane's stream and its handle on the model; it moves to the thread that works there.
@@ -36,7 +36,9 @@ impl Lane {
     /// # Errors
     /// The driver fails.
     pub fn all(model: &LanguageModel, n: usize) -> Result<Vec<Self>> {
-        Event::now(model.device())?.synchronize()?;
+        for part in model.placement().parts() {
+            Event::now(part.device)?.synchronize()?;
+        }
         let stream = || if n > 1 { Stream::pool(model.device(), false).map(Some) } else { Ok(None) };
         (0..n).map(|_| Ok(Self { model: model.share(), stream: stream()? })).collect()
     }
@@ -54,6 +56,8 @@ impl Lane {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pkv_core::LayerSplit;
+    use tch::Device;
 
     #[test]
     fn only_small_work_on_a_gpu_is_done_in_lanes() {
@@ -67,9 +71,13 @@ mod tests {
             vocab: 4096,
         };
         let big = ModelShape { layers: 32, hidden: 4096, intermediate: 14336, ..tiny };
-        assert_eq!(lanes(Device::Cpu, &tiny, 1000), 1);
-        assert_eq!(lanes(Device::Cuda(0), &tiny, 1000), LANES);
-        assert_eq!(lanes(Device::Cuda(0), &tiny, 100_000), 1);
-        assert_eq!(lanes(Device::Cuda(0), &big, 1000), 1);
+        let on = |device| Placement::whole(device, 12);
+        assert_eq!(lanes(&on(Device::Cpu), &tiny, 1000), 1);
+        assert_eq!(lanes(&on(Device::Cuda(0)), &tiny, 1000), LANES);
+        assert_eq!(lanes(&on(Device::Cuda(0)), &tiny, 100_000), 1);
+        assert_eq!(lanes(&on(Device::Cuda(0)), &big, 1000), 1);
+        let split = LayerSplit::even(12, 2).unwrap();
+        let two = Placement::over(&[Device::Cuda(0), Device::Cuda(1)], &split).unwrap();
+        assert_eq!(lanes(&two, &tiny, 1000), 1, "a lane's stream is of one GPU");
     }
 }

@@ -21,7 +21,7 @@ pub(super) const ENTRY: Entry = Entry {
         let earlier = context.cache.first(context.cache.len() - window);
         let mut tap = WindowTap { context, layers_ht: Vec::new() };
         context.model.forward_repeats(&[last], &earlier, &mut tap)?;
-        Ok(Tensor::stack(&tap.layers_ht, 0))
+        Ok(context.cache.placement().stack(&tap.layers_ht))
     }),
     work: ScorerWork { repeats: false, value_norms: false, read_again: WINDOW as usize },
     #[cfg(test)]

@@ -6,3 +6,5 @@ mod goldens;
 mod model;
 /// KVzip+'s factors against loops in f64.
 mod naive;
+/// A target over several devices: its scores, and its planned memory.
+mod placement;

@@ -55,9 +55,12 @@ impl SampledPositions {
         if rows.is_empty() {
             return Ok(());
         }
-        let index = Tensor::from_slice(&rows).to_device(x_sm.device());
+        let index = Tensor::from_slice(&rows);
         let pick = |all: &Tensor, kind| {
-            all.index_select(0, &index).to_kind(kind).to_device(Device::Cpu).contiguous()
+            all.index_select(0, &index.to_device(all.device()))
+                .to_kind(kind)
+                .to_device(Device::Cpu)
+                .contiguous()
         };
         let pieces = self.layers.get_mut(layer).context("a layer that the target does not have")?;
         pieces.push((pick(x_sm, Kind::Half), pick(y_sh, Kind::Float)));
