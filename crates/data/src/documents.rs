@@ -19,8 +19,9 @@ const BATCH_BYTES: usize = 4 << 20;
 /// Documents after which a batch is full, however short they are.
 const BATCH_DOCUMENTS: usize = 256;
 
-/// Most bytes of one document: what is longer is no document, and may be more than memory holds.
-const MOST_BYTES: u64 = 1 << 30;
+/// Most bytes of one document, some 30 million tokens: what is longer is no document, and may be more than
+/// memory holds.
+const MOST_BYTES: u64 = 128 << 20;
 
 /// Texts of one file, in order; empty ones included.
 type Texts = Box<dyn Iterator<Item = Result<String>>>;
@@ -122,8 +123,11 @@ fn open(source: &Source, path: &Path) -> Result<Texts> {
 fn utf8(bytes: Vec<u8>, path: &Path, offset: u64) -> Result<String> {
     String::from_utf8(bytes).map_err(|e| {
         let at = offset + e.utf8_error().valid_up_to() as u64;
-        let wide = offset == 0 && matches!(e.as_bytes(), [0xff, 0xfe, ..] | [0xfe, 0xff, ..]);
-        let encoding = if wide { "utf-16" } else { "latin1" };
+        let encoding = match e.as_bytes() {
+            [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] if offset == 0 => "utf-32",
+            [0xff, 0xfe, ..] | [0xfe, 0xff, ..] if offset == 0 => "utf-16",
+            _ => "latin1",
+        };
         hinted(
             format!("`{}` is not UTF-8 text: byte {at} fits no character", path.display()),
             format!("convert it first, for instance with `iconv -f {encoding} -t utf-8`"),

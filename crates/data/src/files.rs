@@ -57,16 +57,18 @@ fn local(folder: &Path, patterns: &[String]) -> Result<Vec<PathBuf>> {
         if found.is_empty() {
             found = matching(Path::new(""), pattern)?;
         }
-        ensure!(
-            !found.is_empty(),
+        ensure!(!found.is_empty(), {
+            let folder = if folder == Path::new("") { Path::new(".") } else { folder };
+            let link = folder.join(pattern).is_symlink();
             hinted(
                 format!(
-                    "no file matches `{pattern}`, neither in `{}` nor in the working directory",
-                    folder.display()
+                    "no file matches `{pattern}`, neither in `{}` nor in the working directory{}",
+                    folder.display(),
+                    if link { ": it is a link, and no file is where it leads" } else { "" }
                 ),
-                "check `files` of the source in the data manifest"
+                "check `files` of the source in the data manifest",
             )
-        );
+        });
         found.retain(|f| !files.contains(f));
         files.extend(found);
     }

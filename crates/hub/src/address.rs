@@ -1,6 +1,6 @@
 //! Addresses: where a redirect may lead, whose they are, and how they are written and shown.
 
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, percent_encode, utf8_percent_encode};
 use ureq::Body;
 use ureq::http::header::LOCATION;
 use ureq::http::{HeaderMap, Response};
@@ -20,9 +20,11 @@ pub(crate) fn redirect(from: &Url, response: &Response<Body>) -> Result<Option<U
         return Ok(None);
     }
     let wrong = |why: String| Failure::nonsense(format!("{} redirects {why}", shown(from)));
+    // Storages write other letters than ASCII as they are.
     let location =
-        text(response.headers(), LOCATION.as_str()).ok_or_else(|| wrong("to nowhere".to_owned()))?;
-    let mut to = from.join(location).map_err(|e| wrong(format!("to no address: {e}")))?;
+        response.headers().get(LOCATION).map(|l| percent_encode(l.as_bytes(), CONTROLS).to_string());
+    let location = location.filter(|l| !l.trim().is_empty()).ok_or_else(|| wrong("to nowhere".to_owned()))?;
+    let mut to = from.join(location.trim()).map_err(|e| wrong(format!("to no address: {e}")))?;
     if !is_http(&to) || !to.has_host() {
         return Err(wrong(format!("to `{}`, which is no web address", to.scheme())));
     }
@@ -86,6 +88,7 @@ mod tests {
             ("//cdn/x", "https://cdn/x"),
             ("https://cdn:8/x", "https://cdn:8/x"),
             ("https://user:word@cdn/x", "https://cdn/x"),
+            ("/x?name=ä%20b", "https://hub/x?name=%C3%A4%20b"),
         ] {
             assert_eq!(to(from, 302, location), Ok(Some(found.to_owned())));
         }

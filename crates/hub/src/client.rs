@@ -58,8 +58,10 @@ impl<'a> Client<'a> {
     /// # Errors
     /// The hub's address is none, or the token cannot be sent.
     pub fn new(options: &'a HubOptions, with_token: bool, stop: &'a Stop) -> Result<Self> {
-        let home =
-            Url::parse(&options.endpoint).ok().filter(|u| u.has_host() && is_http(u)).with_context(|| {
+        let home = Url::parse(&options.endpoint)
+            .ok()
+            .filter(|u| u.has_host() && is_http(u) && u.query().is_none() && u.fragment().is_none())
+            .with_context(|| {
                 hinted(
                     format!("HF_ENDPOINT is `{}`, which is no address of a hub", options.endpoint),
                     "write it as `https://huggingface.co`",
@@ -391,7 +393,14 @@ mod tests {
             assert!(!format!("{error:?}").contains("bad"), "{error:?}");
             Client::new(&options, false, &Stop::default()).unwrap();
         }
-        for bad in ["hub.example", "ftp://hub", "http://", "http://hub:port"] {
+        for bad in [
+            "hub.example",
+            "ftp://hub",
+            "http://",
+            "http://hub:port",
+            "http://hub/?a=b",
+            "http://hub/#models",
+        ] {
             let options = HubOptions { endpoint: bad.to_owned(), ..HubOptions::default() };
             assert!(Client::new(&options, true, &Stop::default()).is_err(), "{bad}");
         }

@@ -32,12 +32,16 @@ impl Hub {
             ensure!(!local::is_adapter(present), local::adapter_error(name));
             let wanted = local::model_files(present);
             for needed in ["config.json", "tokenizer.json"] {
+                let (of, hint) = match self.options.offline {
+                    true => (
+                        " in the cache, and HF_HUB_OFFLINE is set",
+                        "unset HF_HUB_OFFLINE, or copy the cache from a machine that reaches the hub",
+                    ),
+                    false => ("", "choose a repository in the transformers format, with a fast tokenizer"),
+                };
                 ensure!(
                     wanted.iter().any(|f| f == needed),
-                    hinted(
-                        format!("hub model `{name}` has no `{needed}`"),
-                        "choose a repository in the transformers format, with a fast tokenizer"
-                    )
+                    hinted(format!("hub model `{name}` has no `{needed}`{of}"), hint)
                 );
             }
             ensure!(

@@ -102,7 +102,8 @@ pub(crate) fn check_whole(folder: &Path, hint: &str) -> Result<()> {
     let list: Vec<_> = missing.iter().map(|f| format!("`{f}`")).collect();
     let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].into_iter().find(|name| has(name));
     let slow = ["tokenizer.model", "vocab.json"].into_iter().find(|name| has(name));
-    let hint = match (pickled, slow) {
+    let other = other_weights(folder).filter(|_| missing.contains(WHOLE));
+    let hint = match (pickled.or(other.as_deref()), slow) {
         (Some(name), _) if missing.contains(WHOLE) => {
             format!(
                 "`{name}` is not read; load the model with transformers and `save_pretrained` it as safetensors"
@@ -114,6 +115,24 @@ pub(crate) fn check_whole(folder: &Path, hint: &str) -> Result<()> {
         _ => hint.to_owned(),
     };
     Err(hinted(format!("model folder `{}` lacks {}", folder.display(), list.join(", ")), hint).into())
+}
+
+/// Weights in `folder` of a kind that is not read: GGUF, `*.pth`, a distributed checkpoint, a subfolder of a
+/// training run. Not what a training run keeps beside its weights.
+fn other_weights(folder: &Path) -> Option<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    names.sort();
+    let beside = |name: &String| {
+        ["optimizer", "scheduler", "rng_state", "training_args"].iter().any(|begin| name.starts_with(begin))
+    };
+    let other = |name: &String| {
+        [".gguf", ".pth", ".pt", ".bin", ".distcp", ".h5", ".msgpack", ".npz"]
+            .iter()
+            .any(|end| name.ends_with(end))
+            || name.starts_with("checkpoint-")
+    };
+    names.into_iter().find(|name| other(name) && !beside(name))
 }
 
 /// `local:` and a hash of config, tokenizer and weights; of large weights, samples.
@@ -224,6 +243,9 @@ mod tests {
             "{text}"
         );
         put("config.json");
+        put("optimizer.pt");
+        put("small.Q4_K_M.gguf");
+        assert!(refused().contains("`small.Q4_K_M.gguf` is not read"), "{}", refused());
         put("pytorch_model.bin");
         assert!(refused().contains("`pytorch_model.bin` is not read"), "{}", refused());
         put("adapter_config.json");

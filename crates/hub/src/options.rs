@@ -17,6 +17,7 @@
 //! program's name and version are all that is sent), `HF_STORED_TOKENS_PATH`, `HF_ASSETS_CACHE`.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -103,8 +104,15 @@ impl HubOptions {
             .unwrap_or_else(|| home.join("hub"));
         let token_file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
         let of_variable = |name: &str| get(name).map(|token| (token, name.to_owned()));
-        let of_file =
-            || Some((pkv_core::read_small_text(&token_file).ok()?, token_file.display().to_string()));
+        let of_file = || match pkv_core::read_small_text(&token_file) {
+            Ok(token) => Some((token, token_file.display().to_string())),
+            Err(error) => {
+                if error.kind() != ErrorKind::NotFound {
+                    tracing::warn!("the token in `{}` cannot be read: {error}", token_file.display());
+                }
+                None
+            }
+        };
         let (token, token_origin) = of_variable("HF_TOKEN")
             .or_else(|| of_variable("HUGGING_FACE_HUB_TOKEN"))
             .or_else(of_file)

@@ -60,7 +60,18 @@ pub(crate) fn transfer(
         // Another process may have brought it meanwhile.
         if !store.has(&known.etag, known.bytes) {
             let content = Content { client, url: &url, known: &known, held: &held };
+            let resumed = content.usable()? > 0;
             content.download(file, asked, progress)?;
+            // A part that an earlier run left may hold zeros where the power failed. Large files have a
+            // SHA-256, which is checked afterwards; of a small one the hash is git's, with the hub itself.
+            let etag = &known.etag;
+            if resumed
+                && !is_sha256(etag)
+                && git_blob_file(&held.part).map_err(Failure::disk(&held.part))? != *etag
+            {
+                content.drop_part()?;
+                content.download(file, asked, progress)?;
+            }
             store.keep(&held, &known.etag)?;
         }
     }

@@ -398,6 +398,20 @@ fn a_lost_blob_is_brought_back() {
 }
 
 #[test]
+fn a_part_that_lost_its_bytes_is_not_built_upon() {
+    let (dir, server, hub) = model();
+    let text = long_text();
+    server.put("datasets/o/d", "a.jsonl", &text);
+    server.quirk(|q| q.etag = Some(format!("\"{}\"", git_hash(&text))));
+    let blobs = dir.path().join("hub/datasets--o--d/blobs");
+    fs::create_dir_all(&blobs).unwrap();
+    // As a file system leaves it whose power failed.
+    fs::write(blobs.join(format!("{}.incomplete", git_hash(&text))), [0; 40]).unwrap();
+    let (found, _) = fetch_data(&hub).unwrap();
+    assert!(fs::read(&found.files[0]).unwrap() == text);
+}
+
+#[test]
 fn downloads_send_no_token_if_it_is_not_to_be_implicit() {
     let (_dir, server, hub) = model();
     let options = HubOptions { implicit_token: false, ..with_token(&hub).options().clone() };

@@ -5,7 +5,7 @@
 //! without bias. Shapes and the rotary embedding are `config`'s; which architecture a checkpoint has,
 //! `family` says.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use pkv_core::ModelShape;
 
 use crate::config::keys::Keys;
@@ -36,10 +36,12 @@ impl Architecture {
     /// No biases, no norms of queries and keys, products scaled by 1/sqrt(head_dim) and nothing else scaled.
     ///
     /// # Errors
-    /// `rms_norm_eps` is no number.
+    /// `rms_norm_eps` is no number, or below 0.
     pub(crate) fn plain(keys: &Keys, shape: &ModelShape) -> Result<Self> {
+        let norm_eps = keys.number("rms_norm_eps")?.unwrap_or(1e-6);
+        ensure!(norm_eps >= 0.0, "`rms_norm_eps` is {norm_eps}; expected 0 or more");
         Ok(Self {
-            norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
+            norm_eps,
             qkv_bias: false,
             output_bias: false,
             qk_norm: false,

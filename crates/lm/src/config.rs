@@ -71,6 +71,7 @@ impl LmConfig {
                 false => e.context(hinted(what, again)),
             }
         };
+        pkv_core::check_json(&text, &path)?;
         let json: Value = serde_json::from_slice(&text).map_err(|e| hint(e.into(), "parsing"))?;
         Self::from_json(&json).map_err(|e| hint(e, "cannot use the model of"))
     }
@@ -113,8 +114,8 @@ impl LmConfig {
             intermediate: keys.count("intermediate_size")?,
             vocab: keys.count("vocab_size")?,
         };
-        refuse_sliding_layers(&keys)?;
-        let max_positions = keys.count_or("max_position_embeddings", 2048)?;
+        refuse_sliding_layers(&keys, shape.layers)?;
+        let max_positions = keys.count_or("max_position_embeddings", family.max_positions)?;
         for (key, found, most) in [
             ("num_hidden_layers", shape.layers, MOST_LAYERS),
             ("num_attention_heads", query_heads, MOST_WIDE),
@@ -221,10 +222,15 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
             return Err(unsupported(format!("mixture of experts (`{key}` is {})", keys.0[key])).into());
         }
     }
-    if let Some(act) = keys.present("hidden_act").and_then(Value::as_str)
-        && !["silu", "swish"].contains(&act)
+    if let Some(act) = keys.present("hidden_act")
+        && !["silu", "swish"].map(Value::from).contains(act)
     {
+        let act = act.as_str().map_or_else(|| act.to_string(), str::to_owned);
         return Err(unsupported(format!("activation `{act}` (`hidden_act`)")).into());
+    }
+    // Embedding models made of these architectures read in both directions.
+    if keys.present("is_causal") == Some(&Value::Bool(false)) {
+        return Err(unsupported("attention to later tokens (`is_causal` is false)").into());
     }
     if keys.flag("mlp_bias")? {
         return Err(unsupported("a bias in the feed-forward layers (`mlp_bias`)").into());
@@ -240,12 +246,19 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
 }
 
 /// Labels and features assume that every layer attends to the whole context.
-fn refuse_sliding_layers(keys: &Keys) -> Result<()> {
-    let Some(types) = keys.present("layer_types").and_then(Value::as_array) else { return Ok(()) };
-    let others: Vec<&str> =
-        types.iter().filter_map(Value::as_str).filter(|t| *t != "full_attention").collect();
+fn refuse_sliding_layers(keys: &Keys, layers: usize) -> Result<()> {
+    let Some(value) = keys.present("layer_types") else { return Ok(()) };
+    let types: Option<Vec<&str>> =
+        value.as_array().and_then(|types| types.iter().map(Value::as_str).collect());
+    let types = types.with_context(|| format!("`layer_types` is {value}; expected a list of names"))?;
+    ensure!(
+        types.len() == layers,
+        "`layer_types` has {} entries, `num_hidden_layers` is {layers}",
+        types.len()
+    );
+    let others: Vec<&&str> = types.iter().filter(|t| **t != "full_attention").collect();
     if let Some(first) = others.first() {
-        let text = format!("`{first}` in {} of {} layers (`layer_types`)", others.len(), types.len());
+        let text = format!("`{first}` in {} of {layers} layers (`layer_types`)", others.len());
         return Err(unsupported(text).into());
     }
     Ok(())

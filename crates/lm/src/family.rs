@@ -9,7 +9,6 @@ mod qwen3;
 
 use anyhow::Result;
 use pkv_core::{Hinted, ModelShape, hinted};
-use serde_json::Value;
 
 use crate::architecture::Architecture;
 use crate::config::keys::Keys;
@@ -22,6 +21,8 @@ pub(crate) struct Family {
     pub model_type: &'static str,
     /// As users know it.
     label: &'static str,
+    /// `max_position_embeddings` where the configuration leaves it out.
+    pub max_positions: usize,
     read: fn(&Keys, &ModelShape) -> Result<Architecture>,
 }
 
@@ -53,15 +54,21 @@ pub(crate) fn unsupported(what: impl Into<String>) -> Hinted {
     hinted(format!("{} is not supported", what.into()), hint)
 }
 
-/// Qwen's key for attention over the last tokens alone, in the layers from `max_window_layers` on.
+/// Qwen's keys for attention over the last tokens alone, in the layers from `max_window_layers` on. Where one
+/// is absent, it has the value that transformers' configurations of Qwen2 and Qwen3 give it.
 fn refuse_sliding_window(keys: &Keys, layers: usize) -> Result<()> {
-    let by_layer = keys.present("layer_types").and_then(Value::as_array);
-    if by_layer.is_none() && keys.flag("use_sliding_window")? {
-        let first = keys.count_or("max_window_layers", layers)?;
-        if keys.present("sliding_window").is_some() && first < layers {
-            let text = format!("sliding-window attention in {} of {layers} layers", layers - first);
-            return Err(unsupported(format!("{text} (`use_sliding_window`)")).into());
-        }
+    if keys.present("layer_types").is_some() || !keys.flag("use_sliding_window")? {
+        return Ok(());
+    }
+    // `null` is no window; an absent key is one of 4,096 tokens.
+    let windowed = keys.0.get("sliding_window").is_none_or(|window| !window.is_null());
+    let first = match keys.number("max_window_layers")? {
+        Some(first) => first.max(0.0) as usize,
+        None => 28,
+    };
+    if windowed && first < layers {
+        let text = format!("sliding-window attention in {} of {layers} layers", layers - first);
+        return Err(unsupported(format!("{text} (`use_sliding_window`)")).into());
     }
     Ok(())
 }

@@ -74,8 +74,9 @@ impl LanguageModel {
             let matrix = places.remove(EMBEDDING).expect("every model has an embedding");
             places.insert(HEAD.to_owned(), matrix);
         }
-        // Old exports store rotary frequencies; exports of tied models may repeat the embedding.
-        let ignored = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD);
+        // Old exports store rotary frequencies, cosines and sines; those of tied models may repeat the
+        // embedding.
+        let ignored = |name: &str| name.contains("rotary_emb.") || (tied && name == HEAD);
         checkpoint.load(places, ignored)?;
         model.complete();
         let secs = begun.elapsed().as_secs_f64();

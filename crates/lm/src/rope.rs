@@ -43,13 +43,17 @@ pub enum RopeScaling {
 }
 
 impl RopeConfig {
-    /// Read `rope_parameters`, or `rope_theta` and `rope_scaling`, of a configuration.
+    /// Read `rope_theta` and `rope_scaling`, or `rope_parameters`, of a configuration. Of two places for one
+    /// value, the one that transformers prefers counts (`PreTrainedConfig.convert_rope_params_to_dict` and
+    /// `standardize_rope_params`).
     ///
     /// # Errors
     /// The type of scaling is unknown, or one of its numbers is missing.
     pub(crate) fn from_config(config: &Map<String, Value>, max_positions: usize) -> Result<Self> {
         let all = Keys(config);
-        let key = if all.present("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
+        let empty_object = |value: &Value| value.as_object().is_some_and(Map::is_empty);
+        let scaled = all.present("rope_scaling").is_some_and(|value| !empty_object(value));
+        let key = if scaled { "rope_scaling" } else { "rope_parameters" };
         let empty = Map::new();
         let section = match all.present(key) {
             Some(Value::Object(section)) => section,
@@ -76,6 +80,15 @@ impl RopeConfig {
             Some(other) => bail!("`{key}.rope_type` is {other}; expected text"),
             None => None,
         };
+        // Phi-3 and models after it write it beside the section.
+        let original = match all.number("original_max_position_embeddings")? {
+            Some(original) => original,
+            None => number("original_max_position_embeddings")?.unwrap_or(max_positions as f64),
+        };
+        // `or` in Python: 0 is the default too.
+        let beta = |name: &str, default: f64| {
+            number(name).map(|beta| beta.filter(|beta| *beta != 0.0).unwrap_or(default))
+        };
         let scaling = match named {
             // A configuration per kind of layer, as models with sliding windows have it.
             None if section.values().any(Value::is_object) => {
@@ -86,20 +99,18 @@ impl RopeConfig {
                 factor: required("factor")?,
                 low_freq_factor: required("low_freq_factor")?,
                 high_freq_factor: required("high_freq_factor")?,
-                original_positions: required("original_max_position_embeddings")?,
+                original_positions: original,
             },
             Some("yarn") => {
-                let original_positions =
-                    number("original_max_position_embeddings")?.unwrap_or(max_positions as f64);
                 let factor = match number("factor")? {
                     Some(factor) => factor,
-                    None => max_positions as f64 / original_positions,
+                    None => max_positions as f64 / original,
                 };
                 RopeScaling::Yarn {
                     factor,
-                    original_positions,
-                    beta_fast: number("beta_fast")?.unwrap_or(32.0),
-                    beta_slow: number("beta_slow")?.unwrap_or(1.0),
+                    original_positions: original,
+                    beta_fast: beta("beta_fast", 32.0)?,
+                    beta_slow: beta("beta_slow", 1.0)?,
                     attention_factor: match number("attention_factor")? {
                         Some(factor) => factor,
                         None => yarn_attention(factor, number("mscale")?, number("mscale_all_dim")?),
@@ -109,6 +120,10 @@ impl RopeConfig {
             }
             Some(other) => bail!(unknown_type(&format!("rotary scaling `{other}`"), key)),
         };
+        ensure!(
+            original > 0.0,
+            "`original_max_position_embeddings` is {original}; expected a number above 0"
+        );
         if let RopeScaling::Llama3 { factor, .. } | RopeScaling::Yarn { factor, .. } = scaling {
             ensure!(factor >= 1.0, "`{key}.factor` is {factor}; expected 1 or more");
         }
@@ -309,6 +324,44 @@ mod tests {
             };
             assert!(rotated(kind).equal(&rotated(Kind::Float)), "{kind:?}");
         }
+    }
+
+    /// As transformers 5.24 reads them (`config.rope_parameters` after loading).
+    #[test]
+    fn of_two_places_for_a_value_the_one_of_transformers_counts() {
+        let yarn = |more: Value| {
+            let mut json = json!({"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 8.0}});
+            for (key, value) in more.as_object().unwrap() {
+                json[key] = value.clone();
+            }
+            config(json).unwrap()
+        };
+        let original = |rope: RopeConfig| match rope.scaling {
+            RopeScaling::Yarn { original_positions, .. } | RopeScaling::Llama3 { original_positions, .. } => {
+                original_positions
+            }
+            RopeScaling::None => 0.0,
+        };
+        assert_eq!(original(yarn(json!({}))), 40960.0);
+        assert_eq!(original(yarn(json!({"original_max_position_embeddings": 64}))), 64.0);
+        let llama3 = json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4});
+        let mut both = llama3.clone();
+        both["original_max_position_embeddings"] = json!(128);
+        for (json, expected) in [
+            (json!({"rope_scaling": llama3}), 40960.0),
+            (json!({"rope_scaling": both}), 128.0),
+            (json!({"rope_scaling": both, "original_max_position_embeddings": 32}), 32.0),
+            // What 4.x wrote wins over what 5.x writes, unless it is empty.
+            (json!({"rope_scaling": both, "rope_parameters": {"rope_theta": 5e5}}), 128.0),
+            (json!({"rope_scaling": {}, "rope_parameters": both}), 128.0),
+            (json!({"rope_scaling": null, "rope_parameters": both}), 128.0),
+        ] {
+            assert_eq!(original(config(json.clone()).unwrap()), expected, "{json}");
+        }
+        let betas =
+            yarn(json!({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0, "beta_slow": 0}}));
+        let RopeScaling::Yarn { beta_fast, beta_slow, .. } = betas.scaling else { panic!("{betas:?}") };
+        assert_eq!((beta_fast, beta_slow), (32.0, 1.0));
     }
 
     #[test]

@@ -28,13 +28,32 @@ pub(crate) const HEAD: &str = "lm_head.weight";
 /// Its input matrix.
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
+/// Of all weights but the output matrix.
+const PREFIX: &str = "model.";
+
 /// Parts that wrappers add to the names of weights, with the wrapper's name.
-const WRAPPERS: [(&str, &str); 5] = [
+const WRAPPERS: [(&str, &str); 7] = [
     ("_orig_mod.", "torch.compile"),
     ("_fsdp_wrapped_module.", "FSDP"),
     ("_checkpoint_wrapped_module.", "activation checkpointing"),
     ("base_model.model.", "PEFT"),
+    ("base_layer.", "PEFT"),
+    ("modules_to_save.default.", "PEFT"),
     ("module.", "DataParallel or DeepSpeed"),
+];
+
+/// Parts of the names of weights that quantized checkpoints have, whatever wrote them.
+const QUANTIZED: [&str; 10] = [
+    "qweight",
+    "qzeros",
+    "g_idx",
+    "scales",
+    "absmax",
+    "quant_state",
+    "weight_scale",
+    "weight_packed",
+    "k_scale",
+    "v_scale",
 ];
 
 /// Headers of real checkpoints are below 1 MiB; a larger one is damage.
@@ -47,6 +66,8 @@ pub(crate) type Places = HashMap<String, Tensor>;
 pub(crate) struct Checkpoint {
     folder: PathBuf,
     shards: Vec<Shard>,
+    /// The names lack their `model.`: what was saved is the decoder, without the class around it.
+    bare: bool,
 }
 
 impl Checkpoint {
@@ -57,11 +78,17 @@ impl Checkpoint {
     /// # Errors
     /// No weights in the folder; a file missing, truncated or with a damaged header.
     pub fn open(folder: &Path) -> Result<Self> {
-        Ok(Self { folder: folder.to_owned(), shards: shards(folder)? })
+        let shards = shards(folder)?;
+        let any = |test: &dyn Fn(&str) -> bool| {
+            shards.iter().any(|shard| shard.header.tensors().keys().any(|name| test(name)))
+        };
+        let bare =
+            any(&|name| PREFIX.to_owned() + name == EMBEDDING) && !any(&|name| name.starts_with(PREFIX));
+        Ok(Self { folder: folder.to_owned(), shards, bare })
     }
 
     pub fn holds(&self, name: &str) -> bool {
-        self.find(name).is_some()
+        self.find(self.stored(name)).is_some()
     }
 
     /// Whether two weights are stored as the same type, shape and bytes; `false` if one is absent.
@@ -69,22 +96,15 @@ impl Checkpoint {
     /// # Errors
     /// A file cannot be read.
     pub fn equal(&self, a: &str, b: &str) -> Result<bool> {
-        let (Some((file_a, a)), Some((file_b, b))) = (self.find(a), self.find(b)) else { return Ok(false) };
-        if (a.dtype, &a.shape) != (b.dtype, &b.shape) {
-            return Ok(false);
+        match (self.find(self.stored(a)), self.find(self.stored(b))) {
+            (Some(a), Some(b)) => same(a, b),
+            _ => Ok(false),
         }
-        let mut buffers = [vec![0u8; COMPARED_BYTES], vec![0u8; COMPARED_BYTES]];
-        let len = a.data_offsets.1 - a.data_offsets.0;
-        for done in (0..len).step_by(COMPARED_BYTES) {
-            let n = COMPARED_BYTES.min(len - done);
-            for ((shard, info), buffer) in [(file_a, a), (file_b, b)].into_iter().zip(&mut buffers) {
-                shard.bytes(info, done, &mut buffer[..n])?;
-            }
-            if buffers[0][..n] != buffers[1][..n] {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+    }
+
+    /// A weight's name in the files.
+    fn stored<'a>(&self, name: &'a str) -> &'a str {
+        name.strip_prefix(PREFIX).filter(|_| self.bare).unwrap_or(name)
     }
 
     /// Fill `places`.
@@ -102,12 +122,14 @@ impl Checkpoint {
     fn load_through(
         &self,
         staging_bytes: usize,
-        mut places: Places,
+        places: Places,
         ignored: impl Fn(&str) -> bool,
     ) -> Result<()> {
         let largest = self.shards.iter().map(Shard::largest_tensor).max().unwrap_or(0);
         // At least one element of the widest type.
         let mut staging = Staging::new(staging_bytes.min(largest).max(8));
+        let mut places: Places =
+            places.into_iter().map(|(name, place)| (self.stored(&name).to_owned(), place)).collect();
         for shard in &self.shards {
             shard.check_index(|name| places.contains_key(name))?;
         }
@@ -115,7 +137,11 @@ impl Checkpoint {
         for shard in &self.shards {
             // In file order: one sequential pass over each file.
             for name in shard.header.offset_keys() {
-                if shard.is_elsewhere(&name) || ignored(&name) && !places.contains_key(&name) {
+                if ignored(&name) && !places.contains_key(&name) {
+                    continue;
+                }
+                if shard.is_elsewhere(&name) {
+                    self.check_copy(shard, &name)?;
                     continue;
                 }
                 let Some(place) = places.remove(&name) else {
@@ -152,6 +178,25 @@ impl Checkpoint {
         bail!(hinted(format!("the weights in `{folder}` are incomplete: `{first}` {others}"), hint));
     }
 
+    /// # Errors
+    /// A weight in a file that is not the one which the index names differs from that in the right one: which
+    /// is meant depends on who reads.
+    fn check_copy(&self, shard: &Shard, name: &str) -> Result<()> {
+        let (Some(right), Some(info)) = (self.find(name), shard.header.info(name)) else { return Ok(()) };
+        ensure!(
+            same(right, (shard, info))?,
+            hinted(
+                format!(
+                    "`{}` holds another weight `{name}` than `{}`, where the index places it",
+                    shard.path.display(),
+                    right.0.path.display()
+                ),
+                "files of two checkpoints are mixed; download the model into an empty folder"
+            )
+        );
+        Ok(())
+    }
+
     /// The file that holds a weight, and where it lies in it.
     fn find(&self, name: &str) -> Option<(&Shard, &TensorInfo)> {
         let holders = self.shards.iter().filter(|shard| !shard.is_elsewhere(name));
@@ -159,9 +204,32 @@ impl Checkpoint {
     }
 }
 
+/// Whether two weights are stored as the same type, shape and bytes.
+fn same((file_a, a): (&Shard, &TensorInfo), (file_b, b): (&Shard, &TensorInfo)) -> Result<bool> {
+    if (a.dtype, &a.shape) != (b.dtype, &b.shape) {
+        return Ok(false);
+    }
+    let mut buffers = [vec![0u8; COMPARED_BYTES], vec![0u8; COMPARED_BYTES]];
+    let len = a.data_offsets.1 - a.data_offsets.0;
+    for done in (0..len).step_by(COMPARED_BYTES) {
+        let n = COMPARED_BYTES.min(len - done);
+        for ((shard, info), buffer) in [(file_a, a), (file_b, b)].into_iter().zip(&mut buffers) {
+            shard.bytes(info, done, &mut buffer[..n])?;
+        }
+        if buffers[0][..n] != buffers[1][..n] {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// The error for a weight that the model has no place for.
 fn surplus(shard: &Shard, name: &str, places: &Places) -> Hinted {
     let path = shard.path.display();
+    let last = name.rsplit('.').next().unwrap_or_default();
+    if QUANTIZED.iter().any(|part| last.starts_with(part)) {
+        return quantized(format!("`{path}` holds weight `{name}`; quantized weights are not supported"));
+    }
     let wrapper = WRAPPERS.iter().find(|(prefix, _)| {
         name.contains(prefix) && places.keys().any(|place| name.replace(prefix, "").ends_with(place.as_str()))
     });
@@ -224,10 +292,15 @@ impl Shard {
         let mut len = [0u8; 8];
         file.read_exact_at(&mut len, 0).with_context(|| damaged(format!("only {found} bytes long")))?;
         let header_bytes = u64::from_le_bytes(len);
-        ensure!(
-            header_bytes <= MAX_HEADER_BYTES.min(found.saturating_sub(8)),
-            damaged(format!("its header claims {header_bytes} bytes, the file has {found}"))
-        );
+        let fits = header_bytes <= MAX_HEADER_BYTES.min(found.saturating_sub(8));
+        if !fits {
+            let mut head = vec![0; found.min(512) as usize];
+            file.read_exact_at(&mut head, 0).with_context(reading)?;
+            if let Some((what, hint)) = pkv_core::foreign(&head) {
+                bail!(hinted(format!("`{}` is {what}", path.display()), hint));
+            }
+        }
+        ensure!(fits, damaged(format!("its header claims {header_bytes} bytes, the file has {found}")));
         let mut text = vec![0u8; header_bytes as usize];
         file.read_exact_at(&mut text, 8).with_context(reading)?;
         let header: Metadata = serde_json::from_slice(&text).with_context(|| match odd_note(&text) {
@@ -292,10 +365,9 @@ impl Shard {
             Dtype::F16 => (Kind::Half, 2),
             Dtype::F32 => (Kind::Float, 4),
             Dtype::F64 => (Kind::Double, 8),
-            other => bail!(hinted(
-                format!("it is stored as {other:?}; quantized weights are not supported"),
-                "use the checkpoint that this one was quantized from, in bf16, f16 or f32"
-            )),
+            other => {
+                bail!(quantized(format!("it is stored as {other:?}; quantized weights are not supported")))
+            }
         };
         let shape: Vec<i64> = info.shape.iter().map(|n| *n as i64).collect();
         ensure!(
@@ -341,6 +413,7 @@ fn shards(folder: &Path) -> Result<Vec<Shard>> {
     }
     let reading = || refetch(format!("reading the index of weights `{}`", index_path.display()));
     let text = pkv_core::read_small_text(&index_path).with_context(reading)?;
+    pkv_core::check_json(text.as_bytes(), &index_path)?;
     let json: Value = serde_json::from_str(&text).with_context(reading)?;
     let map = json
         .get("weight_map")
@@ -360,6 +433,10 @@ fn shards(folder: &Path) -> Result<Vec<Shard>> {
     let index = Rc::new(index);
     let files: BTreeSet<&String> = index.values().collect();
     files.into_iter().map(|file| Shard::open(folder.join(file), Rc::clone(&index))).collect()
+}
+
+fn quantized(message: String) -> Hinted {
+    hinted(message, "use the checkpoint that this one was quantized from, in bf16, f16 or f32")
 }
 
 fn refetch(message: String) -> Hinted {

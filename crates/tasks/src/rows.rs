@@ -3,12 +3,12 @@
 //! A column that is absent, empty or of another type is an error that names it, never a value that scores 0.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use pkv_core::{Hinted, hinted, json_kind, parse_json};
+use pkv_core::{Hinted, foreign, hinted, json_kind, parse_json};
 use serde_json::Value;
 
 /// A row and its place: `row 3 of `file``.
@@ -66,6 +66,7 @@ pub fn read(path: &Path) -> Result<Vec<Value>> {
 /// The file is absent or no JSON.
 pub fn json(path: &Path) -> Result<Value> {
     let text = utf8(path)?;
+    pkv_core::check_json(text.as_bytes(), path)?;
     parse_json(&text, "download the file again, or check it with `python3 -m json.tool`")
         .with_context(|| format!("cannot read `{}`", path.display()))
 }
@@ -94,6 +95,7 @@ fn read_rows(path: &Path) -> io::Result<String> {
 fn json_rows(path: &Path) -> Result<Vec<Value>> {
     const HINT: &str = "rows are JSON objects, one per line or in one array; download the file again";
     let text = utf8(path)?;
+    pkv_core::check_json(text.as_bytes(), path)?;
     if text.trim_start().starts_with('[') {
         return Ok(parse_json(&text, HINT)?);
     }
@@ -105,6 +107,12 @@ fn json_rows(path: &Path) -> Result<Vec<Value>> {
 
 fn parquet(path: &Path) -> Result<Vec<Value>> {
     let damaged = || hinted("it is no Parquet file, or was damaged", "download the file again");
+    let mut head = Vec::new();
+    let opening = || hinted("it cannot be opened", "check the path");
+    File::open(path).and_then(|file| file.take(512).read_to_end(&mut head)).with_context(opening)?;
+    if let Some((what, hint)) = foreign(&head).filter(|_| !head.starts_with(b"PAR1")) {
+        bail!(hinted(format!("it is {what}"), hint));
+    }
     pkv_core::refuse_panics(|| parquet_rows(path)).with_context(damaged)?
 }
 
@@ -132,7 +140,10 @@ pub fn column<'a>(row: &'a Value, column: &str) -> Result<&'a Value> {
     row.get(column).filter(|v| !v.is_null()).with_context(|| {
         let columns: Vec<&str> =
             row.as_object().map(|o| o.keys().map(String::as_str).collect()).unwrap_or_default();
-        hinted(format!("column `{column}` is absent; the columns are {}", columns.join(", ")), OWN_FILE)
+        hinted(
+            format!("column `{column}` is absent or null; the columns are {}", columns.join(", ")),
+            OWN_FILE,
+        )
     })
 }
 
@@ -277,6 +288,9 @@ mod tests {
             ("c.jsonl", b"{\"a\": \"\\ud83d\"}", "line 1 is no row: `\\ud83d` is half of a character"),
             ("c.jsonl", b"{\"a\": \"\xe9\"}", "as UTF-8 text"),
             ("c.parquet", b"{\"a\": 1}", "no Parquet file"),
+            ("e.parquet", b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
+            ("e.jsonl", b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
+            ("e.json", b"<!DOCTYPE html>", "is a web page, not JSON"),
         ] {
             let error = read(name, bytes).unwrap_err();
             assert!(error.contains(name) && error.contains(expected), "{error}");
@@ -298,7 +312,8 @@ mod tests {
             (vec!["3".to_owned()], vec!["x".to_owned()])
         );
         assert!(
-            of(text(&row, "no").unwrap_err()).starts_with("column `no` is absent; the columns are t, blank")
+            of(text(&row, "no").unwrap_err())
+                .starts_with("column `no` is absent or null; the columns are t, blank")
         );
         assert!(of(text(&row, "null").unwrap_err()).starts_with("column `null` is absent"));
         assert_eq!(of(text(&row, "n").unwrap_err()), "column `n` holds a number, expected text");

@@ -208,7 +208,12 @@ impl TextTokenizer {
         for name in ["config.json", "generation_config.json"] {
             let json = optional_json(&folder.join(name))?;
             let ids = json.get("eos_token_id").map(token_ids).transpose();
-            let read = || format!("reading `{}`", folder.join(name).display());
+            let read = || {
+                hinted(
+                    format!("reading `{}`", folder.join(name).display()),
+                    "write the id of the end token there, as a number or as a list of numbers",
+                )
+            };
             stop.extend(ids.with_context(read)?.unwrap_or_default());
         }
         for key in ["eos_token", "eot_token"] {

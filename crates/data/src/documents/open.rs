@@ -9,7 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use flate2::bufread::MultiGzDecoder;
-use pkv_core::{Hinted, hinted};
+use pkv_core::{Hinted, foreign, hinted};
 
 /// Text of a file, decompressed.
 pub(super) type Reader = Box<dyn BufRead>;
@@ -17,34 +17,10 @@ pub(super) type Reader = Box<dyn BufRead>;
 const BUFFER: usize = 1 << 16;
 const GZIP: &[u8] = &[0x1f, 0x8b];
 const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
-/// First bytes of kinds that are not read, their names, and what to do.
-const REFUSED: [(&[u8], &str, &str); 9] = [
-    (b"BZh", "is compressed with bzip2", "decompress it with `bunzip2`, or compress it with gzip or zstd"),
-    (
-        &[0xfd, b'7', b'z', b'X', b'Z', 0],
-        "is compressed with xz",
-        "decompress it with `unxz`, or compress it with gzip or zstd",
-    ),
-    (
-        &[0x04, 0x22, 0x4d, 0x18],
-        "is compressed with lz4",
-        "decompress it with `unlz4`, or compress it with gzip or zstd",
-    ),
-    (
-        &[0xff, 6, 0, 0, b's', b'N', b'a', b'P', b'p', b'Y'],
-        "is compressed with snappy",
-        "compress it with gzip or zstd",
-    ),
-    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "unpack it with `7z x` and name the files in it"),
-    (b"PK\x03\x04", "is a zip archive", "unpack it with `unzip` and name the files in it"),
-    (b"PAR1", "is a Parquet file", "write `format = \"parquet\"` in the manifest's source"),
-    (
-        b"version https://git-lfs",
-        "is a pointer of Git LFS, not the file itself",
-        "fetch the file: `git lfs pull`",
-    ),
-    (b"%PDF", "is a PDF", "extract its text first, for instance with `pdftotext`"),
-];
+/// Of a frame to be skipped, as `pzstd` begins its files; the first byte is 0x50 to 0x5f.
+const SKIPPABLE: &[u8] = &[0x2a, 0x4d, 0x18];
+/// Bytes that tell UTF-16 without a mark.
+const SAMPLE: usize = 4096;
 
 /// # Errors
 /// The file is absent, or of a kind that is not read.
@@ -54,25 +30,53 @@ pub(super) fn open(path: &Path) -> Result<Reader> {
     let file = File::open(path).with_context(opening)?;
     let mut reader = BufReader::with_capacity(BUFFER, file);
     let head = reader.fill_buf().with_context(opening)?;
-    if let Some((_, what, hint)) = REFUSED.iter().find(|(magic, ..)| head.starts_with(magic)) {
-        bail!(hinted(format!("`{}` {what}, which is not read", path.display()), *hint));
-    }
     if head.starts_with(GZIP) {
-        return Ok(Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(reader))));
+        return of_text(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(reader)), path);
     }
-    if head.starts_with(ZSTD) {
+    if is_zstd(head) {
         // Its window, and with it its memory, is at most 128 MB.
         let decoder = zstd::stream::read::Decoder::with_buffer(reader).with_context(opening)?;
-        return Ok(Box::new(BufReader::with_capacity(BUFFER, decoder)));
+        return of_text(BufReader::with_capacity(BUFFER, decoder), path);
+    }
+    of_text(reader, path)
+}
+
+/// The same reader, if what it reads can be text.
+fn of_text(mut reader: impl BufRead + 'static, path: &Path) -> Result<Reader> {
+    let head = reader
+        .fill_buf()
+        .with_context(damaged)
+        .with_context(|| format!("cannot read `{}`", path.display()))?;
+    let twice =
+        (head.starts_with(GZIP) || is_zstd(head)).then_some(("compressed twice", "decompress it once"));
+    let wide = is_wide(&head[..head.len().min(SAMPLE)]).then_some((
+        "UTF-16 text without a byte order mark",
+        "convert it first: `iconv -f utf-16le -t utf-8`, or `-f utf-16be`",
+    ));
+    if let Some((what, hint)) = foreign(head).or(twice).or(wide) {
+        bail!(hinted(format!("`{}` is {what}, which is not read", path.display()), hint));
     }
     Ok(Box::new(reader))
+}
+
+fn is_zstd(head: &[u8]) -> bool {
+    head.starts_with(ZSTD)
+        || head.first().is_some_and(|b| b & 0xf0 == 0x50) && head[1..].starts_with(SKIPPABLE)
+}
+
+/// Whether every second byte is zero and the others are not: Latin letters in UTF-16, which are UTF-8 too.
+fn is_wide(sample: &[u8]) -> bool {
+    let (pairs, _) = sample.as_chunks::<2>();
+    let half = |zero: usize| pairs.iter().filter(|p| p[zero] == 0 && p[1 - zero] != 0).count();
+    pairs.len() >= 8 && half(0).max(half(1)) > pairs.len() * 9 / 10
 }
 
 /// The context of an error while a file is read.
 pub(super) fn damaged() -> Hinted {
     hinted(
         "its bytes cannot be read",
-        "if it is compressed, check it with `gzip -t` or `zstd -t`, and copy it again",
+        "if it is compressed, check it with `gzip -t` or `zstd -t`, and copy it again; one made with `zstd --long=31` \
+         must be decompressed first: `zstd -d --long=31`",
     )
 }
 
@@ -110,24 +114,56 @@ mod tests {
         }
         for bytes in [gzip(&text), zstd(&text)] {
             std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-            assert!(
-                open(&path).unwrap().read_to_end(&mut Vec::new()).is_err(),
-                "a cut file was read as whole"
-            );
+            let read = open(&path).and_then(|mut text| Ok(text.read_to_end(&mut Vec::new())?));
+            assert!(read.is_err(), "a cut file was read as whole");
         }
     }
 
     #[test]
-    fn other_kinds_are_named() {
+    fn other_kinds_are_named_compressed_or_not() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.jsonl.bz2");
-        for (magic, what, _) in REFUSED {
-            std::fs::write(&path, [magic, b"more"].concat()).unwrap();
+        let path = dir.path().join("a.jsonl");
+        let refused = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
             let error = open(&path).err().unwrap();
-            assert!(error.to_string().contains("a.jsonl.bz2") && error.to_string().contains(what), "{error}");
             assert!(error.downcast_ref::<Hinted>().is_some());
+            error.to_string()
+        };
+        let mut tar = b"a.jsonl".to_vec();
+        tar.resize(512, 0);
+        tar[257..262].copy_from_slice(b"ustar");
+        let wide: Vec<u8> = "{\"text\": \"one\"}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        for (bytes, what) in [
+            (b"BZh9".to_vec(), "is compressed with bzip2, which is not read"),
+            (b"version https://git-lfs.github.com/spec/v1\n".to_vec(), "is a pointer of Git LFS"),
+            (b"SQLite format 3\0".to_vec(), "is a SQLite database"),
+            (tar.clone(), "is a tar archive"),
+            (gzip(&tar), "is a tar archive"),
+            (gzip(&gzip(b"text")), "is compressed twice"),
+            (wide.clone(), "is UTF-16 text without a byte order mark"),
+            (gzip(&wide), "is UTF-16 text without a byte order mark"),
+            (wide.iter().rev().copied().collect(), "is UTF-16 text without a byte order mark"),
+        ] {
+            let error = refused(&bytes);
+            assert!(error.contains("a.jsonl` ") && error.contains(what), "{error}");
         }
-        std::fs::write(&path, "").unwrap();
-        assert!(open(&path).is_ok());
+        // One text after another with a zero between them, and zeros alone, are none of these.
+        for bytes in ["", "one\0two\0three\0four five", "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"] {
+            std::fs::write(&path, bytes).unwrap();
+            assert!(open(&path).is_ok());
+        }
+    }
+
+    #[test]
+    fn frames_to_be_skipped_are_skipped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.zst");
+        // As pzstd writes: the length of each frame in a frame of its own.
+        let frame = zstd::stream::encode_all(&b"text"[..], 3).unwrap();
+        let skip = [&[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0][..], &(frame.len() as u32).to_le_bytes()].concat();
+        std::fs::write(&path, [skip.clone(), frame.clone(), skip, frame].concat()).unwrap();
+        let mut read = String::new();
+        open(&path).unwrap().read_to_string(&mut read).unwrap();
+        assert_eq!(read, "texttext");
     }
 }

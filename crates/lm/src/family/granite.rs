@@ -8,6 +8,7 @@ use crate::architecture::Architecture;
 pub const FAMILY: Family = Family {
     model_type: "granite",
     label: "Granite 3",
+    max_positions: 2048,
     read: |keys, shape| {
         let bias = keys.flag("attention_bias")?;
         Ok(Architecture {

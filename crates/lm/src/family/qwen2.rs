@@ -6,6 +6,7 @@ use crate::architecture::Architecture;
 pub const FAMILY: Family = Family {
     model_type: "qwen2",
     label: "Qwen2/2.5",
+    max_positions: 32_768,
     read: |keys, shape| {
         refuse_sliding_window(keys, shape.layers)?;
         Ok(Architecture { qkv_bias: true, ..Architecture::plain(keys, shape)? })

@@ -6,6 +6,7 @@ use crate::architecture::Architecture;
 pub const FAMILY: Family = Family {
     model_type: "qwen3",
     label: "Qwen3",
+    max_positions: 32_768,
     read: |keys, shape| {
         refuse_sliding_window(keys, shape.layers)?;
         let bias = keys.flag("attention_bias")?;

@@ -134,7 +134,7 @@ fn damaged_weights_are_named() {
 
     // A pointer file, as a clone without large files leaves it.
     fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n").unwrap();
-    assert_error(try_load(folder.path()), &["is damaged"]);
+    assert_error(try_load(folder.path()), &["model.safetensors` is a pointer of Git LFS"]);
     fs::remove_file(&path).unwrap();
     assert_error(try_load(folder.path()), &["reading weights from", "model.safetensors", "No such file"]);
 }
@@ -203,17 +203,27 @@ fn of_two_sets_of_weights_the_single_file_is_read() {
 }
 
 #[test]
-fn a_weight_that_two_files_hold_is_refused_unless_the_index_says_which() {
+fn a_weight_that_two_files_hold_is_refused_unless_both_are_the_same_and_the_index_says_which() {
     let folder = shard(&arch("arch-qwen2-bias"));
     let index = folder.path().join("model.safetensors.index.json");
-    let norm = || Tensor::ones([64], (Kind::Float, Device::Cpu));
     let home = read_json(&index)["weight_map"]["model.norm.weight"].as_str().unwrap().to_owned();
     let other =
         (1..=3).map(|i| format!("model-{i:05}-of-00003.safetensors")).find(|name| *name != home).unwrap();
     let path = folder.path().join(other);
-    let mut tensors = Tensor::read_safetensors(&path).unwrap();
-    tensors.push(("model.norm.weight".to_owned(), norm()));
-    Tensor::write_safetensors(&tensors, &path).unwrap();
+    let tensors = Tensor::read_safetensors(&path).unwrap();
+    let with = |norm: Tensor| {
+        let named = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        let all: Vec<_> = named.chain([("model.norm.weight".to_owned(), norm)]).collect();
+        Tensor::write_safetensors(&all, &path).unwrap();
+    };
+    // Which one is meant depends on who reads: transformers takes the last file's.
+    with(Tensor::ones([64], (Kind::Float, Device::Cpu)));
+    assert_error(
+        try_load(folder.path()),
+        &["holds another weight `model.norm.weight` than", "where the index places it"],
+    );
+    let original = weights(&arch("arch-qwen2-bias"));
+    with(original.into_iter().find(|(name, _)| name == "model.norm.weight").unwrap().1);
     assert_eq!(difference(&logits(&load(folder.path())), &logits(&load(&arch("arch-qwen2-bias")))), 0.0);
     edit_json(&index, |json| drop(json["weight_map"].as_object_mut().unwrap().remove("model.norm.weight")));
     assert_error(
@@ -238,6 +248,60 @@ fn names_that_wrappers_write_are_named() {
         Tensor::write_safetensors(&named, folder.path().join("model.safetensors")).unwrap();
         assert_error(try_load(folder.path()), &["it was saved from a model wrapped by", by]);
     }
+}
+
+#[test]
+fn a_decoder_saved_without_its_class_is_read() {
+    let folder = copy_of(&arch("arch-llama3-rope-untied"));
+    let bare: Vec<(String, Tensor)> = weights(folder.path())
+        .into_iter()
+        .map(|(name, tensor)| (name.trim_start_matches("model.").to_owned(), tensor))
+        .collect();
+    Tensor::write_safetensors(&bare, folder.path().join("model.safetensors")).unwrap();
+    assert_eq!(
+        difference(&logits(&load(folder.path())), &logits(&load(&arch("arch-llama3-rope-untied")))),
+        0.0
+    );
+    // Its output matrix may be the embedding.
+    let folder = copy_of(&nano("target"));
+    let bare: Vec<(String, Tensor)> = weights(folder.path())
+        .into_iter()
+        .map(|(name, tensor)| (name.trim_start_matches("model.").to_owned(), tensor))
+        .collect();
+    Tensor::write_safetensors(&bare, folder.path().join("model.safetensors")).unwrap();
+    assert_eq!(difference(&logits(&load(folder.path())), &logits(&load(&nano("target")))), 0.0);
+}
+
+#[test]
+fn weights_of_another_kind_are_named() {
+    let folder = copy_of(&arch("arch-qwen2-bias"));
+    let path = folder.path().join("model.safetensors");
+    let original = weights(folder.path());
+    for (extra, what) in [
+        ("model.layers.0.mlp.up_proj.qweight", "quantized weights are not supported"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", "quantized weights are not supported"),
+        ("model.layers.0.self_attn.k_scale", "quantized weights are not supported"),
+        ("model.layers.0.mlp.up_proj.base_layer.weight", "wrapped by PEFT"),
+        ("lm_head.modules_to_save.default.weight", "config.json accounts for nowhere"),
+    ] {
+        let mut all: Vec<_> = original.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+        let gone = extra.replace("base_layer.", "");
+        all.retain(|(name, _)| *name != gone);
+        all.push((extra.to_owned(), Tensor::ones([2], (Kind::Float, Device::Cpu))));
+        Tensor::write_safetensors(&all, &path).unwrap();
+        assert_error(try_load(folder.path()), &[&format!("`{extra}`"), what]);
+    }
+    // Caches of old exports, computed anew.
+    let mut all = original;
+    let caches = ["model.rotary_emb.original_inv_freq", "model.layers.0.self_attn.rotary_emb.cos_cached"];
+    all.extend(caches.map(|name| (name.to_owned(), Tensor::ones([2], (Kind::Float, Device::Cpu)))));
+    Tensor::write_safetensors(&all, &path).unwrap();
+    try_load(folder.path()).unwrap();
+
+    fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n").unwrap();
+    assert_error(try_load(folder.path()), &["model.safetensors` is a pointer of Git LFS"]);
+    fs::write(folder.path().join("config.json"), "<!DOCTYPE html>").unwrap();
+    assert_error(try_load(folder.path()), &["config.json` is a web page, not JSON"]);
 }
 
 #[test]
@@ -381,6 +445,22 @@ fn what_is_not_supported_is_refused_by_name() {
             json["max_window_layers"] = json!(first);
         }
     };
+    let without = |key: &'static str| {
+        move |json: &mut Value| {
+            windowed(1)(json);
+            json.as_object_mut().unwrap().remove(key);
+        }
+    };
+    // transformers' own default is a window of 4,096 tokens.
+    refused(qwen2, &without("sliding_window"), &["sliding-window attention in 2 of 3 layers"]);
+    refused(qwen2, &windowed(0), &["sliding-window attention in 3 of 3 layers"]);
+    let deep = |json: &mut Value| {
+        without("max_window_layers")(json);
+        json["num_hidden_layers"] = json!(30);
+    };
+    refused(qwen2, &deep, &["sliding-window attention in 2 of 30 layers"]);
+    refused(qwen2, &set("is_causal", json!(false)), &["attention to later tokens (`is_causal` is false)"]);
+    refused(qwen2, &set("hidden_act", json!(1)), &["activation `1`"]);
     refused(qwen2, &windowed(1), &["sliding-window attention in 2 of 3 layers (`use_sliding_window`)"]);
     refused(qwen2, &set("hidden_act", json!("gelu")), &["activation `gelu`"]);
     refused(qwen2, &set("partial_rotary_factor", json!(0.5)), &["partial rotary embedding"]);
@@ -431,6 +511,10 @@ fn a_configuration_that_makes_no_sense_is_an_error() {
         ("num_hidden_layers", json!(1u64 << 40), "`num_hidden_layers` is 1099511627776"),
         ("head_dim", json!(15), "`head_dim` is 15; rotary needs an even number"),
         ("tie_word_embeddings", json!("yes"), "expected true or false"),
+        ("rms_norm_eps", json!(-1e-6), "`rms_norm_eps` is -0.000001; expected 0 or more"),
+        ("layer_types", json!(["full_attention"]), "`layer_types` has 1 entries, `num_hidden_layers` is 3"),
+        ("layer_types", json!("full_attention"), "expected a list of names"),
+        ("layer_types", json!([null, null, null]), "expected a list of names"),
     ] {
         fs::write(&path, &original).unwrap();
         edit_json(&path, |json| json[key] = value);

@@ -225,6 +225,22 @@ mod tests {
         assert_eq!(rendered(tests), "TrueTrueFalseTrueFalse");
     }
 
+    /// Rendered by transformers 5.24 (Jinja 3.1.6).
+    #[test]
+    fn values_in_texts_and_rounded_ones_are_pythons() {
+        for (template, text) in [
+            (
+                "{{ '%s %s' % ('a', ['b']) }}{{ '%s' % {'a': 1} }}{{ '%s|%s' % (none, true) }}",
+                "a ['b']{'a': 1}None|True",
+            ),
+            ("{{ \"they're bill's-own (x)\" | title }}", "They're Bill's-Own (X)"),
+            ("{{ 2.5 | round }} {{ 3.5 | round }} {{ 2.567 | round(1) }} {{ 7 | round }}", "2.0 4.0 2.6 7"),
+            ("{{ {'a': [1, none]} | pprint }}{{ ['\\x7f'] }}", "{'a': [1, None]}['\\x7f']"),
+        ] {
+            assert_eq!(rendered(template), text, "{template}");
+        }
+    }
+
     #[test]
     fn a_template_may_refuse() {
         let error = refused("{{ raise_exception('only system messages') }}");

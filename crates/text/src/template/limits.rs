@@ -35,9 +35,9 @@ pub(super) const MUL: &str = "\u{1}*";
 pub(super) const REM: &str = "\u{1}%";
 
 /// Filters whose result can be larger than their input, or that look at all that is nested in it.
-const SIZED: [&str; 18] = [
+const SIZED: [&str; 17] = [
     "batch", "dictsort", "e", "escape", "format", "groupby", "indent", "join", "list", "max", "min",
-    "pprint", "replace", "slice", "sort", "string", "sum", "unique",
+    "replace", "slice", "sort", "string", "sum", "unique",
 ];
 
 /// Bound the work of `env` and the size of what it makes. `literal` is the length of the longest literal
@@ -64,6 +64,12 @@ pub(super) fn install(env: &mut Environment<'static>, literal: usize) {
     env.add_filter("tojson", |value: Jinja, kwargs: Kwargs| {
         check_call("tojson", std::slice::from_ref(&value))?;
         python::tojson(value, kwargs)
+    });
+    env.add_filter("title", |text: String| python::title(&text));
+    env.add_filter("round", |value: Jinja, digits: Option<i32>| python::round(value, digits));
+    env.add_filter("pprint", |value: Jinja| {
+        check_call("pprint", std::slice::from_ref(&value))?;
+        python::pprint(&value)
     });
     env.add_test("sequence", |value: Jinja| python::is_sequence(&value));
     env.add_test("number", |value: Jinja| python::is_number(&value));

@@ -66,6 +66,8 @@ fn repr(value: &Jinja, out: &mut dyn Write, depth: usize) -> fmt::Result {
                     '\\' => out.write_str("\\\\")?,
                     c if c == quote => write!(out, "\\{c}")?,
                     // The mark of a message stays whole, so that it is found again.
+                    '\u{1}' => out.write_char(c)?,
+                    c if c.is_control() => write!(out, "\\x{:02x}", u32::from(c))?,
                     c => out.write_char(c)?,
                 }
             }
@@ -171,7 +173,49 @@ pub(super) fn percent(format: &str, values: &Jinja) -> Result<String, Error> {
     let takes = format.replace("%%", "").matches('%').count();
     let several = matches!(values.kind(), ValueKind::Seq) && values.len() == Some(takes);
     let args: Vec<Jinja> = if several { values.try_iter()?.collect() } else { vec![values.clone()] };
+    // Lists, objects, truth values and `none` are printed as Python prints them.
+    let printed = |arg: Jinja| match arg.kind() {
+        ValueKind::String | ValueKind::Number => Ok(arg),
+        _ => {
+            let mut text = String::new();
+            display(&arg, &mut text).map_err(|_| invalid("a value is nested too deep"))?;
+            Ok(Jinja::from(text))
+        }
+    };
+    let args = args.into_iter().map(printed).collect::<Result<Vec<_>, Error>>()?;
     format_filter(FormatStyle::Printf, format, &args)
+}
+
+/// The filter `title`: a capital after a blank, a hyphen or a bracket, and small letters otherwise.
+pub(super) fn title(text: &str) -> String {
+    let mut begins = true;
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if begins {
+            out.extend(c.to_uppercase());
+        } else {
+            out.extend(c.to_lowercase());
+        }
+        begins = c.is_whitespace() || "-({[<".contains(c);
+    }
+    out
+}
+
+/// The filter `round`: halves to the even neighbour, as Python's; whole numbers stay whole.
+pub(super) fn round(value: Jinja, digits: Option<i32>) -> Result<Jinja, Error> {
+    if value.is_integer() {
+        return Ok(value);
+    }
+    let (number, scale) = (f64::try_from(value)?, 10f64.powi(digits.unwrap_or(0).clamp(-300, 300)));
+    let rounded = (number * scale).round_ties_even() / scale;
+    Ok(Jinja::from(if rounded.is_finite() { rounded } else { number }))
+}
+
+/// The filter `pprint` of what fits into a line; Python breaks others.
+pub(super) fn pprint(value: &Jinja) -> Result<String, Error> {
+    let mut text = String::new();
+    repr(value, &mut text, 0).map_err(|_| invalid("a value is nested too deep"))?;
+    if text.chars().count() > 80 { Err(invalid("pprint: a value of more than a line")) } else { Ok(text) }
 }
 
 pub(super) fn raise_exception(message: String) -> Result<Jinja, Error> {

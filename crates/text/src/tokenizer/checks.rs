@@ -60,6 +60,7 @@ pub(super) fn open(path: &Path) -> Result<Tokenizer> {
         )
     );
     let text = fs::read(path).with_context(|| reading(fetch))?;
+    pkv_core::check_json(&text, path)?;
     let probe: Probe = serde_json::from_slice(&text).with_context(|| reading(fetch))?;
     let added = probe.added_tokens.unwrap_or_default();
     let tokens = probe.model.vocab.0.max(added.len());
@@ -69,6 +70,16 @@ pub(super) fn open(path: &Path) -> Result<Tokenizer> {
         hinted(
             format!("the tokenizer `{}` has {tokens} tokens, at most {MAX_TOKENS} are read", path.display()),
             large
+        )
+    );
+    ensure!(
+        probe.model.dropout.is_none_or(|share| share == 0.0),
+        hinted(
+            format!(
+                "the tokenizer `{}` leaves out merges at random (`model.dropout`): a text has no certain tokens",
+                path.display()
+            ),
+            "dropout is for training tokenizers: set it to null"
         )
     );
     for (rules, of) in [
@@ -88,8 +99,11 @@ pub(super) fn open(path: &Path) -> Result<Tokenizer> {
     }
     let version = "it is whole, but not in the format of tokenizers 0.22: probably it was written by a newer tokenizers. \
         Load it with transformers beside `pip install 'tokenizers<0.23'` and `save_pretrained` it, or use an older revision";
-    let mut tokenizer =
-        Tokenizer::from_bytes(text).map_err(|e| anyhow!("{e}")).with_context(|| reading(version))?;
+    // It panics on some rules that do not fit its tokens.
+    let mut tokenizer = pkv_core::refuse_panics(|| Tokenizer::from_bytes(text))
+        .map_err(anyhow::Error::from)
+        .and_then(|read| read.map_err(|e| anyhow!("{e}")))
+        .with_context(|| reading(version))?;
     // Some exports keep the limits of the run that wrote them; every text is encoded whole here.
     tokenizer.with_truncation(None).map_err(|e| anyhow!("{e}")).with_context(|| reading(fetch))?;
     tokenizer.with_padding(None);
@@ -265,6 +279,8 @@ struct ProbedModel {
     vocab: Count,
     #[serde(default)]
     merges: Count,
+    #[serde(default)]
+    dropout: Option<f64>,
 }
 
 /// Number of entries of a list or object.

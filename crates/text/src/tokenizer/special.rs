@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use pkv_core::hinted;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
@@ -187,16 +187,27 @@ fn malformed(what: &str, path: &Path, expected: &str) -> pkv_core::Hinted {
     )
 }
 
-/// A JSON file that need not be there: `null` then.
+/// A JSON object in a file that need not be there: `null` then.
+///
+/// # Errors
+/// The file cannot be read, or holds something else.
 pub(super) fn optional_json(path: &Path) -> Result<Value> {
     if !path.exists() {
         return Ok(Value::Null);
     }
-    let text = pkv_core::read_small_text(path).with_context(|| format!("reading `{}`", path.display()))?;
-    serde_json::from_str(&text).with_context(|| {
+    let hint =
+        "it must be plain JSON, an object: no comments, no byte order mark, no `NaN`; or copy the file again";
+    let reading = || hinted(format!("reading `{}`", path.display()), hint);
+    let text = pkv_core::read_small(path).with_context(reading)?;
+    pkv_core::check_json(&text, path)?;
+    let json: Value = serde_json::from_slice(&text)
+        .with_context(|| hinted(format!("parsing `{}`", path.display()), hint))?;
+    ensure!(
+        json.is_object(),
         hinted(
-            format!("parsing `{}`", path.display()),
-            "it must be plain JSON: no comments, no byte order mark, no `NaN`; or copy the file again",
+            format!("`{}` holds {}, expected an object", path.display(), pkv_core::json_kind(&json)),
+            hint
         )
-    })
+    );
+    Ok(json)
 }

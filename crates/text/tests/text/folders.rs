@@ -221,10 +221,43 @@ fn a_tokenizer_that_would_be_misread_is_refused_by_name() {
         }),
         &["has 1100000 tokens, at most 1048576 are read"],
     );
+    assert_error(
+        edited_tokenizer(|json| json["model"]["dropout"] = json!(0.1)),
+        &["leaves out merges at random (`model.dropout`)"],
+    );
+    edited_tokenizer(|json| json["model"]["dropout"] = json!(0.0)).unwrap();
+    // The tokenizers crate panics on this one.
+    assert_error(
+        edited_tokenizer(|json| json["model"]["continuing_subword_prefix"] = json!("##")),
+        &["reading the tokenizer"],
+    );
     // What known tokenizers do stays allowed.
     let known =
         json!({"type": "Sequence", "normalizers": [{"type": "NFC"}, replace(json!({"Regex": " +$"}), " ")]});
     with_rule(known, "normalizer").unwrap();
+}
+
+#[test]
+fn a_file_that_is_something_else_is_named() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n";
+    for (name, content, what) in [
+        ("tokenizer.json", pointer, "is a pointer of Git LFS"),
+        ("tokenizer_config.json", pointer, "is a pointer of Git LFS"),
+        ("tokenizer_config.json", "[]", "holds a list, expected an object"),
+        ("tokenizer_config.json", "null", "holds null, expected an object"),
+        ("added_tokens.json", "[{\"id\": 4096, \"content\": \"<x>\"}]", "holds a list, expected an object"),
+        ("special_tokens_map.json", "[]", "holds a list, expected an object"),
+        ("generation_config.json", "<html>", "is a web page, not JSON"),
+    ] {
+        let files = json!({"tokenizer_config.json": {}, "config.json": {}});
+        let folder = tokenizer_folder(0, files.as_object().unwrap());
+        fs::write(folder.path().join(name), content).unwrap();
+        assert_error(TextTokenizer::open(folder.path()), &[name, what]);
+    }
+    let folder = tokenizer_folder(0, json!({"tokenizer_config.json": {}}).as_object().unwrap());
+    let wide: Vec<u8> = "\u{feff}{}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    fs::write(folder.path().join("tokenizer_config.json"), wide).unwrap();
+    assert_error(TextTokenizer::open(folder.path()), &["tokenizer_config.json` is UTF-16 text, not UTF-8"]);
 }
 
 #[test]
