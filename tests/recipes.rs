@@ -69,13 +69,30 @@ fn recipes_are_listed_and_shown() {
     fs::copy(s.path("recipe.toml"), s.path("recipes/mine.toml")).unwrap();
     s.write("recipes/more/broken.toml", "name = 3\n");
     s.write("recipes/mine.lock.toml", "version = 1\n");
+    // What another is based on is no recipe by itself.
+    s.write("recipes/more/shared.toml", "[train]\nsteps = 5\n");
+    let based = "base = \"more/shared.toml\"\nname = \"based\"";
+    let own = fs::read_to_string(s.path("recipe.toml")).unwrap();
+    s.write("recipes/other.toml", &own.replacen("name = \"small\"", based, 1));
     let listed = command(&s, &["recipes", "ls"]).ok().stdout;
-    assert_eq!(listed.lines().count(), 2, "{listed}");
-    assert!(listed.contains("recipes/mine.toml") && listed.contains("nano-llama/target +"), "{listed}");
+    assert_eq!(listed.lines().count(), 3, "{listed}");
+    assert!(listed.contains("recipes/mine.toml") && listed.contains("nano-llama/target, proxy "), "{listed}");
+    assert!(!listed.contains("shared.toml"), "{listed}");
     assert!(listed.contains("broken.toml") && listed.contains("cannot be read: invalid recipe"), "{listed}");
     let rows: Value = serde_json::from_str(&command(&s, &["recipes", "ls", "--json"]).ok().stdout).unwrap();
     assert_eq!((&rows[0]["name"], &rows[0]["features"]), (&json!("mine"), &json!(["proxy"])));
     assert!(command(&s, &["recipes", "show", "mine"]).ok().stdout.contains("name = \"small\""));
+    // A name without its folder, and a misspelled one.
+    for named in ["mine", "recipes/nime.toml"] {
+        command(&s, &["plan", "--recipe", named]).fails_with(&[
+            "cannot read recipe",
+            "did you mean `recipes/mine.toml`?",
+            "recipes ls",
+        ]);
+    }
+    let far = command(&s, &["plan", "--recipe", "qqq"]);
+    let far = far.fails_with(&["cannot read recipe", "recipes ls"]).stderr;
+    assert!(!far.contains("did you mean"), "{far}");
     command(&s, &["recipes", "show", "nime"])
         .fails_with(&["there is no recipe `nime`", "did you mean `mine`?"]);
 }

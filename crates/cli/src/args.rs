@@ -347,7 +347,7 @@ pub enum RecipesCommand {
     /// Print a recipe.
     Show {
         /// Recipe name as printed by `ls`, or a file.
-        #[arg(value_name = "NAME")]
+        #[arg(value_name = "NAME", add = values::recipe_name())]
         name: String,
     },
     /// Write a recipe for your own model pair; shapes are read from the models' config.json.
@@ -366,7 +366,7 @@ pub struct InitArgs {
     pub proxy: Option<String>,
     /// Documents to train on: text, jsonl or parquet files, as paths or quoted patterns
     /// [default: a manifest].
-    #[arg(long, value_name = "FILES", num_args = 1..)]
+    #[arg(long, value_name = "FILES", num_args = 1.., value_hint = ValueHint::FilePath)]
     pub data: Vec<String>,
     /// Name of the pair and of its run folder.
     #[arg(long)]
@@ -397,7 +397,7 @@ pub struct SweepArgs {
     pub variants: Vec<PathBuf>,
     /// Make a variant for each value of a key, such as `train.steps=500,1000`; several keys give every
     /// combination.
-    #[arg(long, value_name = "KEY=VALUE,...")]
+    #[arg(long, value_name = "KEY=VALUE,...", add = values::assignment())]
     pub vary: Vec<String>,
     /// Only these variants, by the names of their files or runs.
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
