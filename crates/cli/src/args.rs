@@ -30,7 +30,7 @@ pub use self::stage::StageCommand;
 
 use crate::completion::values;
 
-/// Train a mapper with which a small proxy model predicts which KV pairs of a big target's cache may be
+/// Train a mapper that predicts, while a context is read, which KV pairs of the target's cache may be
 /// evicted.
 ///
 /// The labels are KVzip scores of the target, the features are attention statistics of the proxy or the

@@ -64,7 +64,7 @@ fn ls(cli: &Cli) -> Result<()> {
                 bases.extend(origins.bases().map(Path::to_owned));
                 json!({
                     "name": stem(&path), "file": path, "target": recipe.target.model,
-                    "proxy": recipe.read_proxy().map(|proxy| &proxy.model),
+                    "proxy": recipe.proxy.as_ref().map(|proxy| &proxy.model),
                     "features": recipe.extract.from.iter().map(|s| s.name()).collect::<Vec<_>>(),
                 })
             }
@@ -83,10 +83,15 @@ fn table(rows: &[Value]) -> String {
     let width = rows.iter().map(|row| text(row, "file").chars().count()).max().unwrap_or(0);
     let line = |row: &Value| {
         let file = text(row, "file");
-        match (row["error"].as_str(), row["proxy"].as_str()) {
-            (Some(error), _) => format!("{file:width$}  cannot be read: {error}\n"),
-            (None, Some(proxy)) => format!("{file:width$}  {}, proxy {proxy}\n", text(row, "target")),
-            (None, None) => format!("{file:width$}  {}\n", text(row, "target")),
+        let is_read = row["features"].as_array().is_some_and(|all| all.contains(&json!("proxy")));
+        let proxy = match row["proxy"].as_str() {
+            Some(proxy) if is_read => format!(", proxy {proxy}"),
+            Some(proxy) => format!(" (proxy {proxy}, not read)"),
+            None => String::new(),
+        };
+        match row["error"].as_str() {
+            Some(error) => format!("{file:width$}  cannot be read: {error}\n"),
+            None => format!("{file:width$}  {}{proxy}\n", text(row, "target")),
         }
     };
     rows.iter().map(line).collect()
