@@ -317,7 +317,7 @@ fn what_cannot_be_used_is_refused_before_any_work() {
     bytes[last] ^= 1;
     fs::write(&weights, bytes).unwrap();
     for (folder, part) in
-        [("newer", "export version"), ("damaged", "damaged"), ("absent", "cannot read export")]
+        [("newer", "export version"), ("damaged", "damaged"), ("runs/smol", "there is `runs/small`; ")]
     {
         let args = [&["infer", "--mapper", folder][..], &on_context(&[])].concat();
         Ran::new(s.command(&args).output().unwrap()).fails_with(&[part]);
