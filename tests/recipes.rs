@@ -249,3 +249,29 @@ fn a_resolved_recipe_is_explained_and_is_the_same_recipe() {
     expected["train"]["lr"] = json!(0.5);
     assert_eq!(values("again.toml"), expected);
 }
+
+#[test]
+fn the_guide_has_what_plan_says_of_the_recipes() {
+    let guide = fs::read_to_string(root().join("docs/guide.md")).unwrap();
+    let (_, rows) = guide.split_once("| recipe | target | GPU memory").expect("the guide has the table");
+    let mut seen = 0;
+    for row in rows.lines().skip(2).take_while(|line| line.starts_with('|')) {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+        let recipe = root().join("recipes").join(format!("{}.toml", cells[0]));
+        let recipe = recipe.to_str().unwrap();
+        let s = Sandbox::new();
+        let plan = command(&s, &["--json", "plan", "--machine", "h100", "--recipe", recipe]).ok().stdout;
+        let plan: Value = serde_json::from_str(&plan).unwrap();
+        let stages = plan["stages"].as_array().unwrap();
+        let of = |key: &str| stages.iter().filter_map(|stage| stage[key].as_f64()).collect::<Vec<_>>();
+        let expected = [
+            of("peak_bytes").into_iter().fold(0.0, f64::max) / 1e9,
+            of("secs").iter().sum::<f64>() / 60.0,
+            of("disk_bytes").iter().sum::<f64>() / 1e9,
+        ];
+        let expected = expected.map(|figure| format!("{figure:.0}"));
+        assert_eq!(cells[2..], expected, "{row}");
+        seen += 1;
+    }
+    assert!(seen > 5, "{seen} rows");
+}
