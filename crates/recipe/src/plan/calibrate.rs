@@ -38,7 +38,7 @@ impl PastRun {
         self.stages.push(Took { stage: stage.to_owned(), secs, machine, planned, apart: None });
     }
 
-    /// Of a stage that was added, `then` seconds are of work that its plan does not count; now it takes `now`.
+    /// Of a stage that was added, `then` seconds are of work that no plan counts; now it takes `now`.
     pub fn set_apart(&mut self, stage: &str, then: f64, now: f64) {
         let took = self.stages.iter_mut().find(|took| took.stage == stage);
         // An evaluation that was continued took less than all that was measured.

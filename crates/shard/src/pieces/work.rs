@@ -285,7 +285,7 @@ impl Pieces {
             tokens: state.markers.iter().map(|m| m.tokens).sum(),
             secs: state.markers.iter().map(|m| m.secs).sum(),
         };
-        // Before the index: whoever comes after it may write anew. A process that wrote the stage as a whole
+        // Before the index: a process after it may write anew. One that wrote the stage as a whole
         // and died may have left a file without a name.
         sweep(&self.dir, shards.iter())?;
         let mut index = Index::new(&self.plan.stage, &self.plan.fingerprint);
