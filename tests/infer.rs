@@ -562,7 +562,8 @@ fn a_mapper_may_be_a_repository_of_the_hub() {
     assert_eq!(run("somebody/small-mapper", false).ok().stdout, local, "with its head budgets");
     assert_eq!(run("somebody/small-mapper", true).ok().stdout, local, "from the cache");
     run("somebody/no-such", false).fails_with(&["cannot find the mapper `somebody/no-such`"]);
-    run("runs/no-such", false).fails_with(&["runs/no-such/config.json"]);
+    run("runs/no-such", false)
+        .fails_with(&["`runs/no-such`: there is no such folder", "there is `runs/small`"]);
     run("./no-such", false).fails_with(&["./no-such"]);
 }
 

@@ -83,7 +83,7 @@ fn recipes_are_listed_and_shown() {
     assert_eq!((&rows[0]["name"], &rows[0]["features"]), (&json!("mine"), &json!(["proxy"])));
     assert!(command(&s, &["recipes", "show", "mine"]).ok().stdout.contains("name = \"small\""));
     // A name without its folder, and a misspelled one.
-    for named in ["mine", "recipes/nime.toml"] {
+    for named in ["mine", "recipes/mines.toml"] {
         command(&s, &["plan", "--recipe", named]).fails_with(&[
             "cannot read recipe",
             "did you mean `recipes/mine.toml`?",
