@@ -85,7 +85,7 @@ fn past_run(folder: &Path, now: &Recipe) -> Result<PastRun> {
     // Metrics against labels grow with the test split, which no question does.
     let labels = results.iter().flat_map(|r| &r.timings).find(|timing| timing.what == LABEL_METRICS);
     if let Some(labels) = labels {
-        let tokens = |r: &Recipe| ((r.data.test * r.data.longest_test_window()).max(1)) as f64;
+        let tokens = |r: &Recipe| (r.data.test * r.data.longest_test_window()).max(1) as f64;
         past.set_apart(Stage::Eval.name(), labels.secs, labels.secs * tokens(now) / tokens(&recipe));
     }
     if past.is_empty() {
