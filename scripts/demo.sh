@@ -7,4 +7,11 @@ scripts/setup.sh
 [ -x "$HOME/.cargo/bin/cargo" ] && PATH="$HOME/.cargo/bin:$PATH"
 
 cargo build --release --package pkv-cli
-exec target/release/proxykv-train run --recipe recipes/demo.toml "$@"
+target/release/proxykv-train run --recipe recipes/demo.toml "$@"
+cat >&2 <<'TEXT'
+
+A text for it comes with the demo's pair, whose models know six kinds of facts (recipes/nano-llama/README.md):
+
+  target/release/proxykv-train infer --mapper runs/demo --context recipes/nano-llama/sample.txt \
+      --question "What is the access code for the silver lantern?"
+TEXT

@@ -36,14 +36,22 @@ done
 
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "this is $(uname -sm); libtorch $TORCH is installed for Linux x86_64 only" \
   "use an x86-64 Linux machine"
-[ "$builds" = no ] || command -v cargo >/dev/null || { [ -x "$HOME/.cargo/bin/cargo" ] && PATH="$HOME/.cargo/bin:$PATH"; } ||
-  fail "cargo is not found" "install Rust 1.90 or later: https://rustup.rs"
-[ "$builds" = no ] || command -v c++ >/dev/null || fail "there is no C++ compiler (c++)" "apt-get install g++"
+# All that is missing is named at once: on a bare machine it is everything.
+missing=() repairs=() debs=()
+if [ "$builds" = yes ]; then
+  command -v cargo >/dev/null || [ -x "$HOME/.cargo/bin/cargo" ] || { missing+=("cargo"); repairs+=("install Rust 1.90 or later: https://rustup.rs"); }
+  command -v c++ >/dev/null || { missing+=("a C++ compiler (c++)"); debs+=(g++); }
+fi
 python=""
 for p in python3 python3.13 python3.12 python3.11 python3.10; do
   if command -v "$p" >/dev/null && "$p" -m pip --version >/dev/null 2>&1; then python=$p; break; fi
 done
-[ -n "$python" ] || fail "there is no Python 3 with pip" "apt-get install python3-pip"
+[ -n "$python" ] || { missing+=("Python 3 with pip"); debs+=(python3-pip); }
+[ ${#debs[@]} = 0 ] || repairs+=("apt-get install ${debs[*]} (Debian, Ubuntu; as root)")
+if [ ${#missing[@]} -gt 0 ]; then
+  what=$(printf ', %s' "${missing[@]}") how=$(printf '; %s' "${repairs[@]}")
+  fail "what this needs is not installed: ${what#, }" "${how#; }"
+fi
 
 marker="libtorch/.complete"
 have=$(cat "$marker" 2>/dev/null || true)

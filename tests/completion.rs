@@ -176,6 +176,16 @@ fn tab_completes_in_every_shell() {
         t.completes("proxykv-train run --recipe recipes/m", "--recipe recipes/more/beta.toml ");
         t.completes("proxykv-train run --recipe own", "--recipe own.toml ");
         t.offers("proxykv-train run --recipe recipes/", &["alpha.toml", "beta.toml"], &["notes.md"]);
+        t.completes("proxykv-train recipes show al", "recipes show alpha ");
+        t.offers("proxykv-train recipes show ", &["alpha", "beta"], &["notes", ".toml"]);
+        // Documents, and what a run contains.
+        t.completes("proxykv-train prepare --data no", "--data notes.md ");
+        t.completes("proxykv-train inspect runs/first-run/ru", "inspect runs/first-run/run.json ");
+        // What each command is for; bash has no room for it.
+        if t.shell != "bash" {
+            t.offers("proxykv-train p", &["Turn documents into tokenized examples", "Upload an export"], &[]);
+            t.offers("proxykv-train ex", &["Extract features", "Export the mapper"], &[]);
+        }
         // Keys, without a blank after the `=`.
         t.completes("proxykv-train train --set train.ste", "--set train.steps=");
         t.offers("proxykv-train train --set eval.benchmark.ruler_t", &["okens=", "asks="], &[]);

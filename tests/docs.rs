@@ -168,3 +168,64 @@ fn every_command_block_runs_as_it_is_written() {
         }
     }
 }
+
+/// The first page is read whole.
+#[test]
+fn the_readme_has_at_most_120_lines() {
+    let lines = fs::read_to_string(root().join("README.md")).unwrap().lines().count();
+    assert!(lines <= 120, "README.md has {lines} lines; what explains is for docs/");
+}
+
+/// On a bare machine the first command names all that is missing, and how to get it, before it downloads.
+#[test]
+fn the_set_up_names_all_that_is_missing_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let bin = folder.path().join("bin");
+    fs::create_dir(&bin).unwrap();
+    for tool in ["bash", "dirname", "uname", "grep"] {
+        let which = Command::new("sh").args(["-c", &format!("command -v {tool}")]).output().unwrap();
+        symlink(String::from_utf8(which.stdout).unwrap().trim(), bin.join(tool)).unwrap();
+    }
+    let setup = folder.path().join("scripts/setup.sh");
+    fs::create_dir(folder.path().join("scripts")).unwrap();
+    fs::copy(root().join("scripts/setup.sh"), &setup).unwrap();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(bin.join("bash"));
+        command.arg(&setup).args(args).env_clear().env("PATH", &bin).env("HOME", folder.path());
+        let out = command.output().unwrap();
+        assert_eq!(out.status.code(), Some(1));
+        String::from_utf8(out.stderr).unwrap()
+    };
+    let said = run(&["--cpu"]);
+    for part in [
+        "cargo",
+        "C++ compiler",
+        "Python 3 with pip",
+        "\nhint: ",
+        "rustup.rs",
+        "apt-get install g++ python3-pip",
+    ] {
+        assert!(said.contains(part), "`{part}` is missing in\n{said}");
+    }
+    // A program that is built already needs no compiler.
+    let said = run(&["--cpu", "--run-only"]);
+    assert!(said.contains("apt-get install python3-pip") && !said.contains("cargo"), "{said}");
+    assert!(!folder.path().join("libtorch.partial").exists());
+}
+
+/// What an image's build sets is seen by the programs in it: cargo's libtorch is found by `LIBTORCH`.
+#[test]
+fn the_image_sets_no_variable_that_the_build_reads() {
+    let file = fs::read_to_string(root().join("scripts/Dockerfile")).unwrap();
+    let set = |line: &str| line.split_once(' ').map(|(_, rest)| rest.split('=').next().unwrap().to_owned());
+    let args: Vec<String> = file.lines().filter(|line| line.starts_with("ARG ")).filter_map(set).collect();
+    assert_eq!(args.len(), 1, "{args:?}");
+    for name in args {
+        assert!(!name.starts_with("LIBTORCH") && !name.starts_with("CARGO"), "cargo reads `{name}`");
+        assert!(
+            file.contains(&format!("--build-arg {name}=")),
+            "the head does not say `--build-arg {name}=`"
+        );
+        assert!(file.contains(&format!("setup.sh ${name}")), "`{name}` is not used");
+    }
+}

@@ -317,7 +317,7 @@ fn what_cannot_be_used_is_refused_before_any_work() {
     bytes[last] ^= 1;
     fs::write(&weights, bytes).unwrap();
     for (folder, part) in
-        [("newer", "export version"), ("damaged", "damaged"), ("absent", "cannot read export")]
+        [("newer", "export version"), ("damaged", "damaged"), ("runs/smol", "there is `runs/small`; ")]
     {
         let args = [&["infer", "--mapper", folder][..], &on_context(&[])].concat();
         Ran::new(s.command(&args).output().unwrap()).fails_with(&[part]);
@@ -562,7 +562,8 @@ fn a_mapper_may_be_a_repository_of_the_hub() {
     assert_eq!(run("somebody/small-mapper", false).ok().stdout, local, "with its head budgets");
     assert_eq!(run("somebody/small-mapper", true).ok().stdout, local, "from the cache");
     run("somebody/no-such", false).fails_with(&["cannot find the mapper `somebody/no-such`"]);
-    run("runs/no-such", false).fails_with(&["runs/no-such/config.json"]);
+    run("runs/no-such", false)
+        .fails_with(&["`runs/no-such`: there is no such folder", "there is `runs/small`"]);
     run("./no-such", false).fails_with(&["./no-such"]);
 }
 

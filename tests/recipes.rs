@@ -69,13 +69,30 @@ fn recipes_are_listed_and_shown() {
     fs::copy(s.path("recipe.toml"), s.path("recipes/mine.toml")).unwrap();
     s.write("recipes/more/broken.toml", "name = 3\n");
     s.write("recipes/mine.lock.toml", "version = 1\n");
+    // What another is based on is no recipe by itself.
+    s.write("recipes/more/shared.toml", "[train]\nsteps = 5\n");
+    let based = "base = \"more/shared.toml\"\nname = \"based\"";
+    let own = fs::read_to_string(s.path("recipe.toml")).unwrap();
+    s.write("recipes/other.toml", &own.replacen("name = \"small\"", based, 1));
     let listed = command(&s, &["recipes", "ls"]).ok().stdout;
-    assert_eq!(listed.lines().count(), 2, "{listed}");
-    assert!(listed.contains("recipes/mine.toml") && listed.contains("nano-llama/target +"), "{listed}");
+    assert_eq!(listed.lines().count(), 3, "{listed}");
+    assert!(listed.contains("recipes/mine.toml") && listed.contains("nano-llama/target, proxy "), "{listed}");
+    assert!(!listed.contains("shared.toml"), "{listed}");
     assert!(listed.contains("broken.toml") && listed.contains("cannot be read: invalid recipe"), "{listed}");
     let rows: Value = serde_json::from_str(&command(&s, &["recipes", "ls", "--json"]).ok().stdout).unwrap();
     assert_eq!((&rows[0]["name"], &rows[0]["features"]), (&json!("mine"), &json!(["proxy"])));
     assert!(command(&s, &["recipes", "show", "mine"]).ok().stdout.contains("name = \"small\""));
+    // A name without its folder, and a misspelled one.
+    for named in ["mine", "recipes/mines.toml"] {
+        command(&s, &["plan", "--recipe", named]).fails_with(&[
+            "cannot read recipe",
+            "did you mean `recipes/mine.toml`?",
+            "recipes ls",
+        ]);
+    }
+    let far = command(&s, &["plan", "--recipe", "qqq"]);
+    let far = far.fails_with(&["cannot read recipe", "recipes ls"]).stderr;
+    assert!(!far.contains("did you mean"), "{far}");
     command(&s, &["recipes", "show", "nime"])
         .fails_with(&["there is no recipe `nime`", "did you mean `mine`?"]);
 }
@@ -231,4 +248,30 @@ fn a_resolved_recipe_is_explained_and_is_the_same_recipe() {
     let mut expected = values("recipe.toml");
     expected["train"]["lr"] = json!(0.5);
     assert_eq!(values("again.toml"), expected);
+}
+
+#[test]
+fn the_guide_has_what_plan_says_of_the_recipes() {
+    let guide = fs::read_to_string(root().join("docs/guide.md")).unwrap();
+    let (_, rows) = guide.split_once("| recipe | target | GPU memory").expect("the guide has the table");
+    let mut seen = 0;
+    for row in rows.lines().skip(2).take_while(|line| line.starts_with('|')) {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+        let recipe = root().join("recipes").join(format!("{}.toml", cells[0]));
+        let recipe = recipe.to_str().unwrap();
+        let s = Sandbox::new();
+        let plan = command(&s, &["--json", "plan", "--machine", "h100", "--recipe", recipe]).ok().stdout;
+        let plan: Value = serde_json::from_str(&plan).unwrap();
+        let stages = plan["stages"].as_array().unwrap();
+        let of = |key: &str| stages.iter().filter_map(|stage| stage[key].as_f64()).collect::<Vec<_>>();
+        let expected = [
+            of("peak_bytes").into_iter().fold(0.0, f64::max) / 1e9,
+            of("secs").iter().sum::<f64>() / 60.0,
+            of("disk_bytes").iter().sum::<f64>() / 1e9,
+        ];
+        let expected = expected.map(|figure| format!("{figure:.0}"));
+        assert_eq!(cells[2..], expected, "{row}");
+        seen += 1;
+    }
+    assert!(seen > 5, "{seen} rows");
 }

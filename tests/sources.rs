@@ -79,6 +79,8 @@ fn a_target_needs_no_proxy() {
         assert!(again.stderr.contains(&format!("{stage}: skipped")), "{stage}\n{}", again.stderr);
     }
     let summary = infer(&s);
+    // Nothing of it could run on a second device.
+    assert!(summary["dual_critical_secs"].is_null(), "{summary}");
     assert_eq!(summary["fallback"], serde_json::Value::Null, "{summary}");
     assert!((summary["kept"]["ratio"].as_f64().unwrap() - 0.3).abs() < 0.01, "{summary}");
     let phases = summary["phases"].to_string();

@@ -26,6 +26,30 @@ function look(least) {
     const over = Math.max(outer.left - inner.left, inner.right - outer.right, outer.top - inner.top, inner.bottom - outer.bottom);
     if (over > 1) found.push(`clipped by ${over.toFixed(0)} px: ${text.textContent}`);
   }
+  // A caption stays in view while its table scrolls.
+  for (const scroll of document.querySelectorAll(".scroll")) {
+    const over = (part) => part.getBoundingClientRect().right - scroll.getBoundingClientRect().right;
+    for (const part of scroll.querySelectorAll("caption div")) {
+      if (part.getClientRects().length && over(part) > 1) found.push(`cut by ${over(part).toFixed(0)} px: ${part.textContent.slice(0, 60)}`);
+    }
+    // A dot and its name are on one line.
+    for (const dot of scroll.querySelectorAll("tbody th .dot")) {
+      const name = document.createRange();
+      name.selectNodeContents(dot.parentElement);
+      name.setStartAfter(dot);
+      const [at, first] = [dot.getBoundingClientRect(), name.getClientRects()[0]];
+      if (at.width && first && (at.bottom < first.top || at.top > first.bottom)) found.push(`a dot is not beside its name: ${name}`);
+    }
+  }
+  for (const key of document.querySelectorAll("tbody th code")) {
+    if (key.getClientRects().length > 2) found.push(`a key in ${key.getClientRects().length} pieces: ${key.textContent}`);
+  }
+  // Where a column may be wide, no word has a line of its own.
+  for (const cell of document.querySelectorAll(".stages td")) {
+    if (!cell.getClientRects().length || cell.textContent.length < 25) continue;
+    const width = cell.getBoundingClientRect().width;
+    if (width < 120) found.push(`a column of ${width.toFixed(0)} px: ${cell.textContent.slice(0, 60)}`);
+  }
   return found;
 }
 

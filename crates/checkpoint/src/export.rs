@@ -29,6 +29,8 @@ const MODEL: &str = "model.safetensors";
 const PARITY: &str = "parity.safetensors";
 const CONFIG: &str = "config.json";
 const CARD: &str = "README.md";
+/// A hint that names more folders is not read.
+const MOST_NAMED: usize = 8;
 
 /// Every file of an export, but for [`BUDGETS_FILE`], which older exports lack.
 pub const EXPORT_FILES: [&str; 4] = [CARD, CONFIG, MODEL, PARITY];
@@ -209,6 +211,13 @@ impl Export {
             let budgets = budgets::read(folder, &config.target.shape, weights)?;
             Ok(Self { folder: folder.to_path_buf(), config, tensors, budgets })
         };
+        ensure!(
+            folder.exists(),
+            hinted(
+                format!("cannot read export `{}`: there is no such folder", folder.display()),
+                format!("{}name an export, or the run folder that contains it", beside(folder))
+            )
+        );
         read().with_context(|| {
             hinted(
                 format!("cannot read export `{}`", folder.display()),
@@ -446,4 +455,17 @@ impl From<MapperDims> for ExportDims {
     fn from(d: MapperDims) -> Self {
         Self { proxy_heads: d.proxy_heads, channels: d.channels, globals: d.globals, outputs: d.outputs }
     }
+}
+
+/// What else there is where `folder` was looked for, as the beginning of a hint.
+fn beside(folder: &Path) -> String {
+    let Some(parent) = folder.parent().filter(|p| !p.as_os_str().is_empty()) else { return String::new() };
+    let folders = parent.read_dir().into_iter().flatten().flatten().filter(|e| e.path().is_dir());
+    let mut names: Vec<String> =
+        folders.map(|e| format!("`{}`", parent.join(e.file_name()).display())).collect();
+    names.sort();
+    if names.is_empty() || names.len() > MOST_NAMED {
+        return String::new();
+    }
+    format!("there is {}; ", names.join(", "))
 }

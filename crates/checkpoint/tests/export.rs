@@ -221,6 +221,10 @@ fn damage_is_named() {
     let section = MapperSection { variant: Variant::Linear, ..MapperSection::default() };
     write(&folder, &section);
     let good = files(&folder);
+    // A misspelled folder is not damaged.
+    let (said, hint) = text_and_hint(&Export::read(&dir.path().join("exprot")).expect_err("no folder"));
+    assert!(said.contains("there is no such folder"), "{said}");
+    assert!(hint.contains(&format!("there is `{}`; ", folder.display())), "{hint}");
     let fails = |file: &str, data: Option<Vec<u8>>, expected: &str| {
         match data {
             Some(data) => fs::write(folder.join(file), data).unwrap(),

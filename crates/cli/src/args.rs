@@ -31,7 +31,7 @@ pub use self::stage::{StageCommand, TrainArgs};
 
 use crate::completion::values;
 
-/// Train a mapper with which a small proxy model predicts which KV pairs of a big target's cache may be
+/// Train a mapper that predicts, while a context is read, which KV pairs of the target's cache may be
 /// evicted.
 ///
 /// The labels are KVzip scores of the target, the features are attention statistics of the proxy or the
@@ -395,7 +395,7 @@ pub enum RecipesCommand {
     /// Print a recipe.
     Show {
         /// Recipe name as printed by `ls`, or a file.
-        #[arg(value_name = "NAME")]
+        #[arg(value_name = "NAME", add = values::recipe_name())]
         name: String,
     },
     /// Write a recipe for your own model pair; shapes are read from the models' config.json.
@@ -414,7 +414,7 @@ pub struct InitArgs {
     pub proxy: Option<String>,
     /// Documents to train on: text, jsonl or parquet files, as paths or quoted patterns
     /// [default: a manifest].
-    #[arg(long, value_name = "FILES", num_args = 1..)]
+    #[arg(long, value_name = "FILES", num_args = 1.., value_hint = ValueHint::FilePath)]
     pub data: Vec<String>,
     /// Name of the pair and of its run folder.
     #[arg(long)]
@@ -445,7 +445,7 @@ pub struct SweepArgs {
     pub variants: Vec<PathBuf>,
     /// Make a variant for each value of a key, such as `train.steps=500,1000`; several keys give every
     /// combination.
-    #[arg(long, value_name = "KEY=VALUE,...")]
+    #[arg(long, value_name = "KEY=VALUE,...", add = values::assignment())]
     pub vary: Vec<String>,
     /// Only these variants, by the names of their files or runs.
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use pkv_core::hinted;
 use pkv_recipe::plan::{Cluster, Machine, MachineChoice, PastRun, Plan};
 use pkv_recipe::{Recipe, Steps, TaskName};
-use pkv_results::{RESULTS_FILE, Results};
+use pkv_results::{LABEL_METRICS, RESULTS_FILE, Results};
 use pkv_run::session::{Devices, choose_devices, load_recipe, load_with_origins, manifest};
 use pkv_shard::{PiecesState, RunJson, RunLayout, Stage};
 use tch::Device;
@@ -37,7 +37,7 @@ pub fn run(
     let recipe = load_recipe(&args.file.recipe, &args.overrides())?;
     // A manifest that cannot be read is a mistake worth hearing about now.
     manifest(&recipe)?;
-    let past = past.map(past_run).transpose()?;
+    let past = past.map(|folder| past_run(folder, &recipe)).transpose()?;
     let here = || -> Result<Machine> {
         let devices = choose_devices(&cli.device, cli.threads)?;
         let visible = pkv_gpu::cuda_count().max(1);
@@ -62,8 +62,8 @@ pub fn run(
     output::print_either(cli.json, &plan, || plan.table())
 }
 
-/// A run that was made, planned for the machine that made it.
-fn past_run(folder: &Path) -> Result<PastRun> {
+/// A run that was made, planned for the machine that made it; its times are for the plan of `now`.
+fn past_run(folder: &Path, now: &Recipe) -> Result<PastRun> {
     let cannot = |why: &str| {
         hinted(
             format!("cannot calibrate by `{}`: {why}", folder.display()),
@@ -80,8 +80,9 @@ fn past_run(folder: &Path) -> Result<PastRun> {
     if let (Steps::Auto, Some(steps)) = (recipe.train.steps, made.filter(|n| *n > 0)) {
         recipe.train.steps = Steps::Number(steps);
     }
-    if let Ok(results) = Results::read(&layout.eval().join(RESULTS_FILE)) {
-        as_measured(&mut recipe, &results);
+    let results = Results::read(&layout.eval().join(RESULTS_FILE)).ok();
+    if let Some(results) = &results {
+        as_measured(&mut recipe, results);
     }
     let work = pkv_eval::work(&recipe);
     let mut past = PastRun::new(folder.display().to_string());
@@ -109,6 +110,12 @@ fn past_run(folder: &Path) -> Result<PastRun> {
             Machine::cpu(record.device.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(threads))
         };
         past.add(name, secs, &Plan::new(&recipe, machine, &work));
+    }
+    // Metrics against labels grow with the test split, which no question does.
+    let labels = results.iter().flat_map(|r| &r.timings).find(|timing| timing.what == LABEL_METRICS);
+    if let Some(labels) = labels {
+        let tokens = |r: &Recipe| (r.data.test * r.data.longest_test_window()).max(1) as f64;
+        past.set_apart(Stage::Eval.name(), labels.secs, labels.secs * tokens(now) / tokens(&recipe));
     }
     if past.is_empty() {
         return Err(cannot("none of its stages has a time").into());

@@ -11,12 +11,11 @@ use anyhow::{Context, Result};
 use pkv_core::{Stop, hinted};
 use pkv_hub::Hub;
 use pkv_lm::LmConfig;
-use pkv_recipe::toml_files;
-use pkv_run::session::load_recipe;
+use pkv_recipe::{DEEPEST, toml_files};
+use pkv_run::session::{load_recipe, load_with_origins};
 use serde_json::{Value, json};
 
 use crate::args::{Cli, InitArgs, RecipesCommand};
-use crate::completion::values::DEEPEST;
 use crate::output;
 use crate::terminal::Bar;
 
@@ -31,7 +30,10 @@ pub fn run(cli: &Cli, what: &RecipesCommand, stop: &Stop) -> Result<()> {
 }
 
 /// Recipe files of the working directory's `recipes/`, else of the one that came with the program.
-fn files() -> Result<Vec<PathBuf>> {
+///
+/// # Errors
+/// There is no such folder.
+pub fn files() -> Result<Vec<PathBuf>> {
     let program = std::env::current_exe().unwrap_or_default();
     // In an archive the folder is beside the program; in a clone it is above target/release/.
     let beside = program.ancestors().skip(1).take(3).map(|folder| folder.join("recipes"));
@@ -55,25 +57,44 @@ fn stem(path: &Path) -> String {
 }
 
 fn ls(cli: &Cli) -> Result<()> {
-    let mut rows: Vec<Value> = Vec::new();
+    let (mut rows, mut bases): (Vec<Value>, Vec<PathBuf>) = Default::default();
     for path in files()? {
-        rows.push(match load_recipe(&path, &[]) {
-            Ok(recipe) => json!({
-                "name": stem(&path), "file": path, "target": recipe.target.model,
-                "proxy": recipe.proxy.as_ref().map(|proxy| &proxy.model),
-                "features": recipe.extract.from.iter().map(|s| s.name()).collect::<Vec<_>>(),
-            }),
+        rows.push(match load_with_origins(&path, &[]) {
+            Ok((recipe, origins)) => {
+                bases.extend(origins.bases().map(Path::to_owned));
+                json!({
+                    "name": stem(&path), "file": path, "target": recipe.target.model,
+                    "proxy": recipe.proxy.as_ref().map(|proxy| &proxy.model),
+                    "features": recipe.extract.from.iter().map(|s| s.name()).collect::<Vec<_>>(),
+                })
+            }
             Err(e) => json!({"name": stem(&path), "file": path, "error": format!("{e:#}").split_whitespace().collect::<Vec<_>>().join(" ")}),
         });
     }
-    output::print_either(cli.json, &rows, || {
-        let text = |row: &Value, key: &str| row[key].as_str().unwrap_or("none").to_owned();
-        let line = |row: &Value| match row["error"].as_str() {
-            Some(error) => format!("{:44} cannot be read: {error}\n", text(row, "file")),
-            None => format!("{:44} {} + {}\n", text(row, "file"), text(row, "target"), text(row, "proxy")),
+    // What others are based on need not be whole.
+    let is_base = |row: &Value| bases.iter().any(|base| json!(base) == row["file"]);
+    rows.retain(|row| row.get("error").is_none() || !is_base(row));
+    output::print_either(cli.json, &rows, || table(&rows))
+}
+
+/// A line for each recipe; the features of one with a proxy may be the target's alone.
+fn table(rows: &[Value]) -> String {
+    let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
+    let width = rows.iter().map(|row| text(row, "file").chars().count()).max().unwrap_or(0);
+    let line = |row: &Value| {
+        let file = text(row, "file");
+        let is_read = row["features"].as_array().is_some_and(|all| all.contains(&json!("proxy")));
+        let proxy = match row["proxy"].as_str() {
+            Some(proxy) if is_read => format!(", proxy {proxy}"),
+            Some(proxy) => format!(" (proxy {proxy}, not read)"),
+            None => String::new(),
         };
-        rows.iter().map(line).collect()
-    })
+        match row["error"].as_str() {
+            Some(error) => format!("{file:width$}  cannot be read: {error}\n"),
+            None => format!("{file:width$}  {}{proxy}\n", text(row, "target")),
+        }
+    };
+    rows.iter().map(line).collect()
 }
 
 fn show(name: &str) -> Result<()> {

@@ -186,11 +186,12 @@ impl<'a> Preparation<'a> {
                 let wanted = shares[counts.split as usize][i];
                 if counts.possible < wanted as u64 {
                     short.push(format!(
-                        "source `{}` gives {} of {wanted} {} examples ({} documents)",
+                        "source `{}` gives {} of {wanted} {} examples ({} document{})",
                         scan.summary.name,
                         counts.possible,
                         counts.split.name(),
-                        counts.documents
+                        counts.documents,
+                        if counts.documents == 1 { "" } else { "s" }
                     ));
                     keys.push(counts.split.name());
                 }

@@ -34,7 +34,11 @@ pub fn needs(recipe: &Recipe, hub: Hub) -> Vec<Check> {
     out.push(match manifest.and_then(|(m, _)| Ok((pkv_data::inputs(&m, &hub)?, m))) {
         Ok((_, m)) => {
             let of = path.map_or_else(|| "data.files".to_owned(), |path| path.display().to_string());
-            Check::ok("data", format!("{} sources of `{of}` are there", m.sources.len()))
+            let found = match m.sources.len() {
+                1 => format!("the source of `{of}` is there"),
+                n => format!("{n} sources of `{of}` are there"),
+            };
+            Check::ok("data", found)
         }
         Err(e) => Check::error("data", &e),
     });

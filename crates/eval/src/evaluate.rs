@@ -17,7 +17,7 @@ use pkv_results::cell::Cell;
 use pkv_results::columns::context_id;
 use pkv_results::share::{Sharing, share};
 use pkv_results::store::{About, ContextStore, Identity, TaskStore};
-use pkv_results::{CONTEXTS_FOLDER, FactSpan, Results};
+use pkv_results::{CONTEXTS_FOLDER, FactSpan, LABEL_METRICS, Results};
 use pkv_score::Scorer;
 use pkv_shard::{
     ExampleRows, FeatureFolders, Missing, Pieces, PiecesPlan, PlantedFact, Sizes, Tally, Worker,
@@ -347,7 +347,7 @@ impl<'a> Evaluation<'a> {
         let tokens = self.examples.example(row)?.tokens;
         let scored = reader.score_stored(&tokens, &label_lht, &features, draw)?;
         let mut clock = Stopwatch::new(device);
-        let mut outcome = clock.time("labels: metrics", || {
+        let mut outcome = clock.time(LABEL_METRICS, || {
             plan.compare(context_id(&tokens), cells, &scored, &label_lht, reader.budgets.as_deref())
         })?;
         outcome.timings = clock.into_timings();

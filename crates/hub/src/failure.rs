@@ -166,7 +166,7 @@ impl Failure {
             ),
             Self::Network(error) => hinted(
                 format!("cannot reach {what} on the hub `{endpoint}`"),
-                network_hint(error, &self, options),
+                format!("{}{}", network_hint(error, &self, options), asked.no_folder()),
             )
             .environment(),
         };
@@ -266,6 +266,14 @@ impl Asked<'_> {
         let folder = if self.kind == Kind::Dataset { "datasets/" } else { "" };
         format!("{endpoint}/{folder}{}", self.name)
     }
+
+    /// The end of a hint: a model is looked for on the hub where there is no folder of its name.
+    fn no_folder(&self) -> &'static str {
+        match (self.kind, self.file) {
+            (Kind::Model, None) => "; and there is no folder of that name here",
+            _ => "",
+        }
+    }
 }
 
 impl std::fmt::Display for Asked<'_> {
@@ -285,6 +293,19 @@ mod tests {
         let asked = Asked { kind: Kind::Model, name: "o/n", revision: "main", file: Some("a.json") };
         let error = failure.explain(asked, &HubOptions::default());
         error.downcast_ref::<Hinted>().unwrap().hint().to_owned()
+    }
+
+    #[test]
+    fn a_model_out_of_reach_may_be_a_folder_that_is_absent() {
+        let unknown = || io::Error::other("failed to lookup address information: Name or service not known");
+        for (kind, file, expected) in
+            [(Kind::Model, None, true), (Kind::Model, Some("a.json"), false), (Kind::Dataset, None, false)]
+        {
+            let asked = Asked { kind, name: "models/mine", revision: "main", file };
+            let error = Failure::from(ureq::Error::Io(unknown())).explain(asked, &HubOptions::default());
+            let hint = error.downcast_ref::<Hinted>().unwrap().hint();
+            assert_eq!(hint.contains("no folder of that name here"), expected, "{hint}");
+        }
     }
 
     fn disk(kind: ErrorKind) -> Failure {

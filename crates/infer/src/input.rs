@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-use anyhow::{Context, Error, Result, bail, ensure};
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use pkv_core::{Interrupted, Stop, hinted, json_kind};
 use pkv_text::TextTokenizer;
 use serde_json::Value;
@@ -194,7 +194,8 @@ impl Iterator for OnStdin {
 fn question(line: &[u8]) -> Result<String> {
     let expected = "expected a string, or an object with the string `question`";
     ensure!(!line.trim_ascii().is_empty(), "{expected}, found an empty line");
-    let found = match serde_json::from_slice::<Value>(line)? {
+    let parsed = serde_json::from_slice::<Value>(line);
+    let found = match parsed.map_err(|e| anyhow!("{expected}, found no JSON at column {}", e.column()))? {
         Value::String(text) => return Ok(text),
         Value::Object(mut fields) => match fields.remove("question") {
             Some(Value::String(text)) => return Ok(text),
@@ -220,8 +221,8 @@ mod tests {
             (br#"{"question": null}"#, "found null as `question`"),
             (br#"["Who?"]"#, "found a list"),
             (b"  ", "found an empty line"),
-            (b"Who?", "expected value"),
-            (b"\"caf\xe9\"", "unicode"),
+            (b"Who?", "found no JSON at column 1"),
+            (b"\"caf\xe9\"", "found no JSON at column "),
         ] {
             let error = question(line).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");

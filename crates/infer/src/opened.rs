@@ -189,6 +189,8 @@ impl Opened {
         let prefilled = regime.prefill(&context)?;
         let whole = r.compare_full.then(|| context.whole()).transpose()?;
         drop(context);
+        // A mapper of the target's features waits for the prefill, on any number of devices.
+        let apart = r.regime == RegimeName::Sequential && target_side.is_none();
         // Proxy and mapper have done their part; their memory is the answers', or another process's.
         drop((regime, target_side));
         if r.device.is_cuda() || r.proxy_device.is_cuda() {
@@ -206,7 +208,7 @@ impl Opened {
             kept: prefilled.kept.clone(),
             prefill_secs: phases.iter().map(|p| p.end_secs).fold(0.0, f64::max),
             waited_secs: prefilled.waited_secs,
-            dual_critical_secs: (r.regime == RegimeName::Sequential && prefilled.fallback.is_none())
+            dual_critical_secs: (apart && prefilled.fallback.is_none())
                 .then(|| prefilled.timeline.dual_critical_secs()),
             phases: prefilled.timeline.totals(),
             full: None,

@@ -25,8 +25,8 @@ pub struct Summary {
     pub prefill_secs: f64,
     /// Time that the target waited for the scores after its prefill.
     pub waited_secs: f64,
-    /// With proxy and mapper on a GPU of their own, by these phases; phases of `streams` slowed each
-    /// other down, so there it is no forecast.
+    /// With proxy and mapper on a GPU of their own, by these phases, if they need nothing of the target.
+    /// Phases of `streams` slowed each other down, so there it is no forecast.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dual_critical_secs: Option<f64>,
     pub phases: Vec<PhaseTotal>,
@@ -131,7 +131,10 @@ impl Summary {
             let _ = writeln!(out, "the target waited {:.4} s for the proxy's side", s.waited_secs);
         }
         if let Some(secs) = s.dual_critical_secs {
-            let _ = writeln!(out, "with a GPU each it would take {secs:.4} s, by these phases");
+            let _ = writeln!(
+                out,
+                "with a GPU for the target and one for the proxy it would take {secs:.4} s, by these phases"
+            );
         }
         if let Some(rate) = s.decode_tokens_per_s {
             let _ = writeln!(out, "{} tokens answered, {rate:.1} tokens/s", s.answer_tokens);

@@ -289,7 +289,7 @@ mod tests {
         fs::create_dir(dir.path().join("logs")).unwrap();
         let text = inspect(dir.path()).unwrap();
         assert!(text.contains("a            no stage has run") && !text.contains("logs"), "{text}");
-        assert!(text.contains("\n  b            stages label, prepare\n"), "{text}");
+        assert!(text.contains("\n  b            stages prepare, label\n"), "{text}");
     }
 
     #[test]

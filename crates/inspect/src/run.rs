@@ -83,7 +83,9 @@ pub fn runs(dir: &Path) -> Result<Option<String>> {
         let layout = RunLayout::new(folder.path());
         let Some(run) = RunJson::read(&layout)? else { continue };
         any = true;
-        let stages: Vec<&str> = run.stages.keys().map(String::as_str).collect();
+        // In the order in which they run.
+        let stages: Vec<&str> =
+            Stage::ALL.iter().map(|s| s.name()).filter(|name| run.stages.contains_key(*name)).collect();
         let state = match Results::read(&layout.eval().join(RESULTS_FILE)) {
             Ok(results) => headline(&results),
             Err(_) if stages.is_empty() => "no stage has run".to_owned(),

@@ -3,6 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// Folders below `recipes/` are looked through this deep.
+pub const DEEPEST: usize = 3;
+
 /// Add the TOML files of `folder`, and of folders in it down to `deeper` levels, in the order of their names.
 pub fn toml_files(folder: &Path, deeper: usize, found: &mut Vec<PathBuf>) {
     let mut entries: Vec<PathBuf> =

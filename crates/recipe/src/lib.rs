@@ -19,7 +19,7 @@ pub mod schema;
 mod section;
 mod task;
 
-pub use files::toml_files;
+pub use files::{DEEPEST, toml_files};
 pub use known::check_known;
 pub use load::{Recipe, load, load_with_origins, profile};
 pub use manifest::{Facts, Manifest, Source, SourceFormat, load_manifest};

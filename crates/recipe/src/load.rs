@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use crate::files::{DEEPEST, toml_files};
 use crate::{
     DataSection, EvalSection, ExportSection, ExtractSection, FactsSection, LabelSection, LaunchSection,
     LossSection, MapperSection, ModelSection, PruneSection, TrainSection,
@@ -157,12 +158,32 @@ fn in_files(error: toml::de::Error, path: &Path, files: &[(PathBuf, String)]) ->
     mistake::in_recipe(error, place.unwrap_or(invalid))
 }
 
+/// The recipe that is most like `path`, which cannot be read: a name without its folder, or a misspelled one.
+fn alike(path: &Path) -> Option<PathBuf> {
+    let wanted = path.file_stem()?.to_string_lossy().into_owned();
+    let mut found = Vec::new();
+    for (folder, deeper) in [("recipes", DEEPEST), (".", 0)] {
+        toml_files(Path::new(folder), deeper, &mut found);
+    }
+    let likeness = |file: &PathBuf| {
+        file.file_stem().map_or(0.0, |stem| strsim::jaro_winkler(&stem.to_string_lossy(), &wanted))
+    };
+    // The first of equals, which is the one above.
+    let likest = found.into_iter().rev().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+    (likeness(&likest) > mistake::ALIKE)
+        .then(|| likest.strip_prefix(".").map(Path::to_owned).unwrap_or(likest))
+}
+
 /// The text of a recipe, and its table.
 fn read(path: &Path) -> Result<(String, Table)> {
     let text = pkv_core::read_small_text(path).with_context(|| {
+        let meant = alike(path).map(|file| format!("did you mean `{}`? ", file.display()));
         hinted(
             format!("cannot read recipe `{}`", path.display()),
-            "recipes live in `recipes/`; pass one with `--recipe`",
+            format!(
+                "{}`proxykv-train recipes ls` lists the recipes below `recipes/`",
+                meant.unwrap_or_default()
+            ),
         )
     })?;
     let table = toml::from_str(&text)

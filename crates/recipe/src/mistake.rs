@@ -12,7 +12,7 @@ use crate::Override;
 use crate::schema::Keys;
 
 /// Similarity, from 0 to 1, from which one name counts as a misspelling of the other.
-const ALIKE: f64 = 0.8;
+pub const ALIKE: f64 = 0.8;
 
 /// The error of a file that is no recipe, with its hint under the context `what`.
 pub(crate) fn in_file(error: toml::de::Error, what: String) -> Error {

@@ -2,7 +2,7 @@
 //! default.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Error;
 
@@ -67,6 +67,11 @@ pub struct Origins {
 }
 
 impl Origins {
+    /// The files that the recipe is based on, the nearest first.
+    pub fn bases(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().skip(1).map(|(path, _)| path.as_path())
+    }
+
     /// Of a dotted key; an entry of a list (`eval.ratios[1]`) has that of the list.
     pub fn of(&self, key: &str) -> Origin {
         let key = key.split('[').next().unwrap_or(key);

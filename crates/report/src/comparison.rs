@@ -159,7 +159,7 @@ fn answers(methods: Methods, c: &Comparison, m: &Metric) -> Part {
         several => format!("mean of {} tasks, each counting alike", several.len()),
     };
     let mut tables = vec![own(methods, c, m, &format!("Answers from the pruned cache, percent ({over})"))];
-    tables.extend(differences(c, m, "Answers"));
+    tables.extend(differences(c, m, "Answers minus those"));
     tables.extend(
         c.recovered
             .as_ref()
@@ -178,7 +178,7 @@ fn answers(methods: Methods, c: &Comparison, m: &Metric) -> Part {
 
 fn recall(methods: Methods, c: &Comparison, m: &Metric) -> Part {
     let mut tables = vec![own(methods, c, m, "Recall of the KV pairs that KVzip keeps, percent")];
-    tables.extend(differences(c, m, "Recall"));
+    tables.extend(differences(c, m, "Recall minus that"));
     Part { charts: charts(curve(methods, c, m, "of KVzip's choice found")), tables, ..Part::default() }
 }
 
@@ -312,7 +312,7 @@ fn differences(c: &Comparison, m: &Metric, what: &str) -> Option<Table> {
     };
     let rows: Vec<Row> = m.differences.iter().map(row).collect();
     (!rows.is_empty()).then(|| Table {
-        caption: format!("{what} minus those of {}, points", c.runs[0].name),
+        caption: format!("{what} of {}, points", c.runs[0].name),
         note: "Over the contexts that both runs answered, as many as stand behind the name. Small type: 95% interval of a \
                paired bootstrap over them. Bold: the interval excludes 0."
             .to_owned(),

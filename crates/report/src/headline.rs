@@ -156,7 +156,7 @@ fn verdict(methods: Methods, data: &RunData) -> Option<String> {
     let rivals = measured.filter(|&m| m != MethodName::MAPPER && !methods.is_oracle(m)).filter_map(of);
     let best = rivals.max_by(|a, b| a.score.mean.total_cmp(&b.score.mean));
     if let Some(best) = best.filter(|b| b.score.mean > mapper.score.mean) {
-        let name = methods.label(best.method);
+        let name = methods.in_words(best.method);
         let _ = write!(text, " Better here: {name}, with {}.", percent(best.score.mean));
     }
     Some(text)

@@ -56,6 +56,14 @@ impl Methods<'_> {
         self.find(method).map_or(method.name(), |m| m.label)
     }
 
+    /// The same within a sentence, where a comma would part it: `ridge (linear)`.
+    pub fn in_words(self, method: MethodName) -> String {
+        match self.label(method).split_once(", ") {
+            Some((name, kind)) => format!("{name} ({kind})"),
+            None => self.label(method).to_owned(),
+        }
+    }
+
     /// Its meaning, in a sentence without its name.
     pub fn meaning(self, method: MethodName) -> &'static str {
         self.find(method).map_or("a method of another version of proxykv-train", |m| m.meaning)

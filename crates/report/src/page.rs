@@ -347,7 +347,7 @@ fn heads(methods: Methods, results: &Results) -> Option<Heads> {
     Some(Heads {
         layers: figures::layers(&budgets(methods, heads)).map(|c| c.figure()),
         note: format!(
-            "At {} kept, policy {}. Left: how KVzip spreads its budget over layers and KV heads. \
+            "At {} kept, policy {}. First, how KVzip spreads its budget over layers and KV heads. \
              Then, of what KVzip keeps in a head, the share that the method finds; hollow where KVzip keeps nothing.",
             chart::percent_text(heads.ratio),
             heads.policy.name()

@@ -34,7 +34,7 @@ pub fn answers(
     );
     let of = |wanted: fn(&Interval) -> bool| -> Vec<String> {
         let fitting = lead.iter().filter(|(_, r, v)| *r == ratio && wanted(v));
-        fitting.map(|(m, ..)| methods.label(*m).to_owned()).collect()
+        fitting.map(|(m, ..)| methods.in_words(*m)).collect()
     };
     let groups = [
         ("clearly better than", of(|v| v.low > 0.0)),
@@ -67,7 +67,7 @@ pub fn likelihood(methods: Methods, results: &PerplexityResults, policy: Policy)
     );
     text += &match least.method {
         MethodName::MAPPER => ", the least of all methods.".to_owned(),
-        other => format!("; {} loses least, {:.3}.", methods.label(other), least.excess.mean),
+        other => format!("; {} loses least, {:.3}.", methods.in_words(other), least.excess.mean),
     };
     let chance = at_ratio().find(|c| c.method == MethodName::RANDOM);
     if chance.is_some_and(|c| c.excess.high < cell.excess.low) {
@@ -98,7 +98,7 @@ pub fn recall(methods: Methods, labels: &LabelResults, policy: Policy) -> Option
     let rivals = rivals.filter(|&m| m != MethodName::MAPPER && !methods.is_oracle(m));
     let best = rivals.filter_map(|m| Some((m, at(m)?.mean))).max_by(|a, b| a.1.total_cmp(&b.1));
     if let Some((rival, share)) = best {
-        text += &format!(", and {}, the best of the others, {}", methods.label(rival), percent(share));
+        text += &format!(", and {}, the best of the others, {}", methods.in_words(rival), percent(share));
     }
     Some(text + ".")
 }

@@ -127,7 +127,7 @@ fn the_headline_says_what_was_measured() {
         let linear = |c: &&mut pkv_results::AnswerCell| c.method == pkv_recipe::MethodName::LINEAR;
         r.facts.as_mut().unwrap().cells.iter_mut().filter(linear).for_each(|c| c.score.mean = 0.999);
     });
-    assert!(beaten.contains("Better here: ridge, linear, with 99.9%."));
+    assert!(beaten.contains("Better here: ridge (linear), with 99.9%."));
 }
 
 #[test]

@@ -23,9 +23,9 @@ pub use columns::Columns;
 pub use fact_answers::{FactAnswer, fact_answers};
 pub use method::{MethodInfo, Needs};
 pub use results::{
-    AnswerCell, AnswerResults, FactSpan, HeadRecall, Interval, KeptCounts, LabelCell, LabelResults, Made,
-    MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults, RESULTS_VERSION, RankCell,
-    Results, Timing, WorkedExample,
+    AnswerCell, AnswerResults, FactSpan, HeadRecall, Interval, KeptCounts, LABEL_METRICS, LabelCell,
+    LabelResults, Made, MethodHeads, MethodNote, ModelName, PerplexityCell, PerplexityResults,
+    RESULTS_VERSION, RankCell, Results, Timing, WorkedExample,
 };
 
 /// File of the results in the evaluation's folder.

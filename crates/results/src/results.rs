@@ -296,6 +296,9 @@ pub struct KeptCounts {
     pub counts: Vec<u32>,
 }
 
+/// What [`Timing`] calls the metrics against labels.
+pub const LABEL_METRICS: &str = "labels: metrics";
+
 /// Wall-clock time of one kind of work.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Timing {

@@ -210,9 +210,15 @@ pub fn throw_away(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()
     s.run.forget_stage(stage.name())
 }
 
+/// What the line around it says already.
+const SAID: [&str; 3] = ["finished", "secs", "steps"];
+
 /// `key value, key value` of the single values in a JSON object; `run.json` has the lists as well.
 fn brief(summary: &Value) -> String {
     let single = |(k, v): (&String, &Value)| {
+        if SAID.contains(&k.as_str()) {
+            return None;
+        }
         let value = match v {
             Value::Number(n) if n.is_f64() => three_digits(n.as_f64()?),
             Value::Number(_) | Value::Bool(_) => v.to_string(),
@@ -297,9 +303,9 @@ mod tests {
 
     #[test]
     fn a_stage_is_summed_up_in_single_values_of_three_digits() {
-        let summary = json!({"examples": 104_307, "best_score": 0.553_116_936_359_730_5, "secs": 1370.4, "of": "target",
-            "idle_share": 0.0027, "sources": [{"name": "a"}], "none": null});
-        let expected = "examples 104307, best score 0.553, secs 1370, of target, idle share 0.0027";
+        let summary = json!({"examples": 104_307, "best_score": 0.553_116_936_359_730_5, "ms": 1370.4, "of": "target",
+            "secs": 1.5, "finished": true, "idle_share": 0.0027, "sources": [{"name": "a"}], "none": null});
+        let expected = "examples 104307, best score 0.553, ms 1370, of target, idle share 0.0027";
         assert_eq!(brief(&summary), expected);
         assert_eq!(three_digits(0.0), "0");
     }

@@ -8,10 +8,7 @@ use clap_complete::engine::{
     ArgValueCandidates, ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter,
 };
 use pkv_core::{Channel, Source};
-use pkv_recipe::toml_files;
-
-/// Folders below `recipes/` are looked through this deep.
-pub(crate) const DEEPEST: usize = 3;
+use pkv_recipe::{DEEPEST, toml_files};
 
 fn words<'a>(names: impl IntoIterator<Item = &'a str>) -> Vec<CompletionCandidate> {
     names.into_iter().map(CompletionCandidate::new).collect()
@@ -46,6 +43,20 @@ pub fn recipe() -> ArgValueCompleter {
             let paths = PathCompleter::any().filter(is_toml).complete(current);
             // All below `recipes/` are listed already.
             all.extend(paths.into_iter().filter(|p| !Path::new(p.get_value()).starts_with("recipes")));
+        }
+        all
+    })
+}
+
+/// `recipes show`: the names that `recipes ls` prints, and the way to any other TOML file.
+pub fn recipe_name() -> ArgValueCompleter {
+    ArgValueCompleter::new(|current: &OsStr| {
+        let known = crate::recipes::files().unwrap_or_default();
+        let names = known.iter().filter_map(|path| path.file_stem().map(OsStr::to_owned));
+        let mut all = starting_with(current, names);
+        if all.is_empty() {
+            let is_toml = |p: &Path| p.extension().is_some_and(|e| e == "toml");
+            all = PathCompleter::any().filter(is_toml).complete(current);
         }
         all
     })

@@ -22,6 +22,8 @@ struct Took {
     secs: f64,
     machine: Machine,
     planned: Option<StagePlan>,
+    /// A part of `secs` that no plan counts, and what it takes now.
+    apart: Option<(f64, f64)>,
 }
 
 impl PastRun {
@@ -33,7 +35,16 @@ impl PastRun {
     /// A stage that took `secs`, and the plan of that run on the machine that the stage ran on.
     pub fn add(&mut self, stage: &str, secs: f64, plan: &Plan) {
         let (machine, planned) = (plan.machine.clone(), plan.stage(stage).cloned());
-        self.stages.push(Took { stage: stage.to_owned(), secs, machine, planned });
+        self.stages.push(Took { stage: stage.to_owned(), secs, machine, planned, apart: None });
+    }
+
+    /// Of a stage that was added, `then` seconds are of work that no plan counts; now it takes `now`.
+    pub fn set_apart(&mut self, stage: &str, then: f64, now: f64) {
+        let took = self.stages.iter_mut().find(|took| took.stage == stage);
+        // An evaluation that was continued took less than all that was measured.
+        if let Some(took) = took.filter(|took| then < took.secs) {
+            took.apart = Some((then, now));
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -90,7 +101,10 @@ impl Plan {
 fn secs(stage: &StagePlan, took: &Took) -> Option<f64> {
     let planned = took.planned.as_ref()?;
     match (stage.secs, planned.secs) {
-        (Some(now), Some(then)) if then > 0.0 => Some(now * took.secs / then),
+        (Some(now), Some(then)) if then > 0.0 => {
+            let (apart_then, apart_now) = took.apart.unwrap_or_default();
+            Some(now * (took.secs - apart_then) / then + apart_now)
+        }
         // Neither is planned: as much as it reads.
         (None, None) if planned.tokens > 0 && stage.tokens > 0 => {
             Some(took.secs * stage.tokens as f64 / planned.tokens as f64)
@@ -137,6 +151,19 @@ mod tests {
             text.contains("calibrated by the run `runs/small`.") && text.contains("no time of `eval`"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn what_no_plan_counts_does_not_grow_with_it() {
+        let (mut past, planned) = past(&[("eval", 30.0)], Machine::cpu(2));
+        past.set_apart("eval", 20.0, 40.0);
+        let secs = planned.clone().calibrated(&past).stage("eval").unwrap().secs.unwrap();
+        assert!((secs - 50.0).abs() < 1e-9, "{secs}");
+        // More than all of it: what was measured is of several evaluations.
+        past.stages[0].apart = None;
+        past.set_apart("eval", 31.0, 31.0);
+        let secs = planned.calibrated(&past).stage("eval").unwrap().secs.unwrap();
+        assert!((secs - 30.0).abs() < 1e-9, "{secs}");
     }
 
     #[test]

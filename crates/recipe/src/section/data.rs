@@ -71,6 +71,11 @@ impl SpecialTokens {
 }
 
 impl DataSection {
+    /// Tokens of the longest context of the test split.
+    pub fn longest_test_window(&self) -> usize {
+        self.test_window_tokens.unwrap_or_else(|| self.window_tokens.iter().copied().max().unwrap_or(0))
+    }
+
     /// Tokens of the longest context.
     pub fn longest_window(&self) -> usize {
         self.window_tokens.iter().chain(&self.test_window_tokens).copied().max().unwrap_or(0)
