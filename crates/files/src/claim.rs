@@ -7,6 +7,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 
+use crate::origin::{self, Claiming, Lease};
+
 /// Interval between checks for another process.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -15,23 +17,27 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Claim {
     file: File,
     locked: bool,
+    /// In a working copy, against processes elsewhere.
+    lease: Option<Box<dyn Lease>>,
 }
 
 impl Claim {
     /// Claim what the file `path` represents, made if absent; `None` while another process has it.
     ///
     /// The kernel releases the lock of a process that dies, so that no claim is ever stale. Where the file
-    /// system has no locks the claim is given: two processes may then do the same work.
+    /// system has no locks the claim is given: two processes may then do the same work. In a working copy
+    /// processes elsewhere are kept out by a lease, which ends some time after its process has died.
     ///
     /// # Errors
     /// The file cannot be made.
     pub fn take(path: &Path) -> Result<Option<Self>> {
         let file = lock_file(path).with_context(|| format!("cannot make `{}`", path.display()))?;
-        Ok(match file.try_lock() {
-            Ok(()) => Some(Self { file, locked: true }),
-            Err(TryLockError::WouldBlock) => None,
-            Err(TryLockError::Error(_)) => Some(Self { file, locked: false }),
-        })
+        let locked = match file.try_lock() {
+            Ok(()) => true,
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(_)) => false,
+        };
+        Ok(origin::claim(path, Claiming::Piece)?.map(|lease| Self { file, locked, lease }))
     }
 
     /// As [`Claim::take`], waiting while another process has it.
@@ -57,6 +63,9 @@ impl Claim {
     /// # Errors
     /// The disk is full or fails.
     pub fn sign(&mut self, text: &str) -> io::Result<()> {
+        if let Some(lease) = &self.lease {
+            lease.sign(text);
+        }
         self.file.set_len(0)?;
         self.file.write_all(text.as_bytes())
     }

@@ -80,7 +80,7 @@ impl RunFolder {
     ///
     /// # Errors
     /// `run.json` cannot be written.
-    pub fn record(&self, change: impl FnOnce(&mut RunJson)) -> Result<()> {
+    pub fn record(&self, change: impl Fn(&mut RunJson)) -> Result<()> {
         RunJson::update(self, change)
     }
 
@@ -91,7 +91,7 @@ impl RunFolder {
     pub fn record_stage(&self, stage: &str, secs: f64, summary: Option<Value>, device: Device) -> Result<()> {
         self.record(|run| {
             let record = run.stages.entry(stage.to_owned()).or_default();
-            let summary = summary.unwrap_or_else(|| std::mem::take(&mut record.summary));
+            let summary = summary.clone().unwrap_or_else(|| std::mem::take(&mut record.summary));
             let (secs, gpus) = (record.secs + secs, u32::from(device.is_cuda()));
             *record = StageRecord { secs, summary, device: device_in_words(device), gpus };
         })

@@ -1,7 +1,7 @@
 //! Pieces at work: claimed, written, and at the end sealed by the process that finds all of them.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{StoreDtype, Task, hinted};
-use pkv_files::{Claim, TEMPORARY, WriteBudget, share_dir, write_file_among};
+use pkv_files::{Claim, Held, TEMPORARY, WriteBudget, is_changed, remove_there, share_dir, write_file_among};
 
 use super::{FailedRow, Marker, Missing, PLAN_FILE, PiecesPlan, PiecesState, Signature, VERSION};
 use super::{exist, folder, marker_path, read_marker, write_sealed};
@@ -41,7 +41,7 @@ pub struct Pieces {
     /// Pieces that had failed before: they are tried again.
     failed_before: Mutex<BTreeSet<u64>>,
     budget: WriteBudget,
-    _held: File,
+    _held: Held,
 }
 
 /// The answer to a claim.
@@ -217,6 +217,8 @@ impl Pieces {
         match write_sealed(&marker_path(&self.dir, shard), &marker, &self.budget) {
             // Another process found all of them.
             Err(_) if !exist(&self.dir) => Ok(()),
+            // On another machine.
+            Err(e) if is_changed(&e) => Ok(()),
             written => written,
         }
     }
@@ -243,8 +245,14 @@ impl Pieces {
     /// There are more rows than the piece has, or the disk is full or fails.
     pub fn end(&self, piece: Piece, ended: Ended) -> Result<Marker> {
         let marker = self.marker(piece.shard, piece.by.clone(), piece.start, ended)?;
-        write_sealed(&marker_path(&self.dir, piece.shard), &marker, &self.budget)?;
-        Ok(marker)
+        match write_sealed(&marker_path(&self.dir, piece.shard), &marker, &self.budget) {
+            // A process elsewhere took this one for dead, and has made the same shard.
+            Err(e) if is_changed(&e) => {
+                let theirs = read_marker(&self.dir, &self.plan, piece.shard);
+                theirs.filter(|theirs| theirs.is_done() || !marker.is_done()).ok_or(e)
+            }
+            written => written.map(|()| marker),
+        }
     }
 
     fn marker(&self, shard: u64, by: Signature, start: Instant, ended: Ended) -> Result<Marker> {
@@ -404,7 +412,11 @@ fn join(dir: &Path, plan: &PiecesPlan, budget: &WriteBudget) -> Result<BTreeSet<
         }
         _ => {}
     }
-    write_sealed(&folder(dir).join(PLAN_FILE), plan, budget)?;
+    match write_sealed(&folder(dir).join(PLAN_FILE), plan, budget) {
+        // Another process was first, on another machine.
+        Err(e) if is_changed(&e) && super::read_plan(dir)?.as_ref() == Some(plan) => {}
+        written => written?,
+    }
     Ok(BTreeSet::new())
 }
 
@@ -427,6 +439,9 @@ fn is_sealed(dir: &Path) -> Result<bool> {
 
 /// Remove the pieces of a stage that is complete; a process that comes later finds the index first.
 fn remove_folder(dir: &Path) {
+    if let Err(e) = remove_there(&folder(dir)) {
+        tracing::debug!("left `{}` to the next process: {e:#}", folder(dir).display());
+    }
     match fs::remove_dir_all(folder(dir)) {
         Err(e) if e.kind() != ErrorKind::NotFound => {
             tracing::debug!("left `{}` to the next process: {e}", folder(dir).display());
