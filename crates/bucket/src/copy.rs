@@ -31,6 +31,9 @@ use crate::store::{If, Meta, Put, Read, Store, Version};
 /// Small files that are brought at a time.
 const AT_ONCE: usize = 8;
 
+/// Tries to fetch a file that changes meanwhile.
+const TRIES: u32 = 6;
+
 /// When the cache is too full, it is emptied to this part of its limit.
 const EMPTIED_TO: f64 = 0.9;
 
@@ -415,9 +418,17 @@ impl Origin for WorkingCopy {
             let _ = File::open(self.record_path(&key)).and_then(|file| file.set_modified(SystemTime::now()));
             return Ok(());
         }
-        let meta = self.store.head(&key)?;
-        let meta = meta.ok_or_else(|| std::io::Error::from(ErrorKind::NotFound))?;
-        self.download(&meta)
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let meta = self.store.head(&key)?;
+            let meta = meta.ok_or_else(|| std::io::Error::from(ErrorKind::NotFound))?;
+            match self.download(&meta) {
+                // Put anew meanwhile, or so a server under load says.
+                Err(e) if pkv_files::is_changed(&e) && tries < TRIES => {}
+                done => return done,
+            }
+        }
     }
 
     fn len(&self, path: &Path) -> Result<Option<u64>> {

@@ -164,6 +164,8 @@ impl Store {
         };
         match self.wait(read)? {
             Err(StoreError::NotModified { .. }) => Ok(Read::Same),
+            // No answer to a read of what has changed, and seen of servers under load: all of it then.
+            Err(StoreError::Precondition { .. }) if known.is_some() => self.read(key, None),
             other => Ok(match self.found("read", key, other)? {
                 Some((meta, content)) => Read::New(meta, content),
                 None => Read::Absent,

@@ -129,6 +129,9 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) {
                 return wait_for_the_end(&stream);
             }
             Some(Fault::Status(status)) => {
+                // Only what was asked under a condition can fail by one.
+                let asked = ["if-match", "if-none-match"].iter().any(|n| request.headers.contains_key(*n));
+                let status = if status == 412 && !asked { 500 } else { status };
                 error(status, if status == 503 { "SlowDown" } else { "OutOfOrder" })
             }
             _ => held.respond(&request),
