@@ -64,8 +64,8 @@ def serve(client):
             with lock:
                 n = next(count)
                 kind = next(kinds) if EVERY and n % EVERY == 0 else None
-                # Only what was asked under a condition may fail by one.
-                if kind == "412" and b"if-match" not in headers and b"if-none-match" not in headers:
+                # Only a write under a condition fails by one.
+                if kind == "412" and not (request.startswith(b"PUT") and (b"if-match" in headers or b"if-none-match" in headers)):
                     kind = "500"
                 done[kind or "through"] += 1
             if kind in ("500", "503", "412"):

@@ -101,7 +101,7 @@ def main():
     try:
         time.sleep(0.5)
         bench(work, s3, at)
-        pipeline(work, at, recipe)
+        pipeline(work, s3, at, recipe)
     finally:
         proxy.terminate()
         print("the proxy:", proxy.communicate()[0].strip())
@@ -113,7 +113,7 @@ def main():
     sys.exit(1 if failed else 0)
 
 
-def pipeline(work, at, recipe):
+def pipeline(work, s3, at, recipe):
     common = ["--recipe", recipe]
     disk = {k: v for k, v in os.environ.items()}
     run(["run", "--runs", work / "disk", *common], disk)
@@ -153,7 +153,7 @@ def pipeline(work, at, recipe):
     for kind in kinds:
         names = sorted(p.relative_to(work / "disk/small") for p in (work / "disk/small").glob(kind) if p.is_file())
         names = [name for name in names if not str(name).endswith(".lock")]
-        differ = [str(name) for name in names if there(at, f"lab/runs/small/{name}") != digest(work / "disk/small" / name)]
+        differ = [str(name) for name in names if there(s3, f"lab/runs/small/{name}") != digest(work / "disk/small" / name)]
         check(f"{len(names)} files of {kind} have the bytes of the run on disk", names and not differ)
         if differ:
             print("   ", differ[:5])
@@ -166,7 +166,7 @@ def pipeline(work, at, recipe):
 
 
 def there(at, key):
-    command = ["curl", "-sS", "--retry", "20", "--retry-all-errors", "--fail", "--aws-sigv4", "aws:amz:us-east-1:s3", "--user",
+    command = ["curl", "-sS", "--fail", "--aws-sigv4", "aws:amz:us-east-1:s3", "--user",
                f"{KEY}:{SECRET}", f"http://127.0.0.1:{at}/{key}"]
     return hashlib.sha256(subprocess.run(command, capture_output=True).stdout).hexdigest()
 
