@@ -293,8 +293,8 @@ impl Pieces {
             tokens: state.markers.iter().map(|m| m.tokens).sum(),
             secs: state.markers.iter().map(|m| m.secs).sum(),
         };
-        // Before the index: whoever comes after it may write anew. A process that wrote the stage as a whole
-        // and died may have left a file without a name.
+        // Before the index: the process that comes after it may write anew. A process that wrote the stage as
+        // a whole and died may have left a file without a name.
         sweep(&self.dir, shards.iter())?;
         let mut index = Index::new(&self.plan.stage, &self.plan.fingerprint);
         (index.rows_expected, index.complete, index.shards) = (Some(self.plan.rows), true, shards);
