@@ -1,12 +1,12 @@
 //! The folder of checkpoints: saving, rotation, the latest, the best.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Fingerprint, hinted};
-use pkv_files::{TEMPORARY, WriteBudget, lock_dir, sync_dir, write_error};
+use pkv_files::{Held, TEMPORARY, WriteBudget, lock_dir, push, sync_dir, write_error};
 use pkv_shard::StaleError;
 use tch::Device;
 
@@ -23,7 +23,7 @@ pub struct CheckpointStore {
     keep: usize,
     budget: WriteBudget,
     /// Held while training; readers have none.
-    _lock: Option<File>,
+    _lock: Option<Held>,
 }
 
 impl CheckpointStore {
@@ -98,7 +98,10 @@ impl CheckpointStore {
             let _ = fs::remove_dir_all(&temporary);
         }
         result.with_context(|| format!("cannot save checkpoint `{}`", folder.display()))?;
+        // In a working copy, the new one is put before old ones go.
+        push(&folder)?;
         self.rotate()?;
+        push(&self.dir)?;
         Ok(folder)
     }
 

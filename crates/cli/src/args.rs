@@ -50,7 +50,7 @@ pub struct Cli {
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<u32>,
 
-    /// Folder that holds the run folders.
+    /// Folder that holds the run folders, or a bucket: s3://, gs:// or az://.
     #[arg(long, global = true, default_value = "runs", value_name = "FOLDER", value_hint = ValueHint::DirPath)]
     pub runs: PathBuf,
 

@@ -8,6 +8,7 @@
 
 mod args;
 mod bench;
+mod buckets;
 mod compare;
 mod completion;
 mod fetch;
@@ -46,13 +47,16 @@ use crate::terminal::Bar;
 
 fn main() -> ExitCode {
     completion::answer();
-    let cli = match args::parse() {
+    let mut cli = match args::parse() {
         Ok(cli) => cli,
         // Help and version are results.
         Err(e) if !e.use_stderr() => return end(output::check(e.print()).map(|()| ExitCode::SUCCESS)),
         Err(e) => e.exit(),
     };
     terminal::init_logs(cli.verbose);
+    if let Err(e) = buckets::resolve(&mut cli) {
+        return end(Err(e));
+    }
     end(within_memory(&cli))
 }
 

@@ -186,6 +186,7 @@ fn percent_kept(ratio: f64) -> String {
 pub fn check_run(cli: &Cli, args: &RecipeArgs) -> Result<()> {
     let recipe = args.load()?;
     let run = RunLayout::new(cli.runs.join(&recipe.name));
+    pkv_files::refresh(&run.run_json())?;
     ensure!(
         run.run_json().is_file(),
         hinted(

@@ -7,6 +7,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 
+use crate::origin::{self, Claiming, Lease};
+
 /// Interval between checks for another process.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -16,13 +18,16 @@ pub struct Claim {
     file: File,
     locked: bool,
     was_signed: bool,
+    /// In a working copy, against processes elsewhere.
+    lease: Option<Box<dyn Lease>>,
 }
 
 impl Claim {
     /// Claim what the file `path` represents, made if absent; `None` while another process has it.
     ///
     /// The kernel releases the lock of a process that dies, so that no claim is ever stale. Where the file
-    /// system has no locks the claim is given: two processes may then do the same work.
+    /// system has no locks the claim is given: two processes may then do the same work. In a working copy
+    /// processes elsewhere are kept out by a lease, which ends some time after its process has died.
     ///
     /// # Errors
     /// The file cannot be made.
@@ -34,7 +39,7 @@ impl Claim {
             Err(TryLockError::Error(_)) => false,
         };
         let was_signed = file.metadata().is_ok_and(|file| file.len() > 0);
-        Ok(Some(Self { file, locked, was_signed }))
+        Ok(origin::claim(path, Claiming::Piece)?.map(|lease| Self { file, locked, was_signed, lease }))
     }
 
     /// As [`Claim::take`], waiting while another process has it.
@@ -65,6 +70,9 @@ impl Claim {
     /// # Errors
     /// The disk is full or fails.
     pub fn sign(&mut self, text: &str) -> io::Result<()> {
+        if let Some(lease) = &self.lease {
+            lease.sign(text);
+        }
         self.file.set_len(0)?;
         self.file.write_all(text.as_bytes())
     }

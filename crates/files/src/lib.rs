@@ -1,23 +1,32 @@
 //! Files that are whole or absent: written under a temporary name, fsynced, renamed, folder fsynced. Beside
 //! them locks of folders and hashes of files.
 //!
-//! Also the one place where a full disk can be simulated. What the files hold is left to the callers.
+//! Also the one place where a full disk can be simulated, and where a folder may be the working copy of a
+//! bucket (`origin`). What the files hold is left to the callers.
 
 mod claim;
+mod held;
+mod origin;
 
 use std::ffi::OsString;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use pkv_core::hinted;
 use sha2::{Digest, Sha256};
 
 pub use self::claim::{Claim, lock_file};
+pub use self::held::{Held, lock_dir, lock_work, share_dir};
+use self::origin::Elsewhere;
+pub use self::origin::{Changed, Claiming, Lease, Origin};
+pub use self::origin::{
+    file_len, is_changed, is_mounted, mount, open_file, pull, push, put_file, refresh, remove_there,
+};
 
 /// Ending of files that are not whole yet.
 pub const TEMPORARY: &str = ".tmp";
@@ -131,16 +140,19 @@ impl DurableFile {
         Ok(n)
     }
 
-    /// Make the file whole on disk and give it its name.
+    /// Make the file whole on disk and give it its name; in a working copy, there first.
     ///
     /// # Errors
     /// The disk is full or fails; the name is then as it was before.
     pub fn publish(mut self) -> io::Result<Published> {
         self.file.sync_all()?;
+        let published = Published { bytes: self.bytes, sha256: hex(self.hash.clone()) };
+        origin::put(&self.path, &self.temporary, &published.sha256)?;
         fs::rename(&self.temporary, &self.path)?;
         self.published = true;
+        origin::named(&self.path);
         sync_dir(parent(&self.path))?;
-        Ok(Published { bytes: self.bytes, sha256: hex(self.hash.clone()) })
+        Ok(published)
     }
 }
 
@@ -217,7 +229,11 @@ pub fn own_temporary(folder: &Path, path: &Path) -> PathBuf {
 /// The error for a failed write of `path`, with a hint.
 pub fn write_error(path: &Path, error: io::Error) -> anyhow::Error {
     let kind = error.kind();
-    write_error_of_kind(path, kind, error.into())
+    match error.downcast::<Elsewhere>() {
+        // It has its own hint.
+        Ok(elsewhere) => elsewhere.0.context(format!("cannot write `{}`", path.display())),
+        Err(error) => write_error_of_kind(path, kind, error.into()),
+    }
 }
 
 /// As [`write_error`], for an error that came through an encoder: `kind` is the file's.
@@ -246,70 +262,22 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// Hold `dir` against other processes until the returned file is dropped.
-///
-/// The folder itself is locked, so that no lock file lies about; the kernel releases the lock of a
-/// process that dies.
-///
-/// # Errors
-/// Another process holds it.
-pub fn lock_dir(dir: &Path) -> Result<File> {
-    hold_dir(dir, File::try_lock)
-}
-
-/// As [`lock_dir`], together with all who hold it so. Where the file system has no locks none is held.
-///
-/// # Errors
-/// Another process holds it alone.
-pub fn share_dir(dir: &Path) -> Result<File> {
-    hold_dir(dir, |file| match file.try_lock_shared() {
-        Err(TryLockError::Error(_)) => Ok(()),
-        held => held,
-    })
-}
-
-fn hold_dir(dir: &Path, lock: impl Fn(&File) -> Result<(), TryLockError>) -> Result<File> {
-    let file = File::open(dir).with_context(|| format!("cannot open folder `{}`", dir.display()))?;
-    match lock(&file) {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!(
-            hinted(
-                format!("another process writes `{}`", dir.display()),
-                "wait for it to end, or use another run name"
-            )
-            .environment()
-        ),
-        Err(TryLockError::Error(e)) => {
-            Err(e).with_context(|| format!("cannot lock folder `{}`", dir.display()))
-        }
-    }
-}
-
-/// Hold the file `path`, made if absent, against other processes until the returned file is dropped: alone,
-/// or together with all who hold it `shared`. For work whose folder is itself replaced or removed, and for a
-/// file system without locks none is held.
-///
-/// # Errors
-/// Another process holds it, `doing` what it holds it for; or the file cannot be made.
-pub fn lock_work(path: &Path, shared: bool, doing: &str) -> Result<File> {
-    let file = File::options().create(true).append(true).open(path).map_err(|e| write_error(path, e))?;
-    match if shared { file.try_lock_shared() } else { file.try_lock() } {
-        Err(TryLockError::WouldBlock) => bail!(
-            hinted(
-                format!("another process {doing}"),
-                "wait for it to end, or set another `name` in the recipe"
-            )
-            .environment()
-        ),
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
-    }
-}
-
 /// SHA-256 of the file at `path`, in lower-case hexadecimal.
 ///
 /// # Errors
 /// It cannot be read.
 pub fn sha256_file(path: &Path) -> Result<String> {
+    if is_mounted(path) {
+        open_file(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    }
+    sha256_here(path)
+}
+
+/// As [`sha256_file`], of a file that is here.
+///
+/// # Errors
+/// It cannot be read.
+pub fn sha256_here(path: &Path) -> Result<String> {
     let read = || {
         // A device never ends.
         pkv_core::check_regular(path)?;

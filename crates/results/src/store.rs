@@ -168,6 +168,7 @@ impl ContextStore {
 
     /// Every task that has an outcome, in the order of their folders' names.
     pub fn tasks(&self) -> Vec<Identity> {
+        bring(&self.dir);
         let mut folders = entries(&self.dir);
         folders.sort();
         let identity = |dir: &PathBuf| {
@@ -265,6 +266,7 @@ impl TaskStore {
 
     /// Everything that was measured, in the order of contexts.
     pub fn outcomes<T: DeserializeOwned>(&self) -> Outcomes<T> {
+        bring(&self.dir);
         let index = |path: &PathBuf| path.file_stem()?.to_str()?.parse::<usize>().ok();
         let mut indices: Vec<usize> = entries(&self.dir).iter().filter_map(index).collect();
         indices.sort_unstable();
@@ -302,9 +304,17 @@ impl TaskStore {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Option<Stored<T>> {
+    pkv_files::refresh(path).inspect_err(|e| tracing::warn!("an outcome counts as absent: {e:#}")).ok()?;
     let mut value: Value = serde_json::from_str(&pkv_core::read_small_text(path).ok()?).ok()?;
     unseal(&mut value).ok()?;
     serde_json::from_value(value).ok()
+}
+
+/// Bring what other machines have put into a working copy.
+fn bring(dir: &Path) {
+    if let Err(e) = pkv_files::pull(dir) {
+        tracing::warn!("what other machines measured counts as absent: {e:#}");
+    }
 }
 
 /// Files and folders in a folder; none if it cannot be read.

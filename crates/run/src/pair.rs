@@ -56,8 +56,8 @@ fn open(s: &Session, role: Source, section: &ModelSection) -> Result<Found> {
         template_hash: tokenizer.template_hash(),
     };
     s.record(|run| match role {
-        Source::Target => run.target = Some(record),
-        Source::Proxy => run.proxy = Some(record),
+        Source::Target => run.target = Some(record.clone()),
+        Source::Proxy => run.proxy = Some(record.clone()),
     })?;
     Ok(Found {
         role,

@@ -80,7 +80,7 @@ impl RunFolder {
     ///
     /// # Errors
     /// `run.json` cannot be written.
-    pub fn record(&self, change: impl FnOnce(&mut RunJson)) -> Result<()> {
+    pub fn record(&self, change: impl Fn(&mut RunJson)) -> Result<()> {
         RunJson::update(self, change)
     }
 
@@ -99,7 +99,8 @@ impl RunFolder {
         let device = device_in_words(devices.last().copied().unwrap_or(Device::Cpu));
         self.record(|run| {
             let record = run.stages.entry(stage.to_owned()).or_default();
-            let summary = summary.unwrap_or_else(|| std::mem::take(&mut record.summary));
+            let summary = summary.clone().unwrap_or_else(|| std::mem::take(&mut record.summary));
+            let device = device.clone();
             *record = StageRecord { secs: record.secs + secs, summary, device, gpus };
         })
     }

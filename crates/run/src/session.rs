@@ -103,7 +103,7 @@ impl Session {
     ///
     /// # Errors
     /// `run.json` cannot be written.
-    pub(crate) fn record(&self, change: impl FnOnce(&mut RunJson)) -> Result<()> {
+    pub(crate) fn record(&self, change: impl Fn(&mut RunJson)) -> Result<()> {
         if self.records { self.run.record(change) } else { Ok(()) }
     }
 

@@ -19,14 +19,13 @@ pub mod train;
 pub use self::generated::answer_stdin;
 pub use self::pieces::Part;
 
-use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use pkv_core::{Fingerprint, hinted};
-use pkv_files::lock_work;
+use pkv_files::{Held, lock_work};
 use pkv_shard::{Missing, PiecesState, Row, Stage, StageDir, StageState, StageWriter, Totals};
 use serde_json::{Value, json};
 
@@ -147,17 +146,21 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &EvalOptions) -> 
     }
     let (start, again) = (Instant::now(), redo.contains(&stage));
     let doing = || format!("cannot {} `{}`", stage.name(), s.recipe.name);
+    bring(s, entry, options).with_context(doing)?;
     // From before the output is thrown away until its record is written.
     let held = entry.held.map(|output| hold(s, stage, entry.adds_up && !again, &output(s, options)));
-    let held = held.transpose().with_context(doing)?;
+    let mut held = held.transpose().with_context(doing)?;
     if again {
         throw_away(s, stage, options)?;
     }
-    if let Some(held) = held.as_ref().filter(|_| entry.adds_up) {
+    if let Some(held) = held.as_mut().filter(|_| entry.adds_up) {
         // From here on, others may work beside this process.
-        let _ = held.lock_shared();
+        held.share().with_context(doing)?;
     }
-    match (entry.run)(s, options).with_context(doing)? {
+    let outcome = (entry.run)(s, options).with_context(doing);
+    // After a failure too: what a stage logs says how far it came.
+    put(s, entry, options, outcome.is_ok()).with_context(doing)?;
+    match outcome? {
         Outcome::Done(summary) => {
             let secs = start.elapsed().as_secs_f64();
             tracing::info!("{}: done in {secs:.1} s: {}", stage.name(), brief(&summary));
@@ -178,8 +181,34 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &EvalOptions) -> 
     Ok(true)
 }
 
+/// In a working copy, bring what other machines made of a stage's inputs and of its output.
+fn bring(s: &Session, entry: &Entry, options: &EvalOptions) -> Result<()> {
+    let inputs = entry.reads.iter().flat_map(|stage| stage.writes(&s.run));
+    let page = (entry.stage == Stage::Report).then(|| s.run.eval_of_export());
+    let all = inputs.chain(entry.stage.writes(&s.run)).chain(folders(s, entry.stage, options)).chain(page);
+    let mut all: Vec<PathBuf> = all.collect();
+    all.sort();
+    all.dedup();
+    all.iter().try_for_each(|path| pkv_files::pull(path).and_then(|()| pkv_files::refresh(path)))
+}
+
+/// In a working copy, put what a stage wrote beside whole files.
+fn put(s: &Session, entry: &Entry, options: &EvalOptions, is_done: bool) -> Result<()> {
+    // What is made in pieces was put piece by piece, and others work beside it.
+    if entry.held.is_none() && entry.stage != Stage::Report {
+        return Ok(());
+    }
+    let all = entry.stage.writes(&s.run).into_iter().chain(folders(s, entry.stage, options));
+    let result = all.into_iter().try_for_each(|path| pkv_files::push(&path));
+    if is_done {
+        return result;
+    }
+    result.unwrap_or_else(|e| tracing::warn!("{e:#}"));
+    Ok(())
+}
+
 /// Hold `output` of a stage against other processes.
-fn hold(s: &Session, stage: Stage, shared: bool, output: &Path) -> Result<File> {
+fn hold(s: &Session, stage: Stage, shared: bool, output: &Path) -> Result<Held> {
     let doing = format!("runs `{}` in `{}`", stage.name(), s.run.root().display());
     lock_work(&s.run.lock(output), shared, &doing)
 }
@@ -278,6 +307,9 @@ fn clear(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()> {
     // An evaluation of an export has a folder of its own.
     let own = entry(stage).held.filter(|_| entry(stage).adds_up).map(|output| vec![output(s, options)]);
     for path in own.unwrap_or_else(|| stage.writes(&s.run)) {
+        if !s.run.shard_folders().contains(&path) {
+            pkv_files::remove_there(&path)?;
+        }
         let gone = if path.is_symlink() {
             // To what several runs share: the others keep it.
             std::fs::remove_file(&path)

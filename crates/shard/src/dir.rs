@@ -1,6 +1,6 @@
 //! A stage's output folder: open, resume, check, clear.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use crate::index::{INDEX_FILE, Index, ShardEntry};
 use crate::pieces::{self, PiecesState};
-use pkv_files::{TEMPORARY, WriteBudget, lock_dir, sha256_file, sync_dir, write_file};
+use pkv_files::{Held, TEMPORARY, WriteBudget, file_len, lock_dir, remove_there};
+use pkv_files::{sha256_file, sync_dir, write_file};
 
 /// A stage's folder and its index.
 ///
@@ -20,7 +21,7 @@ pub struct StageDir {
     dir: PathBuf,
     index: Index,
     /// Released when dropped, or by the kernel when the process dies.
-    lock: Option<File>,
+    lock: Option<Held>,
     budget: WriteBudget,
 }
 
@@ -181,6 +182,9 @@ impl StageDir {
         let _lock = lock_dir(dir)?;
         // The index first: shards without it are swept by the next `open`, an index without them is damage.
         let index = dir.join(INDEX_FILE);
+        remove_there(&index)?;
+        // In a working copy, shards and pieces that are not here as well.
+        remove_there(dir)?;
         if index.exists() {
             fs::remove_file(&index).with_context(|| format!("cannot remove `{}`", index.display()))?;
             sync_dir(dir).with_context(|| format!("cannot sync `{}`", dir.display()))?;
@@ -312,10 +316,10 @@ pub(crate) fn check_size(dir: &Path, stage: &str, shard: &ShardEntry) -> Result<
     let path = dir.join(&shard.file);
     let damaged = || redo(format!("cannot use shard `{}`", path.display()), stage);
     let found =
-        fs::metadata(&path).context("it is named by the index, but is not there").with_context(damaged)?;
+        file_len(&path).context("it is named by the index, but is not there").with_context(damaged)?;
     ensure!(
-        found.len() == shard.bytes,
-        anyhow::anyhow!("expected {} bytes, found {}", shard.bytes, found.len()).context(damaged())
+        found == shard.bytes,
+        anyhow::anyhow!("expected {} bytes, found {found}", shard.bytes).context(damaged())
     );
     Ok(path)
 }
@@ -360,6 +364,7 @@ fn is_shard(name: &str) -> bool {
 
 /// Remove a file, unless another process has.
 fn remove(path: &Path) -> Result<()> {
+    remove_there(path)?;
     match fs::remove_file(path) {
         Err(e) if e.kind() != ErrorKind::NotFound => {
             Err(e).with_context(|| format!("cannot remove `{}`", path.display()))

@@ -80,6 +80,7 @@ impl Index {
     /// It cannot be read, is no index, or is one of another version.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(INDEX_FILE);
+        pkv_files::refresh(&path)?;
         let unusable = || {
             hinted(
                 format!("cannot use shard index `{}`", path.display()),

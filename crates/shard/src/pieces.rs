@@ -177,8 +177,9 @@ impl PiecesState {
     /// # Errors
     /// The folder cannot be read.
     pub fn read(stage_folder: &Path) -> Result<Option<Self>> {
-        let Some(plan) = read_plan(stage_folder)? else { return Ok(None) };
         let folder = folder(stage_folder);
+        pkv_files::pull(&folder)?;
+        let Some(plan) = read_plan(stage_folder)? else { return Ok(None) };
         let context = || format!("cannot list folder `{}`", folder.display());
         let (mut markers, mut locks) = (BTreeMap::new(), BTreeMap::new());
         let entries = match fs::read_dir(&folder) {
@@ -195,7 +196,8 @@ impl PiecesState {
             };
             match kind {
                 "json" => markers.extend(read_marker(stage_folder, &plan, shard).map(|m| (shard, m))),
-                "lock" => drop(locks.insert(shard, folder.join(&name))),
+                // The second one is a claim of another machine, in a working copy.
+                "lock" | "lock.lease" => drop(locks.insert(shard, folder.join(&name))),
                 _ => {}
             }
         }
@@ -300,7 +302,11 @@ pub(crate) fn folder(stage_folder: &Path) -> PathBuf {
 
 /// Whether a stage's folder holds pieces.
 pub(crate) fn exist(stage_folder: &Path) -> bool {
-    folder(stage_folder).join(PLAN_FILE).exists()
+    let plan = folder(stage_folder).join(PLAN_FILE);
+    if let Err(e) = pkv_files::refresh(&plan) {
+        tracing::debug!("{e:#}");
+    }
+    plan.exists()
 }
 
 fn marker_path(stage_folder: &Path, shard: u64) -> PathBuf {
@@ -332,6 +338,7 @@ fn read_marker(stage_folder: &Path, plan: &PiecesPlan, shard: u64) -> Option<Mar
 
 /// A record with its own hash; `None` if it is absent or, with a warning, damaged.
 fn read_sealed<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    pkv_files::refresh(path)?;
     let text = match pkv_core::read_small_text(path) {
         Ok(text) => text,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),

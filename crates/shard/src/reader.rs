@@ -1,6 +1,5 @@
 //! Rows out of shards, at random or in order.
 
-use std::fs::File;
 use std::marker::PhantomData;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -11,6 +10,7 @@ use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
 use pkv_core::{StoreDtype, hinted, refuse_panics};
+use pkv_files::open_file;
 
 use crate::dir::{StageDir, check_hash, check_size, redo};
 use crate::index::{SCHEMA_VERSION, ShardEntry};
@@ -135,7 +135,7 @@ impl<R: Row> StageReader<R> {
         let path = check_size(dir, stage, entry)?;
         check_hash(dir, stage, entry)?;
         let read = || -> Result<OpenShard> {
-            let metadata = ArrowReaderMetadata::load(&File::open(&path)?, ArrowReaderOptions::new())?;
+            let metadata = ArrowReaderMetadata::load(&open_file(&path)?, ArrowReaderOptions::new())?;
             let file = metadata.metadata();
             let pairs = file.file_metadata().key_value_metadata();
             let value = |key: &str| {
@@ -168,7 +168,7 @@ impl<R: Row> StageReader<R> {
         let rows = (open.starts[group + 1] - open.starts[group]) as usize;
         let read = || -> Result<RecordBatch> {
             let mut batches =
-                ParquetRecordBatchReaderBuilder::new_with_metadata(File::open(&path)?, open.metadata.clone())
+                ParquetRecordBatchReaderBuilder::new_with_metadata(open_file(&path)?, open.metadata.clone())
                     .with_row_groups(vec![group])
                     .with_batch_size(rows)
                     .build()?;

@@ -5,13 +5,16 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use pkv_core::{hinted, seal, unseal};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::RunLayout;
-use pkv_files::{TEMPORARY, WriteBudget, write_file};
+use pkv_files::{TEMPORARY, WriteBudget, is_changed, write_file};
+
+/// Changes of a record while other machines change it as well: one of them succeeds at each try.
+const TRIES: u32 = 100;
 
 /// What `run.json` holds. Each part is absent until a stage has written it; earlier versions wrote fewer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -90,6 +93,7 @@ impl RunJson {
     /// The file cannot be read, or is no such record.
     pub fn read(layout: &RunLayout) -> Result<Option<Self>> {
         let path = layout.run_json();
+        pkv_files::refresh(&path)?;
         match pkv_core::read_small_text(&path) {
             Ok(text) => {
                 let unusable = || {
@@ -116,23 +120,32 @@ impl RunJson {
     ///
     /// # Errors
     /// The record cannot be read or written.
-    pub fn update(layout: &RunLayout, change: impl FnOnce(&mut Self)) -> Result<()> {
+    pub fn update(layout: &RunLayout, change: impl Fn(&mut Self)) -> Result<()> {
         let path = layout.run_json();
         let hint = || hinted(format!("cannot write `{}`", path.display()), "check the disk's free space");
         // Several processes may work in one folder: each adds to what the others wrote. Without locks (some
         // network folders have none) the last one counts.
         let folder = File::open(layout.root()).with_context(hint)?;
         let _ = folder.lock();
-        let before = Self::read(layout)?;
-        let mut run = before.clone().unwrap_or_default();
-        change(&mut run);
         sweep(layout.root());
-        if before.as_ref() == Some(&run) {
-            return Ok(());
+        for _ in 0..TRIES {
+            let before = Self::read(layout)?;
+            let mut run = before.clone().unwrap_or_default();
+            change(&mut run);
+            if before.as_ref() == Some(&run) {
+                return Ok(());
+            }
+            let text = seal(&serde_json::to_string_pretty(&run)?) + "\n";
+            match write_file(&path, text.as_bytes(), &WriteBudget::from_env()) {
+                // On another machine; here the lock keeps others out.
+                Err(e) if is_changed(&e) => {}
+                written => return written.map(drop).with_context(hint),
+            }
         }
-        let text = seal(&serde_json::to_string_pretty(&run)?) + "\n";
-        write_file(&path, text.as_bytes(), &WriteBudget::from_env()).with_context(hint)?;
-        Ok(())
+        bail!(hinted(
+            format!("cannot write `{}`: other processes change it all the time", path.display()),
+            "run the same command again"
+        ))
     }
 }
 

@@ -11,7 +11,7 @@ use std::thread;
 use sha2::{Digest, Sha256};
 
 /// Answer requests on a port of its own, a thread each: the endpoint, and the state that it made of it.
-fn listen<S: Send + 'static>(
+pub(crate) fn listen<S: Send + 'static>(
     state: impl FnOnce(String) -> S,
     answer: fn(TcpStream, &Mutex<S>),
 ) -> (String, Arc<Mutex<S>>) {
@@ -38,7 +38,7 @@ fn serve<S: Send + 'static>(listener: TcpListener, state: &Arc<Mutex<S>>, answer
 }
 
 /// Until the other side hangs up.
-fn wait_for_the_end(mut stream: &TcpStream) {
+pub(crate) fn wait_for_the_end(mut stream: &TcpStream) {
     let _ = stream.read(&mut [0]);
 }
 

@@ -1,5 +1,5 @@
-//! What tests of several crates share: paths of test data, checks of errors, hubs on the loopback interface,
-//! reference arithmetic in f64; with the feature `tensors` that of attention, too.
+//! What tests of several crates share: paths of test data, checks of errors, hubs and an S3 server on the
+//! loopback interface, reference arithmetic in f64; with the feature `tensors` that of attention, too.
 //!
 //! A dev-dependency only. Without the feature nothing here links libtorch.
 
@@ -10,5 +10,6 @@ pub mod files;
 pub mod hub;
 pub mod kill;
 pub mod loops;
+pub mod s3;
 #[cfg(feature = "tensors")]
 pub mod tensors;

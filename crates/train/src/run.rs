@@ -432,6 +432,9 @@ impl<'a> Run<'a> {
         state.check_finite().map_err(|e| self.diverged(e))?;
         // The metrics first: a checkpoint must not know of steps that they lack.
         self.journal.sync()?;
+        let run = RunLayout::new(self.store.path().parent().unwrap_or(self.store.path()));
+        pkv_files::push(&run.train())?;
+        pkv_files::push(&run.events())?;
         self.store.save(&state)?;
         self.saved = Some(self.step);
         Ok(())

@@ -1,7 +1,7 @@
 //! Pieces at work: claimed, written, and at the end sealed by the process that finds all of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{StoreDtype, Task, hinted};
-use pkv_files::{Claim, TEMPORARY, WriteBudget, share_dir, write_file_among};
+use pkv_files::{Claim, Held, TEMPORARY, WriteBudget, is_changed, pull, refresh};
+use pkv_files::{remove_there, share_dir, write_file_among};
 use serde::{Deserialize, Serialize};
 
 use super::{FailedRow, Marker, Missing, PLAN_FILE, PiecesPlan, PiecesState, Signature, VERSION};
@@ -48,7 +49,7 @@ pub struct Pieces {
     failed_before: Mutex<BTreeSet<u64>>,
     markers_read: AtomicU64,
     budget: WriteBudget,
-    _held: File,
+    _held: Held,
 }
 
 /// The answer to a claim.
@@ -248,6 +249,8 @@ impl Pieces {
         match write_sealed(&marker_path(&self.dir, shard), &marker, &self.budget) {
             // Another process found all of them.
             Err(_) if !exist(&self.dir) => Ok(()),
+            // On another machine.
+            Err(e) if is_changed(&e) => Ok(()),
             written => written,
         }
     }
@@ -284,10 +287,17 @@ impl Pieces {
     /// There are more rows than the piece has, or the disk is full or fails.
     pub fn end(&self, piece: Piece, ended: Ended) -> Result<Marker> {
         let marker = self.marker(piece.shard, piece.by.clone(), piece.start, ended)?;
-        write_sealed(&marker_path(&self.dir, piece.shard), &marker, &self.budget)?;
+        let made = match write_sealed(&marker_path(&self.dir, piece.shard), &marker, &self.budget) {
+            // A process elsewhere took this one for dead, and has made the same shard.
+            Err(e) if is_changed(&e) => {
+                let theirs = read_marker(&self.dir, &self.plan, piece.shard);
+                theirs.filter(|theirs| theirs.is_done() || !marker.is_done()).ok_or(e)?
+            }
+            written => written.map(|()| marker)?,
+        };
         // It goes with the folder, too.
         let _ = fs::remove_file(rest_path(&self.dir, piece.shard));
-        Ok(marker)
+        Ok(made)
     }
 
     fn marker(&self, shard: u64, by: Signature, start: Instant, ended: Ended) -> Result<Marker> {
@@ -370,12 +380,17 @@ impl Pieces {
     /// Whether a piece has no marker, by its name.
     fn is_absent(&self, shard: u64) -> bool {
         self.markers_read.fetch_add(1, Ordering::Relaxed);
-        !marker_path(&self.dir, shard).exists()
+        let path = marker_path(&self.dir, shard);
+        if let Err(e) = refresh(&path) {
+            tracing::debug!("{e:#}");
+        }
+        !path.exists()
     }
 
     /// Pieces whose markers are there, by the names in the folder; `None` if it has gone.
     fn listed(&self) -> Result<Option<BTreeSet<u64>>> {
         let folder = folder(&self.dir);
+        pull(&folder)?;
         let context = || format!("cannot list folder `{}`", folder.display());
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
@@ -524,7 +539,11 @@ fn join(dir: &Path, plan: &PiecesPlan, task: Task, budget: &WriteBudget) -> Resu
         }
         _ => {}
     }
-    write_sealed(&folder(dir).join(PLAN_FILE), plan, budget)?;
+    match write_sealed(&folder(dir).join(PLAN_FILE), plan, budget) {
+        // Another process was first, on another machine.
+        Err(e) if is_changed(&e) && super::read_plan(dir)?.as_ref() == Some(plan) => {}
+        written => written?,
+    }
     Ok(BTreeSet::new())
 }
 
@@ -547,6 +566,9 @@ fn is_sealed(dir: &Path) -> Result<bool> {
 
 /// Remove the pieces of a stage that is complete; a process that comes later finds the index first.
 fn remove_folder(dir: &Path) {
+    if let Err(e) = remove_there(&folder(dir)) {
+        tracing::debug!("left `{}` to the next process: {e:#}", folder(dir).display());
+    }
     match fs::remove_dir_all(folder(dir)) {
         Err(e) if e.kind() != ErrorKind::NotFound => {
             tracing::debug!("left `{}` to the next process: {e}", folder(dir).display());

@@ -1,0 +1,455 @@
+//! A bucket's objects by key: read, put under a condition, list, remove. Blocking, and without secrets in its
+//! errors.
+
+use std::fs::File;
+use std::future::Future;
+use std::io::{Read as _, Write as _};
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, StreamExt, TryStreamExt};
+use object_store::path::Path as Key;
+use object_store::{
+    Attribute, Attributes, Error as StoreError, GetOptions, GetRange, MultipartUpload, ObjectMeta,
+    ObjectStore, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions, PutResult, UpdateVersion,
+};
+use pkv_core::hinted;
+use sha2::{Digest, Sha256};
+use tokio::runtime::Handle;
+
+use crate::address::Address;
+use crate::credentials::connect;
+use crate::options::Options;
+use crate::redact::Secrets;
+
+/// Size of a range or part that is on its way, and of the largest object that is put at once. S3 wants 5 MiB
+/// at least; 8 MiB hide the time of a request at 100 MB/s and more.
+pub(crate) const PART: u64 = 8 << 20;
+
+/// Parts on their way at a time: they bound the memory that a transfer takes.
+const AT_ONCE: usize = 4;
+
+/// S3 takes 10,000 parts of an object.
+const MOST_PARTS: u64 = 9_000;
+
+/// The name under which an object's hash is kept with it.
+const SHA256: &str = "sha256";
+
+/// Tries of a put under a condition, whose answer may be lost.
+const TRIES: u32 = 6;
+
+/// A version of an object.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Version {
+    pub e_tag: Option<String>,
+    /// Google's generation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+}
+
+/// What a bucket says of an object.
+#[derive(Clone, Debug)]
+pub(crate) struct Meta {
+    pub key: String,
+    pub bytes: u64,
+    pub version: Version,
+    pub modified: SystemTime,
+}
+
+/// The condition of a put.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum If {
+    Always,
+    Absent,
+    /// The object is still this one.
+    Is(Version),
+}
+
+/// What became of a put under a condition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Put {
+    Done(Version),
+    /// The condition was not met.
+    Changed,
+}
+
+/// One bucket.
+#[derive(Clone)]
+pub(crate) struct Store {
+    inner: Arc<dyn ObjectStore>,
+    root: String,
+    secrets: Secrets,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Store({})", self.root)
+    }
+}
+
+/// The runtime, on a thread of its own for as long as the process lives.
+fn runtime() -> Result<&'static Handle> {
+    static HANDLE: OnceLock<Option<Handle>> = OnceLock::new();
+    let start = || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .max_blocking_threads(32)
+            .build()
+            .ok()?;
+        let handle = runtime.handle().clone();
+        let drive = move || runtime.block_on(std::future::pending::<()>());
+        std::thread::Builder::new().name("bucket".to_owned()).spawn(drive).ok()?;
+        Some(handle)
+    };
+    HANDLE.get_or_init(start).as_ref().context("cannot start the thread that speaks to buckets")
+}
+
+impl Store {
+    pub fn open(address: &Address, options: &Options) -> Result<Self> {
+        let (inner, secrets) = connect(address, options)?;
+        Ok(Self { inner, root: address.root(), secrets })
+    }
+
+    fn wait<T>(&self, work: impl Future<Output = T>) -> Result<T> {
+        Ok(runtime()?.block_on(work))
+    }
+
+    /// The address of an object, for messages.
+    pub fn shown(&self, key: &str) -> String {
+        format!("{}/{key}", self.root)
+    }
+
+    /// `None` for what is not there.
+    fn found<T>(&self, doing: &str, key: &str, result: Result<T, StoreError>) -> Result<Option<T>> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.error(doing, key, e)),
+        }
+    }
+
+    fn error(&self, doing: &str, key: &str, error: StoreError) -> anyhow::Error {
+        let what = format!("cannot {doing} `{}`", self.shown(key));
+        let hint = match &error {
+            StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => {
+                let hint =
+                    "check the credentials, and that they may read, write, list and remove in this bucket";
+                return anyhow::anyhow!(self.secrets.redact(&error.to_string())).context(hinted(what, hint));
+            }
+            StoreError::NotFound { .. } => "check the name of the bucket, the region and the endpoint",
+            StoreError::NotImplemented { .. } | StoreError::NotSupported { .. } => {
+                "this server lacks what claims need: puts under a condition (If-Match, If-None-Match)"
+            }
+            _ => "check the network and the endpoint, and run the same command again; what is whole is kept",
+        };
+        anyhow::anyhow!(self.secrets.redact(&error.to_string())).context(hinted(what, hint).environment())
+    }
+
+    fn key(key: &str) -> Result<Key> {
+        Key::parse(key).with_context(|| format!("`{key}` cannot be the name of an object"))
+    }
+
+    /// A small object, unless it is still `known`.
+    pub fn read(&self, key: &str, known: Option<&Version>) -> Result<Read> {
+        let options =
+            GetOptions { if_none_match: known.and_then(|v| v.e_tag.clone()), ..GetOptions::default() };
+        let path = Self::key(key)?;
+        let read = async {
+            let found = self.inner.get_opts(&path, options).await?;
+            let meta = meta(&found.meta);
+            Ok((meta, found.bytes().await?))
+        };
+        match self.wait(read)? {
+            Err(StoreError::NotModified { .. }) => Ok(Read::Same),
+            // No answer to a read of what has changed, and seen of servers under load: all of it then.
+            Err(StoreError::Precondition { .. }) if known.is_some() => self.read(key, None),
+            other => Ok(match self.found("read", key, other)? {
+                Some((meta, content)) => Read::New(meta, content),
+                None => Read::Absent,
+            }),
+        }
+    }
+
+    pub fn head(&self, key: &str) -> Result<Option<Meta>> {
+        let path = Self::key(key)?;
+        let found = self.wait(self.inner.head(&path))?;
+        Ok(self.found("find", key, found)?.map(|found| meta(&found)))
+    }
+
+    /// Objects below a folder, in any depth.
+    pub fn list(&self, folder: &str) -> Result<Vec<Meta>> {
+        let prefix = (!folder.is_empty()).then(|| Self::key(folder)).transpose()?;
+        let all = self.wait(self.inner.list(prefix.as_ref()).try_collect::<Vec<_>>())?;
+        let all = self.found("list", folder, all)?.unwrap_or_default();
+        Ok(all.iter().map(meta).collect())
+    }
+
+    /// Objects right in a folder.
+    pub fn list_flat(&self, folder: &str) -> Result<Vec<Meta>> {
+        let prefix = (!folder.is_empty()).then(|| Self::key(folder)).transpose()?;
+        let all = self.wait(self.inner.list_with_delimiter(prefix.as_ref()))?;
+        Ok(self
+            .found("list", folder, all)?
+            .map(|all| all.objects.iter().map(meta).collect())
+            .unwrap_or_default())
+    }
+
+    /// Remove an object, which may be absent.
+    pub fn remove(&self, key: &str) -> Result<()> {
+        let path = Self::key(key)?;
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.wait(self.inner.delete(&path))? {
+                // Its answer was lost.
+                Err(StoreError::Generic { .. }) if tries < TRIES => pause(tries),
+                removed => return self.found("remove", key, removed).map(drop),
+            }
+        }
+    }
+
+    /// Put a small object.
+    pub fn write(&self, key: &str, content: &[u8], condition: &If) -> Result<Put> {
+        self.put(key, Bytes::copy_from_slice(content), condition, Attributes::new())
+    }
+
+    /// Put a file, in parts if it is large; those have no condition.
+    pub fn upload(&self, key: &str, content: &Path, sha256: &str, condition: &If) -> Result<Put> {
+        let context = || format!("cannot read `{}`", content.display());
+        let mut file = File::open(content).with_context(context)?;
+        let bytes = file.metadata().with_context(context)?.len();
+        let mut attributes = Attributes::new();
+        attributes.insert(Attribute::Metadata(SHA256.into()), sha256.to_owned().into());
+        if bytes > PART {
+            drop(file);
+            return self.upload_parts(key, content, bytes, attributes).map(Put::Done);
+        }
+        let mut all = Vec::with_capacity(bytes as usize);
+        file.read_to_end(&mut all).with_context(context)?;
+        self.put(key, all.into(), condition, attributes)
+    }
+
+    fn put(&self, key: &str, content: Bytes, condition: &If, attributes: Attributes) -> Result<Put> {
+        let path = Self::key(key)?;
+        let mode = match condition {
+            If::Always => PutMode::Overwrite,
+            If::Absent => PutMode::Create,
+            If::Is(Version { e_tag, version }) => {
+                PutMode::Update(UpdateVersion { e_tag: e_tag.clone(), version: version.clone() })
+            }
+        };
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let options =
+                PutOptions { mode: mode.clone(), attributes: attributes.clone(), ..PutOptions::default() };
+            let error = match self.wait(self.inner.put_opts(&path, content.clone().into(), options))? {
+                Ok(result) => return Ok(Put::Done(version(&result))),
+                Err(e) => e,
+            };
+            let may_be_done = match &error {
+                StoreError::Precondition { .. } | StoreError::AlreadyExists { .. } => true,
+                StoreError::NotFound { .. } => matches!(condition, If::Is(_)),
+                StoreError::Generic { .. } => *condition != If::Always,
+                _ => false,
+            };
+            if !may_be_done {
+                return Err(self.error("write", key, error));
+            }
+            // The answer to a put that was done may have been lost, and a server under load may refuse one
+            // whose condition is met.
+            let is_met = match self.read(key, None)? {
+                Read::New(meta, found) if found == content => return Ok(Put::Done(meta.version)),
+                Read::New(meta, _) => *condition == If::Is(meta.version),
+                Read::Absent | Read::Same => *condition == If::Absent,
+            };
+            if !is_met {
+                return Ok(Put::Changed);
+            }
+            if tries >= TRIES {
+                return Err(self.error("write", key, error));
+            }
+            tracing::debug!(
+                "sending `{}` again: {}",
+                self.shown(key),
+                self.secrets.redact(&error.to_string())
+            );
+            pause(tries);
+        }
+    }
+
+    fn upload_parts(&self, key: &str, content: &Path, bytes: u64, attributes: Attributes) -> Result<Version> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let error = match self.wait(self.send_all(&Self::key(key)?, content, bytes, &attributes))? {
+                Ok(Ok(result)) => return Ok(version(&result)),
+                Ok(Err(e)) => return Err(e).with_context(|| format!("cannot read `{}`", content.display())),
+                Err(e) => e,
+            };
+            // The answer that it is complete may have been lost.
+            let is_passing = matches!(error, StoreError::Generic { .. } | StoreError::NotFound { .. });
+            if is_passing && let Some(there) = self.is_there(key, &attributes)? {
+                return Ok(there);
+            }
+            if !is_passing || tries >= TRIES {
+                return Err(self.error("write", key, error));
+            }
+            tracing::debug!(
+                "sending `{}` again: {}",
+                self.shown(key),
+                self.secrets.redact(&error.to_string())
+            );
+            pause(tries);
+        }
+    }
+
+    /// The version of an object, if it has these attributes.
+    fn is_there(&self, key: &str, attributes: &Attributes) -> Result<Option<Version>> {
+        let path = Self::key(key)?;
+        let options = GetOptions { head: true, ..GetOptions::default() };
+        let found = self.wait(self.inner.get_opts(&path, options))?;
+        let hash = Attribute::Metadata(SHA256.into());
+        let same =
+            |found: &Attributes| found.get(&hash).is_some() && found.get(&hash) == attributes.get(&hash);
+        let found = self.found("find", key, found)?.filter(|found| same(&found.attributes));
+        Ok(found.map(|found| meta(&found.meta).version))
+    }
+
+    /// Send a file in parts. The inner error is of the file.
+    async fn send_all(
+        &self,
+        path: &Key,
+        content: &Path,
+        bytes: u64,
+        attributes: &Attributes,
+    ) -> Result<Result<PutResult>, StoreError> {
+        let mut file = match File::open(content) {
+            Ok(file) => file,
+            Err(e) => return Ok(Err(e.into())),
+        };
+        let part = PART.max(bytes.div_ceil(MOST_PARTS).next_multiple_of(1 << 20));
+        let options =
+            PutMultipartOptions { attributes: attributes.clone(), ..PutMultipartOptions::default() };
+        let mut upload = self.inner.put_multipart_opts(path, options).await?;
+        let sent = send_parts(&mut *upload, &mut file, bytes, part).await;
+        if !matches!(sent, Ok(Ok(()))) {
+            // What a bucket keeps of it never counts; its rules remove it.
+            let _ = upload.abort().await;
+        }
+        match sent? {
+            Ok(()) => upload.complete().await.map(Ok),
+            Err(e) => Ok(Err(e)),
+        }
+    }
+
+    /// Have an object's bytes in a file that is open for writing; what is read is one version of it, and the
+    /// one that was written.
+    pub fn download(&self, meta: &Meta, into: &mut File) -> Result<()> {
+        let (path, key) = (Self::key(&meta.key)?, meta.key.as_str());
+        let starts = (0..meta.bytes.div_ceil(PART)).map(|n| n * PART);
+        let ranges = starts.map(|start| start..(start + PART).min(meta.bytes));
+        let (mut hash, mut expected) = (Sha256::new(), None::<String>);
+        let work = async {
+            let get = |range: std::ops::Range<u64>| {
+                let options = GetOptions {
+                    if_match: meta.version.e_tag.clone(),
+                    range: Some(GetRange::Bounded(range.clone())),
+                    ..GetOptions::default()
+                };
+                let path = &path;
+                async move {
+                    let found = self.inner.get_opts(path, options).await?;
+                    let of = found.attributes.get(&Attribute::Metadata(SHA256.into())).map(|v| v.to_string());
+                    Ok::<_, StoreError>((range, of, found.bytes().await?))
+                }
+            };
+            let mut parts = futures_util::stream::iter(ranges.map(get)).buffered(AT_ONCE);
+            while let Some((range, of, content)) = parts.try_next().await? {
+                if content.len() as u64 != range.end - range.start {
+                    return Ok(Err(anyhow::anyhow!(
+                        "expected {range:?} of it, found {} bytes",
+                        content.len()
+                    )));
+                }
+                if let Err(e) = into.write_all(&content) {
+                    return Ok(Err(e.into()));
+                }
+                hash.update(&content);
+                expected = expected.take().or(of);
+            }
+            Ok(Ok(()))
+        };
+        let context = || format!("cannot read `{}`", self.shown(key));
+        match self.wait(work)? {
+            Ok(done) => done.with_context(context)?,
+            Err(StoreError::Precondition { .. }) => {
+                bail!(anyhow::Error::from(pkv_files::Changed).context(context()))
+            }
+            Err(e) => return Err(self.error("read", key, e)),
+        }
+        let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        ensure!(
+            expected.as_ref().is_none_or(|expected| *expected == found),
+            anyhow::anyhow!("expected SHA-256 {}, found {found}", expected.unwrap_or_default()).context(hinted(
+                context(),
+                "its bytes were changed on the way or in the bucket: run the same command again, or make it again"
+            ))
+        );
+        Ok(())
+    }
+}
+
+/// What [`Store::read`] found.
+#[derive(Debug)]
+pub(crate) enum Read {
+    Absent,
+    /// Still the known version.
+    Same,
+    New(Meta, Bytes),
+}
+
+/// Send a file's parts, a few at a time. The inner error is of the file.
+async fn send_parts(
+    upload: &mut dyn MultipartUpload,
+    file: &mut File,
+    bytes: u64,
+    part: u64,
+) -> Result<Result<()>, StoreError> {
+    let mut left = bytes;
+    let mut sending = FuturesUnordered::new();
+    while left > 0 || !sending.is_empty() {
+        while left > 0 && sending.len() < AT_ONCE {
+            let n = left.min(part);
+            let mut content = vec![0; n as usize];
+            if let Err(e) = file.read_exact(&mut content) {
+                return Ok(Err(e.into()));
+            }
+            left -= n;
+            sending.push(upload.put_part(Bytes::from(content).into()));
+        }
+        sending.next().await.transpose()?;
+    }
+    Ok(Ok(()))
+}
+
+/// Longer after each try.
+fn pause(tries: u32) {
+    std::thread::sleep(Duration::from_millis(200) * tries);
+}
+
+fn version(result: &PutResult) -> Version {
+    Version { e_tag: result.e_tag.clone(), version: result.version.clone() }
+}
+
+fn meta(found: &ObjectMeta) -> Meta {
+    Meta {
+        key: found.location.to_string(),
+        bytes: found.size,
+        version: Version { e_tag: found.e_tag.clone(), version: found.version.clone() },
+        modified: found.last_modified.into(),
+    }
+}

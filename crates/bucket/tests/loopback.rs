@@ -1,0 +1,306 @@
+//! Working copies of an S3 server on the loopback interface, in all the weather that a network has.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use pkv_bucket::{Address, Options, mount};
+use pkv_core::Hinted;
+use pkv_files::{
+    Claim, DurableFile, WriteBudget, file_len, is_changed, lock_dir, open_file, share_dir, write_file,
+};
+use pkv_test_support::s3::{Fault, S3};
+use tempfile::TempDir;
+
+const SECRET: &str = "a-secret-access-key";
+
+/// What networks and servers under load do, one after another.
+const WEATHER: [Fault; 7] = [
+    Fault::Status(500),
+    Fault::Status(503),
+    Fault::HangUp,
+    Fault::LoseAnswer,
+    Fault::HalfBody,
+    Fault::Stall,
+    Fault::Status(412),
+];
+
+/// Of leases: a process of a machine under load renews one in a quarter of it, and is late by less than it.
+const TERM: Duration = Duration::from_secs(2);
+
+/// A machine: its cache, and the root of the bucket's working copy.
+struct Machine {
+    _cache: TempDir,
+    root: PathBuf,
+}
+
+fn options(server: &S3, cache: &Path) -> Options {
+    let variables = [
+        ("AWS_ENDPOINT_URL", server.endpoint.as_str()),
+        ("AWS_ACCESS_KEY_ID", "an-access-key"),
+        ("AWS_SECRET_ACCESS_KEY", SECRET),
+        ("AWS_REGION", "here"),
+    ];
+    Options {
+        cache: cache.to_owned(),
+        cache_bytes: 1 << 30,
+        patience: Duration::from_millis(700),
+        lease: TERM,
+        retry: Duration::from_secs(20),
+        variables: variables.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
+    }
+}
+
+fn machine(server: &S3) -> Machine {
+    machine_with(server, |_| ())
+}
+
+fn machine_with(server: &S3, change: impl FnOnce(&mut Options)) -> Machine {
+    let cache = tempfile::tempdir().unwrap();
+    let mut options = options(server, cache.path());
+    change(&mut options);
+    let root = mount(&Address::parse("s3://b/runs").unwrap(), &options).unwrap();
+    fs::create_dir_all(root.join("r/labels")).unwrap();
+    Machine { _cache: cache, root }
+}
+
+impl Machine {
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    fn write(&self, name: &str, content: &[u8]) -> anyhow::Result<()> {
+        write_file(&self.path(name), content, &WriteBudget::unlimited()).map(drop)
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        let mut content = Vec::new();
+        open_file(&self.path(name)).unwrap().read_to_end(&mut content).unwrap();
+        content
+    }
+}
+
+/// Bytes that no compression and no shifted part would leave the same.
+fn bytes(n: usize, mut seed: u64) -> Vec<u8> {
+    let mut next = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed as u8
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+#[test]
+fn a_file_is_in_the_bucket_before_it_is_here_and_another_machine_has_the_same_bytes() {
+    let server = S3::start();
+    let (a, b) = (machine(&server), machine(&server));
+    let (small, large) = (bytes(1000, 1), bytes((20 << 20) + 7, 2));
+    server.plague(4, &WEATHER);
+    a.write("r/labels/index.json", &small).unwrap();
+    let mut shard =
+        DurableFile::create(&a.path("r/labels/labels-00000.parquet"), WriteBudget::unlimited()).unwrap();
+    shard.write_all(&large).unwrap();
+    let published = shard.publish().unwrap();
+    let there = server.objects("/b/r/labels/");
+    assert_eq!(there.keys().collect::<Vec<_>>(), ["index.json", "labels-00000.parquet"]);
+    assert!(there["index.json"] == small && there["labels-00000.parquet"] == large);
+    assert!(server.state().uploads.is_empty(), "no part is left");
+
+    pkv_files::pull(&b.path("r")).unwrap();
+    assert!(fs::read(b.path("r/labels/index.json")).unwrap() == small);
+    assert!(!b.path("r/labels/labels-00000.parquet").exists(), "shards come when they are opened");
+    assert_eq!(file_len(&b.path("r/labels/labels-00000.parquet")).unwrap(), large.len() as u64);
+    assert!(b.read("r/labels/labels-00000.parquet") == large);
+    assert_eq!(pkv_files::sha256_file(&b.path("r/labels/labels-00000.parquet")).unwrap(), published.sha256);
+}
+
+#[test]
+fn a_file_that_fails_to_reach_the_bucket_is_not_here_either_and_no_secret_is_said() {
+    let server = S3::start();
+    let a = machine(&server);
+    a.write("r/plan.json", b"old").unwrap();
+    server.plague(1, &[Fault::Status(403)]);
+    let error = a.write("r/plan.json", b"new").unwrap_err();
+    let all = format!("{error:#} {error:?} {:?}", Hinted::find(&error).map(Hinted::hint));
+    assert!(all.contains("cannot write `s3://b/r/plan.json`") && all.contains("credentials"), "{all}");
+    server.plague(1, &[Fault::Status(500)]);
+    let b = machine_with(&server, |o| o.retry = Duration::from_millis(100));
+    let error = b.write("r/x.json", b"new").unwrap_err();
+    let said = format!("{all} {error:#} {error:?}");
+    for secret in [SECRET, "an-access-key", "Signature="] {
+        assert!(!said.contains(secret), "{said}");
+    }
+    assert!(!b.path("r/x.json").exists());
+    assert_eq!(fs::read(a.path("r/plan.json")).unwrap(), b"old");
+    assert_eq!(fs::read_dir(a.path("r")).unwrap().count(), 2, "no temporary file is left");
+}
+
+#[test]
+fn of_two_machines_that_write_one_file_one_is_refused_and_goes_on_with_what_is_there() {
+    let server = S3::start();
+    let (a, b) = (machine(&server), machine(&server));
+    a.write("r/run.json", b"first").unwrap();
+    let error = b.write("r/run.json", b"second").unwrap_err();
+    assert!(is_changed(&error), "{error:#}");
+    pkv_files::refresh(&b.path("r/run.json")).unwrap();
+    assert_eq!(fs::read(b.path("r/run.json")).unwrap(), b"first");
+    b.write("r/run.json", b"second").unwrap();
+    // What does not change costs no bytes.
+    pkv_files::refresh(&a.path("r/run.json")).unwrap();
+    assert_eq!(fs::read(a.path("r/run.json")).unwrap(), b"second");
+    server.requests("");
+    pkv_files::refresh(&a.path("r/run.json")).unwrap();
+    assert_eq!(server.requests("").len(), 1);
+    // A put that was done, whose answer was lost, is no other process's.
+    server.fail_next("PUT /b/r/run.json", Fault::LoseAnswer);
+    a.write("r/run.json", b"third").unwrap();
+    // The same bytes are no change.
+    b.write("r/run.json", b"third").unwrap();
+    pkv_files::remove_there(&a.path("r/run.json")).unwrap();
+    pkv_files::refresh(&b.path("r/run.json")).unwrap();
+    assert!(!b.path("r/run.json").exists(), "it was removed");
+}
+
+#[test]
+fn a_claim_is_one_machines_until_it_gives_no_sign_of_life() {
+    let server = S3::start();
+    let (a, b) = (machine(&server), machine(&server));
+    let name = "r/labels/00003.lock";
+    let mut held = Claim::take(&a.path(name)).unwrap().unwrap();
+    held.sign("{\"task\":\"0/2\"}").unwrap();
+    let lease = &server.objects("/b/r/labels/")["00003.lock.lease"];
+    assert!(String::from_utf8_lossy(lease).contains("\"task\":\"0/2\""));
+    assert!(Claim::take(&b.path(name)).unwrap().is_none());
+    // It is renewed for as long as its process lives.
+    let begun = Instant::now();
+    while begun.elapsed() < TERM * 3 / 2 {
+        std::thread::sleep(TERM / 8);
+        assert!(Claim::take(&b.path(name)).unwrap().is_none());
+    }
+    drop(held);
+    assert!(server.objects("/b/r/labels/").is_empty());
+    drop(Claim::wait_for(&b.path(name)).unwrap());
+    // A process that died leaves its lease; nothing renews it.
+    let dead = r#"{"task":"1/2","lease":{"cache":"elsewhere","pid":1,"boot":"b","id":"x","renewal":0}}"#;
+    let put = |server: &S3| {
+        let meta = BTreeMap::new();
+        let object = pkv_test_support::s3::Object { content: dead.into(), e_tag: "\"1\"".into(), meta };
+        server.state().objects.insert(format!("/b/{name}.lease"), object);
+    };
+    put(&server);
+    let begun = Instant::now();
+    assert!(Claim::take(&a.path(name)).unwrap().is_none());
+    let taken = Claim::wait_for(&a.path(name)).unwrap();
+    assert!(begun.elapsed() >= TERM * 9 / 10, "{:?}", begun.elapsed());
+    drop(taken);
+}
+
+#[test]
+fn a_folder_is_held_alone_or_shared_across_machines() {
+    let server = S3::start();
+    let (a, b) = (machine(&server), machine(&server));
+    let (dir_a, dir_b) = (a.path("r/labels"), b.path("r/labels"));
+    let alone = lock_dir(&dir_a).unwrap();
+    for other in [lock_dir(&dir_b), share_dir(&dir_b)] {
+        let error = other.unwrap_err();
+        assert!(error.to_string().contains("another process writes"), "{error:#}");
+    }
+    drop(alone);
+    let shared = [share_dir(&dir_a).unwrap(), share_dir(&dir_b).unwrap()];
+    assert!(lock_dir(&dir_a).is_err());
+    drop(shared);
+    let mut alone = lock_dir(&dir_b).unwrap();
+    alone.share().unwrap();
+    drop((alone, share_dir(&dir_a).unwrap()));
+    assert!(server.objects("/b/").is_empty(), "no claim is left");
+}
+
+#[test]
+fn what_was_held_alone_and_lost_is_not_written_any_more() {
+    let server = S3::start();
+    let a = machine(&server);
+    let _alone = lock_dir(&a.path("r/labels")).unwrap();
+    a.write("r/labels/index.json", b"1").unwrap();
+    let lease = "/b/r/labels/folder.lock.lease";
+    server.state().objects.get_mut(lease).unwrap().e_tag = "\"another's\"".to_owned();
+    server.state().objects.get_mut(lease).unwrap().content = b"{}".to_vec();
+    // At the next renewal it is known.
+    let mut tries = 0;
+    let error = loop {
+        match a.write("r/labels/index.json", format!("{tries}").as_bytes()) {
+            Err(error) => break error,
+            Ok(()) => tries += 1,
+        }
+        assert!(tries < 1000, "it goes on writing");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert!(format!("{error:#}").contains("taken over"), "{error:#}");
+}
+
+#[test]
+fn the_cache_holds_no_more_than_its_limit_and_an_open_shard_stays() {
+    let server = S3::start();
+    let a = machine_with(&server, |o| o.cache_bytes = 350_000);
+    for n in 0..6 {
+        a.write(&format!("r/labels/labels-0000{n}.parquet"), &bytes(100_000, n + 1)).unwrap();
+    }
+    let here = || {
+        let all = fs::read_dir(a.path("r/labels")).unwrap().flatten();
+        all.filter(|e| e.file_name().to_string_lossy().ends_with(".parquet")).count()
+    };
+    assert!(here() <= 3, "{} shards of 100 kB", here());
+    let mut open = open_file(&a.path("r/labels/labels-00000.parquet")).unwrap();
+    for n in (0..6).chain(0..6) {
+        assert!(a.read(&format!("r/labels/labels-0000{n}.parquet")) == bytes(100_000, n + 1), "shard {n}");
+        assert!(here() <= 3);
+    }
+    let mut content = Vec::new();
+    open.read_to_end(&mut content).unwrap();
+    assert!(content == bytes(100_000, 1));
+    assert_eq!(server.objects("/b/r/labels/").len(), 6);
+}
+
+#[test]
+fn what_is_written_without_us_is_pushed_and_what_is_removed_goes() {
+    let server = S3::start();
+    let (a, b) = (machine(&server), machine(&server));
+    server.state().page = Some(2);
+    fs::create_dir_all(a.path("r/train")).unwrap();
+    for (name, text) in
+        [("metrics.jsonl", "1\n"), ("a.json", "a"), ("b.tmp", "t"), ("x.lock", ""), ("c.json", "c")]
+    {
+        fs::write(a.path("r/train").join(name), text).unwrap();
+    }
+    fs::write(a.path("r/log.jsonl"), "of this machine").unwrap();
+    let keys = |server: &S3| server.objects("/b/r/").into_keys().collect::<Vec<_>>();
+    pkv_files::push(&a.path("r")).unwrap();
+    assert_eq!(keys(&server), ["train/a.json", "train/c.json", "train/metrics.jsonl"]);
+    server.requests("");
+    pkv_files::push(&a.path("r/train")).unwrap();
+    assert!(server.requests("").is_empty(), "what is the same is not sent again");
+    pkv_files::pull(&b.path("r")).unwrap();
+    fs::remove_file(b.path("r/train/a.json")).unwrap();
+    fs::write(b.path("r/train/metrics.jsonl"), "1\n2\n").unwrap();
+    pkv_files::push(&b.path("r")).unwrap();
+    assert_eq!(keys(&server), ["train/c.json", "train/metrics.jsonl"]);
+    pkv_files::pull(&a.path("r")).unwrap();
+    assert_eq!(fs::read_to_string(a.path("r/train/metrics.jsonl")).unwrap(), "1\n2\n");
+    assert!(!a.path("r/train/a.json").exists() && a.path("r/log.jsonl").exists());
+    pkv_files::remove_there(&a.path("r/train")).unwrap();
+    assert!(keys(&server).is_empty());
+}
+
+#[test]
+fn bytes_that_were_changed_on_the_way_are_refused() {
+    let server = S3::start();
+    let (a, b) = (machine(&server), machine(&server));
+    a.write("r/labels/labels-00000.parquet", &bytes(5000, 3)).unwrap();
+    server.fail_next("GET /b/r/labels/labels-00000.parquet", Fault::Damage);
+    let error = open_file(&b.path("r/labels/labels-00000.parquet")).unwrap_err();
+    assert!(format!("{error:#}").contains("expected SHA-256"), "{error:#}");
+    assert!(!b.path("r/labels/labels-00000.parquet").exists());
+    assert!(b.read("r/labels/labels-00000.parquet") == bytes(5000, 3));
+}
