@@ -282,10 +282,10 @@ impl Drop for Lease {
         let _state = lock(&self.inner.state);
         self.inner.ended.store(true, Ordering::Release);
         // It may be another process's.
-        if !self.inner.lost.load(Ordering::Acquire) {
-            if let Err(e) = self.leases.store.remove(&self.inner.key) {
-                tracing::debug!("a claim ends by itself: {e:#}");
-            }
+        if !self.inner.lost.load(Ordering::Acquire)
+            && let Err(e) = self.leases.store.remove(&self.inner.key)
+        {
+            tracing::debug!("a claim ends by itself: {e:#}");
         }
     }
 }

@@ -39,12 +39,15 @@ pub struct Object {
     pub meta: BTreeMap<String, String>,
 }
 
+/// Parts by number, and headers.
+pub type Upload = (BTreeMap<usize, Vec<u8>>, BTreeMap<String, String>);
+
 #[derive(Default)]
 pub struct State {
     /// By `/bucket/key`.
     pub objects: BTreeMap<String, Object>,
-    /// Uploads that are not complete: their parts by number, and the headers.
-    pub uploads: BTreeMap<String, (BTreeMap<usize, Vec<u8>>, BTreeMap<String, String>)>,
+    /// Those that are not complete.
+    pub uploads: BTreeMap<String, Upload>,
     /// `METHOD /address` of every request.
     pub requests: Vec<String>,
     /// With the part of `METHOD /address` that each is for.
@@ -206,7 +209,7 @@ impl State {
         }
         self.count += 1;
         let (n, faults) = self.plague.as_ref()?;
-        (self.count % n == 0).then(|| faults[self.count / n % faults.len()])
+        self.count.is_multiple_of(*n).then(|| faults[self.count / n % faults.len()])
     }
 
     fn put(&mut self, path: &str, content: Vec<u8>, headers: &BTreeMap<String, String>) -> Answer {
