@@ -2,13 +2,12 @@
 //!
 //! A server may repeat in its answer what it was sent, and an error may hold an address with a signature.
 
+use pkv_core::short_line;
+
 const HIDDEN: &str = "***";
 
 /// Shorter ones occur in any text.
 const SHORTEST: usize = 6;
-
-/// Longest text of a server that is repeated, in characters.
-const LONGEST: usize = 400;
 
 /// Members of an address or a header whose values are secret.
 const NAMES: [&str; 8] = [
@@ -64,17 +63,7 @@ impl Secrets {
                 from = start + HIDDEN.len();
             }
         }
-        one_line(&out)
-    }
-}
-
-/// Words of a server, fit for a terminal: one line without control characters, of bounded length.
-fn one_line(text: &str) -> String {
-    let plain: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    let plain = plain.split_whitespace().collect::<Vec<_>>().join(" ");
-    match plain.char_indices().nth(LONGEST) {
-        Some((end, _)) => format!("{}...", &plain[..end]),
-        None => plain,
+        short_line(&out)
     }
 }
 
@@ -95,7 +84,7 @@ mod tests {
         ] {
             assert_eq!(secrets.redact(text), clean);
         }
-        assert_eq!(secrets.redact(&"ä".repeat(1000)).chars().count(), LONGEST + 3);
+        assert_eq!(secrets.redact(&"ä".repeat(1000)).chars().count(), 303);
         assert_eq!(format!("{secrets:?}"), "***");
     }
 }

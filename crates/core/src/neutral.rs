@@ -42,6 +42,18 @@ pub fn markdown_code(text: &str) -> String {
     format!("`{}`", one_line(text).replace('`', "'"))
 }
 
+/// Words of a server, fit for a terminal: one line without control characters, of at most 300 letters and
+/// three dots.
+pub fn short_line(text: &str) -> String {
+    const LONGEST: usize = 300;
+    let plain: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let plain = plain.split_whitespace().collect::<Vec<_>>().join(" ");
+    match plain.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &plain[..end]),
+        None => plain,
+    }
+}
+
 fn one_line(text: &str) -> String {
     neutral(text).replace(['\n', '\t'], " ")
 }
@@ -56,6 +68,12 @@ fn is_unsafe(c: char) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_of_a_server_are_one_short_line() {
+        assert_eq!(short_line("a\u{1b}[31m\r\n  b"), "a [31m b");
+        assert_eq!(short_line(&"ä".repeat(1000)).chars().count(), 303);
+    }
 
     #[test]
     fn what_a_terminal_obeys_is_spelt_out() {

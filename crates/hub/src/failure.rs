@@ -6,12 +6,11 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Error, anyhow};
-use pkv_core::{Hinted, Interrupted, hinted};
+use pkv_core::{Hinted, Interrupted, hinted, short_line};
 use ureq::http::HeaderMap;
 
 use crate::cache::Kind;
 use crate::options::HubOptions;
-use crate::redact::one_line;
 
 #[derive(Debug)]
 pub(crate) enum Failure {
@@ -240,7 +239,7 @@ impl Refusal {
         });
         let message =
             if message.is_empty() { header("x-error-message").unwrap_or_default() } else { message };
-        Self { status, message: one_line(message), retry_after }
+        Self { status, message: short_line(message), retry_after }
     }
 
     pub fn is_passing(&self) -> bool {

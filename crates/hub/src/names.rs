@@ -5,9 +5,7 @@
 //! included, is asked of the disk by `store`.
 
 use anyhow::{Result, ensure};
-use pkv_core::hinted;
-
-use crate::redact::one_line;
+use pkv_core::{hinted, short_line};
 
 /// Longest name of a file or folder on usual disks, less what `.incomplete` needs.
 const LONGEST_PART: usize = 240;
@@ -28,7 +26,7 @@ pub(crate) fn check_repository(name: &str) -> Result<()> {
     ensure!(
         name.len() <= LONGEST_PART && name.split('/').count() <= 2 && name.split('/').all(part),
         hinted(
-            format!("`{}` is no name of a hub repository", one_line(name)),
+            format!("`{}` is no name of a hub repository", short_line(name)),
             "write `owner/name` in letters, digits, `-`, `_` and `.`"
         )
     );
@@ -41,7 +39,7 @@ pub(crate) fn check_revision(revision: &str) -> Result<()> {
     ensure!(
         is_path(revision) && !revision.chars().any(char::is_whitespace),
         hinted(
-            format!("`{}` is no revision of a hub repository", one_line(revision)),
+            format!("`{}` is no revision of a hub repository", short_line(revision)),
             "name a branch, a tag or a commit, such as `main`"
         )
     );
@@ -56,7 +54,7 @@ pub(crate) fn check_commit(commit: &str) -> Result<()> {
             && commit.len() <= LONGEST_COMMIT
             && commit.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)),
         hinted(
-            format!("`{}` is no commit: expected 40 hexadecimal digits", one_line(commit)),
+            format!("`{}` is no commit: expected 40 hexadecimal digits", short_line(commit)),
             "check that HF_ENDPOINT is a hub's address; nothing was written for that commit"
         )
     );
@@ -69,7 +67,7 @@ pub(crate) fn check_file(file: &str) -> Result<()> {
     ensure!(
         is_path(file),
         hinted(
-            format!("`{}` is no name of a file in a repository", one_line(file)),
+            format!("`{}` is no name of a file in a repository", short_line(file)),
             "it would lie outside of the repository's folder; leave it out, or use another repository or hub"
         )
     );

@@ -72,17 +72,6 @@ impl Secrets {
     }
 }
 
-/// Words of a server, fit for a terminal: one line without control characters, of bounded length.
-pub(crate) fn one_line(text: &str) -> String {
-    const LONGEST: usize = 300;
-    let plain: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    let plain = plain.split_whitespace().collect::<Vec<_>>().join(" ");
-    match plain.char_indices().nth(LONGEST) {
-        Some((end, _)) => format!("{}...", &plain[..end]),
-        None => plain,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,11 +112,5 @@ mod tests {
         // What holds no secret keeps its type.
         let io = std::io::Error::other("no");
         assert!(secrets().clean(Error::from(io).context("c")).downcast_ref::<std::io::Error>().is_some());
-    }
-
-    #[test]
-    fn words_of_a_server_cannot_steer_a_terminal() {
-        assert_eq!(one_line("a\u{1b}[31m\r\n  b"), "a [31m b");
-        assert_eq!(one_line(&"ä".repeat(1000)).chars().count(), 303);
     }
 }

@@ -13,7 +13,7 @@ use std::io::Write;
 use std::path::Path;
 
 use hf_hub::Repo;
-use pkv_core::Progress;
+use pkv_core::{Progress, short_line};
 use ureq::Body;
 use ureq::http::header::{CONTENT_RANGE, ETAG, IF_RANGE, RANGE};
 use ureq::http::{HeaderMap, HeaderValue, Method, Response};
@@ -24,7 +24,6 @@ use crate::client::Client;
 use crate::failure::{Asked, Failure};
 use crate::hash::git_blob_file;
 use crate::names;
-use crate::redact::one_line;
 use crate::store::{Held, Store};
 
 /// An attempt that brought so much does not count as a failed one.
@@ -108,14 +107,14 @@ fn metadata(client: &Client, url: &Url, commit: &str) -> Result<Metadata, Failur
         }
         let said = response.headers();
         if let Some(found) = text(said, "x-repo-commit").filter(|f| *f != commit) {
-            let found = one_line(found);
+            let found = short_line(found);
             return Err(Failure::nonsense(format!("it is of commit `{found}`, expected `{commit}`")));
         }
         let own = |header: &str| said.get(header).cloned();
         linked = linked.or_else(|| own("x-linked-etag"));
         etag = own(ETAG.as_str()).or(etag);
         if let Some(size) = text(said, "x-linked-size").filter(|_| bytes.is_none()) {
-            let no_size = || Failure::nonsense(format!("its size is `{}`, expected bytes", one_line(size)));
+            let no_size = || Failure::nonsense(format!("its size is `{}`, expected bytes", short_line(size)));
             bytes = Some(size.parse::<u64>().map_err(|_| no_size())?);
         }
         match next {
@@ -146,7 +145,7 @@ fn named(
     let etag = names::etag(header).ok_or_else(|| {
         Failure::nonsense(format!(
             "its ETag `{}` cannot be the name of a file in the cache",
-            one_line(header)
+            short_line(header)
         ))
     })?;
     Ok(Metadata { etag: etag.to_owned(), bytes, validator })
@@ -280,7 +279,7 @@ impl Content<'_> {
     ) -> Result<Option<u64>, String> {
         let range = text(response.headers(), CONTENT_RANGE.as_str()).unwrap_or_default();
         let (first, total) = content_range(range)
-            .ok_or_else(|| format!("it goes on with the range `{}`, expected {had}-", one_line(range)))?;
+            .ok_or_else(|| format!("it goes on with the range `{}`, expected {had}-", short_line(range)))?;
         if first != had {
             return Err(format!("it goes on at byte {first}, expected {had}"));
         }

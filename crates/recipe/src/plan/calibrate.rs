@@ -155,14 +155,14 @@ mod tests {
 
     #[test]
     fn what_no_plan_counts_does_not_grow_with_it() {
-        let (mut past, planned) = past(&[("eval", 30.0)], Machine::cpu(2));
-        past.set_apart("eval", 20.0, 40.0);
-        let secs = planned.clone().calibrated(&past).stage("eval").unwrap().secs.unwrap();
+        let (mut past, planned) = past(&[("label", 30.0)], Machine::cpu(2));
+        past.set_apart("label", 20.0, 40.0);
+        let secs = planned.clone().calibrated(&past).stage("label").unwrap().secs.unwrap();
         assert!((secs - 50.0).abs() < 1e-9, "{secs}");
-        // More than all of it: what was measured is of several evaluations.
+        // More than all of it: what was measured is of several runs of the stage.
         past.stages[0].apart = None;
-        past.set_apart("eval", 31.0, 31.0);
-        let secs = planned.calibrated(&past).stage("eval").unwrap().secs.unwrap();
+        past.set_apart("label", 31.0, 31.0);
+        let secs = planned.calibrated(&past).stage("label").unwrap().secs.unwrap();
         assert!((secs - 30.0).abs() < 1e-9, "{secs}");
     }
 

@@ -360,8 +360,8 @@ impl Pieces {
             tokens: markers.values().map(|m| m.tokens).sum(),
             secs: markers.values().map(|m| m.secs).sum(),
         };
-        // Before the index: a process that comes after it may write anew. One that wrote the stage as a whole and
-        // died may have left a file without a name.
+        // Before the index: a process that comes after it may write anew. One that wrote the stage as a whole
+        // and died may have left a file without a name.
         sweep(&self.dir, shards.iter())?;
         let mut index = Index::new(&self.plan.stage, &self.plan.fingerprint);
         (index.rows_expected, index.complete, index.shards) = (Some(self.plan.rows), true, shards);
