@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{Ran, Sandbox};
+use crate::sandbox::{Ran, Sandbox, timeless};
 
 /// Features are never written, and every row is made each time it is read.
 const TRANSIENT: [&str; 3] = ["extract.missing=generate", "extract.after_use=delete", "train.cache_gb=0"];
@@ -76,10 +76,8 @@ fn a_run_without_stored_features_ends_with_the_bytes_of_one_with_them() {
     assert!(!has_features(&s, "made"));
     assert_same_export(&s, "stored", "made");
     // Recall against labels, of the mapper and of the baselines that learn from features.
-    let labels = |name: &str| -> Value {
-        let results: Value = serde_json::from_slice(&read(&s, &format!("{name}/eval/results.json"))).unwrap();
-        results["labels"].clone()
-    };
+    let labels =
+        |name: &str| -> Value { timeless(&read(&s, &format!("{name}/eval/results.json")))["labels"].clone() };
     assert!(labels("stored")["contexts"].as_u64().unwrap() > 0);
     assert_eq!(labels("stored"), labels("made"));
     // An export says what its features are, not whether they were kept.

@@ -13,7 +13,7 @@ use pkv_test_support::files::copy_folder;
 use serde_json::Value;
 
 use crate::infer::trained;
-use crate::sandbox::{Ran, Sandbox, root};
+use crate::sandbox::{Ran, Sandbox, root, timeless};
 
 /// As the finished run was made.
 const POLICIES: [&str; 2] =
@@ -103,13 +103,9 @@ fn labels_and_features_of_any_number_of_tasks_have_the_bytes_of_one_process() {
     }
 }
 
-/// What `eval` measured, without the times it took.
+/// What `eval` measured, without times and dates.
 fn measured(s: &Sandbox) -> Value {
-    let text = fs::read_to_string(s.path("runs/small/eval/results.json")).unwrap();
-    let mut value: Value = serde_json::from_str(&text).unwrap();
-    let object = value.as_object_mut().unwrap();
-    assert!(object.remove("timings").is_some() && object.remove("sha256").is_some());
-    value
+    timeless(&fs::read(s.path("runs/small/eval/results.json")).unwrap())
 }
 
 #[test]
