@@ -298,6 +298,22 @@ fn crates_without_tensors_link_no_libtorch() {
     );
 }
 
+/// `cargo deny` is not installed everywhere: what it would refuse of our own crates is seen here.
+#[test]
+fn the_crates_that_may_use_tch_are_those_that_do() {
+    let deny: toml::Table = fs::read_to_string(root().join("deny.toml")).unwrap().parse().unwrap();
+    let entries = deny["bans"]["deny"].as_array().unwrap();
+    let entry = entries.iter().find(|entry| entry["crate"].as_str() == Some("tch")).unwrap();
+    let wrappers = entry["wrappers"].as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_owned());
+    let uses = |manifest: &toml::Table| {
+        let tables = ["dependencies", "dev-dependencies", "build-dependencies"];
+        tables.iter().any(|t| manifest.get(*t).is_some_and(|t| t.get("tch").is_some()))
+    };
+    let users = manifests().into_iter().filter(|(_, manifest)| uses(manifest));
+    let users: Vec<String> = users.map(|(name, _)| format!("pkv-{name}")).collect();
+    assert_eq!(wrappers.collect::<Vec<_>>(), users, "deny.toml, `tch`");
+}
+
 #[test]
 fn one_version_of_libtorch_is_named() {
     let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
