@@ -66,8 +66,6 @@ pub(crate) type Places = HashMap<String, Tensor>;
 pub(crate) struct Checkpoint {
     folder: PathBuf,
     shards: Vec<Shard>,
-    /// The names lack their `model.`: what was saved is the decoder, without the class around it.
-    bare: bool,
 }
 
 impl Checkpoint {
@@ -76,7 +74,8 @@ impl Checkpoint {
     /// weights.
     ///
     /// # Errors
-    /// No weights in the folder; a file missing, truncated or with a damaged header.
+    /// No weights in the folder, or those of a decoder alone; a file missing, truncated or with a damaged
+    /// header.
     pub fn open(folder: &Path) -> Result<Self> {
         let shards = shards(folder)?;
         let any = |test: &dyn Fn(&str) -> bool| {
@@ -84,11 +83,21 @@ impl Checkpoint {
         };
         let bare =
             any(&|name| PREFIX.to_owned() + name == EMBEDDING) && !any(&|name| name.starts_with(PREFIX));
-        Ok(Self { folder: folder.to_owned(), shards, bare })
+        ensure!(
+            !bare,
+            hinted(
+                format!(
+                    "the weights in `{}` are those of a decoder without the class around it: their names lack `{PREFIX}`",
+                    folder.display()
+                ),
+                "save the model with its output matrix: `AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)`"
+            )
+        );
+        Ok(Self { folder: folder.to_owned(), shards })
     }
 
     pub fn holds(&self, name: &str) -> bool {
-        self.find(self.stored(name)).is_some()
+        self.find(name).is_some()
     }
 
     /// Whether two weights are stored as the same type, shape and bytes; `false` if one is absent.
@@ -96,15 +105,10 @@ impl Checkpoint {
     /// # Errors
     /// A file cannot be read.
     pub fn equal(&self, a: &str, b: &str) -> Result<bool> {
-        match (self.find(self.stored(a)), self.find(self.stored(b))) {
+        match (self.find(a), self.find(b)) {
             (Some(a), Some(b)) => same(a, b),
             _ => Ok(false),
         }
-    }
-
-    /// A weight's name in the files.
-    fn stored<'a>(&self, name: &'a str) -> &'a str {
-        name.strip_prefix(PREFIX).filter(|_| self.bare).unwrap_or(name)
     }
 
     /// Fill `places`.
@@ -122,14 +126,12 @@ impl Checkpoint {
     fn load_through(
         &self,
         staging_bytes: usize,
-        places: Places,
+        mut places: Places,
         ignored: impl Fn(&str) -> bool,
     ) -> Result<()> {
         let largest = self.shards.iter().map(Shard::largest_tensor).max().unwrap_or(0);
         // At least one element of the widest type.
         let mut staging = Staging::new(staging_bytes.min(largest).max(8));
-        let mut places: Places =
-            places.into_iter().map(|(name, place)| (self.stored(&name).to_owned(), place)).collect();
         for shard in &self.shards {
             shard.check_index(|name| places.contains_key(name))?;
         }
