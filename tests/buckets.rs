@@ -1,5 +1,6 @@
-//! Run folders in a bucket, of an S3 server on the loopback interface: the same bytes as on disk in bad
-//! weather, by several machines, killed or not; and no key in anything that is said or written.
+//! Run folders in a bucket, of an S3 server on the loopback interface: the same bytes as on disk through
+//! faults of the network, by several machines, killed or not; and no key in anything that is said or
+//! written.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,7 +19,7 @@ use crate::sandbox::{Ran, Sandbox, timeless};
 const SECRET: &str = "secret-key-of-the-bucket";
 
 /// What networks and servers under load do, one after another.
-const WEATHER: [Fault; 6] = [
+const FAULTS: [Fault; 6] = [
     Fault::Status(500),
     Fault::Status(503),
     Fault::HangUp,
@@ -116,7 +117,7 @@ const POLICIES: [&str; 2] =
 fn a_run_in_a_bucket_has_the_bytes_of_one_on_disk_and_no_key_is_said() {
     let (s, server) = (Sandbox::new(), S3::start());
     let (a, b) = (Machine::new(&s, &server), Machine::new(&s, &server));
-    server.plague(5, &WEATHER);
+    server.every_nth(5, &FAULTS);
     let mut said = String::new();
     let mut hear = |ran: Ran| {
         said += &format!("{}{}", ran.stdout, ran.stderr);
@@ -197,7 +198,7 @@ fn machines_share_a_stage_in_a_bucket_and_what_a_killed_one_finished_is_kept() {
     killed.kill().unwrap();
     killed.wait().unwrap();
     let finished = markers(&server, "labels");
-    server.plague(6, &WEATHER);
+    server.every_nth(6, &FAULTS);
     // The half of another machine, while the first one's claim ends; then what the first one left.
     let half = b.run(&["label", "--task", "1/2"]).ok();
     assert!(half.stderr.contains("missing: ") || half.stderr.contains("label: done"), "{}", half.stderr);

@@ -27,7 +27,7 @@
 //! - `results`: evaluations of other tasks, methods, ratios and limits add up
 //! - `sources`: features of the target, alone and beside the proxy's
 //! - `sweep`: variants share what is the same, and each ends as it would alone
-//! - `buckets`: a run in a bucket, by several machines and through bad weather, has the bytes of one on disk
+//! - `buckets`: a run in a bucket, by several machines and through faults, has the bytes of one on disk
 //! - `faults`: files that never end, two processes in one folder, outputs that vanish, markup of others
 //! - `sandbox`: the folder, the small recipe and the command that the others share
 

@@ -1,4 +1,4 @@
-"""A proxy that makes the weather between a client and a server: every Nth request is answered 500, 503 SlowDown or 412, reset in
+"""A proxy that makes faults between a client and a server: every Nth request is answered 500, 503 SlowDown or 412, reset in
 the middle, or stalled, in turn. `python3 proxy.py LISTEN_PORT SERVER_PORT N` prints what it did when it gets SIGTERM.
 """
 import collections, itertools, signal, socket, struct, sys, threading, time

@@ -272,13 +272,14 @@ impl Store {
             if tries >= TRIES {
                 return Err(self.error("write", key, error));
             }
-            tracing::debug!(
-                "sending `{}` again: {}",
-                self.shown(key),
-                self.secrets.redact(&error.to_string())
-            );
-            pause(tries);
+            self.wait_to_send_again(key, &error, tries);
         }
+    }
+
+    fn wait_to_send_again(&self, key: &str, error: &StoreError, tries: u32) {
+        let why = self.secrets.redact(&error.to_string());
+        tracing::debug!("sending `{}` again: {why}", self.shown(key));
+        pause(tries);
     }
 
     fn upload_parts(&self, key: &str, content: &Path, bytes: u64, attributes: Attributes) -> Result<Version> {
@@ -298,12 +299,7 @@ impl Store {
             if !is_passing || tries >= TRIES {
                 return Err(self.error("write", key, error));
             }
-            tracing::debug!(
-                "sending `{}` again: {}",
-                self.shown(key),
-                self.secrets.redact(&error.to_string())
-            );
-            pause(tries);
+            self.wait_to_send_again(key, &error, tries);
         }
     }
 

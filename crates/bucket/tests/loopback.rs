@@ -1,4 +1,4 @@
-//! Working copies of an S3 server on the loopback interface, in all the weather that a network has.
+//! Working copies of an S3 server on the loopback interface, with the faults that networks have.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ use tempfile::TempDir;
 const SECRET: &str = "a-secret-access-key";
 
 /// What networks and servers under load do, one after another.
-const WEATHER: [Fault; 7] = [
+const FAULTS: [Fault; 7] = [
     Fault::Status(500),
     Fault::Status(503),
     Fault::HangUp,
@@ -98,7 +98,7 @@ fn a_file_is_in_the_bucket_before_it_is_here_and_another_machine_has_the_same_by
     let server = S3::start();
     let (a, b) = (machine(&server), machine(&server));
     let (small, large) = (bytes(1000, 1), bytes((20 << 20) + 7, 2));
-    server.plague(4, &WEATHER);
+    server.every_nth(4, &FAULTS);
     a.write("r/labels/index.json", &small).unwrap();
     let mut shard =
         DurableFile::create(&a.path("r/labels/labels-00000.parquet"), WriteBudget::unlimited()).unwrap();
@@ -122,11 +122,11 @@ fn a_file_that_fails_to_reach_the_bucket_is_not_here_either_and_no_secret_is_sai
     let server = S3::start();
     let a = machine(&server);
     a.write("r/plan.json", b"old").unwrap();
-    server.plague(1, &[Fault::Status(403)]);
+    server.every_nth(1, &[Fault::Status(403)]);
     let error = a.write("r/plan.json", b"new").unwrap_err();
     let all = format!("{error:#} {error:?} {:?}", Hinted::find(&error).map(Hinted::hint));
     assert!(all.contains("cannot write `s3://b/r/plan.json`") && all.contains("credentials"), "{all}");
-    server.plague(1, &[Fault::Status(500)]);
+    server.every_nth(1, &[Fault::Status(500)]);
     let b = machine_with(&server, |o| o.retry = Duration::from_millis(100));
     let error = b.write("r/x.json", b"new").unwrap_err();
     let said = format!("{all} {error:#} {error:?}");

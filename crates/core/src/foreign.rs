@@ -7,6 +7,10 @@ use std::path::Path;
 
 use crate::{Hinted, hinted};
 
+/// What a pickle is, and what to do.
+const PICKLE: (&str, &str) =
+    ("a Python pickle", "save it in another format; pickles can run programs and are never read");
+
 /// First bytes, what such a file is, and what to do.
 const KINDS: [(&[u8], &str, &str); 23] = [
     (
@@ -49,21 +53,9 @@ const KINDS: [(&[u8], &str, &str); 23] = [
     (b"{\\rtf", "an RTF document", "save it as plain text"),
     (b"\xd0\xcf\x11\xe0", "an old Office document", "save it as plain text"),
     (b"GGUF", "a GGUF model", "use the model in the transformers format, with safetensors"),
-    (
-        b"\x80\x02",
-        "a Python pickle",
-        "save it in another format; pickles can run programs and are never read",
-    ),
-    (
-        b"\x80\x04",
-        "a Python pickle",
-        "save it in another format; pickles can run programs and are never read",
-    ),
-    (
-        b"\x80\x05",
-        "a Python pickle",
-        "save it in another format; pickles can run programs and are never read",
-    ),
+    (b"\x80\x02", PICKLE.0, PICKLE.1),
+    (b"\x80\x04", PICKLE.0, PICKLE.1),
+    (b"\x80\x05", PICKLE.0, PICKLE.1),
 ];
 
 /// Where a tar archive has its mark.

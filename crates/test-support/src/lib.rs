@@ -7,6 +7,7 @@
 pub mod attention;
 pub mod errors;
 pub mod files;
+mod http;
 pub mod hub;
 pub mod kill;
 pub mod loops;

@@ -4,11 +4,12 @@
 //! count only when it is complete, pages of listings. Signatures are not checked.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufReader, Write};
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
+use crate::http;
 use crate::hub::{listen, sha256, wait_for_the_end};
 
 /// What goes wrong with one request.
@@ -53,7 +54,7 @@ pub struct State {
     /// With the part of `METHOD /address` that each is for.
     faults: Vec<(String, Fault)>,
     /// These faults, one after another, at every so many requests.
-    plague: Option<(usize, Vec<Fault>)>,
+    every_nth: Option<(usize, Vec<Fault>)>,
     count: usize,
     /// Keys of a page of a listing.
     pub page: Option<usize>,
@@ -96,8 +97,8 @@ impl S3 {
     }
 
     /// Let every `n`th request suffer the next of `faults`, in turn.
-    pub fn plague(&self, n: usize, faults: &[Fault]) {
-        self.state().plague = Some((n, faults.to_vec()));
+    pub fn every_nth(&self, n: usize, faults: &[Fault]) {
+        self.state().every_nth = Some((n, faults.to_vec()));
     }
 
     /// Objects whose key begins with `prefix`, with their content.
@@ -169,19 +170,7 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) {
 }
 
 fn read(reader: &mut BufReader<TcpStream>) -> Option<Request> {
-    let mut line = String::new();
-    reader.read_line(&mut line).ok()?;
-    let mut words = line.split(' ').map(str::to_owned);
-    let (method, address) = (words.next()?, words.next()?);
-    let mut headers = BTreeMap::new();
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).ok()?;
-        let Some((name, value)) = line.trim_end().split_once(':') else { break };
-        headers.insert(name.to_lowercase(), value.trim().to_owned());
-    }
-    let mut body = vec![0; headers.get("content-length").map_or(0, |l| l.parse().unwrap_or(0))];
-    reader.read_exact(&mut body).ok()?;
+    let http::Request { method, address, headers, body } = http::Request::read(reader)?;
     let (path, query) = address.split_once('?').unwrap_or((&address, ""));
     let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
     let pairs = query.split('&').filter(|pair| !pair.is_empty());
@@ -208,7 +197,7 @@ impl State {
             return Some(self.faults.remove(i).1);
         }
         self.count += 1;
-        let (n, faults) = self.plague.as_ref()?;
+        let (n, faults) = self.every_nth.as_ref()?;
         self.count.is_multiple_of(*n).then(|| faults[self.count / n % faults.len()])
     }
 

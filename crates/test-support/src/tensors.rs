@@ -10,6 +10,17 @@ pub fn difference(a: &Tensor, b: &Tensor) -> f64 {
     if worst.is_nan() { f64::INFINITY } else { worst }
 }
 
+/// Devices over which tests lay a model's layers, and how far results may differ from those of one device: on
+/// a CPU not at all, over two GPUs by `gpus`.
+pub fn device_groups(gpus: f64) -> Vec<(Vec<Device>, f64)> {
+    let mut groups = vec![(vec![Device::Cpu; 2], 0.0), (vec![Device::Cpu; 3], 0.0)];
+    match tch::Cuda::device_count() {
+        0 | 1 => println!("skipped on GPUs: there are not two of them"),
+        _ => groups.push((vec![Device::Cuda(0), Device::Cuda(1)], gpus)),
+    }
+    groups
+}
+
 /// [`difference`] over the largest magnitude expected, or over `floor` if that is more.
 pub fn relative(found: &Tensor, expected: &Tensor, floor: f64) -> f64 {
     difference(found, expected) / expected.abs().max().double_value(&[]).max(floor)

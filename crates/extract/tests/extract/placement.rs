@@ -2,22 +2,12 @@
 
 use pkv_core::{Channel, LayerSplit};
 use pkv_extract::{ContextFeatures, Extractor, HiddenFit, HiddenProjection};
-use pkv_gpu::cuda_count;
 use pkv_lm::{LanguageModel, Placement};
 use pkv_recipe::{ExtractSection, LabelSection};
 use pkv_score::Requests;
 use pkv_test_support::files::nano;
-use pkv_test_support::tensors::difference;
+use pkv_test_support::tensors::{device_groups, difference};
 use tch::{Device, Kind, Tensor};
-
-fn groups() -> Vec<(Vec<Device>, f64)> {
-    let mut groups = vec![(vec![Device::Cpu; 2], 0.0), (vec![Device::Cpu; 3], 0.0)];
-    match cuda_count() {
-        0 | 1 => println!("skipped on GPUs: there are not two of them"),
-        _ => groups.push((vec![Device::Cuda(0), Device::Cuda(1)], 1e-3)),
-    }
-    groups
-}
 
 fn context() -> Vec<u32> {
     (0..170).map(|i| 9 + i * 37 % 300).collect()
@@ -51,7 +41,7 @@ fn features_do_not_depend_on_where_layers_are() {
     let all = ExtractSection { channels: Channel::ALL.to_vec(), ..ExtractSection::default() };
     let early = [Channel::MaxWindow, Channel::KeyNorm, Channel::ValueNorm];
     let early = ExtractSection { channels: early.to_vec(), ..ExtractSection::default() };
-    for (devices, tolerance) in groups() {
+    for (devices, tolerance) in device_groups(1e-3) {
         let whole = LanguageModel::load(&nano("target"), devices[0], Kind::Float).unwrap();
         let split = LayerSplit::even(whole.shape().layers, devices.len()).unwrap();
         let place = |_: &_| Placement::over(&devices, &split);

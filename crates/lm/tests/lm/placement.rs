@@ -4,27 +4,17 @@
 use std::ops::ControlFlow;
 
 use pkv_core::LayerSplit;
-use pkv_gpu::cuda_count;
 use pkv_lm::{
     Branches, KvCache, LanguageModel, LayerView, NoTap, Placement, RaggedCache, RepeatTap, RepeatView,
     Storage, Tap,
 };
 use pkv_test_support::files::architectures;
+use pkv_test_support::tensors::device_groups;
 use tch::{Device, Kind, Tensor};
 
 use crate::support::*;
 
 const CONTEXT: usize = 150;
-
-/// Devices to lay layers over, and how far results may differ.
-fn groups() -> Vec<(Vec<Device>, f64)> {
-    let mut groups = vec![(vec![Device::Cpu; 2], 0.0), (vec![Device::Cpu; 3], 0.0)];
-    match cuda_count() {
-        0 | 1 => println!("skipped on GPUs: there are not two of them"),
-        _ => groups.push((vec![Device::Cuda(0), Device::Cuda(1)], 1e-3)),
-    }
-    groups
-}
 
 fn models() -> impl Iterator<Item = &'static str> {
     ["nano-llama-target", "nano-llama-proxy"].into_iter().chain(architectures())
@@ -155,7 +145,7 @@ fn say(model: &LanguageModel, ids: &[u32]) -> Said {
 #[test]
 fn a_split_model_says_what_the_whole_one_says() {
     let mut tried = 0;
-    for (devices, tolerance) in groups() {
+    for (devices, tolerance) in device_groups(1e-3) {
         for name in models() {
             let Some((whole, split)) = pair(name, &devices) else { continue };
             let ids: Vec<u32> = golden_ids(name).into_iter().cycle().take(CONTEXT + 20).collect();

@@ -1,23 +1,14 @@
 //! Scores of a target whose layers are over several devices, and the memory that it is planned with.
 
 use pkv_core::LayerSplit;
-use pkv_gpu::cuda_count;
 use pkv_lm::{LanguageModel, LmConfig, Placement};
 use pkv_recipe::plan::TargetMemory;
 use pkv_recipe::{LabelPreset, LabelSection};
 use pkv_score::{Requests, Scorer};
 use pkv_test_support::files::{architectures, lm_goldens as goldens, nano};
+use pkv_test_support::tensors::device_groups;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
-
-fn groups() -> Vec<(Vec<Device>, f64)> {
-    let mut groups = vec![(vec![Device::Cpu; 2], 0.0)];
-    match cuda_count() {
-        0 | 1 => println!("skipped on GPUs: there are not two of them"),
-        _ => groups.push((vec![Device::Cuda(0), Device::Cuda(1)], 1e-4)),
-    }
-    groups
-}
 
 /// Every way to score, with means.
 fn scores(model: &LanguageModel, label: &LabelSection) -> Vec<Tensor> {
@@ -36,7 +27,8 @@ fn scores_do_not_depend_on_where_layers_are() {
     tch::set_num_threads(1);
     let folders = architectures().map(|name| goldens().join(name)).chain([nano("target"), nano("proxy")]);
     for folder in folders {
-        for (devices, tolerance) in groups() {
+        let two = device_groups(1e-4).into_iter().filter(|(devices, _)| devices.len() == 2);
+        for (devices, tolerance) in two {
             let whole = LanguageModel::load(&folder, devices[0], Kind::Float).unwrap();
             let split = LayerSplit::even(whole.shape().layers, 2).unwrap();
             let split = LanguageModel::load_over(&folder, Kind::Float, |_| Placement::over(&devices, &split))

@@ -4,7 +4,7 @@
 //! commit names only large files that were stored and verified.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufReader, Write};
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -12,6 +12,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use sha1::{Digest, Sha1};
+
+use crate::http::Request;
 
 /// May write; `READER` may only read.
 pub const WRITER: &str = "hf_writer";
@@ -66,13 +68,6 @@ pub struct PushServer {
     state: Arc<Mutex<State>>,
 }
 
-struct Request {
-    method: String,
-    path: String,
-    headers: BTreeMap<String, String>,
-    body: Vec<u8>,
-}
-
 impl PushServer {
     pub fn start() -> Self {
         let (endpoint, state) = super::listen(|endpoint| State { endpoint, ..State::default() }, answer);
@@ -100,8 +95,8 @@ impl PushServer {
 }
 
 fn answer(mut stream: TcpStream, state: &Mutex<State>) {
-    let Some(request) = read(&stream) else { return };
-    let line = format!("{} {}", request.method, request.path);
+    let Some(request) = Request::read(&mut BufReader::new(&stream)) else { return };
+    let line = format!("{} {}", request.method, request.address);
     let mut state = state.lock().unwrap();
     state.requests.push(line.clone());
     let fault = state.faults.iter().position(|(part, _)| line.contains(part.as_str()));
@@ -130,24 +125,6 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) {
     let _ = stream.write_all(body.as_bytes());
 }
 
-fn read(stream: &TcpStream) -> Option<Request> {
-    let mut reader = BufReader::new(stream.try_clone().ok()?);
-    let mut line = String::new();
-    reader.read_line(&mut line).ok()?;
-    let mut words = line.split(' ').map(str::to_owned);
-    let (method, path) = (words.next()?, words.next()?);
-    let mut headers = BTreeMap::new();
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).ok()?;
-        let Some((name, value)) = line.trim_end().split_once(':') else { break };
-        headers.insert(name.to_lowercase(), value.trim().to_owned());
-    }
-    let mut body = vec![0; headers.get("content-length").map_or(0, |l| l.parse().unwrap())];
-    reader.read_exact(&mut body).ok()?;
-    Some(Request { method, path, headers, body })
-}
-
 type Reply = (u16, String, Value);
 
 fn plain(status: u16, body: Value) -> Reply {
@@ -164,7 +141,7 @@ fn commit_id(n: usize) -> String {
 
 impl State {
     fn respond(&mut self, r: &Request) -> Reply {
-        if let Some(rest) = r.path.strip_prefix("/storage/") {
+        if let Some(rest) = r.address.strip_prefix("/storage/") {
             return self.store(r, rest);
         }
         match r.headers.get("authorization").and_then(|a| a.strip_prefix("Bearer ")) {
@@ -174,7 +151,7 @@ impl State {
             _ => return refuse(401, "Invalid username or password."),
         }
         let body: Value = serde_json::from_slice(&r.body).unwrap_or_default();
-        if r.path == "/api/repos/create" {
+        if r.address == "/api/repos/create" {
             let name =
                 format!("{}/{}", body["organization"].as_str().unwrap(), body["name"].as_str().unwrap());
             if self.repositories.contains_key(&name) {
@@ -185,10 +162,10 @@ impl State {
             self.repositories.insert(name, Repository { private: body["private"] == true, branches });
             return plain(200, json!({"url": "made"}));
         }
-        if let Some((_, rest)) = r.path[1..].split_once(".git/info/lfs/") {
-            return if rest == "verify" { self.verify(&body) } else { self.batch(&r.path, &body) };
+        if let Some((_, rest)) = r.address[1..].split_once(".git/info/lfs/") {
+            return if rest == "verify" { self.verify(&body) } else { self.batch(&r.address, &body) };
         }
-        let Some(rest) = r.path.strip_prefix("/api/models/") else { return refuse(404, "no such page") };
+        let Some(rest) = r.address.strip_prefix("/api/models/") else { return refuse(404, "no such page") };
         let mut parts = rest.splitn(4, '/');
         let name = format!("{}/{}", parts.next().unwrap(), parts.next().unwrap_or_default());
         let (what, revision) = (parts.next(), parts.next().map(|r| r.replace("%2F", "/")));
