@@ -32,7 +32,7 @@ pub struct Subject<'a> {
     pub kind: Kind,
     recipe: &'a Recipe,
     /// Of its layers.
-    devices: &'a [Device],
+    devices: Vec<Device>,
     random: bool,
 }
 
@@ -52,8 +52,8 @@ impl<'a> Subject<'a> {
         };
         let (kind, random) = (kind_on(device, section.dtype), models.random_weights);
         let devices = match role {
-            Source::Target => target_devices,
-            Source::Proxy => &target_devices[target_devices.len() - 1..],
+            Source::Target => target_devices.to_vec(),
+            Source::Proxy => vec![device],
         };
         Ok(Self { section, role, kind, recipe, devices, random })
     }
@@ -82,7 +82,7 @@ impl<'a> Subject<'a> {
     }
 
     fn placement(&self, shape: &ModelShape) -> Result<Placement> {
-        match self.devices {
+        match &*self.devices {
             [device] => Ok(Placement::whole(*device, shape.layers)),
             devices => Placement::over(devices, &LayerSplit::even(shape.layers, devices.len())?),
         }
@@ -209,5 +209,9 @@ mod tests {
         let requests = subject.requests(&recipe.label).unwrap();
         let longer = subject.context(5000).unwrap();
         assert_eq!(requests.ids(&longer, &(2000..4000)).len(), LATER + 8 + SWITCH + 2000);
+        // A proxy beside the target, as `dual` has it.
+        let beside = Setting { device: Device::Cuda(1), ..setting };
+        assert_eq!(Subject::new(&beside, Source::Proxy, models).unwrap().devices, [Device::Cuda(1)]);
+        assert_eq!(Subject::new(&beside, Source::Target, models).unwrap().devices, [Device::Cpu]);
     }
 }
