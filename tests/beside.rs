@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, assert_same};
 
 const FROM: [&str; 2] = ["--set", "extract.from=[\"target\"]"];
 const WITHOUT: [&str; 2] = ["--set", "extract.from=[\"proxy\"]"];
@@ -16,22 +15,7 @@ fn stage(s: &Sandbox, stage: &str, sets: &[&str]) -> String {
 
 /// Files of labels and of the target's features.
 fn files(s: &Sandbox) -> BTreeMap<String, Vec<u8>> {
-    let mut out = BTreeMap::new();
-    for folder in ["labels", "features-target"] {
-        for file in fs::read_dir(s.path("runs/small").join(folder)).unwrap() {
-            let file = file.unwrap();
-            let name = format!("{folder}/{}", file.file_name().to_string_lossy());
-            out.insert(name, fs::read(file.path()).unwrap());
-        }
-    }
-    out
-}
-
-fn assert_same(a: &BTreeMap<String, Vec<u8>>, b: &BTreeMap<String, Vec<u8>>) {
-    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
-    for (name, bytes) in a {
-        assert!(bytes == &b[name], "`{name}` differs");
-    }
+    s.files("small", &["labels", "features-target"])
 }
 
 /// Labels of a recipe without the target's features, then the features by `extract`.
@@ -51,18 +35,18 @@ fn one_prefill_gives_the_bytes_that_two_give() {
     stage(&together, "prepare", &FROM);
     let said = stage(&together, "label", &FROM);
     assert!(said.contains("target features 16"), "{said}");
-    assert_same(&files(&apart), &files(&together));
+    assert_same(&files(&apart), &files(&together), "the run");
     let said = stage(&together, "extract", &FROM);
     assert!(said.contains("extract: skipped"), "{said}");
     // Labels alone are made again, beside features that are complete.
     let said = stage(&together, "label", &[&["--redo", "label"][..], &FROM].concat());
     assert!(said.contains("label: done") && said.contains("target features 0"), "{said}");
-    assert_same(&files(&apart), &files(&together));
+    assert_same(&files(&apart), &files(&together), "the run");
     // Both anew, in one run: features are not made twice.
     let redo = [&["--redo", "extract", "--redo", "label"][..], &FROM].concat();
     let said = stage(&together, "run", &redo);
     assert!(said.contains("target features 16") && said.contains("extract: skipped"), "{said}");
-    assert_same(&files(&apart), &files(&together));
+    assert_same(&files(&apart), &files(&together), "the run");
 }
 
 /// Each of the two folders may have more whole shards than the other: after a kill, or after a run of an
@@ -80,7 +64,7 @@ fn either_folder_may_be_ahead() {
         let said = stage(&s, "label", &FROM);
         let taken = 16 - 3 * features;
         assert!(said.contains(&format!("target features {taken}")), "{labels}, {features}: {said}");
-        assert_same(&files(&s), &whole);
+        assert_same(&files(&s), &whole, "the run");
     }
 }
 
@@ -105,17 +89,13 @@ fn kills_change_neither() {
     let label = start.elapsed();
     let mut rng = pkv_core::Seed(4).stream("kill", 0);
     for _ in 0..12 {
-        let args = [&["label", "--recipe", "recipe.toml"][..], &FROM].concat();
-        let mut command = s.command(&args);
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let running = s.start(&[&["label"][..], &FROM].concat());
         let share = f64::from(rand::Rng::random_range(&mut rng, 10..90u32)) / 100.0;
-        std::thread::sleep(label.mul_f64(share).max(Duration::from_millis(5)));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        running.kill_after(label.mul_f64(share).max(Duration::from_millis(5)));
     }
     stage(&s, "label", &FROM);
     stage(&s, "extract", &FROM);
-    assert_same(&files(&s), &whole);
+    assert_same(&files(&s), &whole, "the run");
 }
 
 #[test]
@@ -137,7 +117,7 @@ fn labels_do_not_depend_on_features() {
     let said = stage(&s, "label", &[&["--redo", "label"][..], &FROM].concat());
     assert!(said.contains("left to `extract`") && said.contains("label: done"), "{said}");
     assert_eq!(others, fs::read(s.path("runs/small/features-target/index.json")).unwrap());
-    assert_same(&before, &labels(&s));
+    assert_same(&before, &labels(&s), "the run");
     // Prefill chunks that are not those of `extract` would round features otherwise.
     let chunks = ["--set", "label.prefill_chunk_tokens=50"];
     let s = Sandbox::new();

@@ -5,16 +5,17 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
 use pkv_core::FailureKind;
+use pkv_test_support::files::files_below;
 use pkv_test_support::s3::{Fault, S3};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::infer::trained;
-use crate::sandbox::{Ran, Sandbox, timeless};
+use crate::sandbox::{Ran, Running, Sandbox, timeless};
 
 const SECRET: &str = "secret-key-of-the-bucket";
 
@@ -58,13 +59,12 @@ impl<'a> Machine<'a> {
 
     /// A command of the run in the bucket.
     fn run(&self, args: &[&str]) -> Ran {
-        let all = [args, &["--recipe", "recipe.toml", "--runs", "s3://b/runs"]].concat();
-        Ran::new(self.command(&all).output().unwrap())
+        self.start(args).end()
     }
 
-    fn start(&self, args: &[&str]) -> Child {
+    fn start(&self, args: &[&str]) -> Running {
         let all = [args, &["--recipe", "recipe.toml", "--runs", "s3://b/runs"]].concat();
-        self.command(&all).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+        Running::new(&mut self.command(&all))
     }
 
     /// A command that names the run by its address.
@@ -81,23 +81,6 @@ fn objects(server: &S3, folder: &str) -> BTreeMap<String, Vec<u8>> {
 /// Files of the run on disk below a folder.
 fn on_disk(folder: &str) -> BTreeMap<String, Vec<u8>> {
     files_below(&trained().path("runs/small").join(folder))
-}
-
-/// Every file in any depth below a folder, by its path from there.
-fn files_below(root: &Path) -> BTreeMap<String, Vec<u8>> {
-    let (mut folders, mut files) = (vec![root.to_owned()], BTreeMap::new());
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap().flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
-                files.insert(name, fs::read(path).unwrap());
-            }
-        }
-    }
-    files
 }
 
 /// What a folder and the bucket have of the same kind.
@@ -189,14 +172,8 @@ fn machines_share_a_stage_in_a_bucket_and_what_a_killed_one_finished_is_kept() {
     // A claim of a piece that is lost too early is work done twice, no more.
     (a.lease, b.lease) = ("2", "2");
     let mut killed = a.start(&["label", "--task", "0/1"]);
-    let begun = Instant::now();
-    while markers(&server, "labels").is_empty() {
-        assert!(begun.elapsed() < Duration::from_secs(120), "no piece was ended");
-        assert!(killed.try_wait().unwrap().is_none(), "it ended by itself");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    killed.kill().unwrap();
-    killed.wait().unwrap();
+    assert!(killed.wait_until(|| !markers(&server, "labels").is_empty()), "it ended by itself");
+    killed.kill_after(Duration::ZERO);
     let finished = markers(&server, "labels");
     server.every_nth(6, &FAULTS);
     // The half of another machine, while the first one's claim ends; then what the first one left.
@@ -212,9 +189,9 @@ fn machines_share_a_stage_in_a_bucket_and_what_a_killed_one_finished_is_kept() {
     // The killed process's share of the folder stays until a process holds it alone, and counts for nothing.
     same(&server, "labels", |name| !name.ends_with(".lease"));
     // Features by workers that share a cache.
-    let (mut one, other) = (a.start(&["extract", "--task", "0/2"]), b.run(&["extract", "--task", "1/2"]));
+    let (one, other) = (a.start(&["extract", "--task", "0/2"]), b.run(&["extract", "--task", "1/2"]));
     other.ok();
-    assert!(one.wait().unwrap().success());
+    one.end().ok();
     a.run(&["extract", "--task", "0/1"]).ok();
     same(&server, "features", |name| !name.ends_with(".lease"));
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use pkv_core::FailureKind;
@@ -10,7 +10,7 @@ use pkv_shard::PiecesState;
 use pkv_test_support::files::{copy_folder, files};
 
 use crate::infer::trained;
-use crate::sandbox::{Ran, Sandbox};
+use crate::sandbox::{Running, Sandbox};
 
 /// Enough examples that workers are met at work.
 const MANY: [&str; 4] = ["--set", "data.train=120", "--set", "data.stride=0.05"];
@@ -22,9 +22,8 @@ fn prepared() -> Sandbox {
     s
 }
 
-fn start(s: &Sandbox, args: &[&str]) -> Child {
-    let args = [args, &MANY, &["--devices", "cpu,cpu", "--recipe", "recipe.toml"]].concat();
-    s.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap()
+fn start(s: &Sandbox, args: &[&str]) -> Running {
+    s.start(&[args, &MANY, &["--devices", "cpu,cpu"]].concat())
 }
 
 /// Processes at work on labels.
@@ -40,19 +39,6 @@ fn is_alive(pid: u32) -> bool {
 
 fn kill(pid: u32, signal: &str) {
     Command::new("kill").args([signal, &pid.to_string()]).status().unwrap();
-}
-
-/// Wait until `is_so`; whether `child` is still there.
-fn wait_until(child: &mut Child, mut is_so: impl FnMut() -> bool) -> bool {
-    let begun = Instant::now();
-    while !is_so() {
-        if child.try_wait().unwrap().is_some() {
-            return false;
-        }
-        assert!(begun.elapsed() < Duration::from_secs(120), "it hangs");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    true
 }
 
 /// Labels of `s` and of one process on the same examples.
@@ -95,21 +81,21 @@ fn a_worker_that_dies_is_replaced_once() {
     let s = prepared();
     let mut child = start(&s, &["label"]);
     let mut killed = None;
-    wait_until(&mut child, || {
+    child.wait_until(|| {
         killed = at_work(&s).first().copied();
         killed.is_some()
     });
     kill(killed.expect("a worker was met at work"), "-KILL");
-    let ran = Ran::new(child.wait_with_output().unwrap()).ok();
+    let ran = child.end().ok();
     assert!(ran.stderr.contains("was ended by signal 9, and is replaced"), "{}", ran.stderr);
     assert_as_of_one_process(&s);
     // Whatever dies, dies: the second time it is named.
     fs::remove_dir_all(s.path("runs/small/labels")).unwrap();
     let mut child = start(&s, &["label"]);
-    while wait_until(&mut child, || !at_work(&s).is_empty()) {
+    while child.wait_until(|| !at_work(&s).is_empty()) {
         at_work(&s).into_iter().for_each(|pid| kill(pid, "-KILL"));
     }
-    let ran = Ran::new(child.wait_with_output().unwrap());
+    let ran = child.end();
     let ran = ran.fails_as(
         FailureKind::Environment,
         &[
@@ -121,7 +107,7 @@ fn a_worker_that_dies_is_replaced_once() {
     assert!(ran.stderr.contains("loading the target"), "{}", ran.stderr);
     assert!(at_work(&s).is_empty(), "workers are left");
     // The same command goes on.
-    Ran::new(start(&s, &["label"]).wait_with_output().unwrap()).ok();
+    start(&s, &["label"]).end().ok();
     assert_as_of_one_process(&s);
 }
 
@@ -131,12 +117,12 @@ fn a_signal_reaches_the_workers() {
         let s = prepared();
         let mut child = start(&s, &["label"]);
         let mut workers = BTreeSet::new();
-        wait_until(&mut child, || {
+        child.wait_until(|| {
             workers = at_work(&s);
             workers.len() == 2
         });
-        kill(child.id(), signal);
-        let ran = Ran::new(child.wait_with_output().unwrap());
+        kill(child.0.id(), signal);
+        let ran = child.end();
         let begun = Instant::now();
         while workers.iter().any(|&pid| is_alive(pid)) {
             assert!(begun.elapsed() < Duration::from_secs(30), "{signal}: workers are left");
@@ -146,7 +132,7 @@ fn a_signal_reaches_the_workers() {
             assert_eq!(ran.code, 130, "{signal}: {}", ran.stderr);
             assert!(ran.stderr.contains("interrupted; "), "{}", ran.stderr);
         }
-        Ran::new(start(&s, &["label"]).wait_with_output().unwrap()).ok();
+        start(&s, &["label"]).end().ok();
         assert_as_of_one_process(&s);
     }
 }

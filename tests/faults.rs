@@ -1,19 +1,18 @@
 //! Files that never end, runs that run away, two processes in one folder, outputs that vanish, markup of
 //! others: each ends with a sentence and a hint, soon, and nothing that was there before is lost.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::Command;
 
 use pkv_core::FailureKind;
 use pkv_files::lock_work;
+use pkv_test_support::files::files_below;
 use serde_json::Value;
 
 use crate::infer::trained;
-use crate::sandbox::{Ran, Sandbox, root};
+use crate::sandbox::{Ran, Running, Sandbox, root};
 
 /// As the finished run was evaluated.
 const POLICIES: &str = "eval.answer_policies=[\"pair\",\"pair-uniform\",\"pair-budget\"]";
@@ -27,25 +26,12 @@ fn finished() -> Sandbox {
     s
 }
 
-/// End `child` if it takes longer than a minute: what never ends must fail, and take no test with it.
-fn within_a_minute(mut child: Child) -> Ran {
-    let begun = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        if begun.elapsed() > Duration::from_secs(60) {
-            child.kill().unwrap();
-            panic!("it hangs: {:?}", child.wait_with_output());
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ran::new(child.wait_with_output().unwrap())
-}
-
-fn start(s: &Sandbox, args: &[&str]) -> Child {
-    s.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap()
+fn run(s: &Sandbox, args: &[&str]) -> Ran {
+    Running::new(&mut s.command(args)).end_soon()
 }
 
 fn with_recipe(s: &Sandbox, args: &[&str]) -> Ran {
-    within_a_minute(start(s, &[args, &["--recipe", "recipe.toml"]].concat()))
+    s.start(args).end_soon()
 }
 
 fn replace(path: &Path, make: impl Fn(&Path)) {
@@ -73,7 +59,7 @@ fn files_that_never_end_are_refused() {
     for make in [endless, fifo] {
         replace(&s.path("base.toml"), make);
         s.write("based.toml", "base = \"base.toml\"\n");
-        within_a_minute(start(&s, &["plan", "--recipe", "based.toml"]))
+        run(&s, &["plan", "--recipe", "based.toml"])
             .fails_with(&["cannot read recipe `base.toml`", "expected a regular file"]);
         replace(&s.path("odd.toml"), make);
         with_recipe(&s, &["plan", "--set", "data.manifest=odd.toml"])
@@ -82,7 +68,7 @@ fn files_that_never_end_are_refused() {
             let path = s.path("runs/small/export").join(file);
             let whole = fs::read(&path).unwrap();
             replace(&path, make);
-            within_a_minute(start(
+            run(
                 &s,
                 &[
                     "infer",
@@ -93,7 +79,7 @@ fn files_that_never_end_are_refused() {
                     "--question",
                     "What?",
                 ],
-            ))
+            )
             .fails_with(&["cannot read export", "expected a regular file"]);
             replace(&path, |p| fs::write(p, &whole).unwrap());
         }
@@ -101,13 +87,12 @@ fn files_that_never_end_are_refused() {
     // The results add up anew from what lies beside them.
     for content in ["[".repeat(100_000), "{\"a\":".repeat(100_000)] {
         s.write("runs/small/eval/results.json", &content);
-        within_a_minute(start(&s, &["inspect", "runs/small/eval/results.json"])).fails_with(&["is no JSON"]);
+        run(&s, &["inspect", "runs/small/eval/results.json"]).fails_with(&["is no JSON"]);
         with_recipe(&s, &["eval", "--set", POLICIES]).ok();
     }
     for make in [endless, fifo] {
         replace(&s.path("runs/small/eval/results.json"), make);
-        within_a_minute(start(&s, &["inspect", "runs/small/eval/results.json"]))
-            .fails_with(&["is a device, pipe or socket"]);
+        run(&s, &["inspect", "runs/small/eval/results.json"]).fails_with(&["is a device, pipe or socket"]);
         with_recipe(&s, &["eval", "--set", POLICIES]).ok();
     }
 }
@@ -206,25 +191,6 @@ fn inspect_says_which_weights_are_damaged() {
     }
 }
 
-/// Every file below `folder`, by its path there.
-fn files_below(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut files: BTreeMap<PathBuf, Vec<u8>> = BTreeMap::new();
-    let mut folders = vec![folder.to_path_buf()];
-    while let Some(next) = folders.pop() {
-        for entry in fs::read_dir(next).unwrap() {
-            let path = entry.unwrap().path();
-            match path.is_dir() {
-                true => folders.push(path),
-                false => {
-                    _ = files.insert(path.strip_prefix(folder).unwrap().into(), fs::read(&path).unwrap())
-                }
-            }
-        }
-    }
-    files.retain(|path, _| path.extension().is_none_or(|e| e != "lock"));
-    files
-}
-
 /// The short form of `scripts/faults/storage.py`.
 #[test]
 fn storage_that_fails_is_named_and_the_stage_goes_on_to_the_same_bytes() {
@@ -235,7 +201,12 @@ fn storage_that_fails_is_named_and_the_stage_goes_on_to_the_same_bytes() {
     assert!(compile.status().unwrap().success());
     for (stage, folder) in [("label", "labels"), ("train", "checkpoints/step-000024")] {
         let folder = s.path("runs/small").join(folder);
-        let whole = files_below(&folder);
+        let files = || {
+            let mut all = files_below(&folder);
+            all.retain(|name, _| !name.ends_with(".lock"));
+            all
+        };
+        let whole = files();
         assert!(whole.len() > 2, "{whole:?}");
         for (call, mode, error) in [
             ("write", "once", "28"),
@@ -260,7 +231,7 @@ fn storage_that_fails_is_named_and_the_stage_goes_on_to_the_same_bytes() {
                 _ => _ = ran.fails_as(FailureKind::Environment, &["runs/small"]),
             }
             s.run(&[stage]).ok();
-            assert!(files_below(&folder) == whole, "{case}");
+            assert!(files() == whole, "{case}");
         }
     }
 }
@@ -291,8 +262,8 @@ fn a_stage_at_work_is_met_with_a_sentence() {
 fn two_exports_leave_one_export_and_its_record() {
     let s = finished();
     for _ in 0..3 {
-        let args = ["export", "--redo", "export", "--recipe", "recipe.toml"];
-        let both = [start(&s, &args), start(&s, &args)].map(within_a_minute);
+        let args = ["export", "--redo", "export"];
+        let both = [s.start(&args), s.start(&args)].map(Running::end_soon);
         assert!(both.iter().any(|ran| ran.code == 0), "{}\n{}", both[0].stderr, both[1].stderr);
         for ran in both.into_iter().filter(|ran| ran.code != 0) {
             ran.fails_as(FailureKind::Environment, &["another process runs `export`"]);

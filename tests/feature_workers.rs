@@ -4,14 +4,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use pkv_core::FailureKind;
 use serde_json::Value;
 
-use crate::sandbox::{Ran, Sandbox};
+use crate::sandbox::{Ran, Running, Sandbox, assert_same};
 
 /// Both models, a channel that is fitted to labels, and every row made each time it is read.
 const SET: [&str; 5] = [
@@ -25,25 +24,16 @@ const SET: [&str; 5] = [
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_secs(120);
 
-fn args(what: &[&str]) -> Vec<String> {
-    let mut args: Vec<String> = what.iter().map(|&a| a.to_owned()).collect();
-    SET.iter().for_each(|set| args.extend(["--set".to_owned(), (*set).to_owned()]));
-    args.extend(["--recipe", "recipe.toml"].map(str::to_owned));
-    args
+fn args<'a>(what: &[&'a str]) -> Vec<&'a str> {
+    what.iter().copied().chain(SET.iter().flat_map(|key| ["--set", key])).collect()
 }
 
-fn start(s: &Sandbox, what: &[&str]) -> Child {
-    let args = args(what);
-    let mut command = s.command(&args.iter().map(String::as_str).collect::<Vec<_>>());
-    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+fn start(s: &Sandbox, what: &[&str]) -> Running {
+    s.start(&args(what))
 }
 
 fn run(s: &Sandbox, what: &[&str]) -> Ran {
-    end(start(s, what))
-}
-
-fn end(child: Child) -> Ran {
-    Ran::new(child.wait_with_output().unwrap())
+    s.run(&args(what))
 }
 
 fn sandbox() -> Sandbox {
@@ -73,14 +63,6 @@ fn made(s: &Sandbox) -> BTreeMap<String, Vec<u8>> {
     let metrics: Vec<String> = metrics.lines().map(timeless).collect();
     made.insert("metrics".to_owned(), metrics.join("\n").into_bytes());
     made
-}
-
-fn assert_same(s: &Sandbox, expected: &BTreeMap<String, Vec<u8>>, who: &str) {
-    let found = made(s);
-    assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{who}");
-    for (name, bytes) in &found {
-        assert!(*bytes == expected[name], "`{name}` of {who} differs");
-    }
 }
 
 fn checkpoints(s: &Sandbox) -> PathBuf {
@@ -129,7 +111,7 @@ fn any_number_of_workers_trains_the_bytes_of_one_process() {
     for workers in ["1", "3"] {
         let ran = run(&s, &["train", "--redo", "train", "--feature-workers", workers]).ok();
         assert!(ran.stderr.contains("rows of features by"), "{}", ran.stderr);
-        assert_same(&s, &alone, &format!("{workers} workers"));
+        assert_same(&made(&s), &alone, &format!("{workers} workers"));
     }
     assert!(!s.path("runs/small/features").exists() && !s.path("runs/small/features-target").exists());
 
@@ -137,16 +119,16 @@ fn any_number_of_workers_trains_the_bytes_of_one_process() {
     let train = start(&s, &["train", "--redo", "train", "--feature-workers", "3"]);
     let mut first = Vec::new();
     until("three workers are started", || {
-        first = children(train.id());
+        first = children(train.0.id());
         first.len() == 3
     });
     signal(first[0], libc::SIGKILL);
-    until("a worker is replaced", || children(train.id()).iter().any(|id| !first.contains(id)));
+    until("a worker is replaced", || children(train.0.id()).iter().any(|id| !first.contains(id)));
     until("there is a checkpoint", || has_checkpoint(&s));
-    children(train.id()).into_iter().take(2).for_each(|id| signal(id, libc::SIGKILL));
-    let ran = end(train).ok();
+    children(train.0.id()).into_iter().take(2).for_each(|id| signal(id, libc::SIGKILL));
+    let ran = train.end().ok();
     assert!(ran.stderr.contains("was ended by signal 9, and is replaced"), "{}", ran.stderr);
-    assert_same(&s, &alone, "killed workers");
+    assert_same(&made(&s), &alone, "killed workers");
 
     // An interrupt, and the death of the process itself, end all; training goes on in the middle.
     for (n, sent) in ["3", "1"].into_iter().zip([libc::SIGINT, libc::SIGKILL]) {
@@ -154,14 +136,14 @@ fn any_number_of_workers_trains_the_bytes_of_one_process() {
         let mut train = start(&s, &[&["train", "--feature-workers", n], redo].concat());
         let mut workers = Vec::new();
         until("its workers are started", || {
-            workers = children(train.id());
+            workers = children(train.0.id());
             workers.len() == n.parse::<usize>().unwrap()
         });
         if sent == libc::SIGINT {
             until("there is a checkpoint", || has_checkpoint(&s));
         }
-        signal(train.id() as i32, sent);
-        let status = train.wait().unwrap();
+        train.signal(sent);
+        let status = train.0.wait().unwrap();
         if sent == libc::SIGINT {
             assert_eq!(status.code(), Some(i32::from(FailureKind::Interrupted.exit_code())));
         }
@@ -187,10 +169,10 @@ fn training_without_workers_left_says_who_died_and_goes_on_later() {
     let mut train = start(&s, &["train", "--redo", "train", "--feature-workers", "2"]);
     until("there is a checkpoint", || has_checkpoint(&s));
     until("training has ended", || {
-        children(train.id()).into_iter().for_each(|id| signal(id, libc::SIGKILL));
-        train.try_wait().unwrap().is_some()
+        children(train.0.id()).into_iter().for_each(|id| signal(id, libc::SIGKILL));
+        train.0.try_wait().unwrap().is_some()
     });
-    let ran = end(train).fails_as(FailureKind::Environment, &["feature worker"]);
+    let ran = train.end().fails_as(FailureKind::Environment, &["feature worker"]);
     assert!(ran.stderr.contains("was ended by signal 9, and is replaced"), "{}", ran.stderr);
     assert!(has_checkpoint(&s));
     run(&s, &["train", "--feature-workers", "1"]).ok();

@@ -1,13 +1,12 @@
 //! `fetch`: the small pair from a hub on the loopback interface, and what the commands say about that hub.
 
 use std::fs;
-use std::process::{Command, Stdio};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
 use pkv_core::FailureKind;
 
-use crate::sandbox::{Ran, Sandbox, root};
+use crate::sandbox::{Ran, Running, Sandbox, root};
 use pkv_test_support::hub::pull::{Fault, Server};
 use pkv_test_support::hub::sha256;
 
@@ -57,19 +56,14 @@ fn what_was_fetched_is_found_without_a_network() {
 fn an_interrupted_fetch_keeps_what_has_arrived() {
     let (s, server) = on_a_hub();
     server.fail_next("/storage/", Fault::Trickle(Duration::from_millis(1)));
-    let mut fetch = command(&s, &server.endpoint, &FETCH);
-    let child = fetch.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut fetch = Running::new(&mut command(&s, &server.endpoint, &FETCH));
     // The small files come and go; the weights are named by their hash.
     let weights = fs::read(root().join("recipes/nano-llama/target/model.safetensors")).unwrap();
     let part = format!("hf/hub/models--nano--target/blobs/{}.incomplete", sha256(&weights));
     let length = || fs::metadata(s.path(&part)).map_or(0, |m| m.len());
-    let begun = Instant::now();
-    while length() < 50 {
-        assert!(begun.elapsed() < Duration::from_secs(300), "nothing comes");
-        sleep(Duration::from_millis(50));
-    }
-    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    let ran = Ran::new(child.wait_with_output().unwrap());
+    assert!(fetch.wait_until(|| length() >= 50), "it ended by itself");
+    fetch.signal(libc::SIGINT);
+    let ran = fetch.end();
     assert_eq!(ran.code, 130, "{}", ran.stderr);
     let kept = length();
     assert!(kept >= 50 && kept < weights.len() as u64, "{kept}");

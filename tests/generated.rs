@@ -3,28 +3,16 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sandbox::{Ran, Sandbox, timeless};
+use crate::sandbox::{Sandbox, timeless};
 
 /// Features are never written, and every row is made each time it is read.
 const TRANSIENT: [&str; 3] = ["extract.missing=generate", "extract.after_use=delete", "train.cache_gb=0"];
 /// Shards whose rows are decoded each time.
 const STORED: [&str; 1] = ["train.cache_gb=0"];
-
-/// A command with the recipe's name and keys set.
-fn args<'a>(what: &'a str, name: &'a str, set: &[&'a str]) -> Vec<&'a str> {
-    let mut args = vec![what, "--set", name];
-    set.iter().for_each(|s| args.extend(["--set", s]));
-    args
-}
-
-fn stage(s: &Sandbox, what: &str, name: &str, set: &[&str]) -> Ran {
-    s.run(&args(what, &format!("name={name}"), set))
-}
 
 fn with<'a>(a: &[&'a str], b: &[&'a str]) -> Vec<&'a str> {
     [a, b].concat()
@@ -67,11 +55,11 @@ fn a_run_without_stored_features_ends_with_the_bytes_of_one_with_them() {
         "extract.target_channels=[\"max_window\", \"key_norm\", \"hidden_linear\"]",
     ];
     let stored = with(&both, &STORED);
-    stage(&s, "run", "stored", &stored).ok();
+    s.run_as("run", "stored", &stored).ok();
     assert!(has_features(&s, "stored"));
 
     let transient = with(&both, &TRANSIENT);
-    let ran = stage(&s, "run", "made", &transient).ok();
+    let ran = s.run_as("run", "made", &transient).ok();
     assert!(ran.stderr.contains("extract: skipped"), "{}", ran.stderr);
     assert!(!has_features(&s, "made"));
     assert_same_export(&s, "stored", "made");
@@ -86,13 +74,13 @@ fn a_run_without_stored_features_ends_with_the_bytes_of_one_with_them() {
     };
     assert_eq!(config("stored")["extract"], config("made")["extract"]);
 
-    let again = stage(&s, "run", "made", &transient).ok();
+    let again = s.run_as("run", "made", &transient).ok();
     for what in ["extract", "train", "eval", "export"] {
         assert!(again.stderr.contains(&format!("{what}: skipped")), "{what}\n{}", again.stderr);
     }
     // The same run with its features stored is the same training.
-    stage(&s, "extract", "made", &stored).ok();
-    let same = stage(&s, "train", "made", &stored).ok();
+    s.run_as("extract", "made", &stored).ok();
+    let same = s.run_as("train", "made", &stored).ok();
     assert!(same.stderr.contains("train: skipped"), "{}", same.stderr);
 }
 
@@ -102,10 +90,10 @@ fn a_training_without_stored_features_is_killed_and_continues() {
     let from = ["extract.from=[\"target\"]"];
     let (stored, transient) = (with(&from, &STORED), with(&from, &TRANSIENT));
     for what in ["prepare", "label", "extract", "train", "export"] {
-        stage(&s, what, "stored", &stored).ok();
+        s.run_as(what, "stored", &stored).ok();
     }
     for what in ["prepare", "label"] {
-        stage(&s, what, "made", &transient).ok();
+        s.run_as(what, "made", &transient).ok();
     }
     // `label` would have taken them along.
     assert!(!has_features(&s, "made"));
@@ -117,22 +105,15 @@ fn a_training_without_stored_features_is_killed_and_continues() {
     };
     let mut kills = 0;
     for wanted in 0..3 {
-        let mut all = args("train", "name=made", &transient);
-        all.extend(["--recipe", "recipe.toml"]);
-        let mut child = s.command(&all).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let set = transient.iter().flat_map(|key| ["--set", key]);
+        let mut train = s.start(&["train", "--set", "name=made"].into_iter().chain(set).collect::<Vec<_>>());
         // In the statistics, then with one checkpoint, then with two.
-        while steps() < wanted && child.try_wait().unwrap().is_none() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        if child.try_wait().unwrap().is_none() {
-            child.kill().unwrap();
-            kills += 1;
-        }
-        child.wait().unwrap();
+        kills += usize::from(train.wait_until(|| steps() >= wanted));
+        train.kill_after(Duration::ZERO);
     }
     assert!(kills > 0, "the training was over before it could be killed");
     for what in ["train", "export"] {
-        stage(&s, what, "made", &transient).ok();
+        s.run_as(what, "made", &transient).ok();
     }
     assert_same_export(&s, "stored", "made");
     assert!(!has_features(&s, "made"));
@@ -143,13 +124,13 @@ fn complete_shards_are_used_and_removed_only_after_the_training() {
     let s = Sandbox::new();
     let made = "are made when they are read";
     for what in ["prepare", "label", "extract"] {
-        stage(&s, what, "run", &[]).ok();
+        s.run_as(what, "run", &[]).ok();
     }
     let first = fs::read_dir(s.path("runs/run/features")).unwrap().map(|f| f.unwrap().path());
     let damaged = first.filter(|f| f.extension().is_some_and(|e| e == "parquet")).min().unwrap();
     // Shards of other choices are neither read nor removed.
     let other = with(&TRANSIENT, &["extract.window_tokens=32"]);
-    let ran = stage(&s, "train", "run", &other).ok();
+    let ran = s.run_as("train", "run", &other).ok();
     assert!(ran.stderr.contains(made) && ran.stderr.contains("made with other choices"), "{}", ran.stderr);
     assert!(has_features(&s, "run"));
     fs::remove_dir_all(s.path("runs/run/checkpoints")).unwrap();
@@ -160,14 +141,14 @@ fn complete_shards_are_used_and_removed_only_after_the_training() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(&damaged, &bytes).unwrap();
-    stage(&s, "train", "run", &TRANSIENT).fails_with(&["its bytes have changed"]);
+    s.run_as("train", "run", &TRANSIENT).fails_with(&["its bytes have changed"]);
     assert!(has_features(&s, "run"));
     fs::write(&damaged, &whole).unwrap();
 
-    let ran = stage(&s, "train", "run", &TRANSIENT).ok();
+    let ran = s.run_as("train", "run", &TRANSIENT).ok();
     assert!(!ran.stderr.contains(made) && ran.stderr.contains("removed the features"), "{}", ran.stderr);
     assert!(!has_features(&s, "run"));
-    let ran = stage(&s, "export", "run", &TRANSIENT).ok();
+    let ran = s.run_as("export", "run", &TRANSIENT).ok();
     assert!(ran.stderr.contains(made), "{}", ran.stderr);
 }
 
@@ -175,20 +156,20 @@ fn complete_shards_are_used_and_removed_only_after_the_training() {
 fn missing_features_are_an_error_or_made_and_kept() {
     let s = Sandbox::new();
     for what in ["prepare", "label"] {
-        stage(&s, what, "run", &[]).ok();
+        s.run_as(what, "run", &[]).ok();
     }
     let hint = "`extract.missing = \"generate\"`";
-    stage(&s, "train", "run", &[]).fails_with(&["`extract` has not run", "proxykv-train extract", hint]);
-    stage(&s, "train", "run", &["extract.after_use=delete"])
+    s.run_as("train", "run", &[]).fails_with(&["`extract` has not run", "proxykv-train extract", hint]);
+    s.run_as("train", "run", &["extract.after_use=delete"])
         .fails_with(&["`extract.after_use` is `delete`", "extract.missing"]);
-    stage(&s, "train", "run", &["extract.missing=guess"]).fails_with(&["guess", "generate"]);
-    let ran = stage(&s, "train", "run", &["extract.missing=generate"]).ok();
+    s.run_as("train", "run", &["extract.missing=guess"]).fails_with(&["guess", "generate"]);
+    let ran = s.run_as("train", "run", &["extract.missing=generate"]).ok();
     assert!(ran.stderr.contains("extract: done"), "{}", ran.stderr);
     assert!(has_features(&s, "run"));
     // Made for good: the recipe without the key finds them.
-    assert!(stage(&s, "extract", "run", &[]).ok().stderr.contains("extract: skipped"));
-    assert!(stage(&s, "train", "run", &[]).ok().stderr.contains("train: skipped"));
+    assert!(s.run_as("extract", "run", &[]).ok().stderr.contains("extract: skipped"));
+    assert!(s.run_as("train", "run", &[]).ok().stderr.contains("train: skipped"));
     // Features of other choices are not trained on.
-    stage(&s, "train", "run", &["extract.missing=generate", "extract.window_tokens=32"])
+    s.run_as("train", "run", &["extract.missing=generate", "extract.window_tokens=32"])
         .fails_with(&["extract.window_tokens", "--redo extract"]);
 }

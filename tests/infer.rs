@@ -17,7 +17,7 @@ use pkv_core::Split;
 use pkv_shard::{Example, StageReader};
 use serde_json::{Value, json};
 
-use crate::sandbox::{Ran, Sandbox, documents, root};
+use crate::sandbox::{Ran, Running, Sandbox, documents, root};
 
 const QUESTIONS: [&str; 2] = ["What opens the harbour?", "What does the river need?"];
 
@@ -586,13 +586,10 @@ fn an_interruption_before_the_context_ends_it() {
         let mask = text.lines().find_map(|l| l.strip_prefix("SigCgt:")).unwrap();
         u64::from_str_radix(mask.trim(), 16).unwrap() & (1 << (libc::SIGINT - 1)) != 0
     };
-    while !catches() {
-        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-    // SAFETY: a signal to a child that is not waited for yet.
-    assert_eq!(unsafe { libc::kill(i32::try_from(child.id()).unwrap(), libc::SIGINT) }, 0);
-    let ran = Ran::new(child.wait_with_output().unwrap());
+    let mut infer = Running(child);
+    assert!(infer.wait_until(catches), "it ended by itself");
+    infer.signal(libc::SIGINT);
+    let ran = infer.end();
     assert_eq!(ran.code, 130, "{}", ran.stderr);
     assert_eq!(ran.stdout, "");
     drop(stdin);
@@ -630,11 +627,10 @@ fn an_interruption_ends_cleanly() {
             break;
         }
     }
-    let pid = i32::try_from(child.id()).unwrap();
-    // SAFETY: a signal to a child that is not waited for yet.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGINT) }, 0);
+    let mut infer = Running(child);
+    infer.signal(libc::SIGINT);
     seen.extend(lines.map(|l| serde_json::from_str::<Value>(&l.unwrap()).unwrap()));
-    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(infer.0.wait().unwrap().code(), Some(130));
     let summary = seen.last().unwrap();
     assert_eq!((&summary["event"], &summary["interrupted"]), (&json!("summary"), &json!(true)));
     drop(stdin);

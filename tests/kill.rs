@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::sandbox::Sandbox;
+use pkv_test_support::files::files;
+
+use crate::sandbox::{Sandbox, assert_same};
 
 /// How often the run is killed before it may finish.
 const KILLS: u32 = 20;
@@ -15,13 +16,9 @@ const KILLS: u32 = 20;
 pub fn results(run: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut out = BTreeMap::new();
     for stage in ["examples", "labels", "features"] {
-        for file in fs::read_dir(run.join(stage)).unwrap() {
-            let file = file.unwrap();
-            out.insert(
-                format!("{stage}/{}", file.file_name().to_string_lossy()),
-                fs::read(file.path()).unwrap(),
-            );
-        }
+        out.extend(
+            files(&run.join(stage)).into_iter().map(|(name, bytes)| (format!("{stage}/{name}"), bytes)),
+        );
     }
     for file in ["model.safetensors", "parity.safetensors"] {
         out.insert(format!("export/{file}"), fs::read(run.join("export").join(file)).unwrap());
@@ -45,20 +42,14 @@ fn twenty_kills_change_nothing() {
     let broken = Sandbox::new();
     let mut rng = pkv_core::Seed(20).stream("kill", 0);
     for _ in 0..KILLS {
-        let mut command = broken.command(&["run", "--recipe", "recipe.toml"]);
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let run = broken.start(&["run"]);
         // Anywhere in the first half of an unbroken run's time: some attempts come far, some not.
         let share = f64::from(rand::Rng::random_range(&mut rng, 2..50u32)) / 100.0;
-        std::thread::sleep(whole.mul_f64(share).max(Duration::from_millis(5)));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        run.kill_after(whole.mul_f64(share).max(Duration::from_millis(5)));
     }
     broken.run(&["run"]).ok();
 
     let (a, b) = (results(&unbroken.path("runs/small")), results(&broken.path("runs/small")));
-    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
-    for (name, bytes) in &a {
-        assert!(bytes == &b[name], "`{name}` differs between the unbroken and the killed run");
-    }
+    assert_same(&b, &a, "the killed run");
     assert!(a.len() > 15, "there is too little to compare: {:?}", a.keys());
 }

@@ -3,9 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::process::{Child, Stdio};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pkv_core::FailureKind;
 use pkv_shard::{Example, PiecesState, StageReader};
@@ -13,7 +12,7 @@ use pkv_test_support::files::copy_folder;
 use serde_json::Value;
 
 use crate::infer::trained;
-use crate::sandbox::{Ran, Sandbox, root, timeless};
+use crate::sandbox::{Ran, Running, Sandbox, root, timeless};
 
 /// As the finished run was made.
 const POLICIES: [&str; 2] =
@@ -63,15 +62,6 @@ fn counted(ran: &Ran) -> [u64; 4] {
     let [rows, done, skipped, failed] = last;
     assert_eq!(rows, done + skipped + failed, "{line}");
     last
-}
-
-fn start(s: &Sandbox, args: &[&str]) -> Child {
-    let args = [args, &["--recipe", "recipe.toml"]].concat();
-    s.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap()
-}
-
-fn end(child: Child) -> Ran {
-    Ran::new(child.wait_with_output().unwrap())
 }
 
 #[test]
@@ -140,15 +130,13 @@ fn a_killed_task_makes_the_piece_in_its_hands_again_and_no_other() {
         if before == 3 {
             break;
         }
-        let mut child = start(&s, &["label", "--task", "0/2"]);
+        let mut child = s.start(&["label", "--task", "0/2"]);
         // Once it is at work; then somewhere in the piece.
-        wait_until(&mut child, || {
+        child.wait_until(|| {
             let state = PiecesState::read(&s.path("runs/small/labels")).unwrap();
             state.is_some_and(|state| !state.begun.is_empty() || state.markers.len() > before)
         });
-        std::thread::sleep(Duration::from_millis(delay));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        child.kill_after(Duration::from_millis(delay));
         kills += 1;
     }
     assert!(kills > 0);
@@ -163,20 +151,11 @@ fn a_killed_task_makes_the_piece_in_its_hands_again_and_no_other() {
     assert!(files(&s, "labels") == files(trained(), "labels"));
 }
 
-/// Wait until `is_so`, or `child` has ended.
-fn wait_until(child: &mut Child, is_so: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !is_so() && child.try_wait().unwrap().is_none() {
-        assert!(begun.elapsed() < Duration::from_secs(120), "it hangs");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
 #[test]
 fn processes_with_one_task_share_its_pieces() {
     let s = prepared();
-    let children: Vec<Child> = (0..3).map(|_| start(&s, &["label", "--task", "0/1"])).collect();
-    let ran: Vec<Ran> = children.into_iter().map(|child| end(child).ok()).collect();
+    let children: Vec<Running> = (0..3).map(|_| s.start(&["label", "--task", "0/1"])).collect();
+    let ran: Vec<Ran> = children.into_iter().map(|child| child.end().ok()).collect();
     let counts: Vec<[u64; 4]> =
         ran.iter().filter(|ran| !ran.stderr.contains("label: skipped")).map(counted).collect();
     assert_eq!(counts.iter().map(|[_, done, ..]| done).sum::<u64>(), ROWS, "{counts:?}");
@@ -213,10 +192,9 @@ fn what_is_missing_is_named_with_the_command_that_makes_it() {
     assert!(files(&s, "labels") == files(trained(), "labels"));
     // An unfinished run without tasks is taken over by them.
     let s = prepared();
-    let mut child = start(&s, &["label"]);
-    wait_until(&mut child, || s.path("runs/small/labels/labels-00001.parquet").exists());
-    child.kill().unwrap();
-    child.wait().unwrap();
+    let mut child = s.start(&["label"]);
+    child.wait_until(|| s.path("runs/small/labels/labels-00001.parquet").exists());
+    child.kill_after(Duration::ZERO);
     for task in ["0/2", "1/2"] {
         s.run(&["label", "--task", task]).ok();
     }
@@ -358,8 +336,8 @@ fn a_map_of_hidden_states_is_fitted_once() {
     }
     let s = prepared();
     copy_folder(&whole.path("runs/small/labels"), &s.path("runs/small/labels"));
-    let tasks = ["0/2", "1/2"].map(|task| start(&s, &[&["extract", "--task", task][..], &fitted].concat()));
-    tasks.into_iter().for_each(|child| drop(end(child).ok()));
+    let tasks = ["0/2", "1/2"].map(|task| s.start(&[&["extract", "--task", task][..], &fitted].concat()));
+    tasks.into_iter().for_each(|child| drop(child.end().ok()));
     for folder in ["features-target", "hidden"] {
         assert!(files(&s, folder) == files(&whole, folder), "{folder}");
     }

@@ -1,7 +1,6 @@
 //! Results add up: evaluations of other tasks, methods, ratios and limits take nothing away.
 
 use std::fs;
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -119,16 +118,13 @@ fn evaluations_add_up_until_they_are_made_anew() {
 fn processes_at_once_end_with_the_same_union(s: &Sandbox, policies: &str) {
     let start = |methods: &str| {
         let methods = format!("eval.methods=[{methods}]");
-        let args = ["eval", "--recipe", "recipe.toml", "--set", policies, "--set", &methods];
-        s.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+        s.start(&["eval", "--set", policies, "--set", &methods])
     };
-    let (mapper, random, mut killed) =
+    let (mapper, random, killed) =
         (start("\"mapper\",\"kvzip\""), start("\"random\",\"mapper\""), start("\"streaming-llm\""));
-    std::thread::sleep(Duration::from_millis(900));
-    killed.kill().unwrap();
-    killed.wait().unwrap();
+    killed.kill_after(Duration::from_millis(900));
     for child in [mapper, random] {
-        Ran::new(child.wait_with_output().unwrap()).ok();
+        child.end().ok();
     }
     let union = results(s);
     for task in ["labels", "facts", "perplexity"] {

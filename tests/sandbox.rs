@@ -1,10 +1,13 @@
 //! A temporary project folder around the binary: the small pair, a few documents, a recipe of seconds.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use pkv_core::FailureKind;
+use pkv_test_support::files::files;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -65,6 +68,89 @@ impl Sandbox {
         let mut all = args.to_vec();
         all.extend(["--recipe", "recipe.toml"]);
         Ran::new(self.command(&all).output().expect("the binary starts"))
+    }
+
+    /// Start `args` with the sandbox's recipe; what it prints is read at its end.
+    pub fn start(&self, args: &[&str]) -> Running {
+        Running::new(&mut self.command(&[args, &["--recipe", "recipe.toml"]].concat()))
+    }
+
+    /// Run stage `what` of a run of another name, with `set` keys.
+    pub fn run_as(&self, what: &str, name: &str, set: &[&str]) -> Ran {
+        let name = format!("name={name}");
+        let set = set.iter().flat_map(|key| ["--set", key]);
+        self.run(&[what, "--set", &name].into_iter().chain(set).collect::<Vec<_>>())
+    }
+
+    /// Files of `folders` of a run, each as `folder/name`.
+    pub fn files(&self, run: &str, folders: &[&str]) -> BTreeMap<String, Vec<u8>> {
+        let of = |folder: &&str| {
+            let (found, folder) = (files(&self.path("runs").join(run).join(folder)), (*folder).to_owned());
+            found.into_iter().map(move |(name, bytes)| (format!("{folder}/{name}"), bytes))
+        };
+        folders.iter().flat_map(of).collect()
+    }
+}
+
+/// The files of two runs must be the same, by name and byte.
+#[track_caller]
+pub fn assert_same(found: &BTreeMap<String, Vec<u8>>, expected: &BTreeMap<String, Vec<u8>>, who: &str) {
+    assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{who}");
+    for (name, bytes) in found {
+        assert!(*bytes == expected[name], "`{name}` of {who} differs");
+    }
+}
+
+/// A command at work.
+pub struct Running(pub Child);
+
+impl Running {
+    pub fn new(command: &mut Command) -> Self {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self(command.spawn().expect("the binary starts"))
+    }
+
+    /// Wait until `is_so`, two minutes at most; whether the command is still at work.
+    pub fn wait_until(&mut self, is_so: impl FnMut() -> bool) -> bool {
+        self.wait(Duration::from_secs(120), is_so)
+    }
+
+    fn wait(&mut self, most: Duration, mut is_so: impl FnMut() -> bool) -> bool {
+        let begun = Instant::now();
+        while !is_so() {
+            if self.0.try_wait().expect("it is a child").is_some() {
+                return false;
+            }
+            if begun.elapsed() > most {
+                let _ = self.0.kill();
+                panic!("it hangs");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        true
+    }
+
+    pub fn signal(&self, signal: i32) {
+        let id = i32::try_from(self.0.id()).expect("an id is small");
+        // SAFETY: a signal to a child that is not waited for yet.
+        assert_eq!(unsafe { libc::kill(id, signal) }, 0);
+    }
+
+    /// Kill it after `delay`.
+    pub fn kill_after(mut self, delay: Duration) {
+        std::thread::sleep(delay);
+        self.0.kill().expect("it is a child");
+        self.0.wait().expect("it is a child");
+    }
+
+    /// As [`Running::end`]; what takes longer than a minute fails, and takes no test with it.
+    pub fn end_soon(mut self) -> Ran {
+        self.wait(Duration::from_secs(60), || false);
+        self.end()
+    }
+
+    pub fn end(self) -> Ran {
+        Ran::new(self.0.wait_with_output().expect("it is a child"))
     }
 }
 

@@ -4,19 +4,11 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::sandbox::{Ran, Sandbox};
-
-/// One stage of a run of this name.
-fn stage(s: &Sandbox, what: &str, name: &str, set: &[&str]) -> Ran {
-    let name = format!("name={name}");
-    let mut args = vec![what, "--set", &name];
-    set.iter().for_each(|s| args.extend(["--set", s]));
-    s.run(&args)
-}
+use crate::sandbox::Sandbox;
 
 fn before_training(s: &Sandbox, name: &str, set: &[&str]) {
     for what in ["prepare", "label", "extract"] {
-        stage(s, what, name, set).ok();
+        s.run_as(what, name, set).ok();
     }
 }
 
@@ -31,18 +23,18 @@ fn score(s: &Sandbox, name: &str) -> f64 {
 fn a_run_starts_from_anothers_mapper_or_says_why_not() {
     let s = Sandbox::new();
     before_training(&s, "first", &[]);
-    stage(&s, "train", "first", &["train.steps=40", "train.validate_every=40"]).ok();
-    stage(&s, "export", "first", &["train.steps=40", "train.validate_every=40"]).ok();
+    s.run_as("train", "first", &["train.steps=40", "train.validate_every=40"]).ok();
+    s.run_as("export", "first", &["train.steps=40", "train.validate_every=40"]).ok();
 
     before_training(&s, "second", &[]);
     let next_to_nothing = ["train.steps=1", "train.lr=1e-9"];
     let from = |place: &str| format!("train.start_from={place}");
-    stage(&s, "train", "second", &next_to_nothing).ok();
+    s.run_as("train", "second", &next_to_nothing).ok();
     let cold = score(&s, "second");
     let cut = |place: &str| {
         let from = from(place);
         let set = [next_to_nothing[0], next_to_nothing[1], from.as_str()];
-        stage(&s, "train", "second", &set)
+        s.run_as("train", "second", &set)
     };
     // Another start is another mapper.
     cut("first").fails_with(&["were trained with other choices", "start_from"]);
@@ -67,14 +59,14 @@ fn a_run_starts_from_anothers_mapper_or_says_why_not() {
     ] {
         s.edit(&format!("runs/first/export/{file}"), was, is);
     }
-    let again = stage(&s, "export", "first", &["train.steps=40", "train.validate_every=40"]).ok();
+    let again = s.run_as("export", "first", &["train.steps=40", "train.validate_every=40"]).ok();
     assert!(again.stderr.contains("export: skipped"), "{}", again.stderr);
     assert!(cut("first").ok().stderr.contains("train: skipped"));
 
     // What does not fit is refused by its name.
     let refused = |name: &str, set: &[&str], parts: &[&str]| {
         before_training(&s, name, set);
-        stage(&s, "train", name, &[set, &["train.start_from=first"]].concat()).fails_with(parts);
+        s.run_as("train", name, &[set, &["train.start_from=first"]].concat()).fails_with(parts);
     };
     refused("wider", &["mapper.width=48"], &["`mapper.width` is", "expected 48", "train.start_from"]);
     refused(
@@ -84,5 +76,5 @@ fn a_run_starts_from_anothers_mapper_or_says_why_not() {
     );
     refused("own", &["extract.from=[\"target\"]"], &["`extract.from` is [\"proxy\"], expected [\"target\"]"]);
     cut("nowhere").fails_with(&["`train.start_from` = `nowhere`", "cannot read export"]);
-    stage(&s, "train", "first", &["train.start_from=first"]).fails_with(&["is the export of this run"]);
+    s.run_as("train", "first", &["train.start_from=first"]).fails_with(&["is the export of this run"]);
 }

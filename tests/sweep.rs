@@ -2,12 +2,11 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::sandbox::{Ran, Sandbox};
+use crate::sandbox::{self, Ran, Sandbox};
 
 const LINEAR: &str = "base = \"../recipe.toml\"\nname = \"linear\"\n[mapper]\nvariant = \"linear\"\n";
 const KVPRESS: &str = "base = \"../recipe.toml\"\nname = \"other-labels\"\n[label]\npreset = \"kvpress\"\n";
@@ -29,27 +28,14 @@ fn alone(s: &Sandbox, recipe: &str, more: &[&str]) -> Ran {
     Ran::new(s.command(&args).output().unwrap())
 }
 
-/// Files of a run that must not depend on how it came about.
-fn files(s: &Sandbox, run: &str) -> Vec<(String, Vec<u8>)> {
-    let mut all = Vec::new();
-    for stage in ["examples", "labels", "features"] {
-        for file in fs::read_dir(s.path("runs").join(run).join(stage)).unwrap() {
-            let path = file.unwrap().path();
-            all.push((format!("{stage}/{}", path.file_name().unwrap().display()), fs::read(path).unwrap()));
-        }
-    }
-    let export = "export/model.safetensors";
-    all.push((export.to_owned(), fs::read(s.path("runs").join(run).join(export)).unwrap()));
-    all.sort();
-    all
-}
-
+/// Files that must not depend on how a run came about are the same in two.
 fn assert_same(a: (&Sandbox, &str), b: (&Sandbox, &str)) {
-    let (a, b) = (files(a.0, a.1), files(b.0, b.1));
-    assert_eq!(a.iter().map(|f| &f.0).collect::<Vec<_>>(), b.iter().map(|f| &f.0).collect::<Vec<_>>());
-    for ((name, x), (_, y)) in a.iter().zip(&b) {
-        assert!(x == y, "{name} differs");
-    }
+    let files = |(s, run): (&Sandbox, &str)| {
+        let mut all = s.files(run, &["examples", "labels", "features", "export"]);
+        all.retain(|name, _| !name.starts_with("export/") || name == "export/model.safetensors");
+        all
+    };
+    sandbox::assert_same(&files(a), &files(b), a.1);
 }
 
 #[test]
@@ -140,13 +126,9 @@ fn a_killed_sweep_goes_on() {
     unbroken.run(&["sweep", "--variants", "variants", "--jobs", "2"]).ok();
     let whole = start.elapsed();
     let broken = sandbox();
-    let args = ["sweep", "--recipe", "recipe.toml", "--variants", "variants", "--jobs", "2"];
     for share in [0.1, 0.3, 0.5, 0.7] {
-        let mut command = broken.command(&args);
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        std::thread::sleep(whole.mul_f64(share).max(Duration::from_millis(5)));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        let running = broken.start(&["sweep", "--variants", "variants", "--jobs", "2"]);
+        running.kill_after(whole.mul_f64(share).max(Duration::from_millis(5)));
     }
     // Its runs die with it; the kernel may need a moment to release their locks.
     std::thread::sleep(Duration::from_millis(500));
@@ -159,21 +141,12 @@ fn a_killed_sweep_goes_on() {
 #[test]
 fn an_interrupted_sweep_stops_its_runs() {
     let s = sandbox();
-    let child = s
-        .command(&["sweep", "--recipe", "recipe.toml", "--variants", "variants"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut sweep = s.start(&["sweep", "--variants", "variants"]);
     let log = s.path("runs/logs/small.txt");
-    let begun = Instant::now();
-    while !fs::read_to_string(&log).is_ok_and(|text| text.contains("label")) {
-        assert!(begun.elapsed() < Duration::from_secs(60), "the first run does not begin");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    // SAFETY: the child was not waited for.
-    unsafe { libc::kill(i32::try_from(child.id()).unwrap(), libc::SIGTERM) };
-    let ran = Ran::new(child.wait_with_output().unwrap());
+    let begins = || fs::read_to_string(&log).is_ok_and(|text| text.contains("label"));
+    assert!(sweep.wait_until(begins), "the first run does not begin");
+    sweep.signal(libc::SIGTERM);
+    let ran = sweep.end();
     assert_eq!(ran.code, 130, "{}", ran.stderr);
     let log = fs::read_to_string(log).unwrap();
     assert!(log.contains("interrupted; whole shards"), "{log}");

@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::kill::results;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, assert_same};
 
 /// Changes of the small recipe with which each worker has some seconds of work: 18 pieces.
 pub const LONGER: [&str; 6] =
@@ -49,11 +49,7 @@ static WHOLE: LazyLock<BTreeMap<String, Vec<u8>>> = LazyLock::new(|| {
 
 /// A run folder holds, byte for byte, what one process makes.
 pub fn same_as_one_process(s: &Sandbox) {
-    let made = made(s);
-    assert_eq!(made.keys().collect::<Vec<_>>(), WHOLE.keys().collect::<Vec<_>>());
-    for (name, bytes) in &made {
-        assert!(*bytes == WHOLE[name], "`{name}` differs from that of one process");
-    }
+    assert_same(&made(s), &WHOLE, "the workers");
 }
 
 pub fn program() -> String {

@@ -6,23 +6,13 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use pkv_core::{FailureKind, Hinted, hinted};
 
-/// A kind of bucket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scheme {
-    S3,
-    Google,
-    Azure,
-}
-
-impl Scheme {
-    const ALL: [Self; 3] = [Self::S3, Self::Google, Self::Azure];
-
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::S3 => "s3",
-            Self::Google => "gs",
-            Self::Azure => "az",
-        }
+pkv_core::named! {
+    /// A kind of bucket.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Scheme {
+        S3 = "s3";
+        Google = "gs";
+        Azure = "az";
     }
 }
 
@@ -46,7 +36,7 @@ impl Address {
     /// It is no address of a bucket. What it says is not repeated where it may hold a password.
     pub fn parse(text: &str) -> Result<Self> {
         let (scheme, rest) = text.split_once("://").unwrap_or_default();
-        let Some(scheme) = Scheme::ALL.into_iter().find(|s| s.name() == scheme) else {
+        let Some(scheme) = Scheme::named(scheme) else {
             bail!(refused(format!("`{}://` is no kind of bucket", word(scheme))));
         };
         if rest.contains(['@', '?', '#']) {

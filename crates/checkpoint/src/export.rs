@@ -92,6 +92,17 @@ pub struct ModelIdentity {
     pub template_hash: String,
 }
 
+impl ModelIdentity {
+    /// Whether another shape or vocabulary is not this model's: what differs, what it is here, and there.
+    pub fn difference(&self, shape: &ModelShape, vocab_hash: &str) -> Option<(&'static str, String, String)> {
+        if self.shape != *shape {
+            return Some(("shape", self.shape.to_string(), shape.to_string()));
+        }
+        let other = (self.vocab_hash != vocab_hash).then(|| vocab_hash.to_owned())?;
+        Some(("vocabulary", self.vocab_hash.clone(), other))
+    }
+}
+
 /// [`MapperDims`], as written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -128,12 +139,16 @@ pub struct Parity {
     pub scores_ot: Tensor,
 }
 
-/// Contents of an export in addition to the mapper.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Beside<'a> {
+/// Contents of an export to be written.
+#[derive(Clone, Copy)]
+pub struct Contents<'a> {
+    pub config: &'a ExportConfig,
+    pub mapper: &'a Mapper,
     /// Stored with the weights: what extracting its features needs.
     pub tensors: &'a [(String, Tensor)],
     pub budgets: Option<&'a HeadBudgets>,
+    pub card: &'a ModelCard,
+    pub parity: &'a Parity,
 }
 
 /// An export that was read and found whole.
@@ -159,34 +174,19 @@ impl Parity {
 }
 
 impl Export {
-    /// Write `mapper` to `folder`, replacing an export that is there; whole or not at all.
+    /// Write an export to `folder`, replacing one that is there; whole or not at all.
     ///
     /// # Errors
     /// The disk is full or fails: the export that was there is still there.
-    pub fn write(
-        folder: &Path,
-        config: &ExportConfig,
-        mapper: &Mapper,
-        beside: Beside,
-        card: &ModelCard,
-        parity: &Parity,
-    ) -> Result<()> {
-        Self::write_within(folder, config, mapper, beside, card, parity, &WriteBudget::from_env())
+    pub fn write(folder: &Path, contents: Contents) -> Result<()> {
+        Self::write_within(folder, contents, &WriteBudget::from_env())
     }
 
     /// As [`Export::write`], on a disk that has `budget` left.
-    pub fn write_within(
-        folder: &Path,
-        config: &ExportConfig,
-        mapper: &Mapper,
-        beside: Beside,
-        card: &ModelCard,
-        parity: &Parity,
-        budget: &WriteBudget,
-    ) -> Result<()> {
+    pub fn write_within(folder: &Path, contents: Contents, budget: &WriteBudget) -> Result<()> {
         let temporary = with_ending(folder, TEMPORARY);
         let context = || format!("cannot write export `{}`", folder.display());
-        let result = fill(&temporary, config, mapper, beside, card, parity, budget);
+        let result = fill(&temporary, contents, budget);
         if result.is_err() && temporary.exists() {
             // Its bytes may be what the disk lacks.
             let _ = fs::remove_dir_all(&temporary);
@@ -308,15 +308,8 @@ impl Export {
     }
 }
 
-fn fill(
-    temporary: &Path,
-    config: &ExportConfig,
-    mapper: &Mapper,
-    beside: Beside,
-    card: &ModelCard,
-    parity: &Parity,
-    budget: &WriteBudget,
-) -> Result<()> {
+fn fill(temporary: &Path, contents: Contents, budget: &WriteBudget) -> Result<()> {
+    let Contents { config, mapper, tensors: extra, budgets, card, parity } = contents;
     if temporary.exists() {
         fs::remove_dir_all(temporary).with_context(|| format!("cannot remove `{}`", temporary.display()))?;
     }
@@ -324,7 +317,7 @@ fn fill(
     let mut tensors: NamedTensors =
         mapper.parameters().iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
     tensors.extend(mapper.buffers());
-    tensors.extend(beside.tensors.iter().map(|(name, t)| (name.clone(), t.shallow_clone())));
+    tensors.extend(extra.iter().map(|(name, t)| (name.clone(), t.shallow_clone())));
     let parity = [
         ("heads_pct".to_owned(), parity.heads_pct.shallow_clone()),
         ("globals_ct".to_owned(), parity.globals_ct.shallow_clone()),
@@ -337,7 +330,7 @@ fn fill(
         config.files.insert(name.to_owned(), ExportFile { bytes: p.bytes, sha256: p.sha256 });
     };
     let weights = write_tensors(&temporary.join(MODEL), &tensors, budget)?;
-    if let Some(budgets) = beside.budgets {
+    if let Some(budgets) = budgets {
         let text = budgets::render(budgets, &config.target.shape, &weights.sha256)?;
         write_file(&temporary.join(BUDGETS_FILE), text.as_bytes(), budget)?;
     }

@@ -14,7 +14,7 @@ mod tensors;
 pub use budgets::BUDGETS_FILE;
 pub use card::{CardTable, DataSource, Licences, ModelCard, StageCost};
 pub use export::{
-    Beside, EXPORT_FILES, EXPORT_VERSION, Export, ExportConfig, ExportDims, ExportFile, ModelIdentity,
+    Contents, EXPORT_FILES, EXPORT_VERSION, Export, ExportConfig, ExportDims, ExportFile, ModelIdentity,
     Parity, restore_mapper,
 };
 pub use state::{CHECKPOINT_VERSION, CheckpointInfo, FileHash, LOSS_PREFIX, TrainingState};

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use pkv_checkpoint::{
-    BUDGETS_FILE, Beside, CardTable, DataSource, EXPORT_FILES, Export, ExportConfig, Licences, ModelCard,
+    BUDGETS_FILE, CardTable, Contents, DataSource, EXPORT_FILES, Export, ExportConfig, Licences, ModelCard,
     ModelIdentity, Parity, StageCost, restore_mapper,
 };
 use pkv_core::{ModelShape, Seed, Source};
@@ -120,10 +120,23 @@ fn card() -> ModelCard {
     }
 }
 
+fn contents<'a>(
+    config: &'a ExportConfig,
+    mapper: &'a Mapper,
+    card: &'a ModelCard,
+    parity: &'a Parity,
+) -> Contents<'a> {
+    Contents { config, mapper, tensors: &[], budgets: None, card, parity }
+}
+
+fn put(folder: &Path, config: &ExportConfig, mapper: &Mapper, parity: &Parity) -> anyhow::Result<()> {
+    Export::write(folder, contents(config, mapper, &card(), parity))
+}
+
 fn write(folder: &Path, section: &MapperSection) -> Mapper {
     let mapper = mapper(section);
     let parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
-    Export::write(folder, &config(section), &mapper, Beside::default(), &card(), &parity).unwrap();
+    put(folder, &config(section), &mapper, &parity).unwrap();
     mapper
 }
 
@@ -207,10 +220,10 @@ fn a_sound_export_gives_its_own_scores_and_has_a_card() {
     let mapper = mapper(&section);
     let mut parity = Parity::of(&mapper, noise("heads", &[3, 8, 50]), noise("globals", &[4, 50]));
     parity.scores_ot = parity.scores_ot.roll(1, 1);
-    Export::write(&folder, &config(&section), &mapper, Beside::default(), &self::card(), &parity).unwrap();
+    put(&folder, &config(&section), &mapper, &parity).unwrap();
     unsound("scores are off");
     parity.scores_ot = parity.scores_ot.full_like(f64::NAN);
-    Export::write(&folder, &config(&section), &mapper, Beside::default(), &self::card(), &parity).unwrap();
+    put(&folder, &config(&section), &mapper, &parity).unwrap();
     unsound("scores are off");
 }
 
@@ -290,8 +303,9 @@ fn head_budgets_lie_beside_what_older_readers_know() {
     let write = |name: &str| {
         let mapper = mapper(&section);
         let parity = Parity::of(&mapper, noise(name, &[3, 8, 50]), noise("globals", &[4, 50]));
-        let beside = Beside { tensors: &[], budgets: Some(&budgets) };
-        Export::write(&folder, &config(&section), &mapper, beside, &card(), &parity).unwrap();
+        let (config, card) = (&config(&section), &card());
+        let contents = contents(config, &mapper, card, &parity);
+        Export::write(&folder, Contents { budgets: Some(&budgets), ..contents }).unwrap();
     };
     write("heads");
     let export = Export::read(&folder).unwrap();
@@ -348,22 +362,16 @@ fn a_full_disk_leaves_the_export_that_was_there() {
     let size: u64 = before.values().map(|f| f.len() as u64).sum();
     let parity = Parity::of(&first, noise("other", &[3, 8, 50]), noise("globals", &[4, 50]));
     for budget in (0..size).step_by(613) {
-        let result = Export::write_within(
-            &folder,
-            &config(&section),
-            &first,
-            Beside::default(),
-            &card(),
-            &parity,
-            &WriteBudget::bytes(budget),
-        );
+        let (config, card) = (&config(&section), &card());
+        let contents = contents(config, &first, card, &parity);
+        let result = Export::write_within(&folder, contents, &WriteBudget::bytes(budget));
         let (said, hint) = text_and_hint(&result.unwrap_err());
         assert!(said.starts_with("cannot write export") && hint.contains("free some space"), "{said} {hint}");
         assert_eq!(files(&folder), before);
         assert_eq!(names(dir.path()), ["export"]);
     }
     // A second export takes the place of the first.
-    Export::write(&folder, &config(&section), &first, Beside::default(), &card(), &parity).unwrap();
+    put(&folder, &config(&section), &first, &parity).unwrap();
     assert_ne!(files(&folder)["parity.safetensors"], before["parity.safetensors"]);
     assert_eq!(names(dir.path()), ["export"]);
 }
@@ -379,11 +387,11 @@ fn a_mapper_of_the_target_alone_names_no_proxy() {
         let extract = ExtractSection { from: vec![Source::Target], ..ExtractSection::default() };
         ExportConfig { proxy, extract, ..config(&section) }
     };
-    let put = |config: &ExportConfig| {
-        Export::write(&folder, config, &mapper, Beside::default(), &card(), &parity).unwrap();
+    let card_of = |config: &ExportConfig| {
+        put(&folder, config, &mapper, &parity).unwrap();
         fs::read_to_string(folder.join("README.md")).unwrap()
     };
-    let text = put(&alone(None));
+    let text = card_of(&alone(None));
     for part in ["from its own prefill", "## Model\n", "For this model alone", "Target: MIT. The data"] {
         assert!(text.contains(part), "`{part}` is not in\n{text}");
     }
@@ -392,11 +400,11 @@ fn a_mapper_of_the_target_alone_names_no_proxy() {
     assert!(!written.contains("\"proxy\""), "{written}");
     assert_eq!(Export::read(&folder).unwrap().config().read_proxy(), None);
     // Earlier versions named one all the same.
-    put(&alone(config(&section).proxy));
+    card_of(&alone(config(&section).proxy));
     let old = Export::read(&folder).unwrap();
     assert!(old.config().proxy.is_some() && old.config().read_proxy().is_none());
     // One that reads a proxy must name it.
-    put(&ExportConfig { proxy: None, ..config(&section) });
+    card_of(&ExportConfig { proxy: None, ..config(&section) });
     let refused = format!("{:#}", Export::read(&folder).unwrap_err());
     assert!(refused.contains("reads features of a proxy, and it names none"), "{refused}");
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use pkv_checkpoint::{
-    Beside, CheckpointInfo, CheckpointStore, Export, ExportConfig, LOSS_PREFIX, ModelCard, NamedTensors,
+    CheckpointInfo, CheckpointStore, Contents, Export, ExportConfig, LOSS_PREFIX, ModelCard, NamedTensors,
 };
 use pkv_mapper::Mapper;
 use tempfile::tempdir;
@@ -85,7 +85,9 @@ fn an_export_of_version_2_is_the_same_network_without_its_loss() {
     let config = ExportConfig { schema_version: pkv_checkpoint::EXPORT_VERSION, ..export.config().clone() };
     let folder = dir.path().join("export");
     let parity = export.parity().unwrap();
-    Export::write(&folder, &config, &mapper, Beside::default(), &ModelCard::default(), &parity).unwrap();
+    let (config, card) = (&config, &ModelCard::default());
+    let contents = Contents { config, mapper: &mapper, tensors: &[], budgets: None, card, parity: &parity };
+    Export::write(&folder, contents).unwrap();
     let again = Export::read(&folder).unwrap();
     assert_eq!(again.config().schema_version, 3);
     same_named(again.tensors(), &whole(&mapper));

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::thread::{available_parallelism, sleep};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use pkv_gpu::device_name;
 use pkv_run::session::{Choices, Devices, Session, choose_device};
 use pkv_run::stages::Part;
 use pkv_run::sweep::{Member, SweepPlan};
-use pkv_run::workers::end_with_parent;
+use pkv_run::workers::{own_program, stop_all};
 use pkv_run::{Variant, Variants};
 use serde_json::json;
 use tch::Device;
@@ -100,7 +100,7 @@ impl Work<'_> {
         let mut failed = Vec::new();
         while !waiting.is_empty() || !running.is_empty() {
             if let Err(interrupted) = stop.check() {
-                end(&mut running);
+                stop_all(running.iter_mut().map(|one| &mut one.child));
                 return Err(interrupted.into());
             }
             let mut still = Vec::new();
@@ -144,10 +144,9 @@ impl Work<'_> {
         let (variant, name, path) = (&self.variants[index], &self.members[index].name, self.log(index));
         let log = File::create(&path).with_context(|| format!("cannot write `{}`", path.display()))?;
         let both = log.try_clone().with_context(|| format!("cannot write `{}`", path.display()))?;
-        let program = std::env::current_exe().context("cannot find this program's own file")?;
         let cores = available_parallelism().map_or(1, usize::from);
         let threads = self.cli.threads.map_or((cores / self.jobs).max(1), |n| n as usize);
-        let mut command = Command::new(program);
+        let mut command = own_program()?;
         command.args(["run", "--device", &device_name(self.device), "--threads", &threads.to_string()]);
         command.arg("--runs").arg(&self.cli.runs).arg("--recipe").arg(&variant.recipe.path);
         for assignment in &variant.assignments {
@@ -155,8 +154,6 @@ impl Work<'_> {
         }
         command.args((0..self.cli.verbose).map(|_| "-v"));
         command.stdin(Stdio::null()).stdout(log).stderr(both);
-        // The next sweep goes on with their folders.
-        end_with_parent(&mut command);
         tracing::info!("{name}: started, log in `{}`", path.display());
         let child = command.spawn().with_context(|| format!("cannot start the run of `{name}`"))?;
         Ok(Running { index, child, begun: Instant::now() })
@@ -173,19 +170,6 @@ impl Work<'_> {
         let why = last_error(&log);
         tracing::error!("{name}: failed ({status}){why}; its log is `{}`", log.display());
         Some(format!("`{name}` ({status}, `{}`){why}", log.display()))
-    }
-}
-
-/// Ask the runs to stop at the next example or step, and wait until they have.
-fn end(running: &mut [Running]) {
-    for one in running.iter() {
-        if let Ok(id) = i32::try_from(one.child.id()) {
-            // SAFETY: the child was not waited for, so that the number is still its own.
-            unsafe { libc::kill(id, libc::SIGTERM) };
-        }
-    }
-    for one in running {
-        let _ = one.child.wait();
     }
 }
 

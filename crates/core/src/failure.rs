@@ -1,7 +1,10 @@
 //! Kinds of failure, and the exit code of each.
 //!
-//! The kind of an error follows from types alone: [`Interrupted`], [`ClosedPipe`], the operating system's
-//! errors, and the kind that a [`Hinted`] error was made with. The text of a hint decides nothing.
+//! The kind is stated where an error is made, by type alone: [`Interrupted`], [`ClosedPipe`], the operating
+//! system's errors, and the kind of a [`Hinted`], which is [`FailureKind::Input`] unless its author says
+//! otherwise. The innermost statement holds, so that no context changes the kind of a cause that has one. A
+//! cause without one is unexpected, unless the code above it states what failed. The text of a hint decides
+//! nothing.
 
 use std::io::{self, ErrorKind};
 
@@ -114,7 +117,16 @@ mod tests {
                 FailureKind::Environment,
             ),
             (by_hint(hinted("full", "free").environment().into()), FailureKind::Environment),
+            // What has no kind takes that of the statement above it, whichever it is.
             (by_hint(anyhow!("expected 4 bytes, found 3")), FailureKind::Input),
+            (
+                anyhow!("a bug").context(hinted("x", "report it").of(FailureKind::Internal)),
+                FailureKind::Internal,
+            ),
+            (
+                by_hint(Error::from(hinted("a bug", "report it").of(FailureKind::Internal))),
+                FailureKind::Internal,
+            ),
             (
                 anyhow!("status 503").context(hinted("no answer", "wait").environment()),
                 FailureKind::Environment,

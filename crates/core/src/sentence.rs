@@ -60,6 +60,14 @@ pub fn sentence_gaps(text: &str) -> Vec<Range<usize>> {
     gaps
 }
 
+/// Sentences of `text`, without the white space between them; one empty sentence if there is no text.
+pub fn sentences(text: &str) -> impl Iterator<Item = &str> {
+    let gaps = sentence_gaps(text);
+    let starts = std::iter::once(0).chain(gaps.clone().into_iter().map(|gap| gap.end));
+    let ends = gaps.into_iter().map(|gap| gap.start).chain(std::iter::once(text.len()));
+    starts.zip(ends).map(|(start, end)| &text[start..end])
+}
+
 /// Whether a sentence may begin with `first` after `space`.
 fn begins(first: char, space: &str) -> bool {
     let letter = first.is_alphanumeric() && !first.is_lowercase();
@@ -92,14 +100,8 @@ fn abbreviates(before: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
-    /// Sentences with their gaps cut out.
     fn sentences(text: &str) -> Vec<&str> {
-        let gaps = sentence_gaps(text);
-        let starts = std::iter::once(0).chain(gaps.iter().map(|g| g.end));
-        let ends = gaps.iter().map(|g| g.start).chain(std::iter::once(text.len()));
-        starts.zip(ends).map(|(a, b)| &text[a..b]).collect()
+        super::sentences(text).collect()
     }
 
     #[test]
@@ -132,6 +134,8 @@ mod tests {
         ] {
             assert_eq!(sentences(text), [text]);
         }
+        let text = "It cost 3.5 dollars. \"Really?\" he said. (Yes!) And so on... 5 more. the end";
+        assert_eq!(sentences(text).join(" "), text);
         assert_eq!(sentences("It was 1999. Then"), ["It was 1999.", "Then"]);
     }
 

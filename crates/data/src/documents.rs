@@ -106,6 +106,19 @@ impl<'a> Documents<'a> {
     }
 }
 
+/// What `read` gives until it gives nothing or an error, which then names the file.
+fn until_error(path: &Path, mut read: impl FnMut() -> Result<Option<String>> + 'static) -> Texts {
+    let (path, mut failed) = (path.to_path_buf(), false);
+    Box::new(std::iter::from_fn(move || {
+        if failed {
+            return None;
+        }
+        let text = read().with_context(|| format!("cannot read `{}`", path.display()));
+        failed = text.is_err();
+        text.transpose()
+    }))
+}
+
 fn open(source: &Source, path: &Path) -> Result<Texts> {
     match source.format {
         SourceFormat::Txt => txt::texts(path, source.separator.as_deref()),

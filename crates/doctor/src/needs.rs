@@ -1,10 +1,9 @@
 //! Checks of a recipe's models and data.
 
-use std::path::{Path, PathBuf};
-
+use pkv_core::Source;
 use pkv_hub::{Hub, Lock};
-use pkv_lm::LmConfig;
 use pkv_recipe::{ModelSection, Recipe};
+use pkv_run::pair;
 use pkv_run::session::manifest;
 use pkv_text::TextTokenizer;
 
@@ -22,8 +21,8 @@ pub fn needs(recipe: &Recipe, hub: Hub) -> Vec<Check> {
         Ok(lock) => hub.with_lock(lock),
         Err(e) => return vec![Check::error("lock", &e)],
     };
-    let target = model("target", &recipe.target, recipe, &hub);
-    let proxy = recipe.read_proxy().map(|proxy| model("proxy", proxy, recipe, &hub));
+    let target = model(Source::Target, &recipe.target, recipe, &hub);
+    let proxy = recipe.read_proxy().map(|proxy| model(Source::Proxy, proxy, recipe, &hub));
     let vocabulary = match (&target, &proxy) {
         (Ok((_, a)), Some(Ok((_, b)))) => Some(vocabulary(a, b)),
         _ => None,
@@ -45,31 +44,28 @@ pub fn needs(recipe: &Recipe, hub: Hub) -> Vec<Check> {
     out
 }
 
-/// One of the recipe's models, and its folder.
-fn model(role: &str, section: &ModelSection, recipe: &Recipe, hub: &Hub) -> Result<(Check, PathBuf), Check> {
-    let look = || -> anyhow::Result<PathBuf> {
-        let found = hub.model(&section.model, &section.revision, &[Path::new(""), &recipe.root()])?;
-        LmConfig::from_folder(&found.folder)?.check_shape(&section.shape, role)?;
-        Ok(found.folder)
-    };
-    match look() {
-        Ok(folder) => {
-            let detail = format!("`{}`, {}, in `{}`", section.model, section.shape, folder.display());
-            Ok((Check::ok(role, detail), folder))
+/// One of the recipe's models.
+fn model(
+    role: Source,
+    section: &ModelSection,
+    recipe: &Recipe,
+    hub: &Hub,
+) -> Result<(Check, TextTokenizer), Check> {
+    match pair::open(hub, recipe, role, section) {
+        Ok(found) => {
+            let detail = format!("`{}`, {}, in `{}`", found.name, section.shape, found.folder.display());
+            Ok((Check::ok(role.name(), detail), found.tokenizer))
         }
-        Err(e) => Err(Check::error(role, &e)),
+        Err(e) => Err(Check::error(role.name(), &e)),
     }
 }
 
 /// Labels and features meet position by position, so both models must tokenize alike.
-fn vocabulary(target: &Path, proxy: &Path) -> Check {
-    let compare = || -> anyhow::Result<usize> {
-        let target = TextTokenizer::open(target)?;
-        target.same_vocab(&TextTokenizer::open(proxy)?)?;
-        Ok(target.vocab_size())
-    };
-    match compare() {
-        Ok(n) => Check::ok("vocabulary", format!("shared by target and proxy, {n} tokens")),
+fn vocabulary(target: &TextTokenizer, proxy: &TextTokenizer) -> Check {
+    match target.same_vocab(proxy) {
+        Ok(()) => {
+            Check::ok("vocabulary", format!("shared by target and proxy, {} tokens", target.vocab_size()))
+        }
         Err(e) => Check::error("vocabulary", &e),
     }
 }

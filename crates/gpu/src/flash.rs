@@ -6,9 +6,8 @@
 
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
-use torch_sys::C_tensor;
 
-use crate::shim;
+use crate::shim::{self, Raw};
 
 /// Result of an attention kernel.
 #[derive(Debug)]
@@ -197,14 +196,14 @@ pub fn cudnn(
 ///
 /// # Safety
 /// On success `run` has put a tensor that the caller owns at each pointer.
-unsafe fn owned(run: impl FnOnce(*mut *mut C_tensor, *mut *mut C_tensor) -> i32) -> Result<Attended> {
+unsafe fn owned(run: impl FnOnce(*mut Raw, *mut Raw) -> i32) -> Result<Attended> {
     let (mut out, mut lse) = (std::ptr::null_mut(), std::ptr::null_mut());
     shim::check(run(&mut out, &mut lse))?;
     // SAFETY: by this function's contract.
     unsafe { Ok(Attended { out: Tensor::from_ptr(out), lse: Tensor::from_ptr(lse) }) }
 }
 
-fn pointer(t: &Tensor) -> *mut C_tensor {
+fn pointer(t: &Tensor) -> Raw {
     t.as_ptr().cast_mut()
 }
 

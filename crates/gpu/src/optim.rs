@@ -5,9 +5,8 @@
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
-use torch_sys::C_tensor;
 
-use crate::shim;
+use crate::shim::{self, Raw};
 
 /// Numbers of one AdamW step (Loshchilov and Hutter, arXiv 1711.05101).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -122,7 +121,7 @@ pub fn clip_global_norm(params: &[Tensor], max: f64) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
     let grads = gradients(params)?;
     let mut g = pointers(&grads);
-    let mut out: *mut C_tensor = std::ptr::null_mut();
+    let mut out: Raw = std::ptr::null_mut();
     // SAFETY: an array of `grads.len()` tensors; `out` receives a tensor that we own.
     shim::check(unsafe { shim::pkv_global_norm(g.len(), g.as_mut_ptr(), &mut out) })
         .context("gradient norm")?;
@@ -173,7 +172,7 @@ fn gradients(params: &[Tensor]) -> Result<Vec<Tensor>> {
         .collect()
 }
 
-fn pointers(tensors: &[Tensor]) -> Vec<*mut C_tensor> {
+fn pointers(tensors: &[Tensor]) -> Vec<Raw> {
     tensors.iter().map(|t| t.as_ptr().cast_mut()).collect()
 }
 

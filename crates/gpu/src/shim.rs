@@ -5,6 +5,9 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use anyhow::{Result, bail};
 use torch_sys::C_tensor;
 
+/// A tensor of libtorch, or none.
+pub type Raw = *mut C_tensor;
+
 /// `c10::Event`, seen from outside.
 #[repr(C)]
 pub struct RawEvent {
@@ -16,37 +19,12 @@ pub struct RawEvent {
 #[repr(C)]
 pub struct CrossKernels {
     /// Tokens, logit and reading weights, attention heads; scores, and the sums for the backward or null.
-    pub forward: unsafe extern "C" fn(
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-        i64,
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-    ) -> c_int,
+    pub forward: unsafe extern "C" fn(Raw, Raw, Raw, i64, Raw, Raw, Raw) -> c_int,
     /// Tokens and both weights, both sums and the output's gradient for every row; the three gradients.
-    pub backward: unsafe extern "C" fn(
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-    ) -> c_int,
+    pub backward: unsafe extern "C" fn(Raw, Raw, Raw, Raw, Raw, Raw, Raw, Raw, Raw) -> c_int,
     /// Logits and readings, which become their gradients; both sums, the output's gradient for every row,
     /// first position.
-    pub gradients: unsafe extern "C" fn(
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-        *mut C_tensor,
-        i64,
-    ) -> c_int,
+    pub gradients: unsafe extern "C" fn(Raw, Raw, Raw, Raw, Raw, i64) -> c_int,
 }
 
 unsafe extern "C" {
@@ -59,54 +37,54 @@ unsafe extern "C" {
     pub fn pkv_cuda_memory(device: c_int, out: *mut i64) -> c_int;
     pub fn pkv_cuda_reset_peak(device: c_int) -> c_int;
     pub fn pkv_cuda_empty_cache() -> c_int;
-    pub fn pkv_upload(host: *mut C_tensor, device: c_int, out: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_upload(host: Raw, device: c_int, out: *mut Raw) -> c_int;
     pub fn pkv_tf32(on: c_int) -> c_int;
     pub fn pkv_fused_adamw(
         n: usize,
-        p: *mut *mut C_tensor,
-        g: *mut *mut C_tensor,
-        m: *mut *mut C_tensor,
-        v: *mut *mut C_tensor,
-        steps: *mut *mut C_tensor,
+        p: *mut Raw,
+        g: *mut Raw,
+        m: *mut Raw,
+        v: *mut Raw,
+        steps: *mut Raw,
         lr: f64,
         beta1: f64,
         beta2: f64,
         weight_decay: f64,
         eps: f64,
     ) -> c_int;
-    pub fn pkv_global_norm(n: usize, t: *mut *mut C_tensor, out: *mut *mut C_tensor) -> c_int;
-    pub fn pkv_scale(n: usize, t: *mut *mut C_tensor, by: *mut C_tensor) -> c_int;
+    pub fn pkv_global_norm(n: usize, t: *mut Raw, out: *mut Raw) -> c_int;
+    pub fn pkv_scale(n: usize, t: *mut Raw, by: Raw) -> c_int;
     pub fn pkv_flash(
-        q: *mut C_tensor,
-        k: *mut C_tensor,
-        v: *mut C_tensor,
-        cu_q: *mut C_tensor,
-        cu_k: *mut C_tensor,
-        used_k: *mut C_tensor,
+        q: Raw,
+        k: Raw,
+        v: Raw,
+        cu_q: Raw,
+        cu_k: Raw,
+        used_k: Raw,
         max_q: i64,
         max_k: i64,
         causal: c_int,
         window_left: i64,
         window_right: i64,
         scale: f64,
-        out: *mut *mut C_tensor,
-        lse: *mut *mut C_tensor,
+        out: *mut Raw,
+        lse: *mut Raw,
     ) -> c_int;
     pub fn pkv_cudnn_attention(
-        q: *mut C_tensor,
-        k: *mut C_tensor,
-        v: *mut C_tensor,
+        q: Raw,
+        k: Raw,
+        v: Raw,
         causal: c_int,
         scale: f64,
-        out: *mut *mut C_tensor,
-        lse: *mut *mut C_tensor,
+        out: *mut Raw,
+        lse: *mut Raw,
     ) -> c_int;
     pub fn pkv_stream_current(device: c_int, id: *mut i64) -> c_int;
     pub fn pkv_stream_pool(device: c_int, high_priority: c_int, id: *mut i64) -> c_int;
     pub fn pkv_stream_exchange(device: c_int, id: i64, previous: *mut i64) -> c_int;
     pub fn pkv_stream_handle(device: c_int, id: i64, handle: *mut *mut c_void) -> c_int;
     pub fn pkv_stream_sync(device: c_int, id: i64) -> c_int;
-    pub fn pkv_record_stream(t: *mut C_tensor, device: c_int, id: i64) -> c_int;
+    pub fn pkv_record_stream(t: Raw, device: c_int, id: i64) -> c_int;
     pub fn pkv_event_new(timed: c_int, out: *mut *mut RawEvent) -> c_int;
     pub fn pkv_event_free(e: *mut RawEvent);
     pub fn pkv_event_record(e: *mut RawEvent, device: c_int, id: i64) -> c_int;
@@ -114,26 +92,20 @@ unsafe extern "C" {
     pub fn pkv_event_sync(e: *mut RawEvent) -> c_int;
     pub fn pkv_event_query(e: *mut RawEvent, done: *mut c_int) -> c_int;
     pub fn pkv_event_elapsed(from: *mut RawEvent, to: *mut RawEvent, ms: *mut f64) -> c_int;
-    pub fn pkv_time_conv(
-        x: *mut C_tensor,
-        weight: *mut C_tensor,
-        bias: *mut C_tensor,
-        dilation: i64,
-        out: *mut *mut C_tensor,
-    ) -> c_int;
+    pub fn pkv_time_conv(x: Raw, weight: Raw, bias: Raw, dilation: i64, out: *mut Raw) -> c_int;
     pub fn pkv_attend_heads(
-        tokens: *mut C_tensor,
-        logit: *mut C_tensor,
-        reading: *mut C_tensor,
+        tokens: Raw,
+        logit: Raw,
+        reading: Raw,
         heads: i64,
         piece: i64,
         kernels: *const CrossKernels,
-        out: *mut *mut C_tensor,
+        out: *mut Raw,
     ) -> c_int;
-    pub fn pkv_drop_grads(n: usize, t: *mut *mut C_tensor) -> c_int;
-    pub fn pkv_lerp(n: usize, mean: *mut *mut C_tensor, x: *mut *mut C_tensor, weight: f64) -> c_int;
-    pub fn pkv_pinned(n: i64, out: *mut *mut C_tensor) -> c_int;
-    pub fn pkv_upload_beside(host: *mut C_tensor, device: c_int, out: *mut *mut C_tensor) -> c_int;
+    pub fn pkv_drop_grads(n: usize, t: *mut Raw) -> c_int;
+    pub fn pkv_lerp(n: usize, mean: *mut Raw, x: *mut Raw, weight: f64) -> c_int;
+    pub fn pkv_pinned(n: i64, out: *mut Raw) -> c_int;
+    pub fn pkv_upload_beside(host: Raw, device: c_int, out: *mut Raw) -> c_int;
 }
 
 /// The return code of a function that the shim calls.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{NAME, fetch, link, model, options, python_cache, texts, tree};
 use pkv_core::{NoProgress, Stop};
-use pkv_hub::{Hub, HubOptions, Lock, Push};
+use pkv_hub::{Hub, HubOptions, Lock, Push, Pushed};
 use pkv_test_support::hub::pull::{COMMIT, Server};
 use tempfile::TempDir;
 
@@ -34,6 +34,12 @@ fn assert_inside(dir: &Path) {
             || Path::new(&path).starts_with(cache.join(".locks"));
         assert!(inside, "{path} was written");
     }
+}
+
+fn push(hub: &Hub) -> anyhow::Result<Pushed> {
+    let (repo, revision, message) = ("o/n".to_owned(), "main".to_owned(), "m".to_owned());
+    let push = Push { repo, revision, private: false, message, files: Vec::new() };
+    hub.push(&push, &NoProgress, &Stop::default())
 }
 
 #[test]
@@ -125,15 +131,7 @@ fn secrets_are_not_printed_even_if_a_server_repeats_them() {
                 ..hub.options().clone()
             };
             let hub = Hub::new(secret);
-            let push = Push {
-                repo: "o/n".to_owned(),
-                revision: "main".to_owned(),
-                private: false,
-                message: "m".to_owned(),
-                files: Vec::new(),
-            };
-            let errors =
-                [fetch(&hub).unwrap_err(), hub.push(&push, &NoProgress, &Stop::default()).unwrap_err()];
+            let errors = [fetch(&hub).unwrap_err(), push(&hub).unwrap_err()];
             for error in errors {
                 let debug = format!("{error:?} {hub:?}");
                 let (text, hint) = texts(error);
@@ -154,14 +152,7 @@ fn a_token_is_not_sent_on_to_another_host() {
     let hub = Hub::new(HubOptions { token, ..hub.options().clone() });
     server.quirk(|q| q.redirect = Some(format!("{}/stolen", other.endpoint)));
     fetch(&hub).unwrap_err();
-    let push = Push {
-        repo: "o/n".to_owned(),
-        revision: "main".to_owned(),
-        private: false,
-        message: "m".to_owned(),
-        files: Vec::new(),
-    };
-    hub.push(&push, &NoProgress, &Stop::default()).unwrap_err();
+    push(&hub).unwrap_err();
     let stolen = other.seen();
     assert!(!stolen.is_empty(), "nothing was redirected");
     assert!(stolen.iter().all(|s| !format!("{s:?}").contains("SECRET")), "{stolen:?}");

@@ -1,19 +1,9 @@
 //! Checks that a mapper was trained for this model pair, before anything is computed.
 
-use anyhow::{Result, ensure};
-use pkv_checkpoint::{ExportConfig, ModelIdentity};
-use pkv_core::{Hinted, ModelShape, hinted};
-use pkv_text::TextTokenizer;
-
-/// A model as it was found, weights unread.
-pub struct Side<'a> {
-    /// Hub name or folder.
-    pub name: &'a str,
-    /// Commit, or hash of a folder.
-    pub revision: &'a str,
-    pub shape: ModelShape,
-    pub tokenizer: &'a TextTokenizer,
-}
+use anyhow::{Result, bail, ensure};
+use pkv_checkpoint::ExportConfig;
+use pkv_core::hinted;
+use pkv_score::ModelFiles;
 
 /// Refuse a mapper that was made for other models, another tokenizer, or other features. `proxy` is absent
 /// where no feature comes from it.
@@ -24,14 +14,28 @@ pub struct Side<'a> {
 ///
 /// Returns what differs without forbidding anything, in words: weights of another revision, and a chat
 /// template whose prefix the proxy's features were not trained after.
-pub fn check_fit(config: &ExportConfig, target: &Side, proxy: Option<&Side>) -> Result<Vec<String>> {
-    let proxys = config.read_proxy().zip(proxy).map(|(theirs, side)| ("proxy", theirs, side));
-    let sides: Vec<_> = std::iter::once(("target", &config.target, target)).chain(proxys).collect();
-    for (role, theirs, side) in &sides {
-        check_side(role, theirs, side)?;
+pub fn check_fit(
+    config: &ExportConfig,
+    target: &ModelFiles,
+    proxy: Option<&ModelFiles>,
+) -> Result<Vec<String>> {
+    let pair: Vec<_> =
+        std::iter::once((&config.target, target)).chain(config.read_proxy().zip(proxy)).collect();
+    for (theirs, found) in &pair {
+        let differs = theirs.difference(&found.config.shape, &found.tokenizer.vocab_hash());
+        if let Some((what, expected, other)) = differs {
+            bail!(hinted(
+                format!(
+                    "the mapper does not fit the {what} of the {} `{}`: it was made for {expected}, found {other}",
+                    found.role.name(),
+                    found.name
+                ),
+                "pass the models that the export names with `--target` and `--proxy`, or train a mapper for this pair",
+            ));
+        }
     }
     if let Some(proxy) = proxy {
-        target.tokenizer.same_vocab(proxy.tokenizer)?;
+        target.tokenizer.same_vocab(&proxy.tokenizer)?;
     }
     let (dims, layout) = (config.dims, config.extract.layout());
     for (what, found, expected) in [
@@ -53,40 +57,19 @@ pub fn check_fit(config: &ExportConfig, target: &Side, proxy: Option<&Side>) -> 
         );
     }
     let mut differences = Vec::new();
-    for (role, theirs, side) in sides {
-        if theirs.revision != side.revision {
+    for (theirs, found) in pair {
+        let (role, name) = (found.role.name(), &found.name);
+        if theirs.revision != found.revision {
             differences.push(format!(
-                "the {role} `{}` is revision {}, the mapper was made for {}",
-                side.name, side.revision, theirs.revision
+                "the {role} `{name}` is revision {}, the mapper was made for {}",
+                found.revision, theirs.revision
             ));
         }
-        if theirs.template_hash != side.tokenizer.template_hash() {
+        if theirs.template_hash != found.tokenizer.template_hash() {
             differences.push(format!(
-                "the chat template of the {role} `{}` is not the one that the mapper was made for",
-                side.name
+                "the chat template of the {role} `{name}` is not the one that the mapper was made for"
             ));
         }
     }
     Ok(differences)
-}
-
-fn check_side(role: &str, theirs: &ModelIdentity, side: &Side) -> Result<()> {
-    let model = format!("the shape of the {role} `{}`", side.name);
-    ensure!(theirs.shape == side.shape, refusal(&model, &theirs.shape.to_string(), &side.shape.to_string()));
-    ensure!(
-        theirs.vocab_hash == side.tokenizer.vocab_hash(),
-        refusal(
-            &format!("the vocabulary of the {role} `{}`", side.name),
-            &theirs.vocab_hash,
-            &side.tokenizer.vocab_hash()
-        )
-    );
-    Ok(())
-}
-
-fn refusal(what: &str, expected: &str, found: &str) -> Hinted {
-    hinted(
-        format!("the mapper does not fit {what}: it was made for {expected}, found {found}"),
-        "pass the models that the export names with `--target` and `--proxy`, or train a mapper for this pair",
-    )
 }

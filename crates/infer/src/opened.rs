@@ -1,20 +1,20 @@
 //! An export and the models it is asked of: found, compared, and loaded for one context.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use pkv_checkpoint::{Export, ModelIdentity};
-use pkv_core::{DtypeName, LayerNeeds, ModelShape, Policy, Source, Stop, hinted};
+use pkv_core::{DtypeName, LayerNeeds, Policy, Source, Stop, hinted};
 use pkv_extract::HiddenProjection;
 use pkv_gpu::{device_name, devices_name, kind_on};
 use pkv_hub::Hub;
-use pkv_lm::{LanguageModel, LmConfig, Placement, RaggedCache};
+use pkv_lm::{LanguageModel, Placement, RaggedCache};
 use pkv_recipe::plan::{TargetMemory, activation_elements, human_bytes};
-use pkv_score::Requests;
+use pkv_score::{ModelFiles, Requests};
 use pkv_text::TextTokenizer;
 use tch::{Device, Kind};
 
-use crate::fit::{Side, check_fit};
+use crate::fit::check_fit;
 use crate::keep::{Budget, Keep};
 use crate::proxy::{NoProxy, ProxyMapper, ProxyParts};
 use crate::regime::{
@@ -78,15 +78,6 @@ pub struct Ready {
     pub max_new_tokens: usize,
 }
 
-/// A model of the pair on disk, weights unread.
-struct ModelFiles {
-    name: String,
-    folder: PathBuf,
-    revision: String,
-    config: LmConfig,
-    tokenizer: TextTokenizer,
-}
-
 impl Opened {
     /// Open `export` and find its models.
     ///
@@ -104,7 +95,7 @@ impl Opened {
             )
         );
         let near = export.folder();
-        let mut target = ModelFiles::find("target", request.target.as_deref(), &config.target, near)?;
+        let mut target = find(Source::Target, request.target.as_deref(), &config.target, near)?;
         if request.special_tokens_as_text {
             target.tokenizer.read_special_tokens_as_text();
         }
@@ -115,8 +106,9 @@ impl Opened {
                 "leave `--proxy` out"
             )
         );
-        let find = |made_for| ModelFiles::find("proxy", request.proxy.as_deref(), made_for, near);
-        let proxy = config.read_proxy().map(find).transpose()?;
+        let named = request.proxy.as_deref();
+        let find_proxy = |made_for| find(Source::Proxy, named, made_for, near);
+        let proxy = config.read_proxy().map(find_proxy).transpose()?;
         ensure!(
             proxy.is_some() || regime == RegimeName::Sequential,
             hinted(
@@ -126,7 +118,7 @@ impl Opened {
                 "leave `--regime` out: the features are taken during the target's prefill"
             )
         );
-        let differences = check_fit(config, &target.side(), proxy.as_ref().map(ModelFiles::side).as_ref())
+        let differences = check_fit(config, &target, proxy.as_ref())
             .with_context(|| format!("cannot use the mapper `{mapper}`"))?;
         for difference in differences {
             tracing::warn!("{difference}");
@@ -173,9 +165,8 @@ impl Opened {
         let kind = kind_on(r.device, r.dtype);
         let target_side = self.target_side()?;
         let mut regime = self.regime(target_side.is_some())?;
-        let target = self
-            .target
-            .load("target", kind, |shape| Placement::fitting(&r.target_devices, shape.layers, &needs))?;
+        let target =
+            self.target.load(kind, |shape| Placement::fitting(&r.target_devices, shape.layers, &needs))?;
         let context = PrefillInput {
             target: &target,
             prefix: self.tokenizer().prefix(),
@@ -288,9 +279,8 @@ impl Opened {
         let Some(proxy) = &self.proxy else { return Ok(Box::new(Sequential::new(NoProxy(r.device)))) };
         let device = r.proxy_device;
         let source = ProxyMapper::new(ProxyParts {
-            proxy: proxy.load("proxy", kind_on(device, r.dtype), |shape| {
-                Ok(Placement::whole(device, shape.layers))
-            })?,
+            proxy: proxy
+                .load(kind_on(device, r.dtype), |shape| Ok(Placement::whole(device, shape.layers)))?,
             mapper: if mapper_is_beside_target { None } else { Some(self.export.mapper(device)?) },
             prefix: proxy.tokenizer.prefix().to_vec(),
             requests: Requests::new(&proxy.tokenizer, &config.label)?,
@@ -308,55 +298,22 @@ impl Opened {
     }
 }
 
-impl ModelFiles {
-    /// The model that was named, or the one that the mapper was made for: a folder of the project that the
-    /// run is in, wherever this process works.
-    fn find(role: &str, named: Option<&str>, made_for: &ModelIdentity, export: &Path) -> Result<Self> {
-        let (name, revision) = match named {
-            Some(name) => (name, "main"),
-            None => (made_for.model.as_str(), made_for.revision.as_str()),
-        };
-        let context = || {
-            hinted(
-                format!("cannot open the {role} `{name}`"),
-                format!("name its folder or its hub name with `--{role}`"),
-            )
-        };
-        let export = std::path::absolute(export).unwrap_or_default();
-        // `PROJECT/runs/NAME/export`.
-        let above = export.ancestors().skip(1).take(3).filter(|_| named.is_none());
-        let folders: Vec<&Path> = std::iter::once(Path::new("")).chain(above).collect();
-        let resolved = Hub::from_env().model(name, revision, &folders).with_context(context)?;
-        Ok(Self {
-            name: name.to_owned(),
-            config: LmConfig::from_folder(&resolved.folder).with_context(context)?,
-            tokenizer: TextTokenizer::open(&resolved.folder).with_context(context)?,
-            folder: resolved.folder,
-            revision: resolved.revision,
-        })
-    }
-
-    fn side(&self) -> Side<'_> {
-        Side {
-            name: &self.name,
-            revision: &self.revision,
-            shape: self.config.shape,
-            tokenizer: &self.tokenizer,
-        }
-    }
-
-    fn load(
-        &self,
-        role: &str,
-        kind: Kind,
-        place: impl FnOnce(&ModelShape) -> Result<Placement>,
-    ) -> Result<LanguageModel> {
-        tracing::info!("loading the {role} `{}` ({})", self.name, self.config.shape);
-        let model = LanguageModel::load_over(&self.folder, kind, place)
-            .with_context(|| format!("cannot load the {role} `{}`", self.name))?;
-        if model.placement().is_split() {
-            tracing::info!("its layers: {}", model.placement().in_words());
-        }
-        Ok(model)
-    }
+/// The model that was named, or the one that the mapper was made for: a folder of the project that the run is
+/// in, wherever this process works.
+fn find(role: Source, named: Option<&str>, made_for: &ModelIdentity, export: &Path) -> Result<ModelFiles> {
+    let (name, revision) = match named {
+        Some(name) => (name, "main"),
+        None => (made_for.model.as_str(), made_for.revision.as_str()),
+    };
+    let export = std::path::absolute(export).unwrap_or_default();
+    // `PROJECT/runs/NAME/export`.
+    let above = export.ancestors().skip(1).take(3).filter(|_| named.is_none());
+    let folders: Vec<&Path> = std::iter::once(Path::new("")).chain(above).collect();
+    ModelFiles::find(&Hub::from_env(), role, name, revision, &folders).with_context(|| {
+        let role = role.name();
+        hinted(
+            format!("cannot open the {role} `{name}`"),
+            format!("name its folder or its hub name with `--{role}`"),
+        )
+    })
 }

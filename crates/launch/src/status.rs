@@ -37,21 +37,13 @@ pub struct StageStatus {
     pub pieces: Option<Pieces>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum State {
-    Done,
-    AtWork,
-    NotBegun,
-}
-
-impl State {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Done => "done",
-            Self::AtWork => "at work",
-            Self::NotBegun => "not begun",
-        }
+pkv_core::named! {
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+    #[serde(rename_all = "snake_case")]
+    pub enum State {
+        Done = "done";
+        AtWork = "at work";
+        NotBegun = "not begun";
     }
 }
 

@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,14 +26,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use pkv_core::{FailureKind, Source, hinted};
 use pkv_gpu::{device_name, kind_on};
+use pkv_score::ModelFiles;
 use pkv_shard::{FeatureRow, FeatureSource};
 use tch::Device;
 
 use self::queue::{Failure, Job, Limits, Queue, RowOf};
 use self::wire::{Hello, Message, Why};
-use crate::pair::Found;
 use crate::session::Session;
-use crate::workers::{Log, end_with_parent, how_it_ended};
+use crate::workers::{Log, how_it_ended, own_program};
 
 /// Rows that a worker has at a time: one that it makes, and one whose features are on their way.
 const AT_ONCE: usize = 2;
@@ -63,7 +63,7 @@ pub const SOURCES_OPTION: &str = "--make-features";
 
 /// Features of one source, to be made.
 pub struct ToMake<'a> {
-    pub found: &'a Found,
+    pub found: &'a ModelFiles,
     pub rows: u64,
     /// Path at which they would be stored, for messages.
     pub folder: PathBuf,
@@ -105,9 +105,9 @@ pub fn start(
     for (source, &device) in
         sources.iter().flat_map(|source| workers.devices.iter().map(move |d| (source, d)))
     {
-        let section = source.found.section();
-        let (here, there) = (s.kind(section.dtype), kind_on(device, section.dtype));
-        let role = source.found.role.name();
+        let role = source.found.role;
+        let (here, there) = (s.kind(role), kind_on(device, s.dtype(role)));
+        let role = role.name();
         ensure!(
             here == there,
             hinted(
@@ -147,7 +147,7 @@ pub fn start(
     let pool = Arc::new(pool);
     let one = |(source, of): (usize, &ToMake)| {
         let section = s.recipe.extract.of(of.found.role);
-        let heads = of.found.section().shape.total_kv_heads() * section.channels.len();
+        let heads = of.found.config.shape.total_kv_heads() * section.channels.len();
         let position_bytes = 4 * (heads + section.globals.len()) as u64;
         let (pool, rows, folder) = (Arc::clone(&pool), of.rows, of.folder.clone());
         Arc::new(Made { pool, source, rows, folder, position_bytes }) as Arc<dyn FeatureSource>
@@ -314,15 +314,13 @@ impl Shared {
     }
 
     fn start(&self, number: usize, socket: UnixStream) -> Result<Child> {
-        let mut command =
-            Command::new(std::env::current_exe().context("cannot find this program's own file")?);
+        let mut command = own_program()?;
         command.args(&self.workers.arguments);
         command.args([SOURCES_OPTION, &self.sources, "--device", &device_name(self.workers.devices[number])]);
         command.args(["--threads", &self.threads.to_string()]);
         command.stdin(OwnedFd::from(socket)).stdout(Stdio::null()).stderr(Stdio::piped());
         // Ctrl-C reaches this process alone.
         command.process_group(0);
-        end_with_parent(&mut command);
         Ok(command.spawn()?)
     }
 

@@ -127,15 +127,10 @@ pub fn from_export(s: &Session, upstream: &Upstream, folder: &Path) -> Result<Tr
     let proxys =
         c.read_proxy().zip(upstream.proxy.as_deref()).map(|(theirs, found)| ("proxy", theirs, found));
     for (role, theirs, found) in std::iter::once(("target", &c.target, &*upstream.target)).chain(proxys) {
-        let (shape, tokenizer) = (&found.section().shape, &found.tokenizer);
-        ensure!(
-            theirs.shape == *shape,
-            refuse(&format!("the {role}'s shape"), theirs.shape.to_string(), shape.to_string())
-        );
-        ensure!(
-            theirs.vocab_hash == tokenizer.vocab_hash(),
-            refuse(&format!("the {role}'s vocabulary"), theirs.vocab_hash.clone(), tokenizer.vocab_hash())
-        );
+        let differs = theirs.difference(&found.config.shape, &found.tokenizer.vocab_hash());
+        if let Some((what, theirs, ours)) = differs {
+            return Err(refuse(&format!("the {role}'s {what}"), theirs, ours).into());
+        }
     }
     let (theirs, ours) = (
         Fingerprint::new().with("extract", &c.extract),

@@ -10,12 +10,12 @@ use pkv_hub::{Hub, Lock};
 use pkv_lm::spread;
 use pkv_recipe::plan::{Machine, TargetMemory, human_bytes};
 use pkv_recipe::{DtypeName, Manifest, Origins, Override, Recipe};
+use pkv_score::ModelFiles;
 use pkv_shard::{RunJson, Stage};
 use tch::{Device, Kind};
 
 use crate::RunFolder;
 use crate::feature_workers::FeatureWorkers;
-use crate::pair::Found;
 use crate::stages::Part;
 
 /// Choices of a session that no recipe makes.
@@ -46,8 +46,8 @@ pub struct Session {
     pub feature_workers: Option<FeatureWorkers>,
     /// Whether what is found out is written to `run.json`; a session that only plans writes nothing.
     records: bool,
-    target: OnceLock<Arc<Found>>,
-    proxy: OnceLock<Arc<Found>>,
+    target: OnceLock<Arc<ModelFiles>>,
+    proxy: OnceLock<Arc<ModelFiles>>,
     documents: OnceLock<Fingerprint>,
 }
 
@@ -108,7 +108,7 @@ impl Session {
     }
 
     /// The place of a model that is found once in a session.
-    pub(crate) fn found(&self, role: Source) -> &OnceLock<Arc<Found>> {
+    pub(crate) fn found(&self, role: Source) -> &OnceLock<Arc<ModelFiles>> {
         match role {
             Source::Target => &self.target,
             Source::Proxy => &self.proxy,
@@ -135,9 +135,15 @@ impl Session {
         }
     }
 
+    /// The recipe's dtype of a model.
+    pub(crate) fn dtype(&self, role: Source) -> DtypeName {
+        let proxy = self.recipe.proxy.as_ref().filter(|_| role == Source::Proxy);
+        proxy.unwrap_or(&self.recipe.target).dtype
+    }
+
     /// The dtype a model computes in on this device.
-    pub fn kind(&self, dtype: DtypeName) -> Kind {
-        pkv_gpu::kind_on(self.device, dtype)
+    pub fn kind(&self, role: Source) -> Kind {
+        pkv_gpu::kind_on(self.device, self.dtype(role))
     }
 }
 

@@ -113,7 +113,7 @@ impl Workers<'_> {
         tracing::info!("{}, task {}: {}", self.stage.name(), self.task, self.names());
         let result = self.attend(&mut running, &tell, &events, &mut shown);
         if result.is_err() {
-            end(&mut running);
+            stop_all(running.iter_mut().map(|worker| &mut worker.child));
         }
         shown.finish();
         result?;
@@ -200,16 +200,13 @@ impl Workers<'_> {
 
     fn start(&self, number: usize, is_second: bool, tell: &Sender<(usize, Event)>) -> Result<Worker> {
         let device = self.devices[number].to_string();
-        let program = std::env::current_exe().context("cannot find this program's own file")?;
-        let mut command = Command::new(program);
+        let mut command = own_program()?;
         command.args(&self.arguments);
         command.args(["--worker", "--task", &self.task.to_string(), "--device", &device]);
         command.args(["--threads", &self.threads().to_string()]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Ctrl-C reaches this process alone, which then asks the workers to stop.
         command.process_group(0);
-        // The next command goes on with their pieces.
-        end_with_parent(&mut command);
         let mut child = command.spawn().with_context(|| format!("cannot start {}", self.name(number)))?;
         let (stdout, tell) = (child.stdout.take(), tell.clone());
         let log = Log::of(child.stderr.take(), &self.name(number), self.is_verbose, self.print);
@@ -229,8 +226,12 @@ impl Workers<'_> {
     }
 }
 
-/// Have the process of `command` killed when this one ends, however that is.
-pub fn end_with_parent(command: &mut Command) {
+/// A command of this program that is killed when this process ends, however that is.
+///
+/// # Errors
+/// This program's own file cannot be found.
+pub fn own_program() -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe().context("cannot find this program's own file")?);
     let parent = std::process::id();
     // SAFETY: between fork and exec only system calls without allocation are made.
     unsafe {
@@ -239,6 +240,7 @@ pub fn end_with_parent(command: &mut Command) {
             if libc::getppid() as u32 == parent { Ok(()) } else { Err(std::io::ErrorKind::NotFound.into()) }
         });
     }
+    Ok(command)
 }
 
 /// Warnings, errors, and what became of the rows.
@@ -254,15 +256,14 @@ fn lines(stream: Option<impl Read>) -> impl Iterator<Item = String> {
         .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// Ask the workers to stop at the next row, and wait until they have.
-fn end(running: &mut [Worker]) {
-    for worker in running.iter() {
-        if let Ok(id) = i32::try_from(worker.child.id()) {
-            // SAFETY: the child was not waited for, so that the number is still its own.
-            unsafe { libc::kill(id, libc::SIGTERM) };
-        }
+/// Ask processes to stop at the next row, example or step, and wait until they have.
+pub fn stop_all<'a>(children: impl Iterator<Item = &'a mut Child>) {
+    let children: Vec<&mut Child> = children.collect();
+    for id in children.iter().filter_map(|child| i32::try_from(child.id()).ok()) {
+        // SAFETY: the child was not waited for, so that the number is still its own.
+        unsafe { libc::kill(id, libc::SIGTERM) };
     }
-    for worker in running {
-        let _ = worker.child.wait();
+    for child in children {
+        let _ = child.wait();
     }
 }

@@ -15,7 +15,6 @@ mod middle;
 mod rows;
 pub mod ruler;
 pub mod scbench;
-mod sentences;
 pub mod suite;
 mod words;
 

@@ -68,6 +68,25 @@ pub fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     paths.map(read).collect()
 }
 
+/// Every file at any depth below `folder`, by its path from there.
+///
+/// # Panics
+/// A file or folder cannot be read.
+pub fn files_below(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(folder).expect("the folder is there").flatten() {
+        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        if path.is_dir() {
+            all.extend(
+                files_below(&path).into_iter().map(|(below, bytes)| (format!("{name}/{below}"), bytes)),
+            );
+        } else {
+            all.insert(name, fs::read(path).expect("files can be read"));
+        }
+    }
+    all
+}
+
 /// Copy all of `from`, its folders included.
 ///
 /// # Panics

@@ -8,21 +8,16 @@ use pkv_core::{hinted, json_kind, parse_json};
 use serde_json::Value;
 
 use super::open::{Reader, damaged, open};
-use super::{MOST_BYTES, Texts, check_length, listed, utf8};
+use super::{MOST_BYTES, Texts, check_length, listed, until_error, utf8};
 
 /// Repair of what is not in lines.
 const ONE_PER_LINE: &str = "a jsonl file has one object per line; `jq -c '.[]' array.json > lines.jsonl` makes one of an array, \
                             `jq -c . objects.json > lines.jsonl` of objects over several lines";
 
 pub(super) fn texts(path: &Path, key: &str) -> Result<Texts> {
-    Ok(Box::new(Lines {
-        reader: open(path)?,
-        path: path.to_path_buf(),
-        key: key.to_owned(),
-        line: 0,
-        offset: 0,
-        done: false,
-    }))
+    let (path_buf, key) = (path.to_path_buf(), key.to_owned());
+    let mut lines = Lines { reader: open(path)?, path: path_buf, key, line: 0, offset: 0 };
+    Ok(until_error(path, move || lines.read()))
 }
 
 struct Lines {
@@ -33,7 +28,6 @@ struct Lines {
     line: u64,
     /// Byte of the file where the next line begins.
     offset: u64,
-    done: bool,
 }
 
 impl Lines {
@@ -42,7 +36,6 @@ impl Lines {
             let mut bytes = Vec::new();
             let mut reader = self.reader.by_ref().take(MOST_BYTES + 1);
             if reader.read_until(b'\n', &mut bytes).with_context(damaged)? == 0 {
-                self.done = true;
                 return Ok(None);
             }
             check_length(&bytes, MOST_BYTES)?;
@@ -86,19 +79,6 @@ impl Lines {
                 "name the key that holds the text: `text = \"...\"` in the manifest's source"
             )),
         }
-    }
-}
-
-impl Iterator for Lines {
-    type Item = Result<String>;
-
-    fn next(&mut self) -> Option<Result<String>> {
-        if self.done {
-            return None;
-        }
-        let text = self.read().with_context(|| format!("cannot read `{}`", self.path.display()));
-        self.done |= text.is_err();
-        text.transpose()
     }
 }
 

@@ -6,16 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::open::{Reader, damaged, open};
-use super::{MOST_BYTES, Texts, check_length, utf8};
+use super::{MOST_BYTES, Texts, check_length, until_error, utf8};
 
 pub(super) fn texts(path: &Path, separator: Option<&str>) -> Result<Texts> {
-    Ok(Box::new(Pieces {
-        reader: open(path)?,
-        path: path.to_path_buf(),
-        separator: separator.map(|s| s.as_bytes().to_vec()),
-        offset: 0,
-        done: false,
-    }))
+    let separator = separator.map(|s| s.as_bytes().to_vec());
+    let mut pieces =
+        Pieces { reader: open(path)?, path: path.to_path_buf(), separator, offset: 0, done: false };
+    Ok(until_error(path, move || pieces.read()))
 }
 
 struct Pieces {
@@ -29,6 +26,9 @@ struct Pieces {
 
 impl Pieces {
     fn read(&mut self) -> Result<Option<String>> {
+        if self.done {
+            return Ok(None);
+        }
         let mut bytes = Vec::new();
         let mut whole = false;
         let mut reader = self.reader.by_ref().take(MOST_BYTES + 1);
@@ -59,19 +59,6 @@ impl Pieces {
             text.drain(..'\u{feff}'.len_utf8());
         }
         Ok(Some(text))
-    }
-}
-
-impl Iterator for Pieces {
-    type Item = Result<String>;
-
-    fn next(&mut self) -> Option<Result<String>> {
-        if self.done {
-            return None;
-        }
-        let piece = self.read().with_context(|| format!("cannot read `{}`", self.path.display()));
-        self.done |= piece.is_err();
-        piece.transpose()
     }
 }
 

@@ -7,7 +7,7 @@ use pkv_eval::evaluate;
 use pkv_recipe::{MethodName, TaskName};
 use pkv_results::AnswerResults;
 use pkv_tasks::ruler::{Generator, RulerTask, Sources};
-use pkv_tasks::{Benchmark, Example, Metric, Turn};
+use pkv_tasks::{Benchmark, CountTokens, Example, Metric, Turn};
 
 use crate::fixture::Nano;
 
@@ -40,6 +40,21 @@ fn conversation(index: usize) -> Example {
     }
 }
 
+/// Needles of RULER in a few hundred tokens.
+pub fn ruler<'a>(nano: &Nano, examples: usize, count: &'a CountTokens<'a>) -> Benchmark<'a> {
+    let frame = nano.tokenizer.prefix().len() + nano.tokenizer.switch().len();
+    let task = RulerTask::NiahSingle1;
+    let generator = Generator::new(task, 480, frame, &Sources::default(), count, Seed(3)).unwrap();
+    Benchmark {
+        suite: "ruler",
+        task: task.name().to_owned(),
+        examples,
+        example: Box::new(move |i| generator.example(i as u64)),
+        prompt_tokens: None,
+        identity: "a".to_owned(),
+    }
+}
+
 #[test]
 fn benchmarks_are_answered_from_the_same_caches_and_continued() {
     let mut nano = Nano::new(2);
@@ -47,20 +62,9 @@ fn benchmarks_are_answered_from_the_same_caches_and_continued() {
     nano.section.policies = vec![Policy::Pair];
     nano.section.tasks = vec![TaskName::of("ruler"), TaskName::of("scbench")];
     let stages = nano.stages();
-    let sources = Sources::default();
     let count = |text: &str| Ok(nano.tokenizer.encode(text)?.len());
-    let frame = nano.tokenizer.prefix().len() + nano.tokenizer.switch().len();
     let made = RefCell::new(Vec::new());
     let benchmarks = |n: usize| {
-        let g = Generator::new(RulerTask::NiahSingle1, 480, frame, &sources, &count, Seed(3)).unwrap();
-        let ruler = Benchmark {
-            suite: "ruler",
-            task: "niah_single_1".to_owned(),
-            examples: n,
-            example: Box::new(move |i| g.example(i as u64)),
-            prompt_tokens: None,
-            identity: "a".to_owned(),
-        };
         let made = &made;
         let talk = Benchmark {
             suite: "scbench",
@@ -73,7 +77,7 @@ fn benchmarks_are_answered_from_the_same_caches_and_continued() {
             prompt_tokens: Some(260),
             identity: "b".to_owned(),
         };
-        [ruler, talk]
+        [ruler(&nano, n, &count), talk]
     };
     let out = nano.stage("eval");
     let run = |n: usize| {

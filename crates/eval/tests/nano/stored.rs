@@ -10,13 +10,12 @@ use std::path::{Path, PathBuf};
 use arrow::array::RecordBatch;
 use arrow::compute::concat_batches;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use pkv_core::{Fingerprint, NoProgress, Policy, Seed, seal};
+use pkv_core::{Fingerprint, NoProgress, Policy, seal};
 use pkv_eval::evaluate;
 use pkv_recipe::{MethodName, TaskName};
 use pkv_results::{AGREEMENT_FILE, ANSWERS_FILE, CONTEXTS_FOLDER, RESULTS_FILE, Results};
-use pkv_tasks::Benchmark;
-use pkv_tasks::ruler::{Generator, RulerTask, Sources};
 
+use crate::benchmarks::ruler;
 use crate::fixture::Nano;
 
 const FILES: [&str; 3] = [RESULTS_FILE, ANSWERS_FILE, AGREEMENT_FILE];
@@ -33,18 +32,8 @@ fn run(nano: &mut Nano, methods: &[MethodName], out: &Path) -> Results {
     nano.section.answer_ratios = vec![0.2];
     nano.section.tasks = vec![TaskName::FACTS, TaskName::PERPLEXITY, TaskName::of("ruler")];
     let stages = nano.stages();
-    let sources = Sources::default();
     let count = |text: &str| Ok(nano.tokenizer.encode(text)?.len());
-    let frame = nano.tokenizer.prefix().len() + nano.tokenizer.switch().len();
-    let generator = Generator::new(RulerTask::NiahSingle1, 480, frame, &sources, &count, Seed(3)).unwrap();
-    let ruler = [Benchmark {
-        suite: "ruler",
-        task: "niah_single_1".to_owned(),
-        examples: 1,
-        example: Box::new(move |i| generator.example(i as u64)),
-        prompt_tokens: None,
-        identity: "a".to_owned(),
-    }];
+    let ruler = [ruler(nano, 1, &count)];
     let mut inputs = nano.inputs(&stages, &nano.contexts, out);
     inputs.benchmarks = &ruler;
     inputs.fingerprint = Fingerprint::new().with("stored", 1);

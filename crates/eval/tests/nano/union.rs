@@ -4,14 +4,14 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use pkv_core::{Fingerprint, NoProgress, Policy, Seed};
+use pkv_core::{Fingerprint, NoProgress, Policy};
 use pkv_data::FactContext;
 use pkv_eval::{Asked, EvalInputs, evaluate};
 use pkv_recipe::{EvalSection, MethodName, TaskName};
 use pkv_results::{AGREEMENT_FILE, ANSWERS_FILE, AnswerCell, Columns, LabelCell, RESULTS_FILE, Results};
 use pkv_tasks::Benchmark;
-use pkv_tasks::ruler::{Generator, RulerTask, Sources};
 
+use crate::benchmarks::ruler;
 use crate::fixture::Nano;
 
 /// What an evaluation with these inputs asks for; the nano pair has four test examples.
@@ -166,20 +166,9 @@ fn results_add_up_over_tasks_methods_ratios_and_limits() {
     assert!(pkv_results::table::all_tables(&second.results).contains("random on 1 (at 20% kept)"));
 
     // Another task alone.
-    let sources = Sources::default();
     let count = |text: &str| Ok(nano.tokenizer.encode(text)?.len());
-    let frame = nano.tokenizer.prefix().len() + nano.tokenizer.switch().len();
-    let g = Generator::new(RulerTask::NiahSingle1, 480, frame, &sources, &count, Seed(3)).unwrap();
-    let ruler = Benchmark {
-        suite: "ruler",
-        task: "niah_single_1".to_owned(),
-        examples: 1,
-        example: Box::new(move |i| g.example(i as u64)),
-        prompt_tokens: None,
-        identity: "a".to_owned(),
-    };
     let other = EvalSection { tasks: vec![TaskName::of("ruler")], ..full.clone() };
-    let third = world.run(&other, "a", &[ruler]);
+    let third = world.run(&other, "a", &[ruler(&nano, 1, &count)]);
     third.holds(&second);
     assert_eq!(third.results.benchmarks.len(), 1);
     assert!(third.results.worked_example.as_ref().unwrap().id == "facts-0");

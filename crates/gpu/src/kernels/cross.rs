@@ -7,12 +7,11 @@ use std::ffi::c_int;
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
-use torch_sys::C_tensor;
 
 use super::module::{Arg, Launch, capability, kernel};
 use super::source::{Unit, Variant};
 use crate::device::tf32;
-use crate::shim::{CrossKernels, answer};
+use crate::shim::{CrossKernels, Raw, answer};
 
 /// Bytes of shared memory that leave room for a second block on a multiprocessor of an A100 or newer.
 const SHARED: usize = 80 * 1024;
@@ -70,13 +69,13 @@ fn variant(x: &Tensor, d: i64, warps: usize) -> Result<Variant> {
 /// # Safety
 /// Live tensors, or null for the two sums.
 unsafe extern "C" fn forward(
-    tokens: *mut C_tensor,
-    logit: *mut C_tensor,
-    reading: *mut C_tensor,
+    tokens: Raw,
+    logit: Raw,
+    reading: Raw,
     heads: i64,
-    scores: *mut C_tensor,
-    sums: *mut C_tensor,
-    lse2: *mut C_tensor,
+    scores: Raw,
+    sums: Raw,
+    lse2: Raw,
 ) -> c_int {
     // SAFETY: the caller's; each is a handle of its own.
     let [tokens, logit, reading, scores] =
@@ -139,15 +138,15 @@ fn launch_forward(
 /// # Safety
 /// Live tensors.
 unsafe extern "C" fn backward(
-    tokens: *mut C_tensor,
-    logit: *mut C_tensor,
-    reading: *mut C_tensor,
-    sums: *mut C_tensor,
-    lse2: *mut C_tensor,
-    g: *mut C_tensor,
-    dtokens: *mut C_tensor,
-    dlogit: *mut C_tensor,
-    dreading: *mut C_tensor,
+    tokens: Raw,
+    logit: Raw,
+    reading: Raw,
+    sums: Raw,
+    lse2: Raw,
+    g: Raw,
+    dtokens: Raw,
+    dlogit: Raw,
+    dreading: Raw,
 ) -> c_int {
     // SAFETY: the caller's; each is a handle of its own.
     let all = [tokens, logit, reading, sums, lse2, g, dtokens, dlogit, dreading]
@@ -244,11 +243,11 @@ fn launch_backward(
 /// # Safety
 /// Live tensors.
 unsafe extern "C" fn gradients(
-    logits: *mut C_tensor,
-    readings: *mut C_tensor,
-    sums: *mut C_tensor,
-    lse2: *mut C_tensor,
-    g: *mut C_tensor,
+    logits: Raw,
+    readings: Raw,
+    sums: Raw,
+    lse2: Raw,
+    g: Raw,
     start: i64,
 ) -> c_int {
     // SAFETY: the caller's; each is a handle of its own.

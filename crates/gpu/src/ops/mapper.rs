@@ -3,10 +3,9 @@
 //! Where libtorch's form is slow or needs much memory, they have their own backward pass.
 
 use tch::Tensor;
-use torch_sys::C_tensor;
 
 use crate::kernels::cross_kernels;
-use crate::shim;
+use crate::shim::{self, Raw};
 
 /// Dense convolution over time, centred, zeros beyond both ends.
 ///
@@ -83,11 +82,11 @@ pub fn attend_heads(
     own(code, out, "cross-attention over heads")
 }
 
-fn pointer(tensor: &Tensor) -> *mut C_tensor {
+fn pointer(tensor: &Tensor) -> Raw {
     tensor.as_ptr().cast_mut()
 }
 
-fn own(code: i32, out: *mut C_tensor, what: &str) -> Tensor {
+fn own(code: i32, out: Raw, what: &str) -> Tensor {
     if let Err(reason) = shim::check(code) {
         panic!("{what}: {reason:#}");
     }

@@ -112,6 +112,7 @@ fn store(
         let reply = api.expect(reply, &push.repo, doing)?;
         let etag = reply.headers.get("etag").and_then(|v| v.to_str().ok()).with_context(|| {
             hinted(format!("{doing}: the storage gave part {number} no ETag"), "push again later")
+                .environment()
         })?;
         done.push(json!({"partNumber": number, "etag": etag}));
     }

@@ -5,6 +5,7 @@
 //! `extract` finds them complete, or continues after the last one. Labels never depend on them: where
 //! features cannot be taken, `label` works alone.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
@@ -13,13 +14,12 @@ use pkv_extract::Extractor;
 use pkv_gpu::unless_exhausted;
 use pkv_lm::{KvCache, LanguageModel};
 use pkv_recipe::ExtractSection;
-use pkv_score::Requests;
+use pkv_score::{ModelFiles, Requests};
 use pkv_shard::{Claimed, Ended, Example, FeatureRow, Piece, PieceWriter, Pieces, Seal};
 use pkv_shard::{Stage, StageDir, StageWriter, check_row};
 
 use super::extract::{self, OnHost};
 use super::pieces;
-use crate::pair::Found;
 use crate::session::Session;
 
 /// The features that a run of `label` takes as well.
@@ -36,17 +36,13 @@ impl Beside {
     /// the folder is of other choices or in use.
     pub fn open(
         s: &Session,
-        target: &Found,
+        target: &ModelFiles,
         upstream: &Fingerprint,
         total: u64,
     ) -> Option<(Self, BesideWriter)> {
-        if !s.recipe.labels_give_features(target.tokenizer.prefix().len()) {
-            return None;
-        }
-        let section = s.recipe.extract.of(Source::Target);
-        let fingerprint = extract::fingerprint(s, Source::Target, target, upstream);
+        let (section, folder, fingerprint) = wanted(s, target, upstream)?;
         let open = || -> Result<_> {
-            let stage = StageDir::open(&s.run.features(Source::Target), "extract", &fingerprint)?;
+            let stage = StageDir::open(&folder, "extract", &fingerprint)?;
             let (whole, shard) = (stage.rows(), s.recipe.data.shard_examples);
             Ok(match stage.is_complete() {
                 true => (whole, None),
@@ -56,9 +52,7 @@ impl Beside {
                 }
             })
         };
-        let (first, writer) = open()
-            .inspect_err(|e| tracing::warn!("features of the target are left to `extract`: {e:#}"))
-            .ok()?;
+        let (first, writer) = or_left("the target", open())?;
         let writer = BesideWriter { first, channels: section.channels.len(), writer, taken: 0 };
         Some((Self { section, first, given_up: AtomicBool::new(false) }, writer))
     }
@@ -66,23 +60,13 @@ impl Beside {
     /// As [`Beside::open`], for a stage that is made in pieces.
     pub fn open_pieces(
         s: &Session,
-        target: &Found,
+        target: &ModelFiles,
         upstream: &Fingerprint,
         total: u64,
     ) -> Option<(Self, BesidePieces)> {
-        if !s.recipe.labels_give_features(target.tokenizer.prefix().len()) {
-            return None;
-        }
-        let section = s.recipe.extract.of(Source::Target);
-        let fingerprint = extract::fingerprint(s, Source::Target, target, upstream);
-        let folder = s.run.features(Source::Target);
-        let pieces = match pieces::open_part(s, Stage::Extract, &folder, &fingerprint, total) {
-            Ok(pieces) => pieces,
-            Err(e) => {
-                tracing::warn!("features of the target are left to `extract`: {e:#}");
-                return None;
-            }
-        };
+        let (section, folder, fingerprint) = wanted(s, target, upstream)?;
+        let pieces = pieces::open_part(s, Stage::Extract, &folder, &fingerprint, total);
+        let pieces = or_left("the target", pieces)?;
         let (store, channels) = (section.store, section.channels.len());
         // Where the folder is complete, examples are read in the same way, and no features are kept.
         let first = if pieces.is_some() { 0 } else { total };
@@ -125,6 +109,25 @@ impl Beside {
     }
 }
 
+/// The part of `extract` that the target's features are made with, their folder, and all their choices; nothing
+/// if the recipe does not take them with the labels.
+fn wanted(
+    s: &Session,
+    target: &ModelFiles,
+    upstream: &Fingerprint,
+) -> Option<(ExtractSection, PathBuf, Fingerprint)> {
+    let source = Source::Target;
+    s.recipe.labels_give_features(target.tokenizer.prefix().len()).then(|| {
+        let fingerprint = extract::fingerprint(s, source, target, upstream);
+        (s.recipe.extract.of(source), s.run.features(source), fingerprint)
+    })
+}
+
+/// Without `result`, features of `what` are left to `extract`, with a warning.
+fn or_left<T>(what: &str, result: Result<T>) -> Option<T> {
+    result.inspect_err(|e| tracing::warn!("features of {what} are left to `extract`: {e:#}")).ok()
+}
+
 /// Writes them, piece by piece.
 pub struct BesidePieces {
     /// None if the folder is complete.
@@ -148,18 +151,10 @@ impl BesidePieces {
     /// The features of a piece, if they are missing and no other process makes them.
     pub fn claim(&self, shard: u64) -> Option<BesidePiece<'_>> {
         let of = self.pieces.as_ref()?;
-        match of.claim(shard) {
-            Ok(Claimed::Free(piece)) => {
-                let writer = Some(of.writer(&piece, self.store));
-                let (store, channels) = (self.store, self.channels);
-                Some(BesidePiece { of, piece, channels, store, writer, tokens: 0 })
-            }
-            Ok(_) => None,
-            Err(e) => {
-                tracing::warn!("features of piece {shard} are left to `extract`: {e:#}");
-                None
-            }
-        }
+        let Claimed::Free(piece) = or_left(&format!("piece {shard}"), of.claim(shard))? else { return None };
+        let writer = Some(of.writer(&piece, self.store));
+        let (store, channels) = (self.store, self.channels);
+        Some(BesidePiece { of, piece, channels, store, writer, tokens: 0 })
     }
 
     /// Make the folder complete, if all have come.
@@ -214,14 +209,10 @@ impl BesidePiece<'_> {
             let row = features.row(id.to_owned(), shape, self.channels, positions)?;
             check_row(&row, self.store).map(|()| row)
         });
-        match row {
-            Some(Ok(row)) => {
+        match row.and_then(|row| or_left(&format!("piece {}", self.piece.shard), row)) {
+            Some(row) => {
                 self.tokens += positions as u64;
                 writer.push(row)?;
-            }
-            Some(Err(e)) => {
-                tracing::warn!("features of piece {} are left to `extract`: {e:#}", self.piece.shard);
-                self.writer = None;
             }
             None => self.writer = None,
         }

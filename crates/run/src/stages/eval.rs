@@ -19,6 +19,7 @@ use super::generated::{self, Loaded};
 use super::pieces::worker;
 use super::{Entry, Outcome, prepare, train};
 use crate::mapper_source::{Trained, from_checkpoint, from_export};
+use crate::pair;
 use crate::session::{Session, benchmark_manifest_path};
 
 /// Share of right answers from the full cache below which a task measures nothing.
@@ -88,8 +89,8 @@ fn run(s: &Session, options: &EvalOptions) -> Result<Outcome> {
     if complete && options.kept.is_none() {
         return Ok(Outcome::Skipped(skipped));
     }
-    let target = upstream.target.load(s)?;
-    let proxy = upstream.proxy.as_ref().map(|proxy| proxy.load(s)).transpose()?;
+    let target = pair::load(s, &upstream.target)?;
+    let proxy = upstream.proxy.as_ref().map(|proxy| pair::load(s, proxy)).transpose()?;
     s.stop.check()?;
     let loaded = Loaded { target: Some(&target), proxy: proxy.as_ref() };
     let inputs = EvalInputs {

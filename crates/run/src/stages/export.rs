@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use pkv_checkpoint::{
-    Beside, CardTable, DataSource, EXPORT_VERSION, Export, ExportConfig, Licences, ModelCard, ModelIdentity,
-    Parity, StageCost,
+    CardTable, Contents, DataSource, EXPORT_VERSION, Export, ExportConfig, Licences, ModelCard,
+    ModelIdentity, Parity, StageCost,
 };
 use pkv_core::{Policy, Split};
 use pkv_mapper::MapperDims;
 use pkv_results::{RESULTS_FILE, Results};
+use pkv_score::ModelFiles;
 use pkv_shard::{Example, ExampleRows, Stage, StageReader};
 use serde_json::json;
 use tch::Tensor;
@@ -17,7 +18,6 @@ use tch::Tensor;
 use super::generated::{self, Loaded};
 use super::{Entry, Outcome, hidden, train};
 use crate::mapper_source::{Trained, from_checkpoint};
-use crate::pair::Found;
 use crate::session::Session;
 
 pub(super) const ENTRY: Entry = Entry {
@@ -58,8 +58,9 @@ fn run(s: &Session) -> Result<Outcome> {
     let parity = parity(s, &upstream, &trained)?;
     let hidden = hidden::read(s, &upstream.target, &upstream.examples, tch::Device::Cpu)?;
     let extra = hidden.map(|hidden| hidden.tensors()).unwrap_or_default();
-    let beside = Beside { tensors: &extra, budgets: Some(&budgets) };
-    Export::write(&folder, &config, &trained.mapper, beside, &card, &parity)?;
+    let (config, mapper, budgets) = (&config, &trained.mapper, Some(&budgets));
+    let contents = Contents { config, mapper, tensors: &extra, budgets, card: &card, parity: &parity };
+    Export::write(&folder, contents)?;
     Ok(Outcome::Done(json!({"folder": folder, "step": trained.step})))
 }
 
@@ -86,12 +87,12 @@ fn config(s: &Session, upstream: &train::Upstream, trained: &Trained) -> ExportC
     }
 }
 
-fn identity(s: &Session, model: &Found) -> ModelIdentity {
+fn identity(s: &Session, model: &ModelFiles) -> ModelIdentity {
     ModelIdentity {
-        model: model.section().model.clone(),
+        model: model.name.clone(),
         revision: model.revision.clone(),
-        dtype: format!("{:?}", s.kind(model.section().dtype)),
-        shape: model.section().shape,
+        dtype: format!("{:?}", s.kind(model.role)),
+        shape: model.config.shape,
         vocab_hash: model.tokenizer.vocab_hash(),
         template_hash: model.tokenizer.template_hash(),
     }

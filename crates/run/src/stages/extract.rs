@@ -5,16 +5,16 @@ use pkv_core::{Fingerprint, ModelShape, Source};
 use pkv_extract::{ContextFeatures, Extractor, HiddenProjection};
 use pkv_lm::LanguageModel;
 use pkv_recipe::{ExtractSection, MissingFeatures};
-use pkv_score::Requests;
-use pkv_shard::{Example, FeatureRow, Pieces, Stage, StageDir, StageReader, StageWriter, check_row};
+use pkv_score::{ModelFiles, Requests};
+use pkv_shard::{Example, FeatureRow, Pieces, Stage, StageDir, StageReader, StageWriter};
 use serde_json::{Value, json};
 
 use super::lanes::{Lane, lanes};
-use super::pieces::{self, Opened, keep_piece, pump_piece};
+use super::pieces::{self, Opened, fill};
 use super::pump::pump;
 use super::to_host::ToHost;
 use super::{Entry, Outcome, hidden, keep, prepare, require};
-use crate::pair::{self, Found};
+use crate::pair;
 use crate::session::Session;
 use crate::sweep::SharedOutput;
 
@@ -76,7 +76,11 @@ fn run(s: &Session) -> Result<Outcome> {
 ///
 /// # Errors
 /// It is the proxy, and the recipe reads none.
-pub(super) fn of_pair<'a>(source: Source, target: &'a Found, proxy: Option<&'a Found>) -> Result<&'a Found> {
+pub(super) fn of_pair<'a>(
+    source: Source,
+    target: &'a ModelFiles,
+    proxy: Option<&'a ModelFiles>,
+) -> Result<&'a ModelFiles> {
     match source {
         Source::Target => Ok(target),
         Source::Proxy => proxy.context("features are asked of a proxy, and the recipe reads none"),
@@ -87,7 +91,7 @@ pub(super) fn of_pair<'a>(source: Source, target: &'a Found, proxy: Option<&'a F
 fn one(
     s: &Session,
     source: Source,
-    found: &Found,
+    found: &ModelFiles,
     examples: &StageReader<Example>,
     upstream: &Fingerprint,
 ) -> Result<Outcome> {
@@ -121,12 +125,12 @@ impl<'a> Reader<'a> {
     fn load(
         s: &'a Session,
         source: Source,
-        found: &'a Found,
+        found: &'a ModelFiles,
         examples: &'a StageReader<Example>,
         upstream: &Fingerprint,
     ) -> Result<Self> {
         let section = s.recipe.extract.of(source);
-        let model = found.load(s)?;
+        let model = pair::load(s, found)?;
         let hidden = match section.channels.iter().any(|c| c.is_fitted()) {
             true => Some(hidden::fitted(s, found, &model, examples, upstream)?),
             false => None,
@@ -216,43 +220,13 @@ fn in_pieces<'a>(
             None => &*reader.insert(load()?),
         };
         let (examples, store) = (reader.examples, reader.section.store);
-        let mut writer = pieces.writer::<FeatureRow>(piece, store);
-        let (mut tokens, to_row) = (0, reader.to_row());
-        let kept = pieces.kept::<FeatureRow>(piece);
-        let n_kept = kept.len();
-        for row in kept {
-            tokens += u64::from(row.positions);
-            writer.push(row)?;
-        }
-        let pumped = pump_piece(
-            s,
-            (piece, n_kept, tally),
-            |row| {
-                let example = examples.get(row)?;
-                Ok((example.id.clone(), example))
-            },
-            reader.on_lanes()?,
-            |_, extracted| {
-                let row = to_row(extracted)?;
-                check_row(&row, store).map(|()| row)
-            },
-            |row| {
-                tokens += u64::from(row.positions);
-                writer.push(row)
-            },
-        );
-        let (times, mut ended) = match pumped {
-            Ok(pumped) => pumped,
-            Err(e) => {
-                keep_piece(writer);
-                return Err(e);
-            }
+        let read = |row| {
+            let example = examples.get(row)?;
+            Ok((example.id.clone(), example))
         };
-        tracing::debug!("{what}, piece {}: {times}", piece.shard);
-        if ended.failed.is_empty() {
-            (ended.file, ended.tokens) = (writer.publish()?, tokens);
-        }
-        Ok(ended)
+        let kept = pieces.kept::<FeatureRow>(piece);
+        let (lanes, to_row) = (reader.on_lanes()?, reader.to_row());
+        fill(s, (&what, pieces, store), (piece, kept, tally), read, lanes, to_row, |row| row.positions)
     })?;
     Ok(Outcome::of_pieces(reached, total))
 }
@@ -295,11 +269,16 @@ impl OnHost {
 
 /// The choices of a source's features: the examples, its part of the recipe's `extract`, the model; `label`
 /// if a channel depends on how the context would be repeated; the labels if a channel is fitted to them.
-pub(super) fn fingerprint(s: &Session, source: Source, found: &Found, examples: &Fingerprint) -> Fingerprint {
+pub(super) fn fingerprint(
+    s: &Session,
+    source: Source,
+    found: &ModelFiles,
+    examples: &Fingerprint,
+) -> Fingerprint {
     let fingerprint = Fingerprint::new()
         .with("examples", examples)
         .with("extract", s.recipe.extract.of(source))
-        .with(source.name(), found.fingerprint(s));
+        .with(source.name(), pair::fingerprint(s, found));
     let fingerprint = match s.recipe.extract.reads_label_section(source) {
         true => fingerprint.with("label", s.recipe.label.material()),
         false => fingerprint,
@@ -327,8 +306,8 @@ pub fn is_due(s: &Session) -> bool {
 /// Those of a source are absent, unfinished or stale; the hint names the command that makes them.
 pub fn require_all(
     s: &Session,
-    target: &Found,
-    proxy: Option<&Found>,
+    target: &ModelFiles,
+    proxy: Option<&ModelFiles>,
     examples: &Fingerprint,
 ) -> Result<Fingerprint> {
     let of = |&source: &Source| {

@@ -14,7 +14,7 @@ use pkv_extract::{Extractor, HiddenProjection};
 use pkv_gpu::MathMode;
 use pkv_lm::LanguageModel;
 use pkv_recipe::{ExtractSection, LabelSection};
-use pkv_score::Requests;
+use pkv_score::{ModelFiles, Requests};
 use pkv_shard::{
     Example, FeatureFolders, FeatureRow, FeatureSource, FeaturesFrom, StageDir, StageReader, StageState,
 };
@@ -23,7 +23,7 @@ use super::extract::{self, OnHost};
 use super::train::Upstream;
 use super::{hidden, prepare};
 use crate::feature_workers::{self, MakesRows, ToMake};
-use crate::pair::{self, Found};
+use crate::pair;
 use crate::session::Session;
 
 /// Models that the stage has in memory already.
@@ -46,7 +46,7 @@ pub fn features(s: &Session, upstream: &Upstream, loaded: Loaded) -> Result<Feat
     let find = |&source: &Source| extract::of_pair(source, &upstream.target, upstream.proxy.as_deref());
     let found = section.from.iter().map(find).collect::<Result<Vec<_>>>()?;
     let are_stored = found.iter().map(|found| is_stored(s, found, examples)).collect::<Result<Vec<_>>>()?;
-    let missing: Vec<&Found> = found
+    let missing: Vec<&ModelFiles> = found
         .iter()
         .zip(&are_stored)
         .filter(|(_, is_stored)| !**is_stored)
@@ -66,7 +66,7 @@ pub fn features(s: &Session, upstream: &Upstream, loaded: Loaded) -> Result<Feat
         None => Vec::new(),
     }
     .into_iter();
-    let part = |(found, is_stored): (&Found, bool)| -> Result<FeaturesFrom> {
+    let part = |(found, is_stored): (&ModelFiles, bool)| -> Result<FeaturesFrom> {
         let folder = s.run.features(found.role);
         if is_stored {
             return Ok(FeaturesFrom::Folder(folder));
@@ -87,7 +87,7 @@ pub fn features(s: &Session, upstream: &Upstream, loaded: Loaded) -> Result<Feat
 }
 
 /// Whether there are complete shards of the recipe's choices.
-fn is_stored(s: &Session, found: &Found, examples: &Fingerprint) -> Result<bool> {
+fn is_stored(s: &Session, found: &ModelFiles, examples: &Fingerprint) -> Result<bool> {
     let folder = s.run.features(found.role);
     Ok(match StageDir::state(&folder, &extract::fingerprint(s, found.role, found, examples))? {
         StageState::Complete(_) => true,
@@ -217,11 +217,11 @@ impl Maker {
     /// Of a source's model, which is loaded if it is not given.
     fn new(
         s: &Session,
-        found: &Found,
+        found: &ModelFiles,
         upstream: &Fingerprint,
         model: Option<&LanguageModel>,
     ) -> Result<Self> {
-        let model = model.map_or_else(|| found.load(s), |model| Ok(model.share()))?;
+        let model = model.map_or_else(|| pair::load(s, found), |model| Ok(model.share()))?;
         let examples = StageReader::<Example>::open(&s.run.examples())?;
         let hidden = match s.recipe.extract.is_fitted(found.role) {
             true => Some(hidden::fitted(s, found, &model, &examples, upstream)?),

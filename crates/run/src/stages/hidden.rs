@@ -10,11 +10,11 @@ use pkv_extract::{HiddenFit, HiddenProjection};
 use pkv_files::{Claim, WriteBudget};
 use pkv_lm::LanguageModel;
 use pkv_prune::log_odds;
+use pkv_score::ModelFiles;
 use pkv_shard::{Example, LabelRow, Stage, StageReader};
 use tch::{Device, Tensor};
 
 use super::{label, require};
-use crate::pair::Found;
 use crate::session::Session;
 
 /// Training contexts that the map is fitted on; it has a few thousand weights for each KV head.
@@ -27,7 +27,7 @@ pub fn is_needed(s: &Session) -> bool {
 }
 
 /// Everything that the map depends on: the labels and, through them, the examples and the target.
-pub fn choices(s: &Session, target: &Found, examples: &Fingerprint) -> Fingerprint {
+pub fn choices(s: &Session, target: &ModelFiles, examples: &Fingerprint) -> Fingerprint {
     Fingerprint::new().with("labels", label::fingerprint(s, target, examples)).with("contexts", MOST_CONTEXTS)
 }
 
@@ -42,7 +42,7 @@ fn path(s: &Session, choices: &Fingerprint) -> PathBuf {
 /// It is needed and absent or damaged.
 pub fn read(
     s: &Session,
-    target: &Found,
+    target: &ModelFiles,
     examples: &Fingerprint,
     device: Device,
 ) -> Result<Option<HiddenProjection>> {
@@ -68,7 +68,7 @@ pub fn read(
 /// The labels are not complete, there is no training example, or the target fails.
 pub fn fitted(
     s: &Session,
-    target: &Found,
+    target: &ModelFiles,
     model: &LanguageModel,
     examples: &StageReader<Example>,
     upstream: &Fingerprint,

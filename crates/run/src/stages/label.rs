@@ -4,18 +4,18 @@
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, ModelShape};
 use pkv_lm::LanguageModel;
-use pkv_score::{Requests, Scorer};
-use pkv_shard::{Example, LabelRow, Pieces, Stage, StageDir, StageReader, StageWriter, check_row};
+use pkv_score::{ModelFiles, Requests, Scorer};
+use pkv_shard::{Example, LabelRow, Pieces, Stage, StageDir, StageReader, StageWriter};
 use serde_json::json;
 
-use super::beside::{Beside, BesidePiece, BesideWriter};
+use super::beside::{Beside, BesideWriter};
 use super::extract::OnHost;
 use super::lanes::{Lane, lanes};
-use super::pieces::{self, Opened, keep_piece, pump_piece};
+use super::pieces::{self, Opened, fill};
 use super::pump::pump;
 use super::to_host::ToHost;
 use super::{Entry, Outcome, keep, prepare};
-use crate::pair::{self, Found};
+use crate::pair;
 use crate::session::Session;
 use crate::sweep::SharedOutput;
 
@@ -46,7 +46,7 @@ fn run(s: &Session) -> Result<Outcome> {
 /// What labels are made of.
 struct Work<'a> {
     s: &'a Session,
-    target: &'a Found,
+    target: &'a ModelFiles,
     examples: &'a StageReader<Example>,
     upstream: &'a Fingerprint,
 }
@@ -82,8 +82,8 @@ struct Read {
 }
 
 impl Labeller {
-    fn load(s: &Session, target: &Found) -> Result<Self> {
-        let model = target.load(s)?;
+    fn load(s: &Session, target: &ModelFiles) -> Result<Self> {
+        let model = pair::load(s, target)?;
         let requests = Requests::new(&target.tokenizer, &s.recipe.label)?;
         let shape = model.shape();
         let lanes = lanes(model.placement(), &shape, s.recipe.data.longest_window());
@@ -195,58 +195,36 @@ fn in_pieces(work: &Work, pieces: &Pieces) -> Result<Outcome> {
         };
         let (requests, shape) = (&labeller.requests, &labeller.shape);
         let reading = Reading { s, requests, prefix, beside: beside.as_ref(), done: 0 };
-        let mut writer = pieces.writer::<LabelRow>(piece, s.recipe.label.store);
         let mut features = features.as_ref().and_then(|features| features.claim(piece.shard));
-        let mut tokens = 0;
         let mut kept = pieces.kept::<LabelRow>(piece);
         if let Some(features) = &mut features {
             // One of the two may have kept a row more.
             kept.truncate(features.go_on(kept.len())?);
         }
-        let n_kept = kept.len();
-        for row in kept {
-            tokens += u64::from(row.positions);
-            writer.push(row)?;
-        }
-        let pumped = pump_piece(
+        let ended = fill(
             s,
-            (piece, n_kept, tally),
+            ("label", pieces, s.recipe.label.store),
+            (piece, kept, tally),
             |row| {
                 let example = examples.get(row)?;
                 Ok((example.id.clone(), (row, example)))
             },
             Lane::all(&labeller.model, labeller.lanes)?.into_iter().map(|lane| reading.on(lane)).collect(),
-            |_, read: Read| {
-                let Read { id, positions, scores, features: taken, .. } = read;
+            |Read { id, positions, scores, features: taken, .. }| {
                 if let Some(features) = &mut features {
                     features.push(&id, shape, positions, taken)?;
                 }
-                let scores = scores.context("an example without labels was not scored")?;
-                let row = label_row(id, shape, positions, scores)?;
-                check_row(&row, s.recipe.label.store)?;
-                Ok(row)
+                label_row(id, shape, positions, scores.context("an example without labels was not scored")?)
             },
-            |row| {
-                tokens += u64::from(row.positions);
-                writer.push(row)
-            },
+            |row| row.positions,
         );
-        let (times, mut ended) = match pumped {
-            Ok(pumped) => pumped,
-            Err(e) => {
-                keep_piece(writer);
-                features.into_iter().for_each(BesidePiece::keep);
-                return Err(e);
-            }
-        };
-        tracing::debug!("label, piece {}: {times}", piece.shard);
         if let Some(features) = features {
-            features.end(&ended)?;
+            match &ended {
+                Ok(ended) => features.end(ended)?,
+                Err(_) => features.keep(),
+            }
         }
-        if ended.failed.is_empty() {
-            (ended.file, ended.tokens) = (writer.publish()?, tokens);
-        }
-        Ok(ended)
+        ended
     })?;
     if let Some(features) = features {
         features.seal()?;
@@ -255,9 +233,9 @@ fn in_pieces(work: &Work, pieces: &Pieces) -> Result<Outcome> {
 }
 
 /// The labels' choices: the examples, the recipe's `label`, the target.
-pub fn fingerprint(s: &Session, target: &Found, examples: &Fingerprint) -> Fingerprint {
+pub fn fingerprint(s: &Session, target: &ModelFiles, examples: &Fingerprint) -> Fingerprint {
     Fingerprint::new()
         .with("examples", examples)
         .with("label", s.recipe.label.material())
-        .with("target", target.fingerprint(s))
+        .with("target", pair::fingerprint(s, target))
 }

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
-use pkv_core::{FailureKind, Fingerprint, Task, hinted};
+use pkv_core::{FailureKind, Fingerprint, StoreDtype, Task, hinted};
 use pkv_gpu::{device_name, unless_exhausted};
 use pkv_shard::{Claimed, Ended, MAX_FAILURES, Missing, Piece, PieceWriter, Pieces, PiecesPlan, Row};
-use pkv_shard::{Seal, Stage, StageDir, Tally, Totals, Worker};
+use pkv_shard::{Seal, Stage, StageDir, Tally, Totals, Worker, check_row};
 
-use super::pump::{Times, pump};
+use super::pump::pump;
 use crate::session::Session;
 
 /// Interval between checks for other processes.
@@ -162,25 +162,33 @@ pub(super) fn keep_piece<R: Row>(writer: PieceWriter<'_, R>) {
     }
 }
 
-/// Take the rows of a piece but for the first `kept`, which are there, through `read`, one of `lanes` and
-/// `settle` to `store`, as [`pump`] does.
+/// Make the shard of a piece: the rows `kept`, which are there, and after them those that pass through `read`,
+/// one of `lanes` and `settle`, as [`pump`] does it. A process that ends early keeps its rows.
 ///
-/// An error of a lane or of `settle` is the row's: it is recorded, and the rest of the piece is passed over.
+/// An error of a lane or of `settle`, or a row that cannot be stored, is the row's: it is recorded, and the
+/// rest of the piece is passed over.
 ///
 /// # Errors
-/// `read` or `store` fails, or the user stopped.
-pub(super) fn pump_piece<I: Send, C: Send, R>(
+/// `read` or the disk fails, or the user stopped.
+pub(super) fn fill<I: Send, C: Send, R: Row>(
     s: &Session,
-    (piece, kept, tally): (&Piece, usize, &mut Tally),
+    (what, pieces, store): (&str, &Pieces, StoreDtype),
+    (piece, kept, tally): (&Piece, Vec<R>, &mut Tally),
     read: impl Fn(u64) -> Result<(String, I)> + Send,
     lanes: Vec<impl FnMut(I) -> Result<C> + Send>,
-    mut settle: impl FnMut(&str, C) -> Result<R> + Send,
-    mut store: impl FnMut(R) -> Result<()> + Send,
-) -> Result<(Times, Ended)> {
+    mut settle: impl FnMut(C) -> Result<R> + Send,
+    positions: fn(&R) -> u32,
+) -> Result<Ended> {
+    let mut writer = pieces.writer::<R>(piece, store);
+    let mut ended = Ended { done: kept.len() as u64, ..Ended::default() };
+    let mut tokens = 0;
+    for row in kept {
+        tokens += u64::from(positions(&row));
+        writer.push(row)?;
+    }
+    let first = piece.rows.start + ended.done;
+    s.bar.advance(ended.done);
     let broken = AtomicBool::new(false);
-    let kept = kept as u64;
-    let mut ended = Ended { done: kept, ..Ended::default() };
-    s.bar.advance(kept);
     let is_stop = |e: &anyhow::Error| FailureKind::of(e) == FailureKind::Interrupted;
     let guarded = lanes.into_iter().map(|mut lane| {
         let broken = &broken;
@@ -199,16 +207,18 @@ pub(super) fn pump_piece<I: Send, C: Send, R>(
     });
     let times = pump(
         s.device,
-        piece.rows.start + kept..piece.rows.end,
+        first..piece.rows.end,
         move |row| read(row).map(|(id, item)| (row, id, item)),
         guarded.collect(),
         |(row, id, outcome): (u64, String, Option<Result<C>>)| {
             let Some(outcome) = outcome else { return Ok(()) };
-            match outcome.and_then(|computed| settle(&id, computed)) {
-                Ok(made) => {
+            let made = outcome.and_then(&mut settle);
+            match made.and_then(|row| check_row(&row, store).map(|()| row)) {
+                Ok(row) => {
                     tally.succeeded();
                     if ended.failed.is_empty() {
-                        store(made)?;
+                        tokens += u64::from(positions(&row));
+                        writer.push(row)?;
                         ended.done += 1;
                         piece.touch();
                         s.bar.advance(1);
@@ -223,12 +233,21 @@ pub(super) fn pump_piece<I: Send, C: Send, R>(
                 }
             }
         },
-    )?;
-    if !ended.failed.is_empty() {
-        // A shard is whole or absent.
-        ended.done = 0;
+    );
+    let times = match times {
+        Ok(times) => times,
+        Err(e) => {
+            keep_piece(writer);
+            return Err(e);
+        }
+    };
+    tracing::debug!("{what}, piece {}: {times}", piece.shard);
+    // A shard is whole or absent.
+    match ended.failed.is_empty() {
+        true => (ended.file, ended.tokens) = (writer.publish()?, tokens),
+        false => ended.done = 0,
     }
-    Ok((times, ended))
+    Ok(ended)
 }
 
 fn exhausted() -> pkv_core::Hinted {

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, Split, StoreDtype};
 use pkv_recipe::{FactPlace, Recipe};
+use pkv_score::ModelFiles;
 use pkv_shard::{Example, Stage, StageDir, StageReader, StageWriter};
 
 use super::{Entry, Outcome};
@@ -45,7 +46,7 @@ fn run(s: &Session) -> Result<Outcome> {
 
 /// The examples' choices: the recipe's `data`, the manifest, the places of its facts, the tokenizer, the
 /// seed.
-pub fn fingerprint(s: &Session, target: &pair::Found) -> Result<Fingerprint> {
+pub fn fingerprint(s: &Session, target: &ModelFiles) -> Result<Fingerprint> {
     let fingerprint = Fingerprint::new()
         .with("data", &s.recipe.data)
         .with("manifest", &s.manifest)
@@ -70,7 +71,7 @@ pub fn with_places(fingerprint: Fingerprint, recipe: &Recipe) -> Fingerprint {
 ///
 /// # Errors
 /// `prepare` has not run, was not finished, or ran with another recipe.
-pub fn examples(s: &Session, target: &pair::Found) -> Result<(StageReader<Example>, Fingerprint)> {
+pub fn examples(s: &Session, target: &ModelFiles) -> Result<(StageReader<Example>, Fingerprint)> {
     let fingerprint = fingerprint(s, target)?;
     super::require(&s.run.examples(), Stage::Prepare, &fingerprint)?;
     let reader = StageReader::open(&s.run.examples()).context("cannot read the examples")?;

@@ -5,19 +5,20 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use pkv_checkpoint::Export;
 use pkv_core::{FailureKind, Fingerprint, hinted};
+use pkv_score::ModelFiles;
 use pkv_shard::Stage;
 use serde_json::json;
 
 use super::generated::Loaded;
 use super::{Entry, Outcome, extract, generated, label, prepare, require, start_from};
-use crate::pair::{self, Found};
+use crate::pair;
 use crate::session::Session;
 
 /// The stages that training reads, with the choices they were made with.
 pub struct Upstream {
-    pub target: Arc<Found>,
+    pub target: Arc<ModelFiles>,
     /// Absent if no feature comes from it.
-    pub proxy: Option<Arc<Found>>,
+    pub proxy: Option<Arc<ModelFiles>>,
     /// Of the examples alone.
     pub examples: Fingerprint,
     /// The mapper that training starts from, if it is another's.

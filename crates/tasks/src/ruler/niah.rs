@@ -7,7 +7,6 @@ use rand::Rng as _;
 
 use super::{Draft, RulerTask};
 use crate::draw::{sample, shuffle, uuid};
-use crate::sentences;
 use crate::words::Words;
 
 /// `niah.py`: what surrounds the needles.
@@ -134,7 +133,9 @@ impl Niah {
     fn in_prose(&self, size: usize, needles: Vec<String>, rng: &mut Rng) -> String {
         let words: Vec<&str> = self.essay.iter().cycle().take(size).map(String::as_str).collect();
         let text = words.join(" ");
-        let sentences = sentences::split(&text);
+        // Differs: the reference uses NLTK's trained splitter; `pkv_core` goes by marks, capitals and common
+        // abbreviations.
+        let sentences: Vec<&str> = pkv_core::sentences(&text).filter(|one| !one.is_empty()).collect();
         let mut at: Vec<usize> = sample(rng, DEPTHS, needles.len())
             .into_iter()
             .map(|i| (sentences.len() as f64 * depth(i) / 100.0) as usize)
