@@ -89,6 +89,7 @@ def shorten():
                      ("steps = 30", "steps = 6"), ("validate_every = 6", "validate_every = 3"), ("contexts = 3", "contexts = 1")]:
         assert was in RECIPE
         RECIPE = RECIPE.replace(f"\n{was}\n", f"\n{now}\n")
+    return RECIPE
 
 
 def project(name, runs=None):
@@ -242,9 +243,10 @@ class Jobs:
 
 
 class Tally:
-    """Counts cases of groups, prints what failed, and ends the script. SIGTERM ends it with what was counted so far."""
-    def __init__(self):
-        self.groups, self.failed, self.guard = {}, 0, threading.Lock()
+    """Counts cases of groups, prints what failed, and ends the script. SIGTERM ends it with what was counted so far. `note` is one more
+    line at the end."""
+    def __init__(self, note=None):
+        self.groups, self.failed, self.guard, self.note = {}, 0, threading.Lock(), note
         signal.signal(signal.SIGTERM, lambda *_: self.end())
 
     def add(self, group, faults, detail=""):
@@ -257,6 +259,7 @@ class Tally:
     def end(self):
         for group, (tried, failed) in self.groups.items():
             print(f"  {group}: {tried} tried, {failed} failed")
+        if self.note: print(self.note())
         print(f"{NAME}: {sum(t for t, _ in self.groups.values())} tried, {self.failed} failed")
         sys.stdout.flush()
         # Cases that still run are not waited for.
