@@ -3,6 +3,9 @@
 Every script: `python3 scripts/faults/NAME.py BINARY [COUNT]`; it works in a temporary folder (FAULTS_WORK sets another), on the
 nano pair and the demo's documents; FAULTS_TREE is a checkout if the scripts lie elsewhere, JOBS (2) how many cases run at a time. It prints a line for each group of cases, then `NAME: TRIED tried, FAILED failed`, and its
 exit code says whether any failed. Python 3 alone is needed; `storage.py` also compiles shim.c.
+
+PART=K/N tries every Nth case alone, from the Kth (K = 1 ... N): N parts, in any order and on any machines, are all cases, and each part has
+some of every group. SECONDS ends a script after that time, and says how many cases were left.
 """
 import hashlib, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,9 @@ WORK.mkdir(parents=True, exist_ok=True)
 NAME = Path(sys.argv[0]).stem
 # What to try alone.
 ONLY = list(filter(None, os.environ.get("ONLY", "").split(",")))
+PART, PARTS = map(int, os.environ.get("PART", "1/1").split("/"))
+assert 1 <= PART <= PARTS, "PART is K/N, with K from 1 to N"
+UNTIL = time.time() + float(os.environ.get("SECONDS", "inf"))
 
 RECIPE = '''
 name = "small"
@@ -83,6 +89,7 @@ def shorten():
                      ("steps = 30", "steps = 6"), ("validate_every = 6", "validate_every = 3"), ("contexts = 3", "contexts = 1")]:
         assert was in RECIPE
         RECIPE = RECIPE.replace(f"\n{was}\n", f"\n{now}\n")
+    return RECIPE
 
 
 def project(name, runs=None):
@@ -206,17 +213,22 @@ def temporary(root):
 
 
 class Jobs:
-    """Cases at work beside each other, each in the folder of its thread. Leaving it waits for all, and raises what one raised."""
+    """Cases of this part at work beside each other, each in the folder of its thread. Leaving it waits for all, and raises what one raised."""
     def __init__(self):
         self.pool, self.local, self.all = ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))), threading.local(), []
-        self.numbers = iter(range(1 << 30))
+        self.numbers, self.cases, self.left = iter(range(1 << 30)), 0, 0
 
     def folder(self):
         if not hasattr(self.local, "name"): self.local.name = f"broken-{next(self.numbers)}"
         return self.local.name
 
     def add(self, case, *args):
-        self.all.append(self.pool.submit(case, *args))
+        self.cases += 1
+        if self.cases % PARTS == PART % PARTS: self.all.append(self.pool.submit(self.case, case, *args))
+
+    def case(self, case, *args):
+        if time.time() > UNTIL: self.left += 1
+        else: case(*args)
 
     def __enter__(self): return self
 
@@ -226,12 +238,15 @@ class Jobs:
             while not job.done(): time.sleep(0.2)
             job.result()
         self.pool.shutdown()
+        if PARTS > 1: print(f"part {PART} of {PARTS}: {len(self.all)} of {self.cases} cases")
+        if self.left: print(f"{self.left} cases left when the time was over")
 
 
 class Tally:
-    """Counts cases of groups, prints what failed, and ends the script. SIGTERM ends it with what was counted so far."""
-    def __init__(self):
-        self.groups, self.failed, self.guard = {}, 0, threading.Lock()
+    """Counts cases of groups, prints what failed, and ends the script. SIGTERM ends it with what was counted so far. `note` is one more
+    line at the end."""
+    def __init__(self, note=None):
+        self.groups, self.failed, self.guard, self.note = {}, 0, threading.Lock(), note
         signal.signal(signal.SIGTERM, lambda *_: self.end())
 
     def add(self, group, faults, detail=""):
@@ -244,6 +259,7 @@ class Tally:
     def end(self):
         for group, (tried, failed) in self.groups.items():
             print(f"  {group}: {tried} tried, {failed} failed")
+        if self.note: print(self.note())
         print(f"{NAME}: {sum(t for t, _ in self.groups.values())} tried, {self.failed} failed")
         sys.stdout.flush()
         # Cases that still run are not waited for.

@@ -5,7 +5,7 @@ the commands end."""
 from common import *
 import random
 
-shorten()
+RECIPE = shorten()
 rng, tally = random.Random(7), Tally()
 before, _, _ = reference()
 # Two runs, to be compared.

@@ -6,7 +6,8 @@ from common import *
 import random
 
 shorten()
-rng, tally = random.Random(1), Tally()
+hits = []
+rng, tally = random.Random(1), Tally(lambda: f"{len(hits)} signals, {sum(hits)} to a live process")
 before, _, secs = reference()
 done = all_results(WORK / "reference")
 of_stage = lambda s: {k: v for k, v in done.items() if k.split("/")[1] in MADE_BY[s]}
@@ -53,7 +54,6 @@ def case(name, runs, commands, on, want, folders, whole, sig, i, moments):
     tally.add(f"{name}, {sig.name}", faults)
 
 
-hits = []
 with Jobs() as jobs:
     for name, runs, commands, on, want, folders, whole in cases:
         if ONLY and name not in ONLY: continue
@@ -61,5 +61,4 @@ with Jobs() as jobs:
             for i in range(COUNT):
                 moments = [rng.uniform(0.02, 1.0) * share for share in [0.95, 0.6][:1 + i % 2]]
                 jobs.add(case, name, runs, commands, on, want, folders, whole, sig, i, moments)
-print(f"{len(hits)} signals, {sum(hits)} to a live process")
 tally.end()

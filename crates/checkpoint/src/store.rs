@@ -135,7 +135,7 @@ impl CheckpointStore {
     /// # Errors
     /// As [`CheckpointStore::latest`].
     pub fn best(&self, device: Device) -> Result<Option<TrainingState>> {
-        let best_first = self.validated()?.into_iter().map(|(folder, _)| folder);
+        let best_first = validated(self.folders_and_infos()?).into_iter().map(|(folder, _)| folder);
         match self.first_whole(best_first, device)? {
             Some(state) => Ok(Some(state)),
             None => self.latest(device),
@@ -147,7 +147,7 @@ impl CheckpointStore {
     /// # Errors
     /// The folder cannot be listed.
     pub fn best_validation(&self) -> Result<Option<(u64, f64)>> {
-        let best = self.validated()?.into_iter().next();
+        let best = validated(self.folders_and_infos()?).into_iter().next();
         Ok(best.map(|(_, info)| (info.step, info.validation.unwrap_or(f64::NEG_INFINITY))))
     }
 
@@ -225,31 +225,14 @@ impl CheckpointStore {
     }
 
     fn rotate(&self) -> Result<()> {
-        let steps = self.steps()?;
-        let best = self.validated()?.into_iter().next().map(|(folder, _)| folder);
-        let old = steps.len().saturating_sub(self.keep);
-        for (_, folder) in &steps[..old] {
-            if best.as_ref() != Some(folder) {
-                retire(folder)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Validated checkpoints, best first.
-    fn validated(&self) -> Result<Vec<(PathBuf, CheckpointInfo)>> {
-        let mut out: Vec<_> = self
-            .steps()?
-            .into_iter()
-            .filter_map(|(_, folder)| CheckpointInfo::read(&folder).ok().map(|info| (folder, info)))
-            .filter(|(_, info)| info.validation.is_some_and(|v| !v.is_nan()))
+        let all = self.folders_and_infos()?;
+        let old: Vec<PathBuf> = all[..all.len().saturating_sub(self.keep)]
+            .iter()
+            .filter(|(_, info)| !info.as_ref().is_err_and(may_be_whole))
+            .map(|(folder, _)| folder.clone())
             .collect();
-        // Stable, and in the order of the steps before: of equals the earliest comes first.
-        out.sort_by(|(_, a), (_, b)| {
-            let value = |i: &CheckpointInfo| i.validation.unwrap_or(f64::NEG_INFINITY);
-            value(b).total_cmp(&value(a))
-        });
-        Ok(out)
+        let best = validated(all).into_iter().next().map(|(folder, _)| folder);
+        old.iter().filter(|folder| best.as_ref() != Some(folder)).try_for_each(|folder| retire(folder))
     }
 
     /// Whole checkpoints in the order of their steps.
@@ -266,12 +249,42 @@ impl CheckpointStore {
         let mut out = Vec::new();
         for entry in fs::read_dir(&self.dir).with_context(context)? {
             let path = entry.with_context(context)?.path();
-            if path.is_dir() {
-                out.push(path);
+            match fs::metadata(&path) {
+                Ok(found) if found.is_dir() => out.push(path),
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).with_context(context),
+                _ => {}
             }
         }
         Ok(out)
     }
+}
+
+/// Validated checkpoints, best first; those that cannot be read are warned of.
+fn validated(all: Vec<(PathBuf, Result<CheckpointInfo>)>) -> Vec<(PathBuf, CheckpointInfo)> {
+    let mut out: Vec<_> = all
+        .into_iter()
+        .filter_map(|(folder, info)| match info {
+            Ok(info) => Some((folder, info)),
+            Err(e) => {
+                tracing::warn!("passing over checkpoint `{}`: {e:#}", folder.display());
+                None
+            }
+        })
+        .filter(|(_, info)| info.validation.is_some_and(|v| !v.is_nan()))
+        .collect();
+    // Stable, and in the order of the steps before: of equals the earliest comes first.
+    out.sort_by(|(_, a), (_, b)| {
+        let value = |i: &CheckpointInfo| i.validation.unwrap_or(f64::NEG_INFINITY);
+        value(b).total_cmp(&value(a))
+    });
+    out
+}
+
+/// Whether a checkpoint may be whole, and the best: the system cannot read it now, and nothing says that it is
+/// damaged.
+fn may_be_whole(e: &anyhow::Error) -> bool {
+    let mut causes = e.chain().filter_map(|c| c.downcast_ref::<io::Error>());
+    causes.any(|e| e.raw_os_error().is_some() && e.kind() != io::ErrorKind::NotFound)
 }
 
 /// Remove a checkpoint so that a process killed meanwhile leaves no half of it under its name.

@@ -153,6 +153,29 @@ fn a_damaged_checkpoint_is_passed_over_with_a_warning() {
 }
 
 #[test]
+fn the_best_checkpoint_outlives_a_disk_that_cannot_read_it() {
+    let dir = tempdir().unwrap();
+    let store = open(dir.path());
+    let best = store.save(&state(100, Some(0.9), false)).unwrap();
+    store.save(&state(200, Some(0.4), false)).unwrap();
+    // A link to itself can no more be opened than a file on a failing disk.
+    let (file, kept) = (best.join("state.json"), best.join("kept"));
+    fs::rename(&file, &kept).unwrap();
+    symlink(&file, &file).unwrap();
+    let (_, warnings) = warnings(|| store.save(&state(300, Some(0.5), false)).unwrap());
+    assert!(warnings.iter().any(|w| w.contains("passing over") && w.contains("step-000100")), "{warnings:?}");
+    assert_eq!(store.best_validation().unwrap(), Some((300, 0.5)));
+    store.save(&state(400, Some(0.4), false)).unwrap();
+    fs::rename(&kept, &file).unwrap();
+    assert_eq!(names(dir.path()), ["step-000100", "step-000300", "step-000400"]);
+    same_state(&store.best(cpu()).unwrap().unwrap(), &state(100, Some(0.9), false));
+    // What is there and wrong makes room.
+    fs::write(&file, "{}").unwrap();
+    store.save(&state(500, Some(0.1), false)).unwrap();
+    assert_eq!(names(dir.path()), ["step-000300", "step-000400", "step-000500"]);
+}
+
+#[test]
 fn other_choices_are_stale() {
     let dir = tempdir().unwrap();
     open(dir.path()).save(&state(100, None, false)).unwrap();

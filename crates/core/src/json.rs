@@ -15,8 +15,35 @@ pub fn parse_json<T: DeserializeOwned>(text: &str, hint: &str) -> Result<T, Hint
             "replace the escape by `\\ufffd`: a program cut the text in the middle of a character",
         ),
         None if text.trim().is_empty() => hinted("it is empty", hint),
-        None => hinted(format!("it is no JSON: {e}"), hint),
+        None => not_json(text, &e).unwrap_or_else(|| hinted(format!("it is no JSON: {e}"), hint)),
     })
+}
+
+/// What stands where JSON was expected, if it is a number that JSON has not, or Python.
+fn not_json(text: &str, e: &serde_json::Error) -> Option<Hinted> {
+    let line = text.lines().nth(e.line().checked_sub(1)?)?;
+    let is_of_word = |b: &u8| b.is_ascii_alphabetic() || b"-'".contains(b);
+    let at = e.column().checked_sub(1)?.min(line.len());
+    let (before, after) = line.as_bytes().split_at(at);
+    let start = before.iter().rposition(|b| !is_of_word(b)).map_or(0, |i| i + 1);
+    let end = at + after.iter().position(|b| !is_of_word(b)).unwrap_or(after.len());
+    let word = line.get(start..end)?;
+    Some(match word.trim_start_matches('-').to_ascii_lowercase().as_str() {
+        "nan" | "infinity" | "inf" => hinted(
+            format!("`{word}` is no number of JSON (line {}, column {})", e.line(), e.column()),
+            "write `null` in its place: pandas' `to_json` does, and `json.dumps(..., allow_nan=False)` finds such numbers",
+        ),
+        "none" | "true" | "false" | "'" => python(word, e),
+        quoted if quoted.starts_with('\'') => python(word, e),
+        _ => return None,
+    })
+}
+
+fn python(word: &str, e: &serde_json::Error) -> Hinted {
+    hinted(
+        format!("`{word}` is Python, not JSON (line {}, column {})", e.line(), e.column()),
+        "write it with `json.dumps`, not with `str` or `print`",
+    )
 }
 
 /// The kind of the value, for messages.
@@ -71,6 +98,26 @@ mod tests {
         }
         let whole = parse_json::<Value>(r#"{"text": "\\ud83d \ud83d\ude00"}"#, "").unwrap();
         assert_eq!(whole["text"], "\\ud83d 😀");
+    }
+
+    #[test]
+    fn numbers_that_json_has_not_and_python_are_named() {
+        for (text, expected) in [
+            ("{\"a\": NaN, \"b\": 1}", "`NaN` is no number of JSON (line 1, column 7)"),
+            ("{\"a\": 1,\n \"b\": -Infinity}", "`-Infinity` is no number of JSON (line 2, column "),
+            ("[nan]", "`nan` is no number of JSON"),
+            ("{\"a\": None}", "`None` is Python, not JSON"),
+            ("[True]", "`True` is Python, not JSON"),
+            ("{'a': 1}", "`'a'` is Python, not JSON"),
+        ] {
+            let error = parse_json::<Value>(text, "write it").unwrap_err();
+            assert!(error.to_string().starts_with(expected), "{text}: {error}");
+            assert!(error.hint().contains("json.dumps"), "{error}");
+        }
+        for text in ["{\"NaN\": }", "[nul]", "[truth]", "{a: 1}", "[-]", "{\"é\": }", "[1 2]"] {
+            let error = parse_json::<Value>(text, "write it").unwrap_err();
+            assert!(error.to_string().starts_with("it is no JSON"), "{text}: {error}");
+        }
     }
 
     #[test]

@@ -96,19 +96,28 @@ impl<'a> Asked<'a> {
             return Ok(false);
         }
         let contexts = out.join(CONTEXTS_FOLDER);
-        Ok(self.tasks()?.into_iter().all(|asked| {
+        for asked in self.tasks()? {
             let store = TaskStore::at(&contexts, asked.identity);
             let identity = store.identity();
+            let count = store.count()?;
             let is_summed_up = match identity.about {
                 About::Example { .. } => results.worked_example.is_some(),
                 _ => made.iter().any(|(name, made)| {
                     *name == identity.about.name()
                         && made.fingerprint == identity.fingerprint
-                        && made.outcomes == store.count()
+                        && made.outcomes == count
                 }),
             };
-            is_summed_up && (0..asked.contexts).all(|index| store.missing(index, &asked.cells).is_empty())
-        }))
+            if !is_summed_up {
+                return Ok(false);
+            }
+            for index in 0..asked.contexts {
+                if !store.missing(index, &asked.cells)?.is_empty() {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
     }
 }
 

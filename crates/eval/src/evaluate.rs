@@ -229,8 +229,11 @@ impl<'a> Evaluation<'a> {
         let (mut first, mut missing) = (0, Vec::new());
         for asked in &self.asked {
             let task = self.store.task(asked.identity.clone())?;
-            let lacks = |index: &usize| !task.missing(*index, &asked.cells).is_empty();
-            missing.extend((0..asked.contexts).filter(lacks).map(|index| first + index as u64));
+            for index in 0..asked.contexts {
+                if !task.missing(index, &asked.cells)?.is_empty() {
+                    missing.push(first + index as u64);
+                }
+            }
             first += asked.contexts as u64;
         }
         Ok((!missing.is_empty()).then(|| pieces.missing(&missing)))
@@ -242,7 +245,7 @@ impl<'a> Evaluation<'a> {
         for asked in &self.asked {
             let task = self.store.task(asked.identity.clone())?;
             for index in 0..asked.contexts {
-                lacking.extend(task.missing(index, &asked.cells).iter().map(&of));
+                lacking.extend(task.missing(index, &asked.cells)?.iter().map(&of));
             }
         }
         Ok(lacking)

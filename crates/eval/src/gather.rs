@@ -15,7 +15,7 @@ use pkv_results::answered::{Answerers, AnswersOutcome};
 use pkv_results::answers::AnswerTable;
 use pkv_results::bootstrap::Draws;
 use pkv_results::cell::Cell;
-use pkv_results::store::{About, ContextStore, Identity, Outcome, Outcomes};
+use pkv_results::store::{About, ContextStore, Identity, Outcome, Outcomes, TaskStore};
 use pkv_results::{AGREEMENT_FILE, ANSWERS_FILE, CONTEXTS_FOLDER, RESULTS_FILE, answered, timings};
 use pkv_results::{Made, MethodNote, ModelName, RESULTS_VERSION, Results, Timing};
 use serde::de::DeserializeOwned;
@@ -57,7 +57,7 @@ pub fn publish(inputs: &EvalInputs, asked: &[AskedTask], store: &ContextStore) -
     let before = path(RESULTS_FILE).exists().then(|| Results::read(&path(RESULTS_FILE)));
     let known = before.as_ref().and_then(|b| b.as_ref().ok());
     let mut gathered = Gathered::new(inputs);
-    for identity in chosen(inputs, asked, store, known) {
+    for identity in chosen(inputs, asked, store, known)? {
         gathered.add(identity, store)?;
     }
     let warning = before.map(|before| set_aside(inputs.out, &before, &gathered.results)).transpose()?;
@@ -75,17 +75,20 @@ pub fn publish(inputs: &EvalInputs, asked: &[AskedTask], store: &ContextStore) -
 }
 
 /// The tasks that belong into the results, in their order.
+///
+/// # Errors
+/// The store cannot be read.
 fn chosen(
     inputs: &EvalInputs,
     asked: &[AskedTask],
     store: &ContextStore,
     before: Option<&Results>,
-) -> Vec<Identity> {
+) -> Result<Vec<Identity>> {
     let base = inputs.base.hash();
     let mut all: Vec<Identity> = asked.iter().map(|a| a.identity.clone()).collect();
     let named = |all: &[Identity], name: &str| all.iter().any(|i| i.about.name() == name);
     let others: Vec<Identity> =
-        store.tasks().into_iter().filter(|i| i.base == base && !named(&all, &i.about.name())).collect();
+        store.tasks()?.into_iter().filter(|i| i.base == base && !named(&all, &i.about.name())).collect();
     let was_there = |i: &Identity| {
         before.is_some_and(|b| b.made().iter().any(|(_, made)| made.fingerprint == i.fingerprint))
     };
@@ -95,11 +98,12 @@ fn chosen(
         }
         // Of several settings those of the results that are there, or else the last that were measured.
         let rivals = others.iter().filter(|i| i.about.name() == identity.about.name());
-        let last = |i: &Identity| {
-            let task = store.task(i.clone()).ok();
-            task.map(|t| t.outcomes::<serde::de::IgnoredAny>().measured)
-        };
-        all.extend(rivals.max_by_key(|i| (was_there(i), last(i))).cloned());
+        let mut rated = Vec::new();
+        for rival in rivals {
+            let last = store.task(rival.clone())?.outcomes::<serde::de::IgnoredAny>()?.measured;
+            rated.push(((was_there(rival), last), rival));
+        }
+        all.extend(rated.into_iter().max_by(|(a, _), (b, _)| a.cmp(b)).map(|(_, rival)| rival.clone()));
     }
     let suites = pkv_tasks::REGISTRY;
     let place = |about: &About| match about {
@@ -115,7 +119,7 @@ fn chosen(
         About::Example { of_facts: false } => 6 + suites.len(),
     };
     all.sort_by_key(|i| place(&i.about));
-    all
+    Ok(all)
 }
 
 /// Results in the making.
@@ -163,31 +167,28 @@ impl Gathered {
     fn add(&mut self, identity: Identity, store: &ContextStore) -> Result<()> {
         let task = store.task(identity.clone())?;
         let name = identity.about.name();
-        let made = |measured: String| Made {
-            fingerprint: identity.fingerprint.clone(),
-            measured,
-            outcomes: task.count(),
-        };
-        fn read<T: DeserializeOwned>(task: &pkv_results::store::TaskStore) -> (Vec<(usize, T)>, String) {
-            let Outcomes { all, measured } = task.outcomes();
-            (all, measured)
+        let outcomes = task.count()?;
+        let made = |measured: String| Made { fingerprint: identity.fingerprint.clone(), measured, outcomes };
+        fn read<T: DeserializeOwned>(task: &TaskStore) -> Result<(Vec<(usize, T)>, String)> {
+            let Outcomes { all, measured } = task.outcomes()?;
+            Ok((all, measured))
         }
         match &identity.about {
             About::Methods => {
-                for (_, o) in read::<MethodsOutcome>(&task).0 {
+                for (_, o) in read::<MethodsOutcome>(&task)?.0 {
                     self.results.notes.extend(o.notes);
                     timings::add_all(&mut self.results.timings, &o.timings);
                 }
             }
             About::Labels => {
-                let (all, measured) = read::<LabelOutcome>(&task);
+                let (all, measured) = read::<LabelOutcome>(&task)?;
                 self.time(all.iter().map(|(_, o)| &o.timings));
                 let (layers, kv_heads) = (self.shape.layers, self.shape.kv_heads);
                 self.results.labels = labels::summarize(made(measured), &all, layers, kv_heads, &self.draws);
                 self.labels = all;
             }
             About::Facts { .. } | About::Benchmark { .. } => {
-                let (mut all, measured) = read::<AnswersOutcome>(&task);
+                let (mut all, measured) = read::<AnswersOutcome>(&task)?;
                 let of = match &identity.about {
                     About::Benchmark { suite, name } => Answerers { suite, task: name, answer_match: None },
                     about => {
@@ -205,7 +206,7 @@ impl Gathered {
                 }
             }
             About::Perplexity { continuation_tokens } => {
-                let (all, measured) = read::<Option<PerplexityOutcome>>(&task);
+                let (all, measured) = read::<Option<PerplexityOutcome>>(&task)?;
                 let all: Vec<PerplexityOutcome> = all.into_iter().filter_map(|(_, o)| o).collect();
                 self.time(all.iter().map(|o| &o.timings));
                 let summed = perplexity::summarize(made(measured), *continuation_tokens, &all, &self.draws);
@@ -213,7 +214,7 @@ impl Gathered {
             }
             About::Example { .. } => {
                 if self.results.worked_example.is_none() {
-                    let first = read::<ExampleOutcome>(&task).0.into_iter().next();
+                    let first = read::<ExampleOutcome>(&task)?.0.into_iter().next();
                     self.results.worked_example = first.and_then(|(_, o)| worked::summarize(o));
                 }
             }

@@ -27,6 +27,11 @@ pub(crate) fn listing(client: &Client, asked: Asked) -> Result<RepoInfo, Failure
             client.request(&Method::GET, url.clone(), &accept, None, client.options.download_timeout)?;
         client.read_all(client.success(answer)?, LONGEST)
     })?;
+    if body.trim_ascii_start().starts_with(b"<") {
+        let what =
+            "the answer is a web page, no listing of a repository: a proxy or a login may stand between";
+        return Err(Failure::nonsense(what));
+    }
     let info: RepoInfo = serde_json::from_slice(&body)
         .map_err(|e| Failure::nonsense(format!("the answer is no listing of a repository: {e}")))?;
     names::check_commit(&info.sha).map_err(|e| Failure::nonsense(e.to_string()))?;

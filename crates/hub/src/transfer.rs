@@ -253,6 +253,9 @@ impl Content<'_> {
             200 => (0, self.announced(&response)?),
             status => return Err(Failure::flawed(format!("status {status} where 200 was expected"))),
         };
+        // An error page that comes with status 200 has not the ETag of the file.
+        let named = sent.as_ref().and_then(|e| names::etag(e.to_str().ok()?));
+        let named = named.is_some_and(|name| name.starts_with(&known.etag));
         *validator = sent.filter(is_strong);
         let chunked = text(response.headers(), "transfer-encoding").is_some();
         let arrived = self.write(response, start, total, meter).inspect_err(|failure| {
@@ -266,6 +269,10 @@ impl Content<'_> {
                 Err(Failure::flawed(format!("it ends after {arrived} bytes, expected {total}")))
             }
             None if !chunked => self.prove(),
+            _ if known.bytes.is_none() && !named && !self.is_proven()? => {
+                self.drop_part()?;
+                Err(Failure::flawed(format!("its ETag is not `{}`, that of the file", known.etag)))
+            }
             _ => Ok(()),
         }
     }
@@ -337,16 +344,19 @@ impl Content<'_> {
 
     /// A body that ends with its connection may be cut off anywhere: its hash must tell.
     fn prove(&self) -> Result<(), Failure> {
-        let (part, etag) = (&self.held.part, &self.known.etag);
-        // A SHA-256 is checked afterwards, as that of every file.
-        let right = is_sha256(etag) || git_blob_file(part).map_err(Failure::disk(part))? == *etag;
-        if !right {
+        if !self.is_proven()? {
             self.drop_part()?;
             return Err(Failure::nonsense(
                 "neither its size nor a hash of its content is announced: whether it came whole cannot be known",
             ));
         }
         Ok(())
+    }
+
+    /// Whether the part's hash is its name. A SHA-256 is checked afterwards, as that of every file.
+    fn is_proven(&self) -> Result<bool, Failure> {
+        let (part, etag) = (&self.held.part, &self.known.etag);
+        Ok(is_sha256(etag) || git_blob_file(part).map_err(Failure::disk(part))? == *etag)
     }
 }
 

@@ -179,6 +179,29 @@ fn a_size_that_is_not_announced_is_proven_by_the_end_or_by_a_hash() {
     fetch_data(&hub).unwrap();
 }
 
+#[test]
+fn a_page_in_place_of_a_file_is_never_kept() {
+    for with_size in [true, false] {
+        let (dir, server, hub) = model();
+        server.quirk(|q| q.no_sizes = !with_size);
+        for _ in 0..3 {
+            server.fail_next("config.json", Fault::Page);
+        }
+        let (text, _) = texts(fetch(&hub).unwrap_err());
+        assert!(text.contains(if with_size { "19 were announced" } else { "its ETag is not" }), "{text}");
+        assert!(!blobs(dir.path()).contains(&sha256(b"{\"hidden_size\": 64}")[..40].to_owned()));
+        server.fail_next("config.json", Fault::Page);
+        assert_eq!(
+            fs::read(fetch(&hub).unwrap().0.folder.join("config.json")).unwrap(),
+            b"{\"hidden_size\": 64}"
+        );
+    }
+    let (_dir, server, hub) = model();
+    server.quirk(|q| q.listing = Some(b"\n<html>Sign in</html>".to_vec()));
+    let (text, _) = texts(fetch(&hub).unwrap_err());
+    assert!(text.contains("the answer is a web page, no listing of a repository"), "{text}");
+}
+
 /// Git's name of a content.
 fn git_hash(content: &[u8]) -> String {
     use sha1::{Digest, Sha1};

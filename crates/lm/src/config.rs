@@ -87,15 +87,20 @@ impl LmConfig {
 
         let hidden = keys.count("hidden_size")?;
         let query_heads = keys.count("num_attention_heads")?;
-        let kv_heads = keys.count_or("num_key_value_heads", query_heads)?;
+        let absent = |key: &str| !keys.0.contains_key(key);
+        let kv_heads = match family.kv_heads.filter(|_| absent("num_key_value_heads")) {
+            Some(heads) => heads,
+            None => keys.count_or("num_key_value_heads", query_heads)?,
+        };
         ensure!(
             query_heads.is_multiple_of(kv_heads),
             "`num_attention_heads` is {query_heads}, no multiple of `num_key_value_heads` {kv_heads}"
         );
         // Qwen3 widened its heads: head_dim is not always hidden / heads. Early configs leave it out.
-        let head_dim = match keys.present("head_dim") {
-            Some(_) => keys.count("head_dim")?,
-            None => {
+        let head_dim = match (keys.present("head_dim"), family.head_dim.filter(|_| absent("head_dim"))) {
+            (Some(_), _) => keys.count("head_dim")?,
+            (None, Some(head_dim)) => head_dim,
+            (None, None) => {
                 ensure!(
                     hidden.is_multiple_of(query_heads),
                     "`hidden_size` {hidden} is no multiple of `num_attention_heads` {query_heads} \

@@ -115,7 +115,13 @@ impl RopeConfig {
                         Some(factor) => factor,
                         None => yarn_attention(factor, number("mscale")?, number("mscale_all_dim")?),
                     },
-                    truncate: section.get("truncate").and_then(Value::as_bool).unwrap_or(true),
+                    // `null` and 0 count as false in Python.
+                    truncate: match section.get("truncate") {
+                        None | Some(Value::Bool(true)) => true,
+                        Some(Value::Bool(false) | Value::Null) => false,
+                        Some(Value::Number(number)) => number.as_f64() != Some(0.0),
+                        Some(other) => bail!("`{key}.truncate` is {other}; expected true or false"),
+                    },
                 }
             }
             Some(other) => bail!(unknown_type(&format!("rotary scaling `{other}`"), key)),
@@ -362,6 +368,13 @@ mod tests {
             yarn(json!({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0, "beta_slow": 0}}));
         let RopeScaling::Yarn { beta_fast, beta_slow, .. } = betas.scaling else { panic!("{betas:?}") };
         assert_eq!((beta_fast, beta_slow), (32.0, 1.0));
+        for (value, expected) in
+            [(json!(null), false), (json!(false), false), (json!(0), false), (json!(1), true)]
+        {
+            let rope = yarn(json!({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": value}}));
+            let RopeScaling::Yarn { truncate, .. } = rope.scaling else { panic!("{rope:?}") };
+            assert_eq!(truncate, expected, "{value}");
+        }
     }
 
     #[test]
@@ -370,6 +383,9 @@ mod tests {
         assert_eq!(missing.to_string(), "`rope_parameters.low_freq_factor` is missing");
         assert!(config(json!({"rope_theta": 0.0})).is_err());
         assert!(config(json!({"rope_scaling": {"type": "yarn", "factor": 0.5}})).is_err());
+        assert!(
+            config(json!({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "false"}})).is_err()
+        );
         assert_eq!(config(json!({})).unwrap().theta, 10_000.0);
     }
 }

@@ -61,13 +61,13 @@ pub fn share<T: Outcome>(
         for index in pending {
             let start = Instant::now();
             let mut made = false;
-            if !task.missing(index, asked).is_empty() {
+            if !task.missing(index, asked)?.is_empty() {
                 let Some(_claim) = task.claim(index)? else {
                     elsewhere.push(index);
                     continue;
                 };
                 // Who held the claim before may have stored them.
-                let missing = task.missing(index, asked);
+                let missing = task.missing(index, asked)?;
                 if !missing.is_empty() {
                     made = true;
                     match make(index, &missing) {
@@ -159,7 +159,7 @@ mod tests {
             "each cell of each context was made, and nothing was done twice"
         );
         let (_store, task) = task(dir.path(), "f");
-        for (i, outcome) in task.outcomes::<Plain>().all {
+        for (i, outcome) in task.outcomes::<Plain>().unwrap().all {
             for method in [MethodName::MAPPER, MethodName::RANDOM] {
                 assert_eq!(outcome.cells.get(&cell(method)), Some(&(i as f64)));
             }
@@ -186,7 +186,7 @@ mod tests {
             "3 rows = 1 done + 2 skipped + 0 failed"
         );
         let (_store, task) = task(dir.path(), "f");
-        let found = task.outcomes::<Plain>().all;
+        let found = task.outcomes::<Plain>().unwrap().all;
         let found: Vec<_> =
             found.iter().map(|(_, o)| o.cells.get(&cell(MethodName::MAPPER)).copied()).collect();
         assert_eq!(found, [Some(0.0), Some(11.0), Some(2.0)], "what was done is kept");

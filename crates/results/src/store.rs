@@ -9,6 +9,7 @@
 //! ever stale.
 
 use std::fs::{self, File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -167,16 +168,28 @@ impl ContextStore {
     }
 
     /// Every task that has an outcome, in the order of their folders' names.
-    pub fn tasks(&self) -> Vec<Identity> {
+    ///
+    /// # Errors
+    /// A folder cannot be listed, or an outcome not be read.
+    pub fn tasks(&self) -> Result<Vec<Identity>> {
         bring(&self.dir);
-        let mut folders = entries(&self.dir);
+        let mut folders = entries(&self.dir)?;
+        folders.retain(|path| path.is_dir());
         folders.sort();
-        let identity = |dir: &PathBuf| {
-            entries(dir).iter().find_map(|file| read::<IgnoredAny>(file).map(|stored| stored.identity))
-        };
-        // A damaged file may say that it is of another folder.
-        let is_own = |dir: &PathBuf, i: &Identity| dir.file_name().is_some_and(|name| *name == *i.folder());
-        folders.iter().filter_map(|dir| identity(dir).filter(|i| is_own(dir, i))).collect()
+        let mut tasks = Vec::new();
+        for dir in folders {
+            let mut stored = None;
+            for file in entries(&dir)?.iter().filter(|file| index_of(file).is_some()) {
+                stored = read::<IgnoredAny>(file)?;
+                if stored.is_some() {
+                    break;
+                }
+            }
+            // A damaged file may say that it is of another folder.
+            let is_own = |i: &Identity| dir.file_name().is_some_and(|name| *name == *i.folder());
+            tasks.extend(stored.map(|stored| stored.identity).filter(is_own));
+        }
+        Ok(tasks)
     }
 
     /// The right to write the results, which one process has at a time.
@@ -193,7 +206,8 @@ impl ContextStore {
         if matches!(self.users.try_lock(), Err(TryLockError::WouldBlock)) {
             return;
         }
-        for file in entries(&self.dir).iter().flat_map(|dir| entries(dir)) {
+        let listed = |dir: &Path| entries(dir).unwrap_or_default();
+        for file in listed(&self.dir).iter().flat_map(|dir| listed(dir)) {
             if file.extension().is_some_and(|e| e == "lock") {
                 let _ = fs::remove_file(file);
             }
@@ -232,26 +246,32 @@ impl TaskStore {
     }
 
     /// The outcome of a context; damaged ones count as absent.
-    pub fn get<T: DeserializeOwned>(&self, index: usize) -> Option<T> {
-        self.stored(index).map(|stored| stored.outcome)
+    ///
+    /// # Errors
+    /// It cannot be read, whatever is in it.
+    pub fn get<T: DeserializeOwned>(&self, index: usize) -> Result<Option<T>> {
+        Ok(self.stored(index)?.map(|stored| stored.outcome))
     }
 
     /// The cells of `asked` that a context lacks.
-    pub fn missing(&self, index: usize, asked: &[Cell]) -> Vec<Cell> {
-        match self.get::<Option<CellsOf>>(index) {
+    ///
+    /// # Errors
+    /// As [`TaskStore::get`].
+    pub fn missing(&self, index: usize, asked: &[Cell]) -> Result<Vec<Cell>> {
+        Ok(match self.get::<Option<CellsOf>>(index)? {
             Some(Some(outcome)) => asked.iter().filter(|c| outcome.cells.get(c).is_none()).copied().collect(),
             Some(None) => Vec::new(),
             None => asked.to_vec(),
-        }
+        })
     }
 
     /// Add to the outcome of a context, of which the caller has the claim. Reading it gives the same numbers
     /// to the last bit.
     ///
     /// # Errors
-    /// The file cannot be written.
+    /// What was there cannot be read, or the file not be written.
     pub fn add<T: Outcome>(&self, index: usize, new: T) -> Result<()> {
-        let outcome = match self.get::<T>(index) {
+        let outcome = match self.get::<T>(index)? {
             Some(mut old) => {
                 old.add(new);
                 old
@@ -265,33 +285,39 @@ impl TaskStore {
     }
 
     /// Everything that was measured, in the order of contexts.
-    pub fn outcomes<T: DeserializeOwned>(&self) -> Outcomes<T> {
+    ///
+    /// # Errors
+    /// The folder cannot be listed, or an outcome not be read.
+    pub fn outcomes<T: DeserializeOwned>(&self) -> Result<Outcomes<T>> {
         bring(&self.dir);
-        let index = |path: &PathBuf| path.file_stem()?.to_str()?.parse::<usize>().ok();
-        let mut indices: Vec<usize> = entries(&self.dir).iter().filter_map(index).collect();
+        let mut indices: Vec<usize> = entries(&self.dir)?.iter().filter_map(|path| index_of(path)).collect();
         indices.sort_unstable();
         indices.dedup();
         let mut last = 0;
         let mut all = Vec::new();
         for index in indices {
-            if let Some(stored) = self.stored(index) {
+            if let Some(stored) = self.stored(index)? {
                 last = last.max(stored.measured);
                 all.push((index, stored.outcome));
             }
         }
         let date = chrono::DateTime::from_timestamp(i64::try_from(last).unwrap_or_default(), 0);
         let measured = date.map(|d| d.format("%Y-%m-%d").to_string()).unwrap_or_default();
-        Outcomes { all, measured }
+        Ok(Outcomes { all, measured })
     }
 
     /// Number of cells in all contexts.
-    pub fn count(&self) -> usize {
-        let outcomes = self.outcomes::<Option<CellsOf>>();
-        outcomes.all.iter().filter_map(|(_, o)| Some(o.as_ref()?.cells.cells().count())).sum()
+    ///
+    /// # Errors
+    /// As [`TaskStore::outcomes`].
+    pub fn count(&self) -> Result<usize> {
+        let outcomes = self.outcomes::<Option<CellsOf>>()?;
+        Ok(outcomes.all.iter().filter_map(|(_, o)| Some(o.as_ref()?.cells.cells().count())).sum())
     }
 
-    fn stored<T: DeserializeOwned>(&self, index: usize) -> Option<Stored<T>> {
-        read(&self.path(index)).filter(|stored| stored.identity.fingerprint == self.identity.fingerprint)
+    fn stored<T: DeserializeOwned>(&self, index: usize) -> Result<Option<Stored<T>>> {
+        let stored = read(&self.path(index))?;
+        Ok(stored.filter(|stored: &Stored<T>| stored.identity.fingerprint == self.identity.fingerprint))
     }
 
     fn path(&self, index: usize) -> PathBuf {
@@ -303,11 +329,30 @@ impl TaskStore {
     }
 }
 
-fn read<T: DeserializeOwned>(path: &Path) -> Option<Stored<T>> {
-    pkv_files::refresh(path).inspect_err(|e| tracing::warn!("an outcome counts as absent: {e:#}")).ok()?;
-    let mut value: Value = serde_json::from_str(&pkv_core::read_small_text(path).ok()?).ok()?;
-    unseal(&mut value).ok()?;
-    serde_json::from_value(value).ok()
+/// The context of an outcome's file.
+fn index_of(path: &Path) -> Option<usize> {
+    path.file_stem()?.to_str()?.parse().ok()
+}
+
+/// An outcome, unless it is absent or damaged.
+///
+/// # Errors
+/// The system cannot read it now: taken for absent, it would be written over.
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<Stored<T>>> {
+    pkv_files::refresh(path)?;
+    let text = match pkv_core::read_small_text(path) {
+        Ok(text) => text,
+        Err(e) if e.raw_os_error().is_some() && e.kind() != ErrorKind::NotFound => {
+            return Err(e).with_context(|| format!("cannot read the outcome `{}`", path.display()));
+        }
+        Err(_) => return Ok(None),
+    };
+    let parse = || {
+        let mut value: Value = serde_json::from_str(&text).ok()?;
+        unseal(&mut value).ok()?;
+        serde_json::from_value(value).ok()
+    };
+    Ok(parse())
 }
 
 /// Bring what other machines have put into a working copy.
@@ -317,9 +362,13 @@ fn bring(dir: &Path) {
     }
 }
 
-/// Files and folders in a folder; none if it cannot be read.
-fn entries(dir: &Path) -> Vec<PathBuf> {
-    fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+/// Files and folders in a folder; none if it is absent.
+fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+    let listed = match fs::read_dir(dir) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        listed => listed.and_then(|all| all.map(|entry| Ok(entry?.path())).collect()),
+    };
+    listed.with_context(|| format!("cannot list folder `{}`", dir.display()))
 }
 
 #[cfg(test)]
@@ -377,26 +426,52 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (store, a) = task(dir.path(), "a");
         let asked = [cell(MethodName::MAPPER), cell(MethodName::RANDOM)];
-        assert_eq!((a.get::<Plain>(3), a.missing(3, &asked).len()), (None, 2));
+        assert_eq!((a.get::<Plain>(3).unwrap(), a.missing(3, &asked).unwrap().len()), (None, 2));
         let value = 0.1f64 + 0.2;
         a.add(3, plain(MethodName::MAPPER, value)).unwrap();
-        assert_eq!(a.missing(3, &asked), asked[1..]);
+        assert_eq!(a.missing(3, &asked).unwrap(), asked[1..]);
         a.add(3, plain(MethodName::RANDOM, 1e-300)).unwrap();
         a.add(3, plain(MethodName::MAPPER, 7.0)).unwrap();
-        let found: Plain = task(dir.path(), "a").1.get(3).unwrap();
+        let found: Plain = task(dir.path(), "a").1.get(3).unwrap().unwrap();
         assert_eq!((found.cells.get(&asked[0]), found.cells.get(&asked[1])), (Some(&value), Some(&1e-300)));
         let (_, b) = task(dir.path(), "b");
-        assert_eq!(b.get::<Plain>(3), None, "another evaluation's");
+        assert_eq!(b.get::<Plain>(3).unwrap(), None, "another evaluation's");
         b.add(5, plain(MethodName::MAPPER, 1.0)).unwrap();
-        assert_eq!((a.count(), b.count(), store.tasks().len()), (2, 1, 2));
-        assert_eq!(a.outcomes::<Plain>().measured.len(), "2026-01-31".len());
+        let tasks = || store.tasks().unwrap();
+        assert_eq!((a.count().unwrap(), b.count().unwrap(), tasks().len()), (2, 1, 2));
+        assert_eq!(a.outcomes::<Plain>().unwrap().measured.len(), "2026-01-31".len());
         fs::write(a.path(3), "{\"finger").unwrap();
-        assert_eq!((a.get::<Plain>(3), a.missing(3, &asked).len()), (None, 2), "damaged");
+        assert_eq!((a.get::<Plain>(3).unwrap(), a.missing(3, &asked).unwrap().len()), (None, 2), "damaged");
         // A file that says that it is of another task, or of none.
         let text = fs::read_to_string(b.path(5)).unwrap();
         for fingerprint in ["", "short", "\u{e4}\u{f6}\u{fc}\u{df}\u{e4}\u{f6}", "../../../../x"] {
             fs::write(b.path(5), text.replace(&b.identity().fingerprint, fingerprint)).unwrap();
-            assert!(store.tasks().iter().all(|i| i.fingerprint != fingerprint), "{fingerprint}");
+            assert!(tasks().iter().all(|i| i.fingerprint != fingerprint), "{fingerprint}");
         }
+    }
+
+    #[test]
+    fn an_outcome_that_cannot_be_read_is_neither_absent_nor_written_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, task) = task(dir.path(), "a");
+        task.add(3, plain(MethodName::MAPPER, 1.0)).unwrap();
+        // A link to itself can no more be opened than a file on a failing disk.
+        let (path, kept) = (task.path(3), dir.path().join("kept"));
+        fs::rename(&path, &kept).unwrap();
+        std::os::unix::fs::symlink(&path, &path).unwrap();
+        let said = [
+            task.get::<Plain>(3).map(drop),
+            task.missing(3, &[cell(MethodName::RANDOM)]).map(drop),
+            task.add(3, plain(MethodName::RANDOM, 2.0)),
+            task.outcomes::<Plain>().map(drop),
+            task.count().map(drop),
+            store.tasks().map(drop),
+        ];
+        for result in said {
+            let text = format!("{:#}", result.unwrap_err());
+            assert!(text.contains("cannot read the outcome") && text.contains("00003.json"), "{text}");
+        }
+        fs::rename(&kept, &path).unwrap();
+        assert_eq!(task.get::<Plain>(3).unwrap(), Some(plain(MethodName::MAPPER, 1.0)));
     }
 }

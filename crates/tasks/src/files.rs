@@ -109,21 +109,41 @@ fn is_of_task(file: &Path, name: &str) -> bool {
 }
 
 /// # Errors
-/// Files say that they are some of more shards than there are.
+/// Files say that they are some of more shards than there are, or are no shards of one data set: two copies of a
+/// task, or its splits.
 fn check_shards(files: &[PathBuf]) -> Result<()> {
     let total = |file: &PathBuf| {
         let stem = file.file_stem()?.to_str()?;
         stem.rsplit_once("-of-")?.1.parse::<usize>().ok()
     };
     let shards: Vec<usize> = files.iter().filter_map(total).collect();
-    let Some(&total) = shards.first() else { return Ok(()) };
-    ensure!(
-        shards.len() == total,
-        hinted(
-            format!("`{}` is one of {total} shards, {} are named", files[0].display(), shards.len()),
-            "name all shards of a task, and no other data set's, in the manifest of `eval.benchmark.manifest`"
-        )
-    );
+    if let Some(&total) = shards.first() {
+        ensure!(
+            shards.len() == total,
+            hinted(
+                format!("`{}` is one of {total} shards, {} are named", files[0].display(), shards.len()),
+                "name all shards of a task, and no other data set's, in the manifest of `eval.benchmark.manifest`"
+            )
+        );
+    }
+    // Shards differ in their numbers alone.
+    let kind = |file: &Path| {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        (file.parent().map(Path::to_owned), name.replace(|c: char| c.is_ascii_digit(), ""))
+    };
+    for (i, file) in files.iter().enumerate().skip(1) {
+        ensure!(
+            kind(file) == kind(&files[0]) && !files[..i].contains(file),
+            hinted(
+                format!(
+                    "`{}` and `{}` are files of one task, and no shards of one data set",
+                    files[0].display(),
+                    file.display()
+                ),
+                "their rows would be mixed or counted twice: name one of them in the manifest of `eval.benchmark.manifest`"
+            )
+        );
+    }
     Ok(())
 }
 
@@ -166,6 +186,22 @@ mod tests {
                 .unwrap_err()
                 .contains("is named as one of its tasks: `scbench_kv/a")
         );
+        for other in [
+            "data/lcc.jsonl",
+            "lcc/train.parquet",
+            "lcc/test.jsonl",
+            "lcc/test.parquet",
+            "2/lcc/test.parquet",
+        ] {
+            let error = shards(&["lcc/test.parquet", other]).unwrap_err();
+            assert_eq!(
+                error,
+                format!(
+                    "`lcc/test.parquet` and `{other}` are files of one task, and no shards of one data set"
+                )
+            );
+        }
+        assert_eq!(shards(&["lcc/0000.parquet", "lcc/0001.parquet"]), Ok(2));
         // Read by name, and then refused by what it is.
         assert_eq!(shards(&["d/trec.jsonl.gz"]), Ok(1));
         assert!(files.one("longbench").is_err() && files.one("squad").unwrap().is_none());

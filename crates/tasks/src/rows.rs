@@ -207,7 +207,8 @@ pub fn scalars(row: &Value, name: &str) -> Result<Vec<String>> {
 
 const OWN_FILE: &str = "give the data set's own file, unchanged";
 
-fn unfit(name: &str, value: &Value, expected: &str) -> Hinted {
+/// A column that holds something else than is expected.
+pub(crate) fn unfit(name: &str, value: &Value, expected: &str) -> Hinted {
     let found = match value {
         Value::String(text) if text.trim().is_empty() => "empty text",
         other => json_kind(other),

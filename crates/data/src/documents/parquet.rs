@@ -30,6 +30,7 @@ pub(super) fn texts(path: &Path, column: &str) -> Result<Texts> {
 }
 
 fn reader(path: &Path, column: &str) -> Result<ParquetRecordBatchReader> {
+    pkv_core::check_regular(path)?;
     let mut file = File::open(path)?;
     let mut head = [0; 512];
     let n = file.read(&mut head)?;

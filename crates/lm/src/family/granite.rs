@@ -9,6 +9,8 @@ pub const FAMILY: Family = Family {
     model_type: "granite",
     label: "Granite 3",
     max_positions: 2048,
+    kv_heads: None,
+    head_dim: None,
     read: |keys, shape| {
         let bias = keys.flag("attention_bias")?;
         Ok(Architecture {

@@ -7,6 +7,8 @@ pub const FAMILY: Family = Family {
     model_type: "qwen2",
     label: "Qwen2/2.5",
     max_positions: 32_768,
+    kv_heads: Some(32),
+    head_dim: None,
     read: |keys, shape| {
         refuse_sliding_window(keys, shape.layers)?;
         Ok(Architecture { qkv_bias: true, ..Architecture::plain(keys, shape)? })

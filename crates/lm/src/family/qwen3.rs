@@ -7,6 +7,8 @@ pub const FAMILY: Family = Family {
     model_type: "qwen3",
     label: "Qwen3",
     max_positions: 32_768,
+    kv_heads: Some(32),
+    head_dim: Some(128),
     read: |keys, shape| {
         refuse_sliding_window(keys, shape.layers)?;
         let bias = keys.flag("attention_bias")?;

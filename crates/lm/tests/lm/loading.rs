@@ -480,6 +480,23 @@ fn what_is_not_supported_is_refused_by_name() {
     try_load(folder.path()).unwrap();
 }
 
+/// As `AutoConfig` of transformers 5.24 reads them.
+#[test]
+fn heads_that_are_left_out_are_those_of_the_family() {
+    let base = json!({"hidden_size": 1024, "num_attention_heads": 64, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 9});
+    for (family, kv_heads, head_dim) in
+        [("llama", 64, 16), ("granite", 64, 16), ("qwen2", 32, 16), ("qwen3", 32, 128)]
+    {
+        let mut json = base.clone();
+        json["model_type"] = json!(family);
+        let shape = LmConfig::from_json(&json).unwrap().shape;
+        assert_eq!((shape.kv_heads, shape.head_dim), (kv_heads, head_dim), "{family}");
+        (json["num_key_value_heads"], json["head_dim"]) = (Value::Null, Value::Null);
+        let shape = LmConfig::from_json(&json).unwrap().shape;
+        assert_eq!((shape.kv_heads, shape.head_dim), (64, 16), "{family}, null");
+    }
+}
+
 #[test]
 fn a_configuration_that_makes_no_sense_is_an_error() {
     for (value, message) in [

@@ -37,7 +37,10 @@ fn run(s: &Session) -> Result<Outcome> {
     let upstream = train::upstream(s)?;
     let trained = from_checkpoint(s, &upstream)?;
     let folder = s.run.export();
-    let results = Results::read(&s.run.eval().join(RESULTS_FILE)).ok();
+    let results = s.run.eval().join(RESULTS_FILE);
+    let results = results.exists().then(|| Results::read(&results)).and_then(|read| {
+        read.inspect_err(|e| tracing::warn!("the export's README.md has no results of `eval`: {e:#}")).ok()
+    });
     let config = config(s, &upstream, &trained);
     let card = card(s, results.as_ref())?;
     let contexts = s.recipe.prune.budget_contexts;

@@ -57,7 +57,8 @@ impl QaSet {
                             let place = || format!("`data[{i}].paragraphs[{k}]`");
                             let context = rows::filled(paragraph, "context").with_context(place)?.to_owned();
                             let qas = rows::column(paragraph, "qas").with_context(place)?;
-                            for (n, qa) in qas.as_array().into_iter().flatten().enumerate() {
+                            let qas = qas.as_array().with_context(|| rows::unfit("qas", qas, "a list"));
+                            for (n, qa) in qas.with_context(place)?.iter().enumerate() {
                                 let place = || format!("`data[{i}].paragraphs[{k}].qas[{n}]`");
                                 let answers = squad_answers(qa).with_context(place)?;
                                 let question = rows::filled(qa, "question").with_context(place)?.to_owned();

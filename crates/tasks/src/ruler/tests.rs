@@ -429,11 +429,17 @@ fn files_of_questions_that_do_not_fit_are_named_by_row_and_column() {
         assert!(text.contains("squad.jsonl") && text.contains(expected), "expected {expected}, found {text}");
         assert!(error.is::<pkv_core::Hinted>());
     }
-    let qa = r#"{"question": "q", "answers": [{"text": ""}]}"#;
-    let file =
-        path("dev.json", &format!(r#"{{"data": [{{"paragraphs": [{{"context": "p", "qas": [{qa}]}}]}}]}}"#));
-    let text = format!("{:#}", QaSet::squad(&file).unwrap_err());
-    assert!(text.contains("`data[0].paragraphs[0].qas[0]`: column `text` is empty"), "{text}");
+    for (qas, expected) in [
+        (
+            r#"[{"question": "q", "answers": [{"text": ""}]}]"#,
+            "`data[0].paragraphs[0].qas[0]`: column `text` is empty",
+        ),
+        (r#"{"question": "q"}"#, "`data[0].paragraphs[0]`: column `qas` holds an object, expected a list"),
+    ] {
+        let text = format!(r#"{{"data": [{{"paragraphs": [{{"context": "p", "qas": {qas}}}]}}]}}"#);
+        let text = format!("{:#}", QaSet::squad(&path("dev.json", &text)).unwrap_err());
+        assert!(text.contains(expected), "expected {expected}, found {text}");
+    }
     let row = r#"{"question": "q", "answer": "a", "context": [["T", ["one."]]]}"#;
     for (from, to, expected) in [
         (r#""answer": "a""#, r#""answer": """#, "row 2: column `answer` is empty"),

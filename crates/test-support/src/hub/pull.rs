@@ -49,6 +49,8 @@ pub enum Fault {
     Shorter(usize),
     /// Say that the body is encoded like that.
     Encoded(&'static str),
+    /// A page for people in place of the file, as if all were well.
+    Page,
 }
 
 /// How a small file is reached.
@@ -278,6 +280,9 @@ fn respond(state: &State, seen: &Seen, fault: Option<&Fault>) -> Reply {
     let quirks = &state.quirks;
     let said = seen.headers.get("authorization").cloned().unwrap_or_default();
     let status = match fault {
+        Some(Fault::Page) => {
+            return Reply::new(200, &[("Content-Type", "text/html")], b"<!DOCTYPE html>We are busy");
+        }
         Some(Fault::Status(status)) => Some(*status),
         Some(Fault::Busy(status, wait)) => return Reply::new(*status, &[("Retry-After", wait)], b""),
         _ => quirks.always,

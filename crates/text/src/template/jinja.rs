@@ -223,6 +223,9 @@ mod tests {
         assert_eq!(rendered(numbers), "1e+20 1.5e+16 1000000000000000.0 0.0001 1e-05 [0.1, 1e+16] a1e-300");
         let tests = "{{ 'a' is sequence }}{{ {} is sequence }}{{ 1 is sequence }}{{ true is number }}{{ 'a' is number }}";
         assert_eq!(rendered(tests), "TrueTrueFalseTrueFalse");
+        let tests = "{{ none is iterable }}{{ 'a' is iterable }}{{ [] is iterable }}{{ nothing is iterable }}{{ 1 is iterable }}";
+        assert_eq!(rendered(tests), "FalseTrueTrueTrueFalse");
+        assert_eq!(rendered("{% if tools is iterable and tools | length > 0 %}tools{% endif %}-"), "-");
     }
 
     /// Rendered by transformers 5.24 (Jinja 3.1.6).

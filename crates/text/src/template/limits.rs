@@ -72,6 +72,7 @@ pub(super) fn install(env: &mut Environment<'static>, literal: usize) {
         python::pprint(&value)
     });
     env.add_test("sequence", |value: Jinja| python::is_sequence(&value));
+    env.add_test("iterable", |value: Jinja| python::is_iterable(&value));
     env.add_test("number", |value: Jinja| python::is_number(&value));
     env.set_unknown_method_callback(|state: &State, value: &Jinja, name: &str, args: &[Jinja]| {
         let all: Vec<Jinja> = [std::slice::from_ref(value), args].concat();

@@ -37,6 +37,11 @@ fn python_float(float: f64) -> String {
     }
 }
 
+/// The test `iterable`: texts are, and what is undefined; `none` is not.
+pub(super) fn is_iterable(value: &Jinja) -> bool {
+    value.as_str().is_some() || !value.is_none() && value.try_iter().is_ok()
+}
+
 /// `is sequence`: what has a length and items by key, texts and dicts among it.
 pub(super) fn is_sequence(value: &Jinja) -> bool {
     matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Bytes)
