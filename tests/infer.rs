@@ -635,3 +635,26 @@ fn an_interruption_ends_cleanly() {
     assert_eq!((&summary["event"], &summary["interrupted"]), (&json!("summary"), &json!(true)));
     drop(stdin);
 }
+
+/// A question at a terminal is plain text, prompted for and not repeated.
+#[test]
+fn questions_are_typed_as_they_are() {
+    let s = trained();
+    let line = format!(
+        "'{}' --threads 1 infer --mapper runs/small --context context.txt --max-new-tokens 3 --questions -",
+        env!("CARGO_BIN_EXE_proxykv-train")
+    );
+    let ask = |typed: &str| {
+        let mut script = Command::new("script");
+        script.args(["-qec", &line, "/dev/null"]).current_dir(s.path("")).env_remove("RUST_LOG");
+        let mut child =
+            script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("`script` is of util-linux");
+        child.stdin.take().unwrap().write_all(typed.as_bytes()).unwrap();
+        String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()
+    };
+    // The terminal's end of input.
+    let shown = ask(&format!("{}\n\n{{\n\u{4}", QUESTIONS[0]));
+    assert!(shown.contains("Type a question; Ctrl-D ends.") && shown.contains("\n> "), "{shown}");
+    assert!(shown.contains("reading line 3 of the questions `-`") && shown.contains("KV pairs ("), "{shown}");
+    assert!(!shown.contains(&format!("> {}", QUESTIONS[0])), "{shown}");
+}

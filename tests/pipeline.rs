@@ -46,9 +46,14 @@ fn run_makes_everything_once() {
     assert_eq!(results(&first), results(&second), "the same results are printed");
 
     // What was made can be looked at.
-    for path in ["runs/small", "runs/small/labels", "runs/small/export"] {
+    for (path, part) in [
+        ("runs/small", "labels          "),
+        ("runs/small/labels", "stage `label`"),
+        ("runs/small/export", ", f32\n"),
+        ("runs/small/eval/contexts", "folder, 1 file\n"),
+    ] {
         let ran = Ran::new(s.command(&["inspect", path]).output().unwrap()).ok();
-        assert!(!ran.stdout.is_empty());
+        assert!(ran.stdout.contains(part), "{}", ran.stdout);
     }
 
     // An export is evaluated like the checkpoint it came from.

@@ -95,6 +95,23 @@ fn recipes_are_listed_and_shown() {
     assert!(!far.contains("did you mean"), "{far}");
     command(&s, &["recipes", "show", "nime"])
         .fails_with(&["there is no recipe `nime`", "did you mean `mine`?"]);
+    // A part of several names is none of them.
+    let several = command(&s, &["recipes", "show", "e"]).fails_with(&["there is no recipe `e`"]).stderr;
+    assert!(!several.contains("did you mean"), "{several}");
+    // Without the flag, too, it is said where recipes are.
+    for args in [&["run"][..], &["run", "mine"], &["plan", "recipes/mine.toml"]] {
+        let ran = Ran::new(s.command(args).output().unwrap());
+        assert!(ran.stderr.contains("`--recipe recipes/demo.toml`"), "{args:?}\n{}", ran.stderr);
+    }
+    let other = Ran::new(s.command(&["inspect"]).output().unwrap());
+    assert!(!other.stderr.contains("--recipe"), "{}", other.stderr);
+    // Many variants in a folder are one line.
+    for i in 0..6 {
+        s.write(&format!("recipes/many/v{i}.toml"), &own);
+    }
+    let listed = command(&s, &["recipes", "ls"]).ok().stdout;
+    assert_eq!(listed.lines().count(), 4, "{listed}");
+    assert!(listed.contains("6 variants, for `sweep --variants recipes/many`"), "{listed}");
 }
 
 #[test]

@@ -218,6 +218,13 @@ impl Export {
                 format!("{}name an export, or the run folder that contains it", beside(folder))
             )
         );
+        ensure!(
+            !is_model(&folder.join(CONFIG)),
+            hinted(
+                format!("`{}` is a language model, not a mapper", folder.display()),
+                "name a run folder, or the export in it that `proxykv-train export` wrote"
+            )
+        );
         read().with_context(|| {
             hinted(
                 format!("cannot read export `{}`", folder.display()),
@@ -364,6 +371,13 @@ fn with_ending(folder: &Path, ending: &str) -> PathBuf {
     let mut name = folder.as_os_str().to_owned();
     name.push(ending);
     PathBuf::from(name)
+}
+
+/// Whether that file is a language model's configuration, which says its type.
+fn is_model(config: &Path) -> bool {
+    let text = pkv_core::read_small_text(config).unwrap_or_default();
+    serde_json::from_str::<Value>(&text)
+        .is_ok_and(|value| value.get("model_type").is_some() && value.get("schema_version").is_none())
 }
 
 fn read_config(path: &Path) -> Result<ExportConfig> {

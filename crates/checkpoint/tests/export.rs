@@ -257,6 +257,10 @@ fn damage_is_named() {
     let text = String::from_utf8(good["config.json"].clone()).unwrap();
     let newer = text.replace("\"schema_version\": 3", "\"schema_version\": 4");
     fails("config.json", Some(newer.into_bytes()), "expected export version 2 or 3, found 4");
+    fs::write(folder.join("config.json"), r#"{"model_type": "llama", "hidden_size": 64}"#).unwrap();
+    let e = Export::read(&folder).expect_err("a model");
+    assert!(format!("{e:#}").contains("is a language model, not a mapper"), "{e:#}");
+    fs::write(folder.join("config.json"), &good["config.json"]).unwrap();
     // What asks for more memory than the file of weights could fill, for a panic, or for a file elsewhere.
     let edited = |change: &dyn Fn(&mut Value)| {
         let mut config: Value = serde_json::from_str(&text).unwrap();

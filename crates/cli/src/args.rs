@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, FromArgMatches, Parser, Subcommand, ValueHint};
 use pkv_core::{FailureKind, Policy, hinted};
 use pkv_gpu::{DeviceChoice, DeviceGroup};
@@ -106,7 +106,7 @@ pub const FELL_BACK: u8 = 3;
 pub fn exit_codes() -> String {
     let mut codes = vec![
         (0, "done"),
-        (FELL_BACK, "`infer` answered from the full cache, because the proxy or the mapper failed"),
+        (FELL_BACK, "`infer` answered from the full cache: the proxy or the mapper failed"),
     ];
     codes.extend(FailureKind::ALL.map(|kind| (kind.exit_code(), kind.meaning())));
     codes.sort_unstable();
@@ -120,7 +120,7 @@ pub fn exit_codes() -> String {
 /// It is wrong, or asks for help.
 pub fn parse() -> Result<Cli, clap::Error> {
     let mut command = command();
-    let found = command.try_get_matches_from_mut(std::env::args_os())?;
+    let found = command.try_get_matches_from_mut(std::env::args_os()).map_err(with_recipe)?;
     let cli = Cli::from_arg_matches(&found).map_err(|e| e.format(&mut command))?;
     match cli.command.without_json() {
         Some((name, instead)) if cli.json => Err(command.error(
@@ -129,6 +129,27 @@ pub fn parse() -> Result<Cli, clap::Error> {
         )),
         _ => Ok(cli),
     }
+}
+
+/// An error for want of `--recipe` says where recipes are; clap does not know that a name without the flag is
+/// likely one.
+fn with_recipe(mut e: clap::Error) -> clap::Error {
+    let takes_one = |text: &str| text.contains("--recipe <FILE>");
+    let is_about_it = match (e.kind(), e.get(ContextKind::InvalidArg)) {
+        (ErrorKind::MissingRequiredArgument, Some(ContextValue::Strings(missing))) => {
+            missing.iter().any(|arg| takes_one(arg))
+        }
+        (ErrorKind::UnknownArgument, Some(ContextValue::String(given))) => {
+            !given.starts_with('-') && e.get(ContextKind::Usage).is_some_and(|u| takes_one(&u.to_string()))
+        }
+        _ => false,
+    };
+    if is_about_it {
+        let tip =
+            "name the recipe, such as `--recipe recipes/demo.toml`; `proxykv-train recipes ls` lists them";
+        e.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    e
 }
 
 #[derive(Debug, Subcommand)]

@@ -2,6 +2,8 @@
 
 mod output;
 
+use std::io::{self, IsTerminal as _};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -9,8 +11,8 @@ use pkv_checkpoint::Export;
 use pkv_core::{FailureKind, RetentionRatio, Stop, hinted};
 use pkv_gpu::next_gpu;
 use pkv_infer::{
-    Budget, ContextFile, Opened, RegimeName, Request, Summary, Trace, is_stdin, read_context, read_questions,
-    write_traces,
+    Budget, ContextFile, Opened, RegimeName, Request, Summary, Trace, is_stdin, is_typed, read_context,
+    read_questions, write_traces,
 };
 use pkv_run::mapper_source::export_folder;
 use pkv_run::session::{Devices, choose_devices};
@@ -27,6 +29,10 @@ use crate::terminal::Bar;
 pub fn run(cli: &Cli, args: &InferArgs, stop: &Stop) -> Result<ExitCode> {
     let request = request(args, choose_devices(&cli.device, cli.threads)?)?;
     let regime = request.regime;
+    if let Some(folder) = args.trace.as_deref().and_then(Path::parent).filter(|f| *f != Path::new("")) {
+        let absent = format!("cannot write the trace: there is no folder `{}`", folder.display());
+        ensure!(folder.is_dir(), hinted(absent, "make it first"));
+    }
     let export = Export::read(&export_folder(&args.mapper, &Bar::new(), stop)?)?;
     let opened = Opened::new(export, request)?;
     let context = read_context(context_file(args)?, opened.tokenizer(), stop)?;
@@ -38,10 +44,12 @@ pub fn run(cli: &Cli, args: &InferArgs, stop: &Stop) -> Result<ExitCode> {
         let phases = ready.prefilled.timeline.phases();
         write_traces(path, &[Trace { name: regime.to_string(), phases }])?;
     }
+    let typed = args.questions.is_empty() && args.question_file.as_deref().is_some_and(is_typed);
     let output = Output {
         json: cli.json,
         many: args.question_file.is_some() || args.questions.len() > 1,
         compares: args.compare_full,
+        prompts: typed && !cli.json && io::stdout().is_terminal(),
     };
     output.pruned(&ready.prefilled, context.len())?;
     let summary = ready.answer_all(questions, stop, &mut |event| output.event(&event))?;

@@ -8,7 +8,7 @@ use pkv_checkpoint::{BUDGETS_FILE, EXPORT_FILES, Export};
 use pkv_core::{Stop, hinted};
 use pkv_hub::{Hub, Push, PushFile, Pushed};
 use pkv_recipe::plan::human_bytes;
-use pkv_shard::RunLayout;
+use pkv_run::mapper_source::export_of_run;
 use serde_json::{Value, json};
 
 use crate::args::{Cli, PushArgs};
@@ -59,15 +59,7 @@ fn show(cli: &Cli, text: impl FnOnce() -> String, json: impl FnOnce() -> Value) 
 
 /// The export that `source` is, or that the run folder `source` holds.
 fn export_folder(source: &Path) -> Result<PathBuf> {
-    let run = RunLayout::new(source);
-    if run.run_json().is_file() {
-        let export = run.export();
-        if !export.join("config.json").is_file() {
-            bail!(hinted(
-                format!("run `{}` holds no export", source.display()),
-                "make it first: `proxykv-train export --recipe <recipe>`"
-            ));
-        }
+    if let Some(export) = export_of_run(source)? {
         return Ok(export);
     }
     if !source.is_dir() {

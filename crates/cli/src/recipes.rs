@@ -3,6 +3,7 @@
 //!
 //! The meaning of keys is in the reference (`schema --reference`).
 
+use std::fmt::Write as _;
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
@@ -77,11 +78,27 @@ fn ls(cli: &Cli) -> Result<()> {
     output::print_either(cli.json, &rows, || table(&rows))
 }
 
-/// A line for each recipe; the features of one with a proxy may be the target's alone.
+/// From this many recipes on, a folder below `recipes/` is one line.
+const MANY: usize = 6;
+
+/// A line for each recipe, and one for each folder of [`MANY`] variants; the features of one with a proxy may
+/// be the target's alone.
 fn table(rows: &[Value]) -> String {
     let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
+    let folder = |row: &Value| Path::new(&text(row, "file")).parent().map(Path::to_owned).unwrap_or_default();
+    let top = rows.first().map(folder).unwrap_or_default();
+    let mut folders: Vec<(PathBuf, usize)> = Vec::new();
+    for row in rows.iter().filter(|row| row.get("error").is_none() && folder(row) != top) {
+        match folders.iter_mut().find(|(path, _)| *path == folder(row)) {
+            Some((_, count)) => *count += 1,
+            None => folders.push((folder(row), 1)),
+        }
+    }
+    folders.retain(|(_, count)| *count >= MANY);
+    let is_folded = |row: &Value| row.get("error").is_none() && folders.iter().any(|f| f.0 == folder(row));
+    let rows: Vec<&Value> = rows.iter().filter(|row| !is_folded(row)).collect();
     let width = rows.iter().map(|row| text(row, "file").chars().count()).max().unwrap_or(0);
-    let line = |row: &Value| {
+    let line = |row: &&Value| {
         let file = text(row, "file");
         let is_read = row["features"].as_array().is_some_and(|all| all.contains(&json!("proxy")));
         let proxy = match row["proxy"].as_str() {
@@ -94,7 +111,12 @@ fn table(rows: &[Value]) -> String {
             None => format!("{file:width$}  {}{proxy}\n", text(row, "target")),
         }
     };
-    rows.iter().map(line).collect()
+    let mut out: String = rows.iter().map(line).collect();
+    for (path, count) in folders {
+        let path = path.display().to_string();
+        let _ = writeln!(out, "{path:width$}  {count} variants, for `sweep --variants {path}`");
+    }
+    out
 }
 
 fn show(name: &str) -> Result<()> {
@@ -105,10 +127,13 @@ fn show(name: &str) -> Result<()> {
         let all = files()?;
         let found = all.iter().find(|path| stem(path) == name).cloned();
         found.with_context(|| {
-            let near = all
-                .iter()
-                .map(|path| stem(path))
-                .max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
+            let alike = |stem: &String| strsim::jaro_winkler(stem, name);
+            let mut near: Vec<String> = all.iter().map(|path| stem(path)).collect();
+            // A part of several names means none of them.
+            if near.iter().filter(|stem| stem.contains(name)).count() > 1 {
+                near.clear();
+            }
+            let near = near.iter().max_by(|a, b| alike(a).total_cmp(&alike(b)));
             let near = near.map_or_else(String::new, |near| format!("did you mean `{near}`? "));
             hinted(
                 format!("there is no recipe `{name}`"),

@@ -10,11 +10,9 @@ crate::named! {
     pub enum Policy {
         /// One global ranking over layers x KV heads x positions (KVzip's default).
         Pair = "pair", "All KV pairs of the context compete";
-        /// The same, but the best positions of every KV head are kept, however low that head scores
-        /// ([`HEAD_PLACES`]).
+        /// The same, but every KV head keeps its best positions, at least a sixth of an even share.
         PairFloor = "pair-floor", "As `pair`, but every KV head keeps at least a sixth of an even share";
-        /// As `pair-floor`; below a fifth kept, scores to which those of KeyDiff are added
-        /// ([`key_diff_weight`]).
+        /// As `pair-floor`; below a fifth kept, KeyDiff's scores are added, the more the less is kept.
         PairKeydiff = "pair-keydiff", "As `pair-floor`; below a fifth kept, KeyDiff's scores count too";
         /// The same number of positions in every layer and KV head.
         PairUniform = "pair-uniform",

@@ -58,15 +58,18 @@ fn local(folder: &Path, patterns: &[String]) -> Result<Vec<PathBuf>> {
             found = matching(Path::new(""), pattern)?;
         }
         ensure!(!found.is_empty(), {
-            let folder = if folder == Path::new("") { Path::new(".") } else { folder };
             let link = folder.join(pattern).is_symlink();
+            let beside = if folder == Path::new("") {
+                String::new()
+            } else {
+                format!("in `{}` or ", folder.display())
+            };
             hinted(
                 format!(
-                    "no file matches `{pattern}`, neither in `{}` nor in the working directory{}",
-                    folder.display(),
+                    "no file matches `{pattern}` {beside}in the working directory{}",
                     if link { ": it is a link, and no file is where it leads" } else { "" }
                 ),
-                "check `files` of the source in the data manifest",
+                "check `--data`, `data.files` or the data manifest, whose first lines may say what makes its files",
             )
         });
         found.retain(|f| !files.contains(f));
@@ -118,7 +121,9 @@ mod tests {
         assert_eq!(names(&["*.txt"]).unwrap(), ["a.txt", "b.txt"]);
         assert_eq!(names(&["b.txt", "*.txt", "**/d.txt"]).unwrap(), ["b.txt", "a.txt", "sub/d.txt"]);
         let error = names(&["e.txt"]).unwrap_err().to_string();
-        assert!(error.starts_with("no file matches `e.txt`, neither in"), "{error}");
+        assert!(error.starts_with("no file matches `e.txt` in `"), "{error}");
+        let error = local(Path::new(""), &["e.txt".to_owned()]).unwrap_err();
+        assert_eq!(error.to_string(), "no file matches `e.txt` in the working directory");
         // Below the working directory, which for a test is the crate's own folder.
         let file = local(&folder, &["Cargo.toml".to_owned()]).unwrap();
         assert_eq!(file, [PathBuf::from("Cargo.toml")]);

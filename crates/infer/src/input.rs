@@ -3,7 +3,7 @@
 //! Question lines are untrusted: an invalid line is refused, and reading continues.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
@@ -37,6 +37,11 @@ pub enum ContextFile<'a> {
 /// `-` is stdin.
 pub fn is_stdin(path: &Path) -> bool {
     path.as_os_str() == "-"
+}
+
+/// Whether a person types the questions of that file.
+pub fn is_typed(path: &Path) -> bool {
+    is_stdin(path) && io::stdin().is_terminal()
 }
 
 /// The context's tokens, without the chat template's prefix.
@@ -95,7 +100,8 @@ fn text(path: &Path, stop: &Stop) -> Result<String> {
 
 /// The questions, the `given` ones first; a file's are read one by one. Those of stdin may be
 /// long in coming: waiting for one ends when the user wants to stop. Blank lines of a file are passed over;
-/// on stdin every line asks for something, and has its answer or its error.
+/// on stdin every line asks for something, and has its answer or its error. Who types questions may type them
+/// as they are, without JSON.
 ///
 /// # Errors
 /// There is nothing to ask, a given question is empty, or the file cannot be opened.
@@ -112,7 +118,7 @@ pub fn read_questions(
         ensure!(given.len() > 0, hinted("there is no question", repair));
         return Ok(Box::new(given));
     };
-    let from_stdin = is_stdin(path);
+    let (from_stdin, typed) = (is_stdin(path), is_typed(path));
     let lines: Box<dyn Iterator<Item = io::Result<Vec<u8>>>> = if from_stdin {
         Box::new(OnStdin::new(stop, |stdin, to| {
             for line in stdin.split(b'\n') {
@@ -140,10 +146,11 @@ pub fn read_questions(
         };
         let line =
             if index == 0 { line.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(&line) } else { &line };
-        if line.trim_ascii().is_empty() && !from_stdin {
+        if line.trim_ascii().is_empty() && (typed || !from_stdin) {
             return None;
         }
-        Some(Ok(match question(line) {
+        let read = if typed { typed_question(line) } else { question(line) };
+        Some(Ok(match read {
             Ok(text) => InputLine::Question(text),
             Err(e) => InputLine::Malformed {
                 line: index + 1,
@@ -207,6 +214,14 @@ fn question(line: &[u8]) -> Result<String> {
     bail!("{expected}, found {found}")
 }
 
+/// A line that is no JSON by its first character is the question itself.
+fn typed_question(line: &[u8]) -> Result<String> {
+    match str::from_utf8(line).map(str::trim) {
+        Ok(text) if !text.starts_with(['{', '"']) => Ok(text.to_owned()),
+        _ => question(line),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -227,5 +242,10 @@ mod tests {
             let error = question(line).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
         }
+        // Who types needs no JSON, and may use it.
+        for line in ["Who?", " Who? \r", "{\"question\": \"Who?\"}", "\"Who?\""] {
+            assert_eq!(typed_question(line.as_bytes()).unwrap(), "Who?");
+        }
+        assert!(typed_question(b"{Who?").is_err() && typed_question(b"\xe9").is_err());
     }
 }

@@ -31,7 +31,7 @@ mod worker;
 pub use answer::{Answer, Finish, Question, QuestionRefused, answer};
 pub use converse::{Answering, Event};
 pub use fit::check_fit;
-pub use input::{ContextFile, InputLine, is_stdin, read_context, read_questions};
+pub use input::{ContextFile, InputLine, is_stdin, is_typed, read_context, read_questions};
 pub use keep::{Budget, Keep, Kept};
 pub use lane::Lane;
 pub use opened::{Opened, Ready, Request};

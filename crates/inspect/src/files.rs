@@ -62,7 +62,10 @@ pub fn folder(dir: &Path) -> Result<Option<String>> {
     let mut out = Lines::new(format!("folder `{}`", dir.display()));
     for path in &entries {
         let value = match fs::metadata(path)? {
-            m if m.is_dir() => format!("folder, {} files", fs::read_dir(path)?.count()),
+            m if m.is_dir() => match fs::read_dir(path)?.count() {
+                1 => "folder, 1 file".to_owned(),
+                n => format!("folder, {n} files"),
+            },
             m => human_bytes(m.len()),
         };
         out.add(&name(path), value);
@@ -182,14 +185,18 @@ fn tensors(path: &Path) -> Result<String> {
     Ok(out.text)
 }
 
-/// A dtype as recipes name it, where they do.
 fn dtype(kind: Kind) -> String {
-    match kind {
-        Kind::Float => "f32".to_owned(),
-        Kind::Half => "f16".to_owned(),
-        Kind::BFloat16 => "bf16".to_owned(),
-        Kind::Double => "f64".to_owned(),
-        other => format!("{other:?}").to_lowercase(),
+    named_dtype(&format!("{kind:?}"))
+}
+
+/// A dtype of libtorch, as exports name it too, as recipes name it, where they do.
+pub fn named_dtype(libtorch: &str) -> String {
+    match libtorch {
+        "Float" => "f32".to_owned(),
+        "Half" => "f16".to_owned(),
+        "BFloat16" => "bf16".to_owned(),
+        "Double" => "f64".to_owned(),
+        other => other.to_lowercase(),
     }
 }
 

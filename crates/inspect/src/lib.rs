@@ -89,7 +89,7 @@ impl Lines {
     }
 
     fn add(&mut self, key: &str, value: impl std::fmt::Display) -> &mut Self {
-        let _ = writeln!(self.text, "  {key:<12} {value}");
+        let _ = writeln!(self.text, "  {key:<15} {value}");
         self
     }
 
@@ -187,9 +187,9 @@ mod tests {
         };
         write(&dir.path().join("features"), "extract", vec![row], &fingerprint);
         let text = inspect(&dir.path().join("features")).unwrap();
-        assert!(text.contains("max_all      1.0000 to 3.0000"), "{text}");
+        assert!(text.contains("max_all         1.0000 to 3.0000"), "{text}");
         assert!(
-            text.contains("key_norm     2.0000 to 4.0000") && text.contains("position     7.0000"),
+            text.contains("key_norm        2.0000 to 4.0000") && text.contains("position        7.0000"),
             "{text}"
         );
         let example = Example {
@@ -255,9 +255,11 @@ mod tests {
         write(&b, "extract", vec![row([1.0, 2.0, 3.0, 4.5])], &fingerprint);
         write(&l, "label", vec![labels("x", &[0.1, 0.2])], &Fingerprint::new());
         let text = against(&a, &b).unwrap();
-        for part in
-            ["max_all      at most 0.0e0", "key_norm     at most 5.0e-1", "position     at most 0.0e0"]
-        {
+        for part in [
+            "max_all         at most 0.0e0",
+            "key_norm        at most 5.0e-1",
+            "position        at most 0.0e0",
+        ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
         assert!(against(&a, &l).unwrap_err().to_string().contains("made by `label`"));
@@ -271,11 +273,23 @@ mod tests {
         fs::write(dir.path().join("run.json"), run.to_string()).unwrap();
         write(&dir.path().join("labels"), "label", vec![labels("a", &[0.1, 0.2])], &Fingerprint::new());
         let text = inspect(dir.path()).unwrap();
-        for part in
-            ["run `r`", "examples     not there yet", "labels       1, complete", "prepare      1 min 01 s"]
-        {
+        for part in [
+            "run `r`",
+            "examples        not there yet",
+            "labels          1, complete",
+            "prepare         1 min 01 s",
+        ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
+        assert!(text.contains("  features  ") && !text.contains("features-target"), "{text}");
+        // Of sources that the recipe does not read there is no line.
+        let run = json!({"name": "r", "recipe": {"extract": {"from": ["target"]}}, "stages": {}});
+        fs::write(dir.path().join("run.json"), run.to_string()).unwrap();
+        let text = inspect(dir.path()).unwrap();
+        assert!(
+            text.contains("  features-target not there yet\n") && !text.contains("  features  "),
+            "{text}"
+        );
     }
 
     #[test]
@@ -288,8 +302,8 @@ mod tests {
         }
         fs::create_dir(dir.path().join("logs")).unwrap();
         let text = inspect(dir.path()).unwrap();
-        assert!(text.contains("a            no stage has run") && !text.contains("logs"), "{text}");
-        assert!(text.contains("\n  b            stages prepare, label\n"), "{text}");
+        assert!(text.contains("a               no stage has run") && !text.contains("logs"), "{text}");
+        assert!(text.contains("\n  b               stages prepare, label\n"), "{text}");
     }
 
     #[test]

@@ -33,8 +33,12 @@ pub fn run(dir: &Path) -> Result<String> {
     }
     out.add("seed", run.seed.map_or_else(|| "null".to_owned(), |seed| seed.to_string()));
     out.block("stages");
-    let of_target = layout.features(Source::Target);
-    for path in layout.shard_folders().into_iter().filter(|path| *path != of_target || path.is_dir()) {
+    let reads = |source: Source| match run.recipe["extract"]["from"].as_array() {
+        Some(from) => from.iter().any(|name| name == source.name()),
+        None => source == Source::Proxy,
+    };
+    let unread: Vec<_> = Source::ALL.into_iter().filter(|s| !reads(*s)).map(|s| layout.features(s)).collect();
+    for path in layout.shard_folders().into_iter().filter(|path| path.is_dir() || !unread.contains(path)) {
         let folder = path.file_name().unwrap_or_default().to_string_lossy();
         let summary = match StageDir::read(&path) {
             Ok(stage) => format!("{}, {}", rows(&stage), human_bytes(stage.index().bytes())),

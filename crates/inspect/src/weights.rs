@@ -11,6 +11,7 @@ use pkv_prune::HeadBudgets;
 use pkv_recipe::plan::{human_bytes, human_count};
 use pkv_text::TextTokenizer;
 
+use super::files::named_dtype;
 use super::{Lines, choices, short};
 
 pub fn checkpoint(dir: &Path) -> Result<String> {
@@ -74,7 +75,10 @@ pub fn export(dir: &Path) -> Result<String> {
     out.add("schema", config.schema_version).add("written by", &config.written_by);
     let proxy = config.read_proxy().map(|proxy| ("proxy", proxy));
     for (role, model) in [("target", &config.target)].into_iter().chain(proxy) {
-        out.add(role, format!("{} @ {}, {}, {}", model.model, model.revision, model.shape, model.dtype));
+        out.add(
+            role,
+            format!("{} @ {}, {}, {}", model.model, model.revision, model.shape, named_dtype(&model.dtype)),
+        );
     }
     let d = config.dims;
     let parameters: usize = export.tensors().iter().map(|(_, t)| t.numel()).sum();

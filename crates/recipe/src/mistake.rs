@@ -119,6 +119,10 @@ fn as_list(value: &str) -> String {
     let inner = value.trim_start_matches('[').trim_end_matches(']');
     let one = |part: &str| {
         let part = part.trim().trim_matches(['"', '\'']);
+        let share = part.strip_suffix('%').and_then(|percent| percent.trim().parse::<f64>().ok());
+        if let Some(percent) = share {
+            return format!("{}", percent / 100.0);
+        }
         let plain = part.parse::<f64>().is_ok() || part == "true" || part == "false";
         if plain { part.to_owned() } else { format!("\"{part}\"") }
     };
@@ -166,6 +170,7 @@ mod tests {
             ("mapper,kvzip", "[\"mapper\", \"kvzip\"]"),
             ("[mapper, 'kvzip']", "[\"mapper\", \"kvzip\"]"),
             ("0.5", "[0.5]"),
+            ("20%,12.5%", "[0.2, 0.125]"),
             ("300,400", "[300, 400]"),
         ] {
             assert_eq!(as_list(value), expected);

@@ -166,7 +166,13 @@ fn kind(root: &Value, value: &Value) -> String {
         Some("integer") => Some("whole number".to_owned()),
         Some("number") => Some("number".to_owned()),
         Some("boolean") => Some("`true` or `false`".to_owned()),
-        Some("array") => Some(format!("list of {}", plural(&kind(root, &of["items"])))),
+        Some("array") => Some(match of["prefixItems"].as_array() {
+            Some(parts) => {
+                let parts: Vec<String> = parts.iter().map(|part| kind(root, part)).collect();
+                format!("`[{}]`", parts.join(", "))
+            }
+            None => format!("list of {}", plural(&kind(root, &of["items"]))),
+        }),
         Some("object") => of["properties"]
             .as_object()
             .and_then(|fields| fields.iter().next())
@@ -232,7 +238,7 @@ mod tests {
         assert!(all.keys.len() > 100, "{}", all.keys.len());
         for key in &all.keys {
             assert!(!key.meaning.is_empty(), "`{}` has no doc comment", key.path);
-            assert!(!key.kind.is_empty(), "`{}` has no kind", key.path);
+            assert!(!key.kind.is_empty() && !key.kind.ends_with(' '), "`{}` has no kind", key.path);
             assert!(
                 !key.choices.iter().any(|c| c.1.is_empty()),
                 "a value of `{}` has no doc comment",
@@ -251,6 +257,7 @@ mod tests {
         assert_eq!(get("extract.from").default.as_deref(), Some("[\"proxy\"]"));
         assert_eq!(get("train.steps").kind, "whole number or `\"auto\"`");
         assert_eq!(get("data.window_tokens").kind, "list of whole numbers");
+        assert_eq!(get("train.lr_cuts").kind, "list of `[whole number, number]`");
         assert!(get("target.model").required && get("train.patience").default.is_none());
         assert_eq!(get("eval.policies").choices.len(), pkv_core::Policy::ALL.len());
     }

@@ -50,7 +50,7 @@ pub fn headline(methods: Methods, data: &RunData) -> Headline {
     byline.push(format!("run {}", data.name));
     if let Some(device) = data.run.device.as_deref() {
         byline.push(match (device, data.run.threads) {
-            ("cpu", Some(n)) => format!("{n} CPU threads"),
+            ("cpu", Some(n)) => format!("{n} CPU thread{}", if n == 1 { "" } else { "s" }),
             _ => device.to_owned(),
         });
     }
@@ -112,9 +112,8 @@ fn purpose(data: &RunData, target: &str, proxy: Option<&str>) -> String {
     };
     format!(
         "While {} reads a text, it stores a key and a value for every token in every layer and KV head{size}: \
-         a KV pair. Most are never needed again, but which? KVzip finds out by letting the model repeat what it read, \
-         which costs several times the reading. Here a small network, the mapper, predicts KVzip's verdict from \
-         {source}.",
+         a KV pair. Most of them are not needed later. KVzip finds out which: the model repeats what it read, which \
+         costs several times the reading. Here a small network, the mapper, predicts KVzip's scores from {source}.",
         short(target)
     )
 }
@@ -147,9 +146,9 @@ fn verdict(methods: Methods, data: &RunData) -> Option<String> {
     );
     if let Some(floor) = of(MethodName::HEAD_PRIOR) {
         text.push_str(match compare(mapper, floor) {
-            Clear::Above => " It clears the floor that the head prior sets.",
-            Clear::Level => " It does not clear the floor that the head prior sets: their intervals overlap.",
-            Clear::Below => " It is below the floor that the head prior sets.",
+            Clear::Above => " It is better than the head prior, a lower bound for any method.",
+            Clear::Level => " It is not clearly better than the head prior, a lower bound for any method: their intervals overlap.",
+            Clear::Below => " It is worse than the head prior, a lower bound for any method.",
         });
     }
     let measured = methods.ordered(facts.cells.iter().map(|c| c.method)).into_iter();

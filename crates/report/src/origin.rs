@@ -175,7 +175,7 @@ pub fn limits(data: &RunData) -> Vec<String> {
             "The mapper's share of the prefill is a count of operations, not a time".to_owned()
         } else {
             format!(
-                "Beside a target this small the mapper is no bargain: it costs {:.0}% of the prefill's operations, \
+                "Beside a target this small the mapper is expensive: it costs {:.0}% of the prefill's operations, \
                  a share that shrinks as targets grow",
                 100.0 * share
             )

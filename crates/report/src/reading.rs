@@ -74,7 +74,7 @@ pub fn likelihood(methods: Methods, results: &PerplexityResults, policy: Policy)
         text += " Pairs kept at random lose less than the mapper's.";
     }
     if NEWEST_FIRST.contains(&least.method) {
-        text += " A continuation leans on the newest tokens, which that method always keeps; KVzip and the mapper rank all \
+        text += " A continuation depends mostly on the newest tokens, which that method always keeps; KVzip and the mapper rank all \
                  tokens by what repeating the context needs, and may drop them. The recipe's key eval.keep_recent keeps them for every method.";
     }
     Some(text)

@@ -162,8 +162,15 @@ pub fn compare(runs: &[Run]) -> Result<Comparison> {
     );
     for task in &tasks {
         for d in task.metric.differences.iter().filter(|d| d.contexts == 0) {
+            let shares =
+                |t: &TaskScores| t.metric.differences.iter().any(|o| o.run == d.run && o.contexts > 0);
+            let what = if tasks.iter().any(shares) {
+                "its difference is that of the other tasks"
+            } else {
+                "their answers are to different questions"
+            };
             notes.push(format!(
-                "`{}` shares no context of `{}` with `{}`: its difference is that of the other tasks.",
+                "`{}` shares no context of `{}` with `{}`: {what}.",
                 runs[d.run].name, task.task, first.name
             ));
         }

@@ -41,15 +41,10 @@ pub struct Trained {
 /// where the cache lacks it. What is none of these is [`Export::read`]'s to refuse.
 ///
 /// # Errors
-/// The hub has no such repository or does not answer.
+/// The run folder holds no export; the hub has no such repository or does not answer.
 pub fn export_folder(named: &Path, progress: &dyn Progress, stop: &Stop) -> Result<PathBuf> {
-    let below = RunLayout::new(named).export();
     if named.exists() {
-        return Ok(if !named.join("config.json").exists() && below.is_dir() {
-            below
-        } else {
-            named.to_path_buf()
-        });
+        return Ok(export_of_run(named)?.unwrap_or_else(|| named.to_path_buf()));
     }
     let name = named.to_string_lossy();
     // Below a folder that is there it is a misspelled path.
@@ -67,6 +62,24 @@ pub fn export_folder(named: &Path, progress: &dyn Progress, stop: &Stop) -> Resu
         .with_context(|| {
             format!("cannot find the mapper `{name}`: it is no folder, and no repository that can be had")
         })
+}
+
+/// The export of the run folder `named`; `None` if it is no run folder.
+///
+/// # Errors
+/// It holds no export.
+pub fn export_of_run(named: &Path) -> Result<Option<PathBuf>> {
+    let run = RunLayout::new(named);
+    let export = run.export();
+    let is_there = export.join("config.json").is_file();
+    ensure!(
+        is_there || !run.run_json().is_file(),
+        hinted(
+            format!("run `{}` holds no export", named.display()),
+            "make it first: `proxykv-train export --recipe RECIPE`, or `run` for all stages"
+        )
+    );
+    Ok(is_there.then_some(export))
 }
 
 /// The best checkpoint of this run, which must have been trained to its end with this recipe.

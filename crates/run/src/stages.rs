@@ -145,7 +145,8 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &EvalOptions) -> 
         run(s, Stage::Extract, &[], options)?;
     }
     let (start, again) = (Instant::now(), redo.contains(&stage));
-    let doing = || format!("cannot {} `{}`", stage.name(), s.recipe.name);
+    let verb = if stage == Stage::Eval { "evaluate" } else { stage.name() };
+    let doing = || format!("cannot {verb} `{}`", s.recipe.name);
     bring(s, entry, options).with_context(doing)?;
     // From before the output is thrown away until its record is written.
     let held = entry.held.map(|output| hold(s, stage, entry.adds_up && !again, &output(s, options)));

@@ -306,7 +306,10 @@ pub(crate) fn check_fresh(dir: &Path, stage: &str, there: &Fingerprint, here: &F
     let stage = stage.to_owned();
     let context = hinted(
         format!("`{}` was made with other choices than this run's", dir.display()),
-        format!("make it again with `--redo {stage}`, or keep it and set another `name` in the recipe"),
+        format!(
+            "give the same `--set` and `--data` as then, make it again with `--redo {stage}`, or keep it and set \
+             another `name` in the recipe"
+        ),
     );
     Err(anyhow::Error::new(StaleError { stage, dir: dir.to_path_buf(), differences }).context(context))
 }

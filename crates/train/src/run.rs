@@ -144,12 +144,13 @@ pub fn train(
         hinted("every training example is empty", "lower `data.min_tokens` and prepare again")
     );
     tracing::info!(
-        "training {} parameters on {} windows of {} contexts, {} per step, {} steps per epoch, from step {first} of {}",
+        "training {} parameters on {} windows of {} contexts, {} per step, {} step{} per epoch, from step {first} of {}",
         run.learner.parameter_count(),
         batches.windows(),
         rows.len(),
         inputs.train.batch.min(batches.windows()),
         batches.per_epoch(),
+        if batches.per_epoch() == 1 { "" } else { "s" },
         inputs.train.steps_in_words()
     );
     let samples = Samples::new(&dataset, inputs.train.target_pool, inputs.train.cache_gb);

@@ -27,8 +27,8 @@ pub struct InferArgs {
     /// A question; may be repeated.
     #[arg(help_heading = CONTEXT, long = "question", value_name = "TEXT")]
     pub questions: Vec<String>,
-    /// Questions as JSON lines, `{"question": "..."}` or strings; `-` for stdin, answered as they arrive. An
-    /// invalid line is refused, and reading continues.
+    /// Questions as JSON lines, `{"question": "..."}` or strings; `-` for stdin, answered as they arrive, in
+    /// a terminal as plain text. An invalid line is refused, and reading continues.
     #[arg(help_heading = CONTEXT, long = "questions", value_name = "FILE")]
     pub question_file: Option<PathBuf>,
     /// Answer each question from the full cache as well, after one more prefill, and print both with tokens
@@ -36,7 +36,7 @@ pub struct InferArgs {
     #[arg(help_heading = CONTEXT, long)]
     pub compare_full: bool,
     /// Maximum length of an answer in tokens.
-    #[arg(help_heading = CONTEXT, long, default_value_t = 128, value_name = "N")]
+    #[arg(help_heading = CONTEXT, long, default_value_t = 128, value_name = "N", value_parser = at_least_one)]
     pub max_new_tokens: usize,
     /// Read special tokens that context and questions spell out, such as `<|im_end|>`, as plain text; for
     /// untrusted texts.
@@ -97,6 +97,11 @@ fn share(text: &str) -> Result<f64, String> {
     let (number, unit) = text.strip_suffix('%').map_or((text, 1.0), |percent| (percent.trim_end(), 100.0));
     let share: f64 = number.parse().map_err(|_| format!("`{text}` is no share: write `0.2` to keep 20%"))?;
     Ok(share / unit)
+}
+
+/// A number of tokens to answer with.
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a whole number, 1 or more".to_owned())
 }
 
 #[cfg(test)]

@@ -20,6 +20,8 @@ pub struct Output {
     pub many: bool,
     /// Each answer is followed by the full cache's.
     pub compares: bool,
+    /// Questions are typed where their answers are shown: each is prompted for, and not repeated.
+    pub prompts: bool,
 }
 
 impl Output {
@@ -35,19 +37,34 @@ impl Output {
         if let Some(why) = why {
             tracing::warn!("nothing was pruned, answers come from the full cache: {why}");
         }
+        if self.prompts {
+            terminal::print("Type a question; Ctrl-D ends.\n\n> ");
+        }
         Ok(())
     }
 
     /// # Errors
     /// stdout is closed or full.
     pub fn event(&self, event: &Event) -> Result<()> {
-        if self.json { as_json(event) } else { self.as_text(event) }
+        if self.json {
+            return as_json(event);
+        }
+        self.as_text(event)?;
+        let is_end = match event {
+            Event::Answered { .. } => !self.compares,
+            Event::FullAnswered { .. } | Event::Refused { .. } | Event::Malformed { .. } => true,
+            Event::Asked { .. } | Event::Begins(_) | Event::Piece { .. } => false,
+        };
+        if self.prompts && is_end {
+            terminal::print("> ");
+        }
+        Ok(())
     }
 
     fn as_text(&self, event: &Event) -> Result<()> {
         let end = if self.many { "\n\n" } else { "\n" };
         match event {
-            Event::Asked { question } if self.many => print(&format!("> {question}\n")),
+            Event::Asked { question } if self.many && !self.prompts => print(&format!("> {question}\n")),
             Event::Begins(Answering::Pruned) if self.compares => print("pruned: "),
             Event::Begins(Answering::Full) => print("\nfull:   "),
             Event::Piece { text, .. } => print(text),
@@ -71,6 +88,9 @@ impl Output {
     pub fn summary(&self, summary: &Summary) -> Result<()> {
         if self.json {
             return line(&with(summary, json!({"event": "summary"}))?);
+        }
+        if self.prompts {
+            terminal::print("\n");
         }
         terminal::print(&summary.text());
         Ok(())

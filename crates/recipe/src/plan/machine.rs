@@ -171,7 +171,7 @@ impl MachineChoice {
         let measured = [
             ("here", "This machine: its GPU if there is one, else its CPU".to_owned()),
             ("cpu", "This CPU".to_owned()),
-            ("h200", "As measured".to_owned()),
+            ("h200", "H200, by our measurements".to_owned()),
         ];
         let cards = CARDS.iter().map(|card| (card.0, format!("{}, by its data sheet", card.1)));
         measured.into_iter().chain(cards)

@@ -99,7 +99,19 @@ impl Run {
     }
 }
 
-/// Every key of the recipes with its values; names always differ and are left out.
+/// What the last evaluation was asked for: results add up, so it does not say what is compared.
+const ASKED: [&str; 8] = [
+    "eval.answer_policies",
+    "eval.answer_ratios",
+    "eval.benchmark.examples",
+    "eval.contexts",
+    "eval.methods",
+    "eval.policies",
+    "eval.ratios",
+    "eval.tasks",
+];
+
+/// Every key of the recipes with its values; names always differ, and are left out with [`ASKED`].
 pub fn settings(runs: &[Run]) -> Vec<RecipeKey> {
     let flat: Vec<BTreeMap<String, Value>> = runs
         .iter()
@@ -109,7 +121,8 @@ pub fn settings(runs: &[Run]) -> Vec<RecipeKey> {
             leaves
         })
         .collect();
-    let mut keys: Vec<&String> = flat.iter().flat_map(BTreeMap::keys).filter(|k| *k != "name").collect();
+    let is_compared = |key: &&String| *key != "name" && !ASKED.contains(&key.as_str());
+    let mut keys: Vec<&String> = flat.iter().flat_map(BTreeMap::keys).filter(is_compared).collect();
     keys.sort();
     keys.dedup();
     let values = |key: &str| flat.iter().map(|f| f.get(key).cloned().unwrap_or(Value::Null)).collect();

@@ -335,10 +335,29 @@ fn a_task_of_which_nothing_is_shared_says_nothing_about_the_difference() {
     let d = &c.answers.as_ref().unwrap().differences[0];
     assert_eq!((d.contexts, d.values[0].mean), (8, 0.25));
     assert!(
-        c.notes.iter().any(|n| n.contains("`b` shares no context of `ruler.vt` with `a`")),
+        c.notes.iter().any(|n| n.contains("`b` shares no context of `ruler.vt` with `a`: its difference is")),
         "{:?}",
         c.notes
     );
+}
+
+#[test]
+fn runs_that_share_labels_alone_are_not_compared_by_their_answers() {
+    let (dir, all) = (tempfile::tempdir().unwrap(), ids(8));
+    let of = |id: &String| ContextScores {
+        id: Some(id.clone()),
+        weight: 1.0,
+        full: 1.0,
+        cells: RATIOS.map(|ratio| (MethodName::MAPPER, Policy::Pair, ratio, 0.5)).to_vec(),
+    };
+    let recall = Some(all.iter().map(of).collect::<Vec<_>>());
+    let run = |name, ids: &[String]| Run {
+        recall: recall.clone(),
+        ..run(dir.path(), name, &[("facts", contexts(ids, 0))])
+    };
+    let c = compare(&[run("a", &all[..4]), run("b", &all[4..])]).unwrap();
+    let said = "`b` shares no context of `facts` with `a`: their answers are to different questions.";
+    assert!(c.notes.iter().any(|n| n == said), "{:?}", c.notes);
 }
 
 #[test]
@@ -363,6 +382,8 @@ fn recipes_are_told_apart_by_their_keys_and_choices_that_matter_are_noted() {
     other["name"] = json!("y");
     other["label"]["preset"] = json!("kvpress");
     other["mapper"] = json!({"dilations": [1, 2]});
+    // Of the last evaluation alone.
+    other["eval"]["tasks"] = json!(["longbench"]);
     let c = compare(&[one("a", recipe(1e-3)), one("b", other)]).unwrap();
     let found: Vec<_> = c.recipe.iter().map(|k| (k.key.as_str(), k.values.clone())).collect();
     assert_eq!(
