@@ -280,7 +280,7 @@ fn validated(all: Vec<(PathBuf, Result<CheckpointInfo>)>) -> Vec<(PathBuf, Check
     out
 }
 
-/// Whether a checkpoint may be whole, and the best: the system cannot read it now, and nothing says that it is
+/// Whether a checkpoint may be whole, and the best: it cannot be read now, and nothing says that it is
 /// damaged.
 fn may_be_whole(e: &anyhow::Error) -> bool {
     let mut causes = e.chain().filter_map(|c| c.downcast_ref::<io::Error>());

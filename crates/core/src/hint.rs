@@ -20,8 +20,8 @@ pub struct Hinted {
 /// Make an error (or an `anyhow` context) with a hint.
 ///
 /// `message` says what was being done to which file, or what was expected and found; lower case,
-/// no final period. `hint` is a command or an edit. It states a kind, too: [`FailureKind::Input`], the user can
-/// repair it by other input. Where that is not so, say [`Hinted::environment`] or [`Hinted::of`].
+/// no final period. `hint` is a command or an edit. It states a kind, too: [`FailureKind::Input`], the user
+/// can repair it by other input. Where that is not so, say [`Hinted::environment`] or [`Hinted::of`].
 ///
 /// ```
 /// use pkv_core::hinted;

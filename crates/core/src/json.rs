@@ -19,7 +19,7 @@ pub fn parse_json<T: DeserializeOwned>(text: &str, hint: &str) -> Result<T, Hint
     })
 }
 
-/// What stands where JSON was expected, if it is a number that JSON has not, or Python.
+/// The error for a number that JSON does not have, or for Python, where JSON was expected.
 fn not_json(text: &str, e: &serde_json::Error) -> Option<Hinted> {
     let line = text.lines().nth(e.line().checked_sub(1)?)?;
     let is_of_word = |b: &u8| b.is_ascii_alphabetic() || b"-'".contains(b);

@@ -23,7 +23,7 @@ pub(crate) struct Family {
     label: &'static str,
     /// `max_position_embeddings` where the configuration leaves it out.
     pub max_positions: usize,
-    /// `num_key_value_heads` where the configuration leaves it out; `None` is one per query head, as `null` is.
+    /// `num_key_value_heads` where the configuration leaves it out; `None`, as `null`: one per query head.
     pub kv_heads: Option<usize>,
     /// `head_dim` where the configuration leaves it out; `None` divides `hidden_size` among the query heads.
     pub head_dim: Option<usize>,

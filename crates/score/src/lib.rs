@@ -2,8 +2,8 @@
 //!
 //! The model prefills `prefix + context` once, then repeats the context chunk by chunk; the score of a KV
 //! pair is its largest softmax weight over all rows of its chunk's repeat (KVzip, arXiv 2505.23416).
-//! A model and its tokenizer are [`ModelFiles`] before that; [`Requests`] knows which tokens are fed, [`pkv_gpu::chunk_scores`] holds the maths on tensors alone,
-//! [`Scorer`] runs a model through them.
+//! A model and its tokenizer are [`ModelFiles`] before that; [`Requests`] knows which tokens are fed,
+//! [`pkv_gpu::chunk_scores`] holds the maths on tensors alone, [`Scorer`] runs a model through them.
 //!
 //! Log-odds, span pooling and keep masks belong to `prune`; storing labels belongs to `shard`.
 

@@ -109,8 +109,8 @@ impl Beside {
     }
 }
 
-/// The part of `extract` that the target's features are made with, their folder, and all their choices; nothing
-/// if the recipe does not take them with the labels.
+/// The part of `extract` that the target's features are made with, their folder, and all their choices;
+/// nothing if the recipe does not take them with the labels.
 fn wanted(
     s: &Session,
     target: &ModelFiles,

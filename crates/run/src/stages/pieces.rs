@@ -162,8 +162,8 @@ pub(super) fn keep_piece<R: Row>(writer: PieceWriter<'_, R>) {
     }
 }
 
-/// Make the shard of a piece: the rows `kept`, which are there, and after them those that pass through `read`,
-/// one of `lanes` and `settle`, as [`pump`] does it. A process that ends early keeps its rows.
+/// Make the shard of a piece: the rows `kept`, which are there, and after them those that pass through
+/// `read`, one of `lanes` and `settle`, as [`pump`] does it. A process that ends early keeps its rows.
 ///
 /// An error of a lane or of `settle`, or a row that cannot be stored, is the row's: it is recorded, and the
 /// rest of the piece is passed over.
