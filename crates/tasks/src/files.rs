@@ -109,8 +109,8 @@ fn is_of_task(file: &Path, name: &str) -> bool {
 }
 
 /// # Errors
-/// Files say that they are some of more shards than there are, or are no shards of one data set: two copies of
-/// a task, or its splits.
+/// Files say that they are some of more shards than there are, or are no shards of one data set: two copies
+/// of a task, or its splits.
 fn check_shards(files: &[PathBuf]) -> Result<()> {
     let total = |file: &PathBuf| {
         let stem = file.file_stem()?.to_str()?;
