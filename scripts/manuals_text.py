@@ -17,6 +17,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 import tempfile
 from html.parser import HTMLParser
 
@@ -79,7 +80,8 @@ def files(root, endings):
 
 def unpacked(packages, root):
     os.makedirs(root)
-    subprocess.run(["apt-get", "download", "-q", *packages], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(["apt-get", "download", "-q", *packages], cwd=root, stdout=subprocess.DEVNULL).returncode:
+        sys.exit("error: apt-get could not download the packages\n\nhint: if its lists are old, run `apt-get update` as root, and this again")
     for package in sorted(glob.glob(f"{root}/*.deb")):
         subprocess.run(["dpkg", "-x", package, f"{root}/x"], check=True)
     return f"{root}/x"

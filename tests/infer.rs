@@ -116,6 +116,17 @@ fn answers_are_streamed_and_the_rest_is_said() {
     ]);
     let context = File::open(s.path("context.txt")).unwrap();
     assert_eq!(Ran::new(command.stdin(context).output().unwrap()).ok().stdout, expected);
+    // A pipe of the shell's, as `--context <(cat context.txt)`.
+    let pipe = s.path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let mut piped = on_context(&["--retain", "0.25", "--max-new-tokens", "9"]);
+    let at = piped.iter().position(|arg| *arg == "context.txt").unwrap();
+    piped[at] = "pipe";
+    let (from, to) = (s.path("context.txt"), pipe.clone());
+    let writer = std::thread::spawn(move || std::fs::write(to, std::fs::read(from).unwrap()).unwrap());
+    assert_eq!(infer(s, &piped).ok().stdout, expected);
+    writer.join().unwrap();
+    std::fs::remove_file(pipe).unwrap();
 }
 
 #[test]

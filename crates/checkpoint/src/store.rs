@@ -126,20 +126,23 @@ impl CheckpointStore {
     /// The folder cannot be listed, or the checkpoint was made with other choices.
     pub fn latest(&self, device: Device) -> Result<Option<TrainingState>> {
         let newest_first = self.steps()?.into_iter().rev().map(|(_, folder)| folder);
-        self.first_whole(newest_first, device)
+        self.first_whole(newest_first, device, false)
     }
 
     /// The checkpoint whose validation was best (the earliest of equals), or the latest if none
     /// was validated; damaged ones are warned of and passed over.
     ///
     /// # Errors
-    /// As [`CheckpointStore::latest`].
+    /// As [`CheckpointStore::latest`]; or a checkpoint cannot be read now: it may be whole, and the best.
     pub fn best(&self, device: Device) -> Result<Option<TrainingState>> {
-        let best_first = validated(self.folders_and_infos()?).into_iter().map(|(folder, _)| folder);
-        match self.first_whole(best_first, device)? {
-            Some(state) => Ok(Some(state)),
-            None => self.latest(device),
-        }
+        let readable = |(folder, info): (PathBuf, Result<CheckpointInfo>)| match info {
+            Err(e) if may_be_whole(&e) => Err(unreadable(e, &folder)),
+            info => Ok((folder, info)),
+        };
+        let all = self.folders_and_infos()?.into_iter().map(readable).collect::<Result<_>>()?;
+        let latest = self.steps()?.into_iter().rev().map(|(_, folder)| folder);
+        let best_first = validated(all).into_iter().map(|(folder, _)| folder);
+        self.first_whole(best_first.chain(latest), device, true)
     }
 
     /// The best validation so far: its step and value.
@@ -184,6 +187,7 @@ impl CheckpointStore {
         &self,
         folders: impl Iterator<Item = PathBuf>,
         device: Device,
+        none_unreadable: bool,
     ) -> Result<Option<TrainingState>> {
         for folder in folders {
             match state::read(&folder, device) {
@@ -193,7 +197,8 @@ impl CheckpointStore {
                     }
                     return Ok(Some(state));
                 }
-                Err(e) => tracing::warn!("passing over checkpoint `{}`: {e:#}", folder.display()),
+                Err(e) if none_unreadable && may_be_whole(&e) => return Err(unreadable(e, &folder)),
+                Err(e) => pass_over(&folder, &e),
             }
         }
         Ok(None)
@@ -266,7 +271,7 @@ fn validated(all: Vec<(PathBuf, Result<CheckpointInfo>)>) -> Vec<(PathBuf, Check
         .filter_map(|(folder, info)| match info {
             Ok(info) => Some((folder, info)),
             Err(e) => {
-                tracing::warn!("passing over checkpoint `{}`: {e:#}", folder.display());
+                pass_over(&folder, &e);
                 None
             }
         })
@@ -278,6 +283,17 @@ fn validated(all: Vec<(PathBuf, Result<CheckpointInfo>)>) -> Vec<(PathBuf, Check
         value(b).total_cmp(&value(a))
     });
     out
+}
+
+fn pass_over(folder: &Path, why: &anyhow::Error) {
+    tracing::warn!("passing over checkpoint `{}`: {why:#}", folder.display());
+}
+
+fn unreadable(why: anyhow::Error, folder: &Path) -> anyhow::Error {
+    why.context(hinted(
+        format!("checkpoint `{}` cannot be read, and may be the best", folder.display()),
+        "run the same command again; if the disk has lost it, remove that folder, and the best of the others is read",
+    ))
 }
 
 /// Whether a checkpoint may be whole, and the best: it cannot be read now, and nothing says that it is

@@ -69,6 +69,25 @@ fn rotation_keeps_the_last_ones_and_the_best() {
 }
 
 #[test]
+fn no_best_is_named_while_a_checkpoint_cannot_be_read() {
+    for file in ["state.json", "model.safetensors"] {
+        let dir = tempdir().unwrap();
+        let store = open(dir.path());
+        store.save(&state(0, Some(0.9), false)).unwrap();
+        store.save(&state(100, Some(0.3), false)).unwrap();
+        // A loop of links: the system refuses to open it, and says nothing of what it holds.
+        let path = dir.path().join("step-000000").join(file);
+        fs::remove_file(&path).unwrap();
+        symlink(&path, &path).unwrap();
+        let refused = format!("{:#}", store.best(cpu()).unwrap_err());
+        assert!(refused.contains("step-000000` cannot be read, and may be the best"), "{refused}");
+        same_state(&store.latest(cpu()).unwrap().unwrap(), &state(100, Some(0.3), false));
+        fs::remove_file(&path).unwrap();
+        same_state(&store.best(cpu()).unwrap().unwrap(), &state(100, Some(0.3), false));
+    }
+}
+
+#[test]
 fn steps_beyond_six_digits_stay_in_order() {
     let dir = tempdir().unwrap();
     let store = open(dir.path());

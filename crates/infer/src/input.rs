@@ -2,19 +2,22 @@
 //!
 //! Question lines are untrusted: an invalid line is refused, and reading continues.
 
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, IsTerminal, Read};
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Read};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use pkv_core::{Interrupted, Stop, hinted, json_kind};
+use pkv_core::{Interrupted, MOST_BYTES, Stop, hinted, json_kind};
 use pkv_text::TextTokenizer;
 use serde_json::Value;
 
 /// Some editors put it first; it is no text.
 const BYTE_ORDER_MARK: &str = "\u{feff}";
+/// Most bytes of a line of questions: more than a context has.
+const MOST_LINE_BYTES: u64 = 64 << 20;
 
 /// The next question.
 pub enum InputLine {
@@ -79,23 +82,59 @@ fn text(path: &Path, stop: &Stop) -> Result<String> {
     let reading = || {
         hinted(
             format!("reading the context `{}`", path.display()),
-            "the context is a text file in UTF-8, or `-` for stdin",
+            "the context is a text file in UTF-8, a pipe, or `-` for stdin",
         )
     };
     let bytes = if is_stdin(path) {
-        let mut whole = OnStdin::new(stop, |stdin, to| {
-            let mut bytes = Vec::new();
-            let _ = to(stdin.read_to_end(&mut bytes).map(|_| bytes));
-        });
-        match whole.next() {
-            Some(bytes) => bytes.with_context(reading)?,
-            None => bail!(Interrupted),
-        }
+        whole(|| Ok(io::stdin()), stop)
+    } else if fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo()) {
+        // As `<(command)` of a shell.
+        let path = path.to_path_buf();
+        whole(move || File::open(path), stop)
     } else {
-        pkv_core::read_small(path).with_context(reading)?
+        Some(pkv_core::read_small(path))
     };
+    let bytes = bytes.ok_or(Interrupted)?.with_context(reading)?;
     let text = String::from_utf8(bytes).with_context(reading)?;
     Ok(text.strip_prefix(BYTE_ORDER_MARK).map(str::to_owned).unwrap_or(text))
+}
+
+/// What a stream holds, up to the size of a file that is read whole; nothing if the user stops before its end.
+fn whole<R: Read>(
+    open: impl FnOnce() -> io::Result<R> + Send + 'static,
+    stop: &Stop,
+) -> Option<io::Result<Vec<u8>>> {
+    let read = move || {
+        let mut bytes = Vec::new();
+        open()?.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
+        let large = bytes.len() as u64 > MOST_BYTES;
+        if large { Err(too_large("it has", MOST_BYTES)) } else { Ok(bytes) }
+    };
+    Streamed::new(stop, move |to| {
+        to(read());
+    })
+    .next()
+}
+
+fn too_large(what: &str, most: u64) -> io::Error {
+    io::Error::new(ErrorKind::FileTooLarge, format!("{what} more than {most} bytes"))
+}
+
+/// Lines without their ends.
+fn lines(mut from: impl BufRead) -> impl Iterator<Item = io::Result<Vec<u8>>> {
+    std::iter::from_fn(move || {
+        let mut line = Vec::new();
+        match from.by_ref().take(MOST_LINE_BYTES).read_until(b'\n', &mut line) {
+            Ok(0) => return None,
+            Ok(_) if line.pop_if(|last| *last == b'\n').is_some() => {}
+            Ok(n) if n as u64 == MOST_LINE_BYTES => {
+                return Some(Err(too_large("a line has", MOST_LINE_BYTES)));
+            }
+            Ok(_) => {}
+            Err(e) => return Some(Err(e)),
+        }
+        Some(Ok(line))
+    })
 }
 
 /// The questions, the `given` ones first; a file's are read one by one. Those of stdin may be
@@ -120,12 +159,8 @@ pub fn read_questions(
     };
     let (from_stdin, typed) = (is_stdin(path), is_typed(path));
     let lines: Box<dyn Iterator<Item = io::Result<Vec<u8>>>> = if from_stdin {
-        Box::new(OnStdin::new(stop, |stdin, to| {
-            for line in stdin.split(b'\n') {
-                if !to(line) {
-                    return;
-                }
-            }
+        Box::new(Streamed::new(stop, |to| {
+            lines(io::stdin().lock()).all(to);
         }))
     } else {
         let opening = || {
@@ -136,7 +171,7 @@ pub fn read_questions(
         };
         let file = File::open(path).with_context(opening)?;
         ensure!(!file.metadata().with_context(opening)?.is_dir(), opening());
-        Box::new(BufReader::new(file).split(b'\n'))
+        Box::new(lines(BufReader::new(file)))
     };
     let name = path.display().to_string();
     let asked = lines.enumerate().filter_map(move |(index, line)| {
@@ -164,26 +199,24 @@ pub fn read_questions(
     Ok(Box::new(given.chain(asked)))
 }
 
-/// What comes from stdin, read on another thread: a blocked read does not hear Ctrl-C. Ends with stdin, or
-/// when the user stops.
-struct OnStdin {
+/// What comes from a stream, read on another thread: a blocked read does not hear Ctrl-C. Ends with the
+/// stream, or when the user stops.
+struct Streamed {
     parts: Receiver<io::Result<Vec<u8>>>,
     stop: Stop,
 }
 
-impl OnStdin {
+impl Streamed {
     /// `read` hands over parts until that returns false: they are not wanted any more.
-    fn new(
-        stop: &Stop,
-        read: impl FnOnce(&mut io::StdinLock, &dyn Fn(io::Result<Vec<u8>>) -> bool) + Send + 'static,
-    ) -> Self {
-        let (to, parts) = channel();
-        std::thread::spawn(move || read(&mut io::stdin().lock(), &|part| to.send(part).is_ok()));
+    fn new(stop: &Stop, read: impl FnOnce(&dyn Fn(io::Result<Vec<u8>>) -> bool) + Send + 'static) -> Self {
+        // Few wait: an endless stream is read no faster than its parts are used.
+        let (to, parts) = sync_channel(16);
+        std::thread::spawn(move || read(&|part| to.send(part).is_ok()));
         Self { parts, stop: stop.clone() }
     }
 }
 
-impl Iterator for OnStdin {
+impl Iterator for Streamed {
     type Item = io::Result<Vec<u8>>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -225,6 +258,21 @@ fn typed_question(line: &[u8]) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_end_at_line_breaks_and_never_grow_without_end() {
+        let of = |text: &'static str| lines(text.as_bytes()).map(Result::unwrap).collect::<Vec<_>>();
+        assert_eq!(of("a\n\nb"), [&b"a"[..], b"", b"b"]);
+        assert_eq!(of("a\n"), [b"a"]);
+        assert!(of("").is_empty());
+        let endless = lines(BufReader::new(io::repeat(b'x'))).next().unwrap();
+        assert_eq!(endless.unwrap_err().to_string(), "a line has more than 67108864 bytes");
+        let stop = Stop::default();
+        let endless = whole(|| Ok(io::repeat(b'x')), &stop).unwrap();
+        assert_eq!(endless.unwrap_err().to_string(), "it has more than 268435456 bytes");
+        stop.request();
+        assert!(whole(|| Ok(io::repeat(b'x')), &stop).is_none());
+    }
 
     #[test]
     fn questions_are_strings_or_objects() {
