@@ -40,12 +40,14 @@ def case(name, runs, command, mode, call, error, n, total, path):
     if r.unsound() and not (killed and r.code == -9): faults.append(r.unsound())
     # A read that is short, and none after it, is no fault.
     quiet = call in QUIET or (mode, call, n) == ("short", "read", total)
-    if r.code == 0 and not killed and not quiet and "WARN" not in r.err: faults.append("not said")
     stage = name in STAGES
     earlier = [f for s in STAGES[:STAGES.index(name)] for f in MADE_BY[s]] if stage else []
     made = MADE_BY[name] if stage else None
     goal = done if stage or name == "infer" else swept if name == "sweep" else unstored
     of = lambda folders: {k: v for k, v in goal.items() if folders is None or k.split("/")[1] in folders}
+    # Who has the results in spite of it did not need that call: rows that are read ahead, or a file that is read twice.
+    needless = made != [] and name != "infer" and r.code == 0 and not difference(of(made), all_results(p, made))
+    if r.code == 0 and not killed and not quiet and not needless and "WARN" not in r.err: faults.append("not said")
     if stage and (p / "runs").exists(): faults += [f"lost {x}" for x in difference(of(earlier), all_results(p, earlier))]
     again = run(p, command)
     if again.code != 0: faults.append("does not go on: " + again.brief())

@@ -73,7 +73,7 @@ pub fn render(budgets: &HeadBudgets, target: &ModelShape, model_sha256: &str) ->
 /// They are damaged, or of another mapper or target.
 pub fn read(folder: &Path, target: &ModelShape, model_sha256: Option<&str>) -> Result<Option<HeadBudgets>> {
     let path = folder.join(BUDGETS_FILE);
-    if !path.exists() {
+    if pkv_core::look_for(&path)?.is_none() {
         return Ok(None);
     }
     let read = || -> Result<HeadBudgets> {

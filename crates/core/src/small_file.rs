@@ -4,9 +4,11 @@
 //! None of them is read here, so that none takes forever or all memory. What the file holds is the callers';
 //! how deep its JSON nests is limited by `serde_json`.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind, Read};
 use std::path::Path;
+
+use anyhow::{Context, Result};
 
 /// Most bytes of a file that describes something: a recipe, a configuration, an index, a record.
 pub const MOST_BYTES: u64 = 256 << 20;
@@ -45,6 +47,19 @@ pub fn read_at_most(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     if content.len() as u64 > most { Err(large(format!("more than {most}"))) } else { Ok(content) }
 }
 
+/// What `path` names, links followed; nothing if that is absent. For files whose absence changes a result: one that
+/// the system cannot look at now is not absent.
+///
+/// # Errors
+/// The system cannot say: the disk fails, or a folder may not be read.
+pub fn look_for(path: &Path) -> Result<Option<Metadata>> {
+    match fs::metadata(path) {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("cannot look for `{}`", path.display())),
+    }
+}
+
 /// The size of the regular file at `path`, which is not opened: opening a pipe waits for its other end.
 ///
 /// # Errors
@@ -71,6 +86,19 @@ mod tests {
 
     fn said<T: std::fmt::Debug>(result: io::Result<T>) -> String {
         result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_cannot_be_looked_at_is_not_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("file"), "x").unwrap();
+        std::os::unix::fs::symlink(at("loop"), at("loop")).unwrap();
+        assert!(look_for(&at("file")).unwrap().unwrap().is_file());
+        assert!(look_for(dir.path()).unwrap().unwrap().is_dir());
+        assert!(look_for(&at("none")).unwrap().is_none() && look_for(&at("file/below")).unwrap().is_none());
+        let refused = format!("{:#}", look_for(&at("loop")).unwrap_err());
+        assert!(refused.starts_with("cannot look for `") && refused.contains("loop"), "{refused}");
     }
 
     #[test]

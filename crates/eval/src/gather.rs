@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use pkv_core::{ModelShape, sha256_hex};
+use pkv_core::{ModelShape, look_for, sha256_hex};
 use pkv_files::{WriteBudget, write_file};
 use pkv_results::answered::{Answerers, AnswersOutcome};
 use pkv_results::answers::AnswerTable;
@@ -54,7 +54,7 @@ impl Outcome for MethodsOutcome {
 pub fn publish(inputs: &EvalInputs, asked: &[AskedTask], store: &ContextStore) -> Result<Results> {
     let _claim = store.publishing()?;
     let path = |file: &str| inputs.out.join(file);
-    let before = path(RESULTS_FILE).exists().then(|| Results::read(&path(RESULTS_FILE)));
+    let before = look_for(&path(RESULTS_FILE))?.map(|_| Results::read(&path(RESULTS_FILE)));
     let known = before.as_ref().and_then(|b| b.as_ref().ok());
     let mut gathered = Gathered::new(inputs);
     for identity in chosen(inputs, asked, store, known)? {

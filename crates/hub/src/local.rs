@@ -151,7 +151,7 @@ fn present(folder: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for below in ["", TEMPLATES] {
         let folder = folder.join(below);
-        if !folder.is_dir() {
+        if !pkv_core::look_for(&folder)?.is_some_and(|found| found.is_dir()) {
             continue;
         }
         let what = || format!("cannot list model folder `{}`", folder.display());

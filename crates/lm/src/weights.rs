@@ -410,7 +410,8 @@ fn odd_note(header: &[u8]) -> Option<String> {
 fn shards(folder: &Path) -> Result<Vec<Shard>> {
     let whole = folder.join("model.safetensors");
     let index_path = folder.join("model.safetensors.index.json");
-    if whole.exists() || !index_path.exists() {
+    let absent = |path: &Path| Ok::<_, anyhow::Error>(pkv_core::look_for(path)?.is_none());
+    if !absent(&whole)? || absent(&index_path)? {
         return Ok(vec![Shard::open(whole, Rc::default())?]);
     }
     let reading = || refetch(format!("reading the index of weights `{}`", index_path.display()));

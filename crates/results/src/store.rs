@@ -173,8 +173,12 @@ impl ContextStore {
     /// A folder cannot be listed, or an outcome not be read.
     pub fn tasks(&self) -> Result<Vec<Identity>> {
         bring(&self.dir);
-        let mut folders = entries(&self.dir)?;
-        folders.retain(|path| path.is_dir());
+        let mut folders = Vec::new();
+        for path in entries(&self.dir)? {
+            if pkv_core::look_for(&path)?.is_some_and(|found| found.is_dir()) {
+                folders.push(path);
+            }
+        }
         folders.sort();
         let mut tasks = Vec::new();
         for dir in folders {

@@ -29,7 +29,7 @@ impl Journal {
     pub fn open(dir: &Path, step: u64) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("cannot create folder `{}`", dir.display()))?;
         let path = dir.join(METRICS_FILE);
-        let kept = if path.exists() {
+        let kept = if pkv_core::look_for(&path)?.is_some() {
             let bytes =
                 pkv_core::read_small(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
             keep(&String::from_utf8_lossy(&bytes), step)

@@ -59,8 +59,9 @@ impl Run {
             false => None,
         };
         let agreement = eval.join(AGREEMENT_FILE);
-        let recall =
-            agreement.exists().then(|| per_context_recall(&agreement, MethodName::MAPPER)).transpose()?;
+        let recall = pkv_core::look_for(&agreement)?
+            .map(|_| per_context_recall(&agreement, MethodName::MAPPER))
+            .transpose()?;
         let run = RunJson::read(&layout)?.unwrap_or_default();
         let folder_name = folder.file_name().map(|n| n.to_string_lossy().into_owned());
         Ok(Self {

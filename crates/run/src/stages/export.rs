@@ -38,9 +38,10 @@ fn run(s: &Session) -> Result<Outcome> {
     let trained = from_checkpoint(s, &upstream)?;
     let folder = s.run.export();
     let results = s.run.eval().join(RESULTS_FILE);
-    let results = results.exists().then(|| Results::read(&results)).and_then(|read| {
-        read.inspect_err(|e| tracing::warn!("the export's README.md has no results of `eval`: {e:#}")).ok()
-    });
+    let results = pkv_core::look_for(&results)
+        .and_then(|found| found.map(|_| Results::read(&results)).transpose())
+        .inspect_err(|e| tracing::warn!("the export's README.md has no results of `eval`: {e:#}"))
+        .unwrap_or_default();
     let config = config(s, &upstream, &trained);
     let card = card(s, results.as_ref())?;
     let contexts = s.recipe.prune.budget_contexts;

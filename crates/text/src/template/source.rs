@@ -35,7 +35,7 @@ pub(super) fn find(folder: &Path, tokenizer_config: &Value) -> Result<Option<Sou
         return Ok(Some(found));
     }
     let path = folder.join("chat_template.json");
-    if !path.exists() {
+    if pkv_core::look_for(&path)?.is_none() {
         return Ok(None);
     }
     let text = pkv_core::read_small_text(&path).with_context(|| format!("reading `{}`", path.display()))?;
@@ -54,11 +54,11 @@ fn files(folder: &Path) -> Result<BTreeMap<String, Source>> {
         Ok(())
     };
     let default = folder.join("chat_template.jinja");
-    if default.exists() {
+    if pkv_core::look_for(&default)?.is_some() {
         read("default", &default)?;
     }
     let more = folder.join("additional_chat_templates");
-    if more.is_dir() {
+    if pkv_core::look_for(&more)?.is_some_and(|found| found.is_dir()) {
         for entry in fs::read_dir(&more).with_context(|| format!("listing `{}`", more.display()))? {
             let path = entry?.path();
             if let Some(name) = path.file_name().and_then(|n| n.to_str()?.strip_suffix(".jinja")) {

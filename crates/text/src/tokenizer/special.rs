@@ -192,7 +192,7 @@ fn malformed(what: &str, path: &Path, expected: &str) -> pkv_core::Hinted {
 /// # Errors
 /// The file cannot be read, or holds something else.
 pub(super) fn optional_json(path: &Path) -> Result<Value> {
-    if !path.exists() {
+    if pkv_core::look_for(path)?.is_none() {
         return Ok(Value::Null);
     }
     let hint =
