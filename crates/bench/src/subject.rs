@@ -157,6 +157,8 @@ fn random_config(section: &ModelSection) -> Result<LmConfig> {
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 1 << 18,
         "tie_word_embeddings": s.matrix_parameters() < TIED_BELOW,
+        // A family may have a window where the key is absent.
+        "sliding_window": null,
     }))
 }
 
@@ -185,6 +187,11 @@ mod tests {
             assert_eq!((target.family, target.shape), (family, recipe.target.shape));
             assert_eq!((proxy.family, proxy.shape), (family, of_proxy.shape));
             assert!(!target.tied_head && proxy.tied_head);
+        }
+        let mut named = recipe("demo-nano.toml").target;
+        for family in pkv_lm::model_types() {
+            named.model = format!("of/{family}");
+            assert_eq!(random_config(&named).unwrap().family, family);
         }
     }
 
