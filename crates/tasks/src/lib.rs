@@ -9,6 +9,7 @@ mod draw;
 mod example;
 mod files;
 mod fit;
+pub mod infinitebench;
 pub mod longbench;
 mod metric;
 mod middle;
@@ -25,4 +26,5 @@ pub use middle::cut_middle;
 pub use suite::{Benchmark, CountTokens, MakeExample, Opening, Suite};
 
 /// All suites, in the order of results.
-pub static REGISTRY: &[&dyn Suite] = &[&ruler::Ruler, &longbench::LongBench, &scbench::ScBench];
+pub static REGISTRY: &[&dyn Suite] =
+    &[&ruler::Ruler, &longbench::LongBench, &scbench::ScBench, &infinitebench::InfiniteBench];
