@@ -187,6 +187,7 @@ fn weights_and_cache_are_where_their_layers_are() {
 
 #[test]
 fn random_weights_do_not_depend_on_their_place() {
+    let _drawing = drawing();
     let config = load(&checkpoint("arch-qwen2-bias").unwrap()).config().clone();
     let split = LayerSplit::even(config.shape.layers, 2).unwrap();
     let over = Placement::over(&[Device::Cpu; 2], &split).unwrap();
