@@ -14,7 +14,7 @@ pub const METHOD: Method = Method {
     meaning: "minus the L2 norm of a key: attention goes to small keys; uses no attention itself",
     needs: Needs::PREFILL,
     #[cfg(test)]
-    held_by: ("src/methods/knorm.rs", "fn scores_are_the_norms_of_loops_in_f64"),
+    held_by: ("tests/goldens/make_goldens.py", "\"knorm\""),
     start: |_| {
         Ready::scores(|view| {
             let (cache, prefix) = view.prefilled()?;
