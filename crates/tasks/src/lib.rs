@@ -1,6 +1,6 @@
 //! Standard long-context benchmarks as plain text: contexts, questions, wanted answers, and scores.
 //!
-//! [`ruler`] generates its examples; [`longbench`] and [`scbench`] read the data sets' own files. Each is a
+//! [`ruler`] generates its examples; the others read the data sets' own files. Each is a
 //! [`Suite`] in [`REGISTRY`]. All give [`Example`]s: one context, read before any question is known, and the
 //! turns that are asked of it. [`Metric`] scores an answer. Nothing here knows models or tensors: lengths
 //! come from a function that counts a text's tokens, and asking is left to `eval`.
