@@ -1,5 +1,4 @@
-//! `schema`: the JSON schema of recipes, or the recipe reference, with the methods and scorers that this program
-//! has.
+//! `schema`: the JSON schema of recipes, or the recipe reference, with the methods and scorers of this program.
 
 use anyhow::Result;
 use pkv_eval::methods;

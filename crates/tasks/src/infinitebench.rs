@@ -1,9 +1,9 @@
-//! InfiniteBench (arXiv 2402.13718): eight tasks of 100,000 tokens and more, read from the data set's own files.
+//! InfiniteBench (arXiv 2402.13718): eight tasks of 88,000 tokens and more, read from the data set's own files.
 //!
-//! Facts of OpenBMB/InfiniteBench at commit 88b3daa: prompts of `src/prompt.py` (`yarn_mistral_templates`, which
-//! its open models get), answer lengths and wanted answers of `src/eval_utils.py`, metrics of
-//! `src/compute_scores.py`. The hub keeps one JSON-lines file per task in `xinrongzhang2022/InfiniteBench`: `id`,
-//! `context`, `input`, `answer`, `options`.
+//! Facts of OpenBMB/InfiniteBench at commit 88b3daa: prompts of `src/prompt.py` (`yarn_mistral_templates`,
+//! which its open models get), answer lengths and wanted answers of `src/eval_utils.py`, metrics of
+//! `src/compute_scores.py`. The hub keeps one JSON-lines file per task in `xinrongzhang2022/InfiniteBench`:
+//! `id`, `context`, `input`, `answer`, `options`.
 //!
 //! Code.Run, Code.Debug, Math.Calc and En.Dia are left out: each has a metric of its own.
 
@@ -71,8 +71,8 @@ const fn task(
 
 /// In the order of the reference's `ALL_TASKS`.
 ///
-/// Differs: Retrieve.KV's value counts wherever the answer has it; the reference wants it as a word. Values are
-/// UUIDs, which no other word contains.
+/// Differs: Retrieve.KV's value counts wherever the answer has it; the reference wants it as a word. Values
+/// are UUIDs, which no other word contains.
 #[rustfmt::skip]
 const TASKS: [Task; 8] = [
     task("passkey", 6, Metric::FirstNumber,

@@ -28,7 +28,8 @@ pub const METHOD: Method = Method {
 /// Scores of one layer.
 ///
 /// # Shapes
-/// - `k_hkd`: `[KV heads, positions, head_dim]`: the chat template's prefix (`prefix` positions), then the context
+/// - `k_hkd`: `[KV heads, positions, head_dim]`: the chat template's prefix (`prefix` positions) and then the
+///   context
 /// - returns `[KV heads, context positions]`, f32, at most 0
 ///
 /// # Errors
@@ -36,8 +37,8 @@ pub const METHOD: Method = Method {
 ///
 /// # Source
 /// A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (arXiv 2406.11430);
-/// `presses/knorm_press.py` in NVIDIA/kvpress 0.5.5, which prunes all layers, as here. Differs: the paper leaves
-/// the first two layers whole.
+/// `presses/knorm_press.py` in NVIDIA/kvpress 0.5.5, which prunes all layers, as here. Differs: the paper
+/// leaves the first two layers whole.
 fn scores(k_hkd: &Tensor, prefix: usize) -> Result<Tensor> {
     let (positions, prefix) = (k_hkd.size3()?.1, prefix as i64);
     ensure!(

@@ -1,6 +1,8 @@
-//! Mistral 7B from v0.2 on, Nemo, Small and Large: Llama without biases. `modeling_mistral.py` of transformers 5.2.
+//! Mistral without a sliding window, as 7B has it from v0.2 on: Llama without biases. `modeling_mistral.py`
+//! of transformers 5.2.
 //!
-//! v0.1 reads a window of 4,096 tokens, which is also what an absent `sliding_window` means; `null` is no window.
+//! v0.1 attends to the last 4,096 tokens, which is also what an absent `sliding_window` means; `null` is no
+//! window.
 
 use super::{Family, unsupported};
 use crate::architecture::Architecture;

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 #[serde(default, deny_unknown_fields)]
 pub struct BenchmarkSection {
     /// Data manifest of the benchmarks' files. RULER's sources are `essays`, `squad`, `hotpotqa` and `words`;
-    /// any other suite's source has the suite's name. Empty: none, which leaves RULER's tasks that need no file.
+    /// any other suite's source has the suite's name. Empty: none, which leaves RULER's tasks that need no
+    /// file.
     pub manifest: String,
     /// Maximum number of examples of each task.
     pub examples: usize,
