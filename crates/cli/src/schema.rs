@@ -1,4 +1,4 @@
-//! `schema`: the JSON schema of recipes, or the recipe reference, with the methods and scorers of this program.
+//! `schema`: the JSON schema of recipes, or the recipe reference, with this program's methods and scorers.
 
 use anyhow::Result;
 use pkv_eval::methods;

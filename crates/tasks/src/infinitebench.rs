@@ -1,4 +1,4 @@
-//! InfiniteBench (arXiv 2402.13718): eight tasks of 88,000 tokens and more, read from the data set's own files.
+//! InfiniteBench (arXiv 2402.13718): eight tasks of 88,000 tokens and more, read from its own files.
 //!
 //! Facts of OpenBMB/InfiniteBench at commit 88b3daa: prompts of `src/prompt.py` (`yarn_mistral_templates`,
 //! which its open models get), answer lengths and wanted answers of `src/eval_utils.py`, metrics of
