@@ -145,7 +145,7 @@ impl Ways<'_> {
         let bare_flops = prefill_flops(shape, PREFIX_TOKENS + t);
         let by = Repeat::new(section, TEMPLATE, pkv_score::work(section));
         let flops = bare_flops + scoring(shape, t, &by);
-        let (prefix, context) = (self.target.prefix()?, self.target.context(t)?);
+        let (prefix, context) = (self.target.prefix(), self.target.context(t));
         let ids = [prefix.as_slice(), &context].concat();
         let read = || {
             let mut cache = self.model.new_cache(ids.len());
@@ -153,7 +153,7 @@ impl Ways<'_> {
             Ok(cache)
         };
         let bare = self.timer.time(Row::new("prefill", t, bare_flops), read)?;
-        let requests = self.target.requests(section)?;
+        let requests = self.target.requests(section);
         let scorer = Scorer::with_requests(self.model, requests, &prefix, section).maxima_only();
         let keep = self.keep()?;
         let whole = self.timer.time(Row::new("KVzip", t, flops), || {
@@ -232,7 +232,7 @@ impl Ways<'_> {
         t: usize,
         target_side: Option<&TargetSide>,
     ) -> Result<(PrefillRow, Vec<Phase>)> {
-        let (prefix, tokens) = (self.target.prefix()?, self.target.context(t)?);
+        let (prefix, tokens) = (self.target.prefix(), self.target.context(t));
         let last = RefCell::new(None);
         let context = PrefillInput {
             target: self.model,
@@ -320,8 +320,8 @@ impl Ways<'_> {
         Ok(Some(ProxyMapper::new(ProxyParts {
             proxy,
             mapper: if own { None } else { Some(self.mapper(section, device)?) },
-            prefix: subject.prefix()?,
-            requests: subject.requests(&r.label)?,
+            prefix: subject.prefix(),
+            requests: subject.requests(&r.label),
             extract: section.of(Source::Proxy),
             label: r.label.clone(),
             target: self.target.section.shape,
@@ -335,7 +335,7 @@ impl Ways<'_> {
             return Ok(None);
         }
         let (label, mapper) = (&self.recipe.label, self.mapper(section, self.device)?);
-        let requests = self.target.requests(label)?;
+        let requests = self.target.requests(label);
         let hidden = section
             .is_fitted(Source::Target)
             .then(|| HiddenProjection::random(&self.target.section.shape, self.device));

@@ -31,7 +31,7 @@ pub fn label(setting: Setting, models: Models) -> Result<StageReport> {
     let section = &setting.recipe.label;
     let by = Repeat::new(section, TEMPLATE, pkv_score::work(section));
     let work = |t| scoring(&target.section.shape, t, &by);
-    let (prefix, requests) = (target.prefix()?, target.requests(section)?);
+    let (prefix, requests) = (target.prefix(), target.requests(section));
     bench.rows(&target, section.prefill_chunk_tokens, &[("label", &work)], |model, _, context, row| {
         let scorer = Scorer::with_requests(model, requests.clone(), &prefix, section).maxima_only();
         bench.timer.time(row, || scorer.score(context))
@@ -59,7 +59,7 @@ pub fn extract(setting: Setting, models: Models) -> Result<StageReport> {
     };
     let works: Vec<_> = variants.iter().map(|(what, section)| (*what, move |t| work(section, t))).collect();
     let works: Vec<Work> = works.iter().map(|(what, work)| (*what, work as &dyn Fn(usize) -> f64)).collect();
-    let (prefix, requests) = (subject.prefix()?, subject.requests(&recipe.label)?);
+    let (prefix, requests) = (subject.prefix(), subject.requests(&recipe.label));
     let hidden = HiddenProjection::random(shape, setting.device);
     bench.rows(&subject, section.prefill_chunk_tokens, &works, |model, i, context, row| {
         let section = &variants[i].1;
@@ -82,11 +82,11 @@ impl Bench<'_> {
         works: &[Work],
         time: impl Fn(&LanguageModel, usize, &[u32], Row) -> Result<Row>,
     ) -> Result<StageReport> {
-        let (model, prefix) = (subject.model()?, subject.prefix()?);
+        let (model, prefix) = (subject.model()?, subject.prefix());
         let mut rows = Vec::new();
         for &t in self.setting.contexts {
             let flops = prefill(&subject.section.shape, PREFIX_TOKENS + t);
-            let (bare, context) = (Row::new("prefill", t, flops), subject.context(t)?);
+            let (bare, context) = (Row::new("prefill", t, flops), subject.context(t));
             let beside = works.iter().map(|(what, work)| Row::new(what, t, flops + work(t)));
             let Some(model) = &model else {
                 rows.extend([bare].into_iter().chain(beside).map(Row::out_of_memory));

@@ -1,16 +1,15 @@
 //! The model that is timed, and the tokens that it reads.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
-use pkv_core::{LayerSplit, ModelShape, Source, hinted};
+use pkv_core::{LayerSplit, ModelShape, Seed, Source, hinted};
 use pkv_gpu::{kind_on, unless_exhausted};
 use pkv_hub::{Hub, Lock};
 use pkv_lm::{LanguageModel, LmConfig, Placement};
 use pkv_recipe::{LabelSection, ModelSection, Recipe};
-use pkv_score::Requests;
+use pkv_score::{ModelFiles, Requests};
+use rand::Rng;
 use serde_json::json;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 
 use crate::{Models, Setting};
 
@@ -69,15 +68,10 @@ impl<'a> Subject<'a> {
                 let placement = self.placement(&config.shape)?;
                 return Ok(LanguageModel::random_over(config, placement, self.kind, 0));
             }
-            let (model, root) = (&self.section.model, self.recipe.root());
-            let context = || format!("cannot open the {} `{model}`", self.role.name());
             let hub = Hub::from_env().with_lock(Lock::beside(&self.recipe.path)?);
-            let bases = [Path::new(""), &root];
-            let folder = hub.model(model, &self.section.revision, &bases).with_context(context)?.folder;
-            LmConfig::from_folder(&folder)?
-                .check_shape(&self.section.shape, self.role.name())
-                .with_context(context)?;
-            LanguageModel::load_over(&folder, self.kind, |shape| self.placement(shape)).with_context(context)
+            ModelFiles::of_recipe(&hub, self.recipe, self.role, self.section)
+                .with_context(|| format!("cannot open the {} `{}`", self.role.name(), self.section.model))?
+                .load(self.kind, |shape| self.placement(shape))
         })
     }
 
@@ -103,34 +97,24 @@ impl<'a> Subject<'a> {
     }
 
     /// `n` tokens of the vocabulary, the same ones every time.
-    fn tokens(&self, n: usize) -> Result<Vec<u32>> {
-        tch::manual_seed(n as i64);
-        let ids = Tensor::randint(self.section.shape.vocab as i64, [n as i64], (Kind::Int64, Device::Cpu));
-        let ids: Vec<i64> = Vec::try_from(&ids).context("cannot draw tokens")?;
-        Ok(ids.into_iter().map(|id| id as u32).collect())
+    fn tokens(&self, n: usize) -> Vec<u32> {
+        let mut rng = Seed(0).stream("bench tokens", n as u64);
+        (0..n).map(|_| rng.random_range(0..self.section.shape.vocab as u32)).collect()
     }
 
-    /// # Errors
-    /// libtorch cannot draw tokens.
-    pub fn prefix(&self) -> Result<Vec<u32>> {
+    pub fn prefix(&self) -> Vec<u32> {
         self.tokens(PREFIX)
     }
 
     /// A context of `n` tokens, without the prefix.
-    ///
-    /// # Errors
-    /// As [`Subject::prefix`].
-    pub fn context(&self, n: usize) -> Result<Vec<u32>> {
+    pub fn context(&self, n: usize) -> Vec<u32> {
         self.tokens(n)
     }
 
     /// Requests as long as KVzip's.
-    ///
-    /// # Errors
-    /// As [`Subject::prefix`].
-    pub fn requests(&self, label: &LabelSection) -> Result<Requests> {
+    pub fn requests(&self, label: &LabelSection) -> Requests {
         let [first, later, switch] = [FIRST, LATER, SWITCH].map(|n| self.tokens(n));
-        Ok(Requests::from_ids(first?, later?, switch?, label.chunk()))
+        Requests::from_ids(first, later, switch, label.chunk())
     }
 }
 
@@ -157,11 +141,14 @@ fn random_config(section: &ModelSection) -> Result<LmConfig> {
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 1 << 18,
         "tie_word_embeddings": s.matrix_parameters() < TIED_BELOW,
+        // A family may have a window where the key is absent.
+        "sliding_window": null,
     }))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::time::Duration;
 
     use pkv_core::Stop;
@@ -186,6 +173,11 @@ mod tests {
             assert_eq!((proxy.family, proxy.shape), (family, of_proxy.shape));
             assert!(!target.tied_head && proxy.tied_head);
         }
+        let mut named = recipe("demo-nano.toml").target;
+        for family in pkv_lm::model_types() {
+            named.model = format!("of/{family}");
+            assert_eq!(random_config(&named).unwrap().family, family);
+        }
     }
 
     #[test]
@@ -203,11 +195,11 @@ mod tests {
         };
         let models = Models { random_weights: true, peer: None };
         let subject = Subject::new(&setting, Source::Target, models).unwrap();
-        let context = subject.context(500).unwrap();
+        let context = subject.context(500);
         assert!(context.len() == 500 && context.iter().all(|&id| id < 4096));
-        assert_eq!(context, subject.context(500).unwrap());
-        let requests = subject.requests(&recipe.label).unwrap();
-        let longer = subject.context(5000).unwrap();
+        assert_eq!(context, subject.context(500));
+        let requests = subject.requests(&recipe.label);
+        let longer = subject.context(5000);
         assert_eq!(requests.ids(&longer, &(2000..4000)).len(), LATER + 8 + SWITCH + 2000);
         // A proxy beside the target, as `dual` has it.
         let beside = Setting { device: Device::Cuda(1), ..setting };

@@ -3,8 +3,8 @@
 use pkv_core::Source;
 use pkv_hub::{Hub, Lock};
 use pkv_recipe::{ModelSection, Recipe};
-use pkv_run::pair;
 use pkv_run::session::manifest;
+use pkv_score::ModelFiles;
 use pkv_text::TextTokenizer;
 
 use super::Check;
@@ -51,7 +51,7 @@ fn model(
     recipe: &Recipe,
     hub: &Hub,
 ) -> Result<(Check, TextTokenizer), Check> {
-    match pair::open(hub, recipe, role, section) {
+    match ModelFiles::of_recipe(hub, recipe, role, section) {
         Ok(found) => {
             let detail = format!("`{}`, {}, in `{}`", found.name, section.shape, found.folder.display());
             Ok((Check::ok(role.name(), detail), found.tokenizer))

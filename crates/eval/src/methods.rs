@@ -10,6 +10,7 @@ mod expected_attention;
 mod head_prior;
 mod iam;
 mod keydiff;
+mod knorm;
 mod kvzap;
 mod kvzip;
 mod linear;
@@ -52,6 +53,7 @@ pub static REGISTRY: &[Method] = &[
     snapkv::METHOD,
     expected_attention::METHOD,
     keydiff::METHOD,
+    knorm::METHOD,
     random::METHOD,
 ];
 

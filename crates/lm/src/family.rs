@@ -4,6 +4,7 @@
 
 mod granite;
 mod llama;
+mod mistral;
 mod qwen2;
 mod qwen3;
 
@@ -14,7 +15,7 @@ use crate::architecture::Architecture;
 use crate::config::keys::Keys;
 
 /// All that are supported.
-const FAMILIES: &[Family] = &[llama::FAMILY, qwen2::FAMILY, qwen3::FAMILY, granite::FAMILY];
+const FAMILIES: &[Family] = &[llama::FAMILY, qwen2::FAMILY, qwen3::FAMILY, granite::FAMILY, mistral::FAMILY];
 
 /// Checkpoints of one `model_type`.
 pub(crate) struct Family {

@@ -21,8 +21,9 @@ command line, `--set train.lr=0.001`; `proxykv-train plan --resolved` prints all
 Absent means that the key may be left out, and what happens then.
 ";
 
-/// The whole page; `methods` are the names of `eval.methods` with their meanings.
-pub fn reference(methods: &[(&str, &str)]) -> String {
+/// The whole page; `registries` are the keys whose values other crates know, each with its names and their
+/// meanings.
+pub fn reference(registries: &[(&str, Vec<(&str, &str)>)]) -> String {
     let all = Keys::all();
     let mut out = HEAD.to_owned();
     let top: Vec<&Key> = all.keys.iter().filter(|key| key.section.is_empty()).collect();
@@ -46,9 +47,9 @@ pub fn reference(methods: &[(&str, &str)]) -> String {
                 let _ = write!(out, "\nThe names of `{}` are those of `{}`.\n", key.name, first.name);
                 continue;
             }
-            let own: Vec<(&str, &str)> = match key.path.as_str() {
-                "eval.methods" => methods.to_vec(),
-                _ => key.choices.iter().map(|(name, said)| (name.as_str(), said.as_str())).collect(),
+            let own: Vec<(&str, &str)> = match registries.iter().find(|(path, _)| *path == key.path) {
+                Some((_, names)) => names.clone(),
+                None => key.choices.iter().map(|(name, said)| (name.as_str(), said.as_str())).collect(),
             };
             if own.is_empty() {
                 continue;

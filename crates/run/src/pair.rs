@@ -1,33 +1,20 @@
 //! Finds the models that a recipe reads, compares them with the recipe's shapes, and loads them.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, ModelShape, Source, hinted};
-use pkv_hub::Hub;
 use pkv_lm::{LanguageModel, Placement};
-use pkv_recipe::{ModelSection, Recipe, SpecialTokens};
+use pkv_recipe::{ModelSection, SpecialTokens};
 use pkv_score::ModelFiles;
 use pkv_shard::ModelRecord;
 
 use crate::session::{Session, target_memory};
 
-/// Find one of the recipe's models, in a local folder or the hub's cache, and check its shape.
+/// The target as [`ModelFiles::of_recipe`] finds it, once in a session.
 ///
 /// # Errors
-/// It is not there (the hint names `fetch`), its config.json has another shape, or its tokenizer is broken.
-pub fn open(hub: &Hub, recipe: &Recipe, role: Source, section: &ModelSection) -> Result<ModelFiles> {
-    let bases = [Path::new(""), &recipe.root()];
-    let found = ModelFiles::find(hub, role, &section.model, &section.revision, &bases)?;
-    found.config.check_shape(&section.shape, role.name())?;
-    Ok(found)
-}
-
-/// The target as [`open`] finds it, once in a session.
-///
-/// # Errors
-/// As of [`open`].
+/// As of [`ModelFiles::of_recipe`].
 pub fn find_target(s: &Session) -> Result<Arc<ModelFiles>> {
     find(s, Source::Target, &s.recipe.target)
 }
@@ -36,7 +23,7 @@ fn find(s: &Session, role: Source, section: &ModelSection) -> Result<Arc<ModelFi
     if let Some(known) = s.found(role).get() {
         return Ok(Arc::clone(known));
     }
-    let mut found = open(&s.hub, &s.recipe, role, section)
+    let mut found = ModelFiles::of_recipe(&s.hub, &s.recipe, role, section)
         .with_context(|| format!("cannot open the {} `{}`", role.name(), section.model))?;
     if s.recipe.data.special_tokens == SpecialTokens::Text {
         found.tokenizer.read_special_tokens_as_text();

@@ -16,4 +16,4 @@ mod scorers;
 pub use model_files::ModelFiles;
 pub use request::Requests;
 pub use scorer::{ContextScores, Scorer};
-pub use scorers::{WINDOW, check, kvzip_plus, value_output_norms, window_scores, work};
+pub use scorers::{WINDOW, check, kvzip_plus, scorers, value_output_norms, window_scores, work};

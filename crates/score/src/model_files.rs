@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use pkv_core::{ModelShape, Source};
 use pkv_hub::Hub;
 use pkv_lm::{LanguageModel, LmConfig, Placement};
+use pkv_recipe::{ModelSection, Recipe};
 use pkv_text::TextTokenizer;
 use tch::Kind;
 
@@ -36,6 +37,17 @@ impl ModelFiles {
             tokenizer: TextTokenizer::open(&found.folder)?,
             folder: found.folder,
         })
+    }
+
+    /// Find one of the recipe's models, and check its shape.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::find`], or its config.json has another shape.
+    pub fn of_recipe(hub: &Hub, recipe: &Recipe, role: Source, section: &ModelSection) -> Result<Self> {
+        let bases = [Path::new(""), &recipe.root()];
+        let found = Self::find(hub, role, &section.model, &section.revision, &bases)?;
+        found.config.check_shape(&section.shape, role.name())?;
+        Ok(found)
     }
 
     /// Read the weights, those of each layer to the device that `place` gives it.

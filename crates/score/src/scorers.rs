@@ -49,6 +49,8 @@ pub(crate) enum Compute {
 pub(crate) struct Entry {
     /// In recipes.
     pub name: &'static str,
+    /// What its scores are, for the recipe reference.
+    pub meaning: &'static str,
     pub compute: Compute,
     /// What it costs beside the prefill, for `plan`.
     pub work: ScorerWork,
@@ -60,6 +62,7 @@ pub(crate) struct Entry {
 /// KVzip's own score: the softmax weights as they are.
 const PLAIN: Entry = Entry {
     name: "plain",
+    meaning: "the strongest softmax weight of a repeat, as KVzip has it",
     compute: Compute::Repeat(None),
     work: ScorerWork::REPEAT,
     #[cfg(test)]
@@ -68,6 +71,11 @@ const PLAIN: Entry = Entry {
 
 /// All ways to score.
 pub(crate) static REGISTRY: &[Entry] = &[PLAIN, kvzip_plus::ENTRY, snapkv::ENTRY];
+
+/// The name of every way to score, and what its scores are.
+pub fn scorers() -> impl Iterator<Item = (&'static str, &'static str)> {
+    REGISTRY.iter().map(|entry| (entry.name, entry.meaning))
+}
 
 /// Refuse a recipe's `label.scorer` if it is unknown.
 ///

@@ -22,7 +22,7 @@ MASK_ELEMENTS = 1 << 28
 # Positions whose hidden states are held in f32 at once.
 HIDDEN_ROWS = 1 << 13
 # Architectures whose attention modules the hooks know.
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "granite")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "granite", "mistral")
 PREFILL_CHANNELS = ("max_all", "mean_all", "max_window", "mean_window", "max_last", "mean_last", "key_norm", "value_norm")
 REPEAT_CHANNELS = ("recon_log", "recon_log_odds", "recon_mean")
 UNRUN_CHANNELS = ("replay_unrun", "replay_unrun_mean")

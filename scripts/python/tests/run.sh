@@ -22,6 +22,14 @@ train() { # COMMAND, then what differs from the demo
 }
 all() { for stage in prepare label extract train export; do train "$stage" "$@"; done; }
 
+# Every channel but those whose names begin with one of the words, from the last to the first.
+channels() {
+  "$runs/proxykv-train" schema | "$venv/bin/python" -c 'import json, sys
+names = [channel["const"] for channel in json.load(sys.stdin)["$defs"]["Channel"]["oneOf"]]
+print(json.dumps([name for name in reversed(names) if not name.startswith(tuple(sys.argv[1:]))]))' "$@"
+}
+proxy_channels=$(channels hidden_) target_channels=$(channels recon_)
+
 policies='eval.answer_policies=["pair","pair-floor","pair-keydiff","pair-uniform","pair-budget","token"]'
 # The demo, shorter; all policies are asked for answers.
 demo=(--set train.steps=30 --set eval.contexts=4 --set "$policies")
@@ -30,7 +38,7 @@ train eval "${demo[@]}" --kept 4
 # All channels, short chunks of every kind, KVzip+ labels; the `conv` variant with attention over time.
 other=(--set name=other --set train.steps=2 --set eval.contexts=2 --set mapper.variant=conv --set 'mapper.attention_blocks=[1]'
   --set mapper.attention_window=64 --set label.preset=plus --set label.chunk_tokens=150 --set extract.prefill_chunk_tokens=200
-  --set 'extract.channels=["recon_log","mean_last_layer","max_all","mean_all","max_window","replay_unrun","mean_window","max_last","mean_last","key_diff","key_norm","value_norm","recon_log_odds","recon_mean","replay_unrun_mean"]')
+  --set "extract.channels=$proxy_channels")
 all "${other[@]}"
 train eval "${other[@]}" --kept 2
 # Features of the target alone, with the channel that is fitted to its hidden states.
@@ -46,14 +54,13 @@ both=(--set name=both --set train.steps=30 --set eval.contexts=2 --set 'extract.
 all "${both[@]}"
 train eval "${both[@]}" --kept 2
 # All channels of the target, scoring chunks that prefill chunks cut; then all of both models, in one scoring chunk.
-target_channels='["replay_unrun_mean","max_all","mean_all","key_diff","max_window","mean_window","max_last","mean_last","mean_last_layer","key_norm","value_norm","hidden_linear","replay_unrun"]'
 own_all=(--set name=own-all --set train.steps=10 --set eval.contexts=2 --set 'extract.from=["target"]' --set "extract.target_channels=$target_channels"
   --set label.chunk_tokens=150 --set extract.prefill_chunk_tokens=200 --set "$policies")
 all "${own_all[@]}"
 train eval "${own_all[@]}" --kept 2
 both_all=(--set name=both-all --set train.steps=10 --set eval.contexts=2 --set 'extract.from=["proxy","target"]' --set "extract.target_channels=$target_channels"
   --set label.preset=original --set "$policies"
-  --set 'extract.channels=["mean_last_layer","recon_log","max_all","mean_all","max_window","mean_window","key_norm","value_norm","key_diff","replay_unrun","replay_unrun_mean","recon_log_odds","recon_mean"]')
+  --set "extract.channels=$proxy_channels")
 all "${both_all[@]}"
 train eval "${both_all[@]}" --kept 2
 # The other variants need no stage before training of their own.

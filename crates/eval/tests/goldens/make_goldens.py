@@ -13,7 +13,7 @@ import importlib.metadata
 from pathlib import Path
 
 import torch
-from kvpress import ExpectedAttentionPress, KeyDiffPress
+from kvpress import ExpectedAttentionPress, KeyDiffPress, KnormPress
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -27,7 +27,7 @@ NANO = HERE.parents[3] / "recipes/nano-llama"
 MODELS = {f"nano-llama-{which}": NANO / which for which in ("target", "proxy")} | {
     name: LM / name for name in ("arch-llama3-rope-untied", "arch-qwen2-bias", "arch-qwen2-yarn", "arch-qwen3-qknorm")
 }
-PRESSES = {"expected-attention": ExpectedAttentionPress, "keydiff": KeyDiffPress}
+PRESSES = {"expected-attention": ExpectedAttentionPress, "keydiff": KeyDiffPress, "knorm": KnormPress}
 TOKENS = 200
 
 

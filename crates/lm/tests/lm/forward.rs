@@ -279,6 +279,7 @@ fn a_full_cache_and_wrong_tokens_are_refused() {
 
 #[test]
 fn random_models_depend_on_their_seed_alone() {
+    let _drawing = drawing();
     let config = load(&goldens().join("arch-qwen2-bias")).config().clone();
     let ids = golden_ids("arch-qwen2-bias");
     let logits = |seed| {
@@ -346,6 +347,7 @@ fn half_precision_follows_f32() {
 
 /// A copy of a model, each weight times 1 plus a random number of `-most..most`, in f32.
 fn off_by(folder: &Path, most: f64, seed: i64) -> TempDir {
+    let _drawing = drawing();
     tch::manual_seed(seed);
     let copy = tempfile::tempdir().unwrap();
     std::fs::copy(folder.join("config.json"), copy.path().join("config.json")).unwrap();

@@ -2,9 +2,10 @@
 //!
 //! `tests/goldens/make_goldens.py` made the numbers.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 
-use pkv_lm::NoTap;
+use pkv_lm::{LmConfig, NoTap};
 
 use crate::support::*;
 
@@ -26,6 +27,13 @@ fn check(name: &str, chunk: usize) {
     let logits = model.logits(&hidden.narrow(0, rows - 8, 8));
     let logits = if TRAINED.contains(&name) { logits.slice(1, None, None, STRIDE) } else { logits };
     assert_close(&format!("{name}, chunks of {chunk}"), &logits, &golden(name)("logits_tail"), 1e-3);
+}
+
+#[test]
+fn every_family_has_a_golden() {
+    let family = |name| LmConfig::from_folder(&goldens().join(name)).unwrap().family;
+    let held: BTreeSet<&str> = architectures().map(family).collect();
+    assert_eq!(held, pkv_lm::model_types().collect());
 }
 
 #[test]

@@ -6,14 +6,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::support::*;
 
-const MODELS: [&str; 6] = [
-    "nano-llama-target",
-    "arch-llama3-rope-untied",
-    "arch-qwen2-bias",
-    "arch-qwen2-yarn",
-    "arch-qwen3-qknorm",
-    "arch-granite-multipliers",
-];
+fn models() -> impl Iterator<Item = &'static str> {
+    architectures().chain(["nano-llama-target"])
+}
 
 fn ids(model: &LanguageModel, n: usize, seed: u64) -> Vec<u32> {
     let mut rng = pkv_core::Seed(seed).stream("ragged ids", 0);
@@ -50,7 +45,7 @@ fn one(model: &LanguageModel, ids: &[u32]) -> Tensor {
 
 #[test]
 fn keeping_everything_equals_the_full_cache() {
-    for name in MODELS {
+    for name in models() {
         let model = load(&checkpoint(name).unwrap());
         let all = ids(&model, 140, 1);
         let mut full = prefilled(&model, &all[..120], 20);
@@ -87,7 +82,7 @@ fn keeping_everything_equals_the_full_cache() {
 
 #[test]
 fn compaction_equals_a_mask_on_the_full_cache() {
-    for (seed, name) in MODELS.into_iter().enumerate() {
+    for (seed, name) in models().enumerate() {
         let model = load(&checkpoint(name).unwrap());
         for (context, seed) in [(1, 10), (5, 20), (117, 30), (200, 40)].map(|(n, s)| (n, s + seed as u64)) {
             let all = ids(&model, context + 12, seed);
@@ -201,7 +196,7 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
 /// f32 as closely as the full cache does.
 #[test]
 fn half_precision_follows_f32() {
-    for name in MODELS {
+    for name in models() {
         let folder = checkpoint(name).unwrap();
         let log_probabilities = |kind| {
             let model = LanguageModel::load(&folder, device(), kind).unwrap();

@@ -1,6 +1,7 @@
 //! Checkpoints, folders and comparisons that the tests share.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pkv_lm::LanguageModel;
 use pkv_test_support::files;
@@ -9,6 +10,12 @@ use tch::{Device, Kind, Tensor};
 pub use pkv_test_support::errors::{assert_error, assert_error_text};
 pub use pkv_test_support::files::{architectures, lm_goldens as goldens, nano};
 pub use pkv_test_support::tensors::{assert_close, difference};
+
+/// Held by a test while it draws from libtorch's generator, which is that of all threads.
+pub fn drawing() -> MutexGuard<'static, ()> {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Trained models that goldens exist for; `scripts/real_models.py` makes their folders.
 pub const TRAINED: [&str; 2] = ["smollm2-135m", "qwen2.5-coder-0.5b"];

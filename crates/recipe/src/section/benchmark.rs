@@ -1,4 +1,4 @@
-//! `[eval.benchmark]`: standard benchmarks that the `ruler`, `longbench` and `scbench` tasks ask.
+//! `[eval.benchmark]`: settings of the benchmark suites that `eval.tasks` names.
 
 use anyhow::{Result, ensure};
 use schemars::JsonSchema;
@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BenchmarkSection {
-    /// Data manifest of the benchmarks' files; its sources are named `essays`, `squad`, `hotpotqa`, `words`
-    /// (RULER), `longbench` and `scbench`. Empty: none, which leaves RULER's tasks that need no file.
+    /// Data manifest of the benchmarks' files. RULER's sources are `essays`, `squad`, `hotpotqa` and `words`;
+    /// any other suite's source has the suite's name. Empty: none, which leaves RULER's tasks that need no
+    /// file.
     pub manifest: String,
     /// Maximum number of examples of each task.
     pub examples: usize,
@@ -23,7 +24,7 @@ pub struct BenchmarkSection {
     pub scbench_tasks: Vec<String>,
     /// Whether the questions of one SCBench context form a conversation.
     pub scbench_mode: SharedContext,
-    /// Longest prompt of LongBench and SCBench in tokens; of longer ones the middle is cut out. 31,500 is
+    /// Longest prompt of suites that read files, in tokens; of longer ones the middle is cut out. 31,500 is
     /// LongBench's own limit for models of 32k.
     pub prompt_tokens: usize,
     /// Maximum number of tokens of an answer; 0: each benchmark's own limit. A lower limit saves time on

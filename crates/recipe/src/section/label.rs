@@ -15,9 +15,7 @@ pub use preset::{LabelPreset, Preset};
 pub struct LabelSection {
     /// Published definition of the score.
     pub preset: LabelPreset,
-    /// How a context's scores are computed; the preset's own way if absent. `plain`: the softmax weights of a
-    /// repeat; `kvzip-plus`: those, weighted; `snapkv`: the attention of the context's last tokens, without a
-    /// repeat.
+    /// How a context's scores are computed; the preset's own way if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scorer: Option<String>,
     /// Tokens per scoring chunk; the preset's own (2000 or 2048) if absent.

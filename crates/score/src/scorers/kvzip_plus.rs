@@ -14,6 +14,7 @@ use super::{Compute, Entry, l2_norm, value_output_norms};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "kvzip-plus",
+    meaning: "the same, each weight over the norm of its row's attention input, times the norm of the value through W_O",
     compute: Compute::Repeat(Some(kvzip_plus)),
     work: ScorerWork { value_norms: true, ..ScorerWork::REPEAT },
     #[cfg(test)]

@@ -15,6 +15,7 @@ use super::{CachedContext, Compute, Entry};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "snapkv",
+    meaning: "attention of the context's last tokens; nothing is repeated",
     compute: Compute::Cached(|context| {
         let window = context.tokens.len().min(WINDOW as usize);
         let last = &context.tokens[context.tokens.len() - window..];

@@ -14,7 +14,10 @@ fn every_scorer_and_every_preset_is_held_by_a_reference() {
     let read = |file: &str| fs::read_to_string(crates.join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
     let names: BTreeSet<&str> = REGISTRY.iter().map(|entry| entry.name).collect();
     assert_eq!(names.len(), REGISTRY.len(), "each is another's");
+    let meanings: BTreeSet<&str> = REGISTRY.iter().map(|entry| entry.meaning).collect();
+    assert_eq!(meanings.len(), REGISTRY.len(), "each is another's");
     for entry in REGISTRY {
+        assert!(entry.meaning.len() > 20 && !entry.meaning.ends_with('.'), "`{}`", entry.name);
         let (file, what) = entry.held_by;
         assert!(read(file).contains(what), "`{}`: `{file}` has no {what}", entry.name);
     }
