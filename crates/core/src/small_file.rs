@@ -47,8 +47,8 @@ pub fn read_at_most(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     if content.len() as u64 > most { Err(large(format!("more than {most}"))) } else { Ok(content) }
 }
 
-/// What `path` names, links followed; nothing if that is absent. For files whose absence changes a result: one that
-/// the system cannot look at now is not absent.
+/// What `path` names, links followed; nothing if that is absent. For files whose absence changes a result:
+/// one that the system cannot look at now is not absent.
 ///
 /// # Errors
 /// The system cannot say: the disk fails, or a folder may not be read.

@@ -99,7 +99,8 @@ fn text(path: &Path, stop: &Stop) -> Result<String> {
     Ok(text.strip_prefix(BYTE_ORDER_MARK).map(str::to_owned).unwrap_or(text))
 }
 
-/// What a stream holds, up to the size of a file that is read whole; nothing if the user stops before its end.
+/// What a stream holds, up to the size of a file that is read whole; nothing if the user stops before its
+/// end.
 fn whole<R: Read>(
     open: impl FnOnce() -> io::Result<R> + Send + 'static,
     stop: &Stop,
