@@ -113,6 +113,11 @@ fn recipes_are_listed_and_shown() {
     let listed = command(&s, &["recipes", "ls"]).ok().stdout;
     assert_eq!(listed.lines().count(), 4, "{listed}");
     assert!(listed.contains("6 variants, for `sweep --variants recipes/many`"), "{listed}");
+    // A proxy that is not read is not named.
+    s.write("recipes/other.toml", "base = \"mine.toml\"\nname = \"other\"\n[extract]\nfrom = [\"target\"]\n");
+    let listed = command(&s, &["recipes", "ls"]).ok().stdout;
+    let other = listed.lines().find(|line| line.starts_with("recipes/other.toml")).unwrap();
+    assert!(other.ends_with("nano-llama/target"), "{other}");
 }
 
 #[test]

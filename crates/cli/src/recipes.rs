@@ -81,8 +81,8 @@ fn ls(cli: &Cli) -> Result<()> {
 /// From this many recipes on, a folder below `recipes/` is one line.
 const MANY: usize = 6;
 
-/// A line for each recipe, and one for each folder of [`MANY`] variants; the features of one with a proxy may
-/// be the target's alone.
+/// A line for each recipe, and one for each folder of [`MANY`] variants. A proxy is named where features come
+/// from it.
 fn table(rows: &[Value]) -> String {
     let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
     let folder = |row: &Value| Path::new(&text(row, "file")).parent().map(Path::to_owned).unwrap_or_default();
@@ -103,8 +103,7 @@ fn table(rows: &[Value]) -> String {
         let is_read = row["features"].as_array().is_some_and(|all| all.contains(&json!("proxy")));
         let proxy = match row["proxy"].as_str() {
             Some(proxy) if is_read => format!(", proxy {proxy}"),
-            Some(proxy) => format!(" (proxy {proxy}, not read)"),
-            None => String::new(),
+            _ => String::new(),
         };
         match row["error"].as_str() {
             Some(error) => format!("{file:width$}  cannot be read: {error}\n"),
