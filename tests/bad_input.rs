@@ -45,6 +45,8 @@ fn misspelt_override_is_named() {
     s.run(&["plan", "--set", "eval.methods=mapper"])
         .fails_with(&["cannot apply `--set eval.methods=mapper`", r#"'eval.methods=["mapper"]'"#]);
     s.run(&["plan", "--set", "train.lr=-1"]).fails_with(&["`train.lr` is -1"]);
+    let threads = s.run(&["plan", "--threads", "0"]);
+    assert!(threads.stderr.contains("invalid value '0' for '--threads <N>'"), "{}", threads.stderr);
 }
 
 #[test]

@@ -131,6 +131,13 @@ fn prefill_is_measured_in_every_regime() {
         }
     }
     assert_eq!(rows.len(), 2 * (2 + 3 * regimes.len()));
+    // No two lines of the log are called the same.
+    let lines = ran.stderr.lines().filter_map(|line| line.split_once(" at 97: "));
+    let mut named: Vec<&str> = lines.map(|(what, _)| what).collect();
+    let all = named.len();
+    named.sort_unstable();
+    named.dedup();
+    assert_eq!((named.len(), all), (11, 11), "{}", ran.stderr);
     let trace: Value = serde_json::from_str(&std::fs::read_to_string(s.path("trace.json")).unwrap()).unwrap();
     let processes = trace["traceEvents"].as_array().unwrap().iter().filter(|e| e["name"] == "process_name");
     assert_eq!(processes.count(), 2 * 3 * 3);

@@ -95,6 +95,7 @@ fn answers_are_streamed_and_the_rest_is_said() {
     for part in ["KV pairs (25.0%)", "prefill", "features", "tokens/s"] {
         assert!(plain.stderr.contains(part), "`{part}` is missing\n{}", plain.stderr);
     }
+    assert!(!plain.stderr.contains("with a GPU"), "a CPU's phases are no forecast\n{}", plain.stderr);
 
     // The same from other ways in: stdin for the context, JSON lines for the questions.
     s.write(
@@ -151,6 +152,8 @@ fn regimes_and_overlap_answer_alike_and_leave_a_trace() {
         assert_eq!(summary["regime"], args[1]);
         assert!(summary["dual_critical_secs"].is_null(), "parallel phases are no forecast");
     }
+    let dual = infer(s, &on_context(&["--regime", "dual", "--max-new-tokens", "1"])).ok();
+    assert!(dual.stderr.contains("is made for two GPUs"), "{}", dual.stderr);
     let trace: Value = serde_json::from_str(&fs::read_to_string(s.path("trace.json")).unwrap()).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();
     assert!(events.iter().any(|e| e["ph"] == "X" && e["name"] == "prefill"));

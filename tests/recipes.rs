@@ -63,7 +63,8 @@ fn the_schema_knows_every_key_of_the_recipes_that_come_along() {
 #[test]
 fn recipes_are_listed_and_shown() {
     let s = Sandbox::new();
-    command(&s, &["recipes", "show", "no-such"]).fails_with(&["there is no recipe `no-such`"]);
+    let unlike = command(&s, &["recipes", "show", "zzz"]).fails_with(&["there is no recipe `zzz`"]).stderr;
+    assert!(!unlike.contains("did you mean"), "{unlike}");
     // None here: those beside the program, which the tests run from the repository's own target folder.
     fs::create_dir(s.path("recipes")).unwrap();
     fs::copy(s.path("recipe.toml"), s.path("recipes/mine.toml")).unwrap();
@@ -112,6 +113,11 @@ fn recipes_are_listed_and_shown() {
     let listed = command(&s, &["recipes", "ls"]).ok().stdout;
     assert_eq!(listed.lines().count(), 4, "{listed}");
     assert!(listed.contains("6 variants, for `sweep --variants recipes/many`"), "{listed}");
+    // A proxy that is not read is not named.
+    s.write("recipes/other.toml", "base = \"mine.toml\"\nname = \"other\"\n[extract]\nfrom = [\"target\"]\n");
+    let listed = command(&s, &["recipes", "ls"]).ok().stdout;
+    let other = listed.lines().find(|line| line.starts_with("recipes/other.toml")).unwrap();
+    assert!(other.ends_with("nano-llama/target"), "{other}");
 }
 
 #[test]
@@ -146,7 +152,9 @@ fn a_recipe_for_a_pair_has_the_shapes_of_its_models() {
     // What is there stays.
     init(&["--out", "new/own.toml"]).fails_with(&["it is there already", "new/own.toml"]);
     assert_eq!(fs::read_to_string(s.path("new/own.toml")).unwrap(), first);
-    init(&["--out", "x.toml", "--name", "a/b"]).fails_with(&["was not written", "--name"]);
+    for out in ["x.toml", "-"] {
+        init(&["--out", out, "--name", "a/b"]).fails_with(&["was not written", "--name"]);
+    }
     assert!(!s.path("x.toml").exists());
     // One model; stdout.
     let alone =

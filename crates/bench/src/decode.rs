@@ -135,7 +135,8 @@ impl Decoding<'_> {
         let Some(mut cache) = unless_exhausted(|| self.ragged(t, batch, policy, ratio))? else {
             return Ok(row);
         };
-        let timed = self.timer.time(Row::new("kept", t, 0.0), || {
+        let apart = format!(" {ratio}, {policy}, batch {batch}");
+        let timed = self.timer.time(Row::new("kept", t, 0.0).apart(apart), || {
             cache.rewind();
             let mut id_b1 = self.first(batch);
             for _ in 0..STEPS {

@@ -244,7 +244,7 @@ impl Ways<'_> {
             target_side,
             stop: Stop::default(),
         };
-        let row = self.timer.time(row, || {
+        let row = self.timer.time(row.apart(format!(", {set} features,")), || {
             let prefilled = regime.prefill(&context)?;
             if let Some(why) = prefilled.fallback {
                 bail!("the proxy's side failed: {why:#}");

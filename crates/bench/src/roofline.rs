@@ -58,7 +58,8 @@ pub fn measure(device: Device, kind: Kind) -> Result<Roofline> {
         pkv_gpu::empty_cache()?;
     }
     tracing::info!(
-        "matrix product {n} cubed in {kind:?}: {}/s; copy: {}/s",
+        "matrix product of {n} x {n} in {}: {}/s; copy: {}/s",
+        if kind == Kind::BFloat16 { "bf16" } else { "f32" },
         human_flops(roofline.flops_per_s),
         human_bytes(roofline.copy_bytes_per_s as u64)
     );

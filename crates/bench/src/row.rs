@@ -6,6 +6,9 @@ use serde::Serialize;
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     pub what: &'static str,
+    /// What sets it apart from other rows of this name, in the log.
+    #[serde(skip)]
+    pub apart: String,
     /// Tokens.
     pub context: usize,
     /// Operations of one run, a multiply-add being two; counted, not measured.
@@ -51,7 +54,12 @@ impl Row {
     pub const OUT_OF_MEMORY: &'static str = "out of memory";
 
     pub fn new(what: &'static str, context: usize, flops: f64) -> Self {
-        Self { what, context, flops, measured: None, error: None, over_prefill: None, peer: None }
+        let apart = String::new();
+        Self { what, apart, context, flops, measured: None, error: None, over_prefill: None, peer: None }
+    }
+
+    pub fn apart(self, apart: String) -> Self {
+        Self { apart, ..self }
     }
 
     pub fn out_of_memory(self) -> Self {

@@ -28,7 +28,7 @@ impl<'a> Timer<'a> {
     pub fn time<T>(&self, row: Row, mut work: impl FnMut() -> Result<T>) -> Result<Row> {
         let _no_grad = tch::no_grad_guard();
         let Some(times) = unless_exhausted(|| self.times(&mut work))? else {
-            tracing::info!("{} at {}: out of memory", row.what, row.context);
+            tracing::info!("{}{} at {}: out of memory", row.what, row.apart, row.context);
             return Ok(row.out_of_memory());
         };
         let peaks: Vec<u64> = self.gpus().map(peak).collect::<Result<_>>()?;
@@ -44,7 +44,8 @@ impl<'a> Timer<'a> {
             peak_bytes,
             device_peak_bytes,
         };
-        tracing::info!("{} at {}: {median_s:.4} s ({} runs)", row.what, row.context, times.len());
+        let (what, runs) = (format!("{}{}", row.what, row.apart), times.len());
+        tracing::info!("{what} at {}: {median_s:.4} s ({runs} runs)", row.context);
         Ok(Row { measured: Some(measured), ..row })
     }
 

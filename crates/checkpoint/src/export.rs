@@ -225,6 +225,13 @@ impl Export {
                 "name a run folder, or the export in it that `proxykv-train export` wrote"
             )
         );
+        ensure!(
+            folder.is_file() || [CONFIG, MODEL, PARITY].iter().any(|name| folder.join(name).exists()),
+            hinted(
+                format!("cannot read export `{}`: it has none of an export's files", folder.display()),
+                "name an export, or the run folder that contains it"
+            )
+        );
         read().with_context(|| {
             hinted(
                 format!("cannot read export `{}`", folder.display()),

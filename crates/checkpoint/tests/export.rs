@@ -238,6 +238,9 @@ fn damage_is_named() {
     let (said, hint) = text_and_hint(&Export::read(&dir.path().join("exprot")).expect_err("no folder"));
     assert!(said.contains("there is no such folder"), "{said}");
     assert!(hint.contains(&format!("there is `{}`; ", folder.display())), "{hint}");
+    // A folder of something else is not a damaged one.
+    let (said, hint) = text_and_hint(&Export::read(dir.path()).expect_err("no export"));
+    assert!(said.contains("it has none of an export's files") && hint.contains("name an export"), "{said}");
     let fails = |file: &str, data: Option<Vec<u8>>, expected: &str| {
         match data {
             Some(data) => fs::write(folder.join(file), data).unwrap(),

@@ -47,7 +47,7 @@ pub struct Cli {
     pub device: DeviceGroup,
 
     /// Number of CPU threads of libtorch [default: all cores].
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
 
     /// Folder that holds the run folders, or a bucket: s3://, gs:// or az://.

@@ -8,7 +8,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use pkv_core::{Stop, hinted};
 use pkv_hub::Hub;
 use pkv_lm::LmConfig;
@@ -81,8 +81,8 @@ fn ls(cli: &Cli) -> Result<()> {
 /// From this many recipes on, a folder below `recipes/` is one line.
 const MANY: usize = 6;
 
-/// A line for each recipe, and one for each folder of [`MANY`] variants; the features of one with a proxy may
-/// be the target's alone.
+/// A line for each recipe, and one for each folder of [`MANY`] variants. A proxy is named where features come
+/// from it.
 fn table(rows: &[Value]) -> String {
     let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
     let folder = |row: &Value| Path::new(&text(row, "file")).parent().map(Path::to_owned).unwrap_or_default();
@@ -103,8 +103,7 @@ fn table(rows: &[Value]) -> String {
         let is_read = row["features"].as_array().is_some_and(|all| all.contains(&json!("proxy")));
         let proxy = match row["proxy"].as_str() {
             Some(proxy) if is_read => format!(", proxy {proxy}"),
-            Some(proxy) => format!(" (proxy {proxy}, not read)"),
-            None => String::new(),
+            _ => String::new(),
         };
         match row["error"].as_str() {
             Some(error) => format!("{file:width$}  cannot be read: {error}\n"),
@@ -129,10 +128,11 @@ fn show(name: &str) -> Result<()> {
         found.with_context(|| {
             let alike = |stem: &String| strsim::jaro_winkler(stem, name);
             let mut near: Vec<String> = all.iter().map(|path| stem(path)).collect();
-            // A part of several names means none of them.
+            // A part of several names means none of them, and what is unlike all was not misspelled.
             if near.iter().filter(|stem| stem.contains(name)).count() > 1 {
                 near.clear();
             }
+            near.retain(|stem| alike(stem) > 0.65);
             let near = near.iter().max_by(|a, b| alike(a).total_cmp(&alike(b)));
             let near = near.map_or_else(String::new, |near| format!("did you mean `{near}`? "));
             hinted(
@@ -156,16 +156,22 @@ fn init(cli: &Cli, args: &InitArgs, stop: &Stop) -> Result<()> {
     let target = model("target", &args.target, stop)?;
     let proxy = args.proxy.as_deref().map(|name| Ok((name, model("proxy", name, stop)?)));
     let proxy: Option<(&str, LmConfig)> = proxy.transpose().map_err(|e: anyhow::Error| e)?;
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let name = args.name.clone().unwrap_or_else(|| {
         let of = |model: &str| {
             let last = model.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_lowercase();
-            last.chars()
-                .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' })
-                .collect::<String>()
+            last.chars().map(|c| if is_plain(c) { c } else { '-' }).collect::<String>()
         };
         let proxy = proxy.as_ref().map(|(name, _)| format!("--{}", of(name))).unwrap_or_default();
         format!("{}{proxy}", of(&args.target))
     });
+    ensure!(
+        !name.is_empty() && name.chars().all(is_plain),
+        hinted(
+            format!("`{name}` cannot name a run folder: the recipe was not written"),
+            "name the pair with `--name`: letters, digits, `-`, `_` and `.`"
+        )
+    );
     let text = recipe_text(&name, &args.target, &target, proxy.as_ref().map(|(n, c)| (*n, c)), &args.data);
     if args.out.as_deref() == Some(Path::new("-")) {
         return output::print_either(cli.json, &json!({"name": name, "recipe": text}), || text.clone());
@@ -189,13 +195,10 @@ fn init(cli: &Cli, args: &InitArgs, stop: &Stop) -> Result<()> {
             .context(hinted(format!("cannot write the recipe `{}`: {why}", path.display()), hint))
     })?;
     file.write_all(text.as_bytes()).with_context(|| format!("cannot write `{}`", path.display()))?;
-    // A name that no recipe may have, or a shape that does not fit, is found now.
+    // A shape that does not fit is found now.
     if let Err(e) = load_recipe(&path, &[]) {
         fs::remove_file(&path).with_context(|| format!("cannot remove `{}`", path.display()))?;
-        return Err(e.context(hinted(
-            "the recipe would not be valid, and was not written",
-            "name the pair with `--name`: letters, digits, `-`, `_` and `.`",
-        )));
+        return Err(e.context("the recipe would not be valid, and was not written"));
     }
     let shown = path.display();
     output::print_either(cli.json, &json!({"name": name, "file": path}), || {

@@ -44,7 +44,7 @@ impl Stop {
 
 /// The work was stopped by the user; what was done is on disk.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("interrupted; whole shards and checkpoints are on disk, and the same command goes on from them")]
+#[error("interrupted; what was finished is on disk, and the same command goes on from it")]
 pub struct Interrupted;
 
 #[cfg(test)]

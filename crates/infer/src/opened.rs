@@ -85,6 +85,11 @@ impl Opened {
     /// A model is absent, the mapper does not fit the pair, or the request does not fit the mapper.
     pub fn new(export: Export, request: Request) -> Result<Self> {
         check_devices(request.regime, request.device, request.proxy_device)?;
+        if request.regime == RegimeName::Dual && request.device == request.proxy_device {
+            tracing::warn!(
+                "`--regime dual` is made for two GPUs: here target and proxy share the cores of the CPU"
+            );
+        }
         let (config, mapper, regime) = (export.config(), &request.mapper, request.regime);
         ensure!(
             request.policy != Policy::PairBudget || export.budgets().is_some(),

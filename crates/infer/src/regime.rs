@@ -113,7 +113,7 @@ pub fn check_length(tokens: usize, limit: usize) -> Result<()> {
         tokens < limit,
         hinted(
             format!("the context takes {tokens} positions, the target was made for {limit}"),
-            "shorten the context, so that a question has room behind it"
+            "shorten the context, so that a question has room after it"
         )
     );
     Ok(())

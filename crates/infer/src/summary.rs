@@ -130,7 +130,8 @@ impl Summary {
         if s.waited_secs > 0.0 {
             let _ = writeln!(out, "the target waited {:.4} s for the proxy's side", s.waited_secs);
         }
-        if let Some(secs) = s.dual_critical_secs {
+        // The phases of a CPU say nothing of two GPUs.
+        if let Some(secs) = s.dual_critical_secs.filter(|_| s.device.starts_with("cuda")) {
             let _ = writeln!(
                 out,
                 "with a GPU for the target and one for the proxy it would take {secs:.4} s, by these phases"

@@ -1,7 +1,7 @@
 //! Single files of a run, and the folders that hold nothing else: tables of the evaluation, outcomes,
 //! tensors, journals.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -105,7 +105,50 @@ fn table(path: &Path) -> Result<String> {
             out.add(method, format!("{rows} rows"));
         }
     }
+    if is_answers {
+        samples(&file, &mut out)?;
+    }
     Ok(out.text)
+}
+
+/// Questions of each task that are shown with their answers.
+const SAMPLES: usize = 6;
+
+/// Of each task the first questions, each of another context if there are enough, with the mapper's answers
+/// where least was kept, or those of the first method that pruned.
+fn samples(file: &Columns, out: &mut Lines) -> Result<()> {
+    let (tasks, methods, policies) = (file.text("task")?, file.text("method")?, file.text("policy")?);
+    let (ratios, scores, ids) = (file.numbers("ratio")?, file.numbers("score")?, file.text("context_id")?);
+    let (asked, wanted, given) = (file.text("question_text")?, file.text("gold")?, file.text("answer")?);
+    let names: BTreeSet<&String> = tasks.iter().collect();
+    for task in names {
+        let pruned = || (0..tasks.len()).filter(|&i| tasks[i] == *task && methods[i] != "full");
+        let Some(first) = pruned().find(|&i| methods[i] == "mapper").or_else(|| pruned().next()) else {
+            continue;
+        };
+        let (method, policy) = (&methods[first], &policies[first]);
+        let of = || pruned().filter(|&i| methods[i] == *method && policies[i] == *policy);
+        let least = of().map(|i| ratios[i]).fold(1.0, f64::min);
+        let mut rows: Vec<usize> = of().filter(|&i| ratios[i] == least).collect();
+        let mut contexts = BTreeSet::new();
+        // Those of contexts that were not seen before come first.
+        rows.sort_by_key(|&i| !contexts.insert(&ids[i]));
+        let all = rows.len();
+        rows.truncate(SAMPLES);
+        out.block(&format!(
+            "{task}: {} of {all} answers, {method}, {policy}, {}% kept",
+            rows.len(),
+            100.0 * least
+        ));
+        for i in rows {
+            let line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+            let cut = |text: &str| line(text).chars().take(160).collect::<String>();
+            out.add("question", cut(&asked[i]));
+            out.add("  right answer", cut(&wanted[i]));
+            out.add("  given", format!("{}  ({:.0}%)", cut(&given[i]), 100.0 * scores[i]));
+        }
+    }
+    Ok(())
 }
 
 /// By its keys.
@@ -208,6 +251,9 @@ fn plain(path: &Path, name: &str) -> Result<Option<String>> {
         "answers.svg" => "chart of answers by share kept, for a browser",
         "README.md" if dir.join("parity.safetensors").is_file() => "model card of an export",
         _ if name.contains(".tfevents.") => "training curves, for TensorBoard",
+        _ if name.ends_with(".lock") => {
+            "lock that keeps a second process out while one writes; needed by no reader"
+        }
         _ => return Ok(None),
     };
     let bytes = fs::metadata(path).with_context(|| format!("cannot read `{}`", path.display()))?.len();

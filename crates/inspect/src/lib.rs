@@ -38,7 +38,11 @@ pub fn inspect(path: &Path) -> Result<String> {
     if !path.exists() {
         bail!(hinted(
             format!("there is no `{}`", path.display()),
-            "check the path; run folders are in `runs/`"
+            match Path::new("runs").join(path) {
+                run if run.exists() =>
+                    format!("did you mean `{}`? run folders are in `runs/`", run.display()),
+                _ => "check the path; run folders are in `runs/`".to_owned(),
+            }
         ));
     }
     if !path.is_dir() {
@@ -71,11 +75,14 @@ pub fn inspect(path: &Path) -> Result<String> {
 }
 
 fn unknown(path: &Path) -> Result<String> {
-    bail!(hinted(
-        format!("`{}` is nothing that this program writes", path.display()),
-        "pass a run folder, a folder of them, or a file or folder in one: a shard (`.parquet`), a stage's folder, a checkpoint, an export, \
-         `eval/results.json`; or a model"
-    ))
+    let hint = match path.extension().is_some_and(|e| e == "toml") {
+        true => "`proxykv-train plan --resolved --recipe FILE` shows every key of a recipe",
+        false => {
+            "pass a run folder, a folder of them, or a file or folder in one: a shard (`.parquet`), a stage's folder, \
+             a checkpoint, an export, `eval/results.json`; or a model"
+        }
+    };
+    bail!(hinted(format!("`{}` is not an output of this program, nor a model", path.display()), hint))
 }
 
 /// Lines of `key  value`, keys aligned.
@@ -312,6 +319,12 @@ mod tests {
         let hint = |e: anyhow::Error| e.downcast_ref::<pkv_core::Hinted>().unwrap().hint().to_owned();
         assert!(hint(inspect(dir.path()).unwrap_err()).contains("a shard"));
         assert!(hint(inspect(&dir.path().join("absent")).unwrap_err()).contains("check the path"));
+        let recipe = dir.path().join("x.toml");
+        fs::write(&recipe, "").unwrap();
+        assert!(hint(inspect(&recipe).unwrap_err()).contains("plan --resolved"));
+        let lock = dir.path().join("eval.lock");
+        fs::write(&lock, "").unwrap();
+        assert!(inspect(&lock).unwrap().starts_with("lock that keeps a second process out"));
         let file = dir.path().join("notes.txt");
         fs::write(&file, "x").unwrap();
         assert!(inspect(&file).is_err());

@@ -83,6 +83,11 @@ fn hint(message: &str, set: Option<(&str, &str)>) -> String {
         return meant
             .map_or_else(|| choose.to_owned(), |meant| format!("did you mean `{meant}`? Else {choose}"));
     }
+    if message.starts_with("missing field `shape`") {
+        return "`proxykv-train recipes init --target MODEL` writes a recipe with the shape that is in the model's \
+                config.json"
+            .to_owned();
+    }
     if message.starts_with("missing field") {
         return "add the key to its section".to_owned();
     }

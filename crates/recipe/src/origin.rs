@@ -98,7 +98,10 @@ impl Origins {
         };
         match all.split('`').skip(1).step_by(2).find(is_key).map(|key| self.of(key)) {
             Some(Origin::CommandLine(said)) => {
-                let hint = format!("change the value of `{said}`");
+                // A flag that counts; a key may be a share.
+                let counts = !said.starts_with("--set") && said.ends_with(" 0");
+                let more = if counts { ": 1 or more" } else { "" };
+                let hint = format!("change the value of `{said}`{more}");
                 mistake::or_hint(error, format!("cannot apply `{said}`"), &hint).context(invalid)
             }
             Some(Origin::Line(path, line)) => {

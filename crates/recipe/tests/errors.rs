@@ -276,6 +276,10 @@ fn absent_files_and_missing_keys_say_where_to_look() {
     assert!(hint.contains("recipes/"), "{hint}");
     let (text, hint) = texts(with("train = 10\n", "", &[]));
     assert!(text.contains("missing field `train`") && hint.contains("add the key"), "{text}, {hint}");
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("bare.toml"), "name = \"bare\"\n[target]\nmodel = \"x\"\n").unwrap();
+    let (text, hint) = texts(load(&dir.path().join("bare.toml"), &[]));
+    assert!(text.contains("missing field `shape`") && hint.contains("recipes init"), "{text}, {hint}");
     for broken in
         ["name = pair", "name = \"pair", "name = [\"a\"", "name \"pair\"", "name = \"a\"\nname = \"b\""]
     {
@@ -443,6 +447,7 @@ fn the_place_of_a_bad_value_is_named() {
     ] {
         let (said, hint) = at("own.toml", &[set]);
         assert!(said.contains(expected) && !said.contains(": line ") && !hint.is_empty(), "{said}");
+        assert_eq!(hint.contains("1 or more"), expected.contains("--limit 0"), "{hint}");
     }
 }
 

@@ -97,6 +97,8 @@ struct Figure {
 #[derive(Serialize)]
 struct Meaning {
     name: String,
+    /// In recipes and on the command line.
+    id: &'static str,
     class: String,
     text: String,
 }
@@ -332,6 +334,7 @@ fn meanings(methods: Methods, results: &Results) -> Vec<Meaning> {
         .into_iter()
         .map(|m| Meaning {
             name: methods.label(m).to_owned(),
+            id: m.name(),
             class: methods.class(m),
             text: match results.note(m) {
                 Some(note) => format!("{} ({note})", methods.meaning(m)),

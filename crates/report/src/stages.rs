@@ -107,7 +107,12 @@ fn brief(summary: &Value) -> String {
     };
     let entries = summary.as_object().into_iter().flatten().filter(|(k, _)| k.as_str() != "secs");
     entries
-        .filter_map(|(k, v)| Some(format!("{} {}", k.replace('_', " "), show(v)?)))
+        .filter_map(|(k, v)| match (k.as_str(), v.as_f64()) {
+            ("compute_s", Some(secs)) => Some(format!("computing {}", short_time(secs))),
+            ("idle_share", Some(share)) => Some(format!("idle {:.1}%", 100.0 * share)),
+            ("finished", _) => None,
+            _ => Some(format!("{} {}", k.replace('_', " "), show(v)?)),
+        })
         .collect::<Vec<_>>()
         .join(", ")
 }

@@ -77,6 +77,8 @@ fn a_whole_run_fills_every_section() {
         assert!(section(&page, id).len() > 400, "section `{id}` is empty");
         assert!(page.contains(&format!("href=\"#{id}\"")), "no link to `{id}`");
     }
+    // Of a method the name that recipes and the command line have.
+    assert!(section(&page, "answers").contains("ridge regression from all features; <code>linear</code> in"));
     assert_eq!(section(&page, "heads").matches("<figure").count(), 4, "three maps, and the budget by layer");
     assert!(
         section(&page, "heads").contains("KVzip, layer 11: ")

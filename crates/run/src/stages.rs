@@ -255,7 +255,11 @@ fn brief(summary: &Value) -> String {
             Value::String(text) => text.clone(),
             _ => return None,
         };
-        Some(format!("{} {value}", k.replace('_', " ")))
+        Some(match (k.as_str(), v.as_f64()) {
+            ("compute_s", _) => format!("computing {value} s"),
+            ("idle_share", Some(share)) => format!("idle {}%", three_digits(100.0 * share)),
+            _ => format!("{} {value}", k.replace('_', " ")),
+        })
     };
     summary.as_object().into_iter().flatten().filter_map(single).collect::<Vec<_>>().join(", ")
 }
@@ -337,8 +341,8 @@ mod tests {
     #[test]
     fn a_stage_is_summed_up_in_single_values_of_three_digits() {
         let summary = json!({"examples": 104_307, "best_score": 0.553_116_936_359_730_5, "ms": 1370.4, "of": "target",
-            "secs": 1.5, "finished": true, "idle_share": 0.0027, "sources": [{"name": "a"}], "none": null});
-        let expected = "examples 104307, best score 0.553, ms 1370, of target, idle share 0.0027";
+            "secs": 1.5, "finished": true, "compute_s": 84.3, "idle_share": 0.0027, "sources": [{"name": "a"}], "none": null});
+        let expected = "examples 104307, best score 0.553, ms 1370, of target, computing 84.3 s, idle 0.27%";
         assert_eq!(brief(&summary), expected);
         assert_eq!(three_digits(0.0), "0");
     }

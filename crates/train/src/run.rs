@@ -410,14 +410,15 @@ impl<'a> Run<'a> {
             self.best = Some((self.step, v.score));
         }
         tracing::info!(
-            "step {} validation: recall {:.2}% at {} kept{}, loss {:.4}, Spearman {:.3}, {} contexts",
+            "step {} validation: recall {:.2}% at {} kept{}, loss {:.4}, Spearman {:.3}, {} context{}",
             self.step,
             100.0 * v.score,
             self.validator.best_by(),
             if better { " (best)" } else { "" },
             v.loss,
             v.spearman,
-            v.contexts
+            v.contexts,
+            if v.contexts == 1 { "" } else { "s" }
         );
         self.journal.write(&v.to_json(self.step, better))?;
         self.events.scalars(self.step, &v.scalars())

@@ -16,7 +16,8 @@ pub struct EvalSection {
     /// Retention ratios of the metrics against labels. 0.125, 0.0625 and 0.03125 are the compressions by 8,
     /// 16 and 32 that others report.
     pub ratios: Vec<f64>,
-    /// Retention ratios of the tasks. Above 10% kept, nothing separates the methods.
+    /// Retention ratios of the tasks. On the nano and tiny pairs nothing separates the methods above 10%
+    /// kept.
     pub answer_ratios: Vec<f64>,
     /// Policies of the metrics against labels.
     pub policies: Vec<Policy>,

@@ -80,8 +80,7 @@ impl Axis {
             [1.0, 2.0, 2.5, 5.0, 10.0].iter().map(|m| m * power).find(|&s| s >= raw * 0.999).unwrap_or(raw);
         let from = (low / step).floor();
         let to = (high / step).ceil().max(from + 1.0);
-        let digits =
-            if step >= 1.0 { 0 } else { (-step.log10()).ceil() as usize + usize::from(two_digits(step)) };
+        let digits = (-step.log10()).ceil().max(0.0) as usize + usize::from(two_digits(step) && step < 10.0);
         let ticks = (0..=(to - from) as u64).map(|i| {
             let v = (from + i as f64) * step;
             (v, format!("{v:.digits$}"))
@@ -175,8 +174,16 @@ mod tests {
 
     #[test]
     fn nice_ticks_enclose_the_range() {
-        for (low, high) in [(0.0, 1.0), (0.31, 0.934), (-3.0, 12.0), (5.0, 5.0), (0.0, 1.7e-4), (0.0, 1500.0)]
-        {
+        for (low, high) in [
+            (0.0, 1.0),
+            (0.31, 0.934),
+            (-3.0, 12.0),
+            (5.0, 5.0),
+            (0.0, 1.7e-4),
+            (0.0, 1500.0),
+            (80.1, 92.2),
+            (0.0, 110.0),
+        ] {
             let axis = Axis::nice("y", low, high, 5);
             let (first, last) = (axis.ticks[0].0, axis.ticks[axis.ticks.len() - 1].0);
             assert!(first <= low && high <= last * (1.0 + 1e-12), "{low} {high}: {first} {last}");
@@ -184,6 +191,9 @@ mod tests {
             let mut texts: Vec<_> = axis.ticks.iter().map(|t| &t.1).collect();
             texts.dedup();
             assert_eq!(texts.len(), axis.ticks.len(), "texts repeat: {:?}", axis.ticks);
+            for (v, text) in &axis.ticks {
+                assert!((text.parse::<f64>().unwrap() - v).abs() <= 1e-9 * v.abs(), "{v} is written {text}");
+            }
         }
     }
 }
