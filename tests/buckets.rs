@@ -9,8 +9,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use pkv_core::FailureKind;
+use pkv_test_support::bucket::{Fault, Kind, Server};
 use pkv_test_support::files::files_below;
-use pkv_test_support::s3::{Fault, S3};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -32,14 +32,14 @@ const FAULTS: [Fault; 6] = [
 /// A machine with a cache of its own.
 struct Machine<'a> {
     s: &'a Sandbox,
-    server: &'a S3,
+    server: &'a Server,
     cache: TempDir,
     /// Seconds after which a claim ends.
     lease: &'static str,
 }
 
 impl<'a> Machine<'a> {
-    fn new(s: &'a Sandbox, server: &'a S3) -> Self {
+    fn new(s: &'a Sandbox, server: &'a Server) -> Self {
         Self { s, server, cache: TempDir::new().unwrap(), lease: "60" }
     }
 
@@ -74,7 +74,7 @@ impl<'a> Machine<'a> {
 }
 
 /// Objects of the run below a folder.
-fn objects(server: &S3, folder: &str) -> BTreeMap<String, Vec<u8>> {
+fn objects(server: &Server, folder: &str) -> BTreeMap<String, Vec<u8>> {
     server.objects(&format!("/b/runs/small/{folder}/"))
 }
 
@@ -84,7 +84,7 @@ fn on_disk(folder: &str) -> BTreeMap<String, Vec<u8>> {
 }
 
 /// What a folder and the bucket have of the same kind.
-fn same(server: &S3, folder: &str, is_compared: impl Fn(&str) -> bool) {
+fn same(server: &Server, folder: &str, is_compared: impl Fn(&str) -> bool) {
     let mut disk = on_disk(folder);
     let mut there = objects(server, folder);
     disk.retain(|name, _| is_compared(name));
@@ -98,7 +98,7 @@ const POLICIES: [&str; 2] =
 
 #[test]
 fn a_run_in_a_bucket_has_the_bytes_of_one_on_disk_and_no_key_is_said() {
-    let (s, server) = (Sandbox::new(), S3::start());
+    let (s, server) = (Sandbox::new(), Server::start(Kind::S3));
     let (a, b) = (Machine::new(&s, &server), Machine::new(&s, &server));
     server.every_nth(5, &FAULTS);
     let mut said = String::new();
@@ -158,7 +158,7 @@ fn a_run_in_a_bucket_has_the_bytes_of_one_on_disk_and_no_key_is_said() {
 }
 
 /// Markers of a stage's pieces, by object.
-fn markers(server: &S3, folder: &str) -> BTreeMap<String, Value> {
+fn markers(server: &Server, folder: &str) -> BTreeMap<String, Value> {
     let all = objects(server, &format!("{folder}/pieces"));
     let markers = all.into_iter().filter(|(name, _)| name.ends_with(".json") && name != "plan.json");
     markers.map(|(name, text)| (name, serde_json::from_slice(&text).unwrap())).collect()
@@ -166,7 +166,7 @@ fn markers(server: &S3, folder: &str) -> BTreeMap<String, Value> {
 
 #[test]
 fn machines_share_a_stage_in_a_bucket_and_what_a_killed_one_finished_is_kept() {
-    let (s, server) = (Sandbox::new(), S3::start());
+    let (s, server) = (Sandbox::new(), Server::start(Kind::S3));
     let (mut a, mut b) = (Machine::new(&s, &server), Machine::new(&s, &server));
     a.run(&["prepare"]).ok();
     // A claim of a piece that is lost too early is work done twice, no more.
@@ -198,7 +198,7 @@ fn machines_share_a_stage_in_a_bucket_and_what_a_killed_one_finished_is_kept() {
 
 #[test]
 fn what_a_bucket_cannot_be_used_for_is_refused_with_what_to_do() {
-    let (s, server) = (Sandbox::new(), S3::start());
+    let (s, server) = (Sandbox::new(), Server::start(Kind::S3));
     let m = Machine::new(&s, &server);
     let usage = FailureKind::Usage;
     m.run(&["sweep", "--vary", "train.steps=3,4"]).fails_as(usage, &["`sweep`", "links"]);

@@ -277,7 +277,7 @@ impl WorkingCopy {
 
     /// Bring one object, unless its file is it.
     fn bring_if_other(&self, meta: &Meta) -> Result<()> {
-        let known = self.record(&meta.key).filter(|record| record.version == meta.version);
+        let known = self.record(&meta.key).filter(|record| record.version.is(&meta.version));
         // A file that was changed here since is newer.
         if known.is_some() && self.path(&meta.key).exists() {
             return Ok(());

@@ -9,6 +9,7 @@
 mod address;
 mod copy;
 mod credentials;
+mod endpoint;
 mod http;
 mod lease;
 mod options;
@@ -87,8 +88,10 @@ pub fn mount(address: &Address, options: &Options) -> Result<PathBuf> {
 fn name(address: &Address, options: &Options) -> String {
     let is_place =
         |name: &str| ["ENDPOINT", "ACCOUNT_NAME", "BASE_URL"].iter().any(|part| name.contains(part));
+    let mut variables = options.variables.clone();
+    endpoint::resolve(address.scheme, &mut variables);
     let mut hash = Sha256::new();
-    for (name, value) in options.variables.iter().filter(|(name, _)| is_place(name)) {
+    for (name, value) in variables.iter().filter(|(name, _)| is_place(name)) {
         hash.update(format!("{name}={value}\n"));
     }
     let hash: String = hash.finalize().iter().take(4).map(|b| format!("{b:02x}")).collect();
