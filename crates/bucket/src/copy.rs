@@ -10,6 +10,8 @@
 //! are brought when they are opened, and the ones that were not used for longest go when there are too many.
 //! Claims, temporary files and `log.jsonl` are of one machine, and are never put.
 
+mod links;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -97,8 +99,9 @@ impl WorkingCopy {
 
     fn key(&self, path: &Path) -> Result<String> {
         let path = std::path::absolute(path)?;
-        let relative = path.strip_prefix(&self.files).ok().and_then(Path::to_str);
-        relative.map(str::to_owned).with_context(|| format!("`{}` cannot be in a bucket", path.display()))
+        let relative = path.strip_prefix(&self.files).ok().map(|path| links::resolve(&self.files, path));
+        let key = relative.as_deref().and_then(Path::to_str).map(str::to_owned);
+        key.with_context(|| format!("`{}` cannot be in a bucket", path.display()))
     }
 
     fn path(&self, key: &str) -> PathBuf {
@@ -293,6 +296,40 @@ impl WorkingCopy {
             done => done,
         }
     }
+
+    /// Bring a folder, and what its links lead to; `depth` of them led here.
+    fn pull_at(&self, folder: &Path, depth: usize) -> Result<()> {
+        self.check_link(folder, depth)?;
+        let key = self.key(folder)?;
+        // Before the listing: what another process of this machine puts meanwhile is not missed in it.
+        let known = self.known(&key);
+        let there: BTreeMap<String, Meta> =
+            self.store.list(&key)?.into_iter().map(|meta| (meta.key.clone(), meta)).collect();
+        for gone in known.iter().filter(|known| !there.contains_key(*known)) {
+            let _ = fs::remove_file(self.path(gone));
+            self.forget(gone);
+        }
+        for at in self.links_in(folder, there.keys())? {
+            self.pull_at(&at, depth + 1)?;
+        }
+        let wanted = there.values().filter(|meta| is_pulled(&meta.key)).collect::<Vec<_>>();
+        let (next, failed) = (AtomicU64::new(0), Mutex::new(None));
+        thread::scope(|scope| {
+            for _ in 0..AT_ONCE.min(wanted.len()) {
+                scope.spawn(|| {
+                    while let Some(meta) = wanted.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+                        if lock(&failed).is_some() {
+                            return;
+                        }
+                        if let Err(e) = self.bring_if_other(meta) {
+                            *lock(&failed) = Some(e);
+                        }
+                    }
+                });
+            }
+        });
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
 }
 
 impl Origin for WorkingCopy {
@@ -348,32 +385,21 @@ impl Origin for WorkingCopy {
     }
 
     fn pull(&self, folder: &Path) -> Result<()> {
-        let key = self.key(folder)?;
-        // Before the listing: what another process of this machine puts meanwhile is not missed in it.
-        let known = self.known(&key);
-        let there: BTreeMap<String, Meta> =
-            self.store.list(&key)?.into_iter().map(|meta| (meta.key.clone(), meta)).collect();
-        for gone in known.iter().filter(|known| !there.contains_key(*known)) {
-            let _ = fs::remove_file(self.path(gone));
-            self.forget(gone);
-        }
-        let wanted = there.values().filter(|meta| is_pulled(&meta.key)).collect::<Vec<_>>();
-        let (next, failed) = (AtomicU64::new(0), Mutex::new(None));
-        thread::scope(|scope| {
-            for _ in 0..AT_ONCE.min(wanted.len()) {
-                scope.spawn(|| {
-                    while let Some(meta) = wanted.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
-                        if lock(&failed).is_some() {
-                            return;
-                        }
-                        if let Err(e) = self.bring_if_other(meta) {
-                            *lock(&failed) = Some(e);
-                        }
-                    }
-                });
-            }
-        });
-        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+        self.pull_at(folder, 0)
+    }
+
+    fn names(&self, folder: &Path) -> Result<Vec<String>> {
+        let listed = self.store.list_flat(&self.key(folder)?)?;
+        let name = |meta: Meta| meta.key.rsplit('/').next().map(str::to_owned);
+        Ok(listed.into_iter().filter_map(name).collect())
+    }
+
+    fn link(&self, at: &Path, target: &Path) -> Result<()> {
+        self.make_link(at, target)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        self.move_folder(from, to)
     }
 
     fn push(&self, path: &Path) -> Result<()> {
@@ -443,8 +469,12 @@ impl Origin for WorkingCopy {
     }
 
     fn remove(&self, path: &Path) -> Result<()> {
-        let key = self.key(path)?;
         self.check_lease()?;
+        if path.is_symlink() {
+            // What it leads to is others', too.
+            return self.store.remove(&self.link_key(path)?);
+        }
+        let key = self.key(path)?;
         let is_folder = path.is_dir() || !path.exists();
         let below = if is_folder { self.store.list(&key)? } else { Vec::new() };
         let keys = below.into_iter().map(|meta| meta.key).filter(|key| is_pulled(key));
@@ -499,7 +529,9 @@ fn is_shard(key: &str) -> bool {
 /// Whether a file is put into the bucket: not what is of one machine or one moment.
 fn is_put(key: &str) -> bool {
     let name = key.rsplit('/').next().unwrap_or_default();
-    let of_here = name == "log.jsonl" || [".lock", lease::ENDING].iter().any(|ending| name.ends_with(ending));
+    let of_here = name == "log.jsonl"
+        || name == links::NAME
+        || [".lock", lease::ENDING].iter().any(|ending| name.ends_with(ending));
     !of_here && !key.is_empty() && !key.split('/').any(|part| part.ends_with(TEMPORARY))
 }
 

@@ -28,6 +28,13 @@ use crate::redact::Secrets;
 /// Parts of the names of variables that hold what must not be shown.
 const SECRET: [&str; 7] = ["SECRET", "TOKEN", "KEY", "PASSWORD", "CREDENTIAL", "SAS", "CONNECTION_STRING"];
 
+/// Whether a variable holds what must not be shown. The names of files may be.
+pub fn is_credential(name: &str, value: &str) -> bool {
+    let name = name.to_uppercase();
+    let is_ours = ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| name.starts_with(prefix));
+    is_ours && SECRET.iter().any(|part| name.contains(part)) && !Path::new(value).is_absolute()
+}
+
 /// A bucket's client, and what must not be shown of it.
 pub(crate) fn connect(address: &Address, options: &Options) -> Result<(Arc<dyn ObjectStore>, Secrets)> {
     let mut variables = options.variables.clone();
@@ -35,9 +42,7 @@ pub(crate) fn connect(address: &Address, options: &Options) -> Result<(Arc<dyn O
         add_profile(&mut variables)?;
     }
     endpoint::resolve(address.scheme, &mut variables);
-    let is_secret = |name: &str| SECRET.iter().any(|part| name.to_uppercase().contains(part));
-    // The names of files are shown.
-    let secrets = variables.iter().filter(|(name, value)| is_secret(name) && !Path::new(value).is_absolute());
+    let secrets = variables.iter().filter(|(name, value)| is_credential(name, value));
     let secrets = Secrets::new(secrets.map(|(_, value)| value.clone()));
     let retry = RetryConfig {
         backoff: BackoffConfig {

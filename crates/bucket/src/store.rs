@@ -222,6 +222,24 @@ impl Store {
         }
     }
 
+    /// Copy an object within the bucket, with its hash.
+    pub fn copy(&self, from: &str, to: &str) -> Result<()> {
+        let (source, target) = (Self::key(from)?, Self::key(to)?);
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.wait(self.inner.copy(&source, &target))? {
+                Err(error @ StoreError::Generic { .. }) if tries < TRIES => {
+                    self.wait_to_send_again(to, &error, tries);
+                }
+                copied => {
+                    return copied
+                        .map_err(|e| self.error(&format!("copy `{}` to", self.shown(from)), to, &e));
+                }
+            }
+        }
+    }
+
     /// Put a small object.
     pub fn write(&self, key: &str, content: &[u8], condition: &If) -> Result<Put> {
         self.put(key, Bytes::copy_from_slice(content), condition, Attributes::new())
