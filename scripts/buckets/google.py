@@ -9,6 +9,7 @@ It follows what Google documents. Objects are files below FOLDER; a put, a condi
 |---|---|
 | PUT /BUCKET | a new bucket |
 | PUT /BUCKET/KEY | 200 with `x-goog-generation`; 412 unless `x-goog-if-generation-match` is that of the object, 0 for none |
+| PUT /BUCKET/KEY with `x-goog-copy-source` | a copy with its `x-goog-meta-...` |
 | GET, HEAD /BUCKET/KEY | `If-Match`, `If-None-Match`, `Range`; `x-goog-meta-...` as they were given |
 | DELETE /BUCKET/KEY | 204, or 404 |
 | POST /BUCKET/KEY?uploads, PUT ?partNumber&uploadId, POST ?uploadId, DELETE ?uploadId | an upload in parts |
@@ -122,6 +123,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if wanted is not None and wanted != str(there):
                 taken[0].unlink()
                 raise Refused(412, "PreconditionFailed")
+            if source := self.headers.get("x-goog-copy-source"):
+                found = every.buckets.get(urllib.parse.unquote(source.lstrip("/").split("/")[0]), {}).get(
+                    urllib.parse.unquote(source.lstrip("/").partition("/")[2]))
+                if found is None:
+                    raise Refused(404, "NoSuchKey")
+                taken[0].write_bytes(found.path.read_bytes())
+                made = self.put(objects, key, taken[0], found.tag, found.meta)
+                return 200, f"<CopyObjectResult><ETag>{escape(made.tag)}</ETag></CopyObjectResult>".encode()
             made = self.put(objects, key, *taken, self.meta())
             return 200, b"", [("ETag", made.tag), ("x-goog-generation", str(made.generation))]
         if self.command == "POST" and "uploads" in query:

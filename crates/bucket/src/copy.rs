@@ -309,6 +309,8 @@ impl WorkingCopy {
             let _ = fs::remove_file(self.path(gone));
             self.forget(gone);
         }
+        let shards = there.values().filter(|meta| is_shard(&meta.key));
+        lock(&self.sizes).0.extend(shards.map(|meta| (meta.key.clone(), meta.bytes)));
         for at in self.links_in(folder, there.keys())? {
             self.pull_at(&at, depth + 1)?;
         }

@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use pkv_bucket::{Address, Options, mount};
-use pkv_core::Hinted;
+use pkv_core::{Fingerprint, Hinted};
 use pkv_files::{
     Claim, DurableFile, WriteBudget, file_len, is_changed, lock_dir, open_file, share_dir, write_file,
 };
+use pkv_shard::{Claimed, Ended, Pieces, PiecesPlan, PiecesState, Worker};
 use pkv_test_support::bucket::{Fault, Kind, Object, Server};
 use tempfile::TempDir;
 
@@ -112,6 +113,9 @@ of_each_kind! {
     the_cache_holds_no_more_than_its_limit_and_an_open_shard_stays,
     what_is_written_without_us_is_pushed_and_what_is_removed_goes,
     bytes_that_were_changed_on_the_way_are_refused,
+    a_shared_folder_is_one_folder_for_all_machines_until_its_link_goes,
+    a_folder_moves_whole_and_its_shards_keep_their_hashes,
+    pieces_of_a_stage_are_known_by_one_listing,
 }
 
 fn a_file_is_in_the_bucket_before_it_is_here_and_another_machine_has_the_same_bytes(server: &Server) {
@@ -356,4 +360,110 @@ fn bytes_that_were_changed_on_the_way_are_refused(server: &Server) {
     assert!(format!("{error:#}").contains("expected SHA-256"), "{error:#}");
     assert!(!b.path("r/labels/labels-00000.parquet").exists());
     assert!(b.read("r/labels/labels-00000.parquet") == bytes(5000, 3));
+}
+
+/// What a sweep writes: `r/labels` is `shared/labels-1`.
+const LINKED: &str = "../shared/labels-1";
+
+fn a_shared_folder_is_one_folder_for_all_machines_until_its_link_goes(server: &Server) {
+    let (a, b) = (machine(server), machine(server));
+    for machine in [&a, &b] {
+        fs::remove_dir(machine.path("r/labels")).unwrap();
+    }
+    fs::create_dir_all(a.path("shared/labels-1")).unwrap();
+    pkv_files::link(Path::new(LINKED), &a.path("r/labels")).unwrap();
+    a.write("r/labels/index.json", b"1").unwrap();
+    a.write("r/labels/labels-00000.parquet", &bytes(5000, 4)).unwrap();
+    let keys = |server: &Server| server.objects("/b/").into_keys().collect::<Vec<_>>();
+    let all = ["r/labels/shared.link", "shared/labels-1/index.json", "shared/labels-1/labels-00000.parquet"];
+    assert_eq!(keys(server), all);
+    // Another machine finds it by the run folder or by the stage's.
+    pkv_files::pull(&b.path("r/labels")).unwrap();
+    assert_eq!(fs::read(b.path("r/labels/index.json")).unwrap(), b"1");
+    assert_eq!(fs::read_link(b.path("r/labels")).unwrap(), Path::new(LINKED));
+    assert!(b.read("r/labels/labels-00000.parquet") == bytes(5000, 4));
+    b.write("r/labels/index.json", b"2").unwrap();
+    // A claim by one name is one by the other.
+    fs::create_dir_all(a.path("q")).unwrap();
+    pkv_files::link(Path::new(LINKED), &a.path("q/labels")).unwrap();
+    let held = lock_dir(&a.path("q/labels")).unwrap();
+    assert!(lock_dir(&b.path("r/labels")).is_err());
+    drop(held);
+    pkv_files::push(&a.path("r")).unwrap();
+    pkv_files::pull(&a.path("r")).unwrap();
+    assert_eq!(fs::read(a.path("q/labels/index.json")).unwrap(), b"2");
+    // The link of one run goes, and what it led to stays.
+    pkv_files::remove_there(&b.path("r/labels")).unwrap();
+    pkv_files::pull(&a.path("r")).unwrap();
+    assert!(!a.path("r/labels").exists() && !a.path("r/labels").is_symlink());
+    assert_eq!(keys(server)[..2], ["q/labels/shared.link", "shared/labels-1/index.json"]);
+    // What is no link of a sweep leads nowhere: out of the bucket, or in a circle.
+    for (text, says) in [
+        (r#"{"link":"../../../etc/x"}"#, "no link to a shared folder"),
+        ("{", "no link to a shared folder"),
+        (r#"{"link":"../r/hidden"}"#, "too many links"),
+    ] {
+        let object =
+            Object { content: text.into(), e_tag: "\"9\"".into(), generation: 9, ..Object::default() };
+        server.state().objects.insert("/b/r/hidden/shared.link".into(), object);
+        let error = pkv_files::pull(&a.path("r")).unwrap_err();
+        assert!(format!("{error:#}").contains(says), "{text}: {error:#}");
+    }
+}
+
+fn a_folder_moves_whole_and_its_shards_keep_their_hashes(server: &Server) {
+    let (a, b) = (machine(server), machine(server));
+    a.write("r/labels/labels-00000.parquet", &bytes(5000, 5)).unwrap();
+    a.write("r/labels/index.json", b"1").unwrap();
+    let held = lock_dir(&a.path("r/labels")).unwrap();
+    pkv_files::rename_folder(&a.path("r/labels"), &a.path("shared/labels-1")).unwrap();
+    drop(held);
+    let keys: Vec<String> = server.objects("/b/").into_keys().collect();
+    assert_eq!(keys, ["shared/labels-1/index.json", "shared/labels-1/labels-00000.parquet"]);
+    assert!(!a.path("r/labels").exists());
+    assert_eq!(fs::read(a.path("shared/labels-1/index.json")).unwrap(), b"1");
+    a.write("shared/labels-1/index.json", b"2").unwrap();
+    // The hash went with it.
+    server.fail_next("GET /b/shared/labels-1/labels-00000.parquet", Fault::Damage);
+    let error = open_file(&b.path("shared/labels-1/labels-00000.parquet")).unwrap_err();
+    assert!(format!("{error:#}").contains("expected SHA-256"), "{error:#}");
+    assert!(a.read("shared/labels-1/labels-00000.parquet") == bytes(5000, 5));
+}
+
+fn pieces_of_a_stage_are_known_by_one_listing(server: &Server) {
+    let (a, b) = (machine(server), machine(server));
+    let plan = || PiecesPlan::new("label", &Fingerprint::new().with("choice", 1), 60, 1).unwrap();
+    let open = |machine: &Machine, task: &str| {
+        let worker = Worker { task: task.parse().unwrap(), device: "cpu".to_owned() };
+        Pieces::open(&machine.path("r/labels"), plan(), worker).unwrap().unwrap()
+    };
+    let done = || Ended { done: 1, ..Ended::default() };
+    let first = open(&a, "0/1");
+    for shard in 0..20 {
+        let Claimed::Free(piece) = first.claim(shard).unwrap() else { panic!("piece {shard}") };
+        first.end(piece, done()).unwrap();
+    }
+    let markers = |requests: &[String]| {
+        let is_marker =
+            |r: &&String| r.starts_with("GET") && r.contains("/pieces/000") && r.contains(".json");
+        requests.iter().filter(is_marker).count()
+    };
+    server.requests("");
+    let second = open(&b, "1/2");
+    assert_eq!(second.done(), (0..20).filter(|shard| shard % 2 == 1).collect::<Vec<_>>());
+    let requests = server.requests("");
+    // Ten of its thirty pieces have a marker, each read as the worker begins and as it counts them.
+    assert!(markers(&requests) <= 20, "{requests:#?}");
+    assert!(second.markers_read() <= 20, "{}", second.markers_read());
+    let state = PiecesState::read(&b.path("r/labels")).unwrap().unwrap();
+    assert_eq!((state.markers.len(), state.missing().len()), (20, 40));
+    server.requests("");
+    // What another machine ends meanwhile is found by the next listing, which alone is asked.
+    let Claimed::Free(piece) = first.claim(21).unwrap() else { panic!("piece 21") };
+    first.end(piece, done()).unwrap();
+    server.requests("");
+    assert_eq!(PiecesState::read(&b.path("r/labels")).unwrap().unwrap().markers.len(), 21);
+    let requests = server.requests("");
+    assert_eq!((markers(&requests), requests.len()), (1, 2), "{requests:#?}");
+    assert!(matches!(second.claim(21).unwrap(), Claimed::Ended(_)), "it ended since it began");
 }

@@ -245,6 +245,18 @@ fn read(reader: &mut BufReader<TcpStream>) -> Option<Request> {
     Some(Request { method, path: decode(path), query, headers, body })
 }
 
+/// The path of the object that a put copies.
+fn copied(headers: &BTreeMap<String, String>) -> Option<String> {
+    let names = ["x-amz-copy-source", "x-goog-copy-source", "x-ms-copy-source"];
+    let source = names.iter().find_map(|name| headers.get(*name))?;
+    // Azure's is an address.
+    let path =
+        source.split_once("://").map_or(source.as_str(), |(_, rest)| &rest[rest.find('/').unwrap_or(0)..]);
+    let path = percent_encoding::percent_decode_str(path).decode_utf8_lossy().into_owned();
+    let path = path.strip_prefix(ACCOUNT).unwrap_or(&path);
+    Some(format!("/{}", path.trim_start_matches('/')))
+}
+
 fn ok(body: impl Into<Vec<u8>>) -> Answer {
     Answer { status: 200, headers: Vec::new(), body: body.into() }
 }
@@ -337,6 +349,18 @@ impl State {
                 let Some(parts) = parts else { return error(400, "InvalidBlockList") };
                 self.uploads.remove(path);
                 self.put(path, parts.concat(), headers)
+            }
+            "PUT" if copied(headers).is_some() => {
+                let source = copied(headers).unwrap_or_default();
+                let Some(Object { content, meta, .. }) = self.objects.get(&source).cloned() else {
+                    return error(404, "NoSuchKey");
+                };
+                let put = self.put(path, content, &meta);
+                let body = format!(
+                    "<CopyObjectResult><ETag>{}</ETag></CopyObjectResult>",
+                    put.headers[0].1.replace('"', "&quot;")
+                );
+                Answer { body: body.into(), ..put }
             }
             "PUT" if self.kind == Kind::Azure && header("x-ms-blob-type") != Some("BlockBlob") => {
                 error(400, "MissingRequiredHeader")
