@@ -418,7 +418,8 @@ impl Store {
         let context = || format!("cannot read `{}`", self.shown(key));
         match self.wait(work)? {
             Ok(done) => done.with_context(context)?,
-            Err(StoreError::Precondition { .. }) => {
+            // Or it was removed.
+            Err(StoreError::Precondition { .. } | StoreError::NotFound { .. }) => {
                 bail!(anyhow::Error::from(pkv_files::Changed).context(context()))
             }
             Err(e) => return Err(self.error("read", key, &e)),

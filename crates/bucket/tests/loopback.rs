@@ -350,6 +350,10 @@ fn what_is_written_without_us_is_pushed_and_what_is_removed_goes(server: &Server
     assert!(!a.path("r/train/a.json").exists() && a.path("r/log.jsonl").exists());
     pkv_files::remove_there(&a.path("r/train")).unwrap();
     assert!(keys(server).is_empty());
+    // What is removed between the listing and its fetch was never there.
+    a.write("r/late.json", b"1").unwrap();
+    server.fail_next("GET /b/r/late.json", Fault::Status(404));
+    pkv_files::pull(&b.path("r")).unwrap();
 }
 
 fn bytes_that_were_changed_on_the_way_are_refused(server: &Server) {
