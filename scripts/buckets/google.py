@@ -204,11 +204,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             if self.command == "HEAD":
                 return
-            file.seek(start)
-            while start < end:
-                piece = file.read(min(end - start, PIECE))
-                self.wfile.write(piece)
-                start += len(piece)
+            self.wfile.flush()
+            if start < end:
+                self.connection.sendfile(file, start, end - start)
 
     def list(self, objects, query):
         prefix, delimiter, after = (query.get(name, "") for name in ("prefix", "delimiter", "continuation-token"))
