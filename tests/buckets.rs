@@ -1,6 +1,6 @@
 //! Run folders in a bucket, of servers as Amazon's, Google's and Azure's on the loopback interface: the same
-//! bytes as on disk through faults of the network, by several machines, killed or not, launched or swept; and no
-//! key in anything that is said or written.
+//! bytes as on disk through faults of the network, by several machines, killed or not, launched or swept; and
+//! no key in anything that is said or written.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -278,6 +278,14 @@ impl WorkingCopy {
         Ok(found)
     }
 
+    /// A new marker of a piece may be of a longer shard than the rows that were kept under its name.
+    fn forget_size(&self, marker: &str) {
+        let Some((folder, name)) = marker.rsplit_once("/pieces/") else { return };
+        let Some(number) = name.strip_suffix(".json") else { return };
+        let ending = format!("-{number}.parquet");
+        lock(&self.sizes).0.retain(|key, _| !(key.starts_with(folder) && key.ends_with(&ending)));
+    }
+
     /// Bring one object, unless its file is it.
     fn bring_if_other(&self, meta: &Meta) -> Result<()> {
         let known = self.record(&meta.key).filter(|record| record.version.is(&meta.version));
@@ -373,9 +381,12 @@ impl Origin for WorkingCopy {
         let known = self.current(&key).map(|record| record.version);
         match self.store.read(&key, known.as_ref())? {
             Read::Same => Ok(()),
-            Read::New(meta, content) => self.bring(&meta, |file| {
-                std::io::Write::write_all(file, &content).map_err(|e| write_error(path, e))
-            }),
+            Read::New(meta, content) => {
+                self.forget_size(&key);
+                self.bring(&meta, |file| {
+                    std::io::Write::write_all(file, &content).map_err(|e| write_error(path, e))
+                })
+            }
             Read::Absent => {
                 if self.record(&key).is_some() {
                     let _ = fs::remove_file(path);

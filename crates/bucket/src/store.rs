@@ -51,8 +51,8 @@ pub(crate) struct Version {
 }
 
 impl Version {
-    /// Whether both are of the same bytes. Of a generation it is not asked: a listing knows none, and a put of
-    /// the same bytes makes another one.
+    /// Whether both are of the same bytes. Of a generation it is not asked: a listing knows none, and a put
+    /// of the same bytes makes another one.
     pub fn is(&self, other: &Self) -> bool {
         self.e_tag == other.e_tag
     }

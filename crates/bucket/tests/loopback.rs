@@ -1,5 +1,5 @@
-//! Working copies of servers as Amazon's, Google's and Azure's on the loopback interface, with the faults that
-//! networks have.
+//! Working copies of servers as Amazon's, Google's and Azure's on the loopback interface, with the faults
+//! that networks have.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -116,6 +116,7 @@ of_each_kind! {
     a_shared_folder_is_one_folder_for_all_machines_until_its_link_goes,
     a_folder_moves_whole_and_its_shards_keep_their_hashes,
     pieces_of_a_stage_are_known_by_one_listing,
+    a_shard_that_was_kept_in_part_has_its_whole_size_once_it_is_marked,
 }
 
 fn a_file_is_in_the_bucket_before_it_is_here_and_another_machine_has_the_same_bytes(server: &Server) {
@@ -472,4 +473,17 @@ fn pieces_of_a_stage_are_known_by_one_listing(server: &Server) {
     let reads = requests.iter().filter(|request| request.starts_with("GET")).count();
     assert_eq!((markers(&requests), reads), (1, 2), "{requests:#?}");
     assert!(matches!(second.claim(21).unwrap(), Claimed::Ended(_)), "it ended since it began");
+}
+
+fn a_shard_that_was_kept_in_part_has_its_whole_size_once_it_is_marked(server: &Server) {
+    let (a, b) = (machine(server), machine(server));
+    fs::create_dir_all(a.path("r/labels/pieces")).unwrap();
+    a.write("r/labels/labels-00004.parquet", &bytes(1000, 6)).unwrap();
+    a.write("r/labels/pieces/00004.rest.json", b"{}").unwrap();
+    pkv_files::pull(&b.path("r/labels")).unwrap();
+    assert_eq!(file_len(&b.path("r/labels/labels-00004.parquet")).unwrap(), 1000);
+    a.write("r/labels/labels-00004.parquet", &bytes(3000, 6)).unwrap();
+    a.write("r/labels/pieces/00004.json", b"{}").unwrap();
+    pkv_files::refresh(&b.path("r/labels/pieces/00004.json")).unwrap();
+    assert_eq!(file_len(&b.path("r/labels/labels-00004.parquet")).unwrap(), 3000);
 }

@@ -6,9 +6,10 @@
 //! file. All but the locks hold their own hash. When every piece is done, the index is written and the folder
 //! goes.
 //!
-//! This file reads; `work` claims, writes and seals. An evaluation keeps the same folder, with one piece for
-//! each context and no shards: what it measured is stored elsewhere.
+//! This file reads; `join` begins, and `work` claims, writes and seals. An evaluation keeps the same folder,
+//! with one piece for each context and no shards: what it measured is stored elsewhere.
 
+mod join;
 mod tally;
 mod work;
 

@@ -15,7 +15,8 @@ use pkv_files::{Claim, Held, TEMPORARY, WriteBudget, is_changed, pull, refresh};
 use pkv_files::{remove_there, share_dir, write_file_among};
 use serde::{Deserialize, Serialize};
 
-use super::{FailedRow, Marker, Missing, PLAN_FILE, PiecesPlan, PiecesState, Signature, VERSION};
+use super::join::{Listed, join};
+use super::{FailedRow, Marker, Missing, PiecesPlan, Signature, VERSION};
 use super::{exist, folder, marker_path, piece_of, read_marker, read_marker_here, read_plan};
 use super::{read_sealed, write_sealed};
 use crate::StageReader;
@@ -26,9 +27,6 @@ use crate::writer::{ShardPlace, ShardWriter};
 
 /// Most pieces whose names every process lists that ends.
 const LISTED: u64 = 100;
-
-/// Names in a page of a bucket's listing.
-const PAGE: u64 = 1000;
 
 /// A process's part in a stage.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,8 +47,8 @@ pub struct Pieces {
     worker: Worker,
     /// Whole shards of a process that wrote the stage as a whole and was interrupted.
     named: Vec<ShardEntry>,
-    /// Pieces that had a marker when this process began, where each look costs a request; absent elsewhere.
-    listed: Option<BTreeSet<u64>>,
+    /// As this process began.
+    listed: Listed,
     /// Pieces that had failed before: they are tried again.
     failed_before: Mutex<BTreeSet<u64>>,
     markers_read: AtomicU64,
@@ -129,15 +127,15 @@ impl Pieces {
             check_fresh(dir, &index.stage, &index.fingerprint, &plan.fingerprint)?;
         }
         make(&folder(dir))?;
-        let listed = listed(dir, &plan, worker.task)?;
-        let failed_before = join(dir, &plan, worker.task, listed.as_ref(), &budget)?;
+        let listed = Listed::of(dir, &plan, worker.task)?;
+        let failed_before = join(dir, &plan, worker.task, &listed, &budget)?;
         // The last piece may have ended just before the folder was made.
         if is_complete(dir, &plan)? {
             return Ok(None);
         }
         let named = index.map(|index| index.shards).unwrap_or_default();
         let failed_before = Mutex::new(failed_before);
-        let looked_for = plan.of_task(worker.task).filter(|shard| may_be(listed.as_ref(), *shard)).count();
+        let looked_for = plan.of_task(worker.task).filter(|shard| listed.may_hold(*shard)).count();
         let (dir, markers_read) = (dir.to_path_buf(), AtomicU64::new(looked_for as u64));
         Ok(Some(Self { dir, plan, worker, named, listed, failed_before, markers_read, budget, _held: held }))
     }
@@ -164,7 +162,7 @@ impl Pieces {
 
     /// Pieces of this process's task that are done, in order.
     pub fn done(&self) -> Vec<u64> {
-        let marked = |&shard: &u64| may_be(self.listed.as_ref(), shard) && self.is_marked(shard);
+        let marked = |&shard: &u64| self.listed.may_hold(shard) && self.is_marked(shard);
         self.plan.of_task(self.task()).filter(marked).collect()
     }
 
@@ -179,7 +177,7 @@ impl Pieces {
     /// Its lock file cannot be made, or the marker of a shard that is there cannot be written.
     pub fn claim(&self, shard: u64) -> Result<Claimed> {
         // One that ended since this process began is found once it is claimed.
-        if may_be(self.listed.as_ref(), shard)
+        if self.listed.may_hold(shard)
             && let Some(marker) = self.ended(shard)
         {
             return Ok(Claimed::Ended(marker));
@@ -525,65 +523,6 @@ fn place<'a>(pieces: &'a Pieces, number: u64, temporary: &'a Path) -> ShardPlace
         budget: &pieces.budget,
         temporary: Some(temporary),
     }
-}
-
-/// Pieces that have a marker in a bucket, by a listing, if that takes fewer requests than a look for each piece
-/// of `task` does.
-fn listed(dir: &Path, plan: &PiecesPlan, task: Task) -> Result<Option<BTreeSet<u64>>> {
-    let pages = plan.shards / PAGE + 1;
-    if plan.of_task(task).count() as u64 <= pages {
-        return Ok(None);
-    }
-    let names = pkv_files::names(&folder(dir))?;
-    Ok(names.map(|names| names.iter().filter_map(|name| piece_of(name)).collect()))
-}
-
-/// Whether a piece may have a marker, by a list.
-fn may_be(listed: Option<&BTreeSet<u64>>, shard: u64) -> bool {
-    listed.is_none_or(|listed| listed.contains(&shard))
-}
-
-/// Write the plan unless it is there; the pieces of `task` that have failed, of those that are `listed`.
-fn join(
-    dir: &Path,
-    plan: &PiecesPlan,
-    task: Task,
-    listed: Option<&BTreeSet<u64>>,
-    budget: &WriteBudget,
-) -> Result<BTreeSet<u64>> {
-    if read_plan(dir)?.as_ref() == Some(plan) {
-        let has_failed = |shard: &u64| {
-            may_be(listed, *shard) && read_marker(dir, plan, *shard).is_some_and(|m| !m.is_done())
-        };
-        return Ok(plan.of_task(task).filter(has_failed).collect());
-    }
-    match &PiecesState::read(dir)? {
-        // What names nothing has nothing to lose.
-        Some(state) if state.done_rows() > 0 => {
-            check_fresh(dir, &plan.stage, &state.plan.fingerprint, &plan.fingerprint)?;
-            ensure!(
-                (state.plan.rows, state.plan.shard_rows) == (plan.rows, plan.shard_rows),
-                hinted(
-                    format!(
-                        "`{}` is made in shards of {} of {} rows, not {} of {}",
-                        dir.display(),
-                        state.plan.shard_rows,
-                        state.plan.rows,
-                        plan.shard_rows,
-                        plan.rows
-                    ),
-                    format!("make it again with `--redo {}`", plan.stage)
-                )
-            );
-        }
-        _ => {}
-    }
-    match write_sealed(&folder(dir).join(PLAN_FILE), plan, budget) {
-        // Another process was first, on another machine.
-        Err(e) if is_changed(&e) && super::read_plan(dir)?.as_ref() == Some(plan) => {}
-        written => written?,
-    }
-    Ok(BTreeSet::new())
 }
 
 /// Whether the stage is complete, as `plan` has it; leftovers of its pieces are then removed.
