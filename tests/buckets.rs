@@ -1,23 +1,26 @@
-//! Run folders in a bucket, of an S3 server on the loopback interface: the same bytes as on disk through
-//! faults of the network, by several machines, killed or not; and no key in anything that is said or
-//! written.
+//! Run folders in a bucket, of servers as Amazon's, Google's and Azure's on the loopback interface: the same
+//! bytes as on disk through faults of the network, by several machines, killed or not, launched or swept; and
+//! no key in anything that is said or written.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use pkv_core::FailureKind;
+use pkv_test_support::bucket::{Fault, Kind, Server};
 use pkv_test_support::files::files_below;
-use pkv_test_support::s3::{Fault, S3};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::infer::trained;
 use crate::sandbox::{Ran, Running, Sandbox, timeless};
+use crate::workers::program;
 
-const SECRET: &str = "secret-key-of-the-bucket";
+/// Azure takes base64 alone.
+const SECRET: &str = "c2VjcmV0LWtleS1vZi10aGUtYnVja2V0";
 
 /// What networks and servers under load do, one after another.
 const FAULTS: [Fault; 6] = [
@@ -32,14 +35,14 @@ const FAULTS: [Fault; 6] = [
 /// A machine with a cache of its own.
 struct Machine<'a> {
     s: &'a Sandbox,
-    server: &'a S3,
+    server: &'a Server,
     cache: TempDir,
     /// Seconds after which a claim ends.
     lease: &'static str,
 }
 
 impl<'a> Machine<'a> {
-    fn new(s: &'a Sandbox, server: &'a S3) -> Self {
+    fn new(s: &'a Sandbox, server: &'a Server) -> Self {
         Self { s, server, cache: TempDir::new().unwrap(), lease: "60" }
     }
 
@@ -47,10 +50,7 @@ impl<'a> Machine<'a> {
         let mut command = self.s.command(args);
         command
             .env("HOME", self.cache.path())
-            .env("AWS_ENDPOINT_URL", &self.server.endpoint)
-            .env("AWS_ACCESS_KEY_ID", "key-of-the-bucket")
-            .env("AWS_SECRET_ACCESS_KEY", SECRET)
-            .env("AWS_REGION", "here")
+            .envs(self.server.variables("key-of-the-bucket", SECRET))
             .env("PKV_BUCKET_CACHE", self.cache.path())
             .env("PKV_BUCKET_TIMEOUT_S", "5")
             .env("PKV_BUCKET_LEASE_S", self.lease);
@@ -63,7 +63,8 @@ impl<'a> Machine<'a> {
     }
 
     fn start(&self, args: &[&str]) -> Running {
-        let all = [args, &["--recipe", "recipe.toml", "--runs", "s3://b/runs"]].concat();
+        let runs = format!("{}://b/runs", self.server.kind.scheme());
+        let all = [args, &["--recipe", "recipe.toml", "--runs", &runs]].concat();
         Running::new(&mut self.command(&all))
     }
 
@@ -74,7 +75,7 @@ impl<'a> Machine<'a> {
 }
 
 /// Objects of the run below a folder.
-fn objects(server: &S3, folder: &str) -> BTreeMap<String, Vec<u8>> {
+fn objects(server: &Server, folder: &str) -> BTreeMap<String, Vec<u8>> {
     server.objects(&format!("/b/runs/small/{folder}/"))
 }
 
@@ -84,7 +85,7 @@ fn on_disk(folder: &str) -> BTreeMap<String, Vec<u8>> {
 }
 
 /// What a folder and the bucket have of the same kind.
-fn same(server: &S3, folder: &str, is_compared: impl Fn(&str) -> bool) {
+fn same(server: &Server, folder: &str, is_compared: impl Fn(&str) -> bool) {
     let mut disk = on_disk(folder);
     let mut there = objects(server, folder);
     disk.retain(|name, _| is_compared(name));
@@ -98,7 +99,7 @@ const POLICIES: [&str; 2] =
 
 #[test]
 fn a_run_in_a_bucket_has_the_bytes_of_one_on_disk_and_no_key_is_said() {
-    let (s, server) = (Sandbox::new(), S3::start());
+    let (s, server) = (Sandbox::new(), Server::start(Kind::S3));
     let (a, b) = (Machine::new(&s, &server), Machine::new(&s, &server));
     server.every_nth(5, &FAULTS);
     let mut said = String::new();
@@ -158,7 +159,7 @@ fn a_run_in_a_bucket_has_the_bytes_of_one_on_disk_and_no_key_is_said() {
 }
 
 /// Markers of a stage's pieces, by object.
-fn markers(server: &S3, folder: &str) -> BTreeMap<String, Value> {
+fn markers(server: &Server, folder: &str) -> BTreeMap<String, Value> {
     let all = objects(server, &format!("{folder}/pieces"));
     let markers = all.into_iter().filter(|(name, _)| name.ends_with(".json") && name != "plan.json");
     markers.map(|(name, text)| (name, serde_json::from_slice(&text).unwrap())).collect()
@@ -166,7 +167,7 @@ fn markers(server: &S3, folder: &str) -> BTreeMap<String, Value> {
 
 #[test]
 fn machines_share_a_stage_in_a_bucket_and_what_a_killed_one_finished_is_kept() {
-    let (s, server) = (Sandbox::new(), S3::start());
+    let (s, server) = (Sandbox::new(), Server::start(Kind::Google));
     let (mut a, mut b) = (Machine::new(&s, &server), Machine::new(&s, &server));
     a.run(&["prepare"]).ok();
     // A claim of a piece that is lost too early is work done twice, no more.
@@ -198,13 +199,22 @@ fn machines_share_a_stage_in_a_bucket_and_what_a_killed_one_finished_is_kept() {
 
 #[test]
 fn what_a_bucket_cannot_be_used_for_is_refused_with_what_to_do() {
-    let (s, server) = (Sandbox::new(), S3::start());
+    let (s, server) = (Sandbox::new(), Server::start(Kind::S3));
     let m = Machine::new(&s, &server);
     let usage = FailureKind::Usage;
-    m.run(&["sweep", "--vary", "train.steps=3,4"]).fails_as(usage, &["`sweep`", "links"]);
-    m.run(&["launch", "slurm"]).fails_as(usage, &["`launch`", "--task K/N"]);
-    for bad in ["s3://", "ftp://b/x", "s3://key:word@b/x"] {
-        let ran = m.read(&["label", "--recipe", "recipe.toml", "--runs", bad]);
+    for cluster in ["slurm", "k8s"] {
+        let key = format!("launch.environment=[\"AWS_SECRET_ACCESS_KEY={SECRET}\"]");
+        let ran = m.run(&["launch", cluster, "--dry-run", "--set", &key]);
+        assert!(!ran.stderr.contains(SECRET), "{}", ran.stderr);
+        ran.fails_as(usage, &["AWS_SECRET_ACCESS_KEY", "launch.k8s.secrets"]);
+    }
+    for (bad, command) in [
+        ("s3://", &["label"][..]),
+        ("ftp://b/x", &["label"]),
+        ("s3://key:word@b/x", &["label"]),
+        ("s3://key:word@b/x", &["launch", "k8s", "--dry-run"]),
+    ] {
+        let ran = m.read(&[command, &["--recipe", "recipe.toml", "--runs", bad]].concat());
         assert!(!ran.stderr.contains("word@"), "{}", ran.stderr);
         ran.fails_as(usage, &["bucket"]);
     }
@@ -219,4 +229,165 @@ fn what_a_bucket_cannot_be_used_for_is_refused_with_what_to_do() {
     assert!(!ran.stderr.contains(SECRET), "{}", ran.stderr);
     ran.fails_as(FailureKind::Environment, &["s3://b/runs/small"]);
     assert!(!Path::new(&s.path("s3:")).exists() && fs::read_dir(s.path(".")).is_ok());
+}
+
+#[test]
+fn what_is_launched_for_a_bucket_has_its_address_and_no_key() {
+    let s = Sandbox::new();
+    // Where jobs are printed there may be no credentials, and no server.
+    let print = |args: &[&str]| {
+        let secret = "launch.k8s.secrets=[\"bucket-key\"]";
+        let region =
+            "launch.environment=[\"AWS_REGION=here\", \"GOOGLE_APPLICATION_CREDENTIALS=/etc/key.json\"]";
+        let own = [
+            "--recipe",
+            "recipe.toml",
+            "--runs",
+            "gs://b/runs",
+            "--dry-run",
+            "--set",
+            secret,
+            "--set",
+            region,
+        ];
+        let mut command = s.command(&[&["launch"], args, &own].concat());
+        let ran = Ran::new(command.env("GOOGLE_BEARER_TOKEN", SECRET).output().unwrap()).ok();
+        assert!(!format!("{}{}", ran.stdout, ran.stderr).contains(SECRET), "{}", ran.stdout);
+        ran.stdout
+    };
+    let chain = print(&["slurm", "--workers", "2"]);
+    for part in ["--runs gs://b/runs --device", "mkdir -p runs/small/launch/logs", "export AWS_REGION=here"] {
+        assert!(chain.contains(part), "{part}\n{chain}");
+    }
+    let list: Value = serde_json::from_str(&print(&["k8s"])).unwrap();
+    let container = &list["items"][1]["spec"]["template"]["spec"]["containers"][0];
+    assert!(container["command"].as_array().unwrap().contains(&"gs://b/runs".into()), "{container}");
+    assert_eq!(container["envFrom"][0]["secretRef"]["name"], "bucket-key");
+    assert!(!s.path("runs").exists() && !s.path("gs:").exists(), "a dry run writes nothing");
+}
+
+/// sbatch as `launch` uses it: the job runs at once, its tasks one after another.
+const SBATCH: &str = r#"#!/bin/bash
+id=$(($(cat count 2>/dev/null || echo 100) + 1)); echo $id > count
+script=$(mktemp -p .); cat > $script
+log=$(sed -n 's/^#SBATCH --output=//p' $script); last=$(sed -n 's/^#SBATCH --array=0-//p' $script)
+for task in $(seq 0 ${last:-0}); do
+  SLURM_ARRAY_TASK_ID=$task bash $script > "$(dirname "$log")/job-$id-$task.txt" 2>&1 || exit 1
+done
+echo $id
+"#;
+
+#[test]
+fn jobs_of_a_launch_work_in_the_bucket_and_any_machine_sees_how_far_they_are() {
+    let (s, server) = (Sandbox::new(), Server::start(Kind::S3));
+    let (a, b) = (Machine::new(&s, &server), Machine::new(&s, &server));
+    for (name, script) in [("sbatch", SBATCH), ("squeue", "#!/bin/bash\ncat queue 2>/dev/null\n")] {
+        s.write(&format!("bin/{name}"), script);
+        fs::set_permissions(s.path(&format!("bin/{name}")), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let path = format!("{}:{}", s.path("bin").display(), std::env::var("PATH").unwrap());
+    let launch = |machine: &Machine, stages: &str| {
+        let own = ["launch", "slurm", "--workers", "2", "--gpus-per-worker", "0", "--stages", stages];
+        let more = ["--recipe", "recipe.toml", "--runs", "s3://b/runs", "--set", &program()];
+        let mut command = machine.command(&[&own[..], &more].concat());
+        Ran::new(command.env("PATH", &path).output().unwrap())
+    };
+    let mut said = launch(&a, "prepare,label").ok().stdout;
+    assert!(said.contains("logs in runs/small/launch/logs"), "{said}");
+    assert!(said.contains("launch status --run s3://b/runs/small"), "{said}");
+    for folder in ["examples", "labels"] {
+        same(&server, folder, |name| !name.ends_with(".lock"));
+    }
+    let logs = files_below(&s.path("runs/small/launch/logs"));
+    assert_eq!(logs.keys().collect::<Vec<_>>(), ["job-101-0.txt", "job-102-0.txt", "job-102-1.txt"]);
+    let status = b.read(&["launch", "status", "--run", "s3://b/runs/small", "--json"]).ok().stdout;
+    let status: Value = serde_json::from_str(&status).unwrap();
+    let state = |stage: &str| {
+        let all = status["stages"].as_array().unwrap().iter();
+        all.filter(|s| s["stage"] == stage).map(|s| s["state"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!((state("label"), state("train")), (vec!["done".into()], vec!["not_begun".into()]), "{status}");
+    assert_eq!(status["jobs"][1]["id"], "102");
+    // Jobs that one machine submitted are known to another.
+    s.write("queue", "102 small-label\n");
+    launch(&b, "label").fails_with(&["job 102", "is in the queue"]);
+    for content in files_below(&s.path("")).into_values() {
+        said += &String::from_utf8_lossy(&content);
+    }
+    for secret in [SECRET, "key-of-the-bucket", "Signature="] {
+        assert!(!said.contains(secret), "`{secret}` was said or written");
+    }
+}
+
+#[test]
+fn a_sweep_in_a_bucket_makes_what_is_the_same_once() {
+    let (s, server) = (Sandbox::new(), Server::start(Kind::Azure));
+    let (a, b) = (Machine::new(&s, &server), Machine::new(&s, &server));
+    let sweep = ["sweep", "--vary", "train.steps=6,12", "--set", "eval.contexts=1"];
+    // What one run has made on its own becomes the others' too.
+    for stage in ["prepare", "label"] {
+        a.run(&[stage]).ok();
+    }
+    let before = objects(&server, "labels");
+    server.every_nth(7, &FAULTS);
+    let ran = a.run(&sweep).ok();
+    server.every_nth(usize::MAX, &FAULTS);
+    assert!(ran.stdout.contains("3 runs for"), "{}", ran.stdout);
+    let there = server.objects("/b/runs/");
+    let keys = |part: &str| there.keys().filter(|key| key.contains(part)).cloned().collect::<Vec<_>>();
+    for run in ["small", "small-steps-6", "small-steps-12"] {
+        for folder in ["examples", "labels", "features"] {
+            let all = keys(&format!("{run}/{folder}/"));
+            assert_eq!(all, [format!("{run}/{folder}/shared.link")]);
+        }
+        let link: Value = serde_json::from_slice(&there[&format!("{run}/labels/shared.link")]).unwrap();
+        let folder = link["link"].as_str().unwrap().trim_start_matches("../");
+        let labels = server.objects(&format!("/b/runs/{folder}/"));
+        assert!(
+            !before.is_empty() && labels == before,
+            "the labels of `{run}` are not those that were there"
+        );
+    }
+    let mut shared: Vec<String> =
+        keys("shared/").iter().map(|key| key.split('/').nth(1).unwrap().into()).collect();
+    shared.retain(|name| !name.ends_with(".link"));
+    shared.sort();
+    shared.dedup();
+    let kinds: Vec<&str> = shared.iter().map(|name| name.split('-').next().unwrap()).collect();
+    assert_eq!(kinds, ["examples", "features", "labels"], "{shared:?}");
+
+    // A sweep on disk has the same.
+    let disk = Sandbox::new();
+    disk.run(&sweep).ok();
+    for run in ["small", "small-steps-6", "small-steps-12"] {
+        let name = "export/model.safetensors";
+        assert!(
+            there[&format!("{run}/{name}")] == fs::read(disk.path(&format!("runs/{run}/{name}"))).unwrap()
+        );
+    }
+    for name in &shared {
+        let mut there = server.objects(&format!("/b/runs/shared/{name}/"));
+        there.retain(|file, _| !file.ends_with(".lease"));
+        let mut here = files_below(&disk.path(&format!("runs/shared/{name}")));
+        here.retain(|file, _| !file.ends_with(".lock"));
+        assert!(!here.is_empty() && there == here, "{name}: other bytes");
+    }
+
+    // Another machine sees what is there, and makes the labels of one run anew: the others keep theirs.
+    let plan = b.run(&[&sweep[..], &["--dry-run"]].concat()).ok().stdout;
+    assert!(plan.contains("labels are there") && !plan.contains("to "), "{plan}");
+    let shown = b.read(&["inspect", "az://b/runs/small-steps-6/labels"]).ok().stdout;
+    assert!(shown.contains("label"), "{shown}");
+    let own = ["--set", "name=small-steps-6", "--set", "train.steps=6", "--set", "eval.contexts=1"];
+    b.run(&[&["label", "--redo", "label"][..], &own].concat()).ok();
+    let now = server.objects("/b/runs/");
+    assert!(!now.contains_key("small-steps-6/labels/shared.link"));
+    let labels = server.objects("/b/runs/small-steps-6/labels/");
+    assert!(labels.keys().eq(before.keys()) && labels["index.json"] == before["index.json"]);
+    assert!(
+        now.iter().filter(|(key, _)| key.starts_with("shared/")).all(|(key, bytes)| there[key] == *bytes)
+    );
+    // The first machine finds the labels of that run where they are now.
+    let again = a.run(&[&["label"][..], &own].concat()).ok();
+    assert!(again.stderr.contains("label: skipped"), "{}", again.stderr);
 }

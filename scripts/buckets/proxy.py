@@ -4,6 +4,7 @@ the middle, or stalled, in turn. `python3 proxy.py LISTEN_PORT SERVER_PORT N` pr
 import collections, itertools, signal, socket, struct, sys, threading, time
 
 LISTEN, SERVER, EVERY = (int(arg) for arg in sys.argv[1:4])
+CONDITIONS = (b"if-match", b"if-none-match", b"x-goog-if-generation-match")
 KINDS = ["500", "503", "reset", "half", "stall", "lost", "412"]
 STALL_S = 8
 count, kinds, done, lock = itertools.count(1), itertools.cycle(KINDS), collections.Counter(), threading.Lock()
@@ -65,7 +66,7 @@ def serve(client):
                 n = next(count)
                 kind = next(kinds) if EVERY and n % EVERY == 0 else None
                 # Only a write under a condition fails by one.
-                if kind == "412" and not (request.startswith(b"PUT") and (b"if-match" in headers or b"if-none-match" in headers)):
+                if kind == "412" and not (request.startswith(b"PUT") and any(name in headers for name in CONDITIONS)):
                     kind = "500"
                 done[kind or "through"] += 1
             if kind in ("500", "503", "412"):

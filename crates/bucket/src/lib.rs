@@ -2,13 +2,15 @@
 //!
 //! [`place`] mounts a bucket and gives the path of its working copy, in which everything goes on as in any
 //! folder: `pkv-files` puts each file into the bucket before it is whole here, and asks for files before they
-//! are read (`copy`). Claims are objects that are renewed (`lease`). What fails on the way is sent again by
+//! are read (`copy`). Claims are objects that are renewed (`lease`); folders that runs share are objects that
+//! name them (`copy::links`). What fails on the way is sent again by
 //! object_store, with the time limits of our HTTP client (`http`); what a file needs in memory is four parts
 //! of 8 MiB (`store`). Keys are never shown (`redact`).
 
 mod address;
 mod copy;
 mod credentials;
+mod endpoint;
 mod http;
 mod lease;
 mod options;
@@ -22,6 +24,7 @@ use anyhow::Result;
 use sha2::{Digest, Sha256};
 
 pub use self::address::{Address, Scheme, is_address};
+pub use self::credentials::is_credential;
 pub use self::options::{CACHE, CACHE_GB, LEASE, Options, TIMEOUT};
 
 use self::copy::WorkingCopy;
@@ -87,8 +90,10 @@ pub fn mount(address: &Address, options: &Options) -> Result<PathBuf> {
 fn name(address: &Address, options: &Options) -> String {
     let is_place =
         |name: &str| ["ENDPOINT", "ACCOUNT_NAME", "BASE_URL"].iter().any(|part| name.contains(part));
+    let mut variables = options.variables.clone();
+    endpoint::resolve(address.scheme, &mut variables);
     let mut hash = Sha256::new();
-    for (name, value) in options.variables.iter().filter(|(name, _)| is_place(name)) {
+    for (name, value) in variables.iter().filter(|(name, _)| is_place(name)) {
         hash.update(format!("{name}={value}\n"));
     }
     let hash: String = hash.finalize().iter().take(4).map(|b| format!("{b:02x}")).collect();

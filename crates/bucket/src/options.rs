@@ -18,6 +18,9 @@ pub const TIMEOUT: &str = "PKV_BUCKET_TIMEOUT_S";
 /// Seconds without a sign of life after which a claim is another process's.
 pub const LEASE: &str = "PKV_BUCKET_LEASE_S";
 
+/// Beginnings of the names of variables that buckets are reached with.
+const PREFIXES: [&str; 5] = ["AWS_", "GOOGLE_", "AZURE_", "AZURITE_", "STORAGE_EMULATOR_HOST"];
+
 /// Shards of a run of 50,000 contexts have hundreds of gigabytes; a disk that holds the models holds this.
 const DEFAULT_CACHE_GB: f64 = 50.0;
 /// Longer than any pause of a server that works, shorter than a user's patience.
@@ -35,7 +38,7 @@ pub struct Options {
     pub lease: Duration,
     /// How long a request that fails is sent again.
     pub retry: Duration,
-    /// `AWS_...`, `GOOGLE_...`, `AZURE_...` and `HOME`.
+    /// `AWS_...`, `GOOGLE_...`, `AZURE_...`, those of emulators, and `HOME`.
     pub variables: BTreeMap<String, String>,
 }
 
@@ -85,8 +88,7 @@ impl Options {
         };
         let cache = std::path::absolute(cache).context("cannot find the folder of the cache")?;
         let patience = Duration::from_secs_f64(number(TIMEOUT, DEFAULT_TIMEOUT_S)?.min(3600.0));
-        let is_ours =
-            |name: &str| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|p| name.starts_with(p)) || name == "HOME";
+        let is_ours = |name: &str| PREFIXES.iter().any(|p| name.starts_with(p)) || name == "HOME";
         Ok(Self {
             cache_bytes: (number(CACHE_GB, DEFAULT_CACHE_GB)? * 1e9) as u64,
             patience,

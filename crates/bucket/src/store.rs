@@ -20,7 +20,7 @@ use pkv_core::hinted;
 use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 
-use crate::address::Address;
+use crate::address::{Address, Scheme};
 use crate::credentials::connect;
 use crate::options::Options;
 use crate::redact::Secrets;
@@ -48,6 +48,14 @@ pub(crate) struct Version {
     /// Google's generation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
+}
+
+impl Version {
+    /// Whether both are of the same bytes. Of a generation it is not asked: a listing knows none, and a put
+    /// of the same bytes makes another one.
+    pub fn is(&self, other: &Self) -> bool {
+        self.e_tag == other.e_tag
+    }
 }
 
 /// What a bucket says of an object.
@@ -82,6 +90,8 @@ pub(crate) struct Store {
     inner: Arc<dyn ObjectStore>,
     root: String,
     secrets: Secrets,
+    /// Google: a put under a condition names the generation that it replaces.
+    by_generation: bool,
 }
 
 impl std::fmt::Debug for Store {
@@ -110,7 +120,8 @@ fn runtime() -> Result<&'static Handle> {
 impl Store {
     pub fn open(address: &Address, options: &Options) -> Result<Self> {
         let (inner, secrets) = connect(address, options)?;
-        Ok(Self { inner, root: address.root(), secrets })
+        let by_generation = address.scheme == Scheme::Google;
+        Ok(Self { inner, root: address.root(), secrets, by_generation })
     }
 
     fn wait<T>(&self, work: impl Future<Output = T>) -> Result<T> {
@@ -127,13 +138,13 @@ impl Store {
         match result {
             Ok(value) => Ok(Some(value)),
             Err(StoreError::NotFound { .. }) => Ok(None),
-            Err(e) => Err(self.error(doing, key, e)),
+            Err(e) => Err(self.error(doing, key, &e)),
         }
     }
 
-    fn error(&self, doing: &str, key: &str, error: StoreError) -> anyhow::Error {
+    fn error(&self, doing: &str, key: &str, error: &StoreError) -> anyhow::Error {
         let what = format!("cannot {doing} `{}`", self.shown(key));
-        let hint = match &error {
+        let hint = match error {
             StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => {
                 let hint =
                     "check the credentials, and that they may read, write, list and remove in this bucket";
@@ -211,6 +222,24 @@ impl Store {
         }
     }
 
+    /// Copy an object within the bucket, with its hash.
+    pub fn copy(&self, from: &str, to: &str) -> Result<()> {
+        let (source, target) = (Self::key(from)?, Self::key(to)?);
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.wait(self.inner.copy(&source, &target))? {
+                Err(error @ StoreError::Generic { .. }) if tries < TRIES => {
+                    self.wait_to_send_again(to, &error, tries);
+                }
+                copied => {
+                    return copied
+                        .map_err(|e| self.error(&format!("copy `{}` to", self.shown(from)), to, &e));
+                }
+            }
+        }
+    }
+
     /// Put a small object.
     pub fn write(&self, key: &str, content: &[u8], condition: &If) -> Result<Put> {
         self.put(key, Bytes::copy_from_slice(content), condition, Attributes::new())
@@ -234,45 +263,52 @@ impl Store {
 
     fn put(&self, key: &str, content: Bytes, condition: &If, attributes: Attributes) -> Result<Put> {
         let path = Self::key(key)?;
-        let mode = match condition {
-            If::Always => PutMode::Overwrite,
-            If::Absent => PutMode::Create,
-            If::Is(Version { e_tag, version }) => {
-                PutMode::Update(UpdateVersion { e_tag: e_tag.clone(), version: version.clone() })
-            }
-        };
-        let mut tries = 0;
+        let (mut condition, mut tries) = (condition.clone(), 0);
         loop {
             tries += 1;
-            let options =
-                PutOptions { mode: mode.clone(), attributes: attributes.clone(), ..PutOptions::default() };
-            let error = match self.wait(self.inner.put_opts(&path, content.clone().into(), options))? {
-                Ok(result) => return Ok(Put::Done(version(&result))),
-                Err(e) => e,
+            let mode = match &condition {
+                If::Always => Some(PutMode::Overwrite),
+                If::Absent => Some(PutMode::Create),
+                // Known by a listing: its generation is asked for.
+                If::Is(known) if self.by_generation && known.version.is_none() => None,
+                If::Is(Version { e_tag, version }) => {
+                    Some(PutMode::Update(UpdateVersion { e_tag: e_tag.clone(), version: version.clone() }))
+                }
+            };
+            let error = if let Some(mode) = mode {
+                let options = PutOptions { mode, attributes: attributes.clone(), ..PutOptions::default() };
+                match self.wait(self.inner.put_opts(&path, content.clone().into(), options))? {
+                    Ok(result) => return Ok(Put::Done(version(&result))),
+                    Err(e) => Some(e),
+                }
+            } else {
+                None
             };
             let may_be_done = match &error {
-                StoreError::Precondition { .. } | StoreError::AlreadyExists { .. } => true,
-                StoreError::NotFound { .. } => matches!(condition, If::Is(_)),
-                StoreError::Generic { .. } => *condition != If::Always,
-                _ => false,
+                None | Some(StoreError::Precondition { .. } | StoreError::AlreadyExists { .. }) => true,
+                Some(StoreError::NotFound { .. }) => matches!(condition, If::Is(_)),
+                Some(StoreError::Generic { .. }) => condition != If::Always,
+                Some(_) => false,
             };
-            if !may_be_done {
+            if let Some(error) = error.as_ref().filter(|_| !may_be_done) {
                 return Err(self.error("write", key, error));
             }
             // The answer to a put that was done may have been lost, and a server under load may refuse one
             // whose condition is met.
-            let is_met = match self.read(key, None)? {
-                Read::New(meta, found) if found == content => return Ok(Put::Done(meta.version)),
-                Read::New(meta, _) => *condition == If::Is(meta.version),
-                Read::Absent | Read::Same => *condition == If::Absent,
-            };
-            if !is_met {
-                return Ok(Put::Changed);
+            match (self.read(key, None)?, &condition) {
+                (Read::New(meta, found), _) if found == content => return Ok(Put::Done(meta.version)),
+                (Read::New(meta, _), If::Is(known)) if known.is(&meta.version) => {
+                    condition = If::Is(meta.version);
+                }
+                (_, If::Always) | (Read::Absent, If::Absent) => {}
+                _ => return Ok(Put::Changed),
             }
-            if tries >= TRIES {
-                return Err(self.error("write", key, error));
+            if let Some(error) = error {
+                if tries >= TRIES {
+                    return Err(self.error("write", key, &error));
+                }
+                self.wait_to_send_again(key, &error, tries);
             }
-            self.wait_to_send_again(key, &error, tries);
         }
     }
 
@@ -297,7 +333,7 @@ impl Store {
                 return Ok(there);
             }
             if !is_passing || tries >= TRIES {
-                return Err(self.error("write", key, error));
+                return Err(self.error("write", key, &error));
             }
             self.wait_to_send_again(key, &error, tries);
         }
@@ -382,10 +418,11 @@ impl Store {
         let context = || format!("cannot read `{}`", self.shown(key));
         match self.wait(work)? {
             Ok(done) => done.with_context(context)?,
-            Err(StoreError::Precondition { .. }) => {
+            // Or it was removed.
+            Err(StoreError::Precondition { .. } | StoreError::NotFound { .. }) => {
                 bail!(anyhow::Error::from(pkv_files::Changed).context(context()))
             }
-            Err(e) => return Err(self.error("read", key, e)),
+            Err(e) => return Err(self.error("read", key, &e)),
         }
         let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         ensure!(
@@ -438,14 +475,19 @@ fn pause(tries: u32) {
 }
 
 fn version(result: &PutResult) -> Version {
-    Version { e_tag: result.e_tag.clone(), version: result.version.clone() }
+    Version { e_tag: result.e_tag.clone().map(quoted), version: result.version.clone() }
+}
+
+/// A tag as the conditions of requests have it. Azure's listings leave the quotes out.
+fn quoted(tag: String) -> String {
+    if tag.ends_with('"') { tag } else { format!("\"{tag}\"") }
 }
 
 fn meta(found: &ObjectMeta) -> Meta {
     Meta {
         key: found.location.to_string(),
         bytes: found.size,
-        version: Version { e_tag: found.e_tag.clone(), version: found.version.clone() },
+        version: Version { e_tag: found.e_tag.clone().map(quoted), version: found.version.clone() },
         modified: found.last_modified.into(),
     }
 }

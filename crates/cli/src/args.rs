@@ -8,7 +8,7 @@ pub mod pieces;
 mod stage;
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
@@ -54,6 +54,10 @@ pub struct Cli {
     #[arg(long, global = true, default_value = "runs", value_name = "FOLDER", value_hint = ValueHint::DirPath)]
     pub runs: PathBuf,
 
+    /// `--runs` as it was given, where that is a bucket: `runs` is then its working copy.
+    #[arg(skip)]
+    pub bucket: Option<PathBuf>,
+
     /// Print more to stderr: `-v` for details, `-vv` for debugging.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -67,6 +71,11 @@ pub struct Cli {
 }
 
 impl Cli {
+    /// `--runs` for other processes.
+    pub fn runs_named(&self) -> &Path {
+        self.bucket.as_deref().unwrap_or(&self.runs)
+    }
+
     /// The device of a command that works on one.
     ///
     /// # Errors

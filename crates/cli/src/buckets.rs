@@ -1,24 +1,26 @@
-//! Run folders in buckets: addresses on the command line become the paths of their working copies, and what
-//! needs a file system that others see is refused.
+//! Run folders in buckets: addresses on the command line become the paths of their working copies.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Result, bail};
-use pkv_bucket::{brought, is_address, place};
-use pkv_core::{FailureKind, hinted};
+use anyhow::Result;
+use pkv_bucket::{Address, brought, is_address, place};
 
 use crate::args::{Cli, Command, LaunchCommand};
 
 /// Mount the buckets that are named, and bring what is read of them.
 ///
 /// # Errors
-/// A bucket cannot be used, or the command cannot use one.
+/// A bucket cannot be used.
 pub fn resolve(cli: &mut Cli) -> Result<()> {
     let runs = is_address(&cli.runs).then(|| cli.runs.clone());
-    if runs.is_some() {
-        refuse(&cli.command)?;
-        cli.runs = place(&cli.runs)?;
-        tracing::info!("`{}` has its working copy in `{}`", shown(runs.as_deref()), cli.runs.display());
+    cli.bucket = runs.clone();
+    if let Some(runs) = &runs {
+        if is_of_workers(&cli.command) {
+            Address::parse(&runs.to_string_lossy())?;
+            return Ok(());
+        }
+        cli.runs = place(runs)?;
+        tracing::info!("`{}` has its working copy in `{}`", runs.display(), cli.runs.display());
     }
     // A name is that of a run below `--runs`.
     let below = |named: &PathBuf| match &runs {
@@ -47,23 +49,11 @@ pub fn resolve(cli: &mut Cli) -> Result<()> {
     Ok(())
 }
 
-fn shown(runs: Option<&Path>) -> String {
-    runs.map(|runs| runs.display().to_string()).unwrap_or_default()
-}
-
-/// Refuse the commands that need more than a working copy.
-fn refuse(command: &Command) -> Result<()> {
-    let (what, hint) = match command {
-        Command::Sweep(_) => (
-            "`sweep` shares outputs by links between run folders, which a bucket does not have",
-            "sweep into a folder, or run each variant with `--runs` and a `name` of its own",
-        ),
-        Command::Launch(LaunchCommand::Slurm(_) | LaunchCommand::K8s(_)) => (
-            "`launch` keeps scripts and logs of its jobs in the run folder, which a bucket cannot serve them from",
-            "start `proxykv-train STAGE --task K/N --runs s3://...` in the jobs of an array or an indexed Job: it takes its \
-             task from the scheduler's variables; docs/scale.md shows one",
-        ),
-        _ => return Ok(()),
-    };
-    bail!(hinted(format!("`--runs` is a bucket: {what}"), hint).of(FailureKind::Usage))
+/// Whether the workers alone use the bucket: where they are started there may be no credentials for it.
+fn is_of_workers(command: &Command) -> bool {
+    match command {
+        Command::Launch(LaunchCommand::K8s(_)) => true,
+        Command::Launch(LaunchCommand::Slurm(args)) => args.dry_run,
+        _ => false,
+    }
 }

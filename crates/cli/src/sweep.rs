@@ -24,6 +24,8 @@ use crate::terminal::Bar;
 
 /// How often running processes are looked at.
 const EVERY: Duration = Duration::from_millis(100);
+/// In a bucket, where that takes a request for each output of a run that waits.
+const EVERY_THERE: Duration = Duration::from_secs(2);
 
 /// # Errors
 /// There is no variant, a recipe is invalid, or a run failed.
@@ -44,6 +46,7 @@ pub fn run(cli: &Cli, args: &SweepArgs, stop: &Stop) -> Result<()> {
         Member::of(&Session::planned(variant.recipe.clone(), choices)?)
     };
     let members = variants.iter().map(member).collect::<Result<Vec<_>>>()?;
+    members.iter().try_for_each(Member::bring)?;
     if args.dry_run {
         let plan = SweepPlan::of(&members)?;
         return output::print_either(cli.json, &plan, || plan.text());
@@ -119,7 +122,8 @@ impl Work<'_> {
                 running.push(self.start(waiting.remove(at))?);
                 continue;
             }
-            sleep(EVERY);
+            let looks_there = self.cli.bucket.is_some() && running.len() < self.jobs && !waiting.is_empty();
+            sleep(if looks_there { EVERY_THERE } else { EVERY });
         }
         bar.finish();
         Ok(failed)
@@ -148,7 +152,7 @@ impl Work<'_> {
         let threads = self.cli.threads.map_or((cores / self.jobs).max(1), |n| n as usize);
         let mut command = own_program()?;
         command.args(["run", "--device", &device_name(self.device), "--threads", &threads.to_string()]);
-        command.arg("--runs").arg(&self.cli.runs).arg("--recipe").arg(&variant.recipe.path);
+        command.arg("--runs").arg(self.cli.runs_named()).arg("--recipe").arg(&variant.recipe.path);
         for assignment in &variant.assignments {
             command.args(["--set", assignment]);
         }

@@ -25,7 +25,8 @@ pub use self::held::{Held, lock_dir, lock_work, share_dir};
 use self::origin::Elsewhere;
 pub use self::origin::{Changed, Claiming, Lease, Origin};
 pub use self::origin::{
-    file_len, is_changed, is_mounted, mount, open_file, pull, push, put_file, refresh, remove_there,
+    file_len, is_changed, is_mounted, link, link_here, mount, names, open_file, pull, push, put_file,
+    refresh, remove_there, rename_folder,
 };
 
 /// Ending of files that are not whole yet.

@@ -57,11 +57,29 @@ pub trait Origin: Debug + Send + Sync {
     /// It cannot be reached.
     fn len(&self, path: &Path) -> Result<Option<u64>>;
 
-    /// Remove what is at or below `path` there.
+    /// Remove what is at or below `path` there; of a link, the link alone.
     ///
     /// # Errors
     /// It cannot be reached, or this process has lost the right to write there.
     fn remove(&self, path: &Path) -> Result<()>;
+
+    /// Names of the files right in a folder there, without their content.
+    ///
+    /// # Errors
+    /// It cannot be reached.
+    fn names(&self, folder: &Path) -> Result<Vec<String>>;
+
+    /// Let the folder `at` be the folder `target` beside its own, there and here.
+    ///
+    /// # Errors
+    /// It cannot be reached, or there is another file at `at`.
+    fn link(&self, at: &Path, target: &Path) -> Result<()>;
+
+    /// Move all files of the folder `from` to the folder `to`, there and here.
+    ///
+    /// # Errors
+    /// It cannot be reached, or this process has lost the right to write there.
+    fn rename(&self, from: &Path, to: &Path) -> Result<()>;
 
     /// Claim what `path` represents against processes elsewhere: alone, or with all who share it. `None`
     /// while one of them has it.
@@ -205,6 +223,52 @@ pub fn remove_there(path: &Path) -> Result<()> {
     of(path).map_or(Ok(()), |origin| {
         origin.remove(path).with_context(|| format!("cannot remove `{}`", path.display()))
     })
+}
+
+/// Names of the files right in a folder of a working copy, by a listing there; `None` for any other folder,
+/// where looking for a name costs as little.
+///
+/// # Errors
+/// As of [`Origin::names`].
+pub fn names(folder: &Path) -> Result<Option<Vec<String>>> {
+    let names = |origin: Arc<dyn Origin>| origin.names(folder);
+    of(folder).map(names).transpose().with_context(|| format!("cannot list folder `{}`", folder.display()))
+}
+
+/// Let `at` be a link to the folder `target`, which is relative to that of `at`; what was a link there before
+/// is replaced. A working copy has the link where it is of, too.
+///
+/// # Errors
+/// `at` is no link, the disk fails, or as of [`Origin::link`].
+pub fn link(target: &Path, at: &Path) -> Result<()> {
+    let context = || format!("cannot make the link `{}`", at.display());
+    if let Some(origin) = of(at) {
+        return origin.link(at, target).with_context(context);
+    }
+    link_here(target, at).with_context(context)
+}
+
+/// [`link`] on this machine alone.
+///
+/// # Errors
+/// `at` is no link, or the disk fails.
+pub fn link_here(target: &Path, at: &Path) -> io::Result<()> {
+    if at.is_symlink() {
+        fs::remove_file(at)?;
+    }
+    std::os::unix::fs::symlink(target, at)
+}
+
+/// Move a folder, with what a working copy has of it elsewhere.
+///
+/// # Errors
+/// The disk fails, or as of [`Origin::rename`].
+pub fn rename_folder(from: &Path, to: &Path) -> Result<()> {
+    let context = || format!("cannot move `{}` to `{}`", from.display(), to.display());
+    match of(from) {
+        Some(origin) => origin.rename(from, to).with_context(context),
+        None => fs::rename(from, to).with_context(context),
+    }
 }
 
 /// Bytes of a file that may be a shard in no cache.

@@ -8,6 +8,7 @@ pub mod slurm;
 pub mod status;
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use anyhow::Result;
@@ -23,6 +24,8 @@ const GRACE_SECS: u32 = 30;
 pub struct Launch<'a> {
     pub recipe: &'a Recipe,
     pub run: &'a RunLayout,
+    /// Folder of what jobs of Slurm print, which all nodes see.
+    pub logs: PathBuf,
     /// In their order.
     pub stages: Vec<Stage>,
     /// Workers of each stage that is done in pieces.

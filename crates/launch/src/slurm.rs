@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use pkv_core::hinted;
-use pkv_files::{WriteBudget, write_file};
+use pkv_files::{WriteBudget, refresh, write_file};
 use pkv_shard::{RunLayout, Stage};
 use serde::{Deserialize, Serialize};
 
@@ -55,7 +55,7 @@ pub fn jobs(launch: &Launch) -> Result<Vec<Job>> {
 /// # Errors
 /// The path of the run folder cannot be written into a script.
 pub fn chain(launch: &Launch, jobs: &[Job]) -> Result<String> {
-    let mut out = format!("#!/bin/bash\nset -eu\nmkdir -p {}\n", word(&logs(launch.run).to_string_lossy())?);
+    let mut out = format!("#!/bin/bash\nset -eu\nmkdir -p {}\n", word(&launch.logs.to_string_lossy())?);
     let mut after = String::new();
     for Job { stage, script, .. } in jobs {
         let is_free = |end: &String| !script.lines().any(|line| line == end);
@@ -92,24 +92,29 @@ pub fn submit(launch: &Launch, jobs: &[Job]) -> Result<Vec<Submitted>> {
             format!("wait for it (`proxykv-train launch status`), or end it: `scancel {}`", ids.join(" "))
         ));
     }
-    let logs = logs(launch.run);
-    fs::create_dir_all(&logs).with_context(|| format!("cannot make `{}`", logs.display()))?;
+    for folder in [&launch.logs, &launch.run.launch()] {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+    }
     let mut submitted: Vec<Submitted> = Vec::new();
     for Job { stage, name, workers, script } in jobs {
         let after = submitted.last().map(|before| format!("--dependency=afterok:{}", before.id));
         let args: Vec<&str> = ["--parsable"].into_iter().chain(after.as_deref()).collect();
-        let said = answer("sbatch", &args, script, WHAT).inspect_err(|_| {
-            let ids: Vec<&str> = submitted.iter().rev().map(|job| job.id.as_str()).collect();
-            if !ids.is_empty() {
-                // Why Slurm refused is the error that the user sees.
-                let _ = tool("scancel", &ids, "", WHAT);
-            }
-        })?;
+        let said = answer("sbatch", &args, script, WHAT).inspect_err(|_| cancel(&submitted))?;
         let id = said.trim().split(';').next().unwrap_or_default().to_owned();
         submitted.push(Submitted { stage: (*stage).to_owned(), name: name.clone(), workers: *workers, id });
-        write_file(&record(launch.run), &serde_json::to_vec_pretty(&submitted)?, &WriteBudget::from_env())?;
+        // Without its record, no launch and no user would know of the job.
+        write_file(&record(launch.run), &serde_json::to_vec_pretty(&submitted)?, &WriteBudget::from_env())
+            .inspect_err(|_| cancel(&submitted))?;
     }
     Ok(submitted)
+}
+
+/// Take jobs from the queue; why that is done is the error that the user sees.
+fn cancel(submitted: &[Submitted]) {
+    let ids: Vec<&str> = submitted.iter().rev().map(|job| job.id.as_str()).collect();
+    if !ids.is_empty() {
+        let _ = tool("scancel", &ids, "", "end what was submitted to Slurm");
+    }
 }
 
 /// The jobs that were submitted last; none if there was no launch.
@@ -118,6 +123,7 @@ pub fn submit(launch: &Launch, jobs: &[Job]) -> Result<Vec<Submitted>> {
 /// Their record cannot be read.
 pub fn submitted(run: &RunLayout) -> Result<Vec<Submitted>> {
     let path = record(run);
+    refresh(&path)?;
     if !path.exists() {
         return Ok(Vec::new());
     }
@@ -125,11 +131,6 @@ pub fn submitted(run: &RunLayout) -> Result<Vec<Submitted>> {
         || hinted(format!("cannot read `{}`", path.display()), "remove it: it only names jobs of Slurm");
     let text = pkv_core::read_small_text(&path).with_context(damaged)?;
     serde_json::from_str(&text).with_context(damaged)
-}
-
-/// Where jobs write what they print.
-fn logs(run: &RunLayout) -> PathBuf {
-    run.launch().join("logs")
 }
 
 fn record(run: &RunLayout) -> PathBuf {
@@ -140,7 +141,7 @@ fn record(run: &RunLayout) -> PathBuf {
 fn script(launch: &Launch, stage: Stage, name: &str) -> Result<String> {
     let in_pieces = is_in_pieces(stage);
     let slurm = &launch.recipe.launch.slurm;
-    let log = logs(launch.run).to_string_lossy().into_owned();
+    let log = launch.logs.to_string_lossy().into_owned();
     ensure!(
         !log.contains('\\') && !log.chars().any(char::is_control),
         hinted(

@@ -22,6 +22,7 @@ pub fn launch<'a>(recipe: &'a Recipe, run: &'a RunLayout, arguments: &[&str]) ->
     Launch {
         recipe,
         run,
+        logs: run.launch().join("logs"),
         stages: Stage::ALL.to_vec(),
         workers: 4,
         gpus_per_worker: 1,

@@ -312,7 +312,7 @@ fn clear(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()> {
     // An evaluation of an export has a folder of its own.
     let own = entry(stage).held.filter(|_| entry(stage).adds_up).map(|output| vec![output(s, options)]);
     for path in own.unwrap_or_else(|| stage.writes(&s.run)) {
-        if !s.run.shard_folders().contains(&path) {
+        if path.is_symlink() || !s.run.shard_folders().contains(&path) {
             pkv_files::remove_there(&path)?;
         }
         let gone = if path.is_symlink() {

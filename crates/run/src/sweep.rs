@@ -2,15 +2,14 @@
 //!
 //! Examples, labels and features are addressed by their fingerprints: `shared/labels-<hash>` beside the run
 //! folders, and a link to it in each run folder. A stage knows nothing of it: it opens its folder, and finds
-//! it complete, to be continued, or empty.
+//! it complete, to be continued, or empty. In a bucket, a link is a small object that names the output.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use pkv_core::{Fingerprint, hinted};
-use pkv_files::lock_dir;
+use pkv_files::{lock_dir, remove_there, rename_folder};
 use pkv_results::RESULTS_FILE;
 use pkv_shard::{INDEX_FILE, RunLayout, Stage, StageDir, StageState};
 use serde::Serialize;
@@ -68,6 +67,17 @@ impl Member {
         Ok(Self { name: s.recipe.name.clone(), run: (*s.run).clone(), outputs })
     }
 
+    /// In a working copy, bring what other machines made of it.
+    ///
+    /// # Errors
+    /// The bucket cannot be reached.
+    pub fn bring(&self) -> Result<()> {
+        let outputs = self.outputs.iter().map(|output| output.folder.clone());
+        let shared = self.outputs.iter().map(|output| self.shared().join(output.address()));
+        let more = [self.run.hidden(), self.run.eval()];
+        outputs.chain(shared).chain(more).try_for_each(|folder| pkv_files::pull(&folder))
+    }
+
     pub fn is_evaluated(&self) -> bool {
         self.run.eval().join(RESULTS_FILE).is_file()
     }
@@ -93,9 +103,12 @@ impl Member {
                 StageState::Complete(_) | StageState::Partial(_) => {
                     let _lock = lock_dir(&output.folder)?;
                     make(&shared)?;
-                    fs::rename(&output.folder, &store).with_context(context)?;
+                    rename_folder(&output.folder, &store)?;
                 }
-                _ if is_link => fs::remove_file(&output.folder).with_context(context)?,
+                _ if is_link => {
+                    remove_there(&output.folder)?;
+                    fs::remove_file(&output.folder).with_context(context)?;
+                }
                 StageState::Absent if output.folder.exists() => {
                     fs::remove_dir(&output.folder).with_context(context)?;
                 }
@@ -144,12 +157,8 @@ fn make(folder: &Path) -> Result<()> {
 fn link(name: &str, at: &Path, shared: &Path) -> Result<()> {
     make(&shared.join(name))?;
     at.parent().map_or(Ok(()), make)?;
-    if at.is_symlink() {
-        fs::remove_file(at).with_context(|| format!("cannot remove the link `{}`", at.display()))?;
-    }
     // Relative, so that the folder of all runs can be moved.
-    symlink(Path::new("..").join(SHARED).join(name), at)
-        .with_context(|| format!("cannot make the link `{}`", at.display()))
+    pkv_files::link(&Path::new("..").join(SHARED).join(name), at)
 }
 
 /// What a sweep would do.

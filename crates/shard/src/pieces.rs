@@ -6,9 +6,10 @@
 //! file. All but the locks hold their own hash. When every piece is done, the index is written and the folder
 //! goes.
 //!
-//! This file reads; `work` claims, writes and seals. An evaluation keeps the same folder, with one piece for
-//! each context and no shards: what it measured is stored elsewhere.
+//! This file reads; `join` begins, and `work` claims, writes and seals. An evaluation keeps the same folder,
+//! with one piece for each context and no shards: what it measured is stored elsewhere.
 
+mod join;
 mod tally;
 mod work;
 
@@ -178,8 +179,10 @@ impl PiecesState {
     /// The folder cannot be read.
     pub fn read(stage_folder: &Path) -> Result<Option<Self>> {
         let folder = folder(stage_folder);
-        pkv_files::pull(&folder)?;
-        let Some(plan) = read_plan(stage_folder)? else { return Ok(None) };
+        // One listing says all of a bucket's: markers, and the sizes of shards.
+        pkv_files::pull(stage_folder)?;
+        let plan: Option<PiecesPlan> = read_sealed_here(&folder.join(PLAN_FILE))?;
+        let Some(plan) = plan.filter(|plan| plan.version == VERSION) else { return Ok(None) };
         let context = || format!("cannot list folder `{}`", folder.display());
         let (mut markers, mut locks) = (BTreeMap::new(), BTreeMap::new());
         let entries = match fs::read_dir(&folder) {
@@ -195,7 +198,7 @@ impl PiecesState {
                 continue;
             };
             match kind {
-                "json" => markers.extend(read_marker(stage_folder, &plan, shard).map(|m| (shard, m))),
+                "json" => markers.extend(read_marker_here(stage_folder, &plan, shard).map(|m| (shard, m))),
                 // The second one is a claim of another machine, in a working copy.
                 "lock" | "lock.lease" => drop(locks.insert(shard, folder.join(&name))),
                 _ => {}
@@ -321,9 +324,18 @@ fn read_plan(stage_folder: &Path) -> Result<Option<PiecesPlan>> {
 
 /// The marker of a piece, if it is one, and its shard is there.
 fn read_marker(stage_folder: &Path, plan: &PiecesPlan, shard: u64) -> Option<Marker> {
+    if let Err(e) = pkv_files::refresh(&marker_path(stage_folder, shard)) {
+        tracing::warn!("piece {shard} counts as missing: {e:#}");
+        return None;
+    }
+    read_marker_here(stage_folder, plan, shard)
+}
+
+/// As [`read_marker`], as it is on this machine.
+fn read_marker_here(stage_folder: &Path, plan: &PiecesPlan, shard: u64) -> Option<Marker> {
     let path = marker_path(stage_folder, shard);
     let read = || -> Result<Option<Marker>> {
-        let Some(marker) = read_sealed::<Marker>(&path)? else { return Ok(None) };
+        let Some(marker) = read_sealed_here::<Marker>(&path)? else { return Ok(None) };
         marker.check(plan, shard)?;
         if let Some(file) = &marker.file {
             check_size(stage_folder, &plan.stage, file)?;
@@ -339,6 +351,10 @@ fn read_marker(stage_folder: &Path, plan: &PiecesPlan, shard: u64) -> Option<Mar
 /// A record with its own hash; `None` if it is absent or, with a warning, damaged.
 fn read_sealed<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     pkv_files::refresh(path)?;
+    read_sealed_here(path)
+}
+
+fn read_sealed_here<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let text = match pkv_core::read_small_text(path) {
         Ok(text) => text,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
@@ -352,6 +368,11 @@ fn read_sealed<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     Ok(parse()
         .inspect_err(|e| tracing::warn!("`{}` is damaged and counts as absent: {e:#}", path.display()))
         .ok())
+}
+
+/// The piece of a marker's name.
+fn piece_of(name: &str) -> Option<u64> {
+    name.strip_suffix(".json")?.parse().ok()
 }
 
 /// Write a record into the folder of pieces, beside other processes.

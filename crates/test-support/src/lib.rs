@@ -5,12 +5,12 @@
 
 #[cfg(feature = "tensors")]
 pub mod attention;
+pub mod bucket;
 pub mod errors;
 pub mod files;
 mod http;
 pub mod hub;
 pub mod kill;
 pub mod loops;
-pub mod s3;
 #[cfg(feature = "tensors")]
 pub mod tensors;

@@ -15,8 +15,10 @@ use pkv_files::{Claim, Held, TEMPORARY, WriteBudget, is_changed, pull, refresh};
 use pkv_files::{remove_there, share_dir, write_file_among};
 use serde::{Deserialize, Serialize};
 
-use super::{FailedRow, Marker, Missing, PLAN_FILE, PiecesPlan, PiecesState, Signature, VERSION};
-use super::{exist, folder, marker_path, read_marker, read_plan, read_sealed, write_sealed};
+use super::join::{Listed, join};
+use super::{FailedRow, Marker, Missing, PiecesPlan, Signature, VERSION};
+use super::{exist, folder, marker_path, piece_of, read_marker, read_marker_here, read_plan};
+use super::{read_sealed, write_sealed};
 use crate::StageReader;
 use crate::dir::{StageDir, check_fresh, check_size, check_stage, sweep};
 use crate::index::{INDEX_FILE, Index, ShardEntry};
@@ -45,6 +47,8 @@ pub struct Pieces {
     worker: Worker,
     /// Whole shards of a process that wrote the stage as a whole and was interrupted.
     named: Vec<ShardEntry>,
+    /// As this process began.
+    listed: Listed,
     /// Pieces that had failed before: they are tried again.
     failed_before: Mutex<BTreeSet<u64>>,
     markers_read: AtomicU64,
@@ -123,16 +127,17 @@ impl Pieces {
             check_fresh(dir, &index.stage, &index.fingerprint, &plan.fingerprint)?;
         }
         make(&folder(dir))?;
-        let failed_before = join(dir, &plan, worker.task, &budget)?;
+        let listed = Listed::of(dir, &plan, worker.task)?;
+        let failed_before = join(dir, &plan, worker.task, &listed, &budget)?;
         // The last piece may have ended just before the folder was made.
         if is_complete(dir, &plan)? {
             return Ok(None);
         }
         let named = index.map(|index| index.shards).unwrap_or_default();
         let failed_before = Mutex::new(failed_before);
-        let (dir, markers_read) =
-            (dir.to_path_buf(), AtomicU64::new(plan.of_task(worker.task).count() as u64));
-        Ok(Some(Self { dir, plan, worker, named, failed_before, markers_read, budget, _held: held }))
+        let looked_for = plan.of_task(worker.task).filter(|shard| listed.may_hold(*shard)).count();
+        let (dir, markers_read) = (dir.to_path_buf(), AtomicU64::new(looked_for as u64));
+        Ok(Some(Self { dir, plan, worker, named, listed, failed_before, markers_read, budget, _held: held }))
     }
 
     /// As [`Pieces::open`], for work whose outcomes are stored elsewhere: its pieces are marked for those who
@@ -157,7 +162,8 @@ impl Pieces {
 
     /// Pieces of this process's task that are done, in order.
     pub fn done(&self) -> Vec<u64> {
-        self.plan.of_task(self.task()).filter(|&shard| self.is_marked(shard)).collect()
+        let marked = |&shard: &u64| self.listed.may_hold(shard) && self.is_marked(shard);
+        self.plan.of_task(self.task()).filter(marked).collect()
     }
 
     /// Let writes fail once `budget` is spent, as on a full disk.
@@ -170,7 +176,10 @@ impl Pieces {
     /// # Errors
     /// Its lock file cannot be made, or the marker of a shard that is there cannot be written.
     pub fn claim(&self, shard: u64) -> Result<Claimed> {
-        if let Some(marker) = self.ended(shard) {
+        // One that ended since this process began is found once it is claimed.
+        if self.listed.may_hold(shard)
+            && let Some(marker) = self.ended(shard)
+        {
             return Ok(Claimed::Ended(marker));
         }
         let path = folder(&self.dir).join(format!("{shard:05}.lock"));
@@ -346,7 +355,11 @@ impl Pieces {
         if missing.iter().any(|&shard| self.is_absent(shard)) {
             return self.unless_sealed(&missing);
         }
-        let read = |shard| self.read(shard).filter(Marker::is_done);
+        let read = |shard| {
+            self.markers_read.fetch_add(1, Ordering::Relaxed);
+            // The listing brought them.
+            read_marker_here(&self.dir, &self.plan, shard).filter(Marker::is_done)
+        };
         let markers: BTreeMap<u64, Marker> =
             (0..self.plan.shards).filter_map(|shard| Some((shard, read(shard)?))).collect();
         let shards: Vec<ShardEntry> = markers.values().flat_map(|m| m.file.clone()).collect();
@@ -390,7 +403,8 @@ impl Pieces {
     /// Pieces whose markers are there, by the names in the folder; `None` if it has gone.
     fn listed(&self) -> Result<Option<BTreeSet<u64>>> {
         let folder = folder(&self.dir);
-        pull(&folder)?;
+        // With the sizes of shards.
+        pull(&self.dir)?;
         let context = || format!("cannot list folder `{}`", folder.display());
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
@@ -400,8 +414,7 @@ impl Pieces {
         let mut listed = BTreeSet::new();
         for entry in entries {
             let name = entry.with_context(context)?.file_name();
-            let number = name.to_str().and_then(|name| name.strip_suffix(".json"));
-            listed.extend(number.and_then(|number| number.parse::<u64>().ok()));
+            listed.extend(name.to_str().and_then(piece_of));
         }
         // The folder's other record tells that it is being removed.
         Ok((exist(&self.dir) || !listed.is_empty()).then_some(listed))
@@ -510,41 +523,6 @@ fn place<'a>(pieces: &'a Pieces, number: u64, temporary: &'a Path) -> ShardPlace
         budget: &pieces.budget,
         temporary: Some(temporary),
     }
-}
-
-/// Write the plan unless it is there; the pieces of `task` that have failed.
-fn join(dir: &Path, plan: &PiecesPlan, task: Task, budget: &WriteBudget) -> Result<BTreeSet<u64>> {
-    if read_plan(dir)?.as_ref() == Some(plan) {
-        let has_failed = |shard: &u64| read_marker(dir, plan, *shard).is_some_and(|m| !m.is_done());
-        return Ok(plan.of_task(task).filter(has_failed).collect());
-    }
-    match &PiecesState::read(dir)? {
-        // What names nothing has nothing to lose.
-        Some(state) if state.done_rows() > 0 => {
-            check_fresh(dir, &plan.stage, &state.plan.fingerprint, &plan.fingerprint)?;
-            ensure!(
-                (state.plan.rows, state.plan.shard_rows) == (plan.rows, plan.shard_rows),
-                hinted(
-                    format!(
-                        "`{}` is made in shards of {} of {} rows, not {} of {}",
-                        dir.display(),
-                        state.plan.shard_rows,
-                        state.plan.rows,
-                        plan.shard_rows,
-                        plan.rows
-                    ),
-                    format!("make it again with `--redo {}`", plan.stage)
-                )
-            );
-        }
-        _ => {}
-    }
-    match write_sealed(&folder(dir).join(PLAN_FILE), plan, budget) {
-        // Another process was first, on another machine.
-        Err(e) if is_changed(&e) && super::read_plan(dir)?.as_ref() == Some(plan) => {}
-        written => written?,
-    }
-    Ok(BTreeSet::new())
 }
 
 /// Whether the stage is complete, as `plan` has it; leftovers of its pieces are then removed.
