@@ -21,8 +21,8 @@ pub struct EvalSection {
     pub answer_ratios: Vec<f64>,
     /// Policies of the metrics against labels.
     pub policies: Vec<Policy>,
-    /// Policies of the tasks; tables show the first one first. `pair-keydiff` is what `infer` uses by default:
-    /// on the real pair it answers 4 to 35 points more than `pair` at the same ratio.
+    /// Policies of the tasks; tables show the first one first. `pair-keydiff` is what `infer` uses by
+    /// default: on the real pair it answers 4 to 35 points more than `pair` at the same ratio.
     pub answer_policies: Vec<Policy>,
     /// Methods that score KV pairs.
     pub methods: Vec<MethodName>,
