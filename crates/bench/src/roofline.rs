@@ -59,7 +59,7 @@ pub fn measure(device: Device, kind: Kind) -> Result<Roofline> {
     }
     tracing::info!(
         "matrix product of {n} x {n} in {}: {}/s; copy: {}/s",
-        if kind == Kind::BFloat16 { "bf16" } else { "f32" },
+        crate::dtype_name(kind),
         human_flops(roofline.flops_per_s),
         human_bytes(roofline.copy_bytes_per_s as u64)
     );

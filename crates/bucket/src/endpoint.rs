@@ -1,5 +1,5 @@
-//! Where the server of a bucket is, if it is not the provider's own: variables of emulators in the words of
-//! object_store, and whether it may be reached without TLS.
+//! Where the server of a bucket is, if it is not the provider's own: variables of emulators, translated to
+//! those that object_store reads, and whether it may be reached without TLS.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -59,8 +59,8 @@ pub(crate) fn resolve(scheme: Scheme, variables: &mut Variables) {
             if let Some(account) = get(variables, "AZURE_STORAGE_ACCOUNT").map(str::to_owned) {
                 default(variables, ACCOUNT, account);
             }
-            let asked = variables.remove("AZURE_STORAGE_USE_EMULATOR");
-            let asked = asked.is_some_and(|value| value.eq_ignore_ascii_case("true") || value == "1");
+            let asked = is_true(variables, "AZURE_STORAGE_USE_EMULATOR");
+            variables.remove("AZURE_STORAGE_USE_EMULATOR");
             let is_emulated = asked || get(variables, ACCOUNT) == Some(EMULATOR_ACCOUNT);
             let has_endpoint =
                 [AZURE_ENDPOINT, "AZURE_ENDPOINT"].iter().any(|name| get(variables, name).is_some());

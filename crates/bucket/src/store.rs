@@ -303,11 +303,16 @@ impl Store {
                 (_, If::Always) | (Read::Absent, If::Absent) => {}
                 _ => return Ok(Put::Changed),
             }
-            if let Some(error) = error {
-                if tries >= TRIES {
-                    return Err(self.error("write", key, &error));
-                }
-                self.wait_to_send_again(key, &error, tries);
+            match error {
+                Some(error) if tries < TRIES => self.wait_to_send_again(key, &error, tries),
+                Some(error) => return Err(self.error("write", key, &error)),
+                None => ensure!(
+                    tries < TRIES,
+                    hinted(
+                        format!("cannot write `{}`: the server says no generation of it", self.shown(key)),
+                        "use a server that answers with `x-goog-generation`, as Google's own does"
+                    )
+                ),
             }
         }
     }

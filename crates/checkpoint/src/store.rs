@@ -292,7 +292,7 @@ fn pass_over(folder: &Path, why: &anyhow::Error) {
 fn unreadable(why: anyhow::Error, folder: &Path) -> anyhow::Error {
     why.context(hinted(
         format!("checkpoint `{}` cannot be read, and may be the best", folder.display()),
-        "run the same command again; if the disk has lost it, remove that folder, and the best of the others is read",
+        "run the same command again; if it stays unreadable, remove that folder, and the best of the others is read",
     ))
 }
 

@@ -313,7 +313,7 @@ fn differences(c: &Comparison, m: &Metric, what: &str) -> Option<Table> {
     let rows: Vec<Row> = m.differences.iter().map(row).collect();
     (!rows.is_empty()).then(|| Table {
         caption: format!("{what} of {}, points", c.runs[0].name),
-        note: "Over the contexts that both runs answered, as many as the brackets say. Small type: 95% interval of a \
+        note: "Over the contexts that both runs answered, their number is in brackets. Small type: 95% interval of a \
                paired bootstrap over them. Bold: the interval excludes 0."
             .to_owned(),
         columns: columns(m),

@@ -118,7 +118,7 @@ impl Task {
     }
 
     fn example(&self, index: usize, row: &Value) -> Result<Example> {
-        // A summary is asked for in no words of its own.
+        // The prompt of a summary has no question.
         let mut input = match self.after.contains("{input}") {
             true => rows::filled(row, "input")?.to_owned(),
             false => String::new(),

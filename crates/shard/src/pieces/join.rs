@@ -50,7 +50,7 @@ pub(super) fn join(
         return Ok(plan.of_task(task).filter(has_failed).collect());
     }
     match &PiecesState::read(dir)? {
-        // What names nothing has nothing to lose.
+        // A plan of which nothing is done may be replaced.
         Some(state) if state.done_rows() > 0 => {
             check_fresh(dir, &plan.stage, &state.plan.fingerprint, &plan.fingerprint)?;
             ensure!(
