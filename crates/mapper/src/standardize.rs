@@ -39,6 +39,11 @@ impl MapperDims {
             outputs: target.total_kv_heads(),
         }
     }
+
+    /// Proxy heads, channels, globals and outputs as sizes of tensors.
+    pub fn sizes(&self) -> [i64; 4] {
+        [self.proxy_heads, self.channels, self.globals, self.outputs].map(|n| n as i64)
+    }
 }
 
 /// Proxy heads times target heads from which a mapper is bound by memory: the tiny pair has 432, an 8B target

@@ -16,6 +16,7 @@ mod cache;
 mod curve;
 mod dataset;
 mod diverged;
+mod in_order;
 mod journal;
 mod learner;
 mod loader;

@@ -1,10 +1,6 @@
 //! Prefetching of batches as tensors, on other threads, while the device trains on the one before.
-//!
-//! Thread i of n makes batches i, i + n, i + 2n and so on, and hands them over one by one: their
-//! order and their bytes are the same for any n, and at most two batches per thread are in memory.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::Scope;
 
 use anyhow::{Context as _, Result};
@@ -16,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::batches::{Batch, Batches};
 use crate::cache::CachedExample;
+use crate::in_order::{InOrder, Items};
 use crate::loss::draw_pairs;
 
 /// Most threads by default: eight fill batches faster than any GPU empties them.
@@ -74,6 +71,12 @@ struct Host {
     positions: usize,
 }
 
+/// Threads that read, of which `by_memory` fit into memory, if the recipe leaves it open.
+pub fn threads(asked: Option<usize>, by_memory: usize) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    asked.unwrap_or_else(|| by_memory.min(cores.saturating_sub(1)).min(THREADS)).max(1)
+}
+
 impl<'a> Loader<'a> {
     pub fn new(
         source: &'a dyn Source,
@@ -91,9 +94,8 @@ impl<'a> Loader<'a> {
     pub fn threads(&self, asked: Option<usize>, largest: usize) -> usize {
         let d = self.source.dims();
         let batch_bytes = 4 * largest * (d.flat() + d.outputs);
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let by_memory = BATCH_BYTES / (2 * batch_bytes).max(1);
-        asked.unwrap_or_else(|| by_memory.min(cores.saturating_sub(1)).min(THREADS)).max(1)
+        threads(asked, by_memory)
     }
 
     /// Start `threads` threads that make the batches of steps `first..end`.
@@ -107,17 +109,14 @@ impl<'a> Loader<'a> {
     where
         'a: 'scope,
     {
-        let mut from = Vec::new();
-        for thread in 0..threads {
-            let (to, end_of) = sync_channel(1);
-            from.push(end_of);
-            scope.spawn(move || self.make(first, end, thread, threads, &to));
-        }
-        Feed { loader: self, from, next: 0 }
+        let batches = InOrder::start(scope, threads, move |thread, to| {
+            self.make(first, end, thread, threads, to);
+        });
+        Feed { loader: self, batches }
     }
 
     /// Send every `threads`-th batch until the receiver goes away; an error is sent too, and ends it.
-    fn make(self, first: u64, end: u64, thread: usize, threads: usize, to: &SyncSender<Result<Host>>) {
+    fn make(self, first: u64, end: u64, thread: usize, threads: usize, to: &Items<Host>) {
         let steps = (first..end).zip(self.batches.from_step(first));
         // The rows of the next batch are made, where they are made when they are read, while this one is
         // read.
@@ -127,9 +126,7 @@ impl<'a> Loader<'a> {
         let mut next = steps.next();
         while let Some((step, batch)) = next {
             next = steps.next();
-            let host = self.assemble(step, &batch);
-            let failed = host.is_err();
-            if to.send(host).is_err() || failed {
+            if !to.put(self.assemble(step, &batch)) {
                 return;
             }
         }
@@ -170,8 +167,7 @@ impl<'a> Loader<'a> {
     /// A batch on its way to the device: work queued from now on sees it.
     fn upload(&self, host: Host) -> Result<Loaded> {
         let (b, t) = (host.contexts as i64, host.positions as i64);
-        let MapperDims { proxy_heads, channels, globals, outputs } = self.source.dims();
-        let [p, c, g, o] = [proxy_heads, channels, globals, outputs].map(|n| n as i64);
+        let [p, c, g, o] = self.source.dims().sizes();
         let numbers = pkv_gpu::upload_beside(host.numbers, self.device)?;
         let mut at = 0;
         let mut take = |shape: &[i64]| {
@@ -197,8 +193,7 @@ impl<'a> Loader<'a> {
 /// Batches in their order; the threads end when it is dropped.
 pub struct Feed<'a> {
     loader: Loader<'a>,
-    from: Vec<Receiver<Result<Host>>>,
-    next: usize,
+    batches: InOrder<Host>,
 }
 
 impl Feed<'_> {
@@ -207,9 +202,7 @@ impl Feed<'_> {
     /// # Errors
     /// A row cannot be read, or all steps' batches were taken.
     pub fn take(&mut self) -> Result<Loaded> {
-        let host = self.from[self.next].recv().context("the loader ended early")??;
-        self.next = (self.next + 1) % self.from.len();
-        self.loader.upload(host)
+        self.loader.upload(self.batches.take()?)
     }
 }
 

@@ -125,7 +125,8 @@ pub fn train(
     let begin = Instant::now();
     let store = inputs.store()?;
     let dataset = Dataset::open(inputs.examples, inputs.labels, &inputs.features)?;
-    let mut run = Run::open(inputs, &store, &dataset, device, progress, stop)?;
+    let samples = Samples::new(&dataset, inputs.train.target_pool, inputs.train.cache_gb);
+    let mut run = Run::open(inputs, &store, &dataset, &samples, device, progress, stop)?;
     let (first, most) = (run.step, run.schedule.most());
     let _tf32 = Tf32::set(number_format(inputs.train.dtype, dataset.dims(), device))?;
 
@@ -153,7 +154,6 @@ pub fn train(
         if batches.per_epoch() == 1 { "" } else { "s" },
         inputs.train.steps_in_words()
     );
-    let samples = Samples::new(&dataset, inputs.train.target_pool, inputs.train.cache_gb);
     let loader = Loader::new(&samples, &batches, inputs.loss, inputs.training_seed(), device);
     progress.start("train", most, first);
     std::thread::scope(|threads| -> Result<()> {
@@ -238,6 +238,7 @@ impl<'a> Run<'a> {
         inputs: &'a TrainInputs,
         store: &'a CheckpointStore,
         dataset: &'a Dataset,
+        samples: &Samples,
         device: Device,
         progress: &'a dyn Progress,
         stop: &Stop,
@@ -245,7 +246,7 @@ impl<'a> Run<'a> {
         let saved = store.latest(device)?;
         let learner = match &saved {
             Some(state) => Learner::resume(inputs.mapper, inputs.loss, dataset.dims(), state, device)?,
-            None => start(dataset, inputs, device, progress, stop)?,
+            None => start(dataset, samples, inputs, device, progress, stop)?,
         };
         let mut optimizer = Optimizer::new(&learner.parameters(), inputs.train)?;
         let (mut step, mut window, mut schedule) = (0, Window::new(), Schedule::new(inputs.train));

@@ -6,8 +6,10 @@ use pkv_mapper::{RidgeAccumulator, StandardizationAccumulator};
 use pkv_recipe::Variant;
 use tch::{Device, Tensor};
 
-use crate::dataset::Dataset;
+use crate::dataset::{Dataset, Samples};
+use crate::in_order::InOrder;
 use crate::learner::Learner;
+use crate::loader::{self, Source as _};
 use crate::run::TrainInputs;
 
 /// Most training contexts that statistics are taken of.
@@ -27,6 +29,7 @@ const THRESHOLD_CONTEXTS: usize = 64;
 /// user stopped: there is nothing to save then.
 pub fn start(
     dataset: &Dataset,
+    samples: &Samples,
     inputs: &TrainInputs,
     device: Device,
     progress: &dyn Progress,
@@ -35,42 +38,53 @@ pub fn start(
     let _no_grad = tch::no_grad_guard();
     let TrainInputs { mapper: section, loss, train, start_from: from, .. } = *inputs;
     let seed = inputs.training_seed();
-    let (pool, sample) = (&train.target_pool, sample(dataset, dataset.training_rows(train.contexts, seed)));
+    let sample = sample(dataset, dataset.training_rows(train.contexts, seed));
     let (dims, linear) = (dataset.dims(), section.linear_skip || section.variant == Variant::Linear);
     let linear = linear && from.is_none();
     let passes = if linear { 2 } else { 1 };
     progress.start("training statistics", passes * sample.len() as u64, 0);
-    let one = |x: &Tensor| x.unsqueeze(0);
-    let expect = || (0..).zip(&sample).for_each(|(turn, &row)| dataset.expect(row, turn));
-    let read = |row: u64| {
-        // Features that are made when they are read take as long as a model reads a context.
-        stop.check()?;
-        dataset.context(row)
+    let threads = loader::threads(train.loader_threads, usize::MAX);
+    // All contexts of the sample as heads `[1, p, c, t]`, globals `[1, c, t]` and targets `[1, o, t]`, in order.
+    let each = |add: &mut dyn FnMut(&Tensor, &Tensor, Tensor) -> Result<()>| {
+        (0..).zip(&sample).for_each(|(turn, &row)| samples.expect(row, turn));
+        std::thread::scope(|scope| -> Result<()> {
+            let sample = &sample;
+            let mut contexts = InOrder::start(scope, threads, move |thread, to| {
+                let mut rows = sample.iter().skip(thread).step_by(threads);
+                while rows.next().is_some_and(|&row| to.put(samples.sample(row))) {}
+            });
+            for _ in sample {
+                // Features that are made when they are read take as long as a model reads a context.
+                stop.check()?;
+                let (context, [p, c, g, o]) = (contexts.take()?, dims.sizes());
+                let t = context.positions as i64;
+                let tensor = |x: &[f32], shape: &[i64]| Tensor::from_slice(x).reshape(shape);
+                add(
+                    &tensor(&context.heads, &[1, p, c, t]),
+                    &tensor(&context.globals, &[1, g, t]),
+                    tensor(&context.targets, &[1, o, t]),
+                )?;
+                progress.advance(1);
+            }
+            Ok(())
+        })
     };
 
     let mut statistics = StandardizationAccumulator::new(dims);
     let mut thresholds = Vec::new();
-    expect();
-    for &row in &sample {
-        let context = read(row)?;
-        let y_ot = context.targets(pool);
-        statistics.add(&one(&context.heads_pct), &one(&context.globals_ct), &one(&y_ot))?;
+    each(&mut |heads_bpct, globals_bct, y_bot| {
+        statistics.add(heads_bpct, globals_bct, &y_bot)?;
         if thresholds.len() < THRESHOLD_CONTEXTS {
-            thresholds.push(one(&y_ot));
+            thresholds.push(y_bot);
         }
-        progress.advance(1);
-    }
+        Ok(())
+    })?;
     let stats = statistics.finish()?;
 
     let ridge = linear.then(|| RidgeAccumulator::new(dims, &stats, device)).transpose()?;
     let mut learner = Learner::new(section, loss, dims, stats, seed, device)?;
     if let Some(mut ridge) = ridge {
-        expect();
-        for &row in &sample {
-            let context = read(row)?;
-            ridge.add(&one(&context.heads_pct), &one(&context.globals_ct), &one(&context.targets(pool)))?;
-            progress.advance(1);
-        }
+        each(&mut |heads_bpct, globals_bct, y_bot| ridge.add(heads_bpct, globals_bct, &y_bot))?;
         let (weight_of, bias_o) = ridge.solve(section.ridge)?;
         learner.mapper.set_linear(&weight_of, &bias_o)?;
     }
