@@ -3,7 +3,7 @@
 
     python3 scripts/manuals_text.py [FOLDER]      # data/ if absent; needs apt-get and dpkg, downloads about 90 MB
     python3 scripts/manuals_text.py --chapters 90000 [FOLDER]      # instead `chapters.jsonl`, for contexts of 16,384 tokens
-    python3 scripts/manuals_text.py --library [FOLDER]      # instead `library.jsonl`, for 9,700 contexts; downloads 230 MB
+    python3 scripts/manuals_text.py --library [FOLDER]      # instead `library.jsonl`, for 10,000 contexts; downloads 230 MB
 
 English pages of 14,000 to 60,000 characters from handbooks and manuals, and modules of Python's standard library of
 14,000 to 200,000, cut after 40,000. A chapter is pages of one manual in their order, joined until they have the characters
