@@ -436,4 +436,19 @@ mod tests {
             assert_eq!(fused.narrow(0, 9, 1).abs().sum(Kind::Float).double_value(&[]), 0.0);
         }
     }
+
+    #[test]
+    fn a_file_that_becomes_shorter_ends_the_readers_with_its_name() {
+        let _ = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let wide = Tensor::randn([300, 100], (Kind::Float, Device::Cpu));
+        Tensor::write_safetensors(&[("wide", &wide)], &path).unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let places = Places::from([("wide".to_owned(), wide.zeros_like())]);
+        let weights = checkpoint.weights(places, |_| false).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(60_000).unwrap();
+        let error = format!("{:#}", fill(&weights, 1000).unwrap_err());
+        assert!(error.contains("reading weight `wide`") && error.contains("model.safetensors"), "{error}");
+    }
 }
