@@ -179,7 +179,8 @@ impl WorkingCopy {
         let (path, own) = (self.path(&meta.key), self.on_its_way());
         make_folder(pkv_files::parent(&path))?;
         let result = (|| {
-            let mut file = File::create(&own).map_err(|e| write_error(&path, e))?;
+            let file = File::options().read(true).write(true).create_new(true).open(&own);
+            let mut file = file.map_err(|e| write_error(&path, e))?;
             write(&mut file)?;
             if meta.key.ends_with(lease::ENDING) {
                 // Its time is the sign of life.

@@ -3,9 +3,14 @@
 
 use std::fs::File;
 use std::future::Future;
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::panic::resume_unwind;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, OnceLock, PoisonError};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -22,6 +27,7 @@ use tokio::runtime::Handle;
 
 use crate::address::{Address, Scheme};
 use crate::credentials::connect;
+use crate::http::{HOT, Sink};
 use crate::options::Options;
 use crate::redact::Secrets;
 
@@ -111,7 +117,7 @@ fn runtime() -> Result<&'static Handle> {
             .ok()?;
         let handle = runtime.handle().clone();
         let drive = move || runtime.block_on(std::future::pending::<()>());
-        std::thread::Builder::new().name("bucket".to_owned()).spawn(drive).ok()?;
+        thread::Builder::new().name("bucket".to_owned()).spawn(drive).ok()?;
         Some(handle)
     };
     HANDLE.get_or_init(start).as_ref().context("cannot start the thread that speaks to buckets")
@@ -383,53 +389,64 @@ impl Store {
         }
     }
 
-    /// Have an object's bytes in a file that is open for writing; what is read is one version of it, and the
-    /// one that was written.
-    pub fn download(&self, meta: &Meta, into: &mut File) -> Result<()> {
-        let (path, key) = (Self::key(&meta.key)?, meta.key.as_str());
+    /// Have an object's bytes in a file that is open for reading and writing; what is read is one version of
+    /// it, and the one that was written.
+    pub fn download(&self, meta: &Meta, into: &File) -> Result<()> {
+        let context = || format!("cannot read `{}`", self.shown(&meta.key));
         let starts = (0..meta.bytes.div_ceil(PART)).map(|n| n * PART);
         let ranges = starts.map(|start| start..(start + PART).min(meta.bytes));
-        let (mut hash, mut expected) = (Sha256::new(), None::<String>);
-        let work = async {
-            let get = |range: std::ops::Range<u64>| {
-                let options = GetOptions {
+        let (path, failed) = (Self::key(&meta.key)?, Arc::default());
+        let file = Arc::new(into.try_clone().with_context(context)?);
+        let (fetched, found) = thread::scope(|scope| {
+            let (arrived, hashed) = channel();
+            let hash = scope.spawn(move || sha256(into, &hashed));
+            let get = |range: Range<u64>| {
+                let (at, bytes) = (range.start, range.end - range.start);
+                let mut options = GetOptions {
                     if_match: meta.version.e_tag.clone(),
                     range: Some(GetRange::Bounded(range.clone())),
                     ..GetOptions::default()
                 };
+                options.extensions.insert(Sink {
+                    file: file.clone(),
+                    at,
+                    bytes,
+                    failed: Arc::clone(&failed),
+                });
                 let path = &path;
                 async move {
                     let found = self.inner.get_opts(path, options).await?;
                     let of = found.attributes.get(&Attribute::Metadata(SHA256.into())).map(|v| v.to_string());
-                    Ok::<_, StoreError>((range, of, found.bytes().await?))
+                    Ok::<_, StoreError>((range, of))
                 }
             };
-            let mut parts = futures_util::stream::iter(ranges.map(get)).buffered(AT_ONCE);
-            while let Some((range, of, content)) = parts.try_next().await? {
-                if content.len() as u64 != range.end - range.start {
-                    return Ok(Err(anyhow::anyhow!(
-                        "expected {range:?} of it, found {} bytes",
-                        content.len()
-                    )));
+            let work = async move {
+                let mut parts = futures_util::stream::iter(ranges.map(get)).buffered(AT_ONCE);
+                let mut expected = None::<String>;
+                while let Some((range, of)) = parts.try_next().await? {
+                    expected = expected.take().or(of);
+                    // Who has gone has failed, and says why.
+                    let _ = arrived.send(range);
                 }
-                if let Err(e) = into.write_all(&content) {
-                    return Ok(Err(e.into()));
-                }
-                hash.update(&content);
-                expected = expected.take().or(of);
-            }
-            Ok(Ok(()))
-        };
-        let context = || format!("cannot read `{}`", self.shown(key));
-        match self.wait(work)? {
-            Ok(done) => done.with_context(context)?,
+                Ok(expected)
+            };
+            (self.wait(work), hash.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        });
+        let expected = match fetched? {
+            Ok(expected) => expected,
             // Or it was removed.
             Err(StoreError::Precondition { .. } | StoreError::NotFound { .. }) => {
                 bail!(anyhow::Error::from(pkv_files::Changed).context(context()))
             }
-            Err(e) => return Err(self.error("read", key, &e)),
-        }
-        let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+            Err(e) => {
+                let of_file = failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+                return Err(of_file.map_or_else(
+                    || self.error("read", &meta.key, &e),
+                    |e| anyhow::Error::from(e).context(context()),
+                ));
+            }
+        };
+        let found = found.with_context(context)?;
         ensure!(
             expected.as_ref().is_none_or(|expected| *expected == found),
             anyhow::anyhow!("expected SHA-256 {}, found {found}", expected.unwrap_or_default()).context(hinted(
@@ -439,6 +456,19 @@ impl Store {
         );
         Ok(())
     }
+}
+
+/// The hash of a file whose ranges arrive in order.
+fn sha256(file: &File, arrived: &Receiver<Range<u64>>) -> io::Result<String> {
+    let (mut hash, mut piece) = (Sha256::new(), vec![0; HOT]);
+    for range in arrived {
+        for at in range.clone().step_by(HOT) {
+            let n = (range.end - at).min(HOT as u64) as usize;
+            file.read_exact_at(&mut piece[..n], at)?;
+            hash.update(&piece[..n]);
+        }
+    }
+    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
 /// What [`Store::read`] found.
@@ -476,7 +506,7 @@ async fn send_parts(
 
 /// Longer after each try.
 fn pause(tries: u32) {
-    std::thread::sleep(Duration::from_millis(200) * tries);
+    thread::sleep(Duration::from_millis(200) * tries);
 }
 
 fn version(result: &PutResult) -> Version {

@@ -113,21 +113,23 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 
 /// A run folder to work in, with its log.
 fn open(cli: &Cli, args: &RecipeArgs, stop: Stop) -> Result<Session> {
-    open_part(cli, args, stop, Part::default(), Box::new(Bar::new()))
+    open_part(cli, &cli.device, args, stop, Part::default(), Box::new(Bar::new()))
 }
 
-/// As [`open`], for a part of a stage.
+/// As [`open`], for a part of a stage, on devices of its own.
 fn open_part(
     cli: &Cli,
+    devices: &DeviceGroup,
     args: &RecipeArgs,
     stop: Stop,
     part: Part,
     bar: Box<dyn Progress>,
 ) -> Result<Session> {
     let recipe = args.load()?;
-    let devices = choose_devices(&cli.device, cli.threads)?;
+    let devices = choose_devices(devices, cli.threads)?;
     let session = Session::open(recipe, Choices { runs: &cli.runs, devices, bar, stop, part })?;
     terminal::log_to(&session.run.log())?;
+    tracing::debug!(secs = pkv_gpu::process_secs(), "started");
     Ok(session)
 }
 
@@ -155,7 +157,9 @@ fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
     let bar: Box<dyn Progress> = if is_worker { Box::new(Said { print: say }) } else { Box::new(Bar::new()) };
     let devices =
         pieces.as_ref().and_then(|pieces| pieces.devices.as_ref()).map(Devices::list).transpose()?;
-    let mut session = open_part(cli, &recipe, stop, part.unwrap_or_default(), bar)?;
+    // Workers have the devices: this process takes no memory of a GPU that none of them has.
+    let own = devices.as_ref().and_then(|all| all.first()).unwrap_or(&cli.device);
+    let mut session = open_part(cli, own, &recipe, stop, part.unwrap_or_default(), bar)?;
     session.feature_workers =
         train.as_ref().map(|train| feature_workers(cli, &session, train)).transpose()?.flatten();
     let is_complete = match &devices {

@@ -201,6 +201,15 @@ int pkv_pinned(int64_t n, at::Tensor** out) {
   return guard([&] { *out = new at::Tensor(at::empty({n}, at::TensorOptions().dtype(at::kFloat).pinned_memory(true))); });
 }
 
+// Copy a pinned tensor on the current stream of the other's device, without the host waiting; numbers of another type are
+// converted there.
+int pkv_copy_queued(at::Tensor* into, at::Tensor* from) {
+  return guard([&] {
+    const bool same = into->scalar_type() == from->scalar_type();
+    into->copy_(same ? *from : from->to(into->device(), /*non_blocking=*/true), /*non_blocking=*/true);
+  });
+}
+
 // A copy of a pinned tensor on the device, made on a stream of its own. What the caller queues from now
 // on waits for it; what was queued before runs beside it.
 int pkv_upload_beside(at::Tensor* host, int device, at::Tensor** out) {

@@ -1,4 +1,4 @@
-//! Memory of the machine around the GPU.
+//! Memory of the machine around the GPU, and the age of this process.
 
 use std::fs;
 
@@ -23,6 +23,15 @@ pub fn host_memory() -> Option<HostMemory> {
     Some(HostMemory { free, total })
 }
 
+/// Seconds since this process began, its libraries' start included, as far as the system tells.
+pub fn process_secs() -> Option<f64> {
+    let (stat, uptime) =
+        (fs::read_to_string("/proc/self/stat").ok()?, fs::read_to_string("/proc/uptime").ok()?);
+    // After the name in brackets, which may hold spaces: the twentieth field is in hundredths since the boot.
+    let begun: f64 = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
+    Some(uptime.split(' ').next()?.parse::<f64>().ok()? - begun / 100.0)
+}
+
 /// Bytes of a line `key:   123 kB`.
 fn meminfo(text: &str, key: &str) -> Option<u64> {
     let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
@@ -32,6 +41,14 @@ fn meminfo(text: &str, key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_has_an_age() {
+        let first = process_secs().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        let second = process_secs().unwrap();
+        assert!(first > -0.02 && second > first && second < first + 60.0, "{first} {second}");
+    }
 
     #[test]
     fn lines_are_found_by_their_whole_key() {

@@ -30,7 +30,7 @@ pub use device::{
     device_name, devices_name, kind_on, model_name, next_gpu, set_tf32, synchronize,
 };
 pub use exhausted::unless_exhausted;
-pub use host::{HostMemory, host_memory};
+pub use host::{HostMemory, host_memory, process_secs};
 pub use kernels::{
     DecodeSpace, PackedKv, PackedSlots, Products, QueryStatistics, ScoreOutput, ScoreRows, StatisticChannels,
 };

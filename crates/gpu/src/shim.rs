@@ -105,6 +105,7 @@ unsafe extern "C" {
     pub fn pkv_drop_grads(n: usize, t: *mut Raw) -> c_int;
     pub fn pkv_lerp(n: usize, mean: *mut Raw, x: *mut Raw, weight: f64) -> c_int;
     pub fn pkv_pinned(n: i64, out: *mut Raw) -> c_int;
+    pub fn pkv_copy_queued(into: Raw, from: Raw) -> c_int;
     pub fn pkv_upload_beside(host: Raw, device: c_int, out: *mut Raw) -> c_int;
 }
 

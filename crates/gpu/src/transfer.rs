@@ -1,4 +1,4 @@
-//! Batches to the device while it computes.
+//! Batches to the device while it computes, and weights while others are read.
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
@@ -36,6 +36,24 @@ impl HostBuffer {
         }
         // SAFETY: a contiguous f32 tensor of n numbers in host memory, borrowed for as long as the slice.
         unsafe { std::slice::from_raw_parts_mut(self.0.data_ptr().cast(), n) }
+    }
+
+    /// Their bytes, to be written.
+    pub fn as_mut_bytes(&mut self) -> &mut [u8] {
+        let numbers = self.as_mut_slice();
+        // SAFETY: the same memory, borrowed for as long; every pattern of bytes is a valid f32.
+        unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
+    }
+
+    /// Queue a copy of the first bytes into all of `into`, on the stream that is current on its device;
+    /// converted there from `kind`, which is theirs. They must stay as they are until it is done.
+    ///
+    /// # Errors
+    /// There are too few bytes, or no device memory is left for the conversion.
+    pub fn copy_to(&self, into: &Tensor, kind: Kind) -> Result<()> {
+        let from = self.0.f_view_dtype(kind)?.f_narrow(0, 0, into.numel() as i64)?;
+        // SAFETY: two live tensors.
+        shim::check(unsafe { shim::pkv_copy_queued(into.as_ptr().cast_mut(), from.as_ptr().cast_mut()) })
     }
 
     /// As a tensor of one dimension.
@@ -85,5 +103,27 @@ mod tests {
             assert_eq!(sum.double_value(&[]), expected as f64);
         }
         assert!(HostBuffer::new(0, on).unwrap().as_mut_slice().is_empty());
+    }
+
+    #[test]
+    fn bytes_arrive_as_the_kind_of_their_place() {
+        let on = device(DeviceChoice::Auto).unwrap();
+        let numbers = [1.0f64, -2.5, 1.0 / 3.0, 3e38, 1e-40];
+        for kind in [Kind::BFloat16, Kind::Half, Kind::Float, Kind::Double] {
+            let stored = Tensor::from_slice(&numbers).to_kind(kind);
+            let mut buffer = HostBuffer::new(12, on).unwrap();
+            let n = numbers.len() * kind.elt_size_in_bytes();
+            // SAFETY: a contiguous tensor of that many bytes on the CPU.
+            let bytes = unsafe { std::slice::from_raw_parts(stored.data_ptr().cast::<u8>(), n) };
+            buffer.as_mut_bytes()[..n].copy_from_slice(bytes);
+            for place in [Kind::BFloat16, Kind::Float] {
+                let into = Tensor::zeros([7], (place, on));
+                buffer.copy_to(&into.narrow(0, 1, 5), kind).unwrap();
+                let found = into.to_device(Device::Cpu);
+                assert!(found.narrow(0, 1, 5).equal(&stored.to_kind(place)), "{kind:?} to {place:?}");
+                assert_eq!(found.double_value(&[0]) + found.double_value(&[6]), 0.0);
+            }
+            assert!(buffer.copy_to(&Tensor::zeros([25], (kind, on)), kind).is_err(), "{kind:?}");
+        }
     }
 }

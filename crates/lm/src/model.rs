@@ -39,7 +39,7 @@ pub struct LanguageModel {
 impl LanguageModel {
     /// Load a checkpoint folder: `config.json` and single or sharded safetensors.
     ///
-    /// Weights are streamed to `device` through one staging buffer and converted to `kind`.
+    /// Weights are streamed to `device` through a few buffers and converted to `kind`.
     ///
     /// # Errors
     /// The model is not supported, a file is missing or damaged, weights do not fit `config.json`,

@@ -1,8 +1,10 @@
 //! Safetensors checkpoints, streamed into tensors that already exist.
 //!
-//! A model allocates its parameters first and names the place of each weight; this module reads
-//! every weight with `pread` through one staging buffer, so host memory stays at the buffer's size
-//! whatever the checkpoint's. The names of a model's weights come from `model`.
+//! A model allocates its parameters first and names the place of each weight; this module checks all of
+//! them against the files, and `fill` reads them through a few buffers, so that host memory stays at the
+//! buffers' size whatever the checkpoint's. The names of a model's weights come from `model`.
+
+mod fill;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
@@ -15,10 +17,9 @@ use pkv_core::{Hinted, hinted};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::Value;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-/// 64 MiB: large enough that reads run at the disk's speed, small beside any model.
-const STAGING_BYTES: usize = 64 << 20;
+use self::fill::{PIECE_BYTES, Weight, fill};
 
 /// Two weights are compared in pieces of this size.
 const COMPARED_BYTES: usize = 4 << 20;
@@ -120,24 +121,16 @@ impl Checkpoint {
     /// # Errors
     /// A weight missing, surplus, in two files, of another shape, or of a type that is not floating point.
     pub fn load(&self, places: Places, ignored: impl Fn(&str) -> bool) -> Result<()> {
-        self.load_through(STAGING_BYTES, places, ignored)
+        fill(&self.weights(places, ignored)?, PIECE_BYTES)
     }
 
-    fn load_through(
-        &self,
-        staging_bytes: usize,
-        mut places: Places,
-        ignored: impl Fn(&str) -> bool,
-    ) -> Result<()> {
-        let largest = self.shards.iter().map(Shard::largest_tensor).max().unwrap_or(0);
-        // At least one element of the widest type.
-        let mut staging = Staging::new(staging_bytes.min(largest).max(8));
+    /// What fills `places`, in the order of the files: one sequential pass over each.
+    fn weights(&self, mut places: Places, ignored: impl Fn(&str) -> bool) -> Result<Vec<Weight<'_>>> {
         for shard in &self.shards {
             shard.check_index(|name| places.contains_key(name))?;
         }
-        let mut read = HashSet::new();
+        let (mut weights, mut read) = (Vec::new(), HashSet::new());
         for shard in &self.shards {
-            // In file order: one sequential pass over each file.
             for name in shard.header.offset_keys() {
                 if ignored(&name) && !places.contains_key(&name) {
                     continue;
@@ -157,13 +150,12 @@ impl Checkpoint {
                     .into());
                 };
                 let info = shard.header.info(&name).expect("the name is from this header");
-                shard
-                    .read(info, &place, &mut staging)
-                    .with_context(|| format!("reading weight `{name}` from `{}`", shard.path.display()))?;
+                let reading = format!("reading weight `{name}` from `{}`", shard.path.display());
+                weights.push(shard.weight(info, &place, &reading).with_context(|| reading)?);
                 read.insert(name);
             }
         }
-        let Some(first) = places.keys().min() else { return Ok(()) };
+        let Some(first) = places.keys().min() else { return Ok(weights) };
         let hint = match places.len() == 1 && first == HEAD {
             true => {
                 "if the embedding is the output matrix too, config.json must say `\"tie_word_embeddings\": true`"
@@ -246,30 +238,6 @@ fn surplus(shard: &Shard, name: &str, places: &Places) -> Hinted {
             format!("`{path}` holds weight `{name}`, which config.json accounts for nowhere"),
             "config.json and the weights are of different models, or the model has parts that are not supported",
         ),
-    }
-}
-
-/// The buffer that files are read into and weights are copied from.
-struct Staging {
-    bytes: Tensor,
-}
-
-impl Staging {
-    fn new(len: usize) -> Self {
-        Self { bytes: Tensor::empty([len as i64], (Kind::Uint8, Device::Cpu)) }
-    }
-
-    fn len(&self) -> usize {
-        self.bytes.numel()
-    }
-
-    /// Read `len` bytes of `file` at `offset` to the start of the buffer.
-    fn fill(&mut self, file: &File, offset: u64, len: usize) -> std::io::Result<()> {
-        assert!(len <= self.len(), "callers read at most one buffer at a time");
-        // SAFETY: a contiguous CPU tensor of at least `len` bytes that only `self` refers to; every
-        // byte pattern is a valid u8, and the slice ends with this call.
-        let buffer = unsafe { std::slice::from_raw_parts_mut(self.bytes.data_ptr().cast::<u8>(), len) };
-        file.read_exact_at(buffer, offset)
     }
 }
 
@@ -356,12 +324,9 @@ impl Shard {
         self.file.read_exact_at(into, offset).with_context(reading)
     }
 
-    fn largest_tensor(&self) -> usize {
-        let size = |info: &&TensorInfo| info.data_offsets.1 - info.data_offsets.0;
-        self.header.tensors().values().map(size).max().unwrap_or(0)
-    }
-
-    fn read(&self, info: &TensorInfo, place: &Tensor, staging: &mut Staging) -> Result<()> {
+    /// # Errors
+    /// It is no weight for that place.
+    fn weight(&self, info: &TensorInfo, place: &Tensor, reading: &str) -> Result<Weight<'_>> {
         let (kind, width) = match info.dtype {
             Dtype::BF16 => (Kind::BFloat16, 2),
             Dtype::F16 => (Kind::Half, 2),
@@ -379,18 +344,9 @@ impl Shard {
                 "config.json and the weights are of different models"
             )
         );
-        let flat = place.view([-1]);
-        let per_read = staging.len() / width;
-        let mut done = 0;
-        while done < flat.numel() {
-            let n = per_read.min(flat.numel() - done);
-            let offset = self.data_start + (info.data_offsets.0 + done * width) as u64;
-            staging.fill(&self.file, offset, n * width)?;
-            let source = staging.bytes.narrow(0, 0, (n * width) as i64).view_dtype(kind);
-            flat.narrow(0, done as i64, n as i64).f_copy_(&source)?;
-            done += n;
-        }
-        Ok(())
+        let offset = self.data_start + info.data_offsets.0 as u64;
+        let (place, reading) = (place.view([-1]), reading.to_owned());
+        Ok(Weight { file: &self.file, offset, kind, width, place, reading })
     }
 }
 
@@ -449,6 +405,7 @@ fn refetch(message: String) -> Hinted {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tch::Device;
 
     #[test]
     fn weights_larger_than_the_buffer_arrive_whole() {
@@ -470,12 +427,28 @@ mod tests {
                 ("one".to_owned(), Tensor::zeros([1], cpu(Kind::Float))),
             ]);
             let kept: Places = places.iter().map(|(k, v)| (k.clone(), v.shallow_clone())).collect();
-            Checkpoint::open(folder.path()).unwrap().load_through(bytes, places, |_| false).unwrap();
+            let checkpoint = Checkpoint::open(folder.path()).unwrap();
+            fill(&checkpoint.weights(places, |_| false).unwrap(), bytes).unwrap();
             for (name, expected) in named {
                 assert!(kept[name].equal(&expected.to_kind(Kind::Float)), "{name} through {bytes} bytes");
             }
             assert_eq!(fused.narrow(0, 0, 2).abs().sum(Kind::Float).double_value(&[]), 0.0);
             assert_eq!(fused.narrow(0, 9, 1).abs().sum(Kind::Float).double_value(&[]), 0.0);
         }
+    }
+
+    #[test]
+    fn a_file_that_becomes_shorter_ends_the_readers_with_its_name() {
+        let _ = pkv_gpu::device(pkv_gpu::DeviceChoice::Cpu).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let wide = Tensor::randn([300, 100], (Kind::Float, Device::Cpu));
+        Tensor::write_safetensors(&[("wide", &wide)], &path).unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let places = Places::from([("wide".to_owned(), wide.zeros_like())]);
+        let weights = checkpoint.weights(places, |_| false).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(60_000).unwrap();
+        let error = format!("{:#}", fill(&weights, 1000).unwrap_err());
+        assert!(error.contains("reading weight `wide`") && error.contains("model.safetensors"), "{error}");
     }
 }

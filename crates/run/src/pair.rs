@@ -1,6 +1,8 @@
 //! Finds the models that a recipe reads, compares them with the recipe's shapes, and loads them.
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread;
 
 use anyhow::{Context, Result};
 use pkv_core::{Fingerprint, ModelShape, Source, hinted};
@@ -47,9 +49,13 @@ fn find(s: &Session, role: Source, section: &ModelSection) -> Result<Arc<ModelFi
 /// # Errors
 /// As [`find_target`], or the vocabularies differ.
 pub fn find_both(s: &Session) -> Result<(Arc<ModelFiles>, Option<Arc<ModelFiles>>)> {
-    let target = find_target(s)?;
-    let Some(section) = s.recipe.read_proxy() else { return Ok((target, None)) };
-    let proxy = find(s, Source::Proxy, section)?;
+    let Some(section) = s.recipe.read_proxy() else { return Ok((find_target(s)?, None)) };
+    // Reading a large tokenizer takes a second.
+    let (target, proxy) = thread::scope(|scope| {
+        let proxy = scope.spawn(|| find(s, Source::Proxy, section));
+        (find_target(s), proxy.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    });
+    let (target, proxy) = (target?, proxy?);
     target.tokenizer.same_vocab(&proxy.tokenizer).with_context(|| {
         hinted(
             format!(
