@@ -57,6 +57,16 @@ fn texts(events: &[Value]) -> Vec<String> {
 }
 
 #[test]
+fn what_is_said_beside_answers_fits_80_columns() {
+    let ran = infer(trained(), &on_context(&["--compare-full", "--max-new-tokens", "2"])).ok();
+    // Log lines name files, and are as long as they are.
+    let is_log = |line: &str| line.starts_with(" INFO ") || line.starts_with(" WARN ");
+    let wide = |line: &&str| line.chars().count() > 80 && !is_log(line);
+    assert!(ran.stderr.contains("\nroom for new tokens "), "{}", ran.stderr);
+    assert_eq!(ran.stderr.lines().find(wide), None);
+}
+
+#[test]
 fn answers_are_streamed_and_the_rest_is_said() {
     let s = trained();
     let ran = infer(s, &on_context(&["--json", "--retain", "0.25", "--max-new-tokens", "9"])).ok();

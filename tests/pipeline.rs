@@ -8,7 +8,9 @@ use crate::sandbox::{Ran, Sandbox};
 fn run_makes_everything_once() {
     let s = Sandbox::new();
     let first = s.run(&["run"]).ok();
-    assert!(first.stdout.contains("mapper"), "no table on stdout:\n{}", first.stdout);
+    assert!(first.stdout.contains("\n> mapper"), "no table on stdout:\n{}", first.stdout);
+    // A stage says once what it made.
+    assert!(!first.stderr.contains(" rows = "), "{}", first.stderr);
     for file in [
         "run.json",
         "log.jsonl",
@@ -44,6 +46,19 @@ fn run_makes_everything_once() {
         lines.map(str::to_owned).collect()
     };
     assert_eq!(results(&first), results(&second), "the same results are printed");
+
+    // `eval` ends as `run` does: the same table, in as few lines.
+    let eval = s.run(&["eval"]).ok().stdout;
+    let table = |text: &str| text.split(" took ").next().unwrap().rsplit_once('\n').unwrap().0.to_owned();
+    assert_eq!(table(&eval), table(&first.stdout));
+    assert!(eval.lines().count() < 40 && eval.lines().all(|line| line.chars().count() <= 80), "{eval}");
+    for line in [
+        "numbers     runs/small/eval/results.json\n",
+        "all tables  proxykv-train inspect runs/small/eval\n",
+        "next        proxykv-train report --recipe recipe.toml\n",
+    ] {
+        assert!(eval.contains(line), "{eval}");
+    }
 
     // What was made can be looked at.
     for (path, part) in [

@@ -104,6 +104,9 @@ fn recipes_are_listed_and_shown() {
         let ran = Ran::new(s.command(args).output().unwrap());
         assert!(ran.stderr.contains("`--recipe recipes/demo.toml`"), "{args:?}\n{}", ran.stderr);
     }
+    // A key is of a recipe: without one it would be passed over.
+    let no_recipe = Ran::new(s.command(&["doctor", "--set", "train.steps=3"]).output().unwrap());
+    assert_eq!(no_recipe.code, 2, "{}", no_recipe.stderr);
     let other = Ran::new(s.command(&["inspect"]).output().unwrap());
     assert!(!other.stderr.contains("--recipe"), "{}", other.stderr);
     // Many variants in a folder are one line.
@@ -127,6 +130,10 @@ fn a_recipe_for_a_pair_has_the_shapes_of_its_models() {
     let (target, proxy) = (pair.join("target"), pair.join("proxy"));
     let models = ["--target", target.to_str().unwrap(), "--proxy", proxy.to_str().unwrap()];
     let init = |more: &[&str]| command(&s, &[&["recipes", "init"], &models[..], more].concat());
+    // Documents that are absent are missed before anything is written.
+    init(&["--data", "my/*.txt", "--out", "new/own.toml"]).fails_with(&["`my/*.txt`", "was not written"]);
+    assert!(!s.path("new").exists());
+    s.write("my/a.txt", "some text");
     let ran = init(&["--data", "my/*.txt", "--out", "new/own.toml"]).ok();
     assert!(
         ran.stdout.starts_with("new/own.toml\nnext: proxykv-train doctor --recipe new/own.toml"),
@@ -162,13 +169,13 @@ fn a_recipe_for_a_pair_has_the_shapes_of_its_models() {
     assert!(alone.contains("from = [\"target\"]") && !alone.contains("[proxy]"), "{alone}");
     command(&s, &["recipes", "init", "--target", "./nowhere"]).fails_with(&["the target `./nowhere`"]);
     // The new recipe plans.
-    s.write("my/a.txt", "some text");
     command(&s, &["plan", "--recipe", "new/own.toml"]).ok();
     s.write(
         "alone.toml",
         &alone.replace("manifest = \"data-manifests/long-documents.toml\"", "files = [\"my/*.txt\"]"),
     );
-    let planned = command(&s, &["plan", "--recipe", "alone.toml"]).ok().stdout;
+    let Ran { stdout: planned, stderr, .. } = command(&s, &["plan", "--recipe", "alone.toml"]).ok();
+    assert!(stderr.is_empty(), "the plan says for which machine it is: {stderr}");
     assert!(planned.contains("  target ") && !planned.contains("  proxy "), "{planned}");
 }
 

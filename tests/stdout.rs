@@ -86,6 +86,20 @@ const JSON: [(&str, &str); 30] = [
 ];
 
 #[test]
+fn man_names_every_page_that_it_writes() {
+    let s = project();
+    let named = run(s, "man pages", Stdio::piped()).ok().stdout;
+    let mut written: Vec<String> = std::fs::read_dir(s.path("pages"))
+        .unwrap()
+        .map(|page| page.unwrap().path())
+        .map(|page| page.strip_prefix(s.path("")).unwrap().display().to_string())
+        .collect();
+    written.sort();
+    assert_eq!(named.lines().collect::<Vec<_>>(), written);
+    assert!(written.len() > commands().len());
+}
+
+#[test]
 fn json_is_printed_or_refused_by_every_command() {
     let s = project();
     for command in commands().iter().filter(|command| *command != "help") {

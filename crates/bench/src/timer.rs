@@ -45,7 +45,8 @@ impl<'a> Timer<'a> {
             device_peak_bytes,
         };
         let (what, runs) = (format!("{}{}", row.what, row.apart), times.len());
-        tracing::info!("{what} at {}: {median_s:.4} s ({runs} runs)", row.context);
+        let s = if runs == 1 { "" } else { "s" };
+        tracing::info!("{what} at {}: {median_s:.4} s ({runs} run{s})", row.context);
         Ok(Row { measured: Some(measured), ..row })
     }
 

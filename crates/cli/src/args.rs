@@ -169,7 +169,7 @@ pub enum Command {
         #[arg(long, value_name = "FILE", add = values::recipe())]
         recipe: Option<PathBuf>,
         /// Override a key of the recipe, such as `train.steps=500`; may be repeated.
-        #[arg(long = "set", value_name = "KEY=VALUE", add = values::assignment())]
+        #[arg(long = "set", value_name = "KEY=VALUE", requires = "recipe", add = values::assignment())]
         overrides: Vec<Override>,
     },
     /// List or show recipes, or write one for your own model pair.
@@ -392,6 +392,17 @@ impl RecipeArgs {
             all.push(Override::by_flag(said, format!("data.files={}", list(&self.data))));
         }
         all
+    }
+
+    /// As it was given, for another command.
+    pub fn said(&self) -> String {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_=./,".contains(c);
+        let overrides = self.overrides();
+        let said = overrides.iter().map(|over| match over.said.strip_prefix("--set ") {
+            Some(set) if !set.chars().all(is_plain) => format!(" --set '{set}'"),
+            _ => format!(" {}", over.said),
+        });
+        format!("--recipe {}{}", self.file.recipe.display(), said.collect::<String>())
     }
 
     /// # Errors

@@ -6,7 +6,7 @@ use anyhow::Result;
 use pkv_bench::{FeatureSet, Models, Report, Setting, decode, extract, label, prefill, train};
 use pkv_core::Stop;
 use pkv_infer::write_traces;
-use pkv_run::session::{choose_device, choose_devices, load_recipe};
+use pkv_run::session::{choose_devices, load_recipe};
 use tch::Device;
 
 use crate::args::{self, BenchCommand, Cli};
@@ -25,10 +25,12 @@ pub fn run(cli: &Cli, command: &BenchCommand, stop: &Stop) -> Result<()> {
         Train { lengths, .. } => (lengths, f64::INFINITY),
     };
     let recipe = load_recipe(&lengths.recipe.recipe, &lengths.recipe.sets)?;
-    let devices = match command {
-        Label(_) => choose_devices(&cli.device, cli.threads)?.of_target(&recipe)?,
-        _ => vec![choose_device(cli.single_device("bench")?, cli.threads)?],
-    };
+    let is_spread = matches!(command, Label(_));
+    if !is_spread {
+        cli.single_device("bench")?;
+    }
+    let devices = choose_devices(&cli.device, cli.threads)?;
+    let devices = if is_spread { devices.of_target(&recipe)? } else { devices.list() };
     let device = devices.last().copied().unwrap_or(Device::Cpu);
     let named: Vec<usize> = lengths.context.iter().map(|n| n.get()).collect();
     let setting = Setting {

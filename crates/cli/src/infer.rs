@@ -70,10 +70,8 @@ const fn exit_code(summary: &Summary) -> u8 {
 }
 
 fn request(args: &InferArgs, devices: Devices) -> Result<Request> {
-    let (target_devices, may_spread) = match devices {
-        Devices::Named(devices) => (devices, false),
-        Devices::From(device) => (vec![device], true),
-    };
+    let may_spread = matches!(devices, Devices::From(_));
+    let target_devices = devices.list();
     let device = target_devices.last().copied().unwrap_or(Device::Cpu);
     let proxy_device = match args.proxy_device {
         Some(choice) => pkv_gpu::device(choice)?,

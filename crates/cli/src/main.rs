@@ -171,7 +171,7 @@ fn one(cli: &Cli, command: &StageCommand, stop: Stop) -> Result<()> {
     }
     match prepare.as_ref().and_then(|prepare| prepare.show) {
         Some(n) => show::examples(cli, &session, n),
-        None if eval.is_some() => results::print(cli, &session, &options),
+        None if eval.is_some() => results::print(cli, &session, &options, &args.recipe, &[*stage]),
         None if cli.json => results::print_stage(&session, *stage),
         None => Ok(()),
     }
@@ -246,7 +246,7 @@ fn all(cli: &Cli, args: &StageArgs, stop: Stop) -> Result<()> {
     let options = EvalOptions::default();
     let begin = |stage: Stage| terminal::stage(stage as usize + 1, Stage::ALL.len(), stage.name());
     stages::run_all(&session, &args.redo, &options, &begin)?;
-    results::print_run(cli, &session, &options)
+    results::print(cli, &session, &options, &args.recipe, &Stage::ALL)
 }
 
 fn doctor_command(

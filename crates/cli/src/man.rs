@@ -18,5 +18,9 @@ pub fn run(folder: &Path) -> Result<()> {
     };
     std::fs::create_dir_all(folder).with_context(cannot)?;
     clap_mangen::generate_to(args::command(), folder).with_context(cannot)?;
-    output::print(&format!("{}\n", folder.join("proxykv-train.1").display()))
+    let mut pages = std::fs::read_dir(folder).with_context(cannot)?.collect::<Result<Vec<_>, _>>()?;
+    pages.retain(|page| page.file_name().to_string_lossy().starts_with("proxykv-train"));
+    let mut paths: Vec<_> = pages.iter().map(|page| format!("{}\n", page.path().display())).collect();
+    paths.sort();
+    output::print(&paths.concat())
 }

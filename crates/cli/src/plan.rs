@@ -7,7 +7,7 @@ use pkv_core::hinted;
 use pkv_recipe::plan::{Cluster, Machine, MachineChoice, PastRun, Plan};
 use pkv_recipe::{Recipe, Steps, TaskName};
 use pkv_results::{LABEL_METRICS, RESULTS_FILE, Results};
-use pkv_run::session::{Devices, choose_devices, load_recipe, load_with_origins, manifest};
+use pkv_run::session::{self, Devices, load_recipe, load_with_origins, manifest};
 use pkv_shard::{PiecesState, RunJson, RunLayout, Stage};
 use tch::Device;
 
@@ -39,7 +39,7 @@ pub fn run(
     manifest(&recipe)?;
     let past = past.map(|folder| past_run(folder, &recipe)).transpose()?;
     let here = || -> Result<Machine> {
-        let devices = choose_devices(&cli.device, cli.threads)?;
+        let devices = session::devices(&cli.device, cli.threads)?;
         let visible = pkv_gpu::cuda_count().max(1);
         Ok(match devices {
             Devices::From(device) => on_device(device).of_gpus(visible),

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::{Stop, hinted};
 use pkv_hub::Hub;
 use pkv_lm::LmConfig;
-use pkv_recipe::{DEEPEST, toml_files};
+use pkv_recipe::{DEEPEST, Manifest, toml_files};
 use pkv_run::session::{load_recipe, load_with_origins};
 use serde_json::{Value, json};
 
@@ -153,6 +153,13 @@ fn model(role: &str, name: &str, stop: &Stop) -> Result<LmConfig> {
 }
 
 fn init(cli: &Cli, args: &InitArgs, stop: &Stop) -> Result<()> {
+    if !args.data.is_empty() {
+        let documents = Manifest::of_files(&args.data).context("cannot use `--data`")?;
+        for source in &documents.sources {
+            pkv_data::files(&documents, source, &Hub::from_env())
+                .context("the recipe was not written: its documents are absent")?;
+        }
+    }
     let target = model("target", &args.target, stop)?;
     let proxy = args.proxy.as_deref().map(|name| Ok((name, model("proxy", name, stop)?)));
     let proxy: Option<(&str, LmConfig)> = proxy.transpose().map_err(|e: anyhow::Error| e)?;

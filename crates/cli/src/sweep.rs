@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use pkv_core::{NoProgress, Progress as _, Stop, hinted};
 use pkv_files::lock_work;
 use pkv_gpu::device_name;
-use pkv_run::session::{Choices, Devices, Session, choose_device};
+use pkv_run::session::{self, Choices, Devices, Session};
 use pkv_run::stages::Part;
 use pkv_run::sweep::{Member, SweepPlan};
 use pkv_run::workers::{own_program, stop_all};
@@ -38,11 +38,18 @@ pub fn run(cli: &Cli, args: &SweepArgs, stop: &Stop) -> Result<()> {
         only: &args.only,
     };
     let variants = named.all()?;
-    let device = choose_device(cli.single_device("sweep")?, cli.threads)?;
+    cli.single_device("sweep")?;
+    let all = session::devices(&cli.device, cli.threads)?.list();
+    let device = all[0];
     let member = |variant: &Variant| -> Result<Member> {
         let (bar, stop) = (Box::new(NoProgress), stop.clone());
-        let devices = Devices::Named(vec![device]);
-        let choices = Choices { runs: &cli.runs, devices, bar, stop, part: Part::default() };
+        let choices = Choices {
+            runs: &cli.runs,
+            devices: Devices::Named(vec![device]),
+            bar,
+            stop,
+            part: Part::default(),
+        };
         Member::of(&Session::planned(variant.recipe.clone(), choices)?)
     };
     let members = variants.iter().map(member).collect::<Result<Vec<_>>>()?;

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
-use pkv_core::{Progress, neutral};
+use pkv_core::{Progress, SHOWN_BY_BARS, neutral};
 use pkv_recipe::plan::human_bytes;
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, fmt};
@@ -41,8 +42,10 @@ pub fn init_logs(verbose: u8) {
         .fold(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(ours)), |filter, quiet| {
             filter.add_directive(quiet.parse().expect("the directives are constant"))
         });
+    let is_quiet = verbose == 0 && io::stderr().is_terminal();
+    let terminal = fmt::layer().with_writer(Stderr).with_target(false).with_ansi(color()).compact();
     let terminal =
-        fmt::layer().with_writer(Stderr).with_target(false).with_ansi(color()).compact().without_time();
+        terminal.without_time().with_filter(filter_fn(move |of| !is_quiet || of.target() != SHOWN_BY_BARS));
     let file = fmt::layer().json().with_writer(LogFile);
     tracing_subscriber::registry().with(filter).with(terminal).with(file).init();
 }

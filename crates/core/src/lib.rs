@@ -39,7 +39,7 @@ pub use json::{json_kind, parse_json};
 pub use layers::{LayerNeeds, LayerSplit};
 pub use neutral::{markdown, markdown_code, neutral, short_line};
 pub use policy::{HEAD_PLACES, Policy, key_diff_weight};
-pub use progress::{NoProgress, Progress};
+pub use progress::{NoProgress, Progress, SHOWN_BY_BARS};
 pub use ratio::{RatioError, RetentionRatio};
 pub use seal::{seal, unseal};
 pub use seed::{Rng, Seed, sha256_hex};

@@ -1,5 +1,8 @@
 //! The interface by which a stage reports its progress.
 
+/// Target of log lines that a terminal's bar has as well, such as a step's loss.
+pub const SHOWN_BY_BARS: &str = "pkv_bars";
+
 /// Receives the progress of one stage. Methods are cheap and never fail.
 pub trait Progress: Sync {
     /// Work begins: `what` in a few words, `total` units of it, of which `done` are already there.

@@ -203,7 +203,9 @@ impl<'a> Evaluation<'a> {
         }
         drop(reader);
         let sum = tally.finish("eval")?;
-        tracing::info!("eval: {sum}");
+        if i.worker.is_some() || tally.skipped > 0 {
+            tracing::info!("eval: {sum}");
+        }
         if let Some(pieces) = &pieces
             && let Some(missing) = self.missing(pieces)?
         {

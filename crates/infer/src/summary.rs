@@ -100,11 +100,12 @@ impl Summary {
         let mut out = String::new();
         let prefix = match k.prefix_pairs {
             0 => String::new(),
-            n => format!(" (with {n} KV pairs of the chat template)"),
+            n => format!(", with {n} KV pairs of the chat template"),
         };
         let _ = writeln!(
             out,
-            "kept {} of {} KV pairs ({:.1}%), {} to {} per KV head; cache {} of {}{prefix}, and {} of room for new tokens",
+            "kept {} of {} KV pairs ({:.1}%), {} to {} per KV head\n\
+             cache {} of {}{prefix}\nroom for new tokens {}",
             k.pairs,
             k.of_pairs,
             100.0 * k.ratio,
@@ -134,7 +135,7 @@ impl Summary {
         if let Some(secs) = s.dual_critical_secs.filter(|_| s.device.starts_with("cuda")) {
             let _ = writeln!(
                 out,
-                "with a GPU for the target and one for the proxy it would take {secs:.4} s, by these phases"
+                "with a GPU each for target and proxy it would take {secs:.4} s, by these phases"
             );
         }
         if let Some(rate) = s.decode_tokens_per_s {

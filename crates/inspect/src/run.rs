@@ -100,20 +100,15 @@ pub fn runs(dir: &Path) -> Result<Option<String>> {
     Ok(any.then_some(out.text))
 }
 
-/// The mapper's answers at every ratio that was measured.
+/// The mapper's answers at every ratio that was measured, under the policy that was measured first.
 fn headline(r: &Results) -> String {
-    let mut parts = Vec::new();
-    if let Some(facts) = &r.facts {
-        let cells = facts.cells.iter().filter(|c| c.method == MethodName::MAPPER);
-        parts.extend(
-            cells.map(|c| format!("{:.1}% at {}%", 100.0 * c.score.mean, (c.ratio * 1e6).round() / 1e4)),
-        );
-    }
-    if parts.is_empty() {
-        format!("labels of {} contexts", r.labels.contexts)
-    } else {
-        format!("mapper answers {}", parts.join(", "))
-    }
+    let cells = || r.facts.iter().flat_map(|f| &f.cells).filter(|c| c.method == MethodName::MAPPER);
+    let Some(policy) = cells().next().map(|c| c.policy) else {
+        return format!("labels of {} contexts", r.labels.contexts);
+    };
+    let parts = cells().filter(|c| c.policy == policy);
+    let parts = parts.map(|c| format!("{:.1}% at {}%", 100.0 * c.score.mean, (c.ratio * 1e6).round() / 1e4));
+    format!("mapper answers {} ({})", parts.collect::<Vec<_>>().join(", "), policy.name())
 }
 
 pub fn results(path: &Path) -> Result<String> {

@@ -507,4 +507,21 @@ window_tokens = [2048, 8192]
         }
         assert!(text.contains("Stage `label` needs"), "{text}");
     }
+
+    #[test]
+    fn batches_of_few_contexts_are_as_long_as_their_shortest() {
+        let tokens = |train: usize| {
+            let train = format!("data.train={train}");
+            let lengths = "data.window_tokens=[400, 700, 1000, 1400, 1800]";
+            let plan = Plan::new(
+                &recipe(&[lengths, &train, "train.batch=16", "train.steps=10"]),
+                Machine::cpu(1),
+                &Work::default(),
+            );
+            plan.stage("train").unwrap().tokens / 160
+        };
+        // One batch of all lengths; four of few; many.
+        assert_eq!((tokens(24), tokens(72)), (400, 875));
+        assert!((1050..=1060).contains(&tokens(8000)), "{}", tokens(8000));
+    }
 }

@@ -193,7 +193,7 @@ fn curve(methods: Methods, c: &Comparison, m: &Metric, what: &str) -> Option<Str
 
 /// A line for each run, and KVzip's where it is known.
 fn lines(methods: Methods, c: &Comparison, m: &Metric, what: &str) -> Option<LineChart> {
-    let kvzip = m.references.iter().filter(|r| r.name == methods.label(MethodName::KVZIP)).map(|r| RunLine {
+    let kvzip = m.references.iter().filter(|r| r.name == MethodName::KVZIP.name()).map(|r| RunLine {
         label: r.name.clone(),
         class: methods.class(MethodName::KVZIP),
         marker: Marker::Ring,
@@ -262,7 +262,7 @@ fn own(methods: Methods, c: &Comparison, m: &Metric, caption: &str) -> Table {
         |v: Interval, best: bool| Some(Cell { value: points(v.mean), interval: interval(v, points), best });
     let references = m.references.iter().map(|r| Row {
         name: r.name.clone(),
-        class: if r.name == methods.label(MethodName::KVZIP) {
+        class: if r.name == MethodName::KVZIP.name() {
             methods.class(MethodName::KVZIP)
         } else {
             "full".to_owned()
@@ -358,7 +358,7 @@ fn by_task(c: &Comparison) -> Option<Table> {
 fn layers(methods: Methods, c: &Comparison) -> Option<Layers> {
     let b = c.budgets.as_ref()?;
     let kvzip = LayerLine {
-        label: methods.label(MethodName::KVZIP).to_owned(),
+        label: MethodName::KVZIP.name().to_owned(),
         class: methods.class(MethodName::KVZIP),
         marker: Marker::Ring,
         shares: b.kvzip.clone(),

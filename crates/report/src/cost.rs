@@ -45,7 +45,7 @@ pub fn cost(methods: Methods, results: &Results) -> Option<Cost> {
         let recall = results.labels.cell(m, policy, ratio).map(|c| points(c.recall.mean));
         let excess = likelihood.and_then(|l| l.cell(m, policy, ratio));
         Some(Row {
-            name: methods.label(m).to_owned(),
+            name: m.name().to_owned(),
             class: methods.class(m),
             reference: methods.is_oracle(m),
             cells: vec![

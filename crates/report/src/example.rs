@@ -154,7 +154,7 @@ pub fn view(methods: Methods, example: &WorkedExample, samples: &[FactAnswer]) -
         reading: (!facts.is_empty()).then(|| {
             format!(
                 "{}: {:.0}% of the KV pairs of the {} facts here are kept, {:.1} times what an even choice of {} would keep.",
-                methods.label(first.method),
+                first.method.name(),
                 100.0 * mean_kept,
                 facts.len(),
                 mean_kept / first.ratio,
@@ -165,7 +165,7 @@ pub fn view(methods: Methods, example: &WorkedExample, samples: &[FactAnswer]) -
             .into_iter()
             .map(|m| Button {
                 value: m.name().to_owned(),
-                text: methods.label(m).to_owned(),
+                text: m.name().to_owned(),
                 first: m == first.method,
             })
             .collect(),

@@ -76,7 +76,7 @@ fn by_method(
         .iter()
         .rev()
         .map(|&m| Series {
-            label: methods.label(m).to_owned(),
+            label: m.name().to_owned(),
             class: methods.class(m),
             marker: methods.marker(m),
             points: cells
@@ -87,7 +87,7 @@ fn by_method(
                     y: v.mean,
                     low: v.low,
                     high: v.high,
-                    tip: format!("{}, {} kept: {what} {}", methods.label(m), percent_text(x), show(v)),
+                    tip: format!("{}, {} kept: {what} {}", m.name(), percent_text(x), show(v)),
                 })
                 .collect(),
         })
@@ -417,7 +417,7 @@ pub fn running_mean(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
 }
 
 /// KVzip's budget per head, then the recall of the mapper and of the head prior.
-pub fn heads(methods: Methods, heads: &HeadRecall) -> Vec<HeatMap> {
+pub fn heads(heads: &HeadRecall) -> Vec<HeatMap> {
     let absent = "KVzip keeps nothing here";
     let mut maps = vec![HeatMap {
         title: "Share that KVzip keeps".to_owned(),
@@ -429,7 +429,7 @@ pub fn heads(methods: Methods, heads: &HeadRecall) -> Vec<HeatMap> {
     for wanted in [MethodName::MAPPER, MethodName::HEAD_PRIOR] {
         let found = heads.methods.iter().find(|m| m.method == wanted);
         maps.extend(found.map(|m| HeatMap {
-            title: format!("Recall, {}", methods.label(wanted)),
+            title: format!("Recall, {}", wanted.name()),
             cells: m.recall.clone(),
             what: "recall".to_owned(),
             absent: absent.to_owned(),

@@ -146,16 +146,16 @@ fn verdict(methods: Methods, data: &RunData) -> Option<String> {
     );
     if let Some(floor) = of(MethodName::HEAD_PRIOR) {
         text.push_str(match compare(mapper, floor) {
-            Clear::Above => " It is better than the head prior, a lower bound for any method.",
-            Clear::Level => " It is not clearly better than the head prior, a lower bound for any method: their intervals overlap.",
-            Clear::Below => " It is worse than the head prior, a lower bound for any method.",
+            Clear::Above => " It is better than head-prior, a lower bound for any method.",
+            Clear::Level => " It is not clearly better than head-prior, a lower bound for any method: their intervals overlap.",
+            Clear::Below => " It is worse than head-prior, a lower bound for any method.",
         });
     }
     let measured = methods.ordered(facts.cells.iter().map(|c| c.method)).into_iter();
     let rivals = measured.filter(|&m| m != MethodName::MAPPER && !methods.is_oracle(m)).filter_map(of);
     let best = rivals.max_by(|a, b| a.score.mean.total_cmp(&b.score.mean));
     if let Some(best) = best.filter(|b| b.score.mean > mapper.score.mean) {
-        let name = methods.in_words(best.method);
+        let name = best.method.name();
         let _ = write!(text, " Better here: {name}, with {}.", percent(best.score.mean));
     }
     Some(text)
@@ -255,7 +255,7 @@ fn recall_tile(labels: &LabelResults) -> Option<Tile> {
     Some(Tile {
         value: percent(recall.mean),
         label: format!("of the KV pairs that KVzip keeps are found, at {} kept", percent_text(ratio)),
-        note: floor.map_or_else(|| range(recall), |f| format!("head prior {}", percent(f.recall.mean))),
+        note: floor.map_or_else(|| range(recall), |f| format!("head-prior {}", percent(f.recall.mean))),
     })
 }
 

@@ -1,5 +1,5 @@
-//! Colour and marker of a method in charts and tables. Its name and meaning come from the registry, which the
-//! caller has.
+//! Colour and marker of a method in charts and tables. Its meaning comes from the registry, which the caller
+//! has.
 //!
 //! Colour and marker follow from a method's place in the registry, so that every report shows it alike and a
 //! new method needs nothing here. Results may hold a method that this version does not know: it goes by its
@@ -49,19 +49,6 @@ impl Methods<'_> {
     /// Index in the registry; unknown methods share the one after its end.
     fn place(self, method: MethodName) -> usize {
         self.0.iter().position(|m| m.name == method).unwrap_or(self.0.len())
-    }
-
-    /// Name for readers.
-    pub fn label(self, method: MethodName) -> &'static str {
-        self.find(method).map_or(method.name(), |m| m.label)
-    }
-
-    /// The same within a sentence, where a comma would part it: `ridge (linear)`.
-    pub fn in_words(self, method: MethodName) -> String {
-        match self.label(method).split_once(", ") {
-            Some((name, kind)) => format!("{name} ({kind})"),
-            None => self.label(method).to_owned(),
-        }
     }
 
     /// Its meaning, in a sentence without its name.
@@ -146,6 +133,6 @@ mod tests {
         let [mapper, kvzip, random] = [MethodName::MAPPER, MethodName::KVZIP, MethodName::RANDOM];
         assert_eq!(METHODS.ordered(given), [mapper, kvzip, random, new, newer]);
         assert_eq!(METHODS.oracles_first(given), [kvzip, mapper, random, new, newer]);
-        assert_eq!((METHODS.label(new), METHODS.is_oracle(new)), ("zz-new", false));
+        assert_eq!((METHODS.class(new), METHODS.is_oracle(new)), (METHODS.class(newer), false));
     }
 }

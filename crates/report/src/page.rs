@@ -96,9 +96,7 @@ struct Figure {
 
 #[derive(Serialize)]
 struct Meaning {
-    name: String,
-    /// In recipes and on the command line.
-    id: &'static str,
+    name: &'static str,
     class: String,
     text: String,
 }
@@ -134,10 +132,10 @@ pub fn render(methods: Methods, data: &RunData) -> Result<String> {
         // Of the policy whose chart is open.
         readings.answers = r.facts.as_ref().and_then(|f| {
             let policy = f.cells.first()?.policy;
-            reading::answers(methods, f, policy, &lead(policy))
+            reading::answers(f, policy, &lead(policy))
         });
         readings.likelihood =
-            r.perplexity.as_ref().and_then(|p| reading::likelihood(methods, p, p.cells.first()?.policy));
+            r.perplexity.as_ref().and_then(|p| reading::likelihood(p, p.cells.first()?.policy));
         readings.recall = r.labels.cells.first().and_then(|c| reading::recall(methods, &r.labels, c.policy));
         readings.heads = r.labels.heads.as_ref().and_then(reading::heads);
         readings.cost = cost.as_ref().and_then(|c| c.reading.clone());
@@ -333,8 +331,7 @@ fn meanings(methods: Methods, results: &Results) -> Vec<Meaning> {
         .ordered(measured)
         .into_iter()
         .map(|m| Meaning {
-            name: methods.label(m).to_owned(),
-            id: m.name(),
+            name: m.name(),
             class: methods.class(m),
             text: match results.note(m) {
                 Some(note) => format!("{} ({note})", methods.meaning(m)),
@@ -346,7 +343,7 @@ fn meanings(methods: Methods, results: &Results) -> Vec<Meaning> {
 
 fn heads(methods: Methods, results: &Results) -> Option<Heads> {
     let heads = results.labels.heads.as_ref()?;
-    let maps: Vec<String> = figures::heads(methods, heads).iter().map(|m| m.svg(340.0)).collect();
+    let maps: Vec<String> = figures::heads(heads).iter().map(|m| m.svg(340.0)).collect();
     Some(Heads {
         layers: figures::layers(&budgets(methods, heads)).map(|c| c.figure()),
         note: format!(
@@ -361,18 +358,17 @@ fn heads(methods: Methods, results: &Results) -> Option<Heads> {
 
 /// Mean over its heads of what each layer keeps: KVzip, the mapper and the floor.
 fn budgets(methods: Methods, heads: &pkv_results::HeadRecall) -> Vec<figures::LayerLine> {
-    let line = |label: &str, class: String, marker, kept: &[Vec<f64>]| figures::LayerLine {
-        label: label.to_owned(),
-        class,
-        marker,
+    let line = |m: MethodName, kept: &[Vec<f64>]| figures::LayerLine {
+        label: m.name().to_owned(),
+        class: methods.class(m),
+        marker: methods.marker(m),
         shares: kept.iter().map(|row| row.iter().sum::<f64>() / row.len().max(1) as f64).collect(),
     };
     let of = |m: MethodName| {
         let found = heads.methods.iter().find(|h| h.method == m && !h.kept.is_empty())?;
-        Some(line(methods.label(m), methods.class(m), methods.marker(m), &found.kept))
+        Some(line(m, &found.kept))
     };
-    let kvzip = MethodName::KVZIP;
-    let kvzip = line(methods.label(kvzip), methods.class(kvzip), methods.marker(kvzip), &heads.kvzip_kept);
+    let kvzip = line(MethodName::KVZIP, &heads.kvzip_kept);
     let others = [MethodName::HEAD_PRIOR, MethodName::MAPPER];
     let others: Vec<_> = others.into_iter().filter_map(of).collect();
     // KVzip's alone is in the map above already.

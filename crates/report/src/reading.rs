@@ -18,7 +18,6 @@ const NEWEST_FIRST: [MethodName; 2] = [MethodName::of("streaming-llm"), MethodNa
 
 /// The mapper's answers, and its paired differences from each method.
 pub fn answers(
-    methods: Methods,
     facts: &AnswerResults,
     policy: Policy,
     lead: &[(MethodName, f64, Interval)],
@@ -34,7 +33,7 @@ pub fn answers(
     );
     let of = |wanted: fn(&Interval) -> bool| -> Vec<String> {
         let fitting = lead.iter().filter(|(_, r, v)| *r == ratio && wanted(v));
-        fitting.map(|(m, ..)| methods.in_words(*m)).collect()
+        fitting.map(|(m, ..)| m.name().to_owned()).collect()
     };
     let groups = [
         ("clearly better than", of(|v| v.low > 0.0)),
@@ -53,7 +52,7 @@ pub fn answers(
 }
 
 /// Which methods lose least of the continuation's likelihood, and why that is not the answers' order.
-pub fn likelihood(methods: Methods, results: &PerplexityResults, policy: Policy) -> Option<String> {
+pub fn likelihood(results: &PerplexityResults, policy: Policy) -> Option<String> {
     let of_policy = || results.cells.iter().filter(|c| c.policy == policy);
     let mapper = || of_policy().filter(|c| c.method == MethodName::MAPPER);
     let ratio = nearest(mapper().map(|c| c.ratio))?;
@@ -67,7 +66,7 @@ pub fn likelihood(methods: Methods, results: &PerplexityResults, policy: Policy)
     );
     text += &match least.method {
         MethodName::MAPPER => ", the least of all methods.".to_owned(),
-        other => format!("; {} loses least, {:.3}.", methods.in_words(other), least.excess.mean),
+        other => format!("; {} loses least, {:.3}.", other.name(), least.excess.mean),
     };
     let chance = at_ratio().find(|c| c.method == MethodName::RANDOM);
     if chance.is_some_and(|c| c.excess.high < cell.excess.low) {
@@ -98,7 +97,7 @@ pub fn recall(methods: Methods, labels: &LabelResults, policy: Policy) -> Option
     let rivals = rivals.filter(|&m| m != MethodName::MAPPER && !methods.is_oracle(m));
     let best = rivals.filter_map(|m| Some((m, at(m)?.mean))).max_by(|a, b| a.1.total_cmp(&b.1));
     if let Some((rival, share)) = best {
-        text += &format!(", and {}, the best of the others, {}", methods.in_words(rival), percent(share));
+        text += &format!(", and {}, the best of the others, {}", rival.name(), percent(share));
     }
     Some(text + ".")
 }
@@ -144,7 +143,6 @@ pub fn training(metrics: &Metrics) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::method::METHODS;
     use crate::metrics::ValidationPoint;
     use pkv_results::PerplexityCell;
 
@@ -174,14 +172,13 @@ mod tests {
     fn a_likelihood_that_recency_decides_is_explained() {
         let (mapper, random, snapkv) = (MethodName::MAPPER, MethodName::RANDOM, MethodName::SNAPKV);
         let worse = continuation(&[(mapper, 0.96), (random, 0.86), (snapkv, 0.372)]);
-        let text = likelihood(METHODS, &worse, Policy::Pair).unwrap();
-        for part in ["0.960 nats", "SnapKV loses least, 0.372", "at random lose less", "newest tokens"] {
+        let text = likelihood(&worse, Policy::Pair).unwrap();
+        for part in ["0.960 nats", "snapkv loses least, 0.372", "at random lose less", "newest tokens"] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        let best =
-            likelihood(METHODS, &continuation(&[(mapper, 0.2), (random, 0.86)]), Policy::Pair).unwrap();
+        let best = likelihood(&continuation(&[(mapper, 0.2), (random, 0.86)]), Policy::Pair).unwrap();
         assert!(best.ends_with("0.200 nats less likely, the least of all methods."), "{best}");
-        assert!(likelihood(METHODS, &worse, Policy::Token).is_none());
+        assert!(likelihood(&worse, Policy::Token).is_none());
     }
 
     #[test]

@@ -175,7 +175,7 @@ fn table(
         Row { name: "full cache".to_owned(), class: "full".to_owned(), reference: true, cells: cells(None) };
     let asked = methods.oracles_first(all.iter().filter_map(|s| s.cell).map(|c| c.0));
     let rows = asked.into_iter().map(|m| Row {
-        name: methods.label(m).to_owned(),
+        name: m.name().to_owned(),
         class: methods.class(m),
         reference: methods.is_oracle(m),
         cells: cells(Some(m)),
@@ -249,6 +249,6 @@ mod tests {
             row.cells.iter().map(|c| c.as_ref().unwrap().value.clone()).collect()
         };
         assert_eq!(row(kind, "mapper"), ["100", "0.0"]);
-        assert_eq!(row(kind, "KVzip"), ["100", "50.0"]);
+        assert_eq!(row(kind, "kvzip"), ["100", "50.0"]);
     }
 }

@@ -1,9 +1,8 @@
 //! Time and output of each stage.
 
 use pkv_recipe::plan::{human_bytes, human_secs};
-use pkv_shard::Stage;
+use pkv_shard::{Stage, in_words};
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::run::RunData;
 
@@ -55,7 +54,7 @@ pub fn stages(data: &RunData) -> Stages {
                 time: secs.map_or_else(|| "–".to_owned(), human_secs),
                 bar: secs.map_or(0.0, |s| if longest > 0.0 { 100.0 * s / longest } else { 0.0 }),
                 size: data.size(stage).map_or_else(|| "–".to_owned(), human_bytes),
-                summary: record(stage.name()).map(|r| brief(&r.summary)).unwrap_or_default(),
+                summary: record(stage.name()).map(|r| in_words(&r.summary)).unwrap_or_default(),
             }
         })
         .collect();
@@ -93,55 +92,9 @@ pub fn short_time(secs: f64) -> String {
     }
 }
 
-/// `examples 640, tokens 850000` of a JSON object; deeper values are left out, and seconds, which have a
-/// column.
-fn brief(summary: &Value) -> String {
-    let show = |v: &Value| match v {
-        Value::Number(n) => n.as_f64().map(|f| match f {
-            f if f.fract() == 0.0 => grouped(f as i64),
-            f if f.abs() < 100.0 => format!("{f:.3}"),
-            f => format!("{f:.1}"),
-        }),
-        Value::String(s) => Some(s.clone()),
-        _ => None,
-    };
-    let entries = summary.as_object().into_iter().flatten().filter(|(k, _)| k.as_str() != "secs");
-    entries
-        .filter_map(|(k, v)| match (k.as_str(), v.as_f64()) {
-            ("compute_s", Some(secs)) => Some(format!("computing {}", short_time(secs))),
-            ("idle_share", Some(share)) => Some(format!("idle {:.1}%", 100.0 * share)),
-            ("finished", _) => None,
-            _ => Some(format!("{} {}", k.replace('_', " "), show(v)?)),
-        })
-        .collect::<Vec<_>>()
-        .join(", ")
-}
-
-/// `850 000`, in groups of three parted by narrow spaces.
-fn grouped(n: i64) -> String {
-    let digits = n.unsigned_abs().to_string();
-    let mut out = if n < 0 { "-".to_owned() } else { String::new() };
-    for (i, d) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) && digits.len() > 4 {
-            out.push('\u{202f}');
-        }
-        out.push(d);
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn summaries_are_short() {
-        let summary = json!({"examples": 640, "mean_tokens": 1328.123456, "nested": {"a": 1}, "secs": 3.5, "best": "step 900", "tokens": 850_123});
-        assert_eq!(brief(&summary), "examples 640, mean tokens 1328.1, best step 900, tokens 850\u{202f}123");
-        assert_eq!(brief(&Value::Null), "");
-        assert_eq!(grouped(-1_234_567), "-1\u{202f}234\u{202f}567");
-    }
 
     #[test]
     fn times_below_a_second_have_their_unit() {

@@ -41,7 +41,7 @@ fn comparison() -> Comparison {
         policy: Policy::Pair,
         runs: vec![run("base"), run("without <skip> & co")],
         notes: vec!["`eval.answer_match` differs".to_owned()],
-        answers: Some(metric(0.9, 0.8, vec![reference("full cache", 0.97), reference("KVzip", 0.95)])),
+        answers: Some(metric(0.9, 0.8, vec![reference("full cache", 0.97), reference("kvzip", 0.95)])),
         recovered: Some(Metric { differences: Vec::new(), ..metric(0.947, 0.842, Vec::new()) }),
         recall: Some(metric(0.7, 0.75, Vec::new())),
         tasks: ["facts", "ruler.vt"]
@@ -113,7 +113,7 @@ fn a_comparison_fills_every_section_and_needs_no_other_file() {
         assert!(relation.contains(part), "`{part}` is missing\n{relation}");
     }
     let layers = section(&page, "layers");
-    assert!(layers.contains("base, layer 1: 18.0% kept") && layers.contains("KVzip, layer 1: 20.0% kept"));
+    assert!(layers.contains("base, layer 1: 18.0% kept") && layers.contains("kvzip, layer 1: 20.0% kept"));
     let recipes = section(&page, "recipes");
     assert!(recipes.contains("<code>mapper.linear_skip</code></th><td>true</td><td>-</td>"), "{recipes}");
     assert!(recipes.contains("<tr class=\"same\"><th scope=\"row\"><code>train.lr</code>"), "{recipes}");

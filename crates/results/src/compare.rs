@@ -245,7 +245,9 @@ fn common_policy(runs: &[Run]) -> Result<Policy> {
     let labelled =
         |r: &Results, p| r.labels.cells.iter().any(|c| (c.method, c.policy) == (MethodName::MAPPER, p));
     let all = |has: &dyn Fn(&Results, Policy) -> bool| {
-        Policy::ALL.into_iter().find(|&p| runs.iter().all(|r| has(&r.results, p)))
+        // What `infer` uses by default comes first.
+        let mut policies = std::iter::once(Policy::PairKeydiff).chain(Policy::ALL);
+        policies.find(|&p| runs.iter().all(|r| has(&r.results, p)))
     };
     match all(&answered).or_else(|| all(&labelled)) {
         Some(policy) => Ok(policy),

@@ -1,13 +1,14 @@
 //! What an evaluation stores, as plain values: the outcome of each context, their sum, and tables of them.
 //!
 //! [`store`] keeps the outcomes of single contexts, which several processes may add to; [`Results`] is
-//! `results.json`, [`table`] its tables as text, [`answers`] every single answer as a Parquet table, and
-//! [`compare`] sets several evaluations side by side. Measuring is left to `eval`, showing to `report`;
-//! nothing here needs a tensor.
+//! `results.json`, [`table`] its tables as text, [`brief`] what a command ends in, [`answers`] every single
+//! answer as a Parquet table, and [`compare`] sets several evaluations side by side. Measuring is left to
+//! `eval`, showing to `report`; nothing here needs a tensor.
 
 pub mod answered;
 pub mod answers;
 pub mod bootstrap;
+pub mod brief;
 pub mod cell;
 pub mod columns;
 pub mod compare;

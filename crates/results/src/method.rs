@@ -5,10 +5,7 @@ use pkv_recipe::MethodName;
 /// A method as tables and charts show it; `eval` has the list of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MethodInfo {
-    /// In recipes and files.
     pub name: MethodName,
-    /// For readers of tables and charts.
-    pub label: &'static str,
     /// Its meaning, in a sentence without its name.
     pub meaning: &'static str,
     pub needs: Needs,

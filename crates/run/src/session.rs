@@ -226,6 +226,14 @@ pub enum Devices {
 }
 
 impl Devices {
+    /// Those that were chosen, before any is added.
+    pub fn list(self) -> Vec<Device> {
+        match self {
+            Self::Named(devices) => devices,
+            Self::From(device) => vec![device],
+        }
+    }
+
     /// Those of the target's layers, on the recipe's longest contexts.
     ///
     /// # Errors
@@ -255,42 +263,36 @@ pub(crate) fn target_memory(recipe: &Recipe, device: Device) -> TargetMemory {
     TargetMemory::of_label(recipe, recipe.data.longest_window(), &machine, pkv_score::work(&recipe.label))
 }
 
-/// As [`choose_device`], for commands that can lay the target over several devices.
+/// The devices that the user chose, said in the log: never a silent fallback.
 ///
 /// # Errors
-/// As of [`choose_device`].
+/// As of [`devices`].
 pub fn choose_devices(group: &DeviceGroup, threads: Option<u32>) -> Result<Devices> {
-    match group.single() {
-        Some(DeviceChoice::Auto) => Ok(Devices::From(choose_device(DeviceChoice::Auto, threads)?)),
-        Some(choice) => Ok(Devices::Named(vec![choose_device(choice, threads)?])),
-        None => {
-            set_threads(threads)?;
-            let devices = group.devices()?;
-            tracing::info!("computing on {}, which share the target's layers", devices_name(&devices));
-            Ok(Devices::Named(devices))
+    let devices = devices(group, threads)?;
+    match &devices {
+        Devices::From(Device::Cpu) => {
+            let why = pkv_gpu::cuda_absence().unwrap_or_default();
+            tracing::info!("computing on the CPU, {} ({why})", pkv_gpu::cpu_in_words());
+        }
+        Devices::From(device) => tracing::info!("computing on {}", device_name(*device)),
+        Devices::Named(all) if all.len() == 1 => tracing::info!("computing on {}", device_name(all[0])),
+        Devices::Named(all) => {
+            tracing::info!("computing on {}, which share the target's layers", devices_name(all))
         }
     }
+    Ok(devices)
 }
 
-fn set_threads(threads: Option<u32>) -> Result<()> {
-    if let Some(threads) = threads {
-        tch::set_num_threads(i32::try_from(threads).context("`--threads` is too large")?.max(1));
-    }
-    Ok(())
-}
-
-/// The device the user chose, said in the log: never a silent fallback.
+/// The same for what only asks about them. Sets the number of threads, too.
 ///
 /// # Errors
 /// CUDA was asked for and is absent, or there are too many threads.
-pub fn choose_device(choice: DeviceChoice, threads: Option<u32>) -> Result<Device> {
-    set_threads(threads)?;
-    let device = pkv_gpu::device(choice)?;
-    if choice == DeviceChoice::Auto && device == Device::Cpu {
-        let why = pkv_gpu::cuda_absence().unwrap_or_default();
-        tracing::info!("computing on the CPU, {} ({why})", pkv_gpu::cpu_in_words());
-    } else {
-        tracing::info!("computing on {}", device_name(device));
+pub fn devices(group: &DeviceGroup, threads: Option<u32>) -> Result<Devices> {
+    if let Some(threads) = threads {
+        tch::set_num_threads(i32::try_from(threads).context("`--threads` is too large")?.max(1));
     }
-    Ok(device)
+    Ok(match group.single() {
+        Some(DeviceChoice::Auto) => Devices::From(pkv_gpu::device(DeviceChoice::Auto)?),
+        _ => Devices::Named(group.devices()?),
+    })
 }

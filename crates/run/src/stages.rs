@@ -26,7 +26,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use pkv_core::{Fingerprint, hinted};
 use pkv_files::{Held, lock_work};
-use pkv_shard::{Missing, PiecesState, Row, Stage, StageDir, StageState, StageWriter, Totals};
+use pkv_shard::{Missing, PiecesState, Row, Stage, StageDir, StageState, StageWriter, Totals, in_words};
 use serde_json::{Value, json};
 
 use self::eval::EvalOptions;
@@ -164,7 +164,7 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &EvalOptions) -> 
     match outcome? {
         Outcome::Done(summary) => {
             let secs = start.elapsed().as_secs_f64();
-            tracing::info!("{}: done in {secs:.1} s: {}", stage.name(), brief(&summary));
+            tracing::info!("{}: done in {secs:.1} s: {}", stage.name(), in_words(&summary));
             s.run.record_stage(stage.name(), secs, Some(summary), s.devices_of(stage))?;
         }
         Outcome::Skipped(why) => tracing::info!("{}: skipped: {why}", stage.name()),
@@ -240,37 +240,6 @@ pub fn throw_away(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()
     s.run.forget_stage(stage.name())
 }
 
-/// What the line around it says already.
-const SAID: [&str; 3] = ["finished", "secs", "steps"];
-
-/// `key value, key value` of the single values in a JSON object; `run.json` has the lists as well.
-fn brief(summary: &Value) -> String {
-    let single = |(k, v): (&String, &Value)| {
-        if SAID.contains(&k.as_str()) {
-            return None;
-        }
-        let value = match v {
-            Value::Number(n) if n.is_f64() => three_digits(n.as_f64()?),
-            Value::Number(_) | Value::Bool(_) => v.to_string(),
-            Value::String(text) => text.clone(),
-            _ => return None,
-        };
-        Some(match (k.as_str(), v.as_f64()) {
-            ("compute_s", _) => format!("computing {value} s"),
-            ("idle_share", Some(share)) => format!("idle {}%", three_digits(100.0 * share)),
-            _ => format!("{} {value}", k.replace('_', " ")),
-        })
-    };
-    summary.as_object().into_iter().flatten().filter_map(single).collect::<Vec<_>>().join(", ")
-}
-
-/// `0.553`, `42.4`, `1370`: what a reader can use of a number.
-fn three_digits(v: f64) -> String {
-    let digits = if v == 0.0 { 0.0 } else { (2.0 - v.abs().log10().floor()).clamp(0.0, 9.0) };
-    let text = format!("{v:.*}", digits as usize);
-    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
-}
-
 /// A stage's output must be complete and made with the choices of this run.
 ///
 /// # Errors
@@ -337,15 +306,6 @@ fn clear(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_stage_is_summed_up_in_single_values_of_three_digits() {
-        let summary = json!({"examples": 104_307, "best_score": 0.553_116_936_359_730_5, "ms": 1370.4, "of": "target",
-            "secs": 1.5, "finished": true, "compute_s": 84.3, "idle_share": 0.0027, "sources": [{"name": "a"}], "none": null});
-        let expected = "examples 104307, best score 0.553, ms 1370, of target, computing 84.3 s, idle 0.27%";
-        assert_eq!(brief(&summary), expected);
-        assert_eq!(three_digits(0.0), "0");
-    }
 
     #[test]
     fn every_stage_has_an_entry_in_order_and_reads_only_earlier_ones() {

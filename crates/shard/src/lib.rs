@@ -40,6 +40,6 @@ pub use pieces::{
 };
 pub use reader::StageReader;
 pub use row::Row;
-pub use run_json::{ModelRecord, RunJson, StageRecord, Tool};
+pub use run_json::{ModelRecord, RunJson, StageRecord, Tool, in_words};
 pub use stage::Stage;
 pub use writer::{StageWriter, check_row};

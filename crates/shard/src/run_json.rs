@@ -149,6 +149,37 @@ impl RunJson {
     }
 }
 
+/// What the line around it says already.
+const SAID: [&str; 3] = ["finished", "secs", "steps"];
+
+/// A stage's summary for readers: `key value, key value` of its single values.
+pub fn in_words(summary: &Value) -> String {
+    let single = |(k, v): (&String, &Value)| {
+        if SAID.contains(&k.as_str()) {
+            return None;
+        }
+        let value = match v {
+            Value::Number(n) if n.is_f64() => three_digits(n.as_f64()?),
+            Value::Number(_) | Value::Bool(_) => v.to_string(),
+            Value::String(text) => text.clone(),
+            _ => return None,
+        };
+        Some(match (k.as_str(), v.as_f64()) {
+            ("compute_s", _) => format!("computing {value} s"),
+            ("idle_share", Some(share)) => format!("idle {}%", three_digits(100.0 * share)),
+            _ => format!("{} {value}", k.replace('_', " ")),
+        })
+    };
+    summary.as_object().into_iter().flatten().filter_map(single).collect::<Vec<_>>().join(", ")
+}
+
+/// `0.553`, `42.4`, `1370`: what a reader can use of a number.
+fn three_digits(v: f64) -> String {
+    let digits = if v == 0.0 { 0.0 } else { (2.0 - v.abs().log10().floor()).clamp(0.0, 9.0) };
+    let text = format!("{v:.*}", digits as usize);
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
 /// Remove what processes of earlier versions left when they were killed; nothing depends on it.
 fn sweep(root: &Path) {
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
@@ -187,6 +218,15 @@ mod tests {
         let before = written();
         RunJson::update(&layout, |run| run.seed = Some(3)).unwrap();
         assert_eq!(written(), before);
+    }
+
+    #[test]
+    fn a_stage_is_summed_up_in_single_values_of_three_digits() {
+        let summary = json!({"examples": 104_307, "best_score": 0.553_116_936_359_730_5, "ms": 1370.4, "of": "target",
+            "secs": 1.5, "finished": true, "compute_s": 84.3, "idle_share": 0.0027, "sources": [{"name": "a"}], "none": null});
+        let expected = "examples 104307, best score 0.553, ms 1370, of target, computing 84.3 s, idle 0.27%";
+        assert_eq!(in_words(&summary), expected);
+        assert_eq!(three_digits(0.0), "0");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use pkv_checkpoint::{CheckpointStore, TrainingState};
-use pkv_core::{Fingerprint, Progress, Seed, Split, Stop, hinted};
+use pkv_core::{Fingerprint, Progress, SHOWN_BY_BARS, Seed, Split, Stop, hinted};
 use pkv_recipe::{LossSection, MapperSection, TrainSection};
 use pkv_shard::{FeatureFolders, RunLayout};
 use serde::Serialize;
@@ -358,6 +358,7 @@ impl<'a> Run<'a> {
         let (ms, tokens) = self.clock.take();
         let eta = Duration::from_secs_f64(most.saturating_sub(self.step) as f64 * ms / 1e3);
         tracing::info!(
+            target: SHOWN_BY_BARS,
             "step {}/{most} loss {loss:.4} lr {lr:.2e} {ms:.0} ms/step {tokens:.0} tokens/s ETA {}{}",
             self.step,
             if known { "" } else { "at most " },

@@ -19,7 +19,6 @@ use super::view::ContextView;
 
 pub const METHOD: Method = Method {
     name: MethodName::of("expected-attention"),
-    label: "Expected Attention",
     meaning: "the attention that later queries are expected to pay, if they are distributed as those of the context are, \
               times the value's norm",
     needs: Needs::PREFILL,

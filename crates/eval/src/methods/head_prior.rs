@@ -17,7 +17,6 @@ use super::training::TrainingContext;
 
 pub const METHOD: Method = Method {
     name: MethodName::HEAD_PRIOR,
-    label: "head prior",
     meaning: "each KV head's mean training score, positions at random: a lower bound for any method",
     needs: Needs::NOTHING,
     #[cfg(test)]

@@ -19,7 +19,6 @@ use super::training::TrainingContext;
 
 pub const METHOD: Method = Method {
     name: MethodName::of("iam"),
-    label: "IAM-style",
     meaning: "each KV head of the target takes the scores of the source's KV head that it matches best",
     needs: Needs::FEATURES,
     #[cfg(test)]

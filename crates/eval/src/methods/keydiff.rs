@@ -9,7 +9,6 @@ use super::method::{Method, Needs, Ready};
 
 pub const METHOD: Method = Method {
     name: MethodName::of("keydiff"),
-    label: "KeyDiff",
     meaning: "how dissimilar a key is to the mean key of its head; uses no attention",
     needs: Needs::PREFILL,
     #[cfg(test)]

@@ -10,7 +10,6 @@ use super::method::{Method, Needs, Ready};
 
 pub const METHOD: Method = Method {
     name: MethodName::of("knorm"),
-    label: "Knorm",
     meaning: "minus the L2 norm of a key: attention goes to small keys; uses no attention itself",
     needs: Needs::PREFILL,
     #[cfg(test)]

@@ -43,7 +43,6 @@ const MLP_NAME: MethodName = MethodName::of("kvzap-mlp");
 
 pub const LINEAR: Method = Method {
     name: LINEAR_NAME,
-    label: "KVzap-style, linear",
     meaning: "ridge regression from the target's own hidden states, layer by layer; no proxy",
     needs: Needs::PREFILL,
     #[cfg(test)]
@@ -57,7 +56,6 @@ pub const LINEAR: Method = Method {
 /// The same by a network with one hidden layer.
 pub const MLP: Method = Method {
     name: MLP_NAME,
-    label: "KVzap-style, MLP",
     meaning: "the same by a network with one hidden layer per layer of the target",
     needs: Needs::PREFILL,
     #[cfg(test)]

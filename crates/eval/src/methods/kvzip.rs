@@ -7,7 +7,6 @@ use super::method::{Method, Needs, Ready};
 
 pub const RAW: Method = Method {
     name: MethodName::KVZIP,
-    label: "KVzip",
     meaning: "the oracle: attention of the target while it repeats its context; the mapper is trained on these scores",
     needs: Needs::LABELS,
     #[cfg(test)]
@@ -18,7 +17,6 @@ pub const RAW: Method = Method {
 /// Span-pooled as the recipe trains on them.
 pub const POOLED: Method = Method {
     name: MethodName::of("kvzip-pooled"),
-    label: "KVzip, pooled",
     meaning: "the oracle's scores, each raised towards those of its neighbours",
     needs: Needs::LABELS,
     #[cfg(test)]

@@ -7,7 +7,6 @@ use super::ridge::RidgeFit;
 
 pub const METHOD: Method = Method {
     name: MethodName::LINEAR,
-    label: "ridge, linear",
     meaning: "ridge regression from all features",
     needs: Needs::FEATURES,
     #[cfg(test)]

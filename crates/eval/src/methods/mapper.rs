@@ -11,7 +11,6 @@ use super::method::{Method, Needs, Ready};
 
 pub const METHOD: Method = Method {
     name: MethodName::MAPPER,
-    label: "mapper",
     meaning: "the trained network: from features of the proxy's or the target's prefill to the target's scores",
     needs: Needs::FEATURES,
     #[cfg(test)]

@@ -14,10 +14,8 @@ pub use pkv_results::Needs;
 /// A way to score KV pairs, as the registry has it.
 #[derive(Debug)]
 pub struct Method {
-    /// In recipes and files.
+    /// In recipes, files, tables and charts.
     pub name: MethodName,
-    /// For readers of tables and charts.
-    pub label: &'static str,
     /// Its meaning, in a sentence without its name.
     pub meaning: &'static str,
     pub needs: Needs,
@@ -40,7 +38,7 @@ impl Method {
 
     /// What readers of its results must know.
     pub const fn info(&self) -> MethodInfo {
-        MethodInfo { name: self.name, label: self.label, meaning: self.meaning, needs: self.needs }
+        MethodInfo { name: self.name, meaning: self.meaning, needs: self.needs }
     }
 }
 

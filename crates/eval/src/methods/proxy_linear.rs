@@ -9,7 +9,6 @@ use super::ridge::RidgeFit;
 
 pub const METHOD: Method = Method {
     name: MethodName::of("proxy-linear"),
-    label: "one channel, linear",
     meaning: "ridge regression from the one channel that is nearest to a score",
     needs: Needs::FEATURES,
     #[cfg(test)]

@@ -11,7 +11,6 @@ use super::method::{Method, Needs, Ready};
 
 pub const METHOD: Method = Method {
     name: MethodName::RANDOM,
-    label: "random",
     meaning: "positions and heads at random",
     needs: Needs::NOTHING,
     #[cfg(test)]

@@ -18,7 +18,6 @@ use super::view::ContextView;
 
 pub const METHOD: Method = Method {
     name: MethodName::SNAPKV,
-    label: "SnapKV",
     meaning: "attention of the last tokens of the context; the question is not known yet",
     needs: Needs::PREFILL,
     #[cfg(test)]

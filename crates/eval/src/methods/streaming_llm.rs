@@ -9,7 +9,6 @@ use super::method::{Method, Needs, Ready};
 
 pub const METHOD: Method = Method {
     name: MethodName::of("streaming-llm"),
-    label: "StreamingLLM",
     meaning: "the first and the most recent positions",
     needs: Needs::NOTHING,
     #[cfg(test)]

@@ -34,11 +34,10 @@ fn here(path: &str) -> PathBuf {
 }
 
 #[test]
-fn every_method_has_a_name_a_label_a_meaning_and_something_that_holds_it() {
+fn every_method_has_a_name_a_meaning_and_something_that_holds_it() {
     let names: BTreeSet<&str> = REGISTRY.iter().map(|m| m.name.name()).collect();
-    let labels: BTreeSet<&str> = REGISTRY.iter().map(|m| m.label).collect();
     let meanings: BTreeSet<&str> = REGISTRY.iter().map(|m| m.meaning).collect();
-    assert_eq!([names.len(), labels.len(), meanings.len()], [REGISTRY.len(); 3], "each is another's");
+    assert_eq!([names.len(), meanings.len()], [REGISTRY.len(); 2], "each is another's");
     for m in REGISTRY {
         // What the table of answers calls the cache that nothing was taken from.
         assert_ne!(m.name.name(), "full");
@@ -48,7 +47,7 @@ fn every_method_has_a_name_a_label_a_meaning_and_something_that_holds_it() {
             "{}: what is meant by other spellings is found by this",
             m.name
         );
-        assert!(m.label.len() >= 3 && m.label.len() <= 24, "{}: a label fits beside a chart", m.name);
+        assert!(m.name.name().len() <= 24, "{}: a name fits beside a chart", m.name);
         assert!(m.meaning.len() > 20 && !m.meaning.ends_with('.'), "{}: {}", m.name, m.meaning);
         let (file, what) = m.held_by;
         let text = std::fs::read_to_string(here(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
@@ -285,7 +284,6 @@ fn a_method_of_ones_own_is_a_registry_line() {
         random::METHOD,
         Method {
             name: MethodName::of("made-up"),
-            label: "made up",
             meaning: "what this test counts, later positions first",
             needs: Needs::PREFILL,
             held_by: (file!(), "struct MadeUp"),

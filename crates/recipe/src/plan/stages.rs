@@ -354,17 +354,30 @@ pub fn infer(
 /// tensors of this size live at once: 1 GB in f32, and each is work enough to fill a GPU.
 pub const PIECE_ELEMENTS: u64 = 1 << 26;
 
+/// Lengths of the batches of one pass over the training contexts: each is as long as its shortest context.
+fn batch_lengths(recipe: &Recipe) -> Vec<usize> {
+    let (data, limit) = (&recipe.data, recipe.train.window_tokens.unwrap_or(usize::MAX));
+    let drawn = data.window_tokens.iter().cycle().take(data.train.max(1));
+    let mut windows: Vec<usize> =
+        drawn.flat_map(|&t| std::iter::repeat_n(t.min(limit), t / t.min(limit))).collect();
+    windows.sort_unstable();
+    let batches = (windows.len() / recipe.train.batch.max(1)).max(1);
+    (0..batches).map(|batch| windows[batch * windows.len() / batches]).collect()
+}
+
 /// Forward and backward are three forwards; parameters, gradients and both moments are f32. Steps that are
 /// `auto` count as their most.
 pub fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &MapperCost) -> StagePlan {
     let (data, section) = (&recipe.data, &recipe.train);
-    let mut of_train = Lengths(Vec::new());
-    of_train.push(data.train, &data.window_tokens);
+    let batches = batch_lengths(recipe);
     let contexts = section.most_steps() as f64 * section.batch as f64;
-    let passes = contexts / data.train as f64;
+    let mean = |cost: &dyn Fn(usize) -> f64, of: &[usize]| {
+        of.iter().map(|&t| cost(t)).sum::<f64>() / of.len() as f64
+    };
+    let tokens = contexts * mean(&|t| t as f64, &batches);
+    let forward = |t| mapper.forward_flops(t);
     // Validation is a forward over its split every `validate_every` steps; 1/3 of a training example.
     let validations = (section.most_steps() / section.validate_every) as f64 * data.validation as f64;
-    let forward = of_train.sum(|t| mapper.forward_flops(t)) / data.train as f64;
     let values_per_token = (mapper.inputs_per_token() + mapper.outputs_per_token()) as f64;
     let kept = (section.keep_checkpoints + 2) as u64;
     let longest = lengths.longest();
@@ -380,11 +393,11 @@ pub fn train(recipe: &Recipe, lengths: &Lengths, machine: &Machine, mapper: &Map
         .sum();
     let stage = StagePlan {
         examples: contexts.round() as u64,
-        tokens: (passes * of_train.sum(|t| t as f64)).round() as u64,
+        tokens: tokens.round() as u64,
         disk_bytes: kept * 12 * mapper.parameters(),
-        flops: (3.0 * contexts + validations) * forward,
+        flops: 3.0 * contexts * mean(&forward, &batches) + validations * mean(&forward, &data.window_tokens),
         // Activations are written and read once each way, which bounds small mappers.
-        moved_bytes: contexts * of_train.sum(|t| t as f64) / data.train as f64
+        moved_bytes: tokens
             * 4.0
             * (3.0 * values_per_token + 4.0 * (mapper.saved_per_token(recipe) + attended)),
         peak_bytes: 16 * mapper.parameters() + (4.0 * batch_elements) as u64 + beside,

@@ -298,7 +298,7 @@ pub fn answers(
 }
 
 fn references(of: &Of) -> Vec<Reference> {
-    let kvzip = of.reference("KVzip", |c, r| c.cell(MethodName::KVZIP, of.policy, r));
+    let kvzip = of.reference(MethodName::KVZIP.name(), |c, r| c.cell(MethodName::KVZIP, of.policy, r));
     of.reference("full cache", |c, _| Some(c.full)).into_iter().chain(kvzip).collect()
 }
 

@@ -191,7 +191,7 @@ fn pairing_removes_what_contexts_have_in_common() {
     assert!((recovered.runs[1][0].mean - 1.0).abs() < 1e-12);
     assert_eq!(
         answers.references.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(),
-        ["full cache", "KVzip"]
+        ["full cache", "kvzip"]
     );
     assert_eq!(answers.references[0].values[0], Interval::exact(1.0));
 }
@@ -262,6 +262,16 @@ fn other_targets_policies_and_ratios_are_refused() {
     compare(&[with("a", "x/target", "local:1"), with("b", "y/target", "local:1")]).unwrap();
     let (text, _) = said(compare(&[with("a", "t", "c1"), with("b", "t", "c2")]));
     assert!(text.contains("at revision `c2`"), "{text}");
+
+    // Where all have it, the policy that `infer` uses by default.
+    let both = |name: &str| {
+        let mut run = one(name);
+        let cells = &mut run.results.facts.as_mut().unwrap().cells;
+        cells.extend(cells.clone().into_iter().map(|c| AnswerCell { policy: Policy::PairKeydiff, ..c }));
+        run
+    };
+    assert_eq!(common_policy(&[both("a"), both("b")]).unwrap(), Policy::PairKeydiff);
+    assert_eq!(common_policy(&[both("a"), one("b")]).unwrap(), Policy::Pair);
 
     let mut b = one("b");
     b.results.facts.as_mut().unwrap().cells.iter_mut().for_each(|c| c.policy = Policy::Token);

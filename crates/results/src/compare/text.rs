@@ -1,5 +1,6 @@
 //! A comparison as Markdown tables for a terminal: rows are runs, columns retention ratios.
 
+use pkv_recipe::MethodName;
 use serde_json::Value;
 
 use super::{Comparison, Metric, ONE_RATIO};
@@ -202,7 +203,7 @@ fn by_task(c: &Comparison, ratio: f64) -> String {
 
 fn budgets(c: &Comparison) -> String {
     let Some(b) = &c.budgets else { return String::new() };
-    let names = ["layer".to_owned(), "KVzip".to_owned()];
+    let names = ["layer".to_owned(), MethodName::KVZIP.name().to_owned()];
     let head: Vec<String> = names.into_iter().chain(c.runs.iter().map(|r| r.name.clone())).collect();
     let row = |layer: usize| {
         let of = |run: &Option<Vec<f64>>| {

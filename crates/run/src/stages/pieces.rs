@@ -266,6 +266,9 @@ pub(super) fn account(stage: Stage, rows: u64, done: u64, skipped: u64) -> Resul
     let mut tally = Tally::new(1);
     (tally.rows, tally.done, tally.skipped) = (rows, done, skipped);
     let sum = tally.finish(stage.name())?;
-    tracing::info!("{}: {sum}", stage.name());
+    // Of a stage that was made at once, the next line says as much.
+    if skipped > 0 {
+        tracing::info!("{}: {sum}", stage.name());
+    }
     Ok(())
 }
