@@ -1,9 +1,11 @@
 //! Files that never end, runs that run away, two processes in one folder, outputs that vanish, markup of
 //! others: each ends with a sentence and a hint, soon, and nothing that was there before is lost.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use pkv_core::FailureKind;
@@ -191,14 +193,117 @@ fn inspect_says_which_weights_are_damaged() {
     }
 }
 
-/// The short form of `scripts/faults/storage.py`.
-#[test]
-fn storage_that_fails_is_named_and_the_stage_goes_on_to_the_same_bytes() {
-    let s = finished();
+/// What lets calls fail, compiled.
+fn shim(s: &Sandbox) -> PathBuf {
     let (source, shim) = (root().join("scripts/faults/shim.c"), s.path("shim.so"));
     let mut compile = Command::new("cc");
     compile.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&shim).arg(source).arg("-ldl");
     assert!(compile.status().unwrap().success());
+    shim
+}
+
+#[test]
+fn what_lies_where_a_run_writes_is_replaced_or_refused() {
+    let s = finished();
+    let export = s.path("runs/small/export");
+    let before = files_below(&export);
+    for make in
+        [fifo, |path: &Path| symlink("nothing", path).unwrap(), |path: &Path| symlink(path, path).unwrap()]
+    {
+        fs::rename(&export, s.path("kept")).unwrap();
+        make(&export);
+        with_recipe(&s, &["export"]).ok();
+        assert_eq!(files_below(&export).keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
+        assert!(!s.path("runs/small/export.tmp").exists() && !s.path("runs/small/export.old.tmp").exists());
+        fs::remove_dir_all(s.path("kept")).unwrap();
+    }
+    let (input, environment) = (FailureKind::Input, FailureKind::Environment);
+    for (file, stage, kind) in
+        [("train.lock", "train", input), ("eval.lock", "eval", input), ("log.jsonl", "report", environment)]
+    {
+        replace(&s.path("runs/small").join(file), fifo);
+        with_recipe(&s, &[stage]).fails_as(kind, &[file]);
+        fs::remove_file(s.path("runs/small").join(file)).unwrap();
+    }
+}
+
+#[test]
+fn a_report_says_what_it_lacks_where_it_is_asked_for() {
+    let s = finished();
+    for file in ["eval/results.json", "eval/answers.parquet"] {
+        let path = s.path("runs/small").join(file);
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, [0; 9]).unwrap();
+        let said = s.run(&["report"]).ok().stderr;
+        assert!(said.contains("the report lacks a part") && said.contains(file), "{file}: {said}");
+        fs::write(&path, whole).unwrap();
+    }
+    assert!(!s.run(&["report"]).ok().stderr.contains("lacks"));
+}
+
+#[test]
+fn folders_that_are_no_utf_8_serve() {
+    let s = finished();
+    let odd = s.path(".").join(OsStr::from_bytes(b"\xff"));
+    fs::create_dir(&odd).unwrap();
+    fs::rename(s.path("runs"), odd.join("runs")).unwrap();
+    let run = |args: &[&str], more: &[&str]| {
+        let mut command = s.command(&[]);
+        command.arg("--runs").arg(odd.join("runs")).args(args).arg("--recipe").arg("recipe.toml").args(more);
+        Running::new(&mut command).end_soon().ok()
+    };
+    run(&["export", "--redo", "export", "--json"], &[]);
+    run(&["report", "--json"], &[]);
+    fs::copy(s.path("recipe.toml"), odd.join("recipe.toml")).unwrap();
+    let mut plan = s.command(&["plan", "--resolved", "--json", "--recipe"]);
+    let stdout = Running::new(plan.arg(odd.join("recipe.toml"))).end_soon().ok().stdout;
+    assert!(stdout.contains("recipe.toml"), "{stdout}");
+    let ls = Running::new(s.command(&["recipes", "ls", "--json"]).current_dir(&odd)).end_soon();
+    assert_ne!(ls.code, 101, "{}", ls.stderr);
+}
+
+#[test]
+fn a_run_that_may_not_be_written_can_be_looked_at() {
+    let s = finished();
+    let ran = s
+        .command(&["prepare", "--show", "1", "--recipe", "recipe.toml"])
+        .env("LD_PRELOAD", shim(&s))
+        .envs([
+            ("FAIL_OP", "open"),
+            ("FAIL_MODE", "stick"),
+            ("FAIL_ERRNO", "30"),
+            ("FAIL_N", "1"),
+            ("FAIL_PATH", "log.jsonl"),
+        ])
+        .output()
+        .unwrap();
+    let ran = Ran::new(ran).ok();
+    assert!(ran.stderr.contains("cannot open log file") && !ran.stdout.is_empty(), "{}", ran.stderr);
+}
+
+#[test]
+fn a_hangup_that_is_ignored_ends_nothing() {
+    let s = Sandbox::new();
+    let begin = |script: &str| {
+        let whole = s.command(&["run", "--recipe", "recipe.toml"]);
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]).arg(whole.get_program()).args(whole.get_args()).current_dir(s.path("."));
+        let mut run = Running::new(&mut shell);
+        assert!(run.wait_until(|| s.path("runs/small/examples/index.json").exists()), "it ended before");
+        run.signal(libc::SIGHUP);
+        run.end()
+    };
+    let ended = begin("exec \"$0\" \"$@\"");
+    assert_eq!(ended.code, i32::from(FailureKind::Interrupted.exit_code()), "{}", ended.stderr);
+    fs::remove_dir_all(s.path("runs")).unwrap();
+    begin("trap '' HUP; exec \"$0\" \"$@\"").ok();
+}
+
+/// The short form of `scripts/faults/storage.py`.
+#[test]
+fn storage_that_fails_is_named_and_the_stage_goes_on_to_the_same_bytes() {
+    let s = finished();
+    let shim = shim(&s);
     for (stage, folder) in [("label", "labels"), ("train", "checkpoints/step-000024")] {
         let folder = s.path("runs/small").join(folder);
         let files = || {

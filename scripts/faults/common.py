@@ -1,14 +1,15 @@
 """What the fault scripts share: a small project folder, the binary run in it, results that can be compared.
 
 Every script: `python3 scripts/faults/NAME.py BINARY [COUNT]`; it works in a temporary folder (FAULTS_WORK sets another), on the
-nano pair and the demo's documents; FAULTS_TREE is a checkout if the scripts lie elsewhere, JOBS (2) how many cases run at a time. It prints a line for each group of cases, then `NAME: TRIED tried, FAILED failed`, and its
-exit code says whether any failed. Python 3 alone is needed; `storage.py` also compiles shim.c.
+nano pair and the demo's documents; FAULTS_TREE is a checkout if the scripts lie elsewhere, JOBS (2) how many cases run at a time.
+It prints a line for each group of cases, then `NAME: TRIED tried, FAILED failed`, and its exit code says whether any failed.
+FAULTS_CASES is a file that gets a line for each case as it ends. Python 3 alone is needed; `storage.py` also compiles shim.c.
 
 PART=K/N tries every Nth case alone, from the Kth (K = 1 ... N): N parts, in any order and on any machines, are all cases, and each part has
-some of every group. SECONDS ends a script after that time, and says how many cases were left.
+some of every group. SECONDS ends a script after that time, and says how many cases were left; SKIP passes over that many, which were tried before.
 """
-import hashlib, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
-from concurrent.futures import ThreadPoolExecutor
+import hashlib, json, multiprocessing, os, shutil, signal, subprocess, sys, tempfile, time, traceback
+from multiprocessing.connection import wait
 from pathlib import Path
 
 TREE = Path(os.environ.get("FAULTS_TREE") or Path(__file__).resolve().parents[2])
@@ -21,7 +22,8 @@ NAME = Path(sys.argv[0]).stem
 ONLY = list(filter(None, os.environ.get("ONLY", "").split(",")))
 PART, PARTS = map(int, os.environ.get("PART", "1/1").split("/"))
 assert 1 <= PART <= PARTS, "PART is K/N, with K from 1 to N"
-UNTIL = time.time() + float(os.environ.get("SECONDS", "inf"))
+BEGUN = time.time()
+UNTIL = BEGUN + float(os.environ.get("SECONDS", "inf"))
 
 RECIPE = '''
 name = "small"
@@ -124,7 +126,7 @@ def reference():
 
 def argv(args, recipe=True):
     args = args.split() if isinstance(args, str) else args
-    recipe = recipe and args[0] not in ("infer", "push", "inspect", "compare", "sweep", "schema")
+    recipe = recipe and "--recipe" not in args and args[0] not in ("infer", "push", "inspect", "compare", "sweep", "schema")
     return [str(BINARY), "--device", "cpu", "--threads", "1", *args, *(["--recipe", "recipe.toml"] if recipe else [])]
 
 
@@ -147,7 +149,7 @@ class Ran:
             out, err = proc.communicate()
             self.hung = True
         self.code, self.secs = proc.returncode, time.time() - begun
-        self.out, self.err = out.decode(errors="replace"), err.decode(errors="replace")
+        self.out, self.err = ((text or b"").decode(errors="replace") for text in (out, err))
 
     def unsound(self):
         """No orderly end: it hangs, panics, is ended by a signal, or fails without a hint."""
@@ -213,54 +215,74 @@ def temporary(root):
 
 
 class Jobs:
-    """Cases of this part at work beside each other, each in the folder of its thread. Leaving it waits for all, and raises what one raised."""
-    def __init__(self):
-        self.pool, self.local, self.all = ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))), threading.local(), []
-        self.numbers, self.cases, self.left = iter(range(1 << 30)), 0, 0
+    """Cases of this part, in the order in which they were added, at work beside each other: in processes that are forked when all are
+    added, each with a folder of its own. What they tally is tallied here. Leaving it waits for all."""
+    def __init__(self, tally):
+        self.tally, self.all, self.cases = tally, [], 0
 
-    def folder(self):
-        if not hasattr(self.local, "name"): self.local.name = f"broken-{next(self.numbers)}"
-        return self.local.name
+    def folder(self): return f"broken-{self.number}"
 
     def add(self, case, *args):
         self.cases += 1
-        if self.cases % PARTS == PART % PARTS: self.all.append(self.pool.submit(self.case, case, *args))
+        if self.cases % PARTS == PART % PARTS: self.all.append((case, args))
 
-    def case(self, case, *args):
-        if time.time() > UNTIL: self.left += 1
-        else: case(*args)
+    def work(self, number, taken, out):
+        self.number, self.tally.add = number, lambda *a, **k: out.send((a, k))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        while time.time() < UNTIL:
+            with taken.get_lock(): i, taken.value = taken.value, taken.value + 1
+            if i >= len(self.all): break
+            try: self.all[i][0](*self.all[i][1])
+            except Exception: out.send(traceback.format_exc())
+        out.send(None)
 
     def __enter__(self): return self
 
-    def __exit__(self, *_):
-        # A signal is handled between short waits.
-        for job in self.all:
-            while not job.done(): time.sleep(0.2)
-            job.result()
-        self.pool.shutdown()
+    def __exit__(self, kind, *_):
+        if kind: return
+        fork, tried = multiprocessing.get_context("fork"), 0
+        taken, pipes = fork.Value("i", int(os.environ.get("SKIP", "0"))), []
+        for number in range(min(int(os.environ.get("JOBS", "2")), len(self.all))):
+            end, out = fork.Pipe(duplex=False)
+            fork.Process(target=self.work, args=(number, taken, out), daemon=True).start()
+            out.close()
+            pipes.append(end)
+        while pipes:
+            for end in wait(pipes):
+                try: said = end.recv()
+                except EOFError: said = "a process of the script ended before its time"
+                if isinstance(said, tuple):
+                    tried += 1
+                    self.tally.add(*said[0], **said[1])
+                    continue
+                if said: self.tally.add("the script itself", [said])
+                if not said or "\n" not in said: pipes.remove(end)
         if PARTS > 1: print(f"part {PART} of {PARTS}: {len(self.all)} of {self.cases} cases")
-        if self.left: print(f"{self.left} cases left when the time was over")
+        if tried < len(self.all): print(f"{len(self.all) - tried} cases left, of which SKIP passed over {os.environ.get('SKIP', '0')}")
 
 
 class Tally:
-    """Counts cases of groups, prints what failed, and ends the script. SIGTERM ends it with what was counted so far. `note` is one more
-    line at the end."""
+    """Counts cases of groups, prints what failed, and ends the script. SIGTERM ends it with what was counted so far. `note` makes one more
+    line at the end of what the cases gave as `more`."""
     def __init__(self, note=None):
-        self.groups, self.failed, self.guard, self.note = {}, 0, threading.Lock(), note
+        self.groups, self.failed, self.note, self.more = {}, 0, note, []
+        self.cases = open(os.environ["FAULTS_CASES"], "a") if "FAULTS_CASES" in os.environ else None
         signal.signal(signal.SIGTERM, lambda *_: self.end())
 
-    def add(self, group, faults, detail=""):
-        with self.guard:
-            tried, failed = self.groups.get(group, (0, 0))
-            self.groups[group] = (tried + 1, failed + bool(faults))
-            self.failed += bool(faults)
-            if faults: print(f"FAILED {group}: {faults} {detail}", flush=True)
+    def add(self, group, faults, detail="", more=()):
+        tried, failed = self.groups.get(group, (0, 0))
+        self.groups[group] = (tried + 1, failed + bool(faults))
+        self.failed += bool(faults)
+        self.more += more
+        if faults: print(f"FAILED {group}: {faults} {detail}", flush=True)
+        if self.cases: print(f"FAILED {group}: {faults} {detail}" if faults else f"ok {group}: {detail.split(': ')[0]}, {time.time() - BEGUN:.1f} s", file=self.cases, flush=True)
 
     def end(self):
         for group, (tried, failed) in self.groups.items():
             print(f"  {group}: {tried} tried, {failed} failed")
-        if self.note: print(self.note())
+        if self.note: print(self.note(self.more))
         print(f"{NAME}: {sum(t for t, _ in self.groups.values())} tried, {self.failed} failed")
         sys.stdout.flush()
         # Cases that still run are not waited for.
+        for process in multiprocessing.active_children(): process.terminate()
         os._exit(1 if self.failed else 0)

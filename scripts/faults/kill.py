@@ -6,8 +6,7 @@ from common import *
 import random
 
 shorten()
-hits = []
-rng, tally = random.Random(1), Tally(lambda: f"{len(hits)} signals, {sum(hits)} to a live process")
+rng, tally = random.Random(1), Tally(lambda hits: f"{len(hits)} signals, {sum(hits)} to a live process")
 before, _, secs = reference()
 done = all_results(WORK / "reference")
 of_stage = lambda s: {k: v for k, v in done.items() if k.split("/")[1] in MADE_BY[s]}
@@ -31,7 +30,7 @@ for name, runs, command in [("run without stored features", before["run"], ["run
 
 
 def case(name, runs, commands, on, want, folders, whole, sig, i, moments):
-    p, faults = project(jobs.folder(), runs), []
+    p, faults, hits = project(jobs.folder(), runs), [], []
     for moment in moments:
         procs = [start(p, c) for c in commands]
         time.sleep(moment * whole)
@@ -51,10 +50,10 @@ def case(name, runs, commands, on, want, folders, whole, sig, i, moments):
     faults += difference(want, found) + temporary(p / "runs")
     if name == "infer" and answers(r.out) != answered: faults.append("other answers")
     if name == "infer": json.loads((p / "trace.json").read_text())
-    tally.add(f"{name}, {sig.name}", faults)
+    tally.add(f"{name}, {sig.name}", faults, more=hits)
 
 
-with Jobs() as jobs:
+with Jobs(tally) as jobs:
     for name, runs, commands, on, want, folders, whole in cases:
         if ONLY and name not in ONLY: continue
         for sig in [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]:

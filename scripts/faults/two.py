@@ -47,7 +47,7 @@ def case(runs, one, two, pause):
     tally.add(" beside ".join(x if isinstance(x, str) else x[0] for x in (one, two)), faults)
 
 
-with Jobs() as jobs:
+with Jobs(tally) as jobs:
     for runs, one, two in pairs:
         for i in range(COUNT): jobs.add(case, runs, one, two, 0 if i % 2 == 0 else rng.uniform(0.05, 1.5))
 tally.end()

@@ -44,6 +44,11 @@ fn time() -> Duration {
     Duration::from_secs_f64(given.unwrap_or(5.0))
 }
 
+/// `FUZZ_SEED`, or 1.
+pub fn seed() -> u64 {
+    std::env::var("FUZZ_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1)
+}
+
 impl Target<'_> {
     /// Findings of before, then damaged files until the time is up.
     pub fn fuzz(&self) {
@@ -58,8 +63,7 @@ impl Target<'_> {
             self.hold(&case.display().to_string());
             restore(self.folder, &repaired);
         }
-        let seed = std::env::var("FUZZ_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
-        let mut rng = Seed(seed).stream(self.name, 0);
+        let mut rng = Seed(seed()).stream(self.name, 0);
         let (begun, mut tried, mut refused) = (Instant::now(), 0u64, 0u64);
         while begun.elapsed() < time() {
             let i = rng.random_range(0..self.files.len());

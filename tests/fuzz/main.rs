@@ -7,7 +7,8 @@
 //! FUZZ_SECONDS=3600 cargo test --release -p pkv-cli --test fuzz
 //! ```
 //!
-//! `FUZZ_SEED` (default 1) draws others. What was found is in `findings/`, and tried first.
+//! `FUZZ_SEED` (default 1) draws others; processes with different seeds may run at once. What was found is in
+//! `findings/`, and tried first.
 //!
 //! - `settings`: recipe, manifest, lock file
 //! - `documents`: text, JSON lines, Parquet, compressed or not
@@ -35,7 +36,7 @@ use std::path::{Path, PathBuf};
 
 /// An empty folder of this name.
 fn folder(name: &str) -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz").join(name);
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{}", harness::seed())).join(name);
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).expect("folders can be made");
     dir

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Fingerprint, ModelShape, Seed, Source, hinted, seal, unseal};
-use pkv_files::{Published, TEMPORARY, WriteBudget, parent, sync_dir, write_error, write_file};
+use pkv_files::{Published, TEMPORARY, WriteBudget, parent, remove_whole, sync_dir, write_error, write_file};
 use pkv_mapper::{Mapper, MapperDims, Standardization};
 use pkv_prune::HeadBudgets;
 use pkv_recipe::{ExtractSection, LabelSection, LossSection, MapperSection, TrainSection, Variant};
@@ -187,9 +187,9 @@ impl Export {
         let temporary = with_ending(folder, TEMPORARY);
         let context = || format!("cannot write export `{}`", folder.display());
         let result = fill(&temporary, contents, budget);
-        if result.is_err() && temporary.exists() {
+        if result.is_err() {
             // Its bytes may be what the disk lacks.
-            let _ = fs::remove_dir_all(&temporary);
+            let _ = remove_whole(&temporary);
         }
         result.with_context(context)?;
         replace(folder, &temporary).map_err(|e| write_error(folder, e)).with_context(context)
@@ -324,9 +324,7 @@ impl Export {
 
 fn fill(temporary: &Path, contents: Contents, budget: &WriteBudget) -> Result<()> {
     let Contents { config, mapper, tensors: extra, budgets, card, parity } = contents;
-    if temporary.exists() {
-        fs::remove_dir_all(temporary).with_context(|| format!("cannot remove `{}`", temporary.display()))?;
-    }
+    remove_whole(temporary).with_context(|| format!("cannot remove `{}`", temporary.display()))?;
     fs::create_dir_all(temporary).map_err(|e| write_error(temporary, e))?;
     let mut tensors: NamedTensors =
         mapper.parameters().iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
@@ -360,18 +358,15 @@ fn fill(temporary: &Path, contents: Contents, budget: &WriteBudget) -> Result<()
 /// Put `temporary` in the place of `folder`.
 fn replace(folder: &Path, temporary: &Path) -> std::io::Result<()> {
     let old = with_ending(folder, ".old.tmp");
-    if old.exists() {
-        fs::remove_dir_all(&old)?;
-    }
-    if folder.exists() {
-        fs::rename(folder, &old)?;
+    remove_whole(&old)?;
+    // Whatever is there: it may be no folder, or a link to nothing.
+    match fs::rename(folder, &old) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        renamed => renamed?,
     }
     fs::rename(temporary, folder)?;
     sync_dir(parent(folder))?;
-    if old.exists() {
-        fs::remove_dir_all(&old)?;
-    }
-    Ok(())
+    remove_whole(&old)
 }
 
 fn with_ending(folder: &Path, ending: &str) -> PathBuf {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use pkv_core::{Fingerprint, hinted};
-use pkv_files::{Held, TEMPORARY, WriteBudget, lock_dir, push, sync_dir, write_error};
+use pkv_files::{Held, TEMPORARY, WriteBudget, lock_dir, push, remove_whole, sync_dir, write_error};
 use pkv_shard::StaleError;
 use tch::Device;
 
@@ -93,9 +93,9 @@ impl CheckpointStore {
         let folder = self.dir.join(format!("step-{:06}", state.step));
         let temporary = self.dir.join(format!("step-{:06}{TEMPORARY}", state.step));
         let result = self.write(state, &temporary, &folder);
-        if result.is_err() && temporary.exists() {
+        if result.is_err() {
             // Its bytes may be what the disk lacks; if it cannot go, the next run removes it.
-            let _ = fs::remove_dir_all(&temporary);
+            let _ = remove_whole(&temporary);
         }
         result.with_context(|| format!("cannot save checkpoint `{}`", folder.display()))?;
         // In a working copy, the new one is put before old ones go.
@@ -107,9 +107,7 @@ impl CheckpointStore {
 
     fn write(&self, state: &TrainingState, temporary: &Path, folder: &Path) -> Result<()> {
         let io = |e: io::Error| write_error(folder, e);
-        if temporary.exists() {
-            fs::remove_dir_all(temporary).map_err(io)?;
-        }
+        remove_whole(temporary).map_err(io)?;
         fs::create_dir(temporary).map_err(io)?;
         state::write(temporary, state, &self.fingerprint, &self.budget)?;
         if folder.exists() {
@@ -309,13 +307,11 @@ fn retire(folder: &Path) -> Result<()> {
     name.push(".old");
     name.push(TEMPORARY);
     let retired = PathBuf::from(name);
-    if retired.exists() {
-        remove(&retired)?;
-    }
+    remove(&retired)?;
     fs::rename(folder, &retired).with_context(|| format!("cannot rename `{}`", folder.display()))?;
     remove(&retired)
 }
 
 fn remove(folder: &Path) -> Result<()> {
-    fs::remove_dir_all(folder).with_context(|| format!("cannot remove `{}`", folder.display()))
+    remove_whole(folder).with_context(|| format!("cannot remove `{}`", folder.display()))
 }

@@ -27,7 +27,7 @@ pub fn run(cli: &Cli, args: &RecipeArgs, models_only: bool, stop: &Stop) -> Resu
         }
     }
     if cli.json {
-        let folder = |r: &pkv_hub::Resolved| serde_json::json!({"folder": r.folder, "revision": r.revision});
+        let folder = |r: &pkv_hub::Resolved| serde_json::json!({"folder": r.folder.display().to_string(), "revision": r.revision});
         let mut models = serde_json::json!({"target": folder(&target)});
         if let Some(proxy) = &proxy {
             models["proxy"] = folder(proxy);

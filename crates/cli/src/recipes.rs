@@ -60,20 +60,21 @@ fn stem(path: &Path) -> String {
 fn ls(cli: &Cli) -> Result<()> {
     let (mut rows, mut bases): (Vec<Value>, Vec<PathBuf>) = Default::default();
     for path in files()? {
+        let shown = path.display().to_string();
         rows.push(match load_with_origins(&path, &[]) {
             Ok((recipe, origins)) => {
                 bases.extend(origins.bases().map(Path::to_owned));
                 json!({
-                    "name": stem(&path), "file": path, "target": recipe.target.model,
+                    "name": stem(&path), "file": shown, "target": recipe.target.model,
                     "proxy": recipe.proxy.as_ref().map(|proxy| &proxy.model),
                     "features": recipe.extract.from.iter().map(|s| s.name()).collect::<Vec<_>>(),
                 })
             }
-            Err(e) => json!({"name": stem(&path), "file": path, "error": format!("{e:#}").split_whitespace().collect::<Vec<_>>().join(" ")}),
+            Err(e) => json!({"name": stem(&path), "file": shown, "error": format!("{e:#}").split_whitespace().collect::<Vec<_>>().join(" ")}),
         });
     }
     // What others are based on need not be whole.
-    let is_base = |row: &Value| bases.iter().any(|base| json!(base) == row["file"]);
+    let is_base = |row: &Value| bases.iter().any(|base| row["file"] == base.display().to_string());
     rows.retain(|row| row.get("error").is_none() || !is_base(row));
     output::print_either(cli.json, &rows, || table(&rows))
 }
@@ -208,7 +209,7 @@ fn init(cli: &Cli, args: &InitArgs, stop: &Stop) -> Result<()> {
         return Err(e.context("the recipe would not be valid, and was not written"));
     }
     let shown = path.display();
-    output::print_either(cli.json, &json!({"name": name, "file": path}), || {
+    output::print_either(cli.json, &json!({"name": name, "file": shown.to_string()}), || {
         format!(
             "{shown}\nnext: proxykv-train doctor --recipe {shown}\n      proxykv-train plan --recipe {shown}\n"
         )

@@ -64,10 +64,11 @@ pub fn print(
 /// stdout takes no more.
 pub fn print_stage(s: &Session, stage: Stage) -> Result<()> {
     let record = s.run.stage(stage.name());
-    let mut written = stage.writes(&s.run);
-    written.retain(|path| path.exists());
+    let shown = |path: &Path| path.display().to_string();
+    let written = stage.writes(&s.run).into_iter().filter(|path| path.exists());
+    let written: Vec<String> = written.map(|path| shown(&path)).collect();
     output::print_json(
-        &json!({"stage": stage.name(), "run": s.run.root(), "wrote": written, "record": record}),
+        &json!({"stage": stage.name(), "run": shown(s.run.root()), "wrote": written, "record": record}),
     )
 }
 

@@ -13,6 +13,8 @@ pub fn stop_on_signal() -> Result<Stop> {
     let stop = Stop::default();
     let flag = stop.clone();
     let mut first = None;
+    // SAFETY: the previous handler is read, and `SIG_IGN` is none of ours.
+    let hangups_are_ignored = unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) } == libc::SIG_IGN;
     ctrlc::set_handler(move || {
         let begun = *first.get_or_insert_with(Instant::now);
         let again = flag.is_requested();
@@ -30,5 +32,10 @@ pub fn stop_on_signal() -> Result<Stop> {
     .with_context(|| {
         hinted("cannot catch Ctrl-C", "run outside of a sandbox that forbids signal handlers").environment()
     })?;
+    if hangups_are_ignored {
+        // As `nohup` wants it: the terminal may be closed.
+        // SAFETY: as above.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+    }
     Ok(stop)
 }

@@ -71,7 +71,8 @@ pub fn run(cli: &Cli, args: &SweepArgs, stop: &Stop) -> Result<()> {
         crate::compare::run(cli, &CompareArgs { folders, out: args.out.clone() })?;
     } else {
         // Nothing to compare.
-        let listed = || folders.iter().map(|f| format!("{}\n", f.display())).collect();
+        let folders: Vec<String> = folders.iter().map(|folder| folder.display().to_string()).collect();
+        let listed = || folders.iter().map(|folder| format!("{folder}\n")).collect();
         output::print_either(cli.json, &json!({"runs": folders}), listed)?;
     }
     ensure!(

@@ -5,7 +5,8 @@
 use std::ffi::OsStr;
 use std::fmt as text;
 use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
@@ -50,17 +51,22 @@ pub fn init_logs(verbose: u8) {
     tracing_subscriber::registry().with(filter).with(terminal).with(file).init();
 }
 
-/// Append log lines, one JSON object each, to `path` from now on.
+/// Append log lines, one JSON object each, to `path` from now on. Where this user may not write they go to
+/// stderr alone: a run of others can be looked at.
 ///
 /// # Errors
 /// The file cannot be opened for writing.
 pub fn log_to(path: &Path) -> Result<()> {
-    let file = File::options()
-        .create(true)
-        .append(true)
-        .open(path)
-        .with_context(|| format!("cannot open log file `{}`", path.display()))?;
-    let _ = LOG_FILE.set(Mutex::new(file));
+    // A pipe that no one reads is an error, and not waited for.
+    match File::options().create(true).append(true).custom_flags(libc::O_NONBLOCK).open(path) {
+        Err(e) if matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
+            tracing::warn!("cannot open log file `{}`: {e}", path.display());
+        }
+        file => {
+            let file = file.with_context(|| format!("cannot open log file `{}`", path.display()))?;
+            let _ = LOG_FILE.set(Mutex::new(file));
+        }
+    }
     Ok(())
 }
 

@@ -86,8 +86,12 @@ impl Claim {
 /// A file to be locked, made if absent.
 ///
 /// # Errors
-/// It cannot be made.
+/// It cannot be made, or is no regular file: opening a pipe waits for its other end.
 pub fn lock_file(path: &Path) -> io::Result<File> {
+    match pkv_core::check_regular(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
     File::options().read(true).write(true).create(true).truncate(false).open(path)
 }
 

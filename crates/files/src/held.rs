@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use pkv_core::{Hinted, hinted};
 
+use crate::claim::lock_file;
 use crate::origin::{self, Claiming, Lease};
 use crate::write_error;
 
@@ -64,7 +65,7 @@ fn hold_dir(dir: &Path, shared: bool, lock: impl Fn(&File) -> Result<(), TryLock
 /// # Errors
 /// Another process holds it, `doing` what it holds it for; or the file cannot be made.
 pub fn lock_work(path: &Path, shared: bool, doing: &str) -> Result<Held> {
-    let file = File::options().create(true).append(true).open(path).map_err(|e| write_error(path, e))?;
+    let file = lock_file(path).map_err(|e| write_error(path, e))?;
     let elsewhere = || {
         hinted(format!("another process {doing}"), "wait for it to end, or set another `name` in the recipe")
             .environment()

@@ -10,7 +10,7 @@ mod origin;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -250,9 +250,25 @@ pub fn write_error_of_kind(path: &Path, kind: io::ErrorKind, error: anyhow::Erro
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             "let this user write its folder, or choose another place"
         }
+        io::ErrorKind::InvalidInput | io::ErrorKind::IsADirectory | io::ErrorKind::NotADirectory => {
+            "move away what lies there, and run the same command again"
+        }
         _ => "check the disk, and run the same command again; what is whole is kept",
     };
     error.context(hinted(what, hint))
+}
+
+/// Remove what `path` names, if anything: a folder with all that is in it, of a link the link alone.
+///
+/// # Errors
+/// It cannot be removed.
+pub fn remove_whole(path: &Path) -> io::Result<()> {
+    let gone = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(e) => Err(e),
+    };
+    gone.or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) })
 }
 
 /// Make renames and removals inside `dir` survive a power cut.
@@ -282,15 +298,9 @@ pub fn sha256_here(path: &Path) -> Result<String> {
     let read = || {
         // A device never ends.
         pkv_core::check_regular(path)?;
-        let mut file = File::open(path)?;
         let mut hash = Sha256::new();
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            match file.read(&mut buffer)? {
-                0 => return Ok(hex(hash)),
-                n => hash.update(&buffer[..n]),
-            }
-        }
+        io::copy(&mut BufReader::with_capacity(1 << 20, File::open(path)?), &mut hash)?;
+        Ok(hex(hash))
     };
     read()
         .map_err(|e: io::Error| anyhow::Error::new(e))

@@ -53,7 +53,9 @@ impl Recipe {
         let places = there.map(|key| {
             let place = origins.of(&key.path);
             let file = match &place {
-                Origin::Line(path, line) => serde_json::json!({"file": path, "line": line}),
+                Origin::Line(path, line) => {
+                    serde_json::json!({"file": path.display().to_string(), "line": line})
+                }
                 other => other.to_string().into(),
             };
             (key.path.clone(), file)

@@ -54,6 +54,9 @@ pub struct Written {
 /// `run` is no folder or cannot be written to.
 pub fn write(run: &Path, methods: &[MethodInfo]) -> Result<Written> {
     let data = RunData::read(run)?;
+    for problem in &data.problems {
+        tracing::warn!("the report lacks a part: {problem}");
+    }
     let html = run.join("report.html");
     write_whole(&html, &page::render(Methods(methods), &data)?)?;
     let picture = run.join("answers.svg");

@@ -70,9 +70,9 @@ impl RunData {
         let results = optional(&results_path, Results::read, &mut problems);
         let answers_path = layout.eval().join(ANSWERS_FILE);
         let answers = optional(&answers_path, Answers::read, &mut problems);
-        // What cannot be read was noted above.
-        let samples =
-            if answers.is_some() { fact_answers(&answers_path).unwrap_or_default() } else { Vec::new() };
+        // What cannot be read was noted above, but for a disk that fails between.
+        let samples = answers.as_ref().and_then(|_| optional(&answers_path, fact_answers, &mut problems));
+        let samples = samples.unwrap_or_default();
         let folder_name = root.file_name().map(|n| n.to_string_lossy().into_owned());
         let name = run.name.clone().or(folder_name).unwrap_or_else(|| "run".to_owned());
         let size = |stage: Stage| {
@@ -92,10 +92,8 @@ impl RunData {
 }
 
 fn optional<T>(path: &Path, read: impl Fn(&Path) -> Result<T>, problems: &mut Vec<String>) -> Option<T> {
-    if !path.exists() {
-        return None;
-    }
-    read(path).map_err(|e| problems.push(format!("A part of the run could not be read: {e:#}."))).ok()
+    let found = pkv_core::look_for(path).and_then(|found| found.map(|_| read(path)).transpose());
+    found.map_err(|e| problems.push(format!("A part of the run could not be read: {e:#}."))).ok().flatten()
 }
 
 /// Sum of the files' sizes; what cannot be looked at counts as nothing.

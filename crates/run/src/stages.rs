@@ -19,7 +19,6 @@ pub mod train;
 pub use self::generated::answer_stdin;
 pub use self::pieces::Part;
 
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -284,21 +283,12 @@ fn clear(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()> {
         if path.is_symlink() || !s.run.shard_folders().contains(&path) {
             pkv_files::remove_there(&path)?;
         }
-        let gone = if path.is_symlink() {
-            // To what several runs share: the others keep it.
-            std::fs::remove_file(&path)
-        } else if s.run.shard_folders().contains(&path) {
+        if s.run.shard_folders().contains(&path) && !path.is_symlink() {
             StageDir::clear(&path)?;
             continue;
-        } else if path.is_dir() {
-            std::fs::remove_dir_all(&path)
-        } else {
-            std::fs::remove_file(&path)
-        };
-        match gone {
-            Err(e) if e.kind() == ErrorKind::NotFound => {}
-            gone => gone.with_context(|| format!("cannot remove `{}`", path.display()))?,
         }
+        // A link leads to what several runs share: the others keep it.
+        pkv_files::remove_whole(&path).with_context(|| format!("cannot remove `{}`", path.display()))?;
     }
     Ok(())
 }

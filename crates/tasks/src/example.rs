@@ -75,8 +75,19 @@ impl Turn {
     }
 
     /// # Errors
-    /// The wanted answer has not the form that the metric reads.
+    /// The wanted answers are too long to compare with, or have not the form that the metric reads.
     pub(crate) fn check_form(&self, column: &str) -> Result<()> {
+        /// Metrics compare every letter of an answer with every letter of the wanted ones; the longest
+        /// summaries of the benchmarks have some ten thousand.
+        const LONGEST: usize = 50_000;
+        let length: usize = self.wanted.iter().map(|wanted| wanted.chars().count()).sum();
+        ensure!(
+            length <= LONGEST,
+            hinted(
+                format!("column `{column}` wants {length} characters, at most {LONGEST} are compared"),
+                "give the data set's own file, unchanged"
+            )
+        );
         let form = match self.metric {
             Metric::Retrieval => "`Paragraph` and a number",
             Metric::RetrievalZh => "`段落` and a number",

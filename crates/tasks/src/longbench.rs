@@ -239,6 +239,7 @@ mod tests {
                 ("answers", json!([""])),
                 ("answers", json!([3])),
                 ("answers", json!([null])),
+                ("answers", json!(["x".repeat(200_000)])),
                 ("none", json!("answers")),
                 ("context", json!("")),
                 ("context", json!(" \n")),

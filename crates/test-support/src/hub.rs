@@ -7,6 +7,7 @@ use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
@@ -28,11 +29,21 @@ fn bind() -> (TcpListener, String) {
 }
 
 fn serve<S: Send + 'static>(listener: TcpListener, state: &Arc<Mutex<S>>, answer: fn(TcpStream, &Mutex<S>)) {
-    let shared = Arc::clone(state);
+    // Until no one has the state any more: fuzzing starts thousands.
+    let shared = Arc::downgrade(state);
+    listener.set_nonblocking(true).unwrap();
     thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let state = Arc::clone(&shared);
-            thread::spawn(move || answer(stream, &state));
+        while let Some(state) = shared.upgrade() {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(false).unwrap();
+                    thread::spawn(move || answer(stream, &state));
+                }
+                Err(_) => {
+                    drop(state);
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
         }
     });
 }

@@ -65,7 +65,7 @@ fn run(s: &Session) -> Result<Outcome> {
     let (config, mapper, budgets) = (&config, &trained.mapper, Some(&budgets));
     let contents = Contents { config, mapper, tensors: &extra, budgets, card: &card, parity: &parity };
     Export::write(&folder, contents)?;
-    Ok(Outcome::Done(json!({"folder": folder, "step": trained.step})))
+    Ok(Outcome::Done(json!({"folder": folder.display().to_string(), "step": trained.step})))
 }
 
 fn config(s: &Session, upstream: &train::Upstream, trained: &Trained) -> ExportConfig {

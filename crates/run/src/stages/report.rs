@@ -16,5 +16,5 @@ pub(super) const ENTRY: Entry = Entry::new(
 
 fn run(s: &Session) -> Result<Outcome> {
     let written = pkv_report::write(s.run.root(), &pkv_eval::methods::infos())?;
-    Ok(Outcome::Done(json!({"file": written.html})))
+    Ok(Outcome::Done(json!({"file": written.html.display().to_string()})))
 }
