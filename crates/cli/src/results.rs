@@ -64,7 +64,7 @@ pub fn print(
 /// stdout takes no more.
 pub fn print_stage(s: &Session, stage: Stage) -> Result<()> {
     let record = s.run.stage(stage.name());
-    let shown = |path: &Path| path.display().to_string();
+    let shown = |path: &std::path::Path| path.display().to_string();
     let written = stage.writes(&s.run).into_iter().filter(|path| path.exists());
     let written: Vec<String> = written.map(|path| shown(&path)).collect();
     output::print_json(
