@@ -533,8 +533,11 @@ fn the_full_cache_answers_beside_the_pruned_one() {
 fn the_newest_tokens_stay_where_that_is_asked() {
     let s = trained();
     let kept = |args: &[&str]| {
-        let all =
-            events(&infer(s, &on_context(&[&["--json", "--retain", "0.25"], args].concat())).ok().stdout);
+        let ran = infer(s, &on_context(&[&["--json", "--retain", "0.25"], args].concat())).ok();
+        // Where the budget is theirs alone.
+        let is_warned = ran.stderr.contains("the mapper's scores choose nothing");
+        assert_eq!(is_warned, args.contains(&"100000"), "{}", ran.stderr);
+        let all = events(&ran.stdout);
         let summary = all.last().unwrap().clone();
         (summary["kept"].clone(), summary["keep"].as_str().unwrap().to_owned(), texts(&all))
     };

@@ -22,6 +22,16 @@ pub enum Budget {
     Tokens(usize),
 }
 
+impl Budget {
+    /// Positions of every KV head that may stay of a context of `tokens`.
+    pub fn positions(self, tokens: usize) -> usize {
+        match self {
+            Self::Ratio(ratio) => ratio.count(tokens),
+            Self::Tokens(most) => most.min(tokens),
+        }
+    }
+}
+
 /// A budget and how it is spread.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Keep<'a> {

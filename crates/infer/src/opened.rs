@@ -136,13 +136,20 @@ impl Opened {
         &self.target.tokenizer
     }
 
-    /// Refuse a context that leaves no room for questions, and warn of one that is longer than those trained
-    /// on.
+    /// Refuse a context that leaves no room for questions; warn of one that is longer than those trained on,
+    /// or of which the newest tokens fill the budget.
     ///
     /// # Errors
     /// It fills the target's positions.
     pub fn check_context(&self, tokens: usize) -> Result<()> {
         check_length(self.tokenizer().prefix().len() + tokens, self.target.config.max_positions)?;
+        let (newest, budget) = (self.request.keep_recent, self.request.budget.positions(tokens));
+        if newest >= budget && budget < tokens && newest > 0 {
+            tracing::warn!(
+                "the newest {newest} tokens, which are kept first, fill the budget of {budget} of {tokens} tokens: \
+                 the mapper's scores choose nothing"
+            );
+        }
         if let Some(most) = self.trained_tokens().filter(|most| tokens > *most) {
             tracing::warn!(
                 "the context has {tokens} tokens, the mapper was trained on contexts of at most {most}: what it keeps of \

@@ -1,7 +1,7 @@
 //! Work of several threads, handed over in the order of its numbers.
 //!
-//! Thread i of n makes items i, i + n, i + 2n and so on: order and content are the same for any n, and at most
-//! two items per thread are in memory.
+//! Thread i of n makes items i, i + n, i + 2n and so on: order and content are the same for any n, and at
+//! most two items per thread are in memory.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::Scope;

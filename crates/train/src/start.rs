@@ -44,7 +44,7 @@ pub fn start(
     let passes = if linear { 2 } else { 1 };
     progress.start("training statistics", passes * sample.len() as u64, 0);
     let threads = loader::threads(train.loader_threads, usize::MAX);
-    // All contexts of the sample as heads `[1, p, c, t]`, globals `[1, c, t]` and targets `[1, o, t]`, in order.
+    // All contexts of the sample in order: heads `[1, p, c, t]`, globals `[1, g, t]`, targets `[1, o, t]`.
     let each = |add: &mut dyn FnMut(&Tensor, &Tensor, Tensor) -> Result<()>| {
         (0..).zip(&sample).for_each(|(turn, &row)| samples.expect(row, turn));
         std::thread::scope(|scope| -> Result<()> {
