@@ -1,5 +1,6 @@
 //! Formatting of errors on the terminal.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 use std::io::{self, ErrorKind};
 
@@ -25,7 +26,7 @@ pub fn error(e: &Error) -> String {
         if text == last {
             continue;
         }
-        let text_indented = text.replace('\n', "\n    ");
+        let text_indented = text.lines().map(shortened).collect::<Vec<_>>().join("\n    ");
         let _ = if i == 0 {
             writeln!(out, "error: {text_indented}")
         } else {
@@ -38,6 +39,14 @@ pub fn error(e: &Error) -> String {
     }
     // Names and texts of others are in it.
     neutral(&out).into_owned()
+}
+
+/// A line of which a terminal shows all that helps: a damaged file's may have millions of characters.
+fn shortened(line: &str) -> Cow<'_, str> {
+    const LONGEST: usize = 500;
+    line.char_indices().nth(LONGEST).map_or(Cow::Borrowed(line), |(end, _)| {
+        Cow::Owned(format!("{}... ({} characters)", &line[..end], line.chars().count()))
+    })
 }
 
 /// The outermost hint of the chain.
@@ -93,6 +102,13 @@ mod tests {
             text.contains("no tensor `\\u001b]0;owned\\u0007`") && text.contains("rename `\\u000d`"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_line_of_a_file_is_quoted_as_far_as_it_helps() {
+        let text = error(&anyhow!("line 3\n{}\n  ^", "\u{e4}".repeat(70_000)));
+        let quoted = format!("error: line 3\n    {}... (70000 characters)\n      ^\n", "\u{e4}".repeat(500));
+        assert_eq!(text, quoted);
     }
 
     #[test]

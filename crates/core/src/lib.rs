@@ -45,7 +45,9 @@ pub use seal::{seal, unseal};
 pub use seed::{Rng, Seed, sha256_hex};
 pub use sentence::{sentence_gaps, sentences};
 pub use shape::ModelShape;
-pub use small_file::{MOST_BYTES, check_regular, look_for, read_at_most, read_small, read_small_text};
+pub use small_file::{
+    MOST_BYTES, check_regular, look_for, read_at_most, read_settings, read_small, read_small_text,
+};
 pub use source::{FeatureLayout, Source, SourceLayout};
 pub use split::Split;
 pub use stop::{Interrupted, Stop};

@@ -13,12 +13,27 @@ use anyhow::{Context, Result};
 /// Most bytes of a file that describes something: a recipe, a configuration, an index, a record.
 pub const MOST_BYTES: u64 = 256 << 20;
 
+/// Most bytes of a file that people write: a recipe, a manifest. Parsed TOML takes several times as much.
+const MOST_WRITTEN: u64 = 16 << 20;
+
 /// The text of the regular file at `path`, of at most [`MOST_BYTES`].
 ///
 /// # Errors
 /// It is absent or unreadable, no regular file, larger, or no UTF-8.
 pub fn read_small_text(path: &Path) -> io::Result<String> {
-    String::from_utf8(read_small(path)?).map_err(|e| io::Error::new(ErrorKind::InvalidData, e.utf8_error()))
+    text(read_small(path)?)
+}
+
+/// As [`read_small_text`], of a file that people write: at most 16 MiB.
+///
+/// # Errors
+/// As [`read_small_text`].
+pub fn read_settings(path: &Path) -> io::Result<String> {
+    text(read_at_most(path, MOST_WRITTEN)?)
+}
+
+fn text(bytes: Vec<u8>) -> io::Result<String> {
+    String::from_utf8(bytes).map_err(|e| io::Error::new(ErrorKind::InvalidData, e.utf8_error()))
 }
 
 /// As [`read_small_text`], of bytes.

@@ -132,7 +132,7 @@ pub fn profile(path: &Path) -> Result<Vec<Override>> {
             value => out.push(Override::by_flag(said, format!("{key}={value}"))),
         }
     }
-    let text = pkv_core::read_small_text(path).with_context(|| {
+    let text = pkv_core::read_settings(path).with_context(|| {
         hinted(
             format!("cannot read profile `{}`", path.display()),
             "a profile has the keys of a recipe's `[launch]`, without that line",
@@ -176,7 +176,7 @@ fn alike(path: &Path) -> Option<PathBuf> {
 
 /// The text of a recipe, and its table.
 fn read(path: &Path) -> Result<(String, Table)> {
-    let text = pkv_core::read_small_text(path).with_context(|| {
+    let text = pkv_core::read_settings(path).with_context(|| {
         let meant = alike(path).map(|file| format!("did you mean `{}`? ", file.display()));
         hinted(
             format!("cannot read recipe `{}`", path.display()),

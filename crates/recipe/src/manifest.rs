@@ -122,7 +122,7 @@ pub struct Facts {
 /// # Errors
 /// The file is absent, no TOML, holds an unknown key, or names a source twice or without files.
 pub fn load_manifest(path: &Path) -> Result<Manifest> {
-    let text = pkv_core::read_small_text(path).with_context(|| {
+    let text = pkv_core::read_settings(path).with_context(|| {
         hinted(
             format!("cannot read data manifest `{}`", path.display()),
             "check `data.manifest`; manifests live in `data-manifests/`",

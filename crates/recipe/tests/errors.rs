@@ -43,6 +43,15 @@ fn texts<T>(result: anyhow::Result<T>) -> (String, String) {
 }
 
 #[test]
+fn what_no_one_can_have_written_is_not_parsed() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(17 << 20).unwrap();
+    for text in [texts(load(file.path(), &[])).0, texts(load_manifest(file.path())).0] {
+        assert!(text.contains("it has 17825792 bytes, at most 16777216 are read"), "{text}");
+    }
+}
+
+#[test]
 fn unknown_keys_are_named_with_their_line() {
     let (text, hint) = texts(with("", "[train]\nstep = 3\n", &[]));
     assert!(
