@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -284,19 +285,25 @@ fn a_run_that_may_not_be_written_can_be_looked_at() {
 #[test]
 fn a_hangup_that_is_ignored_ends_nothing() {
     let s = Sandbox::new();
-    let begin = |script: &str| {
-        let whole = s.command(&["run", "--recipe", "recipe.toml"]);
-        let mut shell = Command::new("sh");
-        shell.args(["-c", script]).arg(whole.get_program()).args(whole.get_args()).current_dir(s.path("."));
-        let mut run = Running::new(&mut shell);
+    let begin = |on_hangup: libc::sighandler_t| {
+        let mut command = s.command(&["run", "--recipe", "recipe.toml"]);
+        // These tests may run under `nohup` themselves.
+        // SAFETY: `signal` may be called between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                libc::signal(libc::SIGHUP, on_hangup);
+                Ok(())
+            });
+        }
+        let mut run = Running::new(&mut command);
         assert!(run.wait_until(|| s.path("runs/small/examples/index.json").exists()), "it ended before");
         run.signal(libc::SIGHUP);
         run.end()
     };
-    let ended = begin("exec \"$0\" \"$@\"");
+    let ended = begin(libc::SIG_DFL);
     assert_eq!(ended.code, i32::from(FailureKind::Interrupted.exit_code()), "{}", ended.stderr);
     fs::remove_dir_all(s.path("runs")).unwrap();
-    begin("trap '' HUP; exec \"$0\" \"$@\"").ok();
+    begin(libc::SIG_IGN).ok();
 }
 
 /// The short form of `scripts/faults/storage.py`.
