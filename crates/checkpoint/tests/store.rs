@@ -303,7 +303,7 @@ fn child() {
     let dir = std::env::var(FOLDER).expect("run by a_killed_process_leaves_whole_checkpoints");
     let store = open(dir.as_ref());
     let from = store.latest(cpu()).unwrap().map_or(0, |s| s.step);
-    for step in from + 1.. {
+    for step in from + 1..=u64::MAX {
         store.save(&child_state(step)).unwrap();
     }
 }

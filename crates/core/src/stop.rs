@@ -1,7 +1,7 @@
 //! Cancellation: the flag that a signal raises, and the error of work that ended because of it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// Cancellation flag of a command. Clones share it; work checks it between units that it can continue from.
 #[derive(Clone, Debug, Default)]
@@ -11,13 +11,13 @@ pub struct Stop(Arc<Flag>);
 struct Flag {
     requested: AtomicBool,
     /// Checks that pass before the flag raises itself.
-    allowed: Option<AtomicU64>,
+    allowed: Option<AtomicI64>,
 }
 
 impl Stop {
     /// A flag that raises itself after `checks` checks: interrupts work at any place where it can stop.
     pub fn after(checks: u64) -> Self {
-        Self(Arc::new(Flag { allowed: Some(checks.into()), ..Flag::default() }))
+        Self(Arc::new(Flag { allowed: Some((checks as i64).into()), ..Flag::default() }))
     }
 
     /// Ask the work to stop.
@@ -32,9 +32,8 @@ impl Stop {
     /// # Errors
     /// [`Interrupted`] if the work was asked to stop.
     pub fn check(&self) -> Result<(), Interrupted> {
-        let one_less = |n: u64| n.checked_sub(1);
         if let Some(allowed) = &self.0.allowed
-            && allowed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_err()
+            && allowed.fetch_sub(1, Ordering::Relaxed) <= 0
         {
             self.request();
         }

@@ -12,8 +12,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -37,7 +36,7 @@ pub const TEMPORARY: &str = ".tmp";
 /// Unlimited unless a test gives a number or the environment has `PKV_FAIL_WRITES_AFTER_BYTES`,
 /// which counts over all files of the process.
 #[derive(Clone, Debug, Default)]
-pub struct WriteBudget(Option<Arc<AtomicU64>>);
+pub struct WriteBudget(Option<Arc<Mutex<u64>>>);
 
 impl WriteBudget {
     pub fn unlimited() -> Self {
@@ -45,7 +44,7 @@ impl WriteBudget {
     }
 
     pub fn bytes(n: u64) -> Self {
-        Self(Some(Arc::new(AtomicU64::new(n))))
+        Self(Some(Arc::new(Mutex::new(n))))
     }
 
     /// The budget of the process.
@@ -61,8 +60,9 @@ impl WriteBudget {
     /// Take `n` bytes.
     fn take(&self, n: u64) -> io::Result<()> {
         let Some(left) = &self.0 else { return Ok(()) };
-        let taken = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(n));
-        taken.map(drop).map_err(|_| io::ErrorKind::StorageFull.into())
+        let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
+        *left = left.checked_sub(n).ok_or(io::ErrorKind::StorageFull)?;
+        Ok(())
     }
 }
 

@@ -194,14 +194,14 @@ fn append(page: &mut Vec<u8>, values: &[f32], store: StoreDtype) {
             for (values, bytes) in values.chunks(BLOCK).zip(bytes.chunks_mut(2 * BLOCK)) {
                 let narrow = &mut narrow[..values.len()];
                 narrow.convert_from_f32_slice(values);
-                for (bytes, x) in bytes.chunks_exact_mut(2).zip(narrow) {
-                    bytes.copy_from_slice(&x.to_le_bytes());
+                for (bytes, x) in bytes.as_chunks_mut().0.iter_mut().zip(narrow) {
+                    *bytes = x.to_le_bytes();
                 }
             }
         }
         StoreDtype::F32 => {
-            for (bytes, x) in bytes.chunks_exact_mut(4).zip(values) {
-                bytes.copy_from_slice(&x.to_le_bytes());
+            for (bytes, x) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+                *bytes = x.to_le_bytes();
             }
         }
     }

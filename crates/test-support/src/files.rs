@@ -49,8 +49,7 @@ pub fn golden_ids(model: &str, name: &str) -> Option<Vec<u32>> {
     let tensors = SafeTensors::deserialize(&bytes).expect("goldens are whole");
     let ids = tensors.tensor(name).ok()?;
     assert_eq!(ids.dtype(), Dtype::I64, "`{name}` of `{}`", path.display());
-    let id = |bytes: &[u8]| i64::from_le_bytes(bytes.try_into().expect("8 bytes")) as u32;
-    Some(ids.data().chunks_exact(8).map(id).collect())
+    Some(ids.data().as_chunks().0.iter().map(|bytes| i64::from_le_bytes(*bytes) as u32).collect())
 }
 
 /// Every file of a folder, by name.

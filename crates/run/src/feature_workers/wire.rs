@@ -172,7 +172,7 @@ impl<'a> Fields<'a> {
 
     fn numbers(&mut self, n: u64) -> Result<Vec<f32>> {
         let bytes = self.take(usize::try_from(n)?.checked_mul(4).context("it is too long")?)?;
-        Ok(bytes.chunks_exact(4).map(|x| f32::from_le_bytes([x[0], x[1], x[2], x[3]])).collect())
+        Ok(bytes.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect())
     }
 }
 
