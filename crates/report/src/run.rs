@@ -93,7 +93,7 @@ impl RunData {
 
 fn optional<T>(path: &Path, read: impl Fn(&Path) -> Result<T>, problems: &mut Vec<String>) -> Option<T> {
     let found = pkv_core::look_for(path).and_then(|found| found.map(|_| read(path)).transpose());
-    found.map_err(|e| problems.push(format!("A part of the run could not be read: {e:#}."))).ok().flatten()
+    found.map_err(|e| problems.push(format!("{e:#}."))).ok().flatten()
 }
 
 /// Sum of the files' sizes; what cannot be looked at counts as nothing.

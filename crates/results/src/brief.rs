@@ -215,7 +215,7 @@ impl Brief<'_> {
                 named.push(*method);
             }
         }
-        // Compared with, not competed with: first.
+        // Oracles are a reference, no rivals: first.
         named.sort_by_key(|m| !(self.is_oracle)(*m));
         let best = |ratio: f64| {
             let rivals =
