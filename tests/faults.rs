@@ -259,6 +259,8 @@ fn folders_that_are_no_utf_8_serve() {
     let mut plan = s.command(&["plan", "--resolved", "--json", "--recipe"]);
     let stdout = Running::new(plan.arg(odd.join("recipe.toml"))).end_soon().ok().stdout;
     assert!(stdout.contains("recipe.toml"), "{stdout}");
+    let mut prepare = s.command(&["prepare", "--recipe"]);
+    Running::new(prepare.arg(odd.join("recipe.toml"))).end_soon().ok();
     let ls = Running::new(s.command(&["recipes", "ls", "--json"]).current_dir(&odd)).end_soon();
     assert_ne!(ls.code, 101, "{}", ls.stderr);
 }

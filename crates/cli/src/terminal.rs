@@ -33,12 +33,13 @@ fn bars() -> &'static MultiProgress {
 /// Send `tracing` events to stderr, and to `log.jsonl` once [`log_to`] has named it.
 ///
 /// `verbose` 0 shows information, 1 details, 2 everything; `RUST_LOG` overrides it, but for the HTTP client's
-/// own log: the headers and addresses in it may repeat a token.
+/// own log, since the headers and addresses in it may repeat a token, and for the tokenizer's several lines
+/// for each letter of a document.
 pub fn init_logs(verbose: u8) {
     let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
     // All of this project's crates begin with `pkv_`.
     let ours = format!("warn,proxykv_train={level},pkv_={level}");
-    let filter = ["ureq=warn", "ureq_proto=warn", "rustls=warn"]
+    let filter = ["ureq=warn", "ureq_proto=warn", "rustls=warn", "tokenizers=debug"]
         .iter()
         .fold(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(ours)), |filter, quiet| {
             filter.add_directive(quiet.parse().expect("the directives are constant"))

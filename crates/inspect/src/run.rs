@@ -21,7 +21,7 @@ pub fn run(dir: &Path) -> Result<String> {
     let name = run.name.as_deref().unwrap_or("?");
     let mut out = Lines::new(format!("run `{name}` in `{}`", dir.display()));
     for (name, value) in [
-        ("recipe", run.recipe_path.map(|path| path.display().to_string())),
+        ("recipe", run.recipe_path),
         ("target", run.target.map(|found| found.model)),
         ("proxy", run.proxy.map(|found| found.model)),
         ("device", run.device),

@@ -27,7 +27,7 @@ pub fn origin(data: &RunData) -> Origin {
             .run
             .recipe_path
             .as_ref()
-            .map(|path| format!("proxykv-train run --recipe {}", shell_word(&path.display().to_string()))),
+            .map(|path| format!("proxykv-train run --recipe {}", shell_word(path))),
         versions: versions(data),
     }
 }

@@ -63,7 +63,7 @@ impl RunFolder {
                 // What an earlier recipe of this run read.
                 run.proxy = None;
             }
-            run.recipe_path = Some(recipe.path.clone());
+            run.recipe_path = Some(recipe.path.display().to_string());
             run.seed = Some(recipe.seed.0);
             run.tool = Some(Tool {
                 name: "proxykv-train".to_owned(),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use pkv_core::{hinted, seal, unseal};
@@ -26,7 +26,7 @@ pub struct RunJson {
     #[serde(skip_serializing_if = "Value::is_null")]
     pub recipe: Value,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub recipe_path: Option<PathBuf>,
+    pub recipe_path: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
