@@ -9,7 +9,7 @@ use pkv_core::FailureKind;
 use pkv_shard::PiecesState;
 use pkv_test_support::files::{copy_folder, files};
 
-use crate::infer::trained;
+use crate::infer::{finished, trained};
 use crate::sandbox::{Running, Sandbox};
 
 /// Enough examples that workers are met at work.
@@ -52,8 +52,7 @@ fn assert_as_of_one_process(s: &Sandbox) {
 
 #[test]
 fn two_workers_share_every_stage() {
-    let s = Sandbox::new();
-    copy_folder(&trained().path("runs"), &s.path("runs"));
+    let s = finished();
     for folder in ["labels", "features", "eval"] {
         fs::remove_dir_all(s.path("runs/small").join(folder)).unwrap();
     }

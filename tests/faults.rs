@@ -14,20 +14,11 @@ use pkv_files::lock_work;
 use pkv_test_support::files::files_below;
 use serde_json::Value;
 
-use crate::infer::trained;
+use crate::infer::finished;
 use crate::sandbox::{Ran, Running, Sandbox, root};
 
 /// As the finished run was evaluated.
 const POLICIES: &str = "eval.answer_policies=[\"pair\",\"pair-uniform\",\"pair-budget\"]";
-
-/// A sandbox of its own with a finished run.
-fn finished() -> Sandbox {
-    let s = Sandbox::new();
-    let copied =
-        Command::new("cp").arg("-r").arg(trained().path("runs")).arg(s.path("runs")).status().unwrap();
-    assert!(copied.success());
-    s
-}
 
 fn run(s: &Sandbox, args: &[&str]) -> Ran {
     Running::new(&mut s.command(args)).end_soon()

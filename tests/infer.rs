@@ -15,6 +15,7 @@ use arrow::datatypes::{Float64Type, UInt32Type};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use pkv_core::Split;
 use pkv_shard::{Example, StageReader};
+use pkv_test_support::files::copy_folder;
 use serde_json::{Value, json};
 
 use crate::sandbox::{Ran, Running, Sandbox, documents, root};
@@ -32,6 +33,16 @@ pub fn trained() -> &'static Sandbox {
         s.write("empty.txt", "");
         s
     })
+}
+
+/// A sandbox of its own with a copy of that run: for a test whose commands lock the run or write to it.
+pub fn finished() -> Sandbox {
+    let s = Sandbox::new();
+    for name in ["context.txt", "empty.txt"] {
+        fs::copy(trained().path(name), s.path(name)).unwrap();
+    }
+    copy_folder(&trained().path("runs"), &s.path("runs"));
+    s
 }
 
 fn infer(s: &Sandbox, args: &[&str]) -> Ran {

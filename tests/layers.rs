@@ -3,18 +3,17 @@
 use std::fs;
 
 use pkv_core::FailureKind;
-use pkv_test_support::files::{copy_folder, files};
+use pkv_test_support::files::files;
 use serde_json::Value;
 
-use crate::infer::trained;
+use crate::infer::{finished, trained};
 use crate::sandbox::{Ran, Sandbox, timeless};
 
 const TWO: [&str; 2] = ["--device", "cpu+cpu"];
 
 /// A finished run without the outputs in `folders`.
 fn without(folders: &[&str]) -> Sandbox {
-    let s = Sandbox::new();
-    copy_folder(&trained().path("runs"), &s.path("runs"));
+    let s = finished();
     for folder in folders {
         fs::remove_dir_all(s.path("runs/small").join(folder)).unwrap();
     }

@@ -11,7 +11,7 @@ use pkv_shard::{Example, PiecesState, StageReader};
 use pkv_test_support::files::copy_folder;
 use serde_json::Value;
 
-use crate::infer::trained;
+use crate::infer::{finished, trained};
 use crate::sandbox::{Ran, Running, Sandbox, root, timeless};
 
 /// As the finished run was made.
@@ -36,8 +36,7 @@ fn prepared() -> Sandbox {
 
 /// A finished run without its evaluation.
 fn without_eval() -> Sandbox {
-    let s = Sandbox::new();
-    copy_folder(&trained().path("runs"), &s.path("runs"));
+    let s = finished();
     fs::remove_dir_all(s.path("runs/small/eval")).unwrap();
     s
 }

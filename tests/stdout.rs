@@ -3,12 +3,13 @@
 
 use std::fs::File;
 use std::io::pipe;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use pkv_core::FailureKind;
+use pkv_test_support::files::copy_folder;
 use serde_json::Value;
 
-use crate::infer::trained;
+use crate::infer::finished;
 use crate::sandbox::{Ran, Sandbox, commands, root};
 
 /// Every command that prints, as it is typed; all of them succeed on a trained run.
@@ -39,14 +40,10 @@ fn run(s: &Sandbox, command: &str, stdout: impl Into<Stdio>) -> Ran {
     Ran::new(s.command(&args).stdout(stdout).stderr(Stdio::piped()).output().unwrap())
 }
 
-/// The trained run, and a copy of it to compare it with.
-fn project() -> &'static Sandbox {
-    let s = trained();
-    if !s.path("runs/small-again").exists() {
-        let mut copy = Command::new("cp");
-        copy.arg("-a").args([s.path("runs/small"), s.path("runs/small-again")]);
-        assert!(copy.status().unwrap().success());
-    }
+/// A trained run of the test's own, and a copy of it to compare it with.
+fn project() -> Sandbox {
+    let s = finished();
+    copy_folder(&s.path("runs/small"), &s.path("runs/small-again"));
     s
 }
 
@@ -87,7 +84,7 @@ const JSON: [(&str, &str); 30] = [
 
 #[test]
 fn man_names_every_page_that_it_writes() {
-    let s = project();
+    let s = &project();
     let named = run(s, "man pages", Stdio::piped()).ok().stdout;
     let mut written: Vec<String> = std::fs::read_dir(s.path("pages"))
         .unwrap()
@@ -101,7 +98,7 @@ fn man_names_every_page_that_it_writes() {
 
 #[test]
 fn json_is_printed_or_refused_by_every_command() {
-    let s = project();
+    let s = &project();
     for command in commands().iter().filter(|command| *command != "help") {
         assert!(JSON.iter().any(|(line, _)| line.split(' ').next() == Some(command)), "{command}");
     }
@@ -127,7 +124,7 @@ fn json_is_printed_or_refused_by_every_command() {
 
 #[test]
 fn a_reader_that_goes_away_ends_a_command_quietly() {
-    let s = project();
+    let s = &project();
     for command in COMMANDS {
         run(s, command, Stdio::piped()).ok();
         let (reader, writer) = pipe().unwrap();
@@ -144,7 +141,7 @@ fn a_reader_that_goes_away_ends_a_command_quietly() {
 
 #[test]
 fn a_full_stdout_is_an_error_with_a_hint() {
-    let s = project();
+    let s = &project();
     for command in COMMANDS {
         let full = File::options().write(true).open("/dev/full").unwrap();
         run(s, command, full).fails_as(FailureKind::Environment, &["cannot write to stdout"]);
@@ -153,7 +150,7 @@ fn a_full_stdout_is_an_error_with_a_hint() {
 
 #[test]
 fn a_full_stderr_changes_nothing() {
-    let s = project();
+    let s = &project();
     for command in COMMANDS {
         let args: Vec<&str> = command.split(' ').collect();
         let full = File::options().write(true).open("/dev/full").unwrap();
