@@ -2,6 +2,7 @@
 //!
 //! `source` finds the template, `jinja` renders it.
 
+mod filters;
 mod jinja;
 mod limits;
 mod python;

@@ -65,7 +65,7 @@ pub(super) fn render(template: &str, special: &SpecialTokens, roles: &[&str]) ->
 fn render_here(template: &str, special: Vec<(String, String)>, roles: &[String]) -> Result<String> {
     // Jinja takes all line ends for `\n`, in texts within the template too.
     let template = template.replace("\r\n", "\n").replace('\r', "\n");
-    let template = with_generation(&template)?;
+    let template = as_minijinja(&template)?;
     limits::check_literals(&template, BLANKS)?;
 
     let tree = parse(&template, "chat", SyntaxConfig, BLANKS)?;
@@ -99,23 +99,30 @@ fn render_here(template: &str, special: Vec<(String, String)>, roles: &[String])
     Ok(text)
 }
 
-/// `{% generation %}`, which transformers puts around what a model is trained on: a scope of its own, nothing
-/// else.
-fn with_generation(template: &str) -> Result<String> {
+/// The template with what minijinja reads otherwise replaced: `{% generation %}`, which transformers puts
+/// around what a model is trained on, is a scope of its own, nothing else; escapes within texts are Python's.
+fn as_minijinja(template: &str) -> Result<String> {
     let tokens: Vec<_> = tokenize(template, false, SyntaxConfig, BLANKS).collect::<Result<_, _>>()?;
     let (mut out, mut done) = (String::with_capacity(template.len()), 0);
-    for window in tokens.windows(3) {
-        let [(Token::BlockStart, _), (Token::Ident(tag), span), (Token::BlockEnd, _)] = window else {
-            continue;
-        };
-        let ours = match *tag {
-            "generation" => "with",
-            "endgeneration" => "endwith",
+    for (i, (token, span)) in tokens.iter().enumerate() {
+        let (start, end) = (span.start_offset as usize, span.end_offset as usize);
+        let around = [i.checked_sub(1), Some(i + 1)].map(|at| at.and_then(|at| Some(&tokens.get(at)?.0)));
+        let ours = match (token, around) {
+            (Token::String(_), _) => {
+                let text = python::unescaped(&template[start + 1..end - 1])?;
+                format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+            }
+            (Token::Ident("generation"), [Some(Token::BlockStart), Some(Token::BlockEnd)]) => {
+                "with".to_owned()
+            }
+            (Token::Ident("endgeneration"), [Some(Token::BlockStart), Some(Token::BlockEnd)]) => {
+                "endwith".to_owned()
+            }
             _ => continue,
         };
-        out.push_str(&template[done..span.start_offset as usize]);
-        out.push_str(ours);
-        done = span.end_offset as usize;
+        out.push_str(&template[done..start]);
+        out.push_str(&ours);
+        done = end;
     }
     out.push_str(&template[done..]);
     Ok(out)
@@ -239,6 +246,60 @@ mod tests {
             ("{{ \"they're bill's-own (x)\" | title }}", "They're Bill's-Own (X)"),
             ("{{ 2.5 | round }} {{ 3.5 | round }} {{ 2.567 | round(1) }} {{ 7 | round }}", "2.0 4.0 2.6 7"),
             ("{{ {'a': [1, none]} | pprint }}{{ ['\\x7f'] }}", "{'a': [1, None]}['\\x7f']"),
+            // Escapes within texts.
+            (
+                r"{{ '\101\x41\u2581\U0001F600\a' | length }}{{ '\101\u2581\U0001F600\ud83d\ude00' }}",
+                "5A\u{2581}😀😀",
+            ),
+            (r#"{{ 'it\'s \d "q" \\n' }}{{ "a\"\n" }}"#, "it's \\d \"q\" \\na\"\n"),
+            ("{{ 'a\\\nb' }}{{ 'generation' }}", "abgeneration"),
+            // Arguments by position and by name.
+            (
+                "{{ ['a', none, 1.0] | join(d='-') }}{{ messages | join(', ', attribute='role') }}",
+                "a-None-1.0user",
+            ),
+            ("{{ [['a', 1], {'b': none}] | join(' ') }}{{ [] | join('x') }}", "['a', 1] {'b': None}"),
+            ("{{ [{'a': 1}, {'a': 5}] | sum(attribute='a') }}{{ [[1], [2]] | sum(start=[]) }}", "6[1, 2]"),
+            ("{{ ['b', 'A', 'a'] | min }}{{ ['b', 'C'] | max }}{{ [3, 1] | min }}{{ [] | max }}", "AC1"),
+            ("{{ ([{'a': 1}, {'a': 3}] | max(attribute='a')).a }}{{ ['b', 'A'] | min(true) }}", "3A"),
+            (
+                "{{ 'x' | int }}{{ 'x' | int(7) }}{{ '0x1f' | int(base=16) }}{{ ' -3.7 ' | int }}{{ none | int }}",
+                "0731-30",
+            ),
+            ("{{ '3.5' | float }} {{ 'x' | float }} {{ 'x' | float(default=1) }}", "3.5 0.0 1"),
+            (
+                "{{ 'aaa' | replace('a', 'b', 2) }}{{ 'aa' | replace('a', 'b', count=1) }}{{ 1 | replace(1, 2) }}",
+                "bbaba2",
+            ),
+            (
+                "{{ 'a\nb\n\nc' | indent(2) }}|{{ 'a\n\nb' | indent('>', first=True, blank=True) }}",
+                "a\n  b\n\n  c|>a\n>\n>b",
+            ),
+            (
+                "{{ [3, 1, 2] | sort(true) | join }}{{ ['b', 'A', 'a'] | sort(case_sensitive=true) | join }}",
+                "321Aab",
+            ),
+            ("{% for k, v in {'b': 1, 'a': 2} | dictsort(false, 'value', true) %}{{ k }}{% endfor %}", "ab"),
+            (
+                "{{ 'hello world foo' | truncate(8) }}{{ 'hello world' | truncate(8, true, '..', 0) }}",
+                "hello...hello ..",
+            ),
+            (
+                "{{ 'a b_c, d' | wordcount }}{{ 'a' | center(5) }}|{{ nothing | length }}{{ 'ab' | count }}",
+                "3  a  |02",
+            ),
+            (
+                "{{ 'a,b'.split(sep=',') }}{{ 'a b c'.split(maxsplit=1) }}{{ 'a b c'.rsplit(maxsplit=1) }}",
+                "['a', 'b']['a', 'b c']['a b', 'c']",
+            ),
+            (
+                "{{ 'a\nb\n'.splitlines(keepends=true) }}{{ ['a', 'b'].index('b') }}{{ [1, 2, 1].count(1) }}",
+                "['a\\n', 'b\\n']12",
+            ),
+            ("{{ \"they're\".title() }}{{ 'a1b x-y'.title() }}{{ 'aB'.swapcase() }}", "They'ReA1B X-YAb"),
+            ("{{ true | int }}{{ ''.isspace() }}{{ 'A1'.isupper() }}{{ 'aB'.islower() }}", "1FalseTrueFalse"),
+            ("{{ dict(a=1).a }}{{ dict([('a', 2)]).a }}{{ dict({'a': 1}, b=2) }}", "12{'a': 1, 'b': 2}"),
+            ("{{ 'a' * -1 }}{{ -1 * [0] }}{{ -2 * 3 }}{{ messages[0] | attr('role') }}", "[]-6"),
         ] {
             assert_eq!(rendered(template), text, "{template}");
         }
@@ -248,5 +309,30 @@ mod tests {
     fn a_template_may_refuse() {
         let error = refused("{{ raise_exception('only system messages') }}");
         assert!(error.contains("only system messages"), "{error}");
+    }
+
+    #[test]
+    fn arguments_and_escapes_that_are_not_known_are_named() {
+        for (template, why) in [
+            ("{{ ['a'] | join('-', d='-') }}", "join: `d` is given twice"),
+            ("{{ ['a'] | join(sep='-') }}", "unknown keyword argument 'sep'"),
+            ("{{ 'a' | replace('a') }}", "replace: two texts are needed"),
+            ("{{ 'a' | center(1, 2) }}", "center: too many arguments"),
+            ("{{ nothing | int }}", "int: the value is undefined"),
+            ("{{ '\\N{BULLET}' }}", "a text has an escape `\\N` that is no character"),
+            ("{{ 'a\\n' | indent(9999999) }}", "it makes a text of more than"),
+            ("{{ 'a\\n' | indent(width=9999999) }}", "it makes a text of more than"),
+            ("{{ 'a' | center(99999999) }}", "it makes a text of more than"),
+            ("{{ 'a' | center(width=99999999) }}", "it makes a text of more than"),
+            ("{{ 'a' | center(1000) | replace('', 'b' | center(9000)) }}", "it makes a text of more than"),
+            (
+                "{{ 'a' | center(1000) | replace(old='', new='b' | center(9000)) }}",
+                "it makes a text of more than",
+            ),
+            ("{{ range(9000) | join('a' | center(9000)) }}", "it makes a text of more than"),
+        ] {
+            let error = refused(template);
+            assert!(error.contains(why), "{template}: {error}");
+        }
     }
 }

@@ -13,6 +13,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, Value as Jinja, ValueKind};
 use minijinja::{Environment, Error, State, context};
 
+use super::filters;
 use super::python::{self, invalid};
 
 /// Templates of known models have up to 40 kB.
@@ -35,10 +36,8 @@ pub(super) const MUL: &str = "\u{1}*";
 pub(super) const REM: &str = "\u{1}%";
 
 /// Filters whose result can be larger than their input, or that look at all that is nested in it.
-const SIZED: [&str; 17] = [
-    "batch", "dictsort", "e", "escape", "format", "groupby", "indent", "join", "list", "max", "min",
-    "replace", "slice", "sort", "string", "sum", "unique",
-];
+const SIZED: [&str; 11] =
+    ["batch", "dictsort", "e", "escape", "format", "groupby", "list", "slice", "sort", "string", "unique"];
 
 /// Bound the work of `env` and the size of what it makes. `literal` is the length of the longest literal
 /// text.
@@ -51,16 +50,21 @@ pub(super) fn install(env: &mut Environment<'static>, literal: usize) {
         env.add_function(name, move |a: Jinja, b: Jinja| operate(&plain, operator, a, b));
     }
     env.add_function(CONCAT, |a: Jinja, b: Jinja| text_of(&[&a, &b]).map(Jinja::from));
+    for name in filters::OWN {
+        let plain = Arc::clone(&plain);
+        env.add_filter(name, move |args: Rest<Jinja>| filters::apply(&plain, name, &args));
+    }
     for name in SIZED {
         let plain = Arc::clone(&plain);
         env.add_filter(name, move |args: Rest<Jinja>| {
             check_call(name, &args)?;
             match name {
                 "string" => text_of(&[args.first().unwrap_or(&Jinja::UNDEFINED)]).map(Jinja::from),
-                _ => plain.empty_state().apply_filter(name, &args),
+                _ => filters::apply(&plain, name, &args),
             }
         });
     }
+    env.add_function("dict", |args: Rest<Jinja>| filters::dict(&args));
     env.add_filter("tojson", |value: Jinja, kwargs: Kwargs| {
         check_call("tojson", std::slice::from_ref(&value))?;
         python::tojson(value, kwargs)
@@ -126,9 +130,23 @@ fn operate(plain: &Environment, operator: &str, a: Jinja, b: Jinja) -> Result<Ji
         },
         _ => len(&a) + len(&b),
     };
+    // A text or list repeated fewer than no times is empty.
+    let count = |number: &Jinja, other: &Jinja| {
+        !other.is_number() && i64::try_from(number.clone()).is_ok_and(|n| n < 0)
+    };
+    let (a, b) = match operator == "a * b" {
+        true if count(&a, &b) => (Jinja::from(0), b),
+        true if count(&b, &a) => (a, Jinja::from(0)),
+        _ => (a, b),
+    };
     let list = is_list(&a) || is_list(&b);
     room(grown, if list { LIST_ITEMS } else { TEXT_BYTES })?;
     plain.compile_expression(operator)?.eval(context! { a, b })
+}
+
+/// `a + b`.
+pub(super) fn add(plain: &Environment, a: Jinja, b: Jinja) -> Result<Jinja, Error> {
+    operate(plain, "a + b", a, b)
 }
 
 fn is_list(value: &Jinja) -> bool {
@@ -136,7 +154,7 @@ fn is_list(value: &Jinja) -> bool {
 }
 
 /// A list whose length is known: joined lists of unknown length could double unseen.
-fn sized(value: Jinja) -> Result<Jinja, Error> {
+pub(super) fn sized(value: Jinja) -> Result<Jinja, Error> {
     if !is_list(&value) || value.len().is_some() {
         return Ok(value);
     }
@@ -154,12 +172,12 @@ fn check_call(name: &str, args: &[Jinja]) -> Result<(), Error> {
     let items = |at: usize| args.get(at).and_then(Jinja::len).unwrap_or(LIST_ITEMS);
     let text = value.as_str().unwrap_or_default();
     let size = match name {
-        "join" if is_list(value) => text_of(&[value])?.len() + items(0) * len(1),
-        // The method: the separator joins the list.
+        // The separator joins the list.
         "join" => text_of(&args.iter().skip(1).collect::<Vec<_>>())?.len() + items(1) * text.len(),
         "replace" if len(1) == 0 => text.len() + (text.len() + 1) * len(2),
-        "replace" => text.len() + text.matches(args[1].as_str().unwrap_or("\0")).count() * len(2),
-        "indent" => text.len() + (text.matches('\n').count() + 1).saturating_mul(number(1)),
+        "replace" => {
+            text.len() + text.matches(args.get(1).and_then(Jinja::as_str).unwrap_or("\0")).count() * len(2)
+        }
         "format" => {
             let widths = text.split(|c: char| !c.is_ascii_digit()).filter(|run| !run.is_empty());
             let width = widths.map(|run| run.parse().unwrap_or(usize::MAX)).max().unwrap_or(0);
@@ -177,6 +195,12 @@ fn check_call(name: &str, args: &[Jinja]) -> Result<(), Error> {
     room(size, TEXT_BYTES)
 }
 
+/// # Errors
+/// A text of so many bytes is too long.
+pub(super) fn text_room(size: usize) -> Result<(), Error> {
+    room(size, TEXT_BYTES)
+}
+
 fn room(size: usize, limit: usize) -> Result<(), Error> {
     match size <= limit {
         true => Ok(()),
@@ -186,7 +210,7 @@ fn room(size: usize, limit: usize) -> Result<(), Error> {
 }
 
 /// Values one after another, as Python prints them.
-fn text_of(values: &[&Jinja]) -> Result<String, Error> {
+pub(super) fn text_of(values: &[&Jinja]) -> Result<String, Error> {
     let mut out = Bounded(String::new());
     match values.iter().try_for_each(|value| python::display(value, &mut out)) {
         Ok(()) => Ok(out.0),

@@ -11,6 +11,8 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
+use super::filters::bind;
+
 /// Write a value as Python's `str` does.
 pub(super) fn display(value: &Jinja, out: &mut dyn Write) -> fmt::Result {
     match value.kind() {
@@ -115,8 +117,56 @@ pub(super) fn method(state: &State, value: &Jinja, name: &str, args: &[Jinja]) -
             (None, true) => vec![empty.clone(), empty, whole],
         })
     };
-    let Some(s) = value.as_str() else { return unknown_method_callback(state, value, name, args) };
+    let Some(s) = value.as_str() else {
+        let equal = |of: &Jinja| args.first() == Some(of);
+        return match (name, value.kind(), args.len()) {
+            ("count", ValueKind::Seq, 1) => Ok(Jinja::from(value.try_iter()?.filter(equal).count())),
+            ("index", ValueKind::Seq, 1) => {
+                let at = value.try_iter()?.position(|item| equal(&item));
+                at.map(Jinja::from).ok_or_else(|| invalid("index: the list does not hold it"))
+            }
+            _ => unknown_method_callback(state, value, name, args),
+        };
+    };
+    // Arguments that have names.
+    let names: &[&str; 2] = match name {
+        "split" | "rsplit" => &["sep", "maxsplit"],
+        "splitlines" => &["keepends", ""],
+        _ => &["", ""],
+    };
+    if args.last().is_some_and(Jinja::is_kwargs) && !names[0].is_empty() {
+        let [first, second] = bind(name, args, *names)?;
+        let given: Vec<Jinja> = match second {
+            Some(second) => vec![first.unwrap_or_else(|| Jinja::from(())), second],
+            None => first.into_iter().collect(),
+        };
+        return method(state, value, name, &given);
+    }
     Ok(match (name, args.len(), text(0)) {
+        // No letter is of any kind.
+        (test, 0, _) if test.starts_with("is") && test != "isascii" && s.is_empty() => Jinja::from(false),
+        ("isupper" | "islower", 0, _) => {
+            let (mut upper, mut lower) =
+                (s.chars().filter(|c| c.is_uppercase()), s.chars().filter(|c| c.is_lowercase()));
+            Jinja::from(match name {
+                "isupper" => upper.next().is_some() && lower.next().is_none(),
+                _ => lower.next().is_some() && upper.next().is_none(),
+            })
+        }
+        ("title", 0, _) => {
+            let mut after = false;
+            let letter = |c: char| -> String {
+                let begins = !std::mem::replace(&mut after, c.is_alphabetic());
+                if begins { c.to_uppercase().collect() } else { c.to_lowercase().collect() }
+            };
+            Jinja::from(s.chars().map(letter).collect::<String>())
+        }
+        ("swapcase", 0, _) => {
+            let swap = |c: char| -> String {
+                if c.is_uppercase() { c.to_lowercase().collect() } else { c.to_uppercase().collect() }
+            };
+            Jinja::from(s.chars().map(swap).collect::<String>())
+        }
         ("removeprefix", 1, Some(part)) => Jinja::from(s.strip_prefix(part).unwrap_or(s)),
         ("removesuffix", 1, Some(part)) => Jinja::from(s.strip_suffix(part).unwrap_or(s)),
         ("partition", 1, Some(part)) if !part.is_empty() => cut(s.find(part), part.len(), s, false),
@@ -137,16 +187,7 @@ pub(super) fn method(state: &State, value: &Jinja, name: &str, args: &[Jinja]) -
             Jinja::from(format!("{sign}{}{digits}", "0".repeat(width.saturating_sub(s.chars().count()))))
         }
         ("ljust" | "rjust" | "center", 1 | 2, _) => {
-            let room = args[0].as_usize().unwrap_or(0).saturating_sub(s.chars().count());
-            // Python's `center` puts the odd blank to the left where text and width are both odd or the width
-            // is.
-            let left = match name {
-                "ljust" => 0,
-                "rjust" => room,
-                _ => room / 2 + (room & (room + s.chars().count()) & 1),
-            };
-            let fill = text(1).unwrap_or(" ");
-            Jinja::from(format!("{}{s}{}", fill.repeat(left), fill.repeat(room - left)))
+            padded(name, s, args[0].as_usize().unwrap_or(0), text(1).unwrap_or(" "))
         }
         ("index" | "rindex", 1, Some(part)) => {
             let at = if name == "index" { s.find(part) } else { s.rfind(part) };
@@ -155,6 +196,76 @@ pub(super) fn method(state: &State, value: &Jinja, name: &str, args: &[Jinja]) -
         }
         _ => return unknown_method_callback(state, value, name, args),
     })
+}
+
+/// A text filled up to `width` letters.
+pub(super) fn padded(method: &str, s: &str, width: usize, fill: &str) -> Jinja {
+    let room = width.saturating_sub(s.chars().count());
+    // Python's `center` puts the odd blank to the left where text and width are both odd or the width is.
+    let left = match method {
+        "ljust" => 0,
+        "rjust" => room,
+        _ => room / 2 + (room & (room + s.chars().count()) & 1),
+    };
+    Jinja::from(format!("{}{s}{}", fill.repeat(left), fill.repeat(room - left)))
+}
+
+/// The text of a template's literal, what is between its quotes, decoded as Python's `unicode-escape`.
+///
+/// # Errors
+/// An escape is cut off, no character, or a character by its name.
+pub(super) fn unescaped(literal: &str) -> Result<String, Error> {
+    let (mut out, mut rest) = (String::with_capacity(literal.len()), literal);
+    while let Some(at) = rest.find('\\') {
+        out.push_str(&rest[..at]);
+        let code = rest[at + 1..].chars().next().ok_or_else(|| invalid("a text ends with a backslash"))?;
+        let after = &rest[at + 1 + code.len_utf8()..];
+        let simple = |c: char| Some((c, 0));
+        let number = |digits: &str, base: u32| u32::from_str_radix(digits, base).ok();
+        let hex = |digits: usize| {
+            let code = number(after.get(..digits)?, 16)?;
+            let low = || number(after.get(digits..)?.strip_prefix("\\u")?.get(..4)?, 16);
+            match code {
+                // Two halves of one character.
+                0xd800..=0xdbff if digits == 4 => {
+                    let low = low().filter(|low| (0xdc00..=0xdfff).contains(low))?;
+                    Some((char::from_u32(0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00))?, 10))
+                }
+                _ => Some((char::from_u32(code)?, digits)),
+            }
+        };
+        let decoded = match code {
+            '\n' => {
+                rest = after;
+                continue;
+            }
+            '\\' | '\'' | '"' => simple(code),
+            'a' => simple('\x07'),
+            'b' => simple('\x08'),
+            'f' => simple('\x0c'),
+            'n' => simple('\n'),
+            'r' => simple('\r'),
+            't' => simple('\t'),
+            'v' => simple('\x0b'),
+            'x' => hex(2),
+            'u' => hex(4),
+            'U' => hex(8),
+            'N' => None,
+            '0'..='7' => {
+                let more = after.bytes().take(2).take_while(|b| (b'0'..=b'7').contains(b)).count();
+                number(&rest[at + 1..at + 2 + more], 8).and_then(char::from_u32).map(|c| (c, more))
+            }
+            _ => {
+                out.push('\\');
+                Some((code, 0))
+            }
+        };
+        let (c, taken) = decoded
+            .ok_or_else(|| invalid(format!("a text has an escape `\\{code}` that is no character")))?;
+        out.push(c);
+        rest = &after[taken..];
+    }
+    Ok(out + rest)
 }
 
 /// `rsplit()` at blanks: the pieces from the last to the first, at most `limit`.
