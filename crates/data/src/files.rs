@@ -69,7 +69,7 @@ fn local(folder: &Path, patterns: &[String]) -> Result<Vec<PathBuf>> {
                     "no file matches `{pattern}` {beside}in the working directory{}",
                     if link { ": it is a link, and no file is where it leads" } else { "" }
                 ),
-                "check `--data`, `data.files` or the data manifest, whose first lines may say what makes its files",
+                advice(pattern),
             )
         });
         found.retain(|f| !files.contains(f));
@@ -78,7 +78,31 @@ fn local(folder: &Path, patterns: &[String]) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// What repairs a pattern that matches nothing.
+fn advice(pattern: &str) -> &'static str {
+    match pattern {
+        p if p.contains("://") => {
+            "an address is not read: download the file, or give a data set's `hub` in a manifest"
+        }
+        p if p.starts_with('~') || p.contains('$') => {
+            "`~` and `$NAME` stand for themselves here, the shell replaces them where they are not quoted: write the path out"
+        }
+        p if p.contains('{') => {
+            "patterns have `*`, `**`, `?` and `[...]`, no braces: give one for each kind of name"
+        }
+        p if p.contains('\\') => "write paths with `/`",
+        _ => {
+            "check `--data`, `data.files` or the data manifest, whose first lines may say what makes its files"
+        }
+    }
+}
+
 fn matching(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>> {
+    // A file of exactly this name, which may hold characters that patterns give a meaning.
+    let named = folder.join(pattern);
+    if named.is_file() {
+        return Ok(vec![named]);
+    }
     // The folder's own name may hold characters that patterns give a meaning.
     let whole = match folder.to_str() {
         Some("") => pattern.to_owned(),
@@ -105,7 +129,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("with [brackets]");
         std::fs::create_dir_all(folder.join("sub")).unwrap();
-        for name in ["b.txt", "a.txt", "c.md", "sub/d.txt"] {
+        for name in ["b.txt", "a.txt", "c.md", "sub/d.txt", "e[1].jsonl"] {
             std::fs::write(folder.join(name), "x").unwrap();
         }
         let names = |patterns: &[&str]| {
@@ -120,6 +144,17 @@ mod tests {
         };
         assert_eq!(names(&["*.txt"]).unwrap(), ["a.txt", "b.txt"]);
         assert_eq!(names(&["b.txt", "*.txt", "**/d.txt"]).unwrap(), ["b.txt", "a.txt", "sub/d.txt"]);
+        assert_eq!(names(&["e[1].jsonl"]).unwrap(), ["e[1].jsonl"]);
+        for (pattern, repair) in [
+            ("hf://a/b.jsonl", "download the file"),
+            ("~/a.txt", "write the path out"),
+            ("$HOME/a.txt", "write the path out"),
+            ("{a,b}.txt", "one for each"),
+            ("sub\\d.txt", "with `/`"),
+        ] {
+            let error = names(&[pattern]).unwrap_err();
+            assert!(error.downcast_ref::<pkv_core::Hinted>().unwrap().hint().contains(repair), "{pattern}");
+        }
         let error = names(&["e.txt"]).unwrap_err().to_string();
         assert!(error.starts_with("no file matches `e.txt` in `"), "{error}");
         let error = local(Path::new(""), &["e.txt".to_owned()]).unwrap_err();

@@ -90,6 +90,10 @@ impl SourceFormat {
                 format!("`{pattern}` names JSON files, which hold no documents line by line"),
                 "write JSON lines (`.jsonl`), one object with a `text` per line"
             )),
+            "csv" | "tsv" | "xls" | "xlsx" | "ods" => bail!(hinted(
+                format!("`{pattern}` names tables, which hold no documents line by line"),
+                "write Parquet or JSON lines: `pandas.read_csv(...).to_parquet(...)`, `.to_json(..., orient='records', lines=True)`"
+            )),
             ending if ending.contains(['*', '?', '[']) || Path::new(pattern).is_dir() || name.is_empty() => {
                 bail!(hinted(format!("`{pattern}` does not say what kind of files it means"), example()))
             }
@@ -253,7 +257,7 @@ mod tests {
         manifest.check().unwrap();
         let found: Vec<_> = manifest.sources.iter().map(|s| (s.name.as_str(), s.files.len())).collect();
         assert_eq!(found, [("txt", 3), ("jsonl", 2), ("parquet", 1)]);
-        for wrong in ["my/*", "my/", "a.json", "src", "*.?", ""] {
+        for wrong in ["my/*", "my/", "a.json", "a.csv", "*.tsv.gz", "src", "*.?", ""] {
             let error = Manifest::of_files(&[wrong.to_owned()]).unwrap_err();
             assert!(error.is::<pkv_core::Hinted>(), "{wrong}: {error}");
         }

@@ -49,10 +49,14 @@ fn of_text(mut reader: impl BufRead + 'static, path: &Path) -> Result<Reader> {
         .with_context(|| format!("cannot read `{}`", path.display()))?;
     let twice =
         (head.starts_with(GZIP) || is_zstd(head)).then_some(("compressed twice", "decompress it once"));
-    let wide = is_wide(&head[..head.len().min(SAMPLE)]).then_some((
-        "UTF-16 text without a byte order mark",
-        "convert it first: `iconv -f utf-16le -t utf-8`, or `-f utf-16be`",
-    ));
+    let marked = head.starts_with(&[0xff, 0xfe]) || head.starts_with(&[0xfe, 0xff]);
+    let wide = is_wide(&head[..head.len().min(SAMPLE)]).then_some(match marked {
+        true => ("UTF-16 text", "convert it first: `iconv -f utf-16 -t utf-8`"),
+        false => (
+            "UTF-16 text without a byte order mark",
+            "convert it first: `iconv -f utf-16le -t utf-8`, or `-f utf-16be`",
+        ),
+    });
     if let Some((what, hint)) = foreign(head).or(twice).or(wide) {
         bail!(hinted(format!("`{}` is {what}, which is not read", path.display()), hint));
     }
@@ -142,6 +146,7 @@ mod tests {
             (gzip(&gzip(b"text")), "is compressed twice"),
             (wide.clone(), "is UTF-16 text without a byte order mark"),
             (gzip(&wide), "is UTF-16 text without a byte order mark"),
+            ([&[0xff, 0xfe], &*wide].concat(), "is UTF-16 text, which is not read"),
             (wide.iter().rev().copied().collect(), "is UTF-16 text without a byte order mark"),
         ] {
             let error = refused(&bytes);
