@@ -50,6 +50,13 @@ fn misspelt_override_is_named() {
 }
 
 #[test]
+fn a_home_folder_that_no_shell_replaced_is_not_made() {
+    let s = Sandbox::new();
+    s.run(&["prepare", "--runs=~/runs"]).fails_with(&["`--runs` is `~/runs`", "write `--runs ~/runs`"]);
+    assert!(!s.path("~").exists());
+}
+
+#[test]
 fn broken_toml_has_file_line_and_hint() {
     for (file, from, to, line) in [
         ("recipe.toml", "name = \"small\"", "name = small", "line 2"),

@@ -2,16 +2,27 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use pkv_bucket::{Address, brought, is_address, place};
+use pkv_core::hinted;
 
 use crate::args::{Cli, Command, LaunchCommand};
 
 /// Mount the buckets that are named, and bring what is read of them.
 ///
 /// # Errors
-/// A bucket cannot be used.
+/// A bucket cannot be used, or `--runs` names a folder `~` below the working directory.
 pub fn resolve(cli: &mut Cli) -> Result<()> {
+    ensure!(
+        !cli.runs.starts_with("~"),
+        hinted(
+            format!(
+                "`--runs` is `{}`: the shell replaces `~` neither in quotes nor after `=`",
+                cli.runs.display()
+            ),
+            "write `--runs ~/runs`, or `./~` for a folder of that name"
+        )
+    );
     let runs = is_address(&cli.runs).then(|| cli.runs.clone());
     cli.bucket = runs.clone();
     if let Some(runs) = &runs {

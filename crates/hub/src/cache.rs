@@ -111,13 +111,7 @@ impl Hub {
             local::check_whole(&folder, "copy the missing files there, or check the path of the model")?;
             return Ok(Resolved { revision: local::revision(&folder)?, folder });
         }
-        ensure!(
-            !local::must_be_local(name),
-            hinted(
-                format!("there is no model folder `{name}`"),
-                "check the path; it may be relative to the recipe or to the working directory"
-            )
-        );
+        ensure!(!local::must_be_local(name, bases), local::no_folder(name, bases));
         let snapshot = self.snapshot(Kind::Model, name, revision)?;
         local::check_whole(&snapshot.folder, "run `proxykv-train fetch`, which downloads what is missing")?;
         let repository = self.repository_folder(Kind::Model, name);

@@ -25,7 +25,7 @@ impl Hub {
         progress: &dyn Progress,
         stop: &Stop,
     ) -> Result<(Resolved, Option<Pin>)> {
-        if local::find(name, bases).is_some() || local::must_be_local(name) {
+        if local::find(name, bases).is_some() || local::must_be_local(name, bases) {
             return Ok((self.model(name, revision, bases)?, None));
         }
         let choose = |present: &[String]| {
@@ -78,7 +78,7 @@ impl Hub {
         if let Some(folder) = local::find(name, bases) {
             return Ok(folder);
         }
-        if local::must_be_local(name) {
+        if local::must_be_local(name, bases) {
             return Ok(self.model(name, revision, bases)?.folder);
         }
         if let Ok(cached) = self.snapshot(Kind::Model, name, revision)

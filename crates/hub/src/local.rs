@@ -27,12 +27,35 @@ pub(crate) fn find(name: &str, bases: &[&Path]) -> Option<PathBuf> {
     } else {
         candidates.find(|p| p.is_dir())
     }
-    .filter(|p| p.is_dir())
+    .filter(|p| p.is_dir() && !name.is_empty())
 }
 
 /// Whether `name` cannot be a hub name (`owner/name` or `name`) and so must be a folder.
-pub(crate) fn must_be_local(name: &str) -> bool {
-    name.starts_with(['/', '.', '~']) || name.ends_with('/') || name.matches('/').count() > 1
+pub(crate) fn must_be_local(name: &str, bases: &[&Path]) -> bool {
+    let path = name.starts_with(['/', '.', '~']) || name.ends_with('/') || name.matches('/').count() > 1;
+    path || name.is_empty() || is_file(name, bases)
+}
+
+fn is_file(name: &str, bases: &[&Path]) -> bool {
+    bases.iter().any(|base| base.join(name).is_file())
+}
+
+/// Why `name`, which must be a folder, is none.
+pub(crate) fn no_folder(name: &str, bases: &[&Path]) -> Hinted {
+    if is_file(name, bases) {
+        return hinted(
+            format!("the model `{name}` is a file"),
+            "name the folder that holds its `config.json`, weights and `tokenizer.json`",
+        );
+    }
+    let hint = match name {
+        address if ["huggingface.co/", "hf.co/"].iter().any(|hub| address.contains(hub)) => {
+            "a model of the hub is written without an address: `owner/name`"
+        }
+        path if path.starts_with('~') => "write the path out: the shell alone replaces `~`",
+        _ => "check the path; it may be relative to the recipe or to the working directory",
+    };
+    hinted(format!("there is no model folder `{name}`"), hint)
 }
 
 /// Whether a file of a model repository is one that `lm` reads.
@@ -186,10 +209,10 @@ mod tests {
     #[test]
     fn hub_names_and_paths_are_told_apart() {
         for name in ["/abs", "./a", "../a", "a/b/c", "~/m", "a/"] {
-            assert!(must_be_local(name), "{name}");
+            assert!(must_be_local(name, &[]), "{name}");
         }
         for name in ["gpt2", "meta-llama/Llama-3.1-8B", "models/tiny"] {
-            assert!(!must_be_local(name), "{name}");
+            assert!(!must_be_local(name, &[]), "{name}");
         }
     }
 

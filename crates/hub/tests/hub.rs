@@ -98,6 +98,22 @@ fn what_is_neither_folder_nor_cached_says_what_to_do() {
     assert!(hint.contains("proxykv-train fetch"), "{hint}");
     let (text, _) = texts(hub.model("./models/tiny", "main", &[dir.path()]).unwrap_err());
     assert_eq!(text, "there is no model folder `./models/tiny`");
+    std::fs::write(dir.path().join("config.json"), "{}").unwrap();
+    for (name, what, repair) in [
+        ("config.json", "the model `config.json` is a file", "name the folder that holds"),
+        ("https://huggingface.co/owner/name", "there is no model folder", "`owner/name`"),
+        ("~/models/tiny", "there is no model folder", "write the path out"),
+        ("", "there is no model folder ``", "check the path"),
+    ] {
+        let bases = [dir.path()];
+        for error in [
+            hub.model(name, "main", &bases).unwrap_err(),
+            hub.fetch_model(name, "main", &bases, &NoProgress, &Stop::default()).unwrap_err(),
+        ] {
+            let (text, hint) = texts(error);
+            assert!(text.starts_with(what) && hint.contains(repair), "{name}: {text} / {hint}");
+        }
+    }
     let (text, _) = texts(hub.dataset_files("owner/texts", "main", &["*.parquet".into()]).unwrap_err());
     assert!(text.contains("hub data set `owner/texts` (revision `main`) is not in"), "{text}");
 }
