@@ -47,4 +47,6 @@ for shell in bash zsh fish; do
 done
 # The same files give the same archive.
 tar --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$(git log -1 --format=%ct)" -C "$out" -czf "$out/$name.tar.gz" "$name"
+# It installs the archive that is beside it, after a look at the hash.
+cp scripts/install.sh "$out/"
 (cd "$out" && sha256sum "$name.tar.gz" | tee "$name.tar.gz.sha256")

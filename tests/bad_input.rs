@@ -410,9 +410,13 @@ fn recipe_changed_between_stages() {
 #[test]
 fn stages_out_of_order() {
     let s = Sandbox::new();
+    // Where nothing was made, no run is left.
     s.run(&["label"]).fails_with(&["prepare"]);
+    s.run(&["prepare", "--set", "data.train=100000"]).fails_with(&["too few documents"]);
+    assert!(!s.path("runs/small").exists());
     s.run(&["prepare"]).ok();
     s.run(&["train"]).fails_with(&["label"]);
+    assert!(s.path("runs/small/examples").exists());
 }
 
 #[test]

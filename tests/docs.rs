@@ -213,6 +213,28 @@ fn the_set_up_names_all_that_is_missing_at_once() {
     assert!(!folder.path().join("libtorch.partial").exists());
 }
 
+#[test]
+fn an_archive_is_compared_with_its_hash_and_linked() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = r#"
+        mkdir -p new/app-1/scripts && printf '#!/bin/sh\necho works\n' > new/app-1/proxykv-train && chmod +x new/app-1/proxykv-train
+        tar -C new -czf app-1.tar.gz app-1 && sha256sum app-1.tar.gz > app-1.tar.gz.sha256
+        "$INSTALL" app-1.tar.gz && .local/bin/proxykv-train
+        mkdir .local/share/proxykv-train/app-1/libtorch && "$INSTALL" app-1.tar.gz
+        printf x >> app-1.tar.gz && ! "$INSTALL" app-1.tar.gz && .local/bin/proxykv-train && ls -A .local/share/proxykv-train"#;
+    let mut command = Command::new("bash");
+    command.args(["-euc", script]).current_dir(folder.path()).env("HOME", folder.path());
+    let out = command.env("INSTALL", root().join("scripts/install.sh")).output().unwrap();
+    let (said, errors) = (String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap());
+    assert!(out.status.success(), "{said}{errors}");
+    assert!(
+        said.contains("app-1/scripts/setup.sh --run-only") && said.matches("works\n").count() == 2,
+        "{said}"
+    );
+    assert!(said.contains("libtorch  /") && said.ends_with("works\napp-1\n"), "{said}");
+    assert!(errors.contains("and should have"), "{errors}");
+}
+
 /// What an image's build sets is seen by the programs in it: cargo's libtorch is found by `LIBTORCH`.
 #[test]
 fn the_image_sets_no_variable_that_the_build_reads() {

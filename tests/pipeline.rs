@@ -60,6 +60,27 @@ fn run_makes_everything_once() {
         assert!(eval.contains(line), "{eval}");
     }
 
+    // A mapper that is made anew is kept until the new one is whole: a redo that fails, one that goes on.
+    let weights = || fs::read(s.path("runs/small/export/model.safetensors")).unwrap();
+    let before = weights();
+    let broken = ["train", "--redo", "train", "--set", "train.start_from=none"];
+    let kept = s.run(&broken).fails_with(&["start_from"]).stderr;
+    assert!(kept.contains("runs/small/before-redo") && kept.contains("to have the old one back"), "{kept}");
+    assert!(
+        s.path("runs/small/before-redo/checkpoints").is_dir() && !s.path("runs/small/checkpoints").exists()
+    );
+    s.run(&broken).fails_with(&["start_from"]);
+    assert!(s.path("runs/small/before-redo/checkpoints").is_dir());
+    s.run(&["eval"]).fails_with(&["checkpoint"]);
+    let back = kept.split('`').find(|part| part.starts_with("cd ")).unwrap();
+    let moved = std::process::Command::new("sh").args(["-c", back]).current_dir(s.path("")).status().unwrap();
+    assert!(moved.success());
+    assert!(s.run(&["train"]).ok().stderr.contains("train: skipped"));
+    s.run(&["train", "--redo", "train"]).ok();
+    assert!(!s.path("runs/small/before-redo").exists());
+    s.run(&["export", "--redo", "export"]).ok();
+    assert!(before == weights(), "one seed, one mapper");
+
     // What was made can be looked at.
     for (path, part) in [
         ("runs/small", "labels          "),

@@ -116,6 +116,14 @@ fn recipes_are_listed_and_shown() {
     let listed = command(&s, &["recipes", "ls"]).ok().stdout;
     assert_eq!(listed.lines().count(), 4, "{listed}");
     assert!(listed.contains("6 variants, for `sweep --variants recipes/many`"), "{listed}");
+    // In a terminal no line is wider than it is; a machine gets the same as ever.
+    let script = format!("stty cols 60 rows 40; '{}' recipes ls", env!("CARGO_BIN_EXE_proxykv-train"));
+    let mut shown = std::process::Command::new("script");
+    let shown = shown.args(["-qec", &script, "/dev/null"]).current_dir(s.path("")).output().unwrap();
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(shown.contains("recipes/mine.toml") && shown.lines().count() > 6, "{shown}");
+    let is_path = |line: &str| line.trim().contains('/') && !line.trim().contains(' ');
+    assert!(shown.lines().all(|line| line.trim_end().chars().count() <= 60 || is_path(line)), "{shown}");
     // A proxy that is not read is not named.
     s.write("recipes/other.toml", "base = \"mine.toml\"\nname = \"other\"\n[extract]\nfrom = [\"target\"]\n");
     let listed = command(&s, &["recipes", "ls"]).ok().stdout;

@@ -470,7 +470,8 @@ pub struct InitArgs {
 pub struct StageArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// Delete this stage's output and compute it again; may be repeated.
+    /// Delete this stage's output and compute it again; may be repeated. The mapper of `train` is kept in
+    /// before-redo/ of the run folder until the new one is trained.
     #[arg(long, value_name = "STAGE", value_parser = choice(&Stage::ALL, Stage::name, Stage::meaning))]
     pub redo: Vec<Stage>,
 }

@@ -76,7 +76,7 @@ fn within_memory(cli: &Cli) -> Result<ExitCode> {
 
 fn end(result: Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|e| {
-        terminal::print(&render::error(&e));
+        terminal::print(&terminal::fitted(&render::error(&e)));
         ExitCode::from(FailureKind::of(&e).exit_code())
     })
 }

@@ -5,11 +5,11 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, OpenOptions};
-use std::io::{ErrorKind, Write as _};
+use std::io::{self, ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Stop, hinted};
+use pkv_core::{Stop, hinted, wrapped};
 use pkv_hub::Hub;
 use pkv_lm::LmConfig;
 use pkv_recipe::{DEEPEST, Manifest, toml_files};
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::args::{Cli, InitArgs, RecipesCommand};
 use crate::output;
-use crate::terminal::Bar;
+use crate::terminal::{self, Bar};
 
 /// # Errors
 /// There are no recipes, a model cannot be read, or the file to write is there already.
@@ -76,15 +76,16 @@ fn ls(cli: &Cli) -> Result<()> {
     // What others are based on need not be whole.
     let is_base = |row: &Value| bases.iter().any(|base| row["file"] == base.display().to_string());
     rows.retain(|row| row.get("error").is_none() || !is_base(row));
-    output::print_either(cli.json, &rows, || table(&rows))
+    let columns = terminal::width(&io::stdout(), &console::Term::stdout());
+    output::print_either(cli.json, &rows, || table(&rows, columns))
 }
 
 /// From this many recipes on, a folder below `recipes/` is one line.
 const MANY: usize = 6;
 
 /// A line for each recipe, and one for each folder of [`MANY`] variants. A proxy is named where features come
-/// from it.
-fn table(rows: &[Value]) -> String {
+/// from it. A line that is wider than the terminal is broken.
+fn table(rows: &[Value], columns: Option<usize>) -> String {
     let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
     let folder = |row: &Value| Path::new(&text(row, "file")).parent().map(Path::to_owned).unwrap_or_default();
     let top = rows.first().map(folder).unwrap_or_default();
@@ -116,7 +117,15 @@ fn table(rows: &[Value]) -> String {
         let path = path.display().to_string();
         let _ = writeln!(out, "{path:width$}  {count} variants, for `sweep --variants {path}`");
     }
-    out
+    let Some(columns) = columns.filter(|&columns| out.lines().any(|line| line.chars().count() > columns))
+    else {
+        return out;
+    };
+    let lines = out.lines().map(|line| {
+        let (file, what) = line.split_at(line.find("  ").unwrap_or(line.len()));
+        wrapped(&format!("{file}\n    {}\n", what.trim_start()), columns, 4)
+    });
+    lines.collect()
 }
 
 fn show(name: &str) -> Result<()> {

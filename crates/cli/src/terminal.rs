@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
-use pkv_core::{Progress, SHOWN_BY_BARS, neutral};
+use pkv_core::{Progress, SHOWN_BY_BARS, neutral, wrapped};
 use pkv_recipe::plan::human_bytes;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::MakeWriter;
@@ -103,6 +103,21 @@ pub fn shown(line: &str, color: bool) -> String {
     out
 }
 
+/// Columns of the terminal that `stream` is, if it is one.
+pub fn width(stream: &impl IsTerminal, term: &console::Term) -> Option<usize> {
+    let columns = || term.size_checked().map(|(_, columns)| usize::from(columns));
+    stream.is_terminal().then(columns).flatten().filter(|&columns| columns >= 20)
+}
+
+/// Text for stderr, its lines broken where a terminal would break them in the middle of a word.
+pub fn fitted(text: &str) -> String {
+    let columns = width(&io::stderr(), &console::Term::stderr());
+    columns.map_or_else(|| text.to_owned(), |columns| wrapped(text, columns, INDENT))
+}
+
+/// As far as ` INFO ` goes.
+const INDENT: usize = 6;
+
 /// Text on stderr. If stderr is closed or full, there is no other place for it.
 pub fn print(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
@@ -110,7 +125,7 @@ pub fn print(text: &str) {
 
 /// A line on stderr, above the bars.
 pub fn print_line(line: &str) {
-    let text = format!("{}\n", shown(line, color()));
+    let text = fitted(&format!("{}\n", shown(line, color())));
     bars().suspend(|| print(&text));
 }
 
@@ -119,7 +134,7 @@ struct Stderr;
 
 impl Write for Stderr {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let text = shown(&String::from_utf8_lossy(buf), color());
+        let text = fitted(&shown(&String::from_utf8_lossy(buf), color()));
         let _ = bars().suspend(|| io::stderr().write_all(text.as_bytes()));
         Ok(buf.len())
     }

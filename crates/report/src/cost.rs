@@ -22,6 +22,8 @@ fn secs(results: &Results, what: &str) -> Option<f64> {
     Some(found.secs / found.times as f64)
 }
 
+const COLUMNS: [&str; 5] = ["ms per context", "% of prefill", "% answered", "% recall", "nats lost"];
+
 /// Seconds for the scores of one context: the method's own work, and the work of its inputs. The target's
 /// prefill is left out, since every method needs it.
 fn scoring(methods: Methods, results: &Results, of: MethodName) -> Option<f64> {
@@ -57,7 +59,14 @@ pub fn cost(methods: Methods, results: &Results) -> Option<Cost> {
             ],
         })
     };
-    let rows: Vec<Row> = measured.into_iter().filter_map(row).collect();
+    let mut rows: Vec<Row> = measured.into_iter().filter_map(row).collect();
+    // Recall may be measured under another policy than the answers: a column without a number is left out.
+    let is_known = COLUMNS.iter().enumerate().map(|(c, _)| rows.iter().any(|row| row.cells[c].is_some()));
+    let known: Vec<bool> = is_known.collect();
+    for row in &mut rows {
+        let mut known = known.iter();
+        row.cells.retain(|_| known.next() == Some(&true));
+    }
     if rows.is_empty() {
         return None;
     }
@@ -83,9 +92,12 @@ pub fn cost(methods: Methods, results: &Results) -> Option<Cost> {
                  the prefill. Of the cache's bytes every method keeps the same share.",
                 policy.name()
             ),
-            columns: ["ms per context", "% of prefill", "% answered", "% recall", "nats lost"]
-                .map(str::to_owned)
-                .to_vec(),
+            columns: COLUMNS
+                .iter()
+                .zip(known)
+                .filter(|(_, known)| *known)
+                .map(|(c, _)| (*c).to_owned())
+                .collect(),
             rows,
             ..Table::default()
         },

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::chart::percent_text;
 use crate::figures::percent;
 use crate::method::Methods;
+use crate::page::Lead;
 use crate::run::RunData;
 
 /// The ratio that the headline speaks of, or the one nearest to it: where methods begin to part.
@@ -42,7 +43,8 @@ pub struct Tile {
     pub note: String,
 }
 
-pub fn headline(methods: Methods, data: &RunData) -> Headline {
+/// `lead` is of the mapper's answers over those of each method, paired.
+pub fn headline(methods: Methods, data: &RunData, lead: &Lead) -> Headline {
     let target = of_recipe(data, |r| Some(&r.target)).or(data.results.as_ref().map(|r| &r.target.name));
     let target = target.cloned().unwrap_or_else(|| "the target".to_owned());
     let proxy = proxy(data);
@@ -57,8 +59,8 @@ pub fn headline(methods: Methods, data: &RunData) -> Headline {
     if let Some(tool) = &data.run.tool {
         byline.push(format!("proxykv-train {}", tool.version));
     }
-    let mut lead = vec![purpose(data, &target, proxy.as_deref())];
-    lead.extend(verdict(methods, data));
+    let mut paragraphs = vec![purpose(data, &target, proxy.as_deref())];
+    paragraphs.extend(verdict(methods, data, lead));
     Headline {
         title: match &proxy {
             Some(proxy) => {
@@ -69,7 +71,7 @@ pub fn headline(methods: Methods, data: &RunData) -> Headline {
         target,
         proxy,
         byline,
-        lead,
+        lead: paragraphs,
         tiles: tiles(data),
     }
 }
@@ -118,7 +120,7 @@ fn purpose(data: &RunData, target: &str, proxy: Option<&str>) -> String {
     )
 }
 
-fn verdict(methods: Methods, data: &RunData) -> Option<String> {
+fn verdict(methods: Methods, data: &RunData, lead: &Lead) -> Option<String> {
     let facts = data.results.as_ref()?.facts.as_ref()?;
     let (policy, ratio) = choice(facts)?;
     let mapper = facts.cell(MethodName::MAPPER, policy, ratio)?;
@@ -132,7 +134,7 @@ fn verdict(methods: Methods, data: &RunData) -> Option<String> {
     let names = [
         (MethodName::KVZIP, "with KVzip's own choice"),
         (MethodName::LINEAR, "with a linear map of the same features"),
-        (MethodName::HEAD_PRIOR, "when only the heads are chosen well and positions at random"),
+        (MethodName::HEAD_PRIOR, "when only the heads are chosen well and positions at random (head-prior)"),
         (MethodName::SNAPKV, "with SnapKV"),
         (MethodName::RANDOM, "at random"),
     ];
@@ -145,10 +147,12 @@ fn verdict(methods: Methods, data: &RunData) -> Option<String> {
         join(&beside)
     );
     if let Some(floor) = of(MethodName::HEAD_PRIOR) {
-        text.push_str(match compare(mapper, floor) {
-            Clear::Above => " It is better than head-prior, a lower bound for any method.",
-            Clear::Level => " It is not clearly better than head-prior, a lower bound for any method: their intervals overlap.",
-            Clear::Below => " It is worse than head-prior, a lower bound for any method.",
+        // Over the same contexts, where every answer was stored: as the section of the answers says it.
+        let lead = lead(policy).into_iter().find(|(m, r, _)| (*m, *r) == (MethodName::HEAD_PRIOR, ratio));
+        text.push_str(match compare(mapper.score, floor.score, lead.map(|(.., v)| v)) {
+            Clear::Above => " It is better than head-prior, which any method should beat.",
+            Clear::Level => " It is not clearly better than head-prior, which any method should beat.",
+            Clear::Below => " It is worse than head-prior, which any method should beat.",
         });
     }
     let measured = methods.ordered(facts.cells.iter().map(|c| c.method)).into_iter();
@@ -161,19 +165,21 @@ fn verdict(methods: Methods, data: &RunData) -> Option<String> {
     Some(text)
 }
 
+#[derive(Debug, PartialEq)]
 enum Clear {
     Above,
     Level,
     Below,
 }
 
-fn compare(mapper: &AnswerCell, floor: &AnswerCell) -> Clear {
-    if mapper.score.low > floor.score.high {
-        Clear::Above
-    } else if mapper.score.high < floor.score.low {
-        Clear::Below
-    } else {
-        Clear::Level
+/// By the interval of their difference, or where there is none by whether their own intervals overlap.
+fn compare(mapper: Interval, floor: Interval, difference: Option<Interval>) -> Clear {
+    let (low, high) =
+        difference.map_or((mapper.low - floor.high, mapper.high - floor.low), |d| (d.low, d.high));
+    match (low > 0.0, high < 0.0) {
+        (true, _) => Clear::Above,
+        (_, true) => Clear::Below,
+        _ => Clear::Level,
     }
 }
 
@@ -286,6 +292,16 @@ pub fn join(parts: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_paired_difference_decides_where_intervals_overlap() {
+        let of = |mean, low, high| Interval { mean, low, high };
+        let (mapper, floor) = (of(0.958, 0.917, 0.99), of(0.865, 0.792, 0.938));
+        assert_eq!(compare(mapper, floor, None), Clear::Level);
+        assert_eq!(compare(mapper, floor, Some(of(0.093, 0.03, 0.16))), Clear::Above);
+        assert_eq!(compare(mapper, floor, Some(of(0.093, -0.01, 0.2))), Clear::Level);
+        assert_eq!(compare(floor, of(0.99, 0.97, 1.0), None), Clear::Below);
+    }
 
     #[test]
     fn numbers_in_sentences() {

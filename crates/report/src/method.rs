@@ -94,7 +94,7 @@ pub const fn policy_meaning(policy: Policy) -> &'static str {
             "all KV pairs compete, but every head keeps its best positions, at least a sixth of an even share"
         }
         Policy::PairKeydiff => {
-            "as `pair-floor`, of scores to which KeyDiff's are added below a fifth kept, the more the less is kept"
+            "as pair-floor, but where less than a fifth is kept KeyDiff's scores are added, with the more weight the less is kept"
         }
         Policy::PairUniform => "every layer and KV head keeps the same number of positions",
         Policy::PairBudget => {

@@ -160,7 +160,7 @@ pub fn render(methods: Methods, data: &RunData) -> Result<String> {
         sections: all.into_iter().filter(|s| s.2).map(|s| (s.0, s.1)).collect(),
         scripts: [PAGE_JS].into_iter().chain(example.is_some().then_some(EXAMPLE_JS)).collect(),
         problems: data.problems.clone(),
-        headline: headline::headline(methods, data),
+        headline: headline::headline(methods, data, &lead),
         stages,
         readings,
         samples,
@@ -265,7 +265,7 @@ fn recall(methods: Methods, results: &Results, cache: Option<&Cache>) -> Vec<Fig
 }
 
 /// Paired differences of the mapper's answers from those of each method, by policy.
-type Lead<'a> = dyn Fn(Policy) -> Vec<(MethodName, f64, Interval)> + 'a;
+pub type Lead<'a> = dyn Fn(Policy) -> Vec<(MethodName, f64, Interval)> + 'a;
 
 fn lead(data: &RunData) -> impl Fn(Policy) -> Vec<(MethodName, f64, Interval)> {
     let resamples = data.recipe.as_ref().map_or(1000, |r| r.eval.bootstrap);

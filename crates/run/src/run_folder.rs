@@ -43,6 +43,25 @@ impl RunFolder {
         })
     }
 
+    /// Whether it holds nothing that a stage made: the record of the run, logs, locks, and folders of shards
+    /// without a shard.
+    pub fn is_bare(&self) -> bool {
+        let of_none =
+            |name: &str| ["run.json", "log.jsonl", "index.json"].contains(&name) || name.ends_with(".lock");
+        let is_bare = |folder: &Path, deeper: &dyn Fn(&Path) -> bool| {
+            fs::read_dir(folder).is_ok_and(|mut all| {
+                all.all(|entry| {
+                    entry.is_ok_and(|entry| match entry.file_type() {
+                        Ok(kind) if kind.is_dir() => deeper(&entry.path()),
+                        Ok(kind) => kind.is_file() && entry.file_name().to_str().is_some_and(of_none),
+                        Err(_) => false,
+                    })
+                })
+            })
+        };
+        is_bare(self.root(), &|folder| is_bare(folder, &|_| false))
+    }
+
     /// Features of all sources of a recipe.
     pub fn feature_folders(&self, extract: &ExtractSection) -> FeatureFolders {
         FeatureFolders::of(

@@ -46,6 +46,8 @@ pub struct Session {
     pub feature_workers: Option<FeatureWorkers>,
     /// Whether what is found out is written to `run.json`; a session that only plans writes nothing.
     records: bool,
+    /// The run folder was absent, and is this session's own.
+    made: bool,
     target: OnceLock<Arc<ModelFiles>>,
     proxy: OnceLock<Arc<ModelFiles>>,
     documents: OnceLock<Fingerprint>,
@@ -58,6 +60,9 @@ impl Session {
     /// The manifest is invalid, or the run folder cannot be made.
     pub fn open(recipe: Recipe, choices: Choices) -> Result<Self> {
         let mut session = Self::planned(recipe, choices)?;
+        // Tasks of a stage start together: the folder is no one's own.
+        let is_own = session.part.task.is_none() && !pkv_files::is_mounted(session.run.root());
+        session.made = is_own && !session.run.root().exists();
         session.run.make()?;
         session.run.record_start(&session.recipe, &session.target_devices)?;
         session.records = true;
@@ -80,7 +85,7 @@ impl Session {
         let target_devices = devices.of_target(&recipe)?;
         let device = target_devices.last().copied().unwrap_or(Device::Cpu);
         let (target, proxy, documents) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
-        let (records, feature_workers) = (false, None);
+        let (records, made, feature_workers) = (false, false, None);
         Ok(Self {
             recipe,
             manifest,
@@ -93,6 +98,7 @@ impl Session {
             part,
             feature_workers,
             records,
+            made,
             target,
             proxy,
             documents,
@@ -144,6 +150,16 @@ impl Session {
     /// The dtype a model computes in on this device.
     pub fn kind(&self, role: Source) -> Kind {
         pkv_gpu::kind_on(self.device, self.dtype(role))
+    }
+}
+
+impl Drop for Session {
+    /// A run that failed before it made anything leaves no folder.
+    fn drop(&mut self) {
+        if self.made && self.run.is_bare() {
+            // What cannot be removed does no harm.
+            let _ = pkv_files::remove_whole(self.run.root());
+        }
     }
 }
 

@@ -58,6 +58,10 @@ impl RunLayout {
     pub fn events(&self) -> PathBuf {
         self.root.join("tb")
     }
+    /// What `train --redo train` keeps of the mapper that it replaces, until the new one is whole.
+    pub fn before_redo(&self) -> PathBuf {
+        self.root.join("before-redo")
+    }
     pub fn eval(&self) -> PathBuf {
         self.root.join("eval")
     }

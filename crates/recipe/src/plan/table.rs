@@ -5,7 +5,7 @@ use std::fmt::{self, Write as _};
 use super::{DevicePlan, Machine, Plan, human_bytes, human_count, human_flops, human_secs};
 
 const COLUMNS: [&str; 10] =
-    ["stage", "examples", "tokens", "on disk", "compute", "moved", "peak memory", "fits", "time", "cost"];
+    ["stage", "examples", "tokens", "on disk", "compute", "moved", "memory", "fits", "time", "cost"];
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
