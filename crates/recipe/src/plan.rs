@@ -523,5 +523,7 @@ window_tokens = [2048, 8192]
         // One batch of all lengths; four of few; many.
         assert_eq!((tokens(24), tokens(72)), (400, 875));
         assert!((1050..=1060).contains(&tokens(8000)), "{}", tokens(8000));
+        // Found by the fuzz target of recipes: 2 G contexts took a minute.
+        assert!((1050..=1060).contains(&tokens(1 << 31)), "{}", tokens(1 << 31));
     }
 }

@@ -354,15 +354,28 @@ pub fn infer(
 /// tensors of this size live at once: 1 GB in f32, and each is work enough to fill a GPU.
 pub const PIECE_ELEMENTS: u64 = 1 << 26;
 
+/// Most batches that are looked at; more of them differ by less than a plan shows.
+const MOST_BATCHES: u128 = 1 << 12;
+
 /// Lengths of the batches of one pass over the training contexts: each is as long as its shortest context.
 fn batch_lengths(recipe: &Recipe) -> Vec<usize> {
     let (data, limit) = (&recipe.data, recipe.train.window_tokens.unwrap_or(usize::MAX));
-    let drawn = data.window_tokens.iter().cycle().take(data.train.max(1));
-    let mut windows: Vec<usize> =
-        drawn.flat_map(|&t| std::iter::repeat_n(t.min(limit), t / t.min(limit))).collect();
-    windows.sort_unstable();
-    let batches = (windows.len() / recipe.train.batch.max(1)).max(1);
-    (0..batches).map(|batch| windows[batch * windows.len() / batches]).collect()
+    let (contexts, windows) = (data.train.max(1), data.window_tokens.len());
+    let drawn = |(i, &t): (usize, &usize)| {
+        let n = contexts / windows + usize::from(i < contexts % windows);
+        (t.min(limit), n as u128 * (t / t.min(limit)) as u128)
+    };
+    let mut lengths: Vec<(usize, u128)> = data.window_tokens.iter().enumerate().map(drawn).collect();
+    lengths.sort_unstable();
+    let total: u128 = lengths.iter().map(|&(_, n)| n).sum();
+    let batches = (total / recipe.train.batch.max(1) as u128).clamp(1, MOST_BATCHES);
+    let mut end = 0;
+    for (_, n) in &mut lengths {
+        end += *n;
+        *n = end;
+    }
+    let of = |batch| lengths[lengths.partition_point(|&(_, end)| end <= batch * total / batches)].0;
+    (0..batches).map(of).collect()
 }
 
 /// Forward and backward are three forwards; parameters, gradients and both moments are f32. Steps that are
