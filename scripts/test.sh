@@ -30,7 +30,8 @@ else
   echo 'SKIPPED: cargo-deny is not installed (cargo install cargo-deny --locked); licences and origins are not checked' >&2
 fi
 cargo test --workspace
-RUST_TEST_THREADS=$(nproc) cargo test --workspace --test end_to_end --test fuzz
+# Some wait for clusters and servers: one more at a time than there are cores.
+RUST_TEST_THREADS=$(($(nproc) + 1)) cargo test --workspace --test end_to_end --test fuzz
 # libtorch and its oneDNN compute by what the CPU can do. Users' CPUs are not this one, so what compares numbers must hold on
 # older ones, too.
 older=("default SSE41")
