@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use pkv_core::hinted;
+use pkv_files::Claim;
 use pkv_gpu::{device_in_words, devices_name};
 use pkv_recipe::{ExtractSection, Recipe};
 use pkv_shard::{FeatureFolders, FeaturesFrom, RunJson, RunLayout, StageRecord, Tool};
@@ -43,17 +44,20 @@ impl RunFolder {
         })
     }
 
-    /// Whether it holds nothing that a stage made: the record of the run, logs, locks, and folders of shards
-    /// without a shard.
+    /// Whether it holds nothing that a stage made: the record of the run, logs, locks that no process has, and
+    /// folders of shards without a shard.
     pub fn is_bare(&self) -> bool {
-        let of_none =
-            |name: &str| ["run.json", "log.jsonl", "index.json"].contains(&name) || name.ends_with(".lock");
+        let is_free = |lock: &Path| matches!(Claim::take(lock), Ok(Some(_)));
+        let of_none = |path: &Path| match path.file_name().and_then(|name| name.to_str()) {
+            Some("run.json" | "log.jsonl" | "index.json") => true,
+            name => name.is_some_and(|name| name.ends_with(".lock")) && is_free(path),
+        };
         let is_bare = |folder: &Path, deeper: &dyn Fn(&Path) -> bool| {
             fs::read_dir(folder).is_ok_and(|mut all| {
                 all.all(|entry| {
                     entry.is_ok_and(|entry| match entry.file_type() {
                         Ok(kind) if kind.is_dir() => deeper(&entry.path()),
-                        Ok(kind) => kind.is_file() && entry.file_name().to_str().is_some_and(of_none),
+                        Ok(kind) => kind.is_file() && of_none(&entry.path()),
                         Err(_) => false,
                     })
                 })
@@ -135,5 +139,29 @@ impl RunFolder {
     /// `run.json` cannot be written.
     pub fn forget_stage(&self, stage: &str) -> Result<()> {
         self.record(|run| drop(run.stages.remove(stage)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_in_which_a_process_works_is_not_bare() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunFolder::new(dir.path());
+        for name in ["run.json", "log.jsonl", "run.lock"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        assert!(run.is_bare());
+        let claim = Claim::take(&dir.path().join("run.lock")).unwrap();
+        assert!(!run.is_bare());
+        drop(claim);
+        assert!(run.is_bare());
+        fs::create_dir(dir.path().join("labels")).unwrap();
+        fs::write(dir.path().join("labels/index.json"), "").unwrap();
+        assert!(run.is_bare());
+        fs::write(dir.path().join("labels/00000.parquet"), "").unwrap();
+        assert!(!run.is_bare());
     }
 }
