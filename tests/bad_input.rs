@@ -317,7 +317,7 @@ fn facts_placed_otherwise_are_other_examples() {
 
 #[test]
 fn benchmark_rows_that_do_not_fit_are_named() {
-    let s = crate::infer::finished();
+    let s = crate::trained::finished();
     s.write(
         "bench.toml",
         "description = \"b\"\n[[source]]\nname = \"longbench\"\nfiles = [\"lb/*\"]\nformat = \"jsonl\"\nlicence = \"CC0-1.0\"\n\

@@ -15,8 +15,8 @@ use pkv_test_support::files::files_below;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::infer::trained;
 use crate::sandbox::{Ran, Running, Sandbox, timeless};
+use crate::trained::trained;
 use crate::workers::program;
 
 /// Azure takes base64 alone.

@@ -9,8 +9,8 @@ use pkv_core::FailureKind;
 use pkv_shard::PiecesState;
 use pkv_test_support::files::{copy_folder, files};
 
-use crate::infer::{finished, trained};
 use crate::sandbox::{Running, Sandbox};
+use crate::trained::{finished, trained};
 
 /// Enough examples that workers are met at work.
 const MANY: [&str; 4] = ["--set", "data.train=120", "--set", "data.stride=0.05"];

@@ -14,8 +14,8 @@ use pkv_files::lock_work;
 use pkv_test_support::files::files_below;
 use serde_json::Value;
 
-use crate::infer::finished;
 use crate::sandbox::{Ran, Running, Sandbox, root};
+use crate::trained::finished;
 
 /// As the finished run was evaluated.
 const POLICIES: &str = "eval.answer_policies=[\"pair\",\"pair-uniform\",\"pair-budget\"]";

@@ -8,42 +8,18 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
 
 use arrow::array::AsArray;
 use arrow::datatypes::{Float64Type, UInt32Type};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use pkv_core::Split;
 use pkv_shard::{Example, StageReader};
-use pkv_test_support::files::copy_folder;
 use serde_json::{Value, json};
 
-use crate::sandbox::{Ran, Running, Sandbox, documents, root};
+use crate::sandbox::{Ran, Running, Sandbox, root};
+use crate::trained::trained;
 
 const QUESTIONS: [&str; 2] = ["What opens the harbour?", "What does the river need?"];
-
-/// A sandbox whose run is finished; made once.
-pub fn trained() -> &'static Sandbox {
-    static TRAINED: OnceLock<Sandbox> = OnceLock::new();
-    TRAINED.get_or_init(|| {
-        let s = Sandbox::new();
-        let policies = "eval.answer_policies=[\"pair\",\"pair-floor\",\"pair-uniform\",\"pair-budget\"]";
-        s.run(&["run", "--set", policies]).ok();
-        s.write("context.txt", documents().split('\0').next().unwrap());
-        s.write("empty.txt", "");
-        s
-    })
-}
-
-/// A sandbox of its own with a copy of that run: for a test whose commands lock the run or write to it.
-pub fn finished() -> Sandbox {
-    let s = Sandbox::new();
-    for name in ["context.txt", "empty.txt"] {
-        fs::copy(trained().path(name), s.path(name)).unwrap();
-    }
-    copy_folder(&trained().path("runs"), &s.path("runs"));
-    s
-}
 
 fn infer(s: &Sandbox, args: &[&str]) -> Ran {
     let mut all = vec!["infer", "--mapper", "runs/small/export"];

@@ -6,8 +6,8 @@ use pkv_core::FailureKind;
 use pkv_test_support::files::files;
 use serde_json::Value;
 
-use crate::infer::{finished, trained};
 use crate::sandbox::{Ran, Sandbox, timeless};
+use crate::trained::{finished, trained};
 
 const TWO: [&str; 2] = ["--device", "cpu+cpu"];
 

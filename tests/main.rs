@@ -29,6 +29,7 @@
 //! - `sweep`: variants share what is the same, and each ends as it would alone
 //! - `buckets`: a run in a bucket, by several machines and through faults, has the bytes of one on disk
 //! - `faults`: files that never end, two processes in one folder, outputs that vanish, markup of others
+//! - `trained`: a finished run, shared or a copy of a test's own
 //! - `sandbox`: the folder, the small recipe and the command that the others share
 
 mod bad_input;
@@ -58,4 +59,5 @@ mod sources;
 mod start_from;
 mod stdout;
 mod sweep;
+mod trained;
 mod workers;

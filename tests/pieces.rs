@@ -11,8 +11,8 @@ use pkv_shard::{Example, PiecesState, StageReader};
 use pkv_test_support::files::copy_folder;
 use serde_json::Value;
 
-use crate::infer::{finished, trained};
 use crate::sandbox::{Ran, Running, Sandbox, root, timeless};
+use crate::trained::{finished, trained};
 
 /// As the finished run was made.
 const POLICIES: [&str; 2] =

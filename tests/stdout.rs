@@ -9,8 +9,8 @@ use pkv_core::FailureKind;
 use pkv_test_support::files::copy_folder;
 use serde_json::Value;
 
-use crate::infer::finished;
 use crate::sandbox::{Ran, Sandbox, commands, root};
+use crate::trained::finished;
 
 /// Every command that prints, as it is typed; all of them succeed on a trained run.
 const COMMANDS: [&str; 19] = [

@@ -27,6 +27,7 @@ mod show;
 mod stop;
 mod sweep;
 mod terminal;
+mod wrapped;
 
 use std::process::ExitCode;
 

@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use pkv_core::{Stop, hinted, wrapped};
+use pkv_core::{Stop, hinted};
 use pkv_hub::Hub;
 use pkv_lm::LmConfig;
 use pkv_recipe::{DEEPEST, Manifest, toml_files};
@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use crate::args::{Cli, InitArgs, RecipesCommand};
 use crate::output;
 use crate::terminal::{self, Bar};
+use crate::wrapped::wrapped;
 
 /// # Errors
 /// There are no recipes, a model cannot be read, or the file to write is there already.

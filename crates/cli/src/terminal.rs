@@ -14,12 +14,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
-use pkv_core::{Progress, SHOWN_BY_BARS, neutral, wrapped};
+use pkv_core::{Progress, SHOWN_BY_BARS, neutral};
 use pkv_recipe::plan::human_bytes;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, fmt};
+
+use crate::wrapped::wrapped;
 
 static BARS: OnceLock<MultiProgress> = OnceLock::new();
 static LOG_FILE: OnceLock<Mutex<File>> = OnceLock::new();

@@ -37,7 +37,7 @@ pub use guard::refuse_panics;
 pub use hint::{Hinted, hinted};
 pub use json::{json_kind, parse_json};
 pub use layers::{LayerNeeds, LayerSplit};
-pub use neutral::{markdown, markdown_code, neutral, short_line, wrapped};
+pub use neutral::{markdown, markdown_code, neutral, short_line};
 pub use policy::{HEAD_PLACES, Policy, key_diff_weight};
 pub use progress::{NoProgress, Progress, SHOWN_BY_BARS};
 pub use ratio::{RatioError, RetentionRatio};

@@ -54,46 +54,6 @@ pub fn short_line(text: &str) -> String {
     }
 }
 
-/// `text` with its lines broken between words so that none is longer than `width` columns, if it can be; what
-/// follows a break is indented by `indent`. Commands and paths in backquotes stay whole, and changes of color
-/// take no room.
-///
-/// ```
-/// assert_eq!(pkv_core::wrapped("one two `a b`\nc\n", 10, 2), "one two\n  `a b`\nc\n");
-/// ```
-pub fn wrapped(text: &str, width: usize, indent: usize) -> String {
-    let mut out = String::with_capacity(text.len() + 16);
-    for line in text.split_inclusive('\n') {
-        let (mut at, mut is_code) = (0, false);
-        for (i, word) in line
-            .split_inclusive(|c| {
-                is_code ^= c == '`';
-                c == ' ' && !is_code
-            })
-            .enumerate()
-        {
-            let (room, all) = (columns(word.trim_end()), columns(word));
-            if i > 0 && at > indent && at + room > width {
-                out.truncate(out.trim_end_matches(' ').len());
-                out.push('\n');
-                out.extend(std::iter::repeat_n(' ', indent));
-                at = indent;
-            }
-            out.push_str(word);
-            at += all;
-        }
-    }
-    out
-}
-
-/// Letters of `text` that are no line end and no part of a change of color.
-fn columns(text: &str) -> usize {
-    let mut pieces = text.split("\u{1b}[");
-    let first = pieces.next().unwrap_or_default();
-    let rest = pieces.map(|piece| piece.split_once('m').map_or(piece, |(_, rest)| rest));
-    std::iter::once(first).chain(rest).map(|piece| piece.chars().filter(|c| *c != '\n').count()).sum()
-}
-
 fn one_line(text: &str) -> String {
     neutral(text).replace(['\n', '\t'], " ")
 }
@@ -113,16 +73,6 @@ mod tests {
     fn words_of_a_server_are_one_short_line() {
         assert_eq!(short_line("a\u{1b}[31m\r\n  b"), "a [31m b");
         assert_eq!(short_line(&"ä".repeat(1000)).chars().count(), 303);
-    }
-
-    #[test]
-    fn lines_fit_a_terminal_and_commands_stay_whole() {
-        let text =
-            "\u{1b}[32m INFO\u{1b}[0m the words of a line, and `a command --with options` at its end\n";
-        let broken = "\u{1b}[32m INFO\u{1b}[0m the words of a\n      line, and\n      `a command --with options`\n      at its end\n";
-        assert_eq!(wrapped(text, 20, 6), broken);
-        assert_eq!(wrapped(text, 80, 6), text);
-        assert_eq!(wrapped("a\n\n  indented\n", 4, 2), "a\n\n  indented\n");
     }
 
     #[test]

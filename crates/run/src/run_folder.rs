@@ -44,26 +44,10 @@ impl RunFolder {
         })
     }
 
-    /// Whether it holds nothing that a stage made: the record of the run, logs, locks that no process has, and
-    /// folders of shards without a shard.
+    /// Whether it holds nothing that a stage made: the record of the run, logs, locks that no process has,
+    /// and folders of shards without a shard.
     pub fn is_bare(&self) -> bool {
-        let is_free = |lock: &Path| matches!(Claim::take(lock), Ok(Some(_)));
-        let of_none = |path: &Path| match path.file_name().and_then(|name| name.to_str()) {
-            Some("run.json" | "log.jsonl" | "index.json") => true,
-            name => name.is_some_and(|name| name.ends_with(".lock")) && is_free(path),
-        };
-        let is_bare = |folder: &Path, deeper: &dyn Fn(&Path) -> bool| {
-            fs::read_dir(folder).is_ok_and(|mut all| {
-                all.all(|entry| {
-                    entry.is_ok_and(|entry| match entry.file_type() {
-                        Ok(kind) if kind.is_dir() => deeper(&entry.path()),
-                        Ok(kind) => kind.is_file() && of_none(&entry.path()),
-                        Err(_) => false,
-                    })
-                })
-            })
-        };
-        is_bare(self.root(), &|folder| is_bare(folder, &|_| false))
+        is_bare(self.root(), 1)
     }
 
     /// Features of all sources of a recipe.
@@ -140,6 +124,20 @@ impl RunFolder {
     pub fn forget_stage(&self, stage: &str) -> Result<()> {
         self.record(|run| drop(run.stages.remove(stage)))
     }
+}
+
+/// Whether a folder, and its folders `depth` levels down, hold nothing that a stage made.
+fn is_bare(folder: &Path, depth: usize) -> bool {
+    let of_none = |path: &Path| match path.file_name().and_then(|name| name.to_str()) {
+        Some("run.json" | "log.jsonl" | "index.json") => true,
+        name => name.is_some_and(|n| n.ends_with(".lock")) && matches!(Claim::take(path), Ok(Some(_))),
+    };
+    let holds_none = |entry: fs::DirEntry| match entry.file_type() {
+        Ok(kind) if kind.is_dir() => depth > 0 && is_bare(&entry.path(), depth - 1),
+        Ok(kind) => kind.is_file() && of_none(&entry.path()),
+        Err(_) => false,
+    };
+    fs::read_dir(folder).is_ok_and(|mut all| all.all(|entry| entry.is_ok_and(holds_none)))
 }
 
 #[cfg(test)]

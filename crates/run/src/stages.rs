@@ -11,6 +11,7 @@ mod lanes;
 mod pieces;
 pub mod prepare;
 mod pump;
+mod redo;
 pub mod report;
 mod start_from;
 mod to_host;
@@ -19,7 +20,6 @@ pub mod train;
 pub use self::generated::answer_stdin;
 pub use self::pieces::Part;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -160,7 +160,7 @@ pub fn run(s: &Session, stage: Stage, redo: &[Stage], options: &EvalOptions) -> 
     }
     let outcome = (entry.run)(s, options).with_context(doing);
     if stage == Stage::Train {
-        old_mapper(s, outcome.is_ok())?;
+        redo::after_train(s, outcome.is_ok())?;
     }
     // After a failure too: what a stage logs says how far it came.
     put(s, entry, options, outcome.is_ok()).with_context(doing)?;
@@ -239,7 +239,7 @@ pub fn outputs(s: &Session) -> Result<Vec<SharedOutput>> {
 /// # Errors
 /// A file cannot be removed, or another process writes the folder.
 pub fn throw_away(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()> {
-    clear(s, stage, options)?;
+    redo::clear(s, stage, options)?;
     s.run.forget_stage(stage.name())
 }
 
@@ -266,7 +266,7 @@ pub fn require(dir: &Path, stage: Stage, fingerprint: &Fingerprint) -> Result<()
         StageState::Partial(rows) => {
             bail!(hinted(format!("`{}` holds {rows} examples and is not finished", dir.display()), run))
         }
-        // Opening it as its own stage would says which settings differ, and how to continue.
+        // Opening it, as its own stage does, says which settings differ, and how to continue.
         StageState::Stale(_) => StageDir::open(dir, stage, fingerprint).map(|_| ()),
     }
 }
@@ -277,59 +277,6 @@ pub fn folders(s: &Session, stage: Stage, options: &EvalOptions) -> Vec<PathBuf>
         Some(output) => vec![output(s, options)],
         None => stage.writes(&s.run),
     }
-}
-
-/// Remove a stage's output.
-fn clear(s: &Session, stage: Stage, options: &EvalOptions) -> Result<()> {
-    // An evaluation of an export has a folder of its own.
-    let own = entry(stage).held.filter(|_| entry(stage).adds_up).map(|output| vec![output(s, options)]);
-    let keeps = stage == Stage::Train && keep_old_mapper(s)?;
-    for path in own.unwrap_or_else(|| stage.writes(&s.run)) {
-        if keeps && path.exists() {
-            let kept = s.run.before_redo().join(path.file_name().unwrap_or_default());
-            fs::rename(&path, kept).with_context(|| format!("cannot move `{}`", path.display()))?;
-            continue;
-        }
-        if path.is_symlink() || !s.run.shard_folders().contains(&path) {
-            pkv_files::remove_there(&path)?;
-        }
-        if s.run.shard_folders().contains(&path) && !path.is_symlink() {
-            StageDir::clear(&path)?;
-            continue;
-        }
-        // A link leads to what several runs share: the others keep it.
-        pkv_files::remove_whole(&path).with_context(|| format!("cannot remove `{}`", path.display()))?;
-    }
-    Ok(())
-}
-
-/// Make the folder for a mapper that is replaced. Whether it is to be kept: not where there is none, and not
-/// where an older one is kept and this one is what an interrupted training left. A bucket keeps none.
-fn keep_old_mapper(s: &Session) -> Result<bool> {
-    let kept = s.run.before_redo();
-    if kept.exists() || !s.run.checkpoints().is_dir() || pkv_files::is_mounted(&kept) {
-        return Ok(false);
-    }
-    fs::create_dir(&kept).with_context(|| format!("cannot make the folder `{}`", kept.display()))?;
-    Ok(true)
-}
-
-/// After a training: remove the mapper that it replaced, or say how to have it back.
-fn old_mapper(s: &Session, is_trained: bool) -> Result<()> {
-    let kept = s.run.before_redo();
-    if is_trained {
-        return pkv_files::remove_whole(&kept).with_context(|| format!("cannot remove `{}`", kept.display()));
-    }
-    if kept.exists() {
-        tracing::info!(
-            "the mapper from before `--redo train` is in `{}` until the new one is trained\nhint: go on without \
-             `--redo train`; or to have the old one back: `cd {} && rm -rf checkpoints train tb && \
-             mv before-redo/* . && rmdir before-redo`",
-            kept.display(),
-            s.run.root().display()
-        );
-    }
-    Ok(())
 }
 
 #[cfg(test)]

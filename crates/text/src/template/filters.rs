@@ -126,7 +126,7 @@ pub(super) fn apply(plain: &Environment, name: &str, args: &[Jinja]) -> Result<J
             };
             let count = usize::try_from(whole(count.filter(|n| !n.is_none()), -1)?).unwrap_or(usize::MAX);
             let (text, old, new) = (text()?, text_of(&[&old])?, text_of(&[&new])?);
-            text_room(text.len() + text.matches(&old).count() * new.len())?;
+            text_room(text.len() + text.matches(&old).take(count).count() * new.len())?;
             Jinja::from(text.replacen(&old, &new, count))
         }
         "indent" => {
