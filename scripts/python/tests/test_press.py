@@ -1,6 +1,7 @@
 """The press in kvpress's pipeline: kept sets and answers equal those of `eval`."""
 
 import copy
+import json
 import re
 import unittest
 
@@ -133,7 +134,9 @@ class Press(unittest.TestCase):
 
     def test_text_goes_through_the_pipeline(self):
         fact = " The access code for the silver lantern is 48213."
-        text = open("README.md", encoding="utf-8").read()
+        # Of the kind that the pair was trained on.
+        with open("data-manifests/demo/sqlite-docs.jsonl", encoding="utf-8") as documents:
+            text = json.loads(documents.readline())["text"]
         context = text[:700] + fact + text[700:1400]
         question = "\n\nWhat is the access code for the silver lantern?"
         answers = [
